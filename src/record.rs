@@ -1,0 +1,214 @@
+//! Records as they came from the log: bytes in one arena per batch, no allocation per record.
+//!
+//! A [`SourceBatch`] owns copies of keys, values and headers, so that nothing holds on to the Kafka
+//! client's fetch buffers while a batch waits for its database.
+
+use std::fmt;
+
+/// A partition number of the input topic.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Partition(pub i32);
+
+impl fmt::Display for Partition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The offset of one record.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Offset(pub i64);
+
+impl Offset {
+    /// The position just after this record: the only `+ 1` on offsets in the program.
+    pub fn next(self) -> NextOffset {
+        NextOffset(self.0.saturating_add(1))
+    }
+}
+
+impl fmt::Display for Offset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A position: the offset of the next record to do something with. All cursors are of this type.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct NextOffset(pub i64);
+
+impl NextOffset {
+    /// Whether the record at `offset` lies before this position.
+    pub fn is_past(self, offset: Offset) -> bool {
+        offset.0 < self.0
+    }
+}
+
+impl fmt::Display for NextOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Milliseconds since 1970-01-01 UTC.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct TimestampMs(pub i64);
+
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    start: u32,
+    len: u32,
+}
+
+#[derive(Clone, Debug)]
+struct StoredRecord {
+    partition: Partition,
+    offset: Offset,
+    timestamp: Option<TimestampMs>,
+    key: Option<Span>,
+    value: Option<Span>,
+    headers: std::ops::Range<u32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct StoredHeader {
+    name: Span,
+    value: Option<Span>,
+}
+
+/// Records of one lane in the order in which they arrived: by offset within each partition.
+#[derive(Clone, Debug, Default)]
+pub struct SourceBatch {
+    bytes: Vec<u8>,
+    records: Vec<StoredRecord>,
+    headers: Vec<StoredHeader>,
+}
+
+/// One record, borrowed from its batch.
+#[derive(Clone, Copy, Debug)]
+pub struct RecordView<'a> {
+    /// Partition of the input topic.
+    pub partition: Partition,
+    /// Offset in that partition.
+    pub offset: Offset,
+    /// The record's timestamp; `None` if the record carries none.
+    pub timestamp: Option<TimestampMs>,
+    /// The key's bytes; `None` if null.
+    pub key: Option<&'a [u8]>,
+    /// The value's bytes; `None` if null.
+    pub value: Option<&'a [u8]>,
+    /// Headers in their order, repeated names included.
+    pub headers: Headers<'a>,
+}
+
+/// The headers of one record.
+#[derive(Clone, Copy, Debug)]
+pub struct Headers<'a> {
+    bytes: &'a [u8],
+    stored: &'a [StoredHeader],
+}
+
+impl<'a> Headers<'a> {
+    /// No headers at all.
+    pub const NONE: Headers<'static> = Headers { bytes: &[], stored: &[] };
+
+    /// Name and value of each header, in order; a value may be null.
+    pub fn iter(self) -> impl Iterator<Item = (&'a [u8], Option<&'a [u8]>)> {
+        let bytes = self.bytes;
+        self.stored.iter().map(move |h| (slice(bytes, h.name), h.value.map(|v| slice(bytes, v))))
+    }
+
+    /// How many headers there are.
+    pub fn len(self) -> usize {
+        self.stored.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.stored.is_empty()
+    }
+}
+
+fn slice(bytes: &[u8], span: Span) -> &[u8] {
+    let start = span.start as usize;
+    bytes.get(start..start.saturating_add(span.len as usize)).unwrap_or_default()
+}
+
+impl SourceBatch {
+    /// An empty batch.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Copies one record to the end of the batch.
+    pub fn push<'h>(
+        &mut self,
+        partition: Partition,
+        offset: Offset,
+        timestamp: Option<TimestampMs>,
+        key: Option<&[u8]>,
+        value: Option<&[u8]>,
+        headers: impl IntoIterator<Item = (&'h [u8], Option<&'h [u8]>)>,
+    ) {
+        let key = key.map(|k| self.store(k));
+        let value = value.map(|v| self.store(v));
+        let headers_start = self.headers.len() as u32;
+        for (name, value) in headers {
+            let name = self.store(name);
+            let value = value.map(|v| self.store(v));
+            self.headers.push(StoredHeader { name, value });
+        }
+        let headers = headers_start..self.headers.len() as u32;
+        self.records.push(StoredRecord { partition, offset, timestamp, key, value, headers });
+    }
+
+    fn store(&mut self, bytes: &[u8]) -> Span {
+        // A batch is closed at `batch.max_bytes`, which the settings keep far below 4 GiB.
+        let span = Span { start: self.bytes.len() as u32, len: bytes.len() as u32 };
+        self.bytes.extend_from_slice(bytes);
+        span
+    }
+
+    /// The records, in order of arrival.
+    pub fn iter(&self) -> impl Iterator<Item = RecordView<'_>> {
+        self.records.iter().map(|r| self.view(r))
+    }
+
+    /// The record at `index`, if there is one.
+    pub fn get(&self, index: usize) -> Option<RecordView<'_>> {
+        self.records.get(index).map(|r| self.view(r))
+    }
+
+    fn view(&self, r: &StoredRecord) -> RecordView<'_> {
+        let headers = r.headers.start as usize..r.headers.end as usize;
+        RecordView {
+            partition: r.partition,
+            offset: r.offset,
+            timestamp: r.timestamp,
+            key: r.key.map(|s| slice(&self.bytes, s)),
+            value: r.value.map(|s| slice(&self.bytes, s)),
+            headers: Headers { bytes: &self.bytes, stored: self.headers.get(headers).unwrap_or_default() },
+        }
+    }
+
+    /// Number of records.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Whether the batch holds no record.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// Bytes of keys, values and headers held.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Empties the batch and keeps its memory for the next one.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.records.clear();
+        self.headers.clear();
+    }
+}
