@@ -10,4 +10,5 @@
     )
 )]
 
+pub mod kafka;
 pub mod record;
