@@ -99,7 +99,7 @@ BEGIN
     FROM payment_writer.source_cursor c
     WHERE c.topic_id = p_topic_id AND c.partition = ANY (p_partitions)
     ORDER BY c.partition
-    FOR UPDATE;
+    FOR NO KEY UPDATE;
 
     -- A statement of its own: its snapshot sees what was committed while the locks were waited for.
     UPDATE payment_writer.source_cursor c
