@@ -83,8 +83,9 @@ CREATE FUNCTION payment_writer.move_cursors_v1(
 AS $$
 DECLARE
     wanted CONSTANT integer := cardinality(p_partitions);
+    guarded         integer;
     moved           integer;
-    guard           record;
+    lost            record;
 BEGIN
     IF wanted IS DISTINCT FROM cardinality(p_seen)
         OR wanted IS DISTINCT FROM cardinality(p_applied)
@@ -94,12 +95,30 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'PW002', MESSAGE = 'move_cursors: the arrays differ in length';
     END IF;
 
-    -- In partition order, so that two lanes that both believe to own partitions cannot deadlock.
-    PERFORM 1
-    FROM payment_writer.source_cursor c
-    WHERE c.topic_id = p_topic_id AND c.partition = ANY (p_partitions)
-    ORDER BY c.partition
-    FOR NO KEY UPDATE;
+    -- Locked in partition order, so that two lanes that both believe to own partitions cannot deadlock. A row
+    -- that had to be waited for comes back as it is after the wait.
+    SELECT count(*) INTO guarded
+    FROM (
+        SELECT c.partition, c.applied
+        FROM payment_writer.source_cursor c
+        WHERE c.topic_id = p_topic_id AND c.partition = ANY (p_partitions)
+        ORDER BY c.partition
+        FOR NO KEY UPDATE
+    ) AS locked
+    JOIN unnest(p_partitions, p_seen) AS m (partition, seen)
+        ON m.partition = locked.partition AND m.seen = locked.applied;
+    IF guarded <> wanted THEN
+        SELECT m.partition, m.seen, c.applied INTO lost
+        FROM unnest(p_partitions, p_seen) AS m (partition, seen)
+        LEFT JOIN payment_writer.source_cursor c ON c.topic_id = p_topic_id AND c.partition = m.partition
+        WHERE c.applied = m.seen IS NOT TRUE
+        ORDER BY m.partition
+        LIMIT 1;
+        RAISE EXCEPTION USING ERRCODE = 'PW001',
+            MESSAGE = format('cursor of partition %s: applied is %s, expected %s',
+                lost.partition, coalesce(lost.applied::text, 'absent'), coalesce(lost.seen::text, 'null')),
+            DETAIL = json_build_object('partition', lost.partition, 'seen', lost.seen, 'applied', lost.applied);
+    END IF;
 
     -- A statement of its own: its snapshot sees what was committed while the locks were waited for.
     UPDATE payment_writer.source_cursor c
@@ -116,19 +135,6 @@ BEGIN
     GET DIAGNOSTICS moved = ROW_COUNT;
     IF moved = wanted THEN
         RETURN;
-    END IF;
-
-    SELECT m.partition, m.seen, c.applied INTO guard
-    FROM unnest(p_partitions, p_seen) AS m (partition, seen)
-    LEFT JOIN payment_writer.source_cursor c ON c.topic_id = p_topic_id AND c.partition = m.partition
-    WHERE c.applied IS DISTINCT FROM m.seen OR m.seen IS NULL
-    ORDER BY m.partition
-    LIMIT 1;
-    IF FOUND THEN
-        RAISE EXCEPTION USING ERRCODE = 'PW001',
-            MESSAGE = format('cursor of partition %s: applied is %s, expected %s',
-                guard.partition, coalesce(guard.applied::text, 'absent'), coalesce(guard.seen::text, 'null')),
-            DETAIL = json_build_object('partition', guard.partition, 'seen', guard.seen, 'applied', guard.applied);
     END IF;
     RAISE EXCEPTION USING ERRCODE = 'PW002', MESSAGE = 'move_cursors: a partition is named twice';
 END
