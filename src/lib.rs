@@ -10,4 +10,6 @@
     )
 )]
 
+pub mod postgres;
 pub mod record;
+pub mod schema;
