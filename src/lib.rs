@@ -10,5 +10,23 @@
     )
 )]
 
+pub mod batch;
+pub mod cli;
+pub mod columns;
+pub mod config;
+pub mod cursor;
+pub mod disposition;
+pub mod intake;
 pub mod kafka;
+pub mod kafka_client;
+pub mod lane;
+pub mod ledger;
+pub mod logging;
+pub mod metrics;
+pub mod payment;
+pub mod postgres;
+pub mod publication;
 pub mod record;
+pub mod schema;
+pub mod status;
+pub mod wire;
