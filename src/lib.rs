@@ -10,5 +10,8 @@
     )
 )]
 
+pub mod cli;
 pub mod config;
+pub mod kafka_client;
+pub mod logging;
 pub mod record;
