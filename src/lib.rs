@@ -10,4 +10,5 @@
     )
 )]
 
+pub mod payment;
 pub mod record;
