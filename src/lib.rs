@@ -11,6 +11,7 @@
 )]
 
 pub mod batch;
+pub mod binding;
 pub mod cli;
 pub mod columns;
 pub mod config;

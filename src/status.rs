@@ -1,9 +1,11 @@
 //! What the daemon knows of itself, for `/status`, `/readyz` and the metrics.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::cursor::Doubt;
+use crate::disposition::Fate;
 use crate::record::{NextOffset, Partition, TimestampMs};
 
 /// What a partition is doing.
@@ -77,13 +79,59 @@ struct State {
     is_member: bool,
 }
 
+/// Records settled since the start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Totals {
+    /// Written now.
+    pub written: u64,
+    /// Written in an earlier try, delivered again for their events.
+    pub redelivered: u64,
+    /// Duplicates.
+    pub duplicates: u64,
+    /// Dead letters.
+    pub dead_letters: u64,
+}
+
 /// Shared by lanes (which write it once a batch) and the admin server (which reads it).
 #[derive(Default)]
-pub struct Board(Mutex<State>);
+pub struct Board {
+    state: Mutex<State>,
+    written: AtomicU64,
+    redelivered: AtomicU64,
+    duplicates: AtomicU64,
+    dead_letters: AtomicU64,
+}
 
 impl Board {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts records that were settled.
+    pub fn settled(&self, fates: &[Fate]) {
+        let (mut written, mut redelivered, mut duplicates, mut dead_letters) = (0, 0, 0, 0);
+        for fate in fates {
+            match fate {
+                Fate::Written => written += 1,
+                Fate::WrittenBefore => redelivered += 1,
+                Fate::Duplicate => duplicates += 1,
+                Fate::DeadLetter(_) => dead_letters += 1,
+            }
+        }
+        self.written.fetch_add(written, Ordering::Relaxed);
+        self.redelivered.fetch_add(redelivered, Ordering::Relaxed);
+        self.duplicates.fetch_add(duplicates, Ordering::Relaxed);
+        self.dead_letters.fetch_add(dead_letters, Ordering::Relaxed);
+    }
+
+    /// Records settled since the start.
+    pub fn totals(&self) -> Totals {
+        Totals {
+            written: self.written.load(Ordering::Relaxed),
+            redelivered: self.redelivered.load(Ordering::Relaxed),
+            duplicates: self.duplicates.load(Ordering::Relaxed),
+            dead_letters: self.dead_letters.load(Ordering::Relaxed),
+        }
     }
 
     /// A partition was assigned or is being opened again.

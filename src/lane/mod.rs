@@ -609,6 +609,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         self.report_positions();
         if spans.is_empty() {
             self.metrics.outcomes(&fates);
+            self.board.settled(&fates.0);
             self.intake.reuse(batch.into_source());
         } else {
             let emits = self.settings.mode.publishes;
@@ -642,6 +643,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             }
         }
         self.metrics.outcomes(publication.fates());
+        self.board.settled(&publication.fates().0);
         self.metrics.outputs(&counts);
         self.metrics.latency(publication.batch());
         self.report_positions();

@@ -16,13 +16,10 @@ use crate::schema::locks::{self, LockKey};
 /// Settings of a lane's session. The planner is kept from the two plans that are cheap on the empty tables
 /// they may be planned on, and ruinous on full ones.
 const SETTINGS: &str = "
-    SET synchronous_commit = on;
     SET statement_timeout = '45s';
     SET lock_timeout = '30s';
-    SET idle_in_transaction_session_timeout = '60s';
     SET enable_nestloop = off;
     SET enable_seqscan = off;
-    SET jit = off;
 ";
 
 const CURSORS: &str = "
