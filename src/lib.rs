@@ -12,3 +12,4 @@
 
 pub mod payment;
 pub mod record;
+pub mod wire;
