@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use crate::columns::RowWriter;
 use crate::disposition::Fate;
-use crate::payment::{Payment, payment_id};
+use crate::payment::Payment;
 use crate::record::{NextOffset, Offset, Partition, RecordView, SourceBatch, TimestampMs};
 use crate::wire::{self, Reason, Refusal, Rules};
 
@@ -164,15 +164,10 @@ struct Encoder {
 }
 
 impl Encoder {
-    fn encode(
-        &mut self,
-        payment: &Payment<'_>,
-        record: &RecordView<'_>,
-        created_at: TimestampMs,
-        rules: &Rules,
-    ) -> Candidate {
-        let message_id = payment.message_id.0;
-        let id = payment_id(payment.message_id, created_at);
+    fn encode(&mut self, payment: &Payment<'_>, record: &RecordView<'_>, rules: &Rules) -> Candidate {
+        let created_at = payment.created_at;
+        let message_id = *payment.message_id.as_bytes();
+        let id = payment.payment_id();
         let from = position(&self.core);
         RowWriter::start(&mut self.core, 7)
             .uuid(id.as_bytes())
@@ -204,11 +199,11 @@ impl Encoder {
         }
         let notes = from..position(&self.notes);
         let from = position(&self.read_events);
-        wire::encode_read_event(payment, &id, created_at, &mut self.read_events);
+        wire::encode_read_event(payment, id, &mut self.read_events);
         let read_event = from..position(&self.read_events);
         let from = position(&self.email_events);
-        if rules.email_statuses.contains(&payment.status) {
-            wire::encode_email_event(payment, &id, created_at, &mut self.email_events);
+        if rules.sends_email(payment.status) {
+            wire::encode_email_event(payment, id, &mut self.email_events);
         }
         let email_event = from..position(&self.email_events);
         Candidate {
@@ -238,12 +233,9 @@ impl Batch {
         encoder.email_events.reserve(records * 220);
         let mut places = Vec::with_capacity(records);
         for record in source.iter() {
-            let entry = match (wire::parse(&record, rules), record.timestamp) {
-                (Ok(payment), Some(created_at)) => {
-                    Entry::Valid(encoder.encode(&payment, &record, created_at, rules))
-                }
-                (Ok(_), None) => Entry::Refused(Refusal::invalid_timestamp()),
-                (Err(refusal), _) => Entry::Refused(refusal),
+            let entry = match wire::parse(&record, rules) {
+                Ok(payment) => Entry::Valid(encoder.encode(&payment, &record, rules)),
+                Err(refusal) => Entry::Refused(refusal),
             };
             places.push(Place { partition: record.partition, offset: record.offset, entry });
         }
@@ -277,9 +269,7 @@ impl Batch {
             }
         }
         let places = &self.places;
-        let key = |index: &u32| {
-            places.get(*index as usize).map(|p| (message_id(p), p.offset, p.partition))
-        };
+        let key = |index: &u32| places.get(*index as usize).map(|p| (message_id(p), p.offset, p.partition));
         self.candidates.sort_unstable_by_key(key);
     }
 
@@ -363,9 +353,7 @@ impl Batch {
             let Entry::Valid(candidate) = &place.entry else { continue };
             *fate = match &winner {
                 // A twin in the batch: the first of the id has claimed it, or met its owner.
-                Some((id, owner)) if *id == candidate.message_id => {
-                    against_owner(place, candidate, owner)
-                }
+                Some((id, owner)) if *id == candidate.message_id => against_owner(place, candidate, owner),
                 _ => {
                     let stranger = answer.owners.get(&candidate.message_id).copied();
                     let owner = stranger.unwrap_or(Owner {

@@ -45,10 +45,7 @@ pub enum BindingError {
 
 /// The id that this database was given when its schema was made.
 pub async fn database_id(client: &Client) -> Result<Uuid, tokio_postgres::Error> {
-    client
-        .query_one("SELECT database_id FROM payment_writer.database_identity", &[])
-        .await?
-        .try_get(0)
+    client.query_one("SELECT database_id FROM payment_writer.database_identity", &[]).await?.try_get(0)
 }
 
 async fn bound<C: GenericClient>(client: &C) -> Result<Option<Binding>, tokio_postgres::Error> {

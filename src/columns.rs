@@ -5,7 +5,7 @@
 //! `timestamptz_send` in the server's sources.
 
 use bytes::{BufMut, BytesMut};
-use postgres_types::{IsNull, ToSql, Type, to_sql_checked};
+use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 
 use crate::record::TimestampMs;
 
@@ -143,7 +143,7 @@ impl ToSql for ArrayParam {
         out: &mut BytesMut,
     ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
         let element = match ty.kind() {
-            postgres_types::Kind::Array(element) => element.oid(),
+            tokio_postgres::types::Kind::Array(element) => element.oid(),
             _ => return Err("an array parameter is bound to something that is no array".into()),
         };
         out.reserve(self.elements.len() + 20);
@@ -157,7 +157,7 @@ impl ToSql for ArrayParam {
     }
 
     fn accepts(ty: &Type) -> bool {
-        matches!(ty.kind(), postgres_types::Kind::Array(_))
+        matches!(ty.kind(), tokio_postgres::types::Kind::Array(_))
     }
 
     to_sql_checked!();
@@ -206,10 +206,7 @@ mod tests {
     fn a_row_is_laid_out_as_the_manual_says() {
         let mut out = Vec::new();
         RowWriter::start(&mut out, 3).integer(7).text(None).text(Some("ab"));
-        assert_eq!(
-            out,
-            [0, 3, 0, 0, 0, 4, 0, 0, 0, 7, 255, 255, 255, 255, 0, 0, 0, 2, b'a', b'b']
-        );
+        assert_eq!(out, [0, 3, 0, 0, 0, 4, 0, 0, 0, 7, 255, 255, 255, 255, 0, 0, 0, 2, b'a', b'b']);
         assert_eq!(COPY_HEADER.len(), 19);
     }
 }

@@ -56,13 +56,7 @@ impl Mark {
 
 impl fmt::Display for Mark {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{MARK_VERSION} {} {} {}",
-            self.topic_id.simple(),
-            self.position,
-            self.database_id.simple()
-        )
+        write!(f, "{MARK_VERSION} {} {} {}", self.topic_id.simple(), self.position, self.database_id.simple())
     }
 }
 
@@ -324,9 +318,7 @@ pub fn decide(known: &Known, identity: &Identity, mode: &Mode) -> Decision {
     let committed = gate;
     let must_commit = !is_ours || group.as_ref().map(|g| g.position) != Some(committed);
     let stored = row.as_ref().is_some_and(|r| {
-        r.applied == applied
-            && r.settled.is_none()
-            && r.published == mode.publishes.then_some(gate)
+        r.applied == applied && r.settled.is_none() && r.published == mode.publishes.then_some(gate)
     });
     Decision::Go(Start { from, applied, gate, committed, must_commit, must_store: !stored })
 }
@@ -360,13 +352,10 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
             }
             match row.published {
                 // `published` may be beyond `applied` after a restore: what was sent is known then.
-                Some(published) if published >= row.applied => {
-                    Ok((row.applied, row.applied, published))
+                Some(published) if published >= row.applied => Ok((row.applied, row.applied, published)),
+                published => {
+                    Err(Doubt::Unproved { from: published.unwrap_or(bounds.start), to: row.applied })
                 }
-                published => Err(Doubt::Unproved {
-                    from: published.unwrap_or(bounds.start),
-                    to: row.applied,
-                }),
             }
         }
         (None, None) => match committed.filter(|k| *k > bounds.start) {

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{
+    Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge,
+    histogram,
+};
 
 use crate::batch::{Batch, Fates};
 use crate::disposition::{Fate, sqlstate_label};
@@ -38,36 +41,65 @@ impl LanePhase {
 }
 
 /// Bounds of all histograms of durations, in seconds.
-pub const SECONDS_BUCKETS: [f64; 16] = [
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
-];
+pub const SECONDS_BUCKETS: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
 /// Bounds of the histogram of batch sizes, in records.
 pub const RECORDS_BUCKETS: [f64; 11] =
     [1.0, 2.0, 5.0, 10.0, 50.0, 100.0, 500.0, 1_000.0, 5_000.0, 10_000.0, 50_000.0];
 /// Bounds of the histogram of batch sizes, in bytes.
-pub const BYTES_BUCKETS: [f64; 8] =
-    [1e3, 1e4, 1e5, 5e5, 1e6, 2.5e6, 5e6, 1e7];
+pub const BYTES_BUCKETS: [f64; 8] = [1e3, 1e4, 1e5, 5e5, 1e6, 2.5e6, 5e6, 1e7];
 
 /// Says what each metric is, for the exposition's HELP lines.
 pub fn describe() {
-    describe_counter!("payment_writer_records_total", "Input records by outcome; each counts once when it is settled, redelivered ones as before");
+    describe_counter!(
+        "payment_writer_records_total",
+        "Input records by outcome; each counts once when it is settled, redelivered ones as before"
+    );
     describe_counter!("payment_writer_dead_letters_total", "Dead letters published, by reason");
-    describe_counter!("payment_writer_published_total", "Messages in committed Kafka transactions, by output topic");
+    describe_counter!(
+        "payment_writer_published_total",
+        "Messages in committed Kafka transactions, by output topic"
+    );
     describe_counter!("payment_writer_batches_total", "Database transactions of batches, by lane");
     describe_histogram!("payment_writer_batch_records", "Records in a batch");
-    describe_histogram!("payment_writer_batch_bytes", Unit::Bytes, "Bytes of keys, values and headers in a batch");
+    describe_histogram!(
+        "payment_writer_batch_bytes",
+        Unit::Bytes,
+        "Bytes of keys, values and headers in a batch"
+    );
     describe_histogram!("payment_writer_phase_seconds", Unit::Seconds, "Time of a lane by phase of a batch");
-    describe_histogram!("payment_writer_database_step_seconds", Unit::Seconds, "Time of the steps of a database transaction");
-    describe_histogram!("payment_writer_end_to_end_seconds", Unit::Seconds, "From the record's timestamp to the commit of its events; sampled");
+    describe_histogram!(
+        "payment_writer_database_step_seconds",
+        Unit::Seconds,
+        "Time of the steps of a database transaction"
+    );
+    describe_histogram!(
+        "payment_writer_end_to_end_seconds",
+        Unit::Seconds,
+        "From the record's timestamp to the commit of its events; sampled"
+    );
     describe_counter!("payment_writer_database_errors_total", "Database errors by class of SQLSTATE");
     describe_gauge!("payment_writer_partitions_assigned", "Partitions assigned, by lane");
-    describe_gauge!("payment_writer_partitions_halted", "Partitions halted until a person settles them, by lane");
+    describe_gauge!(
+        "payment_writer_partitions_halted",
+        "Partitions halted until a person settles them, by lane"
+    );
     describe_counter!("payment_writer_rebalances_total", "Rebalances by kind");
-    describe_counter!("payment_writer_lane_resets_total", "Times that a lane dropped what it held and read its cursors again");
+    describe_counter!(
+        "payment_writer_lane_resets_total",
+        "Times that a lane dropped what it held and read its cursors again"
+    );
     describe_gauge!("payment_writer_database_up", "1 while the database answers a lane");
     describe_gauge!("payment_writer_broker_up", "1 while the broker answers a lane");
-    describe_gauge!("payment_writer_lag_records", "Records between the published position and the end of an assigned partition");
-    describe_gauge!("payment_writer_lag_seconds", Unit::Seconds, "Age of the last written record of a partition with lag; 0 when caught up");
+    describe_gauge!(
+        "payment_writer_lag_records",
+        "Records between the published position and the end of an assigned partition"
+    );
+    describe_gauge!(
+        "payment_writer_lag_seconds",
+        Unit::Seconds,
+        "Age of the last written record of a partition with lag; 0 when caught up"
+    );
     describe_gauge!("payment_writer_build_info", "1, with the version as label");
 }
 
@@ -113,8 +145,7 @@ impl LaneMetrics {
             batches: counter!("payment_writer_batches_total", "lane" => lane.clone()),
             batch_records: histogram!("payment_writer_batch_records"),
             batch_bytes: histogram!("payment_writer_batch_bytes"),
-            phases: LanePhase::ALL
-                .map(|p| histogram!("payment_writer_phase_seconds", "phase" => p.label())),
+            phases: LanePhase::ALL.map(|p| histogram!("payment_writer_phase_seconds", "phase" => p.label())),
             claim: step("claim"),
             copy: step("copy"),
             commit: step("commit"),

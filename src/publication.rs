@@ -171,9 +171,7 @@ impl Publication {
         &'a self,
         identity: &'a Identity,
     ) -> impl Iterator<Item = (Partition, NextOffset, String)> + 'a {
-        self.spans
-            .iter()
-            .map(move |s| (s.partition, s.commit, Mark::new(identity, s.commit).to_string()))
+        self.spans.iter().map(move |s| (s.partition, s.commit, Mark::new(identity, s.commit).to_string()))
     }
 
     /// To be called by the log once the transaction is committed, and at no other time.
@@ -182,10 +180,7 @@ impl Publication {
     }
 
     fn gate(&self, partition: Partition) -> NextOffset {
-        self.spans
-            .iter()
-            .find(|s| s.partition == partition)
-            .map_or(NextOffset(i64::MAX), |s| s.gate)
+        self.spans.iter().find(|s| s.partition == partition).map_or(NextOffset(i64::MAX), |s| s.gate)
     }
 
     /// Hands every output to `send`, in the order of the records: account order is offset order.
@@ -249,8 +244,7 @@ fn events<E>(
     let only_source = [source];
     let headers = if with_trace.is_empty() { &only_source[..] } else { &with_trace };
     let key = view.record.key;
-    for (topic, value) in
-        [(OutputTopic::Read, Some(view.read_event)), (OutputTopic::Email, view.email_event)]
+    for (topic, value) in [(OutputTopic::Read, Some(view.read_event)), (OutputTopic::Email, view.email_event)]
     {
         if value.is_some() {
             send(&Output { topic, key, value, headers })?;
@@ -278,10 +272,10 @@ fn dead_letter<E>(
     let _ = write!(scratch.offset, "{}", record.offset);
     let _ = write!(scratch.timestamp, "{}", record.timestamp.map_or(-1, |t| t.0));
     let detail = match view.refusal {
-        Some(refusal) => refusal.detail(),
+        Some(refusal) => &*refusal.detail,
         None => match reason {
-            Reason::MessageIdConflict => "messageId: seen on another record with another payload".into(),
-            _ => "the database refused this row".into(),
+            Reason::MessageIdConflict => "messageId: seen on another record with another payload",
+            _ => "the database refused this row",
         },
     };
     let mut value = record.value;
@@ -295,8 +289,7 @@ fn dead_letter<E>(
         value = None;
     }
     let left_out = value.is_none() && record.value.is_some();
-    let own_bytes: usize =
-        record.headers.iter().map(|(name, v)| name.len() + v.map_or(0, <[u8]>::len)).sum();
+    let own_bytes: usize = record.headers.iter().map(|(name, v)| name.len() + v.map_or(0, <[u8]>::len)).sum();
     let mut headers: Vec<Header<'_>> = Vec::with_capacity(record.headers.len() + 10);
     if own_bytes <= OWN_HEADERS_BYTES_MAX {
         headers.extend(record.headers.iter().filter(|(name, _)| !REPLACED_HEADERS.contains(name)));
@@ -314,8 +307,7 @@ fn dead_letter<E>(
         headers.push((b"dlq-value-sha256", Some(scratch.hash.as_bytes())));
     }
     headers.push((b"source", Some(scratch.source.as_bytes())));
-    let output =
-        Output { topic: OutputTopic::DeadLetter, key: record.key, value, headers: &headers };
+    let output = Output { topic: OutputTopic::DeadLetter, key: record.key, value, headers: &headers };
     send(&output)?;
     if let Some(count) = counts.by_topic.get_mut(OutputTopic::DeadLetter.index()) {
         *count += 1;

@@ -36,13 +36,7 @@ pub struct PartitionStatus {
 
 impl PartitionStatus {
     fn opening() -> Self {
-        Self {
-            phase: Phase::Opening,
-            applied: None,
-            published: None,
-            applied_timestamp: None,
-            end: None,
-        }
+        Self { phase: Phase::Opening, applied: None, published: None, applied_timestamp: None, end: None }
     }
 
     /// Records between the published position and the end.
@@ -158,8 +152,7 @@ impl Board {
     ) {
         let mut state = self.state();
         for (partition, applied, published, timestamp) in positions {
-            let status =
-                state.partitions.entry(partition).or_insert_with(PartitionStatus::opening);
+            let status = state.partitions.entry(partition).or_insert_with(PartitionStatus::opening);
             status.phase = Phase::Live;
             status.applied = Some(applied);
             status.published = Some(published);

@@ -51,17 +51,17 @@ mod tests {
 
     #[test]
     fn a_shown_connection_string_has_no_password() {
-        let url = PostgresUrl::parse(
-            "postgresql://writer:hunter2@db1:5433,db2:5434/payments?connect_timeout=5",
-        )
-        .unwrap();
+        let url =
+            PostgresUrl::parse("postgresql://writer:hunter2@db1:5433,db2:5434/payments?connect_timeout=5")
+                .unwrap();
         assert_eq!(url.to_string(), "postgres://writer@db1:5433,db2:5434/payments");
         assert!(!format!("{url:?}").contains("hunter2"));
     }
 
     #[test]
     fn a_refused_connection_string_is_not_repeated() {
-        for text in ["postgresql://writer:hunter2@db/x?hunter2=1", "hunter2", "postgresql://w:h@:x:hunter2/"] {
+        for text in ["postgresql://writer:hunter2@db/x?hunter2=1", "hunter2", "postgresql://w:h@:x:hunter2/"]
+        {
             assert!(!PostgresUrl::parse(text).unwrap_err().contains("hunter2"));
         }
     }

@@ -136,12 +136,7 @@ impl Ticket {
 }
 
 impl ConsumerContext for GroupContext {
-    fn rebalance(
-        &self,
-        consumer: &BaseConsumer<Self>,
-        event: RDKafkaRespErr,
-        list: &mut TopicPartitionList,
-    ) {
+    fn rebalance(&self, consumer: &BaseConsumer<Self>, event: RDKafkaRespErr, list: &mut TopicPartitionList) {
         let partitions: Vec<Partition> = list
             .elements_for_topic(&self.0.topic)
             .iter()
@@ -257,8 +252,7 @@ impl Group {
             is_closing: AtomicBool::new(false),
         });
         let consumer = config.create_with_context(GroupContext(Arc::clone(&shared)))?;
-        let group =
-            Self { consumer: Arc::new(consumer), shared, thread: Arc::new(OnceLock::new()) };
+        let group = Self { consumer: Arc::new(consumer), shared, thread: Arc::new(OnceLock::new()) };
         Ok((group, end))
     }
 
@@ -325,10 +319,8 @@ impl Group {
     fn seek(&self, mut list: TopicPartitionList) -> Result<(), String> {
         let deadline = Instant::now() + REQUEST_TIMEOUT;
         while list.count() > 0 {
-            let sought = self
-                .consumer
-                .seek_partitions(list, REQUEST_TIMEOUT)
-                .map_err(|e| format!("seeking: {e}"))?;
+            let sought =
+                self.consumer.seek_partitions(list, REQUEST_TIMEOUT).map_err(|e| format!("seeking: {e}"))?;
             let mut again = TopicPartitionList::new();
             for element in sought.elements() {
                 match element.error() {
@@ -338,11 +330,7 @@ impl Group {
                         RDKafkaErrorCode::State | RDKafkaErrorCode::PreviousInProgress,
                     )) if Instant::now() < deadline => {
                         again
-                            .add_partition_offset(
-                                &self.shared.topic,
-                                element.partition(),
-                                element.offset(),
-                            )
+                            .add_partition_offset(&self.shared.topic, element.partition(), element.offset())
                             .map_err(|e| e.to_string())?;
                     }
                     Err(error) => {

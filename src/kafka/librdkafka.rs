@@ -160,9 +160,9 @@ impl<'a> NativeRecord<'a> {
             let mut value: *const c_void = ptr::null();
             let mut len = 0;
             // SAFETY: as above; out-pointers are written only on success.
-            let found = unsafe {
-                sys::rd_kafka_header_get_all(headers, index, &mut name, &mut value, &mut len)
-            } == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR;
+            let found =
+                unsafe { sys::rd_kafka_header_get_all(headers, index, &mut name, &mut value, &mut len) }
+                    == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR;
             index += 1;
             // SAFETY: name is a C string, value a buffer of `len`, both owned by the message.
             found.then(|| unsafe { (CStr::from_ptr(name).to_bytes(), bytes(value, len)) })
@@ -235,9 +235,8 @@ impl<C: ConsumerContext> LaneQueue<C> {
     pub fn drain(&mut self, max: usize, mut take: impl FnMut(QueueItem<'_>)) -> usize {
         let max = max.min(self.messages.len());
         // SAFETY: the array has room for `max` pointers; a zero time limit makes the call return at once.
-        let count = unsafe {
-            sys::rd_kafka_consume_batch_queue(self.queue, 0, self.messages.as_mut_ptr(), max)
-        };
+        let count =
+            unsafe { sys::rd_kafka_consume_batch_queue(self.queue, 0, self.messages.as_mut_ptr(), max) };
         let count = usize::try_from(count).unwrap_or(0);
         for pointer in self.messages.iter().take(count) {
             // SAFETY: librdkafka returned `count` live messages that are ours until destroyed; the
@@ -248,10 +247,9 @@ impl<C: ConsumerContext> LaneQueue<C> {
                     sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR => {
                         QueueItem::Record(NativeRecord { message })
                     }
-                    sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__PARTITION_EOF => QueueItem::End {
-                        partition: Partition(message.partition),
-                        position: message.offset,
-                    },
+                    sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__PARTITION_EOF => {
+                        QueueItem::End { partition: Partition(message.partition), position: message.offset }
+                    }
                     code => QueueItem::Failed {
                         partition: (!message.rkt.is_null() && message.partition >= 0)
                             .then_some(Partition(message.partition)),
@@ -463,12 +461,7 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
     ) -> Result<(), NativeError> {
         // SAFETY: client, list and metadata are live; librdkafka copies both.
         NativeError::check(unsafe {
-            sys::rd_kafka_send_offsets_to_transaction(
-                self.native(),
-                offsets.ptr(),
-                group.0,
-                millis(timeout),
-            )
+            sys::rd_kafka_send_offsets_to_transaction(self.native(), offsets.ptr(), group.0, millis(timeout))
         })
     }
 
@@ -508,8 +501,10 @@ pub fn topic_id<C: ConsumerContext>(
     unsafe {
         let queue = sys::rd_kafka_queue_new(client);
         let collection = sys::rd_kafka_TopicCollection_of_topic_names(names.as_mut_ptr(), names.len());
-        let options =
-            sys::rd_kafka_AdminOptions_new(client, sys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS);
+        let options = sys::rd_kafka_AdminOptions_new(
+            client,
+            sys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS,
+        );
         let mut reason: [c_char; 256] = [0; 256];
         sys::rd_kafka_AdminOptions_set_request_timeout(
             options,

@@ -159,10 +159,7 @@ impl Log for KafkaLog {
         .await
     }
 
-    async fn bounds(
-        &mut self,
-        partitions: &[Partition],
-    ) -> Result<Vec<(Partition, LogBounds)>, LogFailure> {
+    async fn bounds(&mut self, partitions: &[Partition]) -> Result<Vec<(Partition, LogBounds)>, LogFailure> {
         let partitions = partitions.to_vec();
         let expected = self.settings.identity.topic_id;
         self.blocking(move |group| {

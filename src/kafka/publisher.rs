@@ -102,10 +102,7 @@ fn serve(settings: &PublisherSettings, receiver: &jobs::Receiver<Job>) {
     }
 }
 
-fn init(
-    settings: &PublisherSettings,
-    slot: &mut Option<TxnProducer<QuietLog>>,
-) -> Result<(), String> {
+fn init(settings: &PublisherSettings, slot: &mut Option<TxnProducer<QuietLog>>) -> Result<(), String> {
     if slot.is_none() {
         let native = BaseProducer::from_config_and_context(&settings.config, QuietContext(QuietLog))
             .map_err(|e| format!("creating the producer: {e}"))?;

@@ -18,7 +18,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use self::breaker::Breaker;
-use self::ports::{CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, RevokeDone, WriteTimes};
+use self::ports::{
+    CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, RevokeDone, WriteTimes,
+};
 use crate::batch::{Answer, Batch, Fates, Progress};
 use crate::cursor::{Doubt, Identity, IdentityDoubt, Mode};
 use crate::disposition::FailureClass;
@@ -429,12 +431,10 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 known.timestamp = stamp;
             } else if let Some(Slot::Live(live)) = self.slots.get(&record.partition) {
                 let partition = record.partition;
-                progress.insert(partition, Progress {
+                progress.insert(
                     partition,
-                    seen: live.applied,
-                    reached: next,
-                    timestamp: stamp,
-                });
+                    Progress { partition, seen: live.applied, reached: next, timestamp: stamp },
+                );
             }
         }
         for (partition, end) in ends {
@@ -465,24 +465,30 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             let published =
                 Some(live.committed).filter(|k| self.settings.mode.publishes && live.stored != Some(*k));
             if published.is_some() {
-                moves.insert(*partition, CursorMove {
-                    partition: *partition,
-                    seen: live.applied,
-                    applied: live.applied,
-                    published,
-                    timestamp: None,
-                });
+                moves.insert(
+                    *partition,
+                    CursorMove {
+                        partition: *partition,
+                        seen: live.applied,
+                        applied: live.applied,
+                        published,
+                        timestamp: None,
+                    },
+                );
             }
         }
         for p in progress {
             let published = moves.get(&p.partition).and_then(|m| m.published);
-            moves.insert(p.partition, CursorMove {
-                partition: p.partition,
-                seen: p.seen,
-                applied: p.applied(),
-                published,
-                timestamp: p.timestamp,
-            });
+            moves.insert(
+                p.partition,
+                CursorMove {
+                    partition: p.partition,
+                    seen: p.seen,
+                    applied: p.applied(),
+                    published,
+                    timestamp: p.timestamp,
+                },
+            );
         }
         moves.into_values().collect()
     }
@@ -668,8 +674,12 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             }
         };
         let Some(batch) = &mut self.writing else { return Ok(true) };
-        let planned: BTreeMap<Partition, NextOffset> =
-            batch.progress().iter().filter(|p| p.applied() != p.seen).map(|p| (p.partition, p.applied())).collect();
+        let planned: BTreeMap<Partition, NextOffset> = batch
+            .progress()
+            .iter()
+            .filter(|p| p.applied() != p.seen)
+            .map(|p| (p.partition, p.applied()))
+            .collect();
         let (mut as_seen, mut as_planned) = (true, !planned.is_empty());
         for (partition, row) in &rows {
             let found = row.as_ref().map(|r| r.applied);

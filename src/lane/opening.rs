@@ -159,8 +159,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         {
             return self.ledger_failed("storing the first cursors", failure);
         }
-        let positions: Vec<_> =
-            starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
+        let positions: Vec<_> = starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
         if let Err(failure) = self.log.start(&positions).await {
             return self.log_failed("starting to fetch", failure);
         }

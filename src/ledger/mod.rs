@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use deadpool_postgres::Pool;
 use futures_util::{SinkExt, TryFutureExt, future};
-use postgres_types::ToSql;
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{CopyInSink, Statement};
 use uuid::Uuid;
 
@@ -51,10 +51,7 @@ impl PgLedger {
     }
 }
 
-async fn limited<T>(
-    doing: &str,
-    work: impl Future<Output = Result<T, Failed>>,
-) -> Result<T, LedgerFailure> {
+async fn limited<T>(doing: &str, work: impl Future<Output = Result<T, Failed>>) -> Result<T, LedgerFailure> {
     match tokio::time::timeout(TRANSACTION_TIMEOUT, work).await {
         Ok(outcome) => outcome.map_err(LedgerFailure::from),
         Err(_) => Err(session::gave_up(doing, TRANSACTION_TIMEOUT)),
@@ -88,14 +85,8 @@ impl Moves {
 }
 
 async fn move_cursors(session: &Session, topic_id: &Uuid, moves: &Moves) -> Result<(), Failed> {
-    let parameters: [&(dyn ToSql + Sync); 6] = [
-        topic_id,
-        &moves.partitions,
-        &moves.seen,
-        &moves.applied,
-        &moves.published,
-        &moves.timestamps,
-    ];
+    let parameters: [&(dyn ToSql + Sync); 6] =
+        [topic_id, &moves.partitions, &moves.seen, &moves.applied, &moves.published, &moves.timestamps];
     session.client.query(&session.move_cursors, &parameters).await?;
     Ok(())
 }
@@ -332,8 +323,7 @@ impl Ledger for PgLedger {
         let mut session = self.take_session().await?;
         let moves = Moves::new(moves);
         let topic_id = self.identity.topic_id;
-        let written =
-            limited("writing a batch", write_in(&mut session, &topic_id, batch, &moves)).await?;
+        let written = limited("writing a batch", write_in(&mut session, &topic_id, batch, &moves)).await?;
         self.session = Some(session);
         Ok(written)
     }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use deadpool_postgres::{ClientWrapper, Object, Pool};
-use postgres_types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
 use tokio_postgres::Statement;
+use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
 use uuid::Uuid;
 
 use crate::cursor::{Identity, IdentityDoubt};
@@ -122,12 +122,7 @@ impl From<tokio_postgres::Error> for Failed {
 
 impl From<Failed> for LedgerFailure {
     fn from(failed: Failed) -> Self {
-        Self {
-            class: failed.class,
-            sqlstate: failed.sqlstate,
-            message: failed.message,
-            identity: None,
-        }
+        Self { class: failed.class, sqlstate: failed.sqlstate, message: failed.message, identity: None }
     }
 }
 
@@ -161,9 +156,8 @@ impl Session {
         let client = Object::take(pool.get().await.map_err(|error| pool_failure(&error))?);
         let prepared = async {
             client.batch_execute(SETTINGS).await?;
-            let row = client
-                .query_one("SELECT database_id FROM payment_writer.database_identity", &[])
-                .await?;
+            let row =
+                client.query_one("SELECT database_id FROM payment_writer.database_identity", &[]).await?;
             let found: Uuid = row.try_get(0)?;
             if found != identity.database_id {
                 return Ok(Err(IdentityDoubt::OtherDatabase { marked: identity.database_id, found }));
