@@ -152,7 +152,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
     logging::init(&settings.log).map_err(|error| Failure::failed(error.to_string()))?;
     match cli.command {
         Command::Run(args) => run::run(settings, &args),
-        Command::Migrate(args) => migrate::migrate(settings, &args),
+        Command::Migrate(args) => migrate::migrate(&settings, &args),
         Command::Topics(TopicsCommand::Create(args)) => topics::create(&settings, &args),
         Command::Cursors(command) => cursors::cursors(settings, &command),
         Command::Produce(args) => produce::produce(&settings, &args),

@@ -10,12 +10,14 @@
     )
 )]
 
+pub mod admin;
 pub mod batch;
 pub mod binding;
 pub mod cli;
 pub mod columns;
 pub mod config;
 pub mod cursor;
+pub mod daemon;
 pub mod disposition;
 pub mod intake;
 pub mod kafka;

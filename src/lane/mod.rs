@@ -5,7 +5,7 @@
 //! next one. Whenever it is in doubt about where things stand, it forgets everything it holds and
 //! reads both cursors again ([`Lane::reset`]): there is one way to recover, and it is used often.
 
-mod breaker;
+pub mod breaker;
 mod opening;
 pub mod ports;
 
