@@ -31,5 +31,6 @@ pub mod postgres;
 pub mod publication;
 pub mod record;
 pub mod schema;
+pub mod settlement;
 pub mod status;
 pub mod wire;
