@@ -323,6 +323,38 @@ fn unknown_fields_are_ignored_and_must_be_good_json() {
 }
 
 #[test]
+fn the_published_schemas_say_what_the_code_does() {
+    let schemas = [
+        include_str!("../../docs/schemas/payment.schema.json"),
+        include_str!("../../docs/schemas/read-event.schema.json"),
+        include_str!("../../docs/schemas/email-event.schema.json"),
+    ]
+    .map(|text| serde_json::from_str::<serde_json::Value>(text).unwrap());
+    let codes: Vec<_> = Currency::all().map(Currency::code).collect();
+    for schema in &schemas {
+        assert_eq!(schema["properties"]["currency"]["enum"], json!(codes));
+    }
+    let [message, read, email] = &schemas;
+    let names: Vec<_> = Field::ALL.iter().map(|f| f.name()).collect();
+    assert_eq!(message["required"], json!(names[..6]));
+    assert!(message["properties"].as_object().unwrap().keys().all(|name| Field::index_of(name).is_some()));
+
+    // The example of the message makes the examples of the events.
+    let value = message["examples"][0].to_string();
+    let timestamp = Some(V7_MS + 102);
+    let events = Record { value: Some(value.as_bytes()), timestamp, ..Default::default() }.parse(
+        &Rules::default(),
+        |p| {
+            let (mut read, mut email) = (Vec::new(), Vec::new());
+            encode_read_event(p, p.payment_id(), &mut read);
+            encode_email_event(p, p.payment_id(), &mut email);
+            [read, email].map(|event| serde_json::from_slice::<serde_json::Value>(&event).unwrap())
+        },
+    );
+    assert_eq!(events, Ok([read["examples"][0].clone(), email["examples"][0].clone()]));
+}
+
+#[test]
 fn a_refusal_never_shows_what_the_message_says() {
     const SECRET: &str = "s3cr3t";
     let quoted = format!("\"{SECRET}\"");
