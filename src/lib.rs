@@ -12,6 +12,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod generator;
 pub mod kafka_client;
 pub mod logging;
 pub mod record;
