@@ -456,6 +456,7 @@ fn read_topic(kafka: &str, topic: &str, mut each: impl FnMut(&BorrowedMessage<'_
         .set("enable.partition.eof", "true")
         .set("enable.auto.commit", "false")
         .set("fetch.wait.max.ms", "50")
+        .set("fetch.queue.backoff.ms", "20")
         .create()?;
     let metadata = consumer.fetch_metadata(Some(topic), KAFKA_TIMEOUT)?;
     let partitions = metadata.topics()[0].partitions().len();
@@ -463,7 +464,11 @@ fn read_topic(kafka: &str, topic: &str, mut each: impl FnMut(&BorrowedMessage<'_
         return Err(format!("topic {topic} is not there").into());
     }
     let mut assignment = TopicPartitionList::new();
+    let mut ends = Vec::new();
     for partition in 0..i32::try_from(partitions)? {
+        // Before fetching begins: behind a waiting fetch each of these would wait, too.
+        let (_, end) = consumer.fetch_watermarks(topic, partition, KAFKA_TIMEOUT)?;
+        ends.push(end);
         assignment.add_partition_offset(topic, partition, Offset::Beginning)?;
     }
     consumer.assign(&assignment)?;
@@ -476,8 +481,7 @@ fn read_topic(kafka: &str, topic: &str, mut each: impl FnMut(&BorrowedMessage<'_
             Some(Err(error)) => return Err(format!("reading topic {topic}: {error}").into()),
         }
     }
-    let ends = (0..i32::try_from(partitions)?).map(|p| consumer.fetch_watermarks(topic, p, KAFKA_TIMEOUT));
-    Ok(ends.map(|end| end.map(|(_, high)| high)).collect::<std::result::Result<_, _>>()?)
+    Ok(ends)
 }
 
 #[derive(Deserialize)]
@@ -930,6 +934,7 @@ async fn audit(arguments: &Arguments) -> Result<usize> {
         .map(|row| row.get(0))
         .collect();
     match topics.iter().next() {
+        None if audit.partitions.is_empty() => {}
         Some(topic_id) if topics.len() == 1 => audit.topic_id_prefix = topic_id[..8].to_owned(),
         _ => audit.wrong(format!("source_cursor knows {} topics of that name", topics.len())),
     }
