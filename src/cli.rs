@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 
 use clap::{Parser, Subcommand};
 
-pub use cursors::{AcceptArgs, CursorsCommand, SkipArgs};
+pub use cursors::{AcceptArgs, CursorsCommand, SettleArgs, SkipArgs};
 pub use migrate::{MigrateArgs, MigrateCommand};
 pub use produce::ProduceArgs;
 pub use run::RunArgs;
@@ -152,9 +152,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
     logging::init(&settings.log).map_err(|error| Failure::failed(error.to_string()))?;
     match cli.command {
         Command::Run(args) => run::run(settings, &args),
-        Command::Migrate(args) => migrate::migrate(settings, &args),
+        Command::Migrate(args) => migrate::migrate(&settings, &args),
         Command::Topics(TopicsCommand::Create(args)) => topics::create(&settings, &args),
-        Command::Cursors(command) => cursors::cursors(settings, &command),
+        Command::Cursors(command) => cursors::cursors(&settings, &command),
         Command::Produce(args) => produce::produce(&settings, &args),
         // Done above, before logging began.
         Command::CheckConfig | Command::Config(_) => Ok(()),

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 pub use cron::CronSchedule;
 pub use origin::Origin;
-pub use postgres_url::{PostgresUrl, TlsMode};
+pub use postgres_url::PostgresUrl;
 pub use problem::{ConfigError, Problem};
 pub use properties::KafkaProperties;
 pub use reader::Effective;

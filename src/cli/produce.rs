@@ -273,7 +273,7 @@ fn summary(report: &Report<'_>, tally: &Tally) -> String {
         count("bad", tally.bad_total()),
     ];
     for (reason, records) in tally.bad() {
-        rows.push(count(&format!("  {}", reason.name()), *records));
+        rows.push(count(&format!("  {}", reason.reason()), *records));
     }
     if report.undelivered > 0 {
         rows.push(count("not delivered", report.undelivered));

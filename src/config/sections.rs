@@ -204,7 +204,7 @@ impl KafkaSettings {
 
 impl PostgresSettings {
     fn read(r: &mut Reader) -> Option<Self> {
-        let parse = |raw: &Raw<'_>| PostgresUrl::parse(raw.text()?).map_err(str::to_owned);
+        let parse = |raw: &Raw<'_>| PostgresUrl::parse(raw.text()?);
         let url = r.read_shown("postgres.url", parse, |url| Some(url.to_string()));
         let housekeeping_url = r.read_shown("postgres.housekeeping_url", parse, |url| Some(url.to_string()));
         Some(Self { url: url?, housekeeping_url: housekeeping_url? })

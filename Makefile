@@ -1,0 +1,47 @@
+# `make` lists what there is. Everything runs as root or as an ordinary user, and needs only Rust beforehand.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+# Integration tests mostly wait for servers, so more of them than cores run side by side.
+export RUST_TEST_THREADS ?= 4
+
+SCRIPTS := .ci/run dev/demo dev/install dev/servers
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test dev-up dev-down dev-clean fmt lint build clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: ## start Kafka and Postgres, write 200,000 payments, check and show every outcome, clean up
+	@dev/demo
+
+test: lint ## everything CI runs: format, lints, then unit, property and integration tests
+	dev/servers install
+	cargo test --locked
+
+dev-up: ## start a local Kafka and Postgres that stay, and print the settings that reach them
+	@dev/servers up
+
+dev-down: ## stop them; their data stays
+	@dev/servers down
+
+dev-clean: ## stop them and remove their data
+	@dev/servers destroy
+
+fmt: ## format the code
+	cargo fmt
+
+lint: ## check format, lints, dependencies and scripts
+	@dev/install
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	@if cargo deny --version >/dev/null 2>&1; then echo cargo deny check; cargo deny check; fi
+	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck $(SCRIPTS); fi
+
+build: ## build the release binary, target/release/payment-writer
+	@dev/install
+	cargo build --locked --release
+
+clean: ## remove everything that was built, fetched or started here
+	@dev/servers destroy
+	rm -rf .local
+	cargo clean

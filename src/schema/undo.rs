@@ -1,0 +1,90 @@
+//! The way back: undo files, newest step first.
+
+use tokio_postgres::{Client, Transaction};
+
+use super::{
+    DDL_LOCK_TIMEOUT_MS, HISTORY, SCHEMA, SchemaError, SchemaVersion, StepState, alone, doing, known, names,
+    status,
+};
+
+/// Tables whose rows nobody gets back by migrating again.
+const PRECIOUS: &[&str] = &["payment_core", "idempotency", "source_cursor"];
+
+/// What was undone.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UndoReport {
+    /// The steps, in the order in which they were undone.
+    pub undone: Vec<String>,
+    /// Where the schema is now; `None` if it is gone.
+    pub version: Option<SchemaVersion>,
+}
+
+/// Undoes the last `count` steps, one transaction each; after the first step nothing of ours is left, the
+/// schema itself included.
+///
+/// Refuses as long as payments, claimed message ids or cursors are there, unless `force` is set, and refuses
+/// steps that ran otherwise than this program knows them.
+pub async fn undo(client: &mut Client, count: u32, force: bool) -> Result<UndoReport, SchemaError> {
+    alone(client, async |client: &mut Client| {
+        let mut undone = Vec::new();
+        for _ in 0..count {
+            let status = status(client).await?;
+            let Some(last) = status.steps.iter().rfind(|s| s.state != StepState::Pending) else { break };
+            let step = match &last.state {
+                StepState::Applied(_) => known(last.version),
+                StepState::Divergent(_) => {
+                    return Err(status.agrees().err().unwrap_or(SchemaError::NotOurs(last.version)));
+                }
+                StepState::Unknown(_) | StepState::Pending => None,
+            };
+            let step = step.ok_or(SchemaError::NotOurs(last.version))?;
+
+            let transaction = client.transaction().await.map_err(doing("cannot begin"))?;
+            let settings = format!("SET LOCAL lock_timeout = {DDL_LOCK_TIMEOUT_MS}");
+            transaction.batch_execute(&settings).await.map_err(doing("cannot prepare the transaction"))?;
+            if !force {
+                refuse_if_not_empty(&transaction).await?;
+            }
+            transaction
+                .batch_execute(step.down)
+                .await
+                .map_err(doing(format!("cannot undo {}", step.name)))?;
+            transaction
+                .execute(&format!("DELETE FROM {HISTORY} WHERE version = $1"), &[&last.version.0])
+                .await
+                .map_err(doing("cannot take the step out of the history"))?;
+            if !status.steps.iter().any(|s| s.version < last.version) {
+                transaction
+                    .batch_execute(&format!("DROP TABLE {HISTORY}; DROP SCHEMA {SCHEMA}"))
+                    .await
+                    .map_err(doing("cannot drop the schema"))?;
+            }
+            transaction.commit().await.map_err(doing(format!("cannot undo {}", step.name)))?;
+            undone.push(step.name.to_owned());
+        }
+        Ok(UndoReport { undone, version: status(client).await?.version() })
+    })
+    .await
+}
+
+/// Keeps writers out until the transaction ends, so that what was empty stays so.
+async fn refuse_if_not_empty(transaction: &Transaction<'_>) -> Result<(), SchemaError> {
+    let present = transaction
+        .query(
+            "SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass('payment_writer.' || name) IS NOT NULL",
+            &[&PRECIOUS],
+        )
+        .await
+        .map_err(doing("cannot look for the tables"))?;
+    let mut filled = Vec::new();
+    for table in names(&present) {
+        let lock = format!("LOCK TABLE {SCHEMA}.{table} IN ACCESS EXCLUSIVE MODE");
+        transaction.batch_execute(&lock).await.map_err(doing(format!("cannot lock {table}")))?;
+        let exists = format!("SELECT EXISTS (SELECT FROM {SCHEMA}.{table})");
+        let row = transaction.query_one(&exists, &[]).await.map_err(doing(format!("cannot read {table}")))?;
+        if row.get(0) {
+            filled.push(table);
+        }
+    }
+    if filled.is_empty() { Ok(()) } else { Err(SchemaError::NotEmpty(filled)) }
+}

@@ -1,0 +1,174 @@
+//! The program under test: commands that end, and the daemon as a child process.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use super::{DEADLINE, Scope, wait_until};
+
+/// What a command that ended left behind.
+#[derive(Debug)]
+pub struct Finished {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Finished {
+    /// Fails the test unless the command ended with code 0.
+    #[track_caller]
+    pub fn succeeds(self) -> Finished {
+        assert_eq!(self.code, Some(0), "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        self
+    }
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub struct Reply {
+    pub status: u16,
+    pub body: String,
+}
+
+impl Scope<'_> {
+    /// Runs one of the program's commands to its end.
+    pub fn command(&self, arguments: &[&str]) -> Finished {
+        self.command_with(arguments, &[])
+    }
+
+    /// As [`Scope::command`], with further settings, by their names in the environment.
+    pub fn command_with(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
+        let output = self.program(arguments, settings).stdin(Stdio::null()).output().unwrap();
+        Finished {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Starts the program, its output going to a file, its admin port a free one.
+    pub fn daemon(&self, arguments: &[&str]) -> Daemon {
+        self.daemon_with(arguments, &[])
+    }
+
+    /// As [`Scope::daemon`], with further settings, by their names in the environment.
+    pub fn daemon_with(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Daemon {
+        let admin = free_address();
+        let log = self.dir.join(format!("daemon-{}.log", admin.port()));
+        let output = File::create(&log).unwrap();
+        let child = self
+            .program(arguments, &[])
+            // Two daemons on one machine are two members, unless a test says otherwise.
+            .env("PAYMENT_WRITER__KAFKA__INSTANCE_ID", format!("instance-{}", admin.port()))
+            .env("PAYMENT_WRITER__ADMIN__LISTEN", admin.to_string())
+            .envs(settings.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
+            .spawn()
+            .unwrap();
+        Daemon { child, admin, log }
+    }
+
+    fn program(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_payment-writer"));
+        command.args(arguments).envs(self.settings()).envs(settings.iter().copied());
+        command
+    }
+}
+
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// A running daemon. Dropping it kills it, and prints its log if the test is failing.
+pub struct Daemon {
+    child: Child,
+    pub admin: SocketAddr,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// SIGKILL, and waits until it is gone.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM: asks it to drain.
+    pub fn terminate(&self) {
+        self.signal("TERM");
+    }
+
+    /// Sends a signal by its name, e.g. `STOP`, `CONT`, `INT`.
+    pub fn signal(&self, name: &str) {
+        // A shell's own `kill` is there on every machine, the program is not.
+        let kill = format!("kill -s {name} {}", self.child.id());
+        assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success(), "{kill}");
+    }
+
+    /// Waits until it has ended by itself.
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(begin.elapsed() < DEADLINE, "the daemon has not ended within {DEADLINE:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Everything it has said so far.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap()).into_owned()
+    }
+
+    /// Asks its admin port; `None` while nobody answers there.
+    pub fn get(&self, path: &str) -> Option<Reply> {
+        let mut stream = TcpStream::connect_timeout(&self.admin, Duration::from_secs(1)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+        // HTTP/1.0: the answer comes in one piece and ends with the connection.
+        stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").as_bytes()).ok()?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).ok()?;
+        let answer = String::from_utf8_lossy(&answer);
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some(Reply { status, body: body.to_owned() })
+    }
+
+    #[track_caller]
+    pub fn wait_until_ready(&self) {
+        wait_until("the daemon is ready", || self.get("/readyz").is_some_and(|reply| reply.status == 200));
+    }
+
+    /// The sum of a metric's samples whose labels contain `labels` (e.g. `outcome="written"`; empty: all).
+    pub fn metric(&self, name: &str, labels: &str) -> f64 {
+        let Some(reply) = self.get("/metrics") else { return 0.0 };
+        let samples = reply.body.lines().filter_map(|line| {
+            let (series, value) = line.rsplit_once(' ')?;
+            let (found, found_labels) = series.split_once('{').unwrap_or((series, ""));
+            (found == name && found_labels.contains(labels)).then(|| value.parse::<f64>().ok())?
+        });
+        samples.sum()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- log of the daemon ---\n{}", self.log());
+        }
+    }
+}

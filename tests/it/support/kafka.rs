@@ -1,0 +1,254 @@
+//! Records in and out of a scope's topics, as other systems would send and read them.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{DeliveryResult, Header, Headers, Message as _, OwnedHeaders};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::types::RDKafkaErrorCode;
+use rdkafka::{ClientContext, Timestamp};
+
+use super::{DEADLINE, Scope, wait_until};
+
+/// A record to be sent. What is not set is left to the client.
+#[derive(Clone, Debug, Default)]
+pub struct Message {
+    pub key: Option<Vec<u8>>,
+    pub value: Option<Vec<u8>>,
+    pub headers: Vec<(String, Option<Vec<u8>>)>,
+    pub timestamp_ms: Option<i64>,
+    pub partition: Option<i32>,
+}
+
+impl Message {
+    pub fn new(key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) -> Message {
+        Message { key: Some(key.into()), value: Some(value.into()), ..Message::default() }
+    }
+
+    pub fn header(mut self, name: &str, value: impl Into<Vec<u8>>) -> Message {
+        self.headers.push((name.to_owned(), Some(value.into())));
+        self
+    }
+
+    pub fn timestamp_ms(mut self, timestamp_ms: i64) -> Message {
+        self.timestamp_ms = Some(timestamp_ms);
+        self
+    }
+
+    pub fn partition(mut self, partition: i32) -> Message {
+        self.partition = Some(partition);
+        self
+    }
+}
+
+/// A record that was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Received {
+    pub partition: i32,
+    pub offset: i64,
+    pub timestamp_ms: Option<i64>,
+    pub key: Option<Vec<u8>>,
+    pub value: Option<Vec<u8>>,
+    pub headers: Vec<(String, Option<Vec<u8>>)>,
+}
+
+impl Received {
+    /// The text of a header that must occur exactly once.
+    #[track_caller]
+    pub fn header(&self, name: &str) -> &str {
+        let mut found = self.headers.iter().filter(|(key, _)| key == name);
+        let (Some((_, Some(value))), None) = (found.next(), found.next()) else {
+            panic!("header {name} is not there exactly once: {:?}", self.headers)
+        };
+        std::str::from_utf8(value).unwrap()
+    }
+
+    pub fn has_header(&self, name: &str) -> bool {
+        self.headers.iter().any(|(key, _)| key == name)
+    }
+
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(self.value.as_deref().unwrap()).unwrap()
+    }
+
+    #[track_caller]
+    pub fn key_text(&self) -> &str {
+        std::str::from_utf8(self.key.as_deref().unwrap()).unwrap()
+    }
+}
+
+/// Keeps where each record went.
+#[derive(Default)]
+struct Deliveries(Mutex<Vec<Option<(i32, i64)>>>);
+
+impl ClientContext for Deliveries {}
+
+impl ProducerContext for Deliveries {
+    type DeliveryOpaque = Box<usize>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, index: Box<usize>) {
+        if let Ok(message) = result {
+            self.0.lock().unwrap()[*index] = Some((message.partition(), message.offset()));
+        }
+    }
+}
+
+impl Scope<'_> {
+    /// Where this scope's Kafka is, for clients with settings of their own.
+    pub fn client_config(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config
+            .set("bootstrap.servers", self.servers.bootstrap_servers())
+            // Where the Java clients put a key.
+            .set("partitioner", "murmur2_random")
+            .set("retry.backoff.ms", "20");
+        config
+    }
+
+    /// Sends records and waits for all of them; returns partition and offset of each.
+    pub fn produce(&self, topic: &str, messages: impl IntoIterator<Item = Message>) -> Vec<(i32, i64)> {
+        let producer: BaseProducer<Deliveries> =
+            self.client_config().create_with_context(Deliveries::default()).unwrap();
+        send(&producer, topic, messages)
+    }
+
+    /// Sends records in one transaction, which is committed or aborted.
+    pub fn produce_in_transaction(
+        &self,
+        topic: &str,
+        messages: impl IntoIterator<Item = Message>,
+        commit: bool,
+    ) -> Vec<(i32, i64)> {
+        let producer: BaseProducer<Deliveries> = self
+            .client_config()
+            .set("transactional.id", format!("{topic}_test_producer"))
+            .create_with_context(Deliveries::default())
+            .unwrap();
+        producer.init_transactions(DEADLINE).unwrap();
+        producer.begin_transaction().unwrap();
+        let sent = send(&producer, topic, messages);
+        if commit {
+            producer.commit_transaction(DEADLINE).unwrap();
+        } else {
+            producer.abort_transaction(DEADLINE).unwrap();
+        }
+        sent
+    }
+
+    /// All committed records of a topic, ordered by partition and offset.
+    pub fn read_all(&self, topic: &str) -> Vec<Received> {
+        let consumer: BaseConsumer = self
+            .client_config()
+            .set("group.id", format!("{topic}_test_reader"))
+            .set("isolation.level", "read_committed")
+            .set("enable.partition.eof", "true")
+            .set("enable.auto.commit", "false")
+            .set("fetch.wait.max.ms", "10")
+            .create()
+            .unwrap();
+        let metadata = consumer.fetch_metadata(Some(topic), DEADLINE).unwrap();
+        let partitions: Vec<i32> =
+            metadata.topics()[0].partitions().iter().map(|partition| partition.id()).collect();
+        let mut assignment = TopicPartitionList::new();
+        for &partition in &partitions {
+            assignment.add_partition_offset(topic, partition, Offset::Beginning).unwrap();
+        }
+        consumer.assign(&assignment).unwrap();
+        let begin = Instant::now();
+        let mut at_end = vec![false; partitions.len()];
+        let mut received = Vec::new();
+        while at_end.contains(&false) {
+            assert!(begin.elapsed() < DEADLINE, "topic {topic} was not read to its end within {DEADLINE:?}");
+            match consumer.poll(Duration::from_millis(100)) {
+                None => {}
+                Some(Ok(message)) => received.push(Received {
+                    partition: message.partition(),
+                    offset: message.offset(),
+                    timestamp_ms: match message.timestamp() {
+                        Timestamp::NotAvailable => None,
+                        Timestamp::CreateTime(ms) | Timestamp::LogAppendTime(ms) => Some(ms),
+                    },
+                    key: message.key().map(<[u8]>::to_vec),
+                    value: message.payload().map(<[u8]>::to_vec),
+                    headers: message.headers().map_or(Vec::new(), |headers| {
+                        headers.iter().map(|h| (h.key.to_owned(), h.value.map(<[u8]>::to_vec))).collect()
+                    }),
+                }),
+                Some(Err(KafkaError::PartitionEOF(partition))) => {
+                    at_end[usize::try_from(partition).unwrap()] = true
+                }
+                Some(Err(error)) => panic!("reading {topic}: {error}"),
+            }
+        }
+        received.sort_by_key(|record| (record.partition, record.offset));
+        received
+    }
+
+    /// The group's committed offset and its metadata text, where it has one.
+    pub fn committed(&self, partition: i32) -> Option<(i64, String)> {
+        let consumer: BaseConsumer = self.client_config().set("group.id", &self.group_id).create().unwrap();
+        let mut asked = TopicPartitionList::new();
+        asked.add_partition(&self.input_topic, partition);
+        let committed = consumer.committed_offsets(asked, DEADLINE).unwrap();
+        let partition = committed.find_partition(&self.input_topic, partition)?;
+        let Offset::Offset(offset) = partition.offset() else { return None };
+        Some((offset, partition.metadata().to_owned()))
+    }
+
+    /// Waits until clients can see a topic that was just made.
+    pub(super) fn wait_for_topic(&self, topic: &str, partitions: i32) {
+        let consumer: BaseConsumer = self.client_config().create().unwrap();
+        wait_until("the topic's partitions have leaders", || {
+            let metadata = consumer.fetch_metadata(Some(topic), DEADLINE).unwrap();
+            let found = metadata.topics()[0].partitions();
+            found.len() == usize::try_from(partitions).unwrap() && found.iter().all(|p| p.leader() >= 0)
+        });
+    }
+}
+
+fn send(
+    producer: &BaseProducer<Deliveries>,
+    topic: &str,
+    messages: impl IntoIterator<Item = Message>,
+) -> Vec<(i32, i64)> {
+    for message in messages {
+        let index = {
+            let mut deliveries = producer.context().0.lock().unwrap();
+            deliveries.push(None);
+            deliveries.len() - 1
+        };
+        let mut headers = OwnedHeaders::new();
+        for (key, value) in &message.headers {
+            headers = headers.insert(Header { key, value: value.as_ref() });
+        }
+        let mut record: BaseRecord<'_, [u8], [u8], Box<usize>> =
+            BaseRecord::with_opaque_to(topic, Box::new(index));
+        record.key = message.key.as_deref();
+        record.payload = message.value.as_deref();
+        record.partition = message.partition;
+        record.timestamp = message.timestamp_ms;
+        if !message.headers.is_empty() {
+            record.headers = Some(headers);
+        }
+        let mut unsent = Some(record);
+        while let Some(record) = unsent.take() {
+            match producer.send(record) {
+                Ok(()) => {}
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), record)) => {
+                    producer.poll(Duration::from_millis(10));
+                    unsent = Some(record);
+                }
+                Err((error, _)) => panic!("producing to {topic}: {error}"),
+            }
+        }
+        producer.poll(Duration::ZERO);
+    }
+    producer.flush(DEADLINE).unwrap();
+    let deliveries = producer.context().0.lock().unwrap();
+    deliveries.iter().map(|delivered| delivered.expect("the record was not delivered")).collect()
+}

@@ -1,0 +1,45 @@
+//! What integration tests stand on: servers, a scope of names for each test, the daemon as a child process.
+//!
+//! Everything here blocks: tests are plain `#[test]` functions, as the daemon under test is another process.
+//!
+//! ```ignore
+//! let scope = Scope::new(Servers::shared(), "duplicates");
+//! scope.create_topics(4, 2);
+//! scope.command(&["migrate"]).succeeds();
+//! scope.produce(&scope.input_topic, [Message::new("57", r#"{"messageId":...}"#)]);
+//! let daemon = scope.daemon(&["run"]);
+//! wait_until("the row is there", || scope.count("payment_core") == 1);
+//! let events = scope.read_all(&scope.read_topic);
+//! ```
+// Each helper is for the tests that need it; not every revision has one.
+#![allow(dead_code, unused_imports)]
+
+mod daemon;
+mod kafka;
+mod servers;
+
+use std::time::{Duration, Instant};
+
+pub use daemon::{Daemon, Finished, Reply};
+pub use kafka::{Message, Received};
+pub use servers::{Act, Scope, Servers};
+
+/// How long anything may take that is expected to happen. Generous: it is waited for in full only by a
+/// test that fails.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Waits until `condition` holds, and fails the test if it does not within [`DEADLINE`].
+#[track_caller]
+pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {
+    wait_until_within(DEADLINE, what, condition);
+}
+
+/// As [`wait_until`], with a deadline of one's own.
+#[track_caller]
+pub fn wait_until_within(deadline: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < deadline, "not within {deadline:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

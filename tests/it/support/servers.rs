@@ -1,0 +1,289 @@
+//! Kafka and Postgres, started by `dev/servers`, and each test's own names in them.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{LazyLock, OnceLock};
+
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use tokio::runtime::Runtime;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, NoTls, Row};
+
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+});
+
+static SEQUENCE: AtomicU32 = AtomicU32::new(0);
+
+/// A number that no other call in this process gets.
+fn next_number() -> u32 {
+    SEQUENCE.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Blocks on a future, for the harness's own use of asynchronous clients.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    RUNTIME.block_on(future)
+}
+
+/// What can be done to a server.
+#[derive(Clone, Copy, Debug)]
+pub enum Act {
+    Start,
+    /// In order, at once.
+    Stop,
+    /// Postgres only: stop without a checkpoint, so that the next start recovers.
+    Immediate,
+    /// SIGKILL, for all processes of the server.
+    Kill,
+    /// The server is there and does not answer, until resumed.
+    Pause,
+    Resume,
+}
+
+impl Act {
+    fn word(self) -> &'static str {
+        match self {
+            Act::Start => "start",
+            Act::Stop => "stop",
+            Act::Immediate => "immediate",
+            Act::Kill => "kill",
+            Act::Pause => "pause",
+            Act::Resume => "resume",
+        }
+    }
+}
+
+/// One Kafka and one Postgres. They end with this process, however it ends: `dev/servers` watches it.
+pub struct Servers {
+    dir: PathBuf,
+    kafka: String,
+    postgres_admin: String,
+}
+
+impl Servers {
+    /// The pair that all tests of this binary share. Never stop or pause these; see [`Servers::own`].
+    pub fn shared() -> &'static Servers {
+        static SHARED: OnceLock<Servers> = OnceLock::new();
+        SHARED.get_or_init(Servers::own)
+    }
+
+    /// A pair for one test alone, to break as it likes. Takes some seconds to start; gone when dropped.
+    pub fn own() -> Servers {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
+            "it-{}-{}",
+            std::process::id(),
+            next_number()
+        ));
+        let owner = std::process::id().to_string();
+        let settings = dev_servers(&dir, &["up", "--owner-pid", &owner]);
+        let settings: HashMap<&str, &str> =
+            settings.lines().filter_map(|line| line.strip_prefix("export ")?.split_once('=')).collect();
+        Servers {
+            kafka: settings["PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS"].to_owned(),
+            postgres_admin: settings["DEV_POSTGRES_ADMIN_URL"].to_owned(),
+            dir,
+        }
+    }
+
+    /// Returns when it is done: started means ready, stopped means gone.
+    pub fn kafka(&self, act: Act) {
+        dev_servers(&self.dir, &["kafka", act.word()]);
+    }
+
+    /// Returns when it is done: started means ready, stopped means gone.
+    pub fn postgres(&self, act: Act) {
+        dev_servers(&self.dir, &["postgres", act.word()]);
+    }
+
+    pub fn bootstrap_servers(&self) -> &str {
+        &self.kafka
+    }
+
+    /// The superuser's connection to `database`.
+    pub fn postgres_admin_url(&self, database: &str) -> String {
+        let (server, _) = self.postgres_admin.rsplit_once('/').unwrap();
+        format!("{server}/{database}")
+    }
+
+    /// The connection of the role that owns `database`.
+    pub fn postgres_url(&self, database: &str) -> String {
+        self.postgres_admin_url(database).replace("//postgres:postgres@", "//payment_writer:payment_writer@")
+    }
+
+    /// Where logs are kept, for a look after a failure.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        dev_servers(&self.dir, &["destroy"]);
+    }
+}
+
+fn dev_servers(dir: &Path, arguments: &[&str]) -> String {
+    let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("dev/servers"))
+        .args(arguments)
+        .arg("--dir")
+        .arg(dir)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "dev/servers {arguments:?}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A test's own database, topics and group, so that tests run beside each other on shared servers.
+pub struct Scope<'s> {
+    pub servers: &'s Servers,
+    pub database: String,
+    pub group_id: String,
+    pub input_topic: String,
+    pub read_topic: String,
+    pub email_topic: String,
+    pub dead_letter_topic: String,
+    pub(super) dir: PathBuf,
+}
+
+impl<'s> Scope<'s> {
+    /// Makes an empty database; topics are left to [`Scope::create_topics`] or to the command under test.
+    pub fn new(servers: &'s Servers, name: &str) -> Scope<'s> {
+        let name = format!("{name}_{}", next_number());
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("it-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let scope = Scope {
+            servers,
+            group_id: format!("{name}_group"),
+            input_topic: format!("{name}_input"),
+            read_topic: format!("{name}_read"),
+            email_topic: format!("{name}_email"),
+            dead_letter_topic: format!("{name}_dlq"),
+            database: name,
+            dir,
+        };
+        scope.recreate_database();
+        scope
+    }
+
+    /// Replaces the database by an empty one, whoever is connected to it.
+    pub fn recreate_database(&self) {
+        let name = &self.database;
+        block_on(async {
+            let postgres = connect(&self.servers.postgres_admin_url("postgres")).await;
+            // Two statements apart: neither may run inside a transaction.
+            for statement in [
+                format!("DROP DATABASE IF EXISTS \"{name}\" WITH (FORCE)"),
+                format!("CREATE DATABASE \"{name}\" OWNER payment_writer"),
+            ] {
+                postgres.batch_execute(&statement).await.unwrap();
+            }
+        });
+    }
+
+    /// Makes the four topics, the three outputs with the same number of partitions.
+    pub fn create_topics(&self, input_partitions: i32, output_partitions: i32) {
+        self.create_topic(&self.input_topic, input_partitions);
+        for topic in [&self.read_topic, &self.email_topic, &self.dead_letter_topic] {
+            self.create_topic(topic, output_partitions);
+        }
+    }
+
+    pub fn create_topic(&self, name: &str, partitions: i32) {
+        let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        let results = block_on(self.admin().create_topics([&topic], &AdminOptions::new())).unwrap();
+        for result in results {
+            result.unwrap();
+        }
+        self.wait_for_topic(name, partitions);
+    }
+
+    pub fn delete_topic(&self, name: &str) {
+        for result in block_on(self.admin().delete_topics(&[name], &AdminOptions::new())).unwrap() {
+            result.unwrap();
+        }
+    }
+
+    /// Forgets the group's offsets, as an operator might. The group must have no members.
+    pub fn delete_group(&self) {
+        for result in block_on(self.admin().delete_groups(&[&self.group_id], &AdminOptions::new())).unwrap() {
+            result.unwrap();
+        }
+    }
+
+    pub fn admin(&self) -> AdminClient<DefaultClientContext> {
+        self.client_config().create().unwrap()
+    }
+
+    /// The settings under which the daemon and its commands see this scope.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        [
+            ("KAFKA__BOOTSTRAP_SERVERS", self.servers.bootstrap_servers().to_owned()),
+            ("KAFKA__GROUP_ID", self.group_id.clone()),
+            ("KAFKA__INPUT_TOPIC", self.input_topic.clone()),
+            ("KAFKA__READ_TOPIC", self.read_topic.clone()),
+            ("KAFKA__EMAIL_TOPIC", self.email_topic.clone()),
+            ("KAFKA__DEAD_LETTER_TOPIC", self.dead_letter_topic.clone()),
+            ("POSTGRES__URL", self.postgres_url()),
+        ]
+        .map(|(key, value)| (format!("PAYMENT_WRITER__{key}"), value))
+        .into()
+    }
+
+    pub fn postgres_url(&self) -> String {
+        self.servers.postgres_url(&self.database)
+    }
+
+    /// Rows of a query in this scope's database, by a connection of its own.
+    pub fn sql(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Vec<Row> {
+        block_on(async { connect(&self.postgres_url()).await.query(statement, parameters).await }).unwrap()
+    }
+
+    /// Runs statements in this scope's database as its owner.
+    pub fn execute(&self, statements: &str) {
+        block_on(async { connect(&self.postgres_url()).await.batch_execute(statements).await }).unwrap();
+    }
+
+    /// Runs statements in this scope's database as superuser, for what an owner may not do.
+    pub fn execute_as_admin(&self, statements: &str) {
+        let url = self.servers.postgres_admin_url(&self.database);
+        block_on(async { connect(&url).await.batch_execute(statements).await }).unwrap();
+    }
+
+    /// Rows in a table of the schema `payment_writer`.
+    pub fn count(&self, table: &str) -> i64 {
+        self.sql(&format!("SELECT count(*) FROM payment_writer.{table}"), &[])[0].get(0)
+    }
+
+    /// A connection that stays, to hold locks or transactions with; see [`block_on`].
+    pub fn connect(&self) -> Client {
+        block_on(connect(&self.postgres_url()))
+    }
+
+    /// Cuts every connection to this scope's database.
+    pub fn cut_connections(&self) {
+        let url = self.servers.postgres_admin_url("postgres");
+        let statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1";
+        block_on(async { connect(&url).await.query(statement, &[&self.database]).await }).unwrap();
+    }
+}
+
+impl Drop for Scope<'_> {
+    /// The daemons' logs stay behind for a look when the test fails.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
