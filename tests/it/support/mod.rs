@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 pub use daemon::{Daemon, Finished, Reply};
 pub use kafka::{Message, Received};
-pub use servers::{Act, Scope, Servers};
+pub use servers::{Act, Scope, Servers, block_on};
 
 /// How long anything may take that is expected to happen. Generous: it is waited for in full only by a
 /// test that fails.
