@@ -149,6 +149,13 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
     }
 
+    /// The same lane with a jitter that a test can repeat.
+    pub fn with_jitter(mut self, seed: u64) -> Self {
+        self.database.seed(seed);
+        self.broker.seed(seed ^ u64::MAX);
+        self
+    }
+
     /// Runs until it is drained, or a doubt about identity stops it.
     pub async fn run(mut self) -> Result<(), IdentityDoubt> {
         loop {
