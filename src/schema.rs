@@ -264,7 +264,7 @@ fn migrations() -> Result<Vec<Migration>, SchemaError> {
 /// What ran when, and what is still to run. Needs no more than to read the history.
 pub async fn status(client: &Client) -> Result<Status, SchemaError> {
     const DOING: &str = "cannot read the history of the schema";
-    // Not `to_regclass` alone: it fails on a schema that the role may not use, where "absent" would mislead.
+    // Fails with 42501 if the role may not use the schema, instead of calling it absent.
     let exists: bool = client
         .query_one("SELECT to_regclass($1) IS NOT NULL", &[&HISTORY])
         .await
