@@ -10,6 +10,28 @@
     )
 )]
 
+pub mod admin;
+pub mod batch;
+pub mod binding;
+pub mod cli;
+pub mod columns;
+pub mod config;
+pub mod cursor;
+pub mod daemon;
+pub mod disposition;
+pub mod generator;
+pub mod intake;
+pub mod kafka;
+pub mod kafka_client;
+pub mod lane;
+pub mod ledger;
+pub mod logging;
+pub mod metrics;
+pub mod payment;
 pub mod postgres;
+pub mod publication;
 pub mod record;
 pub mod schema;
+pub mod settlement;
+pub mod status;
+pub mod wire;

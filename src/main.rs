@@ -1,1 +1,10 @@
-fn main() {}
+//! The program: parse the command line, do it, exit.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use payment_writer::cli;
+
+fn main() -> ExitCode {
+    cli::execute(cli::Cli::parse())
+}

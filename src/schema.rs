@@ -55,13 +55,14 @@ const STEPS: &[Step] = &[
     step!("1", "payment_tables"),
     step!("2", "idempotency_generations"),
     step!("3", "cursors_and_identity"),
+    step!("4", "settlements"),
 ];
 
 /// The newest step that this program knows.
 pub const NEWEST_KNOWN: SchemaVersion = SchemaVersion(STEPS.len() as i32);
 /// The oldest schema that this program can work with: it is kept at least one release behind
 /// [`NEWEST_KNOWN`] once there is a release to keep up with.
-pub const OLDEST_SUPPORTED: SchemaVersion = SchemaVersion(3);
+pub const OLDEST_SUPPORTED: SchemaVersion = SchemaVersion(4);
 
 /// What must be there for the daemon to work; a schema of the right version may still have lost a table.
 const REQUIRED_RELATIONS: &[&str] = &[
@@ -75,6 +76,7 @@ const REQUIRED_RELATIONS: &[&str] = &[
     "database_identity",
     "bound_group",
     "cursor_audit",
+    "cursor_settlement",
 ];
 const REQUIRED_FUNCTIONS: &[&str] = &[
     "move_cursors_v1(uuid,integer[],bigint[],bigint[],bigint[],timestamp with time zone[])",

@@ -12,7 +12,7 @@
 //! let events = scope.read_all(&scope.read_topic);
 //! ```
 // Each helper is for the tests that need it; not every revision has one.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 
 mod daemon;
 mod kafka;

@@ -155,7 +155,7 @@ impl<'s> Scope<'s> {
     /// Makes an empty database; topics are left to [`Scope::create_topics`] or to the command under test.
     pub fn new(servers: &'s Servers, name: &str) -> Scope<'s> {
         let name = format!("{name}_{}", next_number());
-        let dir = servers.dir.join("scopes").join(&name);
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("it-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let scope = Scope {
             servers,
@@ -270,6 +270,15 @@ impl<'s> Scope<'s> {
         let url = self.servers.postgres_admin_url("postgres");
         let statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1";
         block_on(async { connect(&url).await.query(statement, &[&self.database]).await }).unwrap();
+    }
+}
+
+impl Drop for Scope<'_> {
+    /// The daemons' logs stay behind for a look when the test fails.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
     }
 }
 

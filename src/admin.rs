@@ -1,0 +1,130 @@
+//! The admin server: `/metrics`, `/livez`, `/readyz`, `/status`.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use metrics::gauge;
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use serde_json::{Map, Value, json};
+use tokio::net::TcpListener;
+
+use crate::metrics::{BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now};
+use crate::status::{Board, Phase};
+
+#[derive(Clone)]
+struct Shared {
+    board: Arc<Board>,
+    metrics: PrometheusHandle,
+    version: &'static str,
+}
+
+/// Installs the recorder of this process's metrics.
+pub fn install_metrics(version: &'static str) -> Result<PrometheusHandle, BuildError> {
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Suffix("_records".to_owned()), &RECORDS_BUCKETS)?
+        .set_buckets_for_metric(Matcher::Suffix("_bytes".to_owned()), &BYTES_BUCKETS)?
+        .install_recorder()?;
+    describe();
+    gauge!("payment_writer_build_info", "version" => version).set(1.0);
+    Ok(handle)
+}
+
+/// Listens on `address`; the server runs until the process ends.
+pub async fn serve(
+    address: SocketAddr,
+    board: Arc<Board>,
+    metrics: PrometheusHandle,
+    version: &'static str,
+) -> std::io::Result<SocketAddr> {
+    let listener = TcpListener::bind(address).await?;
+    let bound = listener.local_addr()?;
+    let upkeep = metrics.clone();
+    tokio::spawn(async move {
+        // Histograms keep samples until they are taken in, also when nobody scrapes.
+        let mut tick = tokio::time::interval(std::time::Duration::from_secs(5));
+        loop {
+            tick.tick().await;
+            upkeep.run_upkeep();
+        }
+    });
+    let router = Router::new()
+        .route("/metrics", get(render_metrics))
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/status", get(status))
+        .with_state(Shared { board, metrics, version });
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, router).await {
+            tracing::error!(%error, "the admin server ended");
+        }
+    });
+    Ok(bound)
+}
+
+async fn render_metrics(State(shared): State<Shared>) -> Response {
+    let now = now();
+    for (partition, status) in shared.board.partitions() {
+        let partition = partition.to_string();
+        if let Some(lag) = status.lag() {
+            gauge!("payment_writer_lag_records", "partition" => partition.clone()).set(lag as f64);
+        }
+        if let Some(ms) = status.lag_ms(now) {
+            gauge!("payment_writer_lag_seconds", "partition" => partition).set(ms as f64 / 1_000.0);
+        }
+    }
+    let text = shared.metrics.render();
+    ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+async fn ready(State(shared): State<Shared>) -> Response {
+    let missing = shared.board.missing();
+    let code = if missing.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, Json(json!({ "ready": missing.is_empty(), "missing": missing }))).into_response()
+}
+
+async fn status(State(shared): State<Shared>) -> Response {
+    let now = now();
+    let missing = shared.board.missing();
+    let mut partitions = Map::new();
+    for (partition, status) in shared.board.partitions() {
+        let (state, doubt) = match &status.phase {
+            Phase::Opening => ("opening", Value::Null),
+            Phase::Live => ("live", Value::Null),
+            Phase::Halted(doubt) => {
+                ("halted", json!({ "doubt": doubt.label(), "advice": doubt.advice(partition) }))
+            }
+        };
+        partitions.insert(
+            partition.to_string(),
+            json!({
+                "state": state,
+                "halted": doubt,
+                "applied": status.applied.map(|o| o.0),
+                "published": status.published.map(|o| o.0),
+                "end": status.end.map(|o| o.0),
+                "lag_records": status.lag(),
+                "lag_seconds": status.lag_ms(now).map(|ms| ms as f64 / 1_000.0),
+            }),
+        );
+    }
+    let totals = shared.board.totals();
+    Json(json!({
+        "build": { "version": shared.version },
+        "breaker": if missing.is_empty() { "closed" } else { "open" },
+        "missing": missing,
+        "totals": {
+            "written": totals.written,
+            "duplicates": totals.duplicates,
+            "dead_letters": totals.dead_letters,
+            "redelivered": totals.redelivered,
+        },
+        "partitions": partitions,
+    }))
+    .into_response()
+}

@@ -1,0 +1,227 @@
+//! The command line: what can be typed, and what each exit code means.
+
+mod check_config;
+mod cursors;
+mod migrate;
+mod output;
+mod produce;
+mod run;
+mod show_config;
+mod topics;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::OnceLock;
+
+use clap::{Parser, Subcommand};
+
+pub use cursors::{AcceptArgs, CursorsCommand, SettleArgs, SkipArgs};
+pub use migrate::{MigrateArgs, MigrateCommand};
+pub use produce::ProduceArgs;
+pub use run::RunArgs;
+pub use show_config::ShowConfigArgs;
+pub use topics::CreateTopicsArgs;
+
+use crate::config::{ConfigError, Settings};
+use crate::logging;
+
+const EXAMPLES: &str = "\
+Examples:
+  payment-writer check-config                     is everything that is set allowed?
+  payment-writer topics create                    make the four topics where absent
+  payment-writer migrate                          make or update the tables
+  payment-writer run                              write payments until told to stop
+  payment-writer produce --count 200000           send payments to try it out
+
+Settings come from the file, and above it from environment variables such as
+PAYMENT_WRITER__KAFKA__GROUP_ID=payments; `payment-writer config show` lists them all.
+
+Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 stopped because a person must decide.";
+
+/// Writes payments from Kafka to Postgres, each exactly once, and publishes their events to Kafka.
+#[derive(Debug, Parser)]
+#[command(name = "payment-writer", version = version(), after_help = EXAMPLES)]
+pub struct Cli {
+    /// Settings file; otherwise PAYMENT_WRITER_CONFIG, then config/payment-writer.toml if it is there
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// All commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The daemon: write payments and publish their events until SIGTERM or SIGINT
+    Run(RunArgs),
+    /// Bring the database schema up to date; safe to start from many places at once
+    Migrate(MigrateArgs),
+    /// Make the Kafka topics
+    #[command(subcommand)]
+    Topics(TopicsCommand),
+    /// Look at how far each partition is, and settle a halted one
+    #[command(subcommand)]
+    Cursors(CursorsCommand),
+    /// Check the settings without connecting to anything
+    CheckConfig,
+    /// Look at the settings
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Load generator: send payments to the input topic, with duplicates, conflicts and bad records
+    Produce(ProduceArgs),
+}
+
+/// `topics`
+#[derive(Debug, Subcommand)]
+pub enum TopicsCommand {
+    /// Create the four topics where absent; safe to repeat, and from many places at once
+    Create(CreateTopicsArgs),
+}
+
+/// `config`
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Show every setting with its effective value and where that came from; secrets are hidden
+    Show(ShowConfigArgs),
+}
+
+/// How a command ended when it was not simply done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It did not work; trying again may.
+    Failed = 1,
+    /// The command line or the settings are wrong.
+    Usage = 2,
+    /// Going on by itself would risk a payment: a person must look.
+    PersonMustDecide = 3,
+}
+
+/// Why a command did not do what it was asked, in words for the person who asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// Which exit code the process ends with.
+    pub exit: Exit,
+    /// What went wrong, and what to do about it.
+    pub message: String,
+}
+
+impl Failure {
+    /// Exit code 1.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Failed, message: message.into() }
+    }
+
+    /// Exit code 2.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Usage, message: message.into() }
+    }
+
+    /// Exit code 3.
+    pub fn person_must_decide(message: impl Into<String>) -> Self {
+        Self { exit: Exit::PersonMustDecide, message: message.into() }
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+/// Does what the command line says, and tells on stderr what went wrong.
+pub fn execute(cli: Cli) -> ExitCode {
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // Nobody is left to tell if stderr is gone too.
+            let _ = output::to_stderr(&format!("error: {failure}"));
+            ExitCode::from(failure.exit as u8)
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<(), Failure> {
+    let loaded = Settings::load(cli.config.as_deref())?;
+    let settings = match cli.command {
+        Command::CheckConfig => return check_config::check_config(&loaded),
+        Command::Config(ConfigCommand::Show(args)) => return show_config::show_config(&loaded, &args),
+        _ => loaded.settings,
+    };
+    logging::init(&settings.log).map_err(|error| Failure::failed(error.to_string()))?;
+    match cli.command {
+        Command::Run(args) => run::run(settings, &args),
+        Command::Migrate(args) => migrate::migrate(&settings, &args),
+        Command::Topics(TopicsCommand::Create(args)) => topics::create(&settings, &args),
+        Command::Cursors(command) => cursors::cursors(&settings, &command),
+        Command::Produce(args) => produce::produce(&settings, &args),
+        // Done above, before logging began.
+        Command::CheckConfig | Command::Config(_) => Ok(()),
+    }
+}
+
+/// A runtime for the commands that do one thing and end; the daemon makes its own.
+fn small_runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))
+}
+
+/// The version, with the commit if the build was told it.
+pub fn version() -> &'static str {
+    static VERSION: OnceLock<String> = OnceLock::new();
+    VERSION.get_or_init(|| {
+        let version = env!("CARGO_PKG_VERSION");
+        commit().map_or_else(|| version.to_owned(), |commit| format!("{version} ({commit})"))
+    })
+}
+
+/// The commit that this was built from: `PAYMENT_WRITER_COMMIT` of the build's environment.
+pub fn commit() -> Option<&'static str> {
+    option_env!("PAYMENT_WRITER_COMMIT").filter(|commit| !commit.is_empty())
+}
+
+/// A share, 0 to 1.
+fn fraction(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("a share from 0 to 1, such as 0.05".to_owned()),
+    }
+}
+
+fn duration(text: &str) -> Result<std::time::Duration, String> {
+    crate::config::duration::parse(text).ok_or_else(|| "a duration such as 500ms, 30s or 2m".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_a_help_text() {
+        fn check(command: &clap::Command) {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn the_settings_file_can_be_named_before_and_after_the_command() {
+        for line in [["--config", "x.toml", "check-config"], ["check-config", "--config", "x.toml"]] {
+            let cli = Cli::try_parse_from(["payment-writer"].into_iter().chain(line)).unwrap();
+            assert_eq!(cli.config, Some(PathBuf::from("x.toml")));
+        }
+    }
+}

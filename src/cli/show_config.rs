@@ -1,0 +1,27 @@
+//! `config show`: effective values and their origins.
+
+use clap::Args;
+
+use super::{Failure, output};
+use crate::config::Loaded;
+
+/// `config show`
+#[derive(Clone, Debug, Args)]
+pub struct ShowConfigArgs {
+    /// As JSON: an array of objects with key, value and origin
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Shows every setting; secrets were hidden when they were read.
+pub fn show_config(loaded: &Loaded, args: &ShowConfigArgs) -> Result<(), Failure> {
+    if args.json {
+        let text = serde_json::to_string_pretty(&loaded.effective)
+            .map_err(|error| Failure::failed(format!("cannot write the settings as JSON: {error}")))?;
+        return output::print(&text);
+    }
+    let rows: Vec<[String; 3]> = std::iter::once(["setting", "value", "origin"].map(str::to_owned))
+        .chain(loaded.effective.iter().map(|e| [e.key.clone(), e.value.to_string(), e.origin.to_string()]))
+        .collect();
+    output::print(&output::table(&rows))
+}

@@ -1,0 +1,187 @@
+//! `topics create`: makes the four topics where absent, and looks at those that are there.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::error::KafkaError;
+use rdkafka::types::RDKafkaErrorCode;
+
+use super::{Failure, output, small_runtime};
+use crate::config::Settings;
+use crate::kafka_client::{REQUEST_TIMEOUT, base_client_config, partition_counts};
+
+/// How long the brokers may take to spread the word of a new topic.
+const VISIBLE_WITHIN: Duration = Duration::from_secs(30);
+
+/// A dead letter holds a value of up to 512 KiB with headers beside it: twice Kafka's default.
+const DEAD_LETTER_BYTES_MAX: &str = "2097152";
+
+/// What a dead-letter topic must keep: everything, until a person has looked at it.
+const DEAD_LETTER_CONFIG: [(&str, &str); 3] =
+    [("retention.ms", "-1"), ("retention.bytes", "-1"), ("max.message.bytes", DEAD_LETTER_BYTES_MAX)];
+
+const AFTER_HELP: &str = "\
+A topic that is there already is left as it is; if its number of partitions or, for the dead
+letters, its retention is another one, a warning says so.
+
+Keep the input's number of partitions for good: with another one, an account's payments would move
+to another partition and lose their order.
+
+Examples:
+  payment-writer topics create
+  payment-writer topics create --partitions 100 --replication-factor 3";
+
+/// `topics create`
+#[derive(Clone, Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct CreateTopicsArgs {
+    /// Partitions of the input topic
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(i32).range(1..=10_000))]
+    pub partitions: i32,
+    /// Partitions of each output topic; cheapest where the input's number is a multiple of it
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(i32).range(1..=10_000))]
+    pub output_partitions: i32,
+    /// Copies of each partition; default: the brokers' default.replication.factor
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=32))]
+    pub replication_factor: Option<i32>,
+}
+
+struct Wanted<'a> {
+    name: &'a str,
+    partitions: i32,
+    dead_letters: bool,
+}
+
+/// Makes the topics that are absent, and does not return before all four are there for every client.
+pub fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), Failure> {
+    small_runtime()?.block_on(create_absent(settings, args))
+}
+
+async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), Failure> {
+    let kafka = &settings.kafka;
+    let output = |name| Wanted { name, partitions: args.output_partitions, dead_letters: false };
+    let wanted = [
+        Wanted { name: &kafka.input_topic, partitions: args.partitions, dead_letters: false },
+        output(&kafka.read_topic),
+        output(&kafka.email_topic),
+        Wanted { dead_letters: true, ..output(&kafka.dead_letter_topic) },
+    ];
+    let admin: AdminClient<DefaultClientContext> = base_client_config(kafka)
+        .create()
+        .map_err(|error| Failure::failed(format!("cannot make a Kafka client: {error}")))?;
+    let away = |error: KafkaError| {
+        Failure::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
+    };
+    let present = partition_counts(admin.inner()).map_err(away)?;
+    let new_topics: Vec<NewTopic<'_>> = wanted
+        .iter()
+        .filter(|topic| !present.contains_key(topic.name))
+        .map(|topic| new_topic(topic, args.replication_factor.unwrap_or(-1)))
+        .collect();
+    let created = create_topics(&admin, &new_topics).await?;
+    let present = wait_until_visible(&admin, &wanted).await?;
+    for topic in &wanted {
+        let partitions = present.get(topic.name).copied().unwrap_or_default();
+        let what = if created.iter().any(|name| name == topic.name) { "created" } else { "already there" };
+        output::print(&format!("{}: {what}, {partitions} partitions", topic.name))?;
+        if partitions != topic.partitions {
+            warn(&format!("{} has {partitions} partitions, not {}", topic.name, topic.partitions));
+        }
+        if topic.dead_letters && what != "created" {
+            warn_of_retention(&admin, topic.name).await;
+        }
+    }
+    Ok(())
+}
+
+fn new_topic<'a>(topic: &Wanted<'a>, replication_factor: i32) -> NewTopic<'a> {
+    let replication = TopicReplication::Fixed(replication_factor);
+    let new = NewTopic::new(topic.name, topic.partitions, replication).set("cleanup.policy", "delete");
+    if !topic.dead_letters {
+        return new;
+    }
+    DEAD_LETTER_CONFIG.into_iter().fold(new, |new, (name, value)| new.set(name, value))
+}
+
+/// Names of those that this call created; another call that was faster is no failure.
+async fn create_topics(
+    admin: &AdminClient<DefaultClientContext>,
+    new_topics: &[NewTopic<'_>],
+) -> Result<Vec<String>, Failure> {
+    if new_topics.is_empty() {
+        return Ok(Vec::new());
+    }
+    let options =
+        AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT)).operation_timeout(Some(REQUEST_TIMEOUT));
+    let results = admin
+        .create_topics(new_topics, &options)
+        .await
+        .map_err(|error| Failure::failed(format!("cannot create topics: {error}")))?;
+    let (mut created, mut refused) = (Vec::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok(name) => created.push(name),
+            Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+            Err((name, code)) => refused.push(format!("{name}: {code}")),
+        }
+    }
+    if refused.is_empty() {
+        return Ok(created);
+    }
+    let mut message = format!("cannot create topics: {}", refused.join("; "));
+    if !created.is_empty() {
+        message.push_str(&format!(" (created: {})", created.join(", ")));
+    }
+    Err(Failure::failed(message))
+}
+
+/// Waits until each topic is known and each of its partitions has a leader.
+async fn wait_until_visible(
+    admin: &AdminClient<DefaultClientContext>,
+    wanted: &[Wanted<'_>],
+) -> Result<BTreeMap<String, i32>, Failure> {
+    let deadline = Instant::now() + VISIBLE_WITHIN;
+    loop {
+        let error = match partition_counts(admin.inner()) {
+            Ok(present) => {
+                let missing: Vec<&str> =
+                    wanted.iter().map(|t| t.name).filter(|name| !present.contains_key(*name)).collect();
+                if missing.is_empty() {
+                    return Ok(present);
+                }
+                format!("not there, or a partition without leader: {}", missing.join(", "))
+            }
+            Err(error) => error.to_string(),
+        };
+        if Instant::now() >= deadline {
+            return Err(Failure::failed(format!("the topics cannot be used yet: {error}")));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn warn_of_retention(admin: &AdminClient<DefaultClientContext>, topic: &str) {
+    let options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
+    let Ok(answers) = admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await else {
+        return warn(&format!(
+            "cannot read the configuration of {topic}; it should never delete dead letters"
+        ));
+    };
+    for resource in answers.iter().flatten() {
+        for (name, expected) in DEAD_LETTER_CONFIG {
+            let value = resource.get(name).and_then(|entry| entry.value.as_deref());
+            if value != Some(expected) {
+                let value = value.unwrap_or("unknown");
+                warn(&format!("{topic} has {name}={value}; {expected} is advised"));
+            }
+        }
+    }
+}
+
+fn warn(text: &str) {
+    // A warning that cannot be shown changes nothing about the topics.
+    let _ = output::to_stderr(&format!("warning: {text}"));
+}

@@ -1,0 +1,201 @@
+//! `kafka.properties`: what is handed to librdkafka as it is, except what the daemon must own.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use rdkafka::ClientConfig;
+use rdkafka::error::KafkaError;
+use rdkafka::types::RDKafkaConfRes;
+
+use super::secret::{HIDDEN, Secret};
+
+/// Properties that decide about exactly-once or that have a setting of their own, with the reason.
+const OWNED: [(&str, &str); 27] = [
+    ("bootstrap.servers", "set kafka.bootstrap_servers instead"),
+    ("metadata.broker.list", "set kafka.bootstrap_servers instead"),
+    ("group.id", "set kafka.group_id instead"),
+    ("group.instance.id", "it is made of kafka.instance_id"),
+    ("transactional.id", "it is made of kafka.group_id and kafka.instance_id"),
+    ("group.protocol", "the daemon needs the classic group protocol"),
+    ("group.remote.assignor", "the daemon needs the classic group protocol"),
+    ("group.protocol.type", "the daemon needs the classic group protocol"),
+    ("partition.assignment.strategy", "the daemon needs cooperative-sticky"),
+    ("enable.auto.commit", "offsets move only inside transactions"),
+    ("auto.commit.enable", "offsets move only inside transactions"),
+    ("auto.commit.interval.ms", "offsets move only inside transactions"),
+    ("enable.auto.offset.store", "offsets move only inside transactions"),
+    ("offset.store.method", "offsets move only inside transactions"),
+    ("offset.store.path", "offsets move only inside transactions"),
+    ("auto.offset.reset", "no record may be skipped in silence"),
+    ("isolation.level", "the input is read with read_committed"),
+    ("enable.partition.eof", "the daemon needs to know where a partition ends"),
+    ("enable.idempotence", "output must be in order and without repeats"),
+    ("enable.gapless.guarantee", "output must be in order and without repeats"),
+    ("acks", "output counts when all replicas have it"),
+    ("request.required.acks", "output counts when all replicas have it"),
+    ("max.in.flight", "output must be in order and without repeats"),
+    ("max.in.flight.requests.per.connection", "output must be in order and without repeats"),
+    ("partitioner", "keys must land where the Java client puts them: murmur2_random"),
+    ("queuing.strategy", "output must be in order and without repeats"),
+    ("allow.auto.create.topics", "topics are made by `payment-writer topics create`"),
+];
+
+/// Whether the value of a librdkafka property must not be shown.
+pub fn is_secret(property: &str) -> bool {
+    if property.ends_with(".location") || property.ends_with(".file") {
+        return false;
+    }
+    ["password", "passphrase", "secret", "private.key", "key.pem"].iter().any(|word| property.contains(word))
+        || property == "sasl.oauthbearer.config"
+}
+
+/// Properties for librdkafka, checked by librdkafka itself.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct KafkaProperties(BTreeMap<String, Secret>);
+
+impl KafkaProperties {
+    /// Name and value of each property, secrets included: for the client's configuration only.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value.expose()))
+    }
+
+    /// The value of a property, if it is set.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(Secret::expose)
+    }
+
+    /// Adds a property; the error says what is wrong with it, and holds the value only where
+    /// [`is_secret`] allows that.
+    pub(super) fn add(&mut self, name: &str, value: &str) -> Result<(), Refusal> {
+        if let Some((_, reason)) = OWNED.iter().find(|(owned, _)| *owned == name) {
+            return Err(Refusal::Rule(format!("is not yours to set: {reason}")));
+        }
+        match ClientConfig::new().set(name, value).create_native_config() {
+            Ok(_) => {
+                self.0.insert(name.to_owned(), Secret::new(value));
+                Ok(())
+            }
+            Err(KafkaError::ClientConfig(RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN, ..)) => Err(Refusal::Unknown),
+            Err(KafkaError::ClientConfig(_, reason, ..)) if !is_secret(name) => {
+                Err(Refusal::Rule(format!("is refused by librdkafka: {reason}")))
+            }
+            Err(_) => Err(Refusal::Rule("is refused by librdkafka".to_owned())),
+        }
+    }
+
+    /// The property most like `name` among those that people set.
+    pub(super) fn nearest(name: &str) -> &'static str {
+        COMMON
+            .iter()
+            .copied()
+            .max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)))
+            .unwrap_or("security.protocol")
+    }
+}
+
+/// Why a property was not taken.
+pub(super) enum Refusal {
+    /// librdkafka knows no such property.
+    Unknown,
+    /// It may not be set, or not to this value.
+    Rule(String),
+}
+
+impl fmt::Debug for KafkaProperties {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = self.0.iter().map(|(n, v)| (n, if is_secret(n) { HIDDEN } else { v.expose() }));
+        f.debug_map().entries(shown).finish()
+    }
+}
+
+/// What a mistyped name is most likely to have meant.
+const COMMON: [&str; 47] = [
+    "broker.address.family",
+    "broker.address.ttl",
+    "client.id",
+    "client.rack",
+    "compression.codec",
+    "compression.type",
+    "connections.max.idle.ms",
+    "debug",
+    "delivery.timeout.ms",
+    "fetch.max.bytes",
+    "fetch.min.bytes",
+    "fetch.queue.backoff.ms",
+    "fetch.wait.max.ms",
+    "heartbeat.interval.ms",
+    "linger.ms",
+    "log_level",
+    "max.partition.fetch.bytes",
+    "max.poll.interval.ms",
+    "message.max.bytes",
+    "message.timeout.ms",
+    "metadata.max.age.ms",
+    "queue.buffering.max.kbytes",
+    "queue.buffering.max.messages",
+    "queued.max.messages.kbytes",
+    "queued.min.messages",
+    "reconnect.backoff.max.ms",
+    "reconnect.backoff.ms",
+    "retry.backoff.ms",
+    "sasl.kerberos.service.name",
+    "sasl.mechanism",
+    "sasl.oauthbearer.client.id",
+    "sasl.oauthbearer.client.secret",
+    "sasl.oauthbearer.method",
+    "sasl.oauthbearer.token.endpoint.url",
+    "sasl.password",
+    "sasl.username",
+    "security.protocol",
+    "session.timeout.ms",
+    "socket.keepalive.enable",
+    "socket.timeout.ms",
+    "ssl.ca.location",
+    "ssl.certificate.location",
+    "ssl.endpoint.identification.algorithm",
+    "ssl.key.location",
+    "ssl.key.password",
+    "statistics.interval.ms",
+    "transaction.timeout.ms",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_property_whose_value_grants_access_is_secret() {
+        for name in [
+            "sasl.password",
+            "ssl.key.password",
+            "ssl.keystore.password",
+            "ssl.key.pem",
+            "sasl.oauthbearer.client.secret",
+            "sasl.oauthbearer.assertion.private.key.pem",
+            "sasl.oauthbearer.assertion.private.key.passphrase",
+            "sasl.oauthbearer.config",
+        ] {
+            assert!(is_secret(name), "{name}");
+        }
+        for name in
+            ["sasl.username", "ssl.ca.location", "ssl.key.location", "ssl.ca.pem", "ssl.keystore.location"]
+        {
+            assert!(!is_secret(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn common_properties_are_ones_that_librdkafka_knows_and_the_daemon_does_not_own() {
+        let native = ClientConfig::new().create_native_config().unwrap();
+        for name in COMMON {
+            assert!(!OWNED.iter().any(|(owned, _)| *owned == name), "{name}");
+            if !name.starts_with("ssl.key") && !name.starts_with("sasl.oauth") {
+                // A property without a value has none to get, yet is known.
+                let known = ClientConfig::new().set(name, "no such value").create_native_config();
+                let unknown =
+                    matches!(known, Err(KafkaError::ClientConfig(RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN, ..)));
+                assert!(!unknown || native.get(name).is_ok(), "{name}");
+            }
+        }
+    }
+}

@@ -1,0 +1,352 @@
+//! The settings as types, and what is allowed in each.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::cron::CronSchedule;
+use super::postgres_url::PostgresUrl;
+use super::properties::KafkaProperties;
+use super::reader::{Raw, Reader, Rule};
+use super::size::ByteSize;
+
+/// Everything that can be set.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// `[kafka]`
+    pub kafka: KafkaSettings,
+    /// `[postgres]`
+    pub postgres: PostgresSettings,
+    /// `lanes`: consumers in this process, each with its producer and database connection.
+    pub lanes: usize,
+    /// `[batch]`
+    pub batch: BatchSettings,
+    /// `[payment]`
+    pub payment: PaymentSettings,
+    /// `[email]`
+    pub email: EmailSettings,
+    /// `[idempotency]`
+    pub idempotency: IdempotencySettings,
+    /// `[admin]`
+    pub admin: AdminSettings,
+    /// `[shutdown]`
+    pub shutdown: ShutdownSettings,
+    /// `[log]`
+    pub log: LogSettings,
+}
+
+/// `[kafka]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct KafkaSettings {
+    /// `host:port,host:port`
+    pub bootstrap_servers: String,
+    /// The consumer group, which is also bound to one database.
+    pub group_id: String,
+    /// Names this process among those of the group; the same after a restart.
+    pub instance_id: String,
+    /// Payments come from here.
+    pub input_topic: String,
+    /// Read events go here.
+    pub read_topic: String,
+    /// E-mail events go here.
+    pub email_topic: String,
+    /// Records that cannot be written go here.
+    pub dead_letter_topic: String,
+    /// Whether events and dead letters are sent, or only rows written.
+    pub publish: bool,
+    /// Handed to librdkafka.
+    pub properties: KafkaProperties,
+}
+
+/// `[postgres]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct PostgresSettings {
+    /// The role that writes payments.
+    pub url: PostgresUrl,
+    /// The role that may make and drop partitions.
+    pub housekeeping_url: PostgresUrl,
+}
+
+/// `[batch]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct BatchSettings {
+    /// A batch is closed at so many records.
+    pub max_payments: usize,
+    /// A batch is closed at so many bytes of keys, values and headers.
+    pub max_bytes: ByteSize,
+    /// How long a batch that is not full waits for more.
+    pub linger: Duration,
+}
+
+/// `[payment]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct PaymentSettings {
+    /// What the field `type` may be.
+    pub types: Vec<String>,
+    /// A longer value is dead-lettered as `too_large`.
+    pub max_bytes: ByteSize,
+}
+
+/// `[email]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct EmailSettings {
+    /// Payments of these statuses cause an e-mail event.
+    pub statuses: Vec<i16>,
+}
+
+/// `[idempotency]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct IdempotencySettings {
+    /// How long a message id is known at least, in the time of the log.
+    pub window: Duration,
+    /// When old generations are dropped, in UTC; `None`: never by itself.
+    pub prune_schedule: Option<CronSchedule>,
+}
+
+/// `[admin]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdminSettings {
+    /// Where metrics and health are served.
+    pub listen: SocketAddr,
+}
+
+/// `[shutdown]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct ShutdownSettings {
+    /// How long a drain may take.
+    pub timeout: Duration,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogSettings {
+    /// For people or for machines.
+    pub format: LogFormat,
+    /// A level, or directives such as `info,payment_writer=debug`.
+    pub level: String,
+}
+
+/// `log.format`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// One line for people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+const MIB: u64 = 1 << 20;
+const DAY: Duration = Duration::from_secs(86_400);
+
+impl Settings {
+    /// Every setting is read before the first problem counts.
+    pub(super) fn read(r: &mut Reader) -> Option<Self> {
+        let kafka = KafkaSettings::read(r);
+        let postgres = PostgresSettings::read(r);
+        let lanes = r.read("lanes", |raw| count(raw, 1, 32));
+        let batch = BatchSettings::read(r);
+        let payment = PaymentSettings::read(r);
+        let email = r.read("email.statuses", statuses).map(|statuses| EmailSettings { statuses });
+        let idempotency = IdempotencySettings::read(r);
+        let listen = r.read("admin.listen", socket_address);
+        let timeout =
+            r.read("shutdown.timeout", |raw| raw.duration(Duration::from_secs(1), Duration::from_secs(600)));
+        let log = LogSettings::read(r);
+        if let (Some(batch), Some(payment)) = (&batch, &payment)
+            && batch.max_bytes < payment.max_bytes
+        {
+            r.refuse("batch.max_bytes", "must not be smaller than payment.max_bytes");
+        }
+        Some(Self {
+            kafka: kafka?,
+            postgres: postgres?,
+            lanes: lanes?,
+            batch: batch?,
+            payment: payment?,
+            email: email?,
+            idempotency: idempotency?,
+            admin: AdminSettings { listen: listen? },
+            shutdown: ShutdownSettings { timeout: timeout? },
+            log: log?,
+        })
+    }
+}
+
+impl KafkaSettings {
+    fn read(r: &mut Reader) -> Option<Self> {
+        let bootstrap_servers = r.read("kafka.bootstrap_servers", servers);
+        let group_id = r.read("kafka.group_id", |raw| name(raw, 150));
+        let instance_id = r.read("kafka.instance_id", |raw| name(raw, 80));
+        let topics =
+            ["kafka.input_topic", "kafka.read_topic", "kafka.email_topic", "kafka.dead_letter_topic"]
+                .map(|key| (key, r.read(key, |raw| name(raw, 249))));
+        for (index, (key, topic)) in topics.iter().enumerate() {
+            let earlier = topics.iter().take(index).find(|(_, other)| other == topic);
+            if let (Some((other, _)), Some(_)) = (earlier, topic) {
+                r.refuse(key, format!("must not be the same topic as {other}"));
+            }
+        }
+        let publish = r.read("kafka.publish", |raw| raw.boolean());
+        let properties = r.properties();
+        let [(_, input_topic), (_, read_topic), (_, email_topic), (_, dead_letter_topic)] = topics;
+        Some(Self {
+            bootstrap_servers: bootstrap_servers?,
+            group_id: group_id?,
+            instance_id: instance_id?,
+            input_topic: input_topic?,
+            read_topic: read_topic?,
+            email_topic: email_topic?,
+            dead_letter_topic: dead_letter_topic?,
+            publish: publish?,
+            properties,
+        })
+    }
+}
+
+impl PostgresSettings {
+    fn read(r: &mut Reader) -> Option<Self> {
+        let parse = |raw: &Raw<'_>| PostgresUrl::parse(raw.text()?);
+        let url = r.read_shown("postgres.url", parse, |url| Some(url.to_string()));
+        let housekeeping_url = r.read_shown("postgres.housekeeping_url", parse, |url| Some(url.to_string()));
+        Some(Self { url: url?, housekeeping_url: housekeeping_url? })
+    }
+}
+
+impl BatchSettings {
+    fn read(r: &mut Reader) -> Option<Self> {
+        let max_payments = r.read("batch.max_payments", |raw| count(raw, 1, 100_000));
+        let max_bytes = r.read("batch.max_bytes", |raw| {
+            raw.size(ByteSize::from_bytes(64 << 10), ByteSize::from_bytes(256 * MIB))
+        });
+        let linger = r.read("batch.linger", |raw| raw.duration(Duration::ZERO, Duration::from_secs(10)));
+        Some(Self { max_payments: max_payments?, max_bytes: max_bytes?, linger: linger? })
+    }
+}
+
+impl PaymentSettings {
+    fn read(r: &mut Reader) -> Option<Self> {
+        let types = r.read("payment.types", payment_types);
+        // Above 512 KiB a dead letter would no longer hold the value.
+        let max_bytes = r.read("payment.max_bytes", |raw| {
+            raw.size(ByteSize::from_bytes(256), ByteSize::from_bytes(512 << 10))
+        });
+        Some(Self { types: types?, max_bytes: max_bytes? })
+    }
+}
+
+impl IdempotencySettings {
+    fn read(r: &mut Reader) -> Option<Self> {
+        let window = r.read("idempotency.window", |raw| raw.duration(Duration::from_secs(60), 366 * DAY));
+        let prune_schedule = r.read("idempotency.prune_schedule", |raw| {
+            let text = raw.text()?;
+            if text.trim().is_empty() {
+                return Ok(None);
+            }
+            CronSchedule::parse(text).map(Some).ok_or_else(|| {
+                "must be five cron fields (minute, hour, day of month, month, day of week) or empty"
+                    .to_owned()
+            })
+        });
+        Some(Self { window: window?, prune_schedule: prune_schedule? })
+    }
+}
+
+impl LogSettings {
+    fn read(r: &mut Reader) -> Option<Self> {
+        let format = r.read("log.format", |raw| match raw.text()? {
+            "text" => Ok(LogFormat::Text),
+            "json" => Ok(LogFormat::Json),
+            _ => Err("must be text or json".to_owned()),
+        });
+        let level = r.read("log.level", |raw| {
+            let text = raw.text()?.trim();
+            let known = !text.is_empty() && tracing_subscriber::EnvFilter::try_new(text).is_ok();
+            let rule = "must be error, warn, info, debug or trace, or directives like info,rdkafka=debug";
+            if known && !is_mistyped_level(text) { Ok(text.to_owned()) } else { Err(rule.to_owned()) }
+        });
+        Some(Self { format: format?, level: level? })
+    }
+}
+
+/// The filter takes any word that is not a level for the name of a target, and then logs nothing.
+fn is_mistyped_level(text: &str) -> bool {
+    let levels = ["off", "error", "warn", "info", "debug", "trace"];
+    text.split(',').any(|directive| {
+        let directive = directive.trim();
+        !directive.contains(['=', '[', ':'])
+            && !levels.iter().any(|level| level.eq_ignore_ascii_case(directive))
+    })
+}
+
+fn count(raw: &Raw<'_>, low: i64, high: i64) -> Result<usize, Rule> {
+    let number = raw.integer(low, high)?;
+    usize::try_from(number).map_err(|_| format!("must be a whole number from {low} to {high}"))
+}
+
+/// Kafka's own rule for names of topics; `group.instance.id` follows it too (KIP-345).
+fn name(raw: &Raw<'_>, chars_max: usize) -> Result<String, Rule> {
+    let text = raw.text()?;
+    let legal = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+    if legal && (1..=chars_max).contains(&text.len()) && text != "." && text != ".." {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("must be 1 to {chars_max} ASCII letters, digits, dots, underscores or hyphens"))
+    }
+}
+
+fn servers(raw: &Raw<'_>) -> Result<String, Rule> {
+    let rule = || "must be host:port, or several between commas".to_owned();
+    let items: Vec<&str> = raw.text()?.split(',').map(str::trim).collect();
+    for item in &items {
+        let (host, port) = item.rsplit_once(':').ok_or_else(rule)?;
+        let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+        let legal = match bare {
+            Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => {
+                !host.is_empty()
+                    && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+            }
+        };
+        if !legal || !port.parse::<u16>().is_ok_and(|port| port > 0) {
+            return Err(rule());
+        }
+    }
+    Ok(items.join(","))
+}
+
+fn socket_address(raw: &Raw<'_>) -> Result<SocketAddr, Rule> {
+    let rule = "must be an IP address and a port, like 127.0.0.1:9464 or [::]:9464";
+    raw.text()?.trim().parse().map_err(|_| rule.to_owned())
+}
+
+fn payment_types(raw: &Raw<'_>) -> Result<Vec<String>, Rule> {
+    let types = raw.texts()?;
+    let legal = |name: &String| {
+        (1..=32).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
+    };
+    let distinct = types.iter().enumerate().all(|(at, name)| !types.iter().take(at).any(|n| n == name));
+    if (1..=64).contains(&types.len()) && types.iter().all(legal) && distinct {
+        Ok(types)
+    } else {
+        Err("must be 1 to 64 different names, each of 1 to 32 ASCII letters, digits, underscores or hyphens"
+            .to_owned())
+    }
+}
+
+fn statuses(raw: &Raw<'_>) -> Result<Vec<i16>, Rule> {
+    let numbers = raw.integers()?;
+    let mut statuses: Vec<i16> = Vec::new();
+    for number in numbers {
+        let status = match number {
+            2 => 2,
+            0 => 0,
+            -2 => -2,
+            _ => return Err("must be statuses of payments: 2, 0, -2".to_owned()),
+        };
+        if statuses.contains(&status) {
+            return Err("must not name a status twice".to_owned());
+        }
+        statuses.push(status);
+    }
+    Ok(statuses)
+}

@@ -1,0 +1,250 @@
+use super::*;
+use std::fs;
+use std::time::Duration;
+
+fn load(toml: &str, variables: &[(&str, &str)]) -> Result<Loaded, ConfigError> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("settings.toml");
+    fs::write(&path, toml).unwrap();
+    let variables = variables.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
+    Settings::load_from(Some(&path), Path::new("nowhere.toml"), variables)
+}
+
+fn problems(toml: &str, variables: &[(&str, &str)]) -> String {
+    load(toml, variables).unwrap_err().to_string()
+}
+
+#[test]
+fn without_file_and_environment_the_defaults_apply() {
+    let loaded = Settings::load_from(None, Path::new("nowhere.toml"), []).unwrap();
+    assert_eq!(loaded.file, None);
+    assert!(loaded.effective.iter().all(|e| e.origin == Origin::Default));
+    let s = loaded.settings;
+    assert_eq!(s.kafka.bootstrap_servers, "127.0.0.1:9092");
+    assert_eq!(s.kafka.group_id, "payment-writer");
+    assert_eq!(s.kafka.instance_id, gethostname::gethostname().to_string_lossy());
+    assert_eq!(s.kafka.dead_letter_topic, "payment_writer_topic.dlq");
+    assert!(s.kafka.publish);
+    assert_eq!(s.postgres.url, s.postgres.housekeeping_url);
+    assert_eq!((s.lanes, s.batch.max_payments), (2, 10_000));
+    assert_eq!(s.batch.max_bytes.bytes(), 8 << 20);
+    assert_eq!(s.batch.linger, Duration::from_millis(5));
+    assert_eq!(s.payment.types, ["BWI", "VSA", "MSC"]);
+    assert_eq!(s.payment.max_bytes.bytes(), 16_384);
+    assert_eq!(s.email.statuses, [2]);
+    assert_eq!(s.idempotency.window, Duration::from_secs(7 * 86_400));
+    assert_eq!(s.idempotency.prune_schedule.unwrap().to_string(), "0 3 * * 0");
+    assert_eq!(s.admin.listen.to_string(), "127.0.0.1:9464");
+    assert_eq!(s.shutdown.timeout, Duration::from_secs(30));
+    assert_eq!((s.log.format, s.log.level.as_str()), (LogFormat::Text, "info"));
+}
+
+#[test]
+fn the_shipped_file_says_what_the_defaults_are() {
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_PATH);
+    let from_file = Settings::load_from(Some(&shipped), Path::new("nowhere.toml"), []).unwrap();
+    let defaults = Settings::load_from(None, Path::new("nowhere.toml"), []).unwrap();
+    assert_eq!(from_file.settings, defaults.settings);
+    let text = fs::read_to_string(&shipped).unwrap();
+    for spec in &schema::SETTINGS {
+        let name = spec.key.rsplit('.').next().unwrap();
+        let documented = text
+            .lines()
+            .map(|line| line.trim_start_matches(['#', ' ']))
+            .any(|line| line.starts_with(&format!("{name} =")) || line == format!("[{}]", spec.key));
+        assert!(documented, "{} is not in {DEFAULT_PATH}", spec.key);
+    }
+}
+
+#[test]
+fn the_environment_overrides_the_file_and_each_value_knows_its_origin() {
+    let loaded = load(
+        "lanes = 4\n[kafka]\ngroup_id = \"file\"\ninput_topic = \"in\"\n[kafka.properties]\n\"client.rack\" = \"a\"\n",
+        &[
+            ("PAYMENT_WRITER__KAFKA__GROUP_ID", "environment"),
+            ("PAYMENT_WRITER__KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "9000"),
+            ("PAYMENT_WRITER_CONFIG", "/not/read/because/a/path/was/given"),
+            ("PAYMENT_WRITER_SERVICE_HOST", "made up by a platform"),
+        ],
+    )
+    .unwrap();
+    let origin = |key: &str| loaded.effective.iter().find(|e| e.key == key).unwrap().origin.clone();
+    assert_eq!(loaded.settings.kafka.group_id, "environment");
+    assert_eq!(loaded.settings.kafka.input_topic, "in");
+    assert_eq!(loaded.settings.lanes, 4);
+    assert_eq!(origin("kafka.group_id"), Origin::Environment("PAYMENT_WRITER__KAFKA__GROUP_ID".into()));
+    assert_eq!(origin("kafka.input_topic"), Origin::File(loaded.file.clone().unwrap()));
+    assert_eq!(origin("kafka.read_topic"), Origin::Default);
+    let properties = &loaded.settings.kafka.properties;
+    assert_eq!(properties.get("client.rack"), Some("a"));
+    assert_eq!(properties.get("session.timeout.ms"), Some("9000"));
+    assert_eq!(origin("kafka.properties.\"client.rack\""), Origin::File(loaded.file.clone().unwrap()));
+}
+
+#[test]
+fn lists_numbers_and_flags_can_be_given_by_environment() {
+    let s = load(
+        "",
+        &[
+            ("PAYMENT_WRITER__PAYMENT__TYPES", "BWI, XYZ"),
+            ("PAYMENT_WRITER__EMAIL__STATUSES", "2,-2"),
+            ("PAYMENT_WRITER__KAFKA__PUBLISH", "false"),
+            ("PAYMENT_WRITER__LANES", "8"),
+            ("PAYMENT_WRITER__BATCH__MAX_BYTES", "1MiB"),
+            ("PAYMENT_WRITER__IDEMPOTENCY__PRUNE_SCHEDULE", ""),
+        ],
+    )
+    .unwrap()
+    .settings;
+    assert_eq!(s.payment.types, ["BWI", "XYZ"]);
+    assert_eq!(s.email.statuses, [2, -2]);
+    assert!(!s.kafka.publish);
+    assert_eq!(s.lanes, 8);
+    assert_eq!(s.batch.max_bytes.bytes(), 1 << 20);
+    assert_eq!(s.idempotency.prune_schedule, None);
+    assert!(load("[email]\nstatuses = []", &[]).unwrap().settings.email.statuses.is_empty());
+}
+
+#[test]
+fn an_unknown_name_is_an_error_that_names_the_nearest_known_one() {
+    let text =
+        problems("[kafka]\ngroupid = \"x\"\n[kafak]\nx = 1", &[("PAYMENT_WRITER__KAFKA__GROUPID", "x")]);
+    assert!(text.contains("unknown setting kafka.groupid (file "), "{text}");
+    assert!(text.contains("the nearest known one is kafka.group_id"), "{text}");
+    assert!(text.contains("unknown setting PAYMENT_WRITER__KAFKA__GROUPID in the environment"), "{text}");
+    assert!(text.contains("the nearest known one is PAYMENT_WRITER__KAFKA__GROUP_ID"), "{text}");
+    assert!(text.contains("unknown setting kafak"), "{text}");
+    let text = problems("[kafka.properties]\n\"secruity.protocol\" = \"SSL\"", &[]);
+    assert!(text.contains("nearest known one is kafka.properties.\"security.protocol\""), "{text}");
+}
+
+#[test]
+fn all_problems_are_reported_at_once_each_with_what_is_allowed_and_its_origin() {
+    let text = problems(
+        r#"
+lanes = 0
+[kafka]
+bootstrap_servers = "nowhere"
+publish = "yes"
+read_topic = "payment_email"
+[batch]
+linger = 5
+max_bytes = "8 MB of ram"
+max_payments = 100001
+[payment]
+types = []
+[email]
+statuses = [1]
+[log]
+level = "inof"
+"#,
+        &[("PAYMENT_WRITER__ADMIN__LISTEN", "localhost"), ("PAYMENT_WRITER__IDEMPOTENCY__WINDOW", "7")],
+    );
+    for expected in [
+        "12 problems in the settings",
+        "lanes = 0 (file ",
+        "must be a whole number from 1 to 32",
+        "kafka.bootstrap_servers = \"nowhere\"",
+        "kafka.publish = \"yes\"",
+        "kafka.email_topic = \"payment_email\" (default) must not be the same topic as kafka.read_topic",
+        "batch.linger = 5 ",
+        "from 0s to 10s",
+        "must be a size, like 512, 16KiB or 8MiB, from 64KiB to 256MiB",
+        "from 1 to 100000",
+        "payment.types = []",
+        "email.statuses = [1]",
+        "log.level = \"inof\"",
+        "admin.listen = \"localhost\" (environment PAYMENT_WRITER__ADMIN__LISTEN)",
+        "idempotency.window = \"7\" (environment PAYMENT_WRITER__IDEMPOTENCY__WINDOW)",
+    ] {
+        assert!(text.contains(expected), "{expected:?} is not in\n{text}");
+    }
+}
+
+#[test]
+fn properties_that_exactly_once_rests_on_are_refused() {
+    for name in [
+        "enable.auto.commit",
+        "isolation.level",
+        "transactional.id",
+        "group.id",
+        "auto.offset.reset",
+        "enable.idempotence",
+        "partition.assignment.strategy",
+        "group.instance.id",
+        "group.protocol",
+        "bootstrap.servers",
+        "partitioner",
+        "enable.partition.eof",
+    ] {
+        let text = problems(&format!("[kafka.properties]\n\"{name}\" = \"x\""), &[]);
+        assert!(text.contains(name) && text.contains("is not yours to set"), "{text}");
+    }
+    let text = problems("[kafka.properties]\n\"session.timeout.ms\" = \"soon\"", &[]);
+    assert!(text.contains("refused by librdkafka"), "{text}");
+}
+
+#[test]
+fn dotted_property_names_mean_the_same_with_and_without_quotes() {
+    let s = load("[kafka.properties]\nclient.rack = \"r\"\nsession.timeout.ms = 9000", &[]).unwrap().settings;
+    assert_eq!(s.kafka.properties.get("client.rack"), Some("r"));
+    assert_eq!(s.kafka.properties.get("session.timeout.ms"), Some("9000"));
+}
+
+#[test]
+fn no_secret_is_ever_shown() {
+    let loaded = load(
+        "[postgres]\nurl = \"postgresql://w:hunter2@db/p\"\n[kafka.properties]\nsasl.password = \"hunter2\"\n\
+         ssl.key.pem = \"hunter2\"\nsasl.username = \"visible\"",
+        &[("PAYMENT_WRITER__KAFKA__PROPERTIES__SSL_KEYSTORE_PASSWORD", "hunter2")],
+    )
+    .unwrap();
+    let shown = format!("{loaded:?} {}", serde_json::to_string(&loaded.effective).unwrap());
+    assert!(!shown.contains("hunter2"), "{shown}");
+    assert!(shown.contains("visible") && shown.contains("postgresql://w:***@db:5432/p"), "{shown}");
+    assert_eq!(loaded.settings.kafka.properties.get("sasl.password"), Some("hunter2"));
+
+    for (toml, variables) in [
+        ("[postgres]\nurl = \"hunter2\"", vec![]),
+        ("[postgres]\nurl = [\"hunter2\"]", vec![]),
+        ("postgres = \"postgresql://w:hunter2@db/p\"", vec![]),
+        ("[postgres]\npassword = \"hunter2\"", vec![]),
+        ("[postgres]\nurl = \"postgresql://w:hunter2@db/p", vec![]),
+        ("[postgres]\nurl = postgresql://w:hunter2@db/p", vec![]),
+        ("[kafka.properties]\nsasl.password = [\"hunter2\"]", vec![]),
+        ("[kafka.properties]\nssl.key.password = hunter2\n", vec![]),
+        ("[kafka.properties]\nsasl.passwort = \"hunter2\"\n", vec![]),
+        ("[kafka]\nproperties = \"hunter2\"\n", vec![]),
+        ("", vec![("PAYMENT_WRITER__POSTGRES__URL", "hunter2")]),
+        ("", vec![("PAYMENT_WRITER__POSTGRES__HOUSEKEEPING_URL", "host=x port=hunter2")]),
+        ("", vec![("PAYMENT_WRITER__POSTGRES", "hunter2")]),
+        ("", vec![("PAYMENT_WRITER__POSTGRES__PASSWORD", "hunter2")]),
+        ("", vec![("PAYMENT_WRITER__KAFKA__PROPERTIES", "hunter2")]),
+    ] {
+        let error = load(toml, &variables).unwrap_err();
+        let shown = format!("{error} {error:?}");
+        assert!(!shown.contains("hunter2"), "{toml} {variables:?}: {shown}");
+    }
+}
+
+#[test]
+fn broken_toml_is_located_by_line_and_column() {
+    let text = problems("lanes = 2\n[kafka\ngroup_id = 1", &[]);
+    assert!(text.contains("is not valid TOML at line 2, column"), "{text}");
+}
+
+#[test]
+fn a_file_that_was_named_must_be_there() {
+    let missing = Path::new("/no/such/file.toml");
+    let error = Settings::load_from(Some(missing), Path::new("nowhere.toml"), []).unwrap_err();
+    assert!(error.to_string().contains("cannot read settings file /no/such/file.toml"), "{error}");
+    let variables = [(OsString::from(PATH_VARIABLE), OsString::from("/no/such/other.toml"))];
+    let error = Settings::load_from(None, Path::new("nowhere.toml"), variables).unwrap_err();
+    assert!(error.to_string().contains("/no/such/other.toml"), "{error}");
+}
+
+#[test]
+fn the_same_setting_twice_in_the_environment_is_an_error() {
+    let text = problems("", &[("PAYMENT_WRITER__LANES", "1"), ("PAYMENT_WRITER__lanes", "2")]);
+    assert!(text.contains("setting lanes is given by two environment variables"), "{text}");
+}

@@ -1,0 +1,575 @@
+//! The daemon: finds out who it is, starts the lanes, watches over them, and drains.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::consumer::Consumer;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use uuid::Uuid;
+
+use crate::binding::{self, Binding, BindingError};
+use crate::config::{KafkaSettings, Settings};
+use crate::cursor::{Identity, IdentityDoubt, Mode};
+use crate::disposition::{FailureClass, class_of_sqlstate};
+use crate::kafka::group::{Group, MemberEnd, Seat};
+use crate::kafka::librdkafka::topic_id;
+use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
+use crate::kafka::publisher::PublisherSettings;
+use crate::kafka_client::{base_client_config, producer_config};
+use crate::lane::breaker::Breaker;
+use crate::lane::ports::LaneEvent;
+use crate::lane::{Lane, LaneSettings};
+use crate::ledger::PgLedger;
+use crate::payment::Status;
+use crate::postgres::Endpoint;
+use crate::record::{NextOffset, Partition};
+use crate::schema::{self, SchemaError, months};
+use crate::status::{Board, Dependency, Phase};
+use crate::wire::Rules;
+
+/// The topic's id is asked for this often: the client library goes on over a re-created topic
+/// (librdkafka #3255).
+const TOPIC_CHECK: Duration = Duration::from_secs(5);
+/// How often the log's ends are asked for, for lag.
+const ENDS_TICK: Duration = Duration::from_secs(2);
+const CAUGHT_UP_TICK: Duration = Duration::from_millis(100);
+const MONTHS_TICK: Duration = Duration::from_secs(24 * 60 * 60);
+const MONTHS_RETRY: Duration = Duration::from_secs(60);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Events that a lane has not taken yet; the group waits beyond it.
+const LANE_EVENTS_MAX: usize = 64;
+/// Partitions of which this process is told nothing by its lanes are asked for this often.
+const FOREIGN_TICK: Duration = Duration::from_secs(1);
+
+/// How `run` was started.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct RunOptions {
+    /// `--until-caught-up`
+    pub until_caught_up: bool,
+    /// `--adopt-database`
+    pub adopt_database: bool,
+}
+
+/// Why the daemon ended other than by a drain.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Exit code 1.
+    #[error("{0}")]
+    Failed(String),
+    /// Exit code 3.
+    #[error(transparent)]
+    Identity(#[from] IdentityDoubt),
+    /// Exit code 3.
+    #[error("{0}")]
+    Halted(String),
+}
+
+/// Configuration of the group's consumer.
+fn consumer_config(kafka: &KafkaSettings) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config
+        // What follows may be set otherwise in kafka.properties.
+        .set("session.timeout.ms", "10000")
+        .set("heartbeat.interval.ms", "2000")
+        .set("fetch.wait.max.ms", "100")
+        .set("fetch.queue.backoff.ms", "20")
+        // Prefetched records wait in memory, whatever the backlog: bound their number and bytes.
+        .set("queued.min.messages", "20000")
+        .set("queued.max.messages.kbytes", "16384")
+        .set("fetch.max.bytes", "8388608")
+        .set("fetch.message.max.bytes", "1048576")
+        .set("topic.metadata.refresh.interval.ms", "60000");
+    for (name, value) in base_client_config(kafka).config_map() {
+        config.set(name, value);
+    }
+    config
+        .set("group.id", &kafka.group_id)
+        .set("group.instance.id", &kafka.instance_id)
+        .set("group.protocol", "classic")
+        .set("partition.assignment.strategy", "cooperative-sticky")
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "error")
+        .set("isolation.level", "read_committed")
+        .set("enable.partition.eof", "true")
+        .set("allow.auto.create.topics", "false");
+    config
+}
+
+/// Configuration of a lane's producer.
+fn transactional_config(kafka: &KafkaSettings, lane: usize) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config
+        .set("transaction.timeout.ms", "15000")
+        .set("linger.ms", "20")
+        .set("batch.size", "900000")
+        .set("batch.num.messages", "20000")
+        .set("queue.buffering.max.messages", "200000")
+        .set("queue.buffering.max.kbytes", "65536")
+        .set("message.max.bytes", "4000000")
+        .set("retry.backoff.ms", "20");
+    for (name, value) in producer_config(kafka).config_map() {
+        config.set(name, value);
+    }
+    config
+        .set("transactional.id", format!("{}-{}-{lane}", kafka.group_id, kafka.instance_id))
+        .set("delivery.report.only.error", "true");
+    config
+}
+
+/// The rules of valid messages, from the settings.
+pub fn rules(settings: &Settings) -> Rules {
+    Rules {
+        payment_types: settings.payment.types.clone(),
+        payment_bytes_max: settings.payment.max_bytes.bytes(),
+        idempotency_window: settings.idempotency.window,
+        email_statuses: settings
+            .email
+            .statuses
+            .iter()
+            .filter_map(|code| Status::from_code(i64::from(*code)))
+            .collect(),
+    }
+}
+
+/// A consumer of the group that is never subscribed: for questions to the broker.
+pub fn bystander(settings: &Settings) -> Result<Group, RunError> {
+    let kafka = &settings.kafka;
+    let board = Arc::new(Board::default());
+    Group::new(&consumer_config(kafka), &kafka.input_topic, &kafka.instance_id, Vec::new(), board)
+        .map(|(group, _)| group)
+        .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))
+}
+
+/// Who the cluster and the topic are, as found at the start.
+struct Found {
+    topic_id: Uuid,
+    cluster_id: String,
+    partitions: usize,
+}
+
+/// Runs until `stop` is set, until caught up, or until it cannot go on.
+pub async fn run(
+    settings: &Settings,
+    options: RunOptions,
+    board: Arc<Board>,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), RunError> {
+    let start = tokio::select! {
+        started = start(settings, options, &board) => started?,
+        _ = stop.wait_for(|stop| *stop) => return Ok(()),
+    };
+    start.supervise(settings, options, stop).await
+}
+
+struct Running {
+    group: Group,
+    member_end: watch::Receiver<Option<MemberEnd>>,
+    seats: Vec<Seat>,
+    lanes: JoinSet<Result<(), IdentityDoubt>>,
+    found: Found,
+    suspicion: Arc<Notify>,
+    board: Arc<Board>,
+}
+
+async fn start(settings: &Settings, options: RunOptions, board: &Arc<Board>) -> Result<Running, RunError> {
+    let kafka = &settings.kafka;
+    let endpoint = settings.postgres.url.endpoint();
+    let database_id = database_ready(endpoint, board).await?;
+    let (mut receivers, mut seats) = (Vec::new(), Vec::new());
+    for _ in 0..settings.lanes {
+        let (events, receiver) = mpsc::channel(LANE_EVENTS_MAX);
+        seats.push(Seat { events, overtaken: Arc::new(AtomicI64::new(0)) });
+        receivers.push(receiver);
+    }
+    let (group, member_end) = Group::new(
+        &consumer_config(kafka),
+        &kafka.input_topic,
+        &kafka.instance_id,
+        seats.clone(),
+        Arc::clone(board),
+    )
+    .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))?;
+    let found = broker_ready(&group, board).await?;
+    let identity = Identity { topic_id: found.topic_id, database_id };
+    bind(settings, options, endpoint, &found, board).await?;
+    tokio::spawn(keep_months_ahead(settings.postgres.housekeeping_url.endpoint().clone()));
+
+    // A session a lane, and one to replace a broken one whose server has not noticed yet.
+    let pool = endpoint
+        .pool(settings.lanes.saturating_mul(2))
+        .map_err(|error| RunError::Failed(error.to_string()))?;
+    let rules = Arc::new(rules(settings));
+    let suspicion = Arc::new(Notify::new());
+    let mut lanes = JoinSet::new();
+    for (index, receiver) in receivers.into_iter().enumerate() {
+        let Some(seat) = seats.get(index) else { continue };
+        let log = KafkaLog::new(
+            group.clone(),
+            PublisherSettings {
+                config: transactional_config(kafka, index),
+                input_topic: kafka.input_topic.clone(),
+                outputs: [
+                    kafka.read_topic.clone(),
+                    kafka.email_topic.clone(),
+                    kafka.dead_letter_topic.clone(),
+                ],
+                identity: identity.clone(),
+                publishes: kafka.publish,
+            },
+            Arc::clone(&seat.overtaken),
+            Arc::clone(&suspicion),
+        );
+        let ledger = PgLedger::new(pool.clone(), kafka.input_topic.clone(), identity.clone());
+        let lane_settings = LaneSettings {
+            index,
+            rules: Arc::clone(&rules),
+            identity: identity.clone(),
+            mode: Mode { publishes: kafka.publish, adopts_database: options.adopt_database },
+            batch_payments_max: settings.batch.max_payments,
+            batch_bytes_max: settings.batch.max_bytes.bytes(),
+            linger: settings.batch.linger,
+        };
+        lanes.spawn(Lane::new(lane_settings, log, ledger, receiver, Arc::clone(board)).run());
+    }
+    group
+        .join()
+        .map_err(|error| RunError::Failed(format!("subscribing to {}: {error}", kafka.input_topic)))?;
+    tracing::info!(
+        topic = kafka.input_topic,
+        topic_id = %found.topic_id,
+        partitions = found.partitions,
+        group = kafka.group_id,
+        instance = kafka.instance_id,
+        database = %endpoint,
+        database_id = %identity.database_id,
+        lanes = settings.lanes,
+        publishes = kafka.publish,
+        "started"
+    );
+    Ok(Running { group, member_end, seats, lanes, found, suspicion, board: Arc::clone(board) })
+}
+
+/// Waits for a database with a schema that this program knows.
+async fn database_ready(endpoint: &Endpoint, board: &Board) -> Result<Uuid, RunError> {
+    let mut breaker = Breaker::new("database", 0);
+    loop {
+        let tried = async {
+            let (client, _driver) =
+                endpoint.connect().await.map_err(|e| (e.sqlstate().map(str::to_owned), e.to_string()))?;
+            match schema::check(&client).await {
+                Ok(_) => {}
+                // A newer program's schema does not go back by itself.
+                Err(error @ SchemaError::TooNew { .. }) => return Ok(Err(error)),
+                Err(error) => {
+                    let sqlstate = error.sqlstate().map(|s| s.code().to_owned());
+                    // A schema that is missing or old is mended by a person.
+                    return Err((sqlstate.or(Some("42P01".to_owned())), error.to_string()));
+                }
+            }
+            binding::database_id(&client)
+                .await
+                .map(Ok)
+                .map_err(|e| (e.code().map(|c| c.code().to_owned()), crate::postgres::describe(&e)))
+        };
+        match tried.await {
+            Ok(Ok(id)) => {
+                breaker.succeeded();
+                board.probed(Some(Dependency::Up), None);
+                return Ok(id);
+            }
+            Ok(Err(error)) => return Err(RunError::Failed(error.to_string())),
+            Err((sqlstate, message)) => {
+                let class = sqlstate.as_deref().map_or(FailureClass::Passing, class_of_sqlstate);
+                breaker.failed(class, "asking the database who it is", &message);
+                board.probed(Some(Dependency::Down(message)), None);
+            }
+        }
+        sleep_until(breaker.due_at()).await;
+    }
+}
+
+/// Waits for a broker that knows the input topic.
+async fn broker_ready(group: &Group, board: &Board) -> Result<Found, RunError> {
+    let mut breaker = Breaker::new("broker", 0);
+    loop {
+        let asked = group.clone();
+        let answer = tokio::task::spawn_blocking(move || {
+            let (topic_id, partitions) = topic_id(asked.consumer(), asked.topic(), REQUEST_TIMEOUT)
+                .map_err(|error| format!("topic {}: {error}", asked.topic()))?;
+            let cluster_id = asked
+                .consumer()
+                .client()
+                .fetch_cluster_id(REQUEST_TIMEOUT)
+                .ok_or_else(|| "the cluster does not tell its id".to_owned())?;
+            Ok::<_, String>(Found { topic_id, cluster_id, partitions })
+        })
+        .await;
+        match answer {
+            Ok(Ok(found)) => {
+                breaker.succeeded();
+                board.probed(None, Some(Dependency::Up));
+                return Ok(found);
+            }
+            Ok(Err(message)) => {
+                breaker.failed(FailureClass::Passing, "asking for the input topic", &message);
+                board.probed(None, Some(Dependency::Down(message)));
+            }
+            Err(error) => return Err(RunError::Failed(format!("asking for the input topic: {error}"))),
+        }
+        sleep_until(breaker.due_at()).await;
+    }
+}
+
+async fn bind(
+    settings: &Settings,
+    options: RunOptions,
+    endpoint: &Endpoint,
+    found: &Found,
+    board: &Board,
+) -> Result<(), RunError> {
+    let wanted = Binding {
+        group_id: settings.kafka.group_id.clone(),
+        cluster_id: found.cluster_id.clone(),
+        topic: settings.kafka.input_topic.clone(),
+        topic_id: found.topic_id,
+        publishes: settings.kafka.publish,
+    };
+    let mut breaker = Breaker::new("database", 0);
+    loop {
+        let message = match endpoint.connect().await {
+            Ok((mut client, _driver)) => {
+                match binding::bind(&mut client, &wanted, options.adopt_database).await {
+                    Ok(()) => {
+                        breaker.succeeded();
+                        board.probed(Some(Dependency::Up), None);
+                        return Ok(());
+                    }
+                    Err(BindingError::Identity(doubt)) => return Err(doubt.into()),
+                    Err(error @ BindingError::Database(_)) => error.to_string(),
+                }
+            }
+            Err(error) => error.to_string(),
+        };
+        breaker.failed(FailureClass::Passing, "binding the database to the group", &message);
+        board.probed(Some(Dependency::Down(message)), None);
+        sleep_until(breaker.due_at()).await;
+    }
+}
+
+/// Makes the payment tables' months ahead of time, at the start and daily. Without them rows go to the
+/// default partitions: nothing waits for this.
+async fn keep_months_ahead(endpoint: Endpoint) {
+    let mut is_told = false;
+    loop {
+        let outcome = match endpoint.connect().await {
+            Ok((mut client, _driver)) => {
+                months::make_months_ahead(&mut client).await.map_err(|e| e.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        let pause = match outcome {
+            Ok(report) => {
+                is_told = false;
+                if !report.made.is_empty() {
+                    tracing::info!(months = report.made.join(", "), "made months of the payment tables");
+                }
+                for (month, obstacle) in &report.waiting {
+                    tracing::warn!(month, obstacle = %obstacle, "a month of the payment tables cannot be made yet");
+                }
+                if report.waiting.is_empty() { MONTHS_TICK } else { MONTHS_RETRY }
+            }
+            Err(error) => {
+                if !is_told {
+                    tracing::warn!(
+                        error,
+                        "making months of the payment tables failed, retrying every minute"
+                    );
+                }
+                is_told = true;
+                MONTHS_RETRY
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+impl Running {
+    async fn supervise(
+        mut self,
+        settings: &Settings,
+        options: RunOptions,
+        mut stop: watch::Receiver<bool>,
+    ) -> Result<(), RunError> {
+        let mut ended = tokio::select! {
+            _ = stop.wait_for(|stop| *stop) => Ok(()),
+            ended = self.lanes.join_next() => Err(lane_end(ended)),
+            ended = member_end(&mut self.member_end) => Err(ended),
+            doubt = watch_topic(&self.group, self.found.topic_id, &self.suspicion) => Err(doubt.into()),
+            () = watch_ends(&self.group, &self.board) => Ok(()),
+            caught_up = catch_up(&self.group, &self.board, self.found.partitions, options) => caught_up,
+        };
+        if let Err(error) = &ended {
+            tracing::error!(%error, "stopping");
+        } else {
+            tracing::info!("draining");
+        }
+        for seat in &self.seats {
+            // A lane that is gone needs no drain.
+            let _ = seat.events.try_send(LaneEvent::Drain);
+        }
+        let deadline = Instant::now() + settings.shutdown.timeout;
+        while !self.lanes.is_empty() {
+            match tokio::time::timeout_at(deadline, self.lanes.join_next()).await {
+                Ok(Some(Ok(Ok(())))) => {}
+                Ok(None) => break,
+                Ok(end) => {
+                    if ended.is_ok() {
+                        ended = Err(lane_end(end));
+                    }
+                }
+                Err(_) => {
+                    tracing::warn!(
+                        "not drained within shutdown.timeout; what was in flight is redelivered, nothing is lost"
+                    );
+                    break;
+                }
+            }
+        }
+        self.group.close();
+        let totals = self.board.totals();
+        tracing::info!(
+            written = totals.written,
+            duplicates = totals.duplicates,
+            dead_letters = totals.dead_letters,
+            redelivered = totals.redelivered,
+            "stopped"
+        );
+        ended
+    }
+}
+
+fn lane_end(ended: Option<Result<Result<(), IdentityDoubt>, tokio::task::JoinError>>) -> RunError {
+    match ended {
+        Some(Ok(Err(doubt))) => doubt.into(),
+        Some(Ok(Ok(()))) | None => RunError::Failed("a lane ended by itself".to_owned()),
+        Some(Err(error)) => RunError::Failed(format!("a lane failed: {error}")),
+    }
+}
+
+async fn member_end(end: &mut watch::Receiver<Option<MemberEnd>>) -> RunError {
+    match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
+        Ok(Some(MemberEnd::Identity(doubt))) => doubt.into(),
+        Ok(Some(MemberEnd::Fatal(reason))) => {
+            RunError::Failed(format!("the Kafka consumer gave up: {reason}"))
+        }
+        Ok(None) | Err(_) => RunError::Failed("the Kafka consumer's thread ended".to_owned()),
+    }
+}
+
+/// Asks for the topic's id again and again; returns when it is another one.
+async fn watch_topic(group: &Group, expected: Uuid, suspicion: &Notify) -> IdentityDoubt {
+    loop {
+        // Errors wake it up early, but never more often than once a second.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let _ = tokio::time::timeout(TOPIC_CHECK, suspicion.notified()).await;
+        let asked = group.clone();
+        let answer =
+            tokio::task::spawn_blocking(move || topic_id(asked.consumer(), asked.topic(), REQUEST_TIMEOUT));
+        if let Ok(Ok((found, _))) = answer.await
+            && found != expected
+        {
+            return IdentityDoubt::OtherTopic { marked: expected, found };
+        }
+    }
+}
+
+/// Keeps the ends of the log on the board, for lag. Never returns.
+async fn watch_ends(group: &Group, board: &Board) {
+    let mut tick = interval(ENDS_TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let partitions: Vec<Partition> = board.partitions().into_keys().collect();
+        if partitions.is_empty() {
+            continue;
+        }
+        let asked = group.clone();
+        let answer = tokio::task::spawn_blocking(move || {
+            log_ends(&asked, &partitions).map(|ends| partitions.into_iter().zip(ends).collect::<Vec<_>>())
+        });
+        match answer.await {
+            Ok(Ok(ends)) => {
+                board.ends(ends.into_iter());
+                board.probed(None, Some(Dependency::Up));
+            }
+            Ok(Err(error)) => board.probed(None, Some(Dependency::Down(error.to_string()))),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Returns once every partition's group offset has reached the end that it had at the start.
+async fn catch_up(
+    group: &Group,
+    board: &Board,
+    partitions: usize,
+    options: RunOptions,
+) -> Result<(), RunError> {
+    if !options.until_caught_up {
+        return std::future::pending().await;
+    }
+    let all: Vec<Partition> = (0..i32::try_from(partitions).unwrap_or(i32::MAX)).map(Partition).collect();
+    let mut targets: BTreeMap<Partition, NextOffset> = loop {
+        let (asked, wanted) = (group.clone(), all.clone());
+        let answer = tokio::task::spawn_blocking(move || log_bounds(&asked, &wanted)).await;
+        if let Ok(Ok(bounds)) = answer {
+            // An empty partition has nothing to be caught up with.
+            let targets = all.iter().copied().zip(bounds);
+            break targets.filter(|(_, b)| b.end > b.start).map(|(p, b)| (p, b.end)).collect();
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    };
+    let mut tick = interval(CAUGHT_UP_TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut foreign_at = Instant::now() + FOREIGN_TICK;
+    loop {
+        tick.tick().await;
+        let assigned = board.partitions();
+        targets.retain(|partition, target| {
+            let published = assigned.get(partition).and_then(|status| status.published);
+            !published.is_some_and(|published| published >= *target)
+        });
+        let foreign: Vec<Partition> = targets.keys().filter(|p| !assigned.contains_key(p)).copied().collect();
+        if !foreign.is_empty() && Instant::now() >= foreign_at {
+            foreign_at = Instant::now() + FOREIGN_TICK;
+            let (asked, wanted) = (group.clone(), foreign.clone());
+            if let Ok(Ok(offsets)) = tokio::task::spawn_blocking(move || group_offsets(&asked, &wanted)).await
+            {
+                for (partition, offset) in foreign.iter().zip(offsets) {
+                    if let (Some(offset), Some(target)) = (offset, targets.get(partition))
+                        && offset.position >= *target
+                    {
+                        targets.remove(partition);
+                    }
+                }
+            }
+        }
+        if targets.is_empty() {
+            return Ok(());
+        }
+        let halted =
+            |p: &Partition| assigned.get(p).is_some_and(|status| matches!(status.phase, Phase::Halted(_)));
+        if targets.keys().all(halted) {
+            return Err(RunError::Halted(format!(
+                "caught up, except for {} halted partition(s); payment-writer cursors show tells more",
+                targets.len()
+            )));
+        }
+    }
+}

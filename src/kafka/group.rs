@@ -1,0 +1,419 @@
+//! Membership of the consumer group: one member a process, its partitions dealt to lanes by number.
+//!
+//! A rebalance only notes what was assigned; fetching of a partition begins when its lane has found
+//! out where ([`Group::start`]). So no callback waits for the database, and a halted partition is
+//! simply one that was never started.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::KafkaError;
+use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
+use rdkafka::{ClientConfig, ClientContext, Offset as KafkaOffset, TopicPartitionList};
+use tokio::sync::{mpsc, watch};
+
+use super::librdkafka::LaneQueue;
+use crate::cursor::IdentityDoubt;
+use crate::lane::ports::{LaneEvent, RevokeDone};
+use crate::record::{NextOffset, Partition};
+use crate::status::Board;
+
+/// The group waits this long for its lanes to finish what was revoked; longer than a lane's own grace.
+const REVOKE_WAIT: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(100);
+/// Limit of one request to the broker.
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Sends the client library's log lines to ours. They name brokers and topics, never a message; most
+/// repeat while a broker is away, which our own lines say once, so they are for debugging.
+#[derive(Clone, Copy, Default)]
+pub struct QuietLog;
+
+impl ClientContext for QuietLog {
+    fn log(&self, _: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
+        tracing::debug!(target: "librdkafka", facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(target: "librdkafka", %error, reason);
+    }
+}
+
+/// The group's side of one lane.
+#[derive(Clone)]
+pub struct Seat {
+    /// Where the lane takes its events from.
+    pub events: mpsc::Sender<LaneEvent>,
+    /// Revocations for which the group no longer waits and which the lane has not handled. While there
+    /// are any, the lane must commit nothing: the generation may be one that it has no part in.
+    pub overtaken: Arc<AtomicI64>,
+}
+
+/// Why the member cannot go on.
+#[derive(Clone, Debug)]
+pub enum MemberEnd {
+    /// A person has to decide.
+    Identity(IdentityDoubt),
+    /// The client library gave up.
+    Fatal(String),
+}
+
+struct Shared {
+    topic: String,
+    instance_id: String,
+    seats: Vec<Seat>,
+    /// Assigned partitions; true once fetching was started.
+    assigned: Mutex<BTreeMap<Partition, bool>>,
+    board: Arc<Board>,
+    ended: watch::Sender<Option<MemberEnd>>,
+    is_closing: AtomicBool,
+}
+
+impl Shared {
+    fn assigned(&self) -> MutexGuard<'_, BTreeMap<Partition, bool>> {
+        self.assigned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn by_lane(&self, partitions: &[Partition]) -> BTreeMap<usize, Vec<Partition>> {
+        let mut lanes: BTreeMap<usize, Vec<Partition>> = BTreeMap::new();
+        for partition in partitions {
+            lanes.entry(lane_of(*partition, self.seats.len())).or_default().push(*partition);
+        }
+        lanes
+    }
+}
+
+/// The lane of a partition: by residue, so that with murmur2 keys and an output partition count that
+/// divides the input's, a lane touches few output partitions.
+pub fn lane_of(partition: Partition, lanes: usize) -> usize {
+    usize::try_from(partition.0).unwrap_or(0) % lanes.max(1)
+}
+
+/// Callbacks of the group's consumer.
+pub struct GroupContext(Arc<Shared>);
+
+impl ClientContext for GroupContext {
+    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
+        QuietLog.log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        QuietLog.error(error, reason);
+    }
+}
+
+const WAITING: u8 = 0;
+const DONE: u8 = 1;
+const OVERTAKEN: u8 = 2;
+
+/// One revocation that the group waits for and a lane answers.
+struct Ticket {
+    state: AtomicU8,
+    overtaken: Arc<AtomicI64>,
+    count: Arc<(Mutex<usize>, Condvar)>,
+}
+
+impl Ticket {
+    fn finish(&self) {
+        if self.state.compare_exchange(WAITING, DONE, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            self.overtaken.fetch_sub(1, Ordering::AcqRel);
+        }
+        let (count, changed) = &*self.count;
+        *count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        changed.notify_all();
+    }
+
+    /// The group waits no longer. The counter goes up before the lane can find out.
+    fn overtake(&self) {
+        self.overtaken.fetch_add(1, Ordering::AcqRel);
+        if self.state.compare_exchange(WAITING, OVERTAKEN, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            self.overtaken.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+impl ConsumerContext for GroupContext {
+    fn rebalance(&self, consumer: &BaseConsumer<Self>, event: RDKafkaRespErr, list: &mut TopicPartitionList) {
+        let partitions: Vec<Partition> = list
+            .elements_for_topic(&self.0.topic)
+            .iter()
+            .map(|element| Partition(element.partition()))
+            .collect();
+        match event {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => {
+                self.0.assign(consumer, &partitions);
+            }
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS => {
+                self.0.revoke(consumer, &partitions);
+            }
+            other => {
+                let code: RDKafkaErrorCode = other.into();
+                tracing::warn!(%code, "a rebalance failed, the client joins again");
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn assign(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
+        tracing::info!(partitions = partitions.len(), "assigned");
+        metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
+        self.board.member(true);
+        {
+            let mut assigned = self.assigned();
+            for partition in partitions {
+                assigned.insert(*partition, false);
+            }
+        }
+        // Answers the group without fetching anything yet.
+        if let Err(error) = consumer.incremental_assign(&TopicPartitionList::new()) {
+            tracing::warn!(%error, "the assignment was not taken");
+        }
+        for (lane, partitions) in self.by_lane(partitions) {
+            if let Some(seat) = self.seats.get(lane) {
+                // An error means that the lane has ended, as in a shutdown.
+                let _ = seat.events.blocking_send(LaneEvent::Assigned(partitions));
+            }
+        }
+    }
+
+    fn revoke(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
+        let is_lost = consumer.assignment_lost();
+        let kind = if is_lost { "lost" } else { "revoked" };
+        if !self.is_closing.load(Ordering::Acquire) {
+            tracing::info!(partitions = partitions.len(), kind, "revoked");
+        }
+        metrics::counter!("payment_writer_rebalances_total", "kind" => kind).increment(1);
+        let count = Arc::new((Mutex::new(0), Condvar::new()));
+        let mut tickets = Vec::new();
+        for (lane, partitions) in self.by_lane(partitions) {
+            let Some(seat) = self.seats.get(lane) else { continue };
+            let ticket = Arc::new(Ticket {
+                state: AtomicU8::new(WAITING),
+                overtaken: Arc::clone(&seat.overtaken),
+                count: Arc::clone(&count),
+            });
+            let done = Arc::clone(&ticket);
+            let done = RevokeDone::new(move || done.finish());
+            if seat.events.blocking_send(LaneEvent::Revoked { partitions, is_lost, done }).is_ok() {
+                tickets.push(ticket);
+            }
+        }
+        let (finished, changed) = &*count;
+        let guard = finished.lock().unwrap_or_else(PoisonError::into_inner);
+        // A lane that ended with the event in its channel never answers: hence the bound.
+        let _ = changed.wait_timeout_while(guard, REVOKE_WAIT, |finished| {
+            *finished < tickets.len() && !self.is_closing.load(Ordering::Acquire)
+        });
+        for ticket in &tickets {
+            ticket.overtake();
+        }
+        let mut assigned = self.assigned();
+        let mut started = TopicPartitionList::new();
+        for partition in partitions {
+            if assigned.remove(partition) == Some(true) {
+                started.add_partition(&self.topic, partition.0);
+            }
+        }
+        if let Err(error) = consumer.incremental_unassign(&started) {
+            tracing::warn!(%error, "the revocation was not taken");
+        }
+    }
+}
+
+/// The process's membership.
+#[derive(Clone)]
+pub struct Group {
+    consumer: Arc<BaseConsumer<GroupContext>>,
+    shared: Arc<Shared>,
+    thread: Arc<OnceLock<std::thread::JoinHandle<()>>>,
+}
+
+impl Group {
+    /// Creates the consumer; [`join`](Self::join) subscribes it.
+    pub fn new(
+        config: &ClientConfig,
+        topic: &str,
+        instance_id: &str,
+        seats: Vec<Seat>,
+        board: Arc<Board>,
+    ) -> Result<(Self, watch::Receiver<Option<MemberEnd>>), KafkaError> {
+        let (ended, end) = watch::channel(None);
+        let shared = Arc::new(Shared {
+            topic: topic.to_owned(),
+            instance_id: instance_id.to_owned(),
+            seats,
+            assigned: Mutex::default(),
+            board,
+            ended,
+            is_closing: AtomicBool::new(false),
+        });
+        let consumer = config.create_with_context(GroupContext(Arc::clone(&shared)))?;
+        let group = Self { consumer: Arc::new(consumer), shared, thread: Arc::new(OnceLock::new()) };
+        Ok((group, end))
+    }
+
+    /// The consumer, for questions to the broker.
+    pub fn consumer(&self) -> &Arc<BaseConsumer<GroupContext>> {
+        &self.consumer
+    }
+
+    /// The input topic's name.
+    pub fn topic(&self) -> &str {
+        &self.shared.topic
+    }
+
+    /// Subscribes, and polls from a thread of its own until [`close`](Self::close).
+    pub fn join(&self) -> Result<(), KafkaError> {
+        self.consumer.subscribe(&[&self.shared.topic])?;
+        let consumer = Arc::clone(&self.consumer);
+        let shared = Arc::clone(&self.shared);
+        let spawned = std::thread::Builder::new()
+            .name("group".to_owned())
+            .spawn(move || poll(&consumer, &shared))
+            .map_err(|e| KafkaError::ClientCreation(format!("no thread for the group: {e}")))?;
+        // A second join would be an error of ours; the first thread serves both.
+        let _ = self.thread.set(spawned);
+        Ok(())
+    }
+
+    /// Stops polling. A static member says no goodbye: its place is kept for `session.timeout.ms`.
+    pub fn close(&self) {
+        self.shared.is_closing.store(true, Ordering::Release);
+    }
+
+    /// Begins, or begins again, to fetch partitions at these positions into `queue`. Partitions that are
+    /// no longer assigned are left out: their revocation is on its way to the lane.
+    pub fn start<C: ConsumerContext>(
+        &self,
+        queue: &LaneQueue<C>,
+        positions: &[(Partition, NextOffset)],
+    ) -> Result<(), String> {
+        let mut assigned = self.shared.assigned();
+        let mut fresh = TopicPartitionList::new();
+        let mut running = TopicPartitionList::new();
+        for (partition, position) in positions {
+            let list = match assigned.get(partition) {
+                None => continue,
+                Some(false) => &mut fresh,
+                Some(true) => &mut running,
+            };
+            list.add_partition_offset(&self.shared.topic, partition.0, KafkaOffset::Offset(position.0))
+                .map_err(|e| e.to_string())?;
+        }
+        if fresh.count() > 0 {
+            for element in fresh.elements() {
+                queue.attach(&self.shared.topic, Partition(element.partition()));
+            }
+            self.consumer.incremental_assign(&fresh).map_err(|e| e.to_string())?;
+            for element in fresh.elements() {
+                assigned.insert(Partition(element.partition()), true);
+            }
+        }
+        self.seek(running)
+    }
+
+    fn seek(&self, mut list: TopicPartitionList) -> Result<(), String> {
+        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        while list.count() > 0 {
+            let sought =
+                self.consumer.seek_partitions(list, REQUEST_TIMEOUT).map_err(|e| format!("seeking: {e}"))?;
+            let mut again = TopicPartitionList::new();
+            for element in sought.elements() {
+                match element.error() {
+                    Ok(()) => {}
+                    // Assigned a moment ago and not fetching yet.
+                    Err(KafkaError::OffsetFetch(
+                        RDKafkaErrorCode::State | RDKafkaErrorCode::PreviousInProgress,
+                    )) if Instant::now() < deadline => {
+                        again
+                            .add_partition_offset(&self.shared.topic, element.partition(), element.offset())
+                            .map_err(|e| e.to_string())?;
+                    }
+                    Err(error) => {
+                        return Err(format!("seeking partition {}: {error}", element.partition()));
+                    }
+                }
+            }
+            list = again;
+            if list.count() > 0 {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops fetching these partitions; they stay assigned.
+    pub fn stop(&self, partitions: &[Partition]) -> Result<(), String> {
+        let mut assigned = self.shared.assigned();
+        let mut list = TopicPartitionList::new();
+        for partition in partitions {
+            if let Some(is_started) = assigned.get_mut(partition)
+                && *is_started
+            {
+                *is_started = false;
+                list.add_partition(&self.shared.topic, partition.0);
+            }
+        }
+        if list.count() == 0 {
+            return Ok(());
+        }
+        self.consumer.incremental_unassign(&list).map_err(|e| e.to_string())
+    }
+}
+
+fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
+    while !shared.is_closing.load(Ordering::Acquire) {
+        match consumer.poll(POLL) {
+            None => {}
+            Some(Ok(message)) => {
+                // Cannot happen while partitions are attached before they are assigned; if it does, the
+                // partition is taken up again, so that no record is passed over.
+                let partition = Partition(rdkafka::Message::partition(&message));
+                tracing::warn!(partition = partition.0, "a record missed its lane's queue, taken up again");
+                drop(message);
+                restart(consumer, shared, partition);
+            }
+            Some(Err(error)) => tracing::debug!(target: "librdkafka", %error, "poll"),
+        }
+        if let Some((code, reason)) = consumer.client().fatal_error() {
+            let end = match code {
+                RDKafkaErrorCode::FencedInstanceId => MemberEnd::Identity(IdentityDoubt::InstanceTaken {
+                    instance_id: shared.instance_id.clone(),
+                }),
+                _ => MemberEnd::Fatal(format!("{code}: {reason}")),
+            };
+            shared.ended.send_replace(Some(end));
+            return;
+        }
+    }
+}
+
+fn restart(consumer: &BaseConsumer<GroupContext>, shared: &Shared, partition: Partition) {
+    {
+        let mut assigned = shared.assigned();
+        let mut list = TopicPartitionList::new();
+        match assigned.get_mut(&partition) {
+            Some(is_started) if *is_started => {
+                *is_started = false;
+                list.add_partition(&shared.topic, partition.0);
+            }
+            _ => return,
+        }
+        if let Err(error) = consumer.incremental_unassign(&list) {
+            tracing::warn!(%error, "unassigning a partition to take it up again");
+        }
+    }
+    let Some(seat) = shared.seats.get(lane_of(partition, shared.seats.len())) else { return };
+    let done = RevokeDone::new(|| {});
+    let partitions = vec![partition];
+    let _ = seat.events.blocking_send(LaneEvent::Revoked {
+        partitions: partitions.clone(),
+        is_lost: false,
+        done,
+    });
+    let _ = seat.events.blocking_send(LaneEvent::Assigned(partitions));
+}

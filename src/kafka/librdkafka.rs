@@ -1,0 +1,562 @@
+//! The one place with `unsafe`: the calls of librdkafka that the `rdkafka` crate does not offer.
+//!
+//! Batch consumption from a queue of our own, transactional produce without an allocation per
+//! message, topic ids (`DescribeTopics`), and the generation inside the consumer's group metadata.
+//! Everything that leaves this module is safe to call; each block says why it is sound.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ptr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::producer::{BaseProducer, Producer};
+use rdkafka::types::RDKafkaErrorCode;
+use rdkafka::{ClientContext, TopicPartitionList};
+use rdkafka_sys as sys;
+use tokio::sync::Notify;
+
+use crate::record::{Offset, Partition, TimestampMs};
+
+/// An error object of librdkafka, read out: what failed and what the client may do about it.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message} ({code})")]
+pub struct NativeError {
+    /// librdkafka's error code.
+    pub code: RDKafkaErrorCode,
+    /// librdkafka's words; they name brokers, topics and states, never a message.
+    pub message: String,
+    /// The same call may be made again.
+    pub is_retriable: bool,
+    /// The client instance is of no more use.
+    pub is_fatal: bool,
+    /// The open transaction has to be aborted.
+    pub requires_abort: bool,
+}
+
+impl NativeError {
+    fn plain(code: sys::rd_kafka_resp_err_t, message: &str) -> Self {
+        Self {
+            code: code.into(),
+            message: message.to_owned(),
+            is_retriable: false,
+            is_fatal: false,
+            requires_abort: false,
+        }
+    }
+
+    /// Takes ownership of an error object; null means success.
+    fn check(error: *mut sys::rd_kafka_error_t) -> Result<(), Self> {
+        if error.is_null() {
+            return Ok(());
+        }
+        // SAFETY: `error` is a live error object returned to us; it is destroyed once, here.
+        unsafe {
+            let read = Self {
+                code: sys::rd_kafka_error_code(error).into(),
+                message: CStr::from_ptr(sys::rd_kafka_error_string(error)).to_string_lossy().into_owned(),
+                is_retriable: sys::rd_kafka_error_is_retriable(error) != 0,
+                is_fatal: sys::rd_kafka_error_is_fatal(error) != 0,
+                requires_abort: sys::rd_kafka_error_txn_requires_abort(error) != 0,
+            };
+            sys::rd_kafka_error_destroy(error);
+            Err(read)
+        }
+    }
+}
+
+fn millis(timeout: Duration) -> c_int {
+    c_int::try_from(timeout.as_millis()).unwrap_or(c_int::MAX)
+}
+
+fn c_string(text: &str) -> CString {
+    // Topic names are validated by the settings; a NUL cannot name a topic, the empty name fails cleanly.
+    CString::new(text).unwrap_or_default()
+}
+
+/// What a lane's queue delivers.
+#[derive(Debug)]
+pub enum QueueItem<'a> {
+    /// A record.
+    Record(NativeRecord<'a>),
+    /// The partition was read up to its last stable offset; `position` is the next offset.
+    End {
+        /// Topic partition.
+        partition: Partition,
+        /// The position after everything readable, control records included.
+        position: i64,
+    },
+    /// Fetching one partition (or, without one, anything) failed.
+    Failed {
+        /// The partition, if the error names one.
+        partition: Option<Partition>,
+        /// librdkafka's error code.
+        code: RDKafkaErrorCode,
+    },
+}
+
+/// A record still in the client's memory, valid during the callback that gets it.
+#[derive(Debug)]
+pub struct NativeRecord<'a> {
+    message: &'a sys::rd_kafka_message_t,
+}
+
+unsafe fn bytes<'a>(pointer: *const c_void, len: usize) -> Option<&'a [u8]> {
+    if pointer.is_null() {
+        None
+    } else {
+        // SAFETY: the caller passes a buffer of librdkafka that lives as long as its message.
+        Some(unsafe { std::slice::from_raw_parts(pointer.cast(), len) })
+    }
+}
+
+impl<'a> NativeRecord<'a> {
+    /// Partition of the record.
+    pub fn partition(&self) -> Partition {
+        Partition(self.message.partition)
+    }
+
+    /// Offset of the record.
+    pub fn offset(&self) -> Offset {
+        Offset(self.message.offset)
+    }
+
+    /// Key bytes; `None` if null.
+    pub fn key(&self) -> Option<&'a [u8]> {
+        // SAFETY: `key` and `key_len` describe one buffer owned by the message.
+        unsafe { bytes(self.message.key, self.message.key_len) }
+    }
+
+    /// Value bytes; `None` if null.
+    pub fn value(&self) -> Option<&'a [u8]> {
+        // SAFETY: `payload` and `len` describe one buffer owned by the message.
+        unsafe { bytes(self.message.payload, self.message.len) }
+    }
+
+    /// The record's timestamp, if it carries one.
+    pub fn timestamp(&self) -> Option<TimestampMs> {
+        let mut kind = sys::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_NOT_AVAILABLE;
+        // SAFETY: the message is live; `kind` is written.
+        let at = unsafe { sys::rd_kafka_message_timestamp(self.message, &mut kind) };
+        match kind {
+            sys::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_NOT_AVAILABLE => None,
+            _ => Some(TimestampMs(at)),
+        }
+    }
+
+    /// Headers in order: name, value.
+    pub fn headers(&self) -> impl Iterator<Item = (&'a [u8], Option<&'a [u8]>)> + use<'a> {
+        let mut headers: *mut sys::rd_kafka_headers_t = ptr::null_mut();
+        // SAFETY: the message is live; the headers it hands out belong to it and live as long.
+        let has = unsafe { sys::rd_kafka_message_headers(self.message, &mut headers) }
+            == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR;
+        let mut index = 0;
+        std::iter::from_fn(move || {
+            if !has {
+                return None;
+            }
+            let mut name: *const c_char = ptr::null();
+            let mut value: *const c_void = ptr::null();
+            let mut len = 0;
+            // SAFETY: as above; out-pointers are written only on success.
+            let found =
+                unsafe { sys::rd_kafka_header_get_all(headers, index, &mut name, &mut value, &mut len) }
+                    == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR;
+            index += 1;
+            // SAFETY: name is a C string, value a buffer of `len`, both owned by the message.
+            found.then(|| unsafe { (CStr::from_ptr(name).to_bytes(), bytes(value, len)) })
+        })
+    }
+}
+
+/// A queue into which the partitions of one lane are fetched.
+///
+/// Partitions are attached before they are assigned, so that no record of theirs ever reaches the
+/// consumer's main queue. Not draining the queue is back-pressure: the client stops fetching.
+pub struct LaneQueue<C: ConsumerContext + 'static> {
+    queue: *mut sys::rd_kafka_queue_t,
+    wake: *const Notify,
+    messages: Vec<*mut sys::rd_kafka_message_t>,
+    /// Keeps the client alive as long as the queue.
+    consumer: Arc<BaseConsumer<C>>,
+    notify: Arc<Notify>,
+}
+
+// SAFETY: librdkafka's queues may be used from any thread; `LaneQueue` hands out no pointer, and
+// consuming takes `&mut self`.
+unsafe impl<C: ConsumerContext> Send for LaneQueue<C> {}
+// SAFETY: as above; `&self` offers only `attach`, which librdkafka locks internally.
+unsafe impl<C: ConsumerContext> Sync for LaneQueue<C> {}
+
+unsafe extern "C" fn wake_lane(_: *mut sys::rd_kafka_t, opaque: *mut c_void) {
+    // SAFETY: the opaque is the `Notify` that `LaneQueue` keeps alive until the callback is off.
+    unsafe { (*opaque.cast::<Notify>()).notify_one() }
+}
+
+impl<C: ConsumerContext> LaneQueue<C> {
+    /// A new queue of `consumer`; `chunk_max` records at most are taken by one call.
+    pub fn new(consumer: Arc<BaseConsumer<C>>, chunk_max: usize) -> Self {
+        let notify = Arc::new(Notify::new());
+        let wake = Arc::into_raw(Arc::clone(&notify));
+        // SAFETY: the client is live; the callback's opaque is a counted reference released in `drop`.
+        let queue = unsafe {
+            let queue = sys::rd_kafka_queue_new(consumer.client().native_ptr());
+            sys::rd_kafka_queue_cb_event_enable(queue, Some(wake_lane), wake as *mut c_void);
+            queue
+        };
+        Self { queue, wake, messages: vec![ptr::null_mut(); chunk_max.max(1)], consumer, notify }
+    }
+
+    /// Sends what is fetched of this partition here. To be called before the partition is assigned.
+    pub fn attach(&self, topic: &str, partition: Partition) {
+        let topic = c_string(topic);
+        // SAFETY: both queues are live; the partition's reference is released after forwarding, which
+        // librdkafka allows: the forward itself belongs to the partition.
+        unsafe {
+            let source = sys::rd_kafka_queue_get_partition(
+                self.consumer.client().native_ptr(),
+                topic.as_ptr(),
+                partition.0,
+            );
+            if !source.is_null() {
+                sys::rd_kafka_queue_forward(source, self.queue);
+                sys::rd_kafka_queue_destroy(source);
+            }
+        }
+    }
+
+    /// Completes when something was put into the empty queue since it was last waited for.
+    pub async fn wait_filled(&self) {
+        self.notify.notified().await;
+    }
+
+    /// Hands at most `max` items that are there already to `take`; returns how many there were.
+    pub fn drain(&mut self, max: usize, mut take: impl FnMut(QueueItem<'_>)) -> usize {
+        let max = max.min(self.messages.len());
+        // SAFETY: the array has room for `max` pointers; a zero time limit makes the call return at once.
+        let count =
+            unsafe { sys::rd_kafka_consume_batch_queue(self.queue, 0, self.messages.as_mut_ptr(), max) };
+        let count = usize::try_from(count).unwrap_or(0);
+        for pointer in self.messages.iter().take(count) {
+            // SAFETY: librdkafka returned `count` live messages that are ours until destroyed; the
+            // borrow given to `take` ends before that.
+            unsafe {
+                let message = &**pointer;
+                take(match message.err {
+                    sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR => {
+                        QueueItem::Record(NativeRecord { message })
+                    }
+                    sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__PARTITION_EOF => {
+                        QueueItem::End { partition: Partition(message.partition), position: message.offset }
+                    }
+                    code => QueueItem::Failed {
+                        partition: (!message.rkt.is_null() && message.partition >= 0)
+                            .then_some(Partition(message.partition)),
+                        code: code.into(),
+                    },
+                });
+                sys::rd_kafka_message_destroy(*pointer);
+            }
+        }
+        count
+    }
+}
+
+impl<C: ConsumerContext> Drop for LaneQueue<C> {
+    fn drop(&mut self) {
+        // SAFETY: the callback is switched off before its opaque is released.
+        unsafe {
+            sys::rd_kafka_queue_cb_event_enable(self.queue, None, ptr::null_mut());
+            sys::rd_kafka_queue_destroy(self.queue);
+            drop(Arc::from_raw(self.wake));
+        }
+    }
+}
+
+/// The consumer's membership at one moment, as a transaction needs it (KIP-447).
+pub struct GroupMetadata(*mut sys::rd_kafka_consumer_group_metadata_t);
+
+// SAFETY: the object is an immutable copy without ties to a thread.
+unsafe impl Send for GroupMetadata {}
+// SAFETY: as above.
+unsafe impl Sync for GroupMetadata {}
+
+impl GroupMetadata {
+    /// What the consumer's membership is now.
+    pub fn of<C: ConsumerContext>(consumer: &BaseConsumer<C>) -> Option<Self> {
+        // SAFETY: the client is live; the copy is ours.
+        let pointer = unsafe { sys::rd_kafka_consumer_group_metadata(consumer.client().native_ptr()) };
+        (!pointer.is_null()).then_some(Self(pointer))
+    }
+
+    /// The generation; negative when the consumer is no member. A commit made with a negative
+    /// generation would not be fenced.
+    pub fn generation(&self) -> i32 {
+        // SAFETY: the object is live.
+        unsafe { sys::rd_kafka_consumer_group_metadata_generation_id(self.0) }
+    }
+}
+
+impl Drop for GroupMetadata {
+    fn drop(&mut self) {
+        // SAFETY: destroyed once.
+        unsafe { sys::rd_kafka_consumer_group_metadata_destroy(self.0) }
+    }
+}
+
+/// A transactional producer with the calls that cost least.
+pub struct TxnProducer<C: ClientContext + 'static> {
+    producer: BaseProducer<QuietContext<C>>,
+    topics: Vec<*mut sys::rd_kafka_topic_t>,
+}
+
+/// Delivery reports are not wanted: a transaction that lost a message fails as a whole.
+pub struct QuietContext<C>(pub C);
+
+impl<C: ClientContext> ClientContext for QuietContext<C> {
+    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, fac: &str, message: &str) {
+        self.0.log(level, fac, message);
+    }
+
+    fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
+        self.0.error(error, reason);
+    }
+}
+
+impl<C: ClientContext + 'static> rdkafka::producer::ProducerContext for QuietContext<C> {
+    type DeliveryOpaque = ();
+    fn delivery(&self, _: &rdkafka::message::DeliveryResult<'_>, (): ()) {}
+}
+
+// SAFETY: topic handles belong to the client, which is thread safe; they are released in `drop`.
+unsafe impl<C: ClientContext> Send for TxnProducer<C> {}
+
+/// One header of an output: name with a closing NUL, value.
+pub type OutputHeader<'a> = (&'a CStr, Option<&'a [u8]>);
+
+impl<C: ClientContext + 'static> TxnProducer<C> {
+    /// Wraps a producer; `topics` are the ones that [`produce`](Self::produce) names by index.
+    pub fn new(producer: BaseProducer<QuietContext<C>>, topics: &[&str]) -> Self {
+        let topics = topics
+            .iter()
+            .map(|name| {
+                let name = c_string(name);
+                // SAFETY: the client is live; a null configuration means the client's defaults.
+                unsafe {
+                    sys::rd_kafka_topic_new(producer.client().native_ptr(), name.as_ptr(), ptr::null_mut())
+                }
+            })
+            .collect();
+        Self { producer, topics }
+    }
+
+    /// The wrapped producer.
+    pub fn inner(&self) -> &BaseProducer<QuietContext<C>> {
+        &self.producer
+    }
+
+    fn native(&self) -> *mut sys::rd_kafka_t {
+        self.producer.client().native_ptr()
+    }
+
+    /// Copies one message into the producer's queue. `Err` with `_QUEUE_FULL` may be tried again.
+    pub fn produce<'h>(
+        &self,
+        topic: usize,
+        key: Option<&[u8]>,
+        value: Option<&[u8]>,
+        headers: impl ExactSizeIterator<Item = (&'h [u8], Option<&'h [u8]>)>,
+    ) -> Result<(), NativeError> {
+        use sys::rd_kafka_vtype_t as kind;
+        let Some(topic) = self.topics.get(topic).copied().filter(|t| !t.is_null()) else {
+            return Err(NativeError::plain(
+                sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC,
+                "no handle for this output topic",
+            ));
+        };
+        let mem = |kind, bytes: Option<&[u8]>| sys::rd_kafka_vu_t {
+            vtype: kind,
+            u: sys::rd_kafka_vu_s__bindgen_ty_1 {
+                mem: sys::rd_kafka_vu_s__bindgen_ty_1__bindgen_ty_1 {
+                    ptr: bytes.map_or(ptr::null_mut(), |b| {
+                        // An empty slice must not become a null value.
+                        b.as_ptr() as *mut c_void
+                    }),
+                    size: bytes.map_or(0, <[u8]>::len),
+                },
+            },
+        };
+        // SAFETY: all pointers live until the call returns; `MSG_F_COPY` makes librdkafka copy key and
+        // value; the header list becomes librdkafka's on success and is destroyed here on failure.
+        unsafe {
+            let list = sys::rd_kafka_headers_new(headers.len());
+            for (name, value) in headers {
+                let (value_pointer, value_len) =
+                    value.map_or((ptr::null(), 0), |v| (v.as_ptr().cast::<c_void>(), v.len() as isize));
+                sys::rd_kafka_header_add(
+                    list,
+                    name.as_ptr().cast(),
+                    name.len() as isize,
+                    value_pointer,
+                    value_len,
+                );
+            }
+            let arguments = [
+                sys::rd_kafka_vu_t {
+                    vtype: kind::RD_KAFKA_VTYPE_RKT,
+                    u: sys::rd_kafka_vu_s__bindgen_ty_1 { rkt: topic },
+                },
+                sys::rd_kafka_vu_t {
+                    vtype: kind::RD_KAFKA_VTYPE_MSGFLAGS,
+                    u: sys::rd_kafka_vu_s__bindgen_ty_1 { i: sys::RD_KAFKA_MSG_F_COPY },
+                },
+                mem(kind::RD_KAFKA_VTYPE_KEY, key),
+                mem(kind::RD_KAFKA_VTYPE_VALUE, value),
+                sys::rd_kafka_vu_t {
+                    vtype: kind::RD_KAFKA_VTYPE_HEADERS,
+                    u: sys::rd_kafka_vu_s__bindgen_ty_1 { headers: list },
+                },
+            ];
+            let outcome = NativeError::check(sys::rd_kafka_produceva(
+                self.native(),
+                arguments.as_ptr(),
+                arguments.len(),
+            ));
+            if outcome.is_err() {
+                sys::rd_kafka_headers_destroy(list);
+            }
+            outcome
+        }
+    }
+
+    /// Waits until every message was delivered or failed; true if nothing is left. Failed messages put
+    /// the transaction into its error state, which its commit reports.
+    pub fn flush(&self, timeout: Duration) -> bool {
+        // SAFETY: the client is live.
+        let left = unsafe { sys::rd_kafka_flush(self.native(), millis(timeout)) };
+        // Reports of failed deliveries count as outstanding until they are taken.
+        self.producer.poll(Duration::ZERO);
+        left == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR
+    }
+
+    /// `init_transactions`: fences older producers of this id and settles what they left open.
+    pub fn init(&self, timeout: Duration) -> Result<(), NativeError> {
+        // SAFETY: the client is live.
+        NativeError::check(unsafe { sys::rd_kafka_init_transactions(self.native(), millis(timeout)) })
+    }
+
+    /// `begin_transaction`.
+    pub fn begin(&self) -> Result<(), NativeError> {
+        // SAFETY: the client is live.
+        NativeError::check(unsafe { sys::rd_kafka_begin_transaction(self.native()) })
+    }
+
+    /// `send_offsets_to_transaction` with the consumer's generation.
+    pub fn send_offsets(
+        &self,
+        offsets: &TopicPartitionList,
+        group: &GroupMetadata,
+        timeout: Duration,
+    ) -> Result<(), NativeError> {
+        // SAFETY: client, list and metadata are live; librdkafka copies both.
+        NativeError::check(unsafe {
+            sys::rd_kafka_send_offsets_to_transaction(self.native(), offsets.ptr(), group.0, millis(timeout))
+        })
+    }
+
+    /// `commit_transaction`; a retriable error means that the same call continues it.
+    pub fn commit(&self, timeout: Duration) -> Result<(), NativeError> {
+        // SAFETY: the client is live.
+        NativeError::check(unsafe { sys::rd_kafka_commit_transaction(self.native(), millis(timeout)) })
+    }
+
+    /// `abort_transaction`; a retriable error means that the same call continues it.
+    pub fn abort(&self, timeout: Duration) -> Result<(), NativeError> {
+        // SAFETY: the client is live.
+        NativeError::check(unsafe { sys::rd_kafka_abort_transaction(self.native(), millis(timeout)) })
+    }
+}
+
+impl<C: ClientContext> Drop for TxnProducer<C> {
+    fn drop(&mut self) {
+        for topic in self.topics.drain(..).filter(|t| !t.is_null()) {
+            // SAFETY: each handle is released once, before the client.
+            unsafe { sys::rd_kafka_topic_destroy(topic) }
+        }
+    }
+}
+
+/// The 128 bits of a topic's id, and its number of partitions, as the cluster knows them now.
+pub fn topic_id<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    timeout: Duration,
+) -> Result<(uuid::Uuid, usize), NativeError> {
+    let name = c_string(topic);
+    let mut names = [name.as_ptr()];
+    let client = consumer.client().native_ptr();
+    // SAFETY: every object made here is destroyed here, and what is read lives inside the event until
+    // the event is destroyed at the end.
+    unsafe {
+        let queue = sys::rd_kafka_queue_new(client);
+        let collection = sys::rd_kafka_TopicCollection_of_topic_names(names.as_mut_ptr(), names.len());
+        let options = sys::rd_kafka_AdminOptions_new(
+            client,
+            sys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS,
+        );
+        let mut reason: [c_char; 256] = [0; 256];
+        sys::rd_kafka_AdminOptions_set_request_timeout(
+            options,
+            millis(timeout),
+            reason.as_mut_ptr(),
+            reason.len(),
+        );
+        sys::rd_kafka_DescribeTopics(client, collection, options, queue);
+        // The admin call answers by itself within its own time limit; the slack lets that answer win.
+        let event = sys::rd_kafka_queue_poll(queue, millis(timeout + Duration::from_secs(1)));
+        let outcome = described(event);
+        if !event.is_null() {
+            sys::rd_kafka_event_destroy(event);
+        }
+        sys::rd_kafka_AdminOptions_destroy(options);
+        sys::rd_kafka_TopicCollection_destroy(collection);
+        sys::rd_kafka_queue_destroy(queue);
+        outcome
+    }
+}
+
+unsafe fn described(event: *mut sys::rd_kafka_event_t) -> Result<(uuid::Uuid, usize), NativeError> {
+    use sys::rd_kafka_resp_err_t as code;
+    if event.is_null() {
+        return Err(NativeError::plain(code::RD_KAFKA_RESP_ERR__TIMED_OUT, "no answer to DescribeTopics"));
+    }
+    // SAFETY: the event is live; null results are checked.
+    unsafe {
+        let error = sys::rd_kafka_event_error(event);
+        if error != code::RD_KAFKA_RESP_ERR_NO_ERROR {
+            return Err(NativeError::plain(error, "DescribeTopics failed"));
+        }
+        let result = sys::rd_kafka_event_DescribeTopics_result(event);
+        let mut count = 0;
+        let topics = if result.is_null() {
+            ptr::null_mut()
+        } else {
+            sys::rd_kafka_DescribeTopics_result_topics(result, &mut count)
+        };
+        if topics.is_null() || count == 0 {
+            return Err(NativeError::plain(code::RD_KAFKA_RESP_ERR__BAD_MSG, "DescribeTopics told nothing"));
+        }
+        let topic = *topics;
+        let error = sys::rd_kafka_TopicDescription_error(topic);
+        if !error.is_null() && sys::rd_kafka_error_code(error) != code::RD_KAFKA_RESP_ERR_NO_ERROR {
+            return Err(NativeError::plain(sys::rd_kafka_error_code(error), "the topic cannot be described"));
+        }
+        let mut partitions = 0;
+        sys::rd_kafka_TopicDescription_partitions(topic, &mut partitions);
+        let id = sys::rd_kafka_TopicDescription_topic_id(topic);
+        let high = sys::rd_kafka_Uuid_most_significant_bits(id) as u64;
+        let low = sys::rd_kafka_Uuid_least_significant_bits(id) as u64;
+        Ok((uuid::Uuid::from_u64_pair(high, low), partitions))
+    }
+}

@@ -1,0 +1,6 @@
+//! The Kafka side: group membership and fetching, and the transactions that publish.
+
+pub mod group;
+pub mod librdkafka;
+pub mod log;
+pub mod publisher;

@@ -1,0 +1,257 @@
+//! The transactional producer of one lane, on a thread of its own.
+//!
+//! The client's transaction calls block, and one of them is known to hang past its own time limit
+//! (librdkafka #5456): the lane waits for an answer with a limit, and abandons the thread if none comes.
+
+use std::sync::Arc;
+use std::sync::mpsc as jobs;
+use std::time::{Duration, Instant};
+
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::producer::{BaseProducer, Producer};
+use rdkafka::types::RDKafkaErrorCode;
+use rdkafka::{ClientConfig, Offset as KafkaOffset, TopicPartitionList};
+use tokio::sync::oneshot;
+
+use super::group::QuietLog;
+use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer};
+use crate::cursor::Identity;
+use crate::lane::ports::PublishFailure;
+use crate::publication::{OutputCounts, Publication, Published};
+
+/// All of one transaction has to fit in here; the broker's own limit, `transaction.timeout.ms`, ends it too.
+const TRANSACTION_DEADLINE: Duration = Duration::from_secs(20);
+const INIT_TIMEOUT: Duration = Duration::from_secs(10);
+const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for room in the producer's queue, or for deliveries, before looking around.
+const SLICE: Duration = Duration::from_millis(50);
+/// The lane waits this long for an answer before it abandons the thread.
+pub(super) const WATCHDOG: Duration = Duration::from_secs(25);
+
+type PublishReply = Result<(Published, OutputCounts), PublishFailure>;
+
+enum Job {
+    Init(oneshot::Sender<Result<(), String>>),
+    Publish(Arc<Publication>, GroupMetadata, oneshot::Sender<PublishReply>),
+}
+
+/// What the thread needs to know.
+#[derive(Clone)]
+pub struct PublisherSettings {
+    /// Producer configuration with its `transactional.id`.
+    pub config: ClientConfig,
+    /// Input topic, for marks and dead letters.
+    pub input_topic: String,
+    /// Output topics in the order of `OutputTopic::ALL`.
+    pub outputs: [String; 3],
+    /// Topic and database, for marks and `source` headers.
+    pub identity: Identity,
+    /// False: the output topics are not even asked for.
+    pub publishes: bool,
+}
+
+/// Handle of the thread. Dropped, the thread ends as soon as its present call returns.
+pub struct Publisher(jobs::SyncSender<Job>);
+
+impl Publisher {
+    /// Starts the thread; nothing is asked of the broker yet.
+    pub fn spawn(settings: PublisherSettings) -> std::io::Result<Self> {
+        let (sender, receiver) = jobs::sync_channel(1);
+        std::thread::Builder::new()
+            .name("publisher".to_owned())
+            .spawn(move || serve(&settings, &receiver))?;
+        Ok(Self(sender))
+    }
+
+    /// `init_transactions`, after the output topics are known to exist.
+    pub fn init(&self) -> oneshot::Receiver<Result<(), String>> {
+        let (reply, answer) = oneshot::channel();
+        // A full or closed channel drops the reply, which the waiting side reads as a failure.
+        let _ = self.0.try_send(Job::Init(reply));
+        answer
+    }
+
+    /// Runs one transaction.
+    pub fn publish(
+        &self,
+        publication: Arc<Publication>,
+        group: GroupMetadata,
+    ) -> oneshot::Receiver<PublishReply> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.0.try_send(Job::Publish(publication, group, reply));
+        answer
+    }
+}
+
+fn serve(settings: &PublisherSettings, receiver: &jobs::Receiver<Job>) {
+    let mut producer: Option<TxnProducer<QuietLog>> = None;
+    while let Ok(job) = receiver.recv() {
+        match job {
+            Job::Init(reply) => {
+                let outcome = init(settings, &mut producer);
+                let _ = reply.send(outcome);
+            }
+            Job::Publish(publication, group, reply) => {
+                let outcome = match &producer {
+                    Some(producer) => publish(producer, settings, &publication, &group),
+                    None => Err(PublishFailure::Unknown("the producer is not initialised".to_owned())),
+                };
+                let _ = reply.send(outcome);
+            }
+        }
+    }
+}
+
+fn init(settings: &PublisherSettings, slot: &mut Option<TxnProducer<QuietLog>>) -> Result<(), String> {
+    if slot.is_none() {
+        let native = BaseProducer::from_config_and_context(&settings.config, QuietContext(QuietLog))
+            .map_err(|e| format!("creating the producer: {e}"))?;
+        let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
+        *slot = Some(TxnProducer::new(native, &names));
+    }
+    let Some(producer) = slot.as_ref() else { return Ok(()) };
+    if settings.publishes {
+        // A message produced before its topic's metadata is known can abort the transaction.
+        for topic in &settings.outputs {
+            let metadata = producer
+                .inner()
+                .client()
+                .fetch_metadata(Some(topic), METADATA_TIMEOUT)
+                .map_err(|e| format!("asking for output topic {topic}: {e}"))?;
+            if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
+                return Err(format!(
+                    "output topic {topic} does not exist or cannot be used; payment-writer topics create \
+                     makes it"
+                ));
+            }
+        }
+    }
+    producer.init(INIT_TIMEOUT).map_err(|error| {
+        let message = format!("init_transactions: {error}");
+        if !error.is_retriable {
+            *slot = None;
+        }
+        message
+    })
+}
+
+/// What went wrong inside a transaction that is still open.
+enum Broken {
+    Native(NativeError),
+    Late(&'static str),
+}
+
+fn publish(
+    producer: &TxnProducer<QuietLog>,
+    settings: &PublisherSettings,
+    publication: &Publication,
+    group: &GroupMetadata,
+) -> PublishReply {
+    let deadline = Instant::now() + TRANSACTION_DEADLINE;
+    if let Err(error) = producer.begin() {
+        return Err(PublishFailure::Unknown(format!("begin_transaction: {error}")));
+    }
+    match fill(producer, settings, publication, group, deadline) {
+        Ok(counts) => commit(producer, deadline).map(|()| (publication.committed(), counts)),
+        Err(broken) => Err(abort(producer, broken)),
+    }
+}
+
+fn fill(
+    producer: &TxnProducer<QuietLog>,
+    settings: &PublisherSettings,
+    publication: &Publication,
+    group: &GroupMetadata,
+    deadline: Instant,
+) -> Result<OutputCounts, Broken> {
+    let topic_id = settings.identity.topic_id;
+    let counts = publication.for_each_output(&settings.input_topic, topic_id, |output| {
+        loop {
+            let produced = producer.produce(
+                output.topic.index(),
+                output.key,
+                output.value,
+                output.headers.iter().copied(),
+            );
+            match produced {
+                Err(error) if error.code == RDKafkaErrorCode::QueueFull => {
+                    if Instant::now() > deadline {
+                        return Err(Broken::Late("producing"));
+                    }
+                    producer.flush(SLICE);
+                }
+                other => return other.map_err(Broken::Native),
+            }
+        }
+    })?;
+    let mut offsets = TopicPartitionList::with_capacity(publication.spans().len());
+    for (partition, position, mark) in publication.offsets(&settings.identity) {
+        let mut element = offsets.add_partition(&settings.input_topic, partition.0);
+        element.set_metadata(mark);
+        if element.set_offset(KafkaOffset::Offset(position.0)).is_err() {
+            return Err(Broken::Late("an offset that cannot be represented"));
+        }
+    }
+    // The same call with the same arguments continues one that timed out.
+    while let Err(error) = producer.send_offsets(&offsets, group, remaining(deadline)) {
+        if !error.is_retriable || error.is_fatal || error.requires_abort {
+            return Err(Broken::Native(error));
+        }
+        if Instant::now() > deadline {
+            return Err(Broken::Late("send_offsets_to_transaction"));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // `commit_transaction` flushes in steps of 100 ms: what is drained before costs it no step.
+    while !producer.flush(SLICE) {
+        if Instant::now() > deadline {
+            return Err(Broken::Late("waiting for deliveries"));
+        }
+    }
+    Ok(counts)
+}
+
+fn commit(producer: &TxnProducer<QuietLog>, deadline: Instant) -> Result<(), PublishFailure> {
+    loop {
+        match producer.commit(remaining(deadline)) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.requires_abort => return Err(abort(producer, Broken::Native(error))),
+            Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
+            Err(error) => {
+                return Err(PublishFailure::Unknown(format!("commit_transaction: {error}")));
+            }
+        }
+    }
+}
+
+fn remaining(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now()).max(SLICE)
+}
+
+/// Aborts the open transaction; only when that succeeded is it certain that nothing is visible.
+fn abort(producer: &TxnProducer<QuietLog>, broken: Broken) -> PublishFailure {
+    let (message, code) = match &broken {
+        Broken::Native(error) if error.is_fatal => {
+            return PublishFailure::Unknown(error.to_string());
+        }
+        Broken::Native(error) => (error.to_string(), Some(error.code)),
+        Broken::Late(doing) => (format!("no answer in time: {doing}"), None),
+    };
+    let deadline = Instant::now() + INIT_TIMEOUT;
+    loop {
+        match producer.abort(remaining(deadline)) {
+            Ok(()) => break,
+            Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
+            Err(error) => return PublishFailure::Unknown(format!("{message}; abort_transaction: {error}")),
+        }
+    }
+    match code {
+        Some(
+            RDKafkaErrorCode::IllegalGeneration
+            | RDKafkaErrorCode::UnknownMemberId
+            | RDKafkaErrorCode::FencedInstanceId
+            | RDKafkaErrorCode::RebalanceInProgress,
+        ) => PublishFailure::Fenced(message),
+        _ => PublishFailure::Aborted(message),
+    }
+}

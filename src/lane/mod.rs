@@ -1,0 +1,764 @@
+//! A lane: the sole owner of retry, halt and gate.
+//!
+//! It drives one share of the partitions through fetch, one Postgres transaction and one Kafka
+//! transaction a batch. The Kafka transaction of a batch runs beside the Postgres transaction of the
+//! next one. Whenever it is in doubt about where things stand, it forgets everything it holds and
+//! reads both cursors again ([`Lane::reset`]): there is one way to recover, and it is used often.
+
+pub mod breaker;
+mod opening;
+pub mod ports;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+
+use self::breaker::Breaker;
+use self::ports::{
+    CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, RevokeDone, WriteTimes,
+};
+use crate::batch::{Answer, Batch, Fates, Progress};
+use crate::cursor::{Doubt, Identity, IdentityDoubt, Mode};
+use crate::disposition::FailureClass;
+use crate::intake::Intake;
+use crate::metrics::{LaneMetrics, LanePhase};
+use crate::publication::{OutputCounts, Publication, Published, Span};
+use crate::record::{NextOffset, Partition, TimestampMs};
+use crate::status::{Board, Dependency};
+use crate::wire::Rules;
+
+/// Without records, the lane looks around this often.
+const IDLE_TICK: Duration = Duration::from_millis(200);
+/// A quiet lane copies the group's offsets into the database after this time.
+const IDLE_COPY_AFTER: Duration = Duration::from_secs(1);
+/// What is in flight when partitions are revoked may take this long to finish.
+const REVOKE_GRACE: Duration = Duration::from_secs(8);
+/// Written batches that wait for their Kafka transaction.
+const PENDING_MAX: usize = 2;
+/// A batch smaller than this part of the largest waits until the one before it is published, and grows.
+const OVERLAP_DIVISOR: usize = 8;
+
+/// What a lane is told once.
+#[derive(Clone)]
+pub struct LaneSettings {
+    /// Number of the lane within the process, from 0.
+    pub index: usize,
+    /// Rules of valid messages.
+    pub rules: Arc<Rules>,
+    /// Topic and database.
+    pub identity: Identity,
+    /// How the daemon runs.
+    pub mode: Mode,
+    /// Records in a batch, at most.
+    pub batch_payments_max: usize,
+    /// Bytes in a batch, about at most.
+    pub batch_bytes_max: usize,
+    /// How long the first record of a batch waits for others.
+    pub linger: Duration,
+}
+
+/// Positions of a partition that is being written and published.
+#[derive(Clone, Debug)]
+struct Live {
+    /// `applied` as last read or written.
+    applied: NextOffset,
+    /// G.
+    gate: NextOffset,
+    /// K.
+    committed: NextOffset,
+    /// `published` as last written to the database.
+    stored: Option<NextOffset>,
+    /// Timestamp of the last record before `applied`.
+    timestamp: Option<TimestampMs>,
+}
+
+#[derive(Clone, Debug)]
+enum Slot {
+    /// Where to go on has to be found out.
+    Opening,
+    /// The cursor lies beyond the log's end; it may be a leader that lags.
+    BeyondEnd { since: Instant, again_at: Instant },
+    /// Being written and published.
+    Live(Live),
+    /// Halted until a person settles it.
+    Halted { doubt: Doubt, again_at: Instant },
+}
+
+type Written = Result<(Fates, Answer, WriteTimes), LedgerFailure>;
+type Sent = Result<(Published, OutputCounts), PublishFailure>;
+
+/// One lane over a log and a ledger.
+pub struct Lane<L: Log, D: Ledger> {
+    settings: LaneSettings,
+    log: L,
+    ledger: D,
+    events: mpsc::Receiver<LaneEvent>,
+    /// Events taken from the channel and not yet handled.
+    inbox: VecDeque<LaneEvent>,
+    slots: BTreeMap<Partition, Slot>,
+    intake: Intake,
+    intake_since: Option<Instant>,
+    writing: Option<Batch>,
+    pending: VecDeque<Arc<Publication>>,
+    /// False after a session broke: the cursors are compared before the next write.
+    is_session_checked: bool,
+    /// False until transactions of a former producer are settled.
+    is_producer_ready: bool,
+    database: Breaker,
+    broker: Breaker,
+    wrote_at: Instant,
+    is_draining: bool,
+    board: Arc<Board>,
+    metrics: LaneMetrics,
+}
+
+impl<L: Log, D: Ledger> Lane<L, D> {
+    /// A lane without partitions.
+    pub fn new(
+        settings: LaneSettings,
+        log: L,
+        ledger: D,
+        events: mpsc::Receiver<LaneEvent>,
+        board: Arc<Board>,
+    ) -> Self {
+        let intake = Intake::new(settings.batch_payments_max, settings.batch_bytes_max);
+        let index = settings.index;
+        Self {
+            settings,
+            log,
+            ledger,
+            events,
+            inbox: VecDeque::new(),
+            slots: BTreeMap::new(),
+            intake,
+            intake_since: None,
+            writing: None,
+            pending: VecDeque::new(),
+            is_session_checked: false,
+            is_producer_ready: false,
+            database: Breaker::new("database", index),
+            broker: Breaker::new("broker", index),
+            wrote_at: Instant::now(),
+            is_draining: false,
+            board,
+            metrics: LaneMetrics::new(index),
+        }
+    }
+
+    /// Runs until it is drained, or a doubt about identity stops it.
+    pub async fn run(mut self) -> Result<(), IdentityDoubt> {
+        loop {
+            self.handle_events().await?;
+            if self.is_draining {
+                return self.drain().await;
+            }
+            self.renew_if_due().await?;
+            self.open_if_due().await?;
+            self.collect().await;
+            self.advance().await?;
+        }
+    }
+
+    // ---- events ------------------------------------------------------------------------------
+
+    async fn handle_events(&mut self) -> Result<(), IdentityDoubt> {
+        loop {
+            let event = match self.inbox.pop_front() {
+                Some(event) => event,
+                None => match self.events.try_recv() {
+                    Ok(event) => event,
+                    Err(mpsc::error::TryRecvError::Empty) => return Ok(()),
+                    Err(mpsc::error::TryRecvError::Disconnected) => LaneEvent::Drain,
+                },
+            };
+            match event {
+                LaneEvent::Assigned(partitions) => {
+                    for partition in partitions {
+                        self.board.opening(partition);
+                        self.slots.insert(partition, Slot::Opening);
+                    }
+                }
+                LaneEvent::Revoked { partitions, is_lost, done } => {
+                    self.revoke(&partitions, is_lost, done).await?;
+                }
+                LaneEvent::Drain => {
+                    self.is_draining = true;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Finishes or drops what is in flight of these partitions, then lets them go.
+    async fn revoke(
+        &mut self,
+        partitions: &[Partition],
+        is_lost: bool,
+        done: RevokeDone,
+    ) -> Result<(), IdentityDoubt> {
+        if !is_lost && self.is_producer_ready {
+            let deadline = Instant::now() + REVOKE_GRACE;
+            while let Some(publication) = self.pending.front().cloned() {
+                match tokio::time::timeout_at(deadline, self.log.publish(&publication)).await {
+                    Ok(Ok(sent)) => self.published(&publication, sent),
+                    Ok(Err(PublishFailure::Identity(doubt))) => return Err(doubt),
+                    Ok(Err(PublishFailure::Aborted(_) | PublishFailure::Fenced(_))) => break,
+                    Ok(Err(PublishFailure::Unknown(_))) | Err(_) => {
+                        self.is_producer_ready = false;
+                        break;
+                    }
+                }
+            }
+        }
+        if self.pending.is_empty() && self.writing.is_none() {
+            self.intake.forget(partitions);
+        } else {
+            // A batch spans partitions: dropping it for one must not let the next commit past it for
+            // another.
+            self.reset("a batch in flight was dropped when partitions were revoked");
+        }
+        for partition in partitions {
+            self.slots.remove(partition);
+            self.board.revoked(*partition);
+        }
+        self.note_assigned();
+        done.finish();
+        Ok(())
+    }
+
+    fn note_assigned(&self) {
+        let halted = self.slots.values().filter(|s| matches!(s, Slot::Halted { .. })).count();
+        self.metrics.assigned(self.slots.len(), halted);
+    }
+
+    /// Forgets all that is held; every partition is taken up anew from its cursors.
+    fn reset(&mut self, reason: &str) {
+        let lane = self.settings.index;
+        tracing::info!(lane, reason, "reading the cursors of all partitions again");
+        self.metrics.reset();
+        self.writing = None;
+        self.pending.clear();
+        self.intake.clear();
+        self.intake_since = None;
+        for (partition, slot) in &mut self.slots {
+            if matches!(slot, Slot::Live(_)) {
+                *slot = Slot::Opening;
+                self.board.opening(*partition);
+            }
+        }
+    }
+
+    // ---- producer ----------------------------------------------------------------------------
+
+    async fn renew_if_due(&mut self) -> Result<(), IdentityDoubt> {
+        if self.is_producer_ready || !self.broker.is_due() {
+            return Ok(());
+        }
+        match self.log.renew().await {
+            Ok(()) => {
+                self.is_producer_ready = true;
+                self.broker_up();
+                Ok(())
+            }
+            Err(failure) => self.log_failed("starting the transactional producer", failure),
+        }
+    }
+
+    fn broker_up(&mut self) {
+        if self.broker.succeeded() {
+            self.metrics.broker_up(true);
+        }
+        self.board.broker(self.settings.index, Dependency::Up);
+    }
+
+    fn broker_failed(&mut self, doing: &str, message: &str) {
+        self.broker.failed(FailureClass::Passing, doing, message);
+        self.metrics.broker_up(false);
+        self.board.broker(self.settings.index, Dependency::Down(format!("{doing}: {message}")));
+    }
+
+    fn database_up(&mut self) {
+        if self.database.succeeded() {
+            self.metrics.database_up(true);
+        }
+        self.board.database(self.settings.index, Dependency::Up);
+    }
+
+    fn log_failed(&mut self, doing: &str, failure: ports::LogFailure) -> Result<(), IdentityDoubt> {
+        match failure {
+            ports::LogFailure::Passing(message) => {
+                self.broker_failed(doing, &message);
+                Ok(())
+            }
+            ports::LogFailure::Identity(doubt) => Err(doubt),
+        }
+    }
+
+    fn ledger_failed(&mut self, doing: &str, failure: LedgerFailure) -> Result<(), IdentityDoubt> {
+        self.is_session_checked = false;
+        self.metrics.database_error(failure.sqlstate.as_deref());
+        if let Some(doubt) = failure.identity {
+            return Err(doubt);
+        }
+        match failure.class {
+            FailureClass::Fenced => {
+                tracing::warn!(
+                    lane = self.settings.index,
+                    detail = %failure.message,
+                    "a cursor is not where this lane left it: another writer was there"
+                );
+                self.reset("a cursor was moved by another writer");
+                self.database.delay();
+            }
+            class => {
+                self.database.failed(class, doing, &failure.message);
+                self.metrics.database_up(false);
+                self.board.database(
+                    self.settings.index,
+                    Dependency::Down(format!("{doing}: {} ({})", failure.message, class.as_str())),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    // ---- collecting --------------------------------------------------------------------------
+
+    fn can_publish(&self) -> bool {
+        !self.pending.is_empty() && self.is_producer_ready && self.broker.is_due()
+    }
+
+    fn can_write(&self) -> bool {
+        self.pending.len() < PENDING_MAX && self.database.is_due()
+    }
+
+    /// Fills the intake until there is a batch, something else to do, or nothing for a while.
+    async fn collect(&mut self) {
+        if self.writing.is_some() || self.pending.len() >= PENDING_MAX {
+            if !(self.writing.is_some() && self.can_write() || self.can_publish()) {
+                self.wait_for_event(self.next_due()).await;
+            }
+            return;
+        }
+        let began = Instant::now();
+        loop {
+            let now = Instant::now();
+            let wait = if self.can_publish() {
+                Duration::ZERO
+            } else if let Some(since) = self.intake_since {
+                (since + self.settings.linger).saturating_duration_since(now)
+            } else {
+                self.next_due().saturating_duration_since(now)
+            };
+            let interrupted = {
+                let Self { log, intake, events, inbox, .. } = self;
+                tokio::select! {
+                    biased;
+                    event = events.recv() => {
+                        inbox.push_back(event.unwrap_or(LaneEvent::Drain));
+                        true
+                    }
+                    () = log.fetch(intake, wait) => false,
+                }
+            };
+            if !self.intake.is_empty() && self.intake_since.is_none() {
+                self.intake_since = Some(Instant::now());
+            }
+            let is_full = self.intake.room() == 0;
+            let is_over = self.intake_since.is_none_or(|since| since.elapsed() >= self.settings.linger);
+            if interrupted || is_full || is_over || self.can_publish() {
+                break;
+            }
+        }
+        self.metrics.phase(LanePhase::Waiting, began.elapsed());
+        let disturbed = self.intake.take_disturbed();
+        if !disturbed.is_empty() {
+            self.reset("fetching failed, the positions have to be found out again");
+            self.broker.delay();
+        }
+    }
+
+    /// The moment at which something may have to be done without an event or a record.
+    fn next_due(&self) -> Instant {
+        let now = Instant::now();
+        let mut due = now + IDLE_TICK;
+        if self.writing.is_some() && self.pending.len() < PENDING_MAX {
+            due = due.min(self.database.due_at());
+        }
+        if !self.pending.is_empty() || !self.is_producer_ready {
+            due = due.min(self.broker.due_at());
+        } else if let Some(since) = self.intake_since {
+            due = due.min(since + self.settings.linger);
+        }
+        due.max(now)
+    }
+
+    async fn wait_for_event(&mut self, until: Instant) {
+        let Self { events, inbox, .. } = self;
+        tokio::select! {
+            biased;
+            event = events.recv() => inbox.push_back(event.unwrap_or(LaneEvent::Drain)),
+            () = sleep_until(until) => {}
+        }
+    }
+
+    // ---- writing and publishing --------------------------------------------------------------
+
+    fn cut_batch(&mut self) {
+        if self.writing.is_some() || self.intake.is_empty() {
+            return;
+        }
+        let is_full = self.intake.room() == 0;
+        let is_over = self.intake_since.is_none_or(|s| s.elapsed() >= self.settings.linger);
+        let is_large = self.intake.len() >= self.settings.batch_payments_max / OVERLAP_DIVISOR;
+        let is_wanted = if self.pending.is_empty() { is_full || is_over } else { is_full || is_large };
+        if !is_wanted {
+            return;
+        }
+        let began = Instant::now();
+        self.intake_since = None;
+        let (source, ends) = self.intake.take();
+        let mut progress: BTreeMap<Partition, Progress> = BTreeMap::new();
+        for record in source.iter() {
+            let next = record.offset.next();
+            let stamp = Some(record.timestamp);
+            if let Some(known) = progress.get_mut(&record.partition) {
+                known.reached = next;
+                known.timestamp = stamp;
+            } else if let Some(Slot::Live(live)) = self.slots.get(&record.partition) {
+                let partition = record.partition;
+                progress.insert(
+                    partition,
+                    Progress { partition, seen: live.applied, reached: next, timestamp: stamp },
+                );
+            }
+        }
+        for (partition, end) in ends {
+            if let Some(Slot::Live(live)) = self.slots.get(&partition) {
+                let entry = progress.entry(partition).or_insert(Progress {
+                    partition,
+                    seen: live.applied,
+                    reached: end,
+                    timestamp: None,
+                });
+                entry.reached = entry.reached.max(end);
+            }
+        }
+        if progress.is_empty() {
+            return;
+        }
+        let batch = Batch::assemble(source, progress.into_values().collect(), &self.settings.rules);
+        self.metrics.phase(LanePhase::Assembling, began.elapsed());
+        self.metrics.batch(batch.len(), batch.source_bytes());
+        self.writing = Some(batch);
+    }
+
+    /// Cursor moves that go with `progress`: its own, and copies of K that the database lacks.
+    fn moves(&self, progress: &[Progress]) -> Vec<CursorMove> {
+        let mut moves: BTreeMap<Partition, CursorMove> = BTreeMap::new();
+        for (partition, slot) in &self.slots {
+            let Slot::Live(live) = slot else { continue };
+            let published =
+                Some(live.committed).filter(|k| self.settings.mode.publishes && live.stored != Some(*k));
+            if published.is_some() {
+                moves.insert(
+                    *partition,
+                    CursorMove {
+                        partition: *partition,
+                        seen: live.applied,
+                        applied: live.applied,
+                        published,
+                        timestamp: None,
+                    },
+                );
+            }
+        }
+        for p in progress {
+            let published = moves.get(&p.partition).and_then(|m| m.published);
+            moves.insert(
+                p.partition,
+                CursorMove {
+                    partition: p.partition,
+                    seen: p.seen,
+                    applied: p.applied(),
+                    published,
+                    timestamp: p.timestamp,
+                },
+            );
+        }
+        moves.into_values().collect()
+    }
+
+    async fn advance(&mut self) -> Result<(), IdentityDoubt> {
+        self.cut_batch();
+        let writes = self.writing.is_some() && self.can_write();
+        let publishes = self.can_publish();
+        if writes && !self.is_session_checked && !self.check_session().await? {
+            return Ok(());
+        }
+        if !writes && !publishes {
+            self.copy_when_idle().await?;
+            if self.writing.is_some() || !self.pending.is_empty() || !self.intake.is_empty() {
+                self.wait_for_event(self.next_due()).await;
+            }
+            return Ok(());
+        }
+        let moves = match &self.writing {
+            Some(batch) if writes => self.moves(batch.progress()),
+            _ => Vec::new(),
+        };
+        let publication = self.pending.front().filter(|_| publishes).cloned();
+        let Some((written, sent)) = self.write_and_publish(writes, &moves, publication.as_ref()).await else {
+            // Partitions are being taken away, and what is in flight does not finish.
+            self.is_producer_ready &= publication.is_none();
+            self.is_session_checked &= !writes;
+            self.reset("what was in flight did not finish before partitions had to go");
+            return Ok(());
+        };
+        if let (Some(publication), Some(sent)) = (publication, sent) {
+            self.after_publish(&publication, sent)?;
+        }
+        if let Some(written) = written {
+            self.after_write(written, &moves)?;
+        }
+        Ok(())
+    }
+
+    /// Runs the Postgres transaction of one batch beside the Kafka transaction of the one before.
+    /// `None`: partitions are to be revoked and neither finished within the grace.
+    async fn write_and_publish(
+        &mut self,
+        writes: bool,
+        moves: &[CursorMove],
+        publication: Option<&Arc<Publication>>,
+    ) -> Option<(Option<Written>, Option<Sent>)> {
+        let Self { ledger, log, writing, events, inbox, metrics, .. } = self;
+        let write = async {
+            match writing {
+                Some(batch) if writes => {
+                    let began = Instant::now();
+                    let written = ledger.write(batch, moves).await;
+                    metrics.phase(LanePhase::Database, began.elapsed());
+                    Some(written)
+                }
+                _ => None,
+            }
+        };
+        let publish = async {
+            match publication {
+                Some(publication) => {
+                    let began = Instant::now();
+                    let sent = log.publish(publication).await;
+                    metrics.phase(LanePhase::Kafka, began.elapsed());
+                    Some(sent)
+                }
+                None => None,
+            }
+        };
+        let mut both = pin!(futures_util::future::join(write, publish));
+        let mut give_up_at = None;
+        loop {
+            tokio::select! {
+                biased;
+                outcome = &mut both => return Some(outcome),
+                () = sleep_until(give_up_at.unwrap_or_else(Instant::now)), if give_up_at.is_some() => {
+                    return None;
+                }
+                event = events.recv(), if give_up_at.is_none() => {
+                    let event = event.unwrap_or(LaneEvent::Drain);
+                    if matches!(event, LaneEvent::Revoked { .. }) {
+                        give_up_at = Some(Instant::now() + REVOKE_GRACE);
+                    }
+                    let is_drain = matches!(event, LaneEvent::Drain);
+                    inbox.push_back(event);
+                    if is_drain {
+                        // Nothing follows a drain; what is in flight has its own time limits.
+                        return Some(both.await);
+                    }
+                }
+            }
+        }
+    }
+
+    fn after_write(&mut self, written: Written, moves: &[CursorMove]) -> Result<(), IdentityDoubt> {
+        let (fates, _, times) = match written {
+            Ok(written) => written,
+            Err(failure) => return self.ledger_failed("writing a batch", failure),
+        };
+        self.database_up();
+        self.wrote_at = Instant::now();
+        self.metrics.write_times(&times);
+        let Some(batch) = self.writing.take() else { return Ok(()) };
+        for moved in moves {
+            if let Some(Slot::Live(live)) = self.slots.get_mut(&moved.partition) {
+                live.applied = live.applied.max(moved.applied);
+                if let Some(Some(timestamp)) = moved.timestamp {
+                    live.timestamp = Some(timestamp);
+                }
+                live.stored = moved.published.or(live.stored);
+            }
+        }
+        let mut spans = Vec::with_capacity(batch.progress().len());
+        for progress in batch.progress() {
+            if let Some(Slot::Live(live)) = self.slots.get(&progress.partition) {
+                // The group's offset goes as far as this batch reaches, and never back.
+                if progress.reached > live.committed {
+                    let commit = progress.reached;
+                    spans.push(Span { partition: progress.partition, gate: live.gate, commit });
+                }
+            }
+        }
+        self.report_positions();
+        if spans.is_empty() {
+            self.metrics.outcomes(&fates);
+            self.board.settled(&fates.0);
+            self.intake.reuse(batch.into_source());
+        } else {
+            let emits = self.settings.mode.publishes;
+            self.pending.push_back(Arc::new(Publication::of_batch(batch, fates, spans, emits)));
+        }
+        Ok(())
+    }
+
+    fn after_publish(&mut self, publication: &Arc<Publication>, sent: Sent) -> Result<(), IdentityDoubt> {
+        match sent {
+            Ok(sent) => self.published(publication, sent),
+            Err(PublishFailure::Aborted(message) | PublishFailure::Fenced(message)) => {
+                self.broker_failed("publishing a batch", &message);
+            }
+            Err(PublishFailure::Unknown(message)) => {
+                self.broker_failed("publishing a batch", &message);
+                self.is_producer_ready = false;
+                self.reset("whether a transaction was committed is not known");
+            }
+            Err(PublishFailure::Identity(doubt)) => return Err(doubt),
+        }
+        Ok(())
+    }
+
+    fn published(&mut self, publication: &Arc<Publication>, (proof, counts): (Published, OutputCounts)) {
+        self.broker_up();
+        self.pending.pop_front();
+        for (partition, position) in proof.positions() {
+            if let Some(Slot::Live(live)) = self.slots.get_mut(partition) {
+                live.committed = live.committed.max(*position);
+            }
+        }
+        self.metrics.outcomes(publication.fates());
+        self.board.settled(&publication.fates().0);
+        self.metrics.outputs(&counts);
+        self.metrics.latency(publication.batch());
+        self.report_positions();
+    }
+
+    fn report_positions(&self) {
+        self.board.positions(self.slots.iter().filter_map(|(partition, slot)| match slot {
+            Slot::Live(live) => Some((*partition, live.applied, live.committed, live.timestamp)),
+            _ => None,
+        }));
+    }
+
+    /// Compares the cursors in a new session with what this lane believes. True: go on writing.
+    async fn check_session(&mut self) -> Result<bool, IdentityDoubt> {
+        let live: Vec<Partition> =
+            self.slots.iter().filter(|(_, s)| matches!(s, Slot::Live(_))).map(|(p, _)| *p).collect();
+        let rows = match self.ledger.cursors(&live).await {
+            Ok(rows) => rows,
+            Err(failure) => {
+                self.ledger_failed("reading the cursors", failure)?;
+                return Ok(false);
+            }
+        };
+        let Some(batch) = &mut self.writing else { return Ok(true) };
+        let planned: BTreeMap<Partition, NextOffset> = batch
+            .progress()
+            .iter()
+            .filter(|p| p.applied() != p.seen)
+            .map(|p| (p.partition, p.applied()))
+            .collect();
+        let (mut as_seen, mut as_planned) = (true, !planned.is_empty());
+        for (partition, row) in &rows {
+            let found = row.as_ref().map(|r| r.applied);
+            let expected = match self.slots.get(partition) {
+                Some(Slot::Live(live)) => Some(live.applied),
+                _ => None,
+            };
+            as_seen &= found == expected;
+            as_planned &= found == planned.get(partition).copied().or(expected);
+        }
+        if as_planned && !as_seen {
+            // The reply to COMMIT was lost. Ownership tells the fates; nothing is written again.
+            batch.was_committed();
+            for (partition, next) in planned {
+                if let Some(Slot::Live(live)) = self.slots.get_mut(&partition) {
+                    live.applied = next;
+                }
+            }
+        } else if !as_seen {
+            tracing::warn!(
+                lane = self.settings.index,
+                "the database's cursors are not where this lane left them, as after a failover or a restore"
+            );
+            self.reset("the database's cursors differ");
+            self.is_session_checked = true;
+            return Ok(false);
+        }
+        self.is_session_checked = true;
+        Ok(true)
+    }
+
+    /// Copies the group's offsets to the database when no batch has done so for a while.
+    async fn copy_when_idle(&mut self) -> Result<(), IdentityDoubt> {
+        let is_time = self.wrote_at.elapsed() >= IDLE_COPY_AFTER && self.database.is_due();
+        if !is_time || self.writing.is_some() || !self.pending.is_empty() {
+            return Ok(());
+        }
+        self.copy_positions().await
+    }
+
+    async fn copy_positions(&mut self) -> Result<(), IdentityDoubt> {
+        let moves = self.moves(&[]);
+        self.wrote_at = Instant::now();
+        if moves.is_empty() {
+            return Ok(());
+        }
+        match self.ledger.move_cursors(&moves).await {
+            Ok(()) => {
+                self.database_up();
+                for moved in &moves {
+                    if let Some(Slot::Live(live)) = self.slots.get_mut(&moved.partition) {
+                        live.stored = moved.published.or(live.stored);
+                    }
+                }
+                Ok(())
+            }
+            Err(failure) => self.ledger_failed("copying the group's offsets", failure),
+        }
+    }
+
+    /// Publishes what is written, notes it in the database, and is done.
+    async fn drain(&mut self) -> Result<(), IdentityDoubt> {
+        while let Some(publication) = self.pending.front().cloned() {
+            if !self.is_producer_ready {
+                break;
+            }
+            match self.log.publish(&publication).await {
+                Ok(sent) => self.published(&publication, sent),
+                Err(PublishFailure::Identity(doubt)) => return Err(doubt),
+                Err(PublishFailure::Aborted(message)) => {
+                    self.broker_failed("publishing a batch", &message);
+                    sleep_until(self.broker.due_at()).await;
+                }
+                Err(PublishFailure::Fenced(_) | PublishFailure::Unknown(_)) => break,
+            }
+        }
+        if self.pending.is_empty() {
+            self.copy_positions().await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,184 @@
+//! Taking partitions up: reading both cursors, deciding, and settling what has to be settled first.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::ports::{Ledger, Log, PublishFailure};
+use super::{Lane, Live, Slot};
+use crate::cursor::{CursorRow, Decision, Doubt, IdentityDoubt, Known, Start, decide};
+use crate::publication::{Publication, Span};
+use crate::record::Partition;
+
+/// A cursor beyond the log's end is believed to be a lagging leader for this long.
+const BEYOND_END_PATIENCE: Duration = Duration::from_secs(30);
+const BEYOND_END_TICK: Duration = Duration::from_secs(1);
+/// A halted partition is looked at again this often: a person may have settled it.
+const HALTED_TICK: Duration = Duration::from_secs(5);
+
+impl<L: Log, D: Ledger> Lane<L, D> {
+    /// Opens what waits for it, if both sides are due for a try.
+    pub(super) async fn open_if_due(&mut self) -> Result<(), IdentityDoubt> {
+        let now = Instant::now();
+        let waiting: Vec<Partition> = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| match slot {
+                Slot::Opening => true,
+                Slot::BeyondEnd { again_at, .. } | Slot::Halted { again_at, .. } => *again_at <= now,
+                Slot::Live(_) => false,
+            })
+            .map(|(partition, _)| *partition)
+            .collect();
+        let is_due = self.is_producer_ready && self.database.is_due() && self.broker.is_due();
+        if waiting.is_empty() || !is_due {
+            return Ok(());
+        }
+        self.open(&waiting).await
+    }
+
+    async fn open(&mut self, partitions: &[Partition]) -> Result<(), IdentityDoubt> {
+        let rows = match self.ledger.cursors(partitions).await {
+            Ok(rows) => rows,
+            Err(failure) => return self.ledger_failed("reading the cursors", failure),
+        };
+        self.database_up();
+        let offsets = match self.log.group_offsets(partitions).await {
+            Ok(offsets) => offsets,
+            Err(failure) => return self.log_failed("reading the group's offsets", failure),
+        };
+        let bounds = match self.log.bounds(partitions).await {
+            Ok(bounds) => bounds,
+            Err(failure) => return self.log_failed("reading the log's bounds", failure),
+        };
+        let mut rows: BTreeMap<_, _> = rows.into_iter().collect();
+        let mut offsets: BTreeMap<_, _> = offsets.into_iter().collect();
+        let bounds: BTreeMap<_, _> = bounds.into_iter().collect();
+        let mut starts: Vec<(Known, Start)> = Vec::new();
+        for partition in partitions {
+            let Some(bounds) = bounds.get(partition).copied() else { continue };
+            let known = Known {
+                partition: *partition,
+                group: offsets.remove(partition).flatten(),
+                row: rows.remove(partition).flatten(),
+                bounds,
+            };
+            match decide(&known, &self.settings.identity, &self.settings.mode) {
+                Decision::Go(start) => starts.push((known, start)),
+                Decision::Halt(doubt) => self.doubt(*partition, doubt).await?,
+                Decision::Stop(doubt) => return Err(doubt),
+            }
+        }
+        self.note_assigned();
+        if starts.is_empty() {
+            return Ok(());
+        }
+        self.settle_and_start(starts).await
+    }
+
+    /// Halts a partition, or waits a while for what may pass.
+    async fn doubt(&mut self, partition: Partition, doubt: Doubt) -> Result<(), IdentityDoubt> {
+        let now = Instant::now();
+        let slot = self.slots.get(&partition);
+        if let Doubt::BeyondEnd { .. } = doubt {
+            let since = match slot {
+                Some(Slot::BeyondEnd { since, .. }) => Some(*since),
+                Some(Slot::Halted { .. }) => None,
+                _ => Some(now),
+            };
+            if let Some(since) = since.filter(|since| now - *since < BEYOND_END_PATIENCE) {
+                self.slots.insert(partition, Slot::BeyondEnd { since, again_at: now + BEYOND_END_TICK });
+                return Ok(());
+            }
+        }
+        if !matches!(slot, Some(Slot::Halted { doubt: known, .. }) if *known == doubt) {
+            tracing::error!(
+                partition = partition.0,
+                doubt = doubt.label(),
+                advice = doubt.advice(partition),
+                "partition halted, the others go on"
+            );
+            self.board.halted(partition, doubt.clone());
+        }
+        self.slots.insert(partition, Slot::Halted { doubt, again_at: now + HALTED_TICK });
+        match self.log.stop(&[partition]).await {
+            Ok(()) => Ok(()),
+            Err(failure) => self.log_failed("stopping a halted partition", failure),
+        }
+    }
+
+    async fn settle_and_start(&mut self, starts: Vec<(Known, Start)>) -> Result<(), IdentityDoubt> {
+        // The group's offset first: a crash after it finds a marked offset and no row, and begins again
+        // at the same place; the other way round it would find written records of unknown publication.
+        let spans: Vec<Span> = starts
+            .iter()
+            .filter(|(_, start)| start.must_commit)
+            .map(|(known, start)| Span {
+                partition: known.partition,
+                gate: start.gate,
+                commit: start.committed,
+            })
+            .collect();
+        if !spans.is_empty() {
+            match self.log.publish(&Arc::new(Publication::of_offsets(spans))).await {
+                Ok(_) => self.broker_up(),
+                Err(PublishFailure::Aborted(message) | PublishFailure::Fenced(message)) => {
+                    self.broker_failed("committing the first offsets", &message);
+                    return Ok(());
+                }
+                Err(PublishFailure::Unknown(message)) => {
+                    self.is_producer_ready = false;
+                    self.broker_failed("committing the first offsets", &message);
+                    self.reset("whether a transaction was committed is not known");
+                    return Ok(());
+                }
+                Err(PublishFailure::Identity(doubt)) => return Err(doubt),
+            }
+        }
+        let publishes = self.settings.mode.publishes;
+        let rows: Vec<_> = starts
+            .iter()
+            .filter(|(_, start)| start.must_store)
+            .map(|(known, start)| {
+                (
+                    known.partition,
+                    known.row.as_ref().map(|r| r.applied),
+                    CursorRow {
+                        applied: start.applied,
+                        published: publishes.then_some(start.gate),
+                        applied_timestamp: known.row.as_ref().and_then(|r| r.applied_timestamp),
+                        settled: None,
+                    },
+                )
+            })
+            .collect();
+        if !rows.is_empty()
+            && let Err(failure) = self.ledger.store_cursors(&rows).await
+        {
+            return self.ledger_failed("storing the first cursors", failure);
+        }
+        let positions: Vec<_> = starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
+        if let Err(failure) = self.log.start(&positions).await {
+            return self.log_failed("starting to fetch", failure);
+        }
+        self.broker_up();
+        for (known, start) in starts {
+            self.intake.expect(known.partition, start.from);
+            self.slots.insert(
+                known.partition,
+                Slot::Live(Live {
+                    applied: start.applied,
+                    gate: start.gate,
+                    committed: start.committed,
+                    stored: publishes.then_some(start.gate),
+                    timestamp: known.row.as_ref().and_then(|r| r.applied_timestamp),
+                }),
+            );
+        }
+        self.note_assigned();
+        self.report_positions();
+        Ok(())
+    }
+}

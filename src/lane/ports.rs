@@ -1,0 +1,183 @@
+//! The two sides of a lane as traits, so that a model of both can stand in for them.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::batch::{Answer, Batch, Fates};
+use crate::cursor::{CursorRow, GroupOffset, IdentityDoubt, LogBounds};
+use crate::disposition::FailureClass;
+use crate::intake::Intake;
+use crate::publication::{OutputCounts, Publication, Published};
+use crate::record::{NextOffset, Partition};
+
+/// Tells the group that nothing of the revoked partitions is in flight any more.
+pub struct RevokeDone(Box<dyn FnOnce() + Send>);
+
+impl RevokeDone {
+    /// `done` is called once the lane is finished, whether or not the group still waits for it.
+    pub fn new(done: impl FnOnce() + Send + 'static) -> Self {
+        Self(Box::new(done))
+    }
+
+    /// The lane is finished with what was revoked.
+    pub fn finish(self) {
+        (self.0)();
+    }
+}
+
+impl std::fmt::Debug for RevokeDone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("RevokeDone")
+    }
+}
+
+/// What the group tells a lane.
+#[derive(Debug)]
+pub enum LaneEvent {
+    /// These partitions are now this lane's.
+    Assigned(Vec<Partition>),
+    /// These partitions go away.
+    Revoked {
+        /// Which.
+        partitions: Vec<Partition>,
+        /// They are gone already: nothing can be committed for them any more.
+        is_lost: bool,
+        /// The group waits (bounded) for this.
+        done: RevokeDone,
+    },
+    /// Finish what is in flight, publish it, and return.
+    Drain,
+}
+
+/// Why the log could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum LogFailure {
+    /// It may work the next time.
+    #[error("{0}")]
+    Passing(String),
+    /// A person has to decide.
+    #[error(transparent)]
+    Identity(#[from] IdentityDoubt),
+}
+
+/// Why a Kafka transaction did not take place, or may not have.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishFailure {
+    /// It was aborted or never begun: nothing is visible, the same may be tried again.
+    #[error("aborted: {0}")]
+    Aborted(String),
+    /// The group does not know this member or its generation: wait for the rebalance.
+    #[error("not a member of the group's current generation: {0}")]
+    Fenced(String),
+    /// Whether it was committed is not known: a new producer settles it, the group's offset tells.
+    #[error("outcome unknown: {0}")]
+    Unknown(String),
+    /// A person has to decide.
+    #[error(transparent)]
+    Identity(#[from] IdentityDoubt),
+}
+
+/// Why the database did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct LedgerFailure {
+    /// What to do about it.
+    pub class: FailureClass,
+    /// The SQLSTATE, if the server gave one.
+    pub sqlstate: Option<String>,
+    /// What was being done, and what was said; never a value of a row.
+    pub message: String,
+    /// The database turned out to be another one.
+    pub identity: Option<IdentityDoubt>,
+}
+
+/// The input topic, the consumer group and the outputs, as one lane sees them.
+pub trait Log {
+    /// The group's committed offsets; waits until no transaction of theirs is pending.
+    fn group_offsets(
+        &mut self,
+        partitions: &[Partition],
+    ) -> impl Future<Output = Result<Vec<(Partition, Option<GroupOffset>)>, LogFailure>>;
+
+    /// First offset and last stable offset.
+    fn bounds(
+        &mut self,
+        partitions: &[Partition],
+    ) -> impl Future<Output = Result<Vec<(Partition, LogBounds)>, LogFailure>>;
+
+    /// Delivers these partitions from these positions on, and nothing that was fetched before.
+    fn start(
+        &mut self,
+        positions: &[(Partition, NextOffset)],
+    ) -> impl Future<Output = Result<(), LogFailure>>;
+
+    /// Delivers nothing more of these partitions; they stay assigned.
+    fn stop(&mut self, partitions: &[Partition]) -> impl Future<Output = Result<(), LogFailure>>;
+
+    /// Puts what is there into `intake`, waiting at most `wait` for the first item. May be dropped while
+    /// it waits, without loss.
+    fn fetch(&mut self, intake: &mut Intake, wait: Duration) -> impl Future<Output = ()>;
+
+    /// Runs one Kafka transaction.
+    fn publish(
+        &mut self,
+        publication: &Arc<Publication>,
+    ) -> impl Future<Output = Result<(Published, OutputCounts), PublishFailure>>;
+
+    /// Replaces the producer; when it returns, no transaction of the old one is open.
+    fn renew(&mut self) -> impl Future<Output = Result<(), LogFailure>>;
+}
+
+/// One partition's part of the cursor update that goes with a batch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CursorMove {
+    /// The partition.
+    pub partition: Partition,
+    /// The guard.
+    pub seen: NextOffset,
+    /// New `applied`.
+    pub applied: NextOffset,
+    /// New `published`, if it is to be moved.
+    pub published: Option<NextOffset>,
+    /// As in [`Progress`](crate::batch::Progress).
+    pub timestamp: Option<Option<crate::record::TimestampMs>>,
+}
+
+/// How long the parts of a database transaction took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WriteTimes {
+    /// Cursors and claim.
+    pub claim: Duration,
+    /// COPY of the rows.
+    pub copy: Duration,
+    /// COMMIT.
+    pub commit: Duration,
+}
+
+/// The database, as one lane sees it. Each call opens a new session when the last one broke.
+pub trait Ledger {
+    /// The cursors of these partitions, in their order.
+    fn cursors(
+        &mut self,
+        partitions: &[Partition],
+    ) -> impl Future<Output = Result<Vec<(Partition, Option<CursorRow>)>, LedgerFailure>>;
+
+    /// Writes rows of `source_cursor` as they are to be before the first batch, unless `applied` was
+    /// moved since it was read (`None`: there was no row).
+    fn store_cursors(
+        &mut self,
+        rows: &[(Partition, Option<NextOffset>, CursorRow)],
+    ) -> impl Future<Output = Result<(), LedgerFailure>>;
+
+    /// One transaction: guard and move the cursors, claim, write rows. Returns the fates of the batch.
+    /// When it fails, or is dropped, the transaction may or may not have been committed.
+    fn write(
+        &mut self,
+        batch: &Batch,
+        moves: &[CursorMove],
+    ) -> impl Future<Output = Result<(Fates, Answer, WriteTimes), LedgerFailure>>;
+
+    /// Moves cursors without a batch.
+    fn move_cursors(&mut self, moves: &[CursorMove]) -> impl Future<Output = Result<(), LedgerFailure>>;
+}

@@ -1,0 +1,338 @@
+//! The [`Ledger`] of a lane over a real Postgres: one transaction a batch.
+//!
+//! Statements are pipelined: the driver sends them as they are asked for and answers in order. Each
+//! lane keeps one session, prepared once; any error ends the session, and the next call opens another.
+
+mod session;
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use deadpool_postgres::Pool;
+use futures_util::{SinkExt, TryFutureExt, future};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{CopyInSink, Statement};
+use uuid::Uuid;
+
+use self::session::{Failed, Session};
+use crate::batch::{Answer, Batch, Fates, Owner, Rows};
+use crate::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timestamp, postgres_timestamp};
+use crate::cursor::{CursorRow, Identity};
+use crate::lane::ports::{CursorMove, Ledger, LedgerFailure, WriteTimes};
+use crate::record::{NextOffset, Offset, Partition};
+
+/// A transaction that takes longer is given up with its session; the server's own limits come first.
+const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// `timestamptz '-infinity'`, by which `move_cursors` is told that the last record has no timestamp.
+const MINUS_INFINITY: i64 = i64::MIN;
+
+/// One lane's view of the database.
+pub struct PgLedger {
+    pool: Pool,
+    topic: String,
+    identity: Identity,
+    session: Option<Session>,
+}
+
+impl PgLedger {
+    /// A ledger that takes its session from `pool` when it is first used.
+    pub fn new(pool: Pool, topic: String, identity: Identity) -> Self {
+        Self { pool, topic, identity, session: None }
+    }
+
+    /// The present session, or a new one. It is put back only after a success: whatever fails, or is
+    /// dropped half-way, takes its session with it.
+    async fn take_session(&mut self) -> Result<Session, LedgerFailure> {
+        match self.session.take() {
+            Some(session) => Ok(session),
+            None => Session::open(&self.pool, &self.identity).await,
+        }
+    }
+}
+
+async fn limited<T>(doing: &str, work: impl Future<Output = Result<T, Failed>>) -> Result<T, LedgerFailure> {
+    match tokio::time::timeout(TRANSACTION_TIMEOUT, work).await {
+        Ok(outcome) => outcome.map_err(LedgerFailure::from),
+        Err(_) => Err(session::gave_up(doing, TRANSACTION_TIMEOUT)),
+    }
+}
+
+/// The parameters of `move_cursors`, parallel and by partition.
+struct Moves {
+    partitions: Vec<i32>,
+    seen: Vec<i64>,
+    applied: Vec<i64>,
+    published: Vec<Option<i64>>,
+    timestamps: Vec<Option<session::Timestamp>>,
+}
+
+impl Moves {
+    fn new(moves: &[CursorMove]) -> Self {
+        Self {
+            partitions: moves.iter().map(|m| m.partition.0).collect(),
+            seen: moves.iter().map(|m| m.seen.0).collect(),
+            applied: moves.iter().map(|m| m.applied.0).collect(),
+            published: moves.iter().map(|m| m.published.map(|p| p.0)).collect(),
+            timestamps: moves
+                .iter()
+                .map(|m| {
+                    m.timestamp.map(|t| session::Timestamp(t.map_or(MINUS_INFINITY, postgres_timestamp)))
+                })
+                .collect(),
+        }
+    }
+}
+
+async fn move_cursors(session: &Session, topic_id: &Uuid, moves: &Moves) -> Result<(), Failed> {
+    let parameters: [&(dyn ToSql + Sync); 6] =
+        [topic_id, &moves.partitions, &moves.seen, &moves.applied, &moves.published, &moves.timestamps];
+    session.client.query(&session.move_cursors, &parameters).await?;
+    Ok(())
+}
+
+/// The ids of a batch as the claim takes them.
+struct Claims {
+    ids: ArrayParam,
+    offsets: ArrayParam,
+    hashes: ArrayParam,
+    timestamps: ArrayParam,
+    partitions: ArrayParam,
+    count: usize,
+}
+
+impl Claims {
+    fn new(batch: &Batch, taken: &HashMap<[u8; 16], Owner>) -> Self {
+        let max = batch.claims_max();
+        let mut claims = Self {
+            ids: ArrayParam::with_capacity(max, 16),
+            offsets: ArrayParam::with_capacity(max, 8),
+            hashes: ArrayParam::with_capacity(max, 8),
+            timestamps: ArrayParam::with_capacity(max, 8),
+            partitions: ArrayParam::with_capacity(max, 4),
+            count: 0,
+        };
+        for claim in batch.claims().filter(|c| !taken.contains_key(&c.message_id)) {
+            claims.ids.push(&claim.message_id);
+            claims.offsets.push(&claim.offset.0.to_be_bytes());
+            claims.hashes.push(&claim.payload_hash.to_be_bytes());
+            claims.timestamps.push(&postgres_timestamp(claim.timestamp).to_be_bytes());
+            claims.partitions.push(&claim.partition.0.to_be_bytes());
+            claims.count += 1;
+        }
+        claims
+    }
+}
+
+/// Claims what can be claimed; returns the ids that could not.
+async fn claim(session: &mut Session, leaf: i64, claims: &Claims) -> Result<Vec<Uuid>, Failed> {
+    if claims.count == 0 {
+        return Ok(Vec::new());
+    }
+    let statement = session.claim_into(leaf).await?;
+    let rows = session
+        .client
+        .query(
+            &statement,
+            &[&claims.ids, &claims.offsets, &claims.hashes, &claims.timestamps, &claims.partitions],
+        )
+        .await?;
+    rows.iter().map(|row| row.try_get(0).map_err(Failed::from)).collect()
+}
+
+async fn owners(
+    session: &Session,
+    ids: ArrayParam,
+    into: &mut HashMap<[u8; 16], Owner>,
+) -> Result<(), Failed> {
+    for row in session.client.query(&session.owners, &[&ids]).await? {
+        let id: Uuid = row.try_get(0)?;
+        into.insert(
+            id.into_bytes(),
+            Owner {
+                partition: Partition(row.try_get(1)?),
+                offset: Offset(row.try_get(2)?),
+                payload_hash: row.try_get(3)?,
+            },
+        );
+    }
+    Ok(())
+}
+
+async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(), Failed> {
+    if rows.count == 0 {
+        return Ok(());
+    }
+    let sink: CopyInSink<Bytes> = session.client.copy_in(statement).await?;
+    let mut sink = std::pin::pin!(sink);
+    sink.feed(Bytes::from_static(COPY_HEADER)).await?;
+    sink.feed(rows.bytes.clone()).await?;
+    sink.feed(Bytes::from_static(COPY_TRAILER)).await?;
+    let copied = sink.finish().await?;
+    if copied == rows.count as u64 {
+        Ok(())
+    } else {
+        Err(Failed::unexpected(format!("COPY took {copied} rows of {}", rows.count)))
+    }
+}
+
+async fn write_in(
+    session: &mut Session,
+    topic_id: &Uuid,
+    batch: &Batch,
+    moves: &Moves,
+) -> Result<(Fates, Answer, WriteTimes), Failed> {
+    let began = Instant::now();
+    // In one round trip. The shared lock keeps the current generation current until the commit; it is
+    // read by a statement of its own, whose snapshot is taken after the lock was got.
+    let (_, _, generations, ()) = future::try_join4(
+        session.client.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED").map_err(Failed::from),
+        session.client.query(&session.lock_generations, &[]).map_err(Failed::from),
+        session.client.query_one(&session.generations, &[]).map_err(Failed::from),
+        move_cursors(session, topic_id, moves),
+    )
+    .await?;
+    let current: i64 = generations.try_get(0)?;
+    let older: Vec<i64> = generations.try_get(1)?;
+
+    let mut answer = Answer::default();
+    let mut lookups = ArrayParam::default();
+    let mut has_lookups = false;
+    for id in batch.lookups() {
+        lookups.push(&id);
+        has_lookups = true;
+    }
+    if !older.is_empty() {
+        // An id of an older generation must not be claimed again.
+        for claim in batch.claims() {
+            lookups.push(&claim.message_id);
+            has_lookups = true;
+        }
+    }
+    if has_lookups {
+        owners(session, lookups, &mut answer.owners).await?;
+    }
+    let claims = Claims::new(batch, &answer.owners);
+    let unclaimed = claim(session, current, &claims).await?;
+    if !unclaimed.is_empty() {
+        let mut ids = ArrayParam::with_capacity(unclaimed.len(), 16);
+        for id in &unclaimed {
+            ids.push(id.as_bytes());
+        }
+        // A statement of its own: its snapshot sees the owners that were committed meanwhile.
+        owners(session, ids, &mut answer.owners).await?;
+        if unclaimed.iter().any(|id| !answer.owners.contains_key(id.as_bytes())) {
+            return Err(Failed::unexpected("an id was taken, but its owner is not to be seen".to_owned()));
+        }
+    }
+    let fates = batch.decide(&answer);
+    let claimed = began.elapsed();
+
+    let rows = batch.rows(&fates);
+    future::try_join3(
+        copy(session, &session.copy_core, &rows.core),
+        copy(session, &session.copy_metadata, &rows.metadata),
+        copy(session, &session.copy_notes, &rows.notes),
+    )
+    .await?;
+    let copied = began.elapsed();
+    session.client.batch_execute("COMMIT").await?;
+    let times = WriteTimes {
+        claim: claimed,
+        copy: copied.saturating_sub(claimed),
+        commit: began.elapsed().saturating_sub(copied),
+    };
+    Ok((fates, answer, times))
+}
+
+async fn store_in(
+    session: &mut Session,
+    topic: &str,
+    topic_id: &Uuid,
+    rows: &[(Partition, Option<NextOffset>, CursorRow)],
+) -> Result<(), Failed> {
+    let partitions: Vec<i32> = rows.iter().map(|(p, ..)| p.0).collect();
+    let seen: Vec<Option<i64>> = rows.iter().map(|(_, seen, _)| seen.map(|s| s.0)).collect();
+    let applied: Vec<i64> = rows.iter().map(|(.., row)| row.applied.0).collect();
+    let published: Vec<Option<i64>> = rows.iter().map(|(.., row)| row.published.map(|p| p.0)).collect();
+    let transaction = session.client.transaction().await?;
+    let updated = transaction
+        .execute(session::UPDATE_CURSORS, &[topic_id, &partitions, &seen, &applied, &published])
+        .await?;
+    let inserted = transaction
+        .execute(session::INSERT_CURSORS, &[&topic, topic_id, &partitions, &seen, &applied, &published])
+        .await?;
+    if updated + inserted != rows.len() as u64 {
+        return Err(Failed::cursor_moved("a cursor changed while its partition was taken up".to_owned()));
+    }
+    transaction.execute(session::DELETE_SETTLEMENTS, &[topic_id, &partitions]).await?;
+    transaction.commit().await?;
+    Ok(())
+}
+
+async fn cursors_in(
+    session: &Session,
+    topic_id: &Uuid,
+    partitions: &[Partition],
+) -> Result<Vec<(Partition, Option<CursorRow>)>, Failed> {
+    let numbers: Vec<i32> = partitions.iter().map(|p| p.0).collect();
+    let mut found = HashMap::new();
+    for row in session.client.query(&session.cursors, &[topic_id, &numbers]).await? {
+        let timestamp: Option<session::Timestamp> = row.try_get(3)?;
+        found.insert(
+            Partition(row.try_get(0)?),
+            CursorRow {
+                applied: NextOffset(row.try_get(1)?),
+                published: row.try_get::<_, Option<i64>>(2)?.map(NextOffset),
+                applied_timestamp: timestamp.map(|t| from_postgres_timestamp(t.0)),
+                settled: row.try_get::<_, Option<i64>>(4)?.map(NextOffset),
+            },
+        );
+    }
+    Ok(partitions.iter().map(|p| (*p, found.remove(p))).collect())
+}
+
+impl Ledger for PgLedger {
+    async fn cursors(
+        &mut self,
+        partitions: &[Partition],
+    ) -> Result<Vec<(Partition, Option<CursorRow>)>, LedgerFailure> {
+        let session = self.take_session().await?;
+        let rows =
+            limited("reading cursors", cursors_in(&session, &self.identity.topic_id, partitions)).await?;
+        self.session = Some(session);
+        Ok(rows)
+    }
+
+    async fn store_cursors(
+        &mut self,
+        rows: &[(Partition, Option<NextOffset>, CursorRow)],
+    ) -> Result<(), LedgerFailure> {
+        let mut session = self.take_session().await?;
+        let topic_id = self.identity.topic_id;
+        limited("storing cursors", store_in(&mut session, &self.topic, &topic_id, rows)).await?;
+        self.session = Some(session);
+        Ok(())
+    }
+
+    async fn write(
+        &mut self,
+        batch: &Batch,
+        moves: &[CursorMove],
+    ) -> Result<(Fates, Answer, WriteTimes), LedgerFailure> {
+        let mut session = self.take_session().await?;
+        let moves = Moves::new(moves);
+        let topic_id = self.identity.topic_id;
+        let written = limited("writing a batch", write_in(&mut session, &topic_id, batch, &moves)).await?;
+        self.session = Some(session);
+        Ok(written)
+    }
+
+    async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), LedgerFailure> {
+        let session = self.take_session().await?;
+        let moves = Moves::new(moves);
+        limited("moving cursors", move_cursors(&session, &self.identity.topic_id, &moves)).await?;
+        self.session = Some(session);
+        Ok(())
+    }
+}

@@ -1,0 +1,277 @@
+//! A lane's session: its settings, its prepared statements, and what its errors mean.
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use deadpool_postgres::{ClientWrapper, Object, Pool};
+use tokio_postgres::Statement;
+use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
+use uuid::Uuid;
+
+use crate::cursor::{Identity, IdentityDoubt};
+use crate::disposition::{FailureClass, SQLSTATE_CURSOR_MOVED, class_of_sqlstate};
+use crate::lane::ports::LedgerFailure;
+use crate::schema::locks::{self, LockKey};
+
+/// Settings of a lane's session. The planner is kept from the two plans that are cheap on the empty tables
+/// they may be planned on, and ruinous on full ones.
+const SETTINGS: &str = "
+    SET statement_timeout = '45s';
+    SET lock_timeout = '30s';
+    SET enable_nestloop = off;
+    SET enable_seqscan = off;
+";
+
+const CURSORS: &str = "
+    SELECT c.partition, c.applied, c.published, c.applied_timestamp, s.committed
+    FROM payment_writer.source_cursor c
+    LEFT JOIN payment_writer.cursor_settlement s USING (topic_id, partition)
+    WHERE c.topic_id = $1 AND c.partition = ANY ($2)";
+
+/// Parameters: topic id, partitions, `applied` as seen (null: there was no row), new `applied` and `published`.
+pub(super) const UPDATE_CURSORS: &str = "
+    UPDATE payment_writer.source_cursor c
+    SET applied = n.applied, published = n.published
+    FROM unnest($2::integer[], $3::bigint[], $4::bigint[], $5::bigint[])
+        AS n (partition, seen, applied, published)
+    WHERE c.topic_id = $1 AND c.partition = n.partition AND c.applied = n.seen";
+
+/// Parameters as above, after the topic's name.
+pub(super) const INSERT_CURSORS: &str = "
+    INSERT INTO payment_writer.source_cursor (topic, topic_id, partition, applied, published)
+    SELECT $1, $2, n.partition, n.applied, n.published
+    FROM unnest($3::integer[], $4::bigint[], $5::bigint[], $6::bigint[])
+        AS n (partition, seen, applied, published)
+    WHERE n.seen IS NULL
+    ON CONFLICT (topic_id, partition) DO NOTHING";
+
+pub(super) const DELETE_SETTLEMENTS: &str = "
+    DELETE FROM payment_writer.cursor_settlement WHERE topic_id = $1 AND partition = ANY ($2)";
+
+/// Claims ids in their order and returns those that were taken already. The anti-join costs nothing when
+/// there are none: the count decides first.
+fn claim_sql(generation: i64) -> String {
+    format!(
+        "WITH input AS MATERIALIZED (
+            SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::timestamptz[], $5::integer[])
+                AS i (message_id, source_offset, payload_hash, created_at, source_partition)
+        ), claimed AS (
+            INSERT INTO payment_writer.idempotency_g{generation}
+                (message_id, source_offset, payload_hash, created_at, source_partition, date)
+            SELECT message_id, source_offset, payload_hash, created_at, source_partition,
+                (now() AT TIME ZONE 'UTC')::date
+            FROM input
+            ON CONFLICT (message_id) DO NOTHING
+            RETURNING message_id
+        )
+        SELECT i.message_id FROM input i
+        WHERE (SELECT count(*) FROM claimed) < cardinality($1::uuid[])
+            AND NOT EXISTS (SELECT 1 FROM claimed c WHERE c.message_id = i.message_id)"
+    )
+}
+
+/// A `timestamptz` as it travels: microseconds since 2000-01-01.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Timestamp(pub i64);
+
+impl ToSql for Timestamp {
+    fn to_sql(
+        &self,
+        ty: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        self.0.to_sql(ty, out)
+    }
+
+    accepts!(TIMESTAMPTZ);
+    to_sql_checked!();
+}
+
+impl<'a> FromSql<'a> for Timestamp {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        i64::from_sql(&Type::INT8, raw).map(Self)
+    }
+
+    accepts!(TIMESTAMPTZ);
+}
+
+/// An error inside a session.
+pub(super) struct Failed {
+    class: FailureClass,
+    sqlstate: Option<String>,
+    message: String,
+}
+
+impl Failed {
+    pub(super) fn unexpected(message: String) -> Self {
+        Self { class: FailureClass::Passing, sqlstate: None, message }
+    }
+
+    pub(super) fn cursor_moved(message: String) -> Self {
+        Self { class: FailureClass::Fenced, sqlstate: Some(SQLSTATE_CURSOR_MOVED.to_owned()), message }
+    }
+}
+
+impl From<tokio_postgres::Error> for Failed {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let sqlstate = error.code().map(|c| c.code().to_owned());
+        let class = sqlstate.as_deref().map_or(FailureClass::Passing, class_of_sqlstate);
+        Self { class, sqlstate, message: crate::postgres::describe(&error) }
+    }
+}
+
+impl From<Failed> for LedgerFailure {
+    fn from(failed: Failed) -> Self {
+        Self { class: failed.class, sqlstate: failed.sqlstate, message: failed.message, identity: None }
+    }
+}
+
+pub(super) fn gave_up(doing: &str, limit: Duration) -> LedgerFailure {
+    LedgerFailure {
+        class: FailureClass::Passing,
+        sqlstate: None,
+        message: format!("{doing}: no answer within {} s", limit.as_secs()),
+        identity: None,
+    }
+}
+
+/// A session with everything prepared that every batch needs.
+pub(super) struct Session {
+    /// Taken out of the pool: a session that failed inside a transaction must not serve another.
+    pub client: ClientWrapper,
+    pub cursors: Statement,
+    pub move_cursors: Statement,
+    pub lock_generations: Statement,
+    pub generations: Statement,
+    pub owners: Statement,
+    pub copy_core: Statement,
+    pub copy_metadata: Statement,
+    pub copy_notes: Statement,
+    claim: Option<(i64, Statement)>,
+}
+
+impl Session {
+    /// Takes a connection from the pool and makes sure that it leads to the database that is meant.
+    pub(super) async fn open(pool: &Pool, identity: &Identity) -> Result<Self, LedgerFailure> {
+        let client = Object::take(pool.get().await.map_err(|error| pool_failure(&error))?);
+        let prepared = async {
+            client.batch_execute(SETTINGS).await?;
+            let row =
+                client.query_one("SELECT database_id FROM payment_writer.database_identity", &[]).await?;
+            let found: Uuid = row.try_get(0)?;
+            if found != identity.database_id {
+                return Ok(Err(IdentityDoubt::OtherDatabase { marked: identity.database_id, found }));
+            }
+            let lock = format!(
+                "SELECT pg_advisory_xact_lock_shared({}, {})",
+                locks::CLASS,
+                LockKey::Rotation.number()
+            );
+            Ok(Ok([
+                client.prepare(CURSORS).await?,
+                client
+                    .prepare("SELECT payment_writer.move_cursors_v1($1, $2, $3, $4, $5, $6)")
+                    .await?,
+                client.prepare(&lock).await?,
+                client
+                    .prepare(
+                        "SELECT current_generation, older_generations FROM payment_writer.idempotency_current",
+                    )
+                    .await?,
+                client
+                    .prepare(
+                        "SELECT message_id, source_partition, source_offset, payload_hash
+                         FROM payment_writer.idempotency WHERE message_id = ANY ($1::uuid[])",
+                    )
+                    .await?,
+                client
+                    .prepare(
+                        "COPY payment_writer.payment_core
+                         (payment_id, created_at, cust_id, amount, currency, status, type)
+                         FROM STDIN (FORMAT binary)",
+                    )
+                    .await?,
+                client
+                    .prepare(
+                        "COPY payment_writer.payment_metadata
+                         (payment_id, created_at, updated_at, version, message_id, source_partition, \
+                         source_offset)
+                         FROM STDIN (FORMAT binary)",
+                    )
+                    .await?,
+                client
+                    .prepare(
+                        "COPY payment_writer.payment_notes (payment_id, created_at, external_ref_id, comment)
+                         FROM STDIN (FORMAT binary)",
+                    )
+                    .await?,
+            ]))
+        };
+        let prepared: Result<Result<[Statement; 8], IdentityDoubt>, tokio_postgres::Error> = prepared.await;
+        match prepared {
+            Ok(Ok(
+                [
+                    cursors,
+                    move_cursors,
+                    lock_generations,
+                    generations,
+                    owners,
+                    copy_core,
+                    copy_metadata,
+                    copy_notes,
+                ],
+            )) => Ok(Self {
+                client,
+                cursors,
+                move_cursors,
+                lock_generations,
+                generations,
+                owners,
+                copy_core,
+                copy_metadata,
+                copy_notes,
+                claim: None,
+            }),
+            Ok(Err(doubt)) => Err(LedgerFailure {
+                class: FailureClass::Systemic,
+                sqlstate: None,
+                message: doubt.to_string(),
+                identity: Some(doubt),
+            }),
+            Err(error) => Err(Failed::from(error).into()),
+        }
+    }
+
+    /// The statement that claims into this generation.
+    pub(super) async fn claim_into(&mut self, generation: i64) -> Result<Statement, Failed> {
+        match &self.claim {
+            Some((prepared, statement)) if *prepared == generation => Ok(statement.clone()),
+            _ => {
+                let statement = self.client.prepare(&claim_sql(generation)).await?;
+                self.claim = Some((generation, statement.clone()));
+                Ok(statement)
+            }
+        }
+    }
+}
+
+fn pool_failure(error: &deadpool_postgres::PoolError) -> LedgerFailure {
+    match error {
+        deadpool_postgres::PoolError::Backend(error) => {
+            let sqlstate = error.code().map(|c| c.code().to_owned());
+            LedgerFailure {
+                // Without a SQLSTATE nobody answered: that passes.
+                class: sqlstate.as_deref().map_or(FailureClass::Passing, class_of_sqlstate),
+                sqlstate,
+                message: format!("connecting: {}", crate::postgres::describe(error)),
+                identity: None,
+            }
+        }
+        other => LedgerFailure {
+            class: FailureClass::Passing,
+            sqlstate: None,
+            message: format!("connecting: {other}"),
+            identity: None,
+        },
+    }
+}

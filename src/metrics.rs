@@ -1,0 +1,255 @@
+//! Metrics: per batch, labels from small fixed sets, units in the names.
+
+use std::time::Duration;
+
+use metrics::{
+    Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge,
+    histogram,
+};
+
+use crate::batch::{Batch, Fates};
+use crate::disposition::{Fate, sqlstate_label};
+use crate::lane::ports::WriteTimes;
+use crate::publication::{OutputCounts, OutputTopic};
+use crate::record::TimestampMs;
+use crate::wire::Reason;
+
+/// What a lane spends its time on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LanePhase {
+    /// Waiting for records, or for a batch to fill.
+    Waiting,
+    /// Parsing and encoding.
+    Assembling,
+    /// The Postgres transaction.
+    Database,
+    /// The Kafka transaction.
+    Kafka,
+}
+
+impl LanePhase {
+    const ALL: [Self; 4] = [Self::Waiting, Self::Assembling, Self::Database, Self::Kafka];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Assembling => "assembling",
+            Self::Database => "database",
+            Self::Kafka => "kafka",
+        }
+    }
+}
+
+/// Bounds of all histograms of durations, in seconds.
+pub const SECONDS_BUCKETS: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+/// Bounds of the histogram of batch sizes, in records.
+pub const RECORDS_BUCKETS: [f64; 11] =
+    [1.0, 2.0, 5.0, 10.0, 50.0, 100.0, 500.0, 1_000.0, 5_000.0, 10_000.0, 50_000.0];
+/// Bounds of the histogram of batch sizes, in bytes.
+pub const BYTES_BUCKETS: [f64; 8] = [1e3, 1e4, 1e5, 5e5, 1e6, 2.5e6, 5e6, 1e7];
+
+/// Says what each metric is, for the exposition's HELP lines.
+pub fn describe() {
+    describe_counter!(
+        "payment_writer_records_total",
+        "Input records by outcome; each counts once when it is settled, redelivered ones as before"
+    );
+    describe_counter!("payment_writer_dead_letters_total", "Dead letters published, by reason");
+    describe_counter!(
+        "payment_writer_published_total",
+        "Messages in committed Kafka transactions, by output topic"
+    );
+    describe_counter!("payment_writer_batches_total", "Database transactions of batches, by lane");
+    describe_histogram!("payment_writer_batch_records", "Records in a batch");
+    describe_histogram!(
+        "payment_writer_batch_bytes",
+        Unit::Bytes,
+        "Bytes of keys, values and headers in a batch"
+    );
+    describe_histogram!("payment_writer_phase_seconds", Unit::Seconds, "Time of a lane by phase of a batch");
+    describe_histogram!(
+        "payment_writer_database_step_seconds",
+        Unit::Seconds,
+        "Time of the steps of a database transaction"
+    );
+    describe_histogram!(
+        "payment_writer_end_to_end_seconds",
+        Unit::Seconds,
+        "From the record's timestamp to the commit of its events; sampled"
+    );
+    describe_counter!("payment_writer_database_errors_total", "Database errors by class of SQLSTATE");
+    describe_gauge!("payment_writer_partitions_assigned", "Partitions assigned, by lane");
+    describe_gauge!(
+        "payment_writer_partitions_halted",
+        "Partitions halted until a person settles them, by lane"
+    );
+    describe_counter!("payment_writer_rebalances_total", "Rebalances by kind");
+    describe_counter!(
+        "payment_writer_lane_resets_total",
+        "Times that a lane dropped what it held and read its cursors again"
+    );
+    describe_gauge!("payment_writer_database_up", "1 while the database answers a lane");
+    describe_gauge!("payment_writer_broker_up", "1 while the broker answers a lane");
+    describe_gauge!(
+        "payment_writer_lag_records",
+        "Records between the published position and the end of an assigned partition"
+    );
+    describe_gauge!(
+        "payment_writer_lag_seconds",
+        Unit::Seconds,
+        "Age of the last written record of a partition with lag; 0 when caught up"
+    );
+    describe_gauge!("payment_writer_build_info", "1, with the version as label");
+}
+
+/// The handles of one lane.
+pub struct LaneMetrics {
+    written: Counter,
+    redelivered: Counter,
+    duplicate: Counter,
+    dead_lettered: Counter,
+    published: [Counter; 3],
+    batches: Counter,
+    batch_records: Histogram,
+    batch_bytes: Histogram,
+    phases: [Histogram; 4],
+    claim: Histogram,
+    copy: Histogram,
+    commit: Histogram,
+    end_to_end: Histogram,
+    assigned: Gauge,
+    halted: Gauge,
+    resets: Counter,
+    database_up: Gauge,
+    broker_up: Gauge,
+}
+
+fn outcome(name: &'static str) -> Counter {
+    counter!("payment_writer_records_total", "outcome" => name)
+}
+
+impl LaneMetrics {
+    /// Handles for lane `index`.
+    pub fn new(index: usize) -> Self {
+        let lane = index.to_string();
+        let step = |step: &'static str| histogram!("payment_writer_database_step_seconds", "step" => step);
+        let gauge_of = |name: &'static str| gauge!(name, "lane" => lane.clone());
+        Self {
+            written: outcome("written"),
+            redelivered: outcome("redelivered"),
+            duplicate: outcome("duplicate"),
+            dead_lettered: outcome("dead_lettered"),
+            published: OutputTopic::ALL
+                .map(|t| counter!("payment_writer_published_total", "topic" => t.label())),
+            batches: counter!("payment_writer_batches_total", "lane" => lane.clone()),
+            batch_records: histogram!("payment_writer_batch_records"),
+            batch_bytes: histogram!("payment_writer_batch_bytes"),
+            phases: LanePhase::ALL.map(|p| histogram!("payment_writer_phase_seconds", "phase" => p.label())),
+            claim: step("claim"),
+            copy: step("copy"),
+            commit: step("commit"),
+            end_to_end: histogram!("payment_writer_end_to_end_seconds"),
+            assigned: gauge_of("payment_writer_partitions_assigned"),
+            halted: gauge_of("payment_writer_partitions_halted"),
+            resets: counter!("payment_writer_lane_resets_total", "lane" => lane.clone()),
+            database_up: gauge_of("payment_writer_database_up"),
+            broker_up: gauge_of("payment_writer_broker_up"),
+        }
+    }
+
+    /// Partitions of this lane.
+    pub fn assigned(&self, assigned: usize, halted: usize) {
+        self.assigned.set(assigned as f64);
+        self.halted.set(halted as f64);
+    }
+
+    /// The lane dropped what it held.
+    pub fn reset(&self) {
+        self.resets.increment(1);
+    }
+
+    /// Whether the broker answers.
+    pub fn broker_up(&self, is_up: bool) {
+        self.broker_up.set(f64::from(u8::from(is_up)));
+    }
+
+    /// Whether the database answers.
+    pub fn database_up(&self, is_up: bool) {
+        self.database_up.set(f64::from(u8::from(is_up)));
+    }
+
+    /// A database error; none means that the connection broke without one.
+    pub fn database_error(&self, sqlstate: Option<&str>) {
+        let class = sqlstate.map_or("connection", sqlstate_label);
+        counter!("payment_writer_database_errors_total", "sqlstate_class" => class).increment(1);
+    }
+
+    /// Time spent in a phase.
+    pub fn phase(&self, phase: LanePhase, took: Duration) {
+        if let Some(histogram) = self.phases.get(phase as usize) {
+            histogram.record(took.as_secs_f64());
+        }
+    }
+
+    /// A batch was cut.
+    pub fn batch(&self, records: usize, bytes: usize) {
+        self.batches.increment(1);
+        self.batch_records.record(records as f64);
+        self.batch_bytes.record(bytes as f64);
+    }
+
+    /// Steps of a database transaction.
+    pub fn write_times(&self, times: &WriteTimes) {
+        self.claim.record(times.claim.as_secs_f64());
+        self.copy.record(times.copy.as_secs_f64());
+        self.commit.record(times.commit.as_secs_f64());
+    }
+
+    /// Records that were settled.
+    pub fn outcomes(&self, fates: &Fates) {
+        let (mut written, mut redelivered, mut duplicate, mut dead) = (0, 0, 0, 0);
+        for fate in &fates.0 {
+            match fate {
+                Fate::Written => written += 1,
+                Fate::WrittenBefore => redelivered += 1,
+                Fate::Duplicate => duplicate += 1,
+                Fate::DeadLetter(_) => dead += 1,
+            }
+        }
+        self.written.increment(written);
+        self.redelivered.increment(redelivered);
+        self.duplicate.increment(duplicate);
+        self.dead_lettered.increment(dead);
+    }
+
+    /// Messages of a committed Kafka transaction.
+    pub fn outputs(&self, counts: &OutputCounts) {
+        for (counter, count) in self.published.iter().zip(counts.by_topic) {
+            counter.increment(count);
+        }
+        for (reason, count) in Reason::ALL.iter().zip(counts.by_reason) {
+            if count > 0 {
+                counter!("payment_writer_dead_letters_total", "reason" => reason.as_str()).increment(count);
+            }
+        }
+    }
+
+    /// End-to-end latency of a published batch.
+    pub fn latency(&self, batch: Option<&Batch>) {
+        const SAMPLES: usize = 16;
+        let Some(batch) = batch else { return };
+        let now = now();
+        let weight = (batch.len() / SAMPLES).max(1);
+        for at in batch.sample_timestamps(SAMPLES) {
+            let seconds = (now.0 - at.0).max(0) as f64 / 1_000.0;
+            self.end_to_end.record_many(seconds, weight);
+        }
+    }
+}
+
+/// The wall clock.
+pub fn now() -> TimestampMs {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    TimestampMs(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,320 @@
+//! What one Kafka transaction carries: events, dead letters, and the offsets up to which they go.
+
+use sha2::{Digest, Sha256};
+use std::fmt::Write;
+
+use uuid::Uuid;
+
+use crate::batch::{Batch, Fates, PublishedView};
+use crate::cursor::{Identity, Mark};
+use crate::disposition::Fate;
+use crate::record::{NextOffset, Partition};
+use crate::wire::Reason;
+
+/// The topics that the daemon writes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum OutputTopic {
+    /// `kafka.read_topic`
+    Read,
+    /// `kafka.email_topic`
+    Email,
+    /// `kafka.dead_letter_topic`
+    DeadLetter,
+}
+
+impl OutputTopic {
+    /// All of them; the index of one in this list is its [`index`](Self::index).
+    pub const ALL: [Self; 3] = [Self::Read, Self::Email, Self::DeadLetter];
+
+    /// Place in [`ALL`](Self::ALL).
+    pub fn index(self) -> usize {
+        self as usize
+    }
+
+    /// The label used in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Email => "email",
+            Self::DeadLetter => "dead_letter",
+        }
+    }
+}
+
+/// Name and value of a header.
+pub type Header<'a> = (&'a [u8], Option<&'a [u8]>);
+
+/// One message to produce.
+#[derive(Clone, Copy, Debug)]
+pub struct Output<'a> {
+    /// Where to.
+    pub topic: OutputTopic,
+    /// The input record's key, untouched.
+    pub key: Option<&'a [u8]>,
+    /// The event, or the input record's value.
+    pub value: Option<&'a [u8]>,
+    /// All headers.
+    pub headers: &'a [Header<'a>],
+}
+
+/// A larger value is left out of its dead letter; its size and hash stand for it.
+pub const DEAD_LETTER_VALUE_BYTES_MAX: usize = 512 * 1024;
+/// A record's own headers beyond this are left out of its outputs: an output must stay below the
+/// topic's limit, or one record would block its partition for ever.
+pub const OWN_HEADERS_BYTES_MAX: usize = 256 * 1024;
+/// `correlation-id` and `traceparent` longer than this are not copied to events, for the same reason.
+pub const TRACE_HEADER_BYTES_MAX: usize = 8 * 1024;
+
+const TRACE_HEADERS: [&[u8]; 2] = [b"correlation-id", b"traceparent"];
+/// Names that an output sets itself; what the record brought under them is replaced.
+const REPLACED_HEADERS: [&[u8]; 9] = [
+    b"source",
+    b"dlq-reason",
+    b"dlq-detail",
+    b"dlq-topic",
+    b"dlq-partition",
+    b"dlq-offset",
+    b"dlq-timestamp",
+    b"dlq-value-bytes",
+    b"dlq-value-sha256",
+];
+
+/// The emission gate of one partition, and how far the transaction takes the group's offset there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Span {
+    /// The partition.
+    pub partition: Partition,
+    /// G: records below it were published before.
+    pub gate: NextOffset,
+    /// The group's offset after the transaction.
+    pub commit: NextOffset,
+}
+
+/// A batch that is durable in Postgres, on its way into one Kafka transaction.
+#[derive(Debug)]
+pub struct Publication {
+    batch: Option<Batch>,
+    fates: Fates,
+    spans: Vec<Span>,
+    emits: bool,
+}
+
+/// Counts of what a publication holds, for the metrics.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct OutputCounts {
+    /// Messages by [`OutputTopic::index`].
+    pub by_topic: [u64; 3],
+    /// Dead letters by [`Reason`]'s place in `Reason::ALL`.
+    pub by_reason: [u64; Reason::ALL.len()],
+}
+
+/// The proof that a publication is committed; only with one in hand do offsets move.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Published(Vec<(Partition, NextOffset)>);
+
+impl Published {
+    /// The committed offsets.
+    pub fn positions(&self) -> &[(Partition, NextOffset)] {
+        &self.0
+    }
+}
+
+/// Buffers for headers that are made per message.
+#[derive(Default)]
+struct Scratch {
+    source: String,
+    partition: String,
+    offset: String,
+    timestamp: String,
+    bytes: String,
+    hash: String,
+}
+
+impl Publication {
+    /// What is to be published of a written batch. `emits` is false in a daemon that writes rows only.
+    pub fn of_batch(batch: Batch, fates: Fates, spans: Vec<Span>, emits: bool) -> Self {
+        Self { batch: Some(batch), fates, spans, emits }
+    }
+
+    /// A transaction that only commits offsets with our mark.
+    pub fn of_offsets(spans: Vec<Span>) -> Self {
+        Self { batch: None, fates: Fates::default(), spans, emits: false }
+    }
+
+    /// The partitions with their gates and new offsets.
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// Number of records behind it.
+    pub fn len(&self) -> usize {
+        self.fates.0.len()
+    }
+
+    /// Whether there is no record behind it.
+    pub fn is_empty(&self) -> bool {
+        self.fates.0.is_empty()
+    }
+
+    /// The batch behind it, if any.
+    pub fn batch(&self) -> Option<&Batch> {
+        self.batch.as_ref()
+    }
+
+    /// The fates of the records behind it.
+    pub fn fates(&self) -> &Fates {
+        &self.fates
+    }
+
+    /// Offsets to commit, each with its mark.
+    pub fn offsets<'a>(
+        &'a self,
+        identity: &'a Identity,
+    ) -> impl Iterator<Item = (Partition, NextOffset, String)> + 'a {
+        self.spans.iter().map(move |s| (s.partition, s.commit, Mark::new(identity, s.commit).to_string()))
+    }
+
+    /// To be called by the log once the transaction is committed, and at no other time.
+    pub fn committed(&self) -> Published {
+        Published(self.spans.iter().map(|s| (s.partition, s.commit)).collect())
+    }
+
+    fn gate(&self, partition: Partition) -> NextOffset {
+        self.spans.iter().find(|s| s.partition == partition).map_or(NextOffset(i64::MAX), |s| s.gate)
+    }
+
+    /// Hands every output to `send`, in the order of the records: account order is offset order.
+    pub fn for_each_output<E>(
+        &self,
+        topic: &str,
+        topic_id: Uuid,
+        mut send: impl FnMut(&Output<'_>) -> Result<(), E>,
+    ) -> Result<OutputCounts, E> {
+        let mut counts = OutputCounts::default();
+        let Some(batch) = self.batch.as_ref().filter(|_| self.emits) else { return Ok(counts) };
+        let mut scratch = Scratch::default();
+        // First 8 hex digits of the id: its leading 32 bits.
+        let prefix = topic_id.as_fields().0;
+        let mut gate = (Partition(-1), NextOffset(0));
+        for (index, fate) in self.fates.0.iter().enumerate() {
+            if *fate == Fate::Duplicate {
+                continue;
+            }
+            let Some(view) = batch.published_view(index) else { continue };
+            let partition = view.record.partition;
+            if gate.0 != partition {
+                gate = (partition, self.gate(partition));
+            }
+            if gate.1.is_past(view.record.offset) {
+                continue;
+            }
+            scratch.source.clear();
+            // Writing to a String cannot fail.
+            let _ = write!(scratch.source, "{prefix:08x}/{partition}/{}", view.record.offset);
+            match fate {
+                Fate::Written | Fate::WrittenBefore => events(&view, &scratch, &mut counts, &mut send)?,
+                Fate::DeadLetter(reason) => {
+                    dead_letter(&view, *reason, topic, &mut scratch, &mut counts, &mut send)?;
+                }
+                Fate::Duplicate => {}
+            }
+        }
+        Ok(counts)
+    }
+}
+
+fn events<E>(
+    view: &PublishedView<'_>,
+    scratch: &Scratch,
+    counts: &mut OutputCounts,
+    send: &mut impl FnMut(&Output<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    let source: Header<'_> = (b"source", Some(scratch.source.as_bytes()));
+    // A vector only for the few records that bring trace headers.
+    let mut with_trace: Vec<Header<'_>> = Vec::new();
+    let own = view.record.headers;
+    if !own.is_empty() {
+        with_trace.extend(own.iter().filter(|(name, value)| {
+            TRACE_HEADERS.contains(name) && value.is_none_or(|v| v.len() <= TRACE_HEADER_BYTES_MAX)
+        }));
+        // Repeated without end they would outgrow the output as well.
+        with_trace.truncate(8);
+        with_trace.push(source);
+    }
+    let only_source = [source];
+    let headers = if with_trace.is_empty() { &only_source[..] } else { &with_trace };
+    let key = view.record.key;
+    for (topic, value) in [(OutputTopic::Read, Some(view.read_event)), (OutputTopic::Email, view.email_event)]
+    {
+        if value.is_some() {
+            send(&Output { topic, key, value, headers })?;
+            if let Some(count) = counts.by_topic.get_mut(topic.index()) {
+                *count += 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn dead_letter<E>(
+    view: &PublishedView<'_>,
+    reason: Reason,
+    topic: &str,
+    scratch: &mut Scratch,
+    counts: &mut OutputCounts,
+    send: &mut impl FnMut(&Output<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    let record = &view.record;
+    for text in [&mut scratch.partition, &mut scratch.offset, &mut scratch.timestamp] {
+        text.clear();
+    }
+    let _ = write!(scratch.partition, "{}", record.partition);
+    let _ = write!(scratch.offset, "{}", record.offset);
+    let _ = write!(scratch.timestamp, "{}", record.timestamp.map_or(-1, |t| t.0));
+    let detail = match view.refusal {
+        Some(refusal) => &*refusal.detail,
+        None => match reason {
+            Reason::MessageIdConflict => "messageId: seen on another record with another payload",
+            _ => "the database refused this row",
+        },
+    };
+    let mut value = record.value;
+    if let Some(bytes) = value.filter(|v| v.len() > DEAD_LETTER_VALUE_BYTES_MAX) {
+        scratch.bytes.clear();
+        scratch.hash.clear();
+        let _ = write!(scratch.bytes, "{}", bytes.len());
+        for byte in Sha256::digest(bytes) {
+            let _ = write!(scratch.hash, "{byte:02x}");
+        }
+        value = None;
+    }
+    let left_out = value.is_none() && record.value.is_some();
+    let own_bytes: usize = record.headers.iter().map(|(name, v)| name.len() + v.map_or(0, <[u8]>::len)).sum();
+    let mut headers: Vec<Header<'_>> = Vec::with_capacity(record.headers.len() + 10);
+    if own_bytes <= OWN_HEADERS_BYTES_MAX {
+        headers.extend(record.headers.iter().filter(|(name, _)| !REPLACED_HEADERS.contains(name)));
+    }
+    headers.extend_from_slice(&[
+        (b"dlq-reason", Some(reason.as_str().as_bytes())),
+        (b"dlq-detail", Some(detail.as_bytes())),
+        (b"dlq-topic", Some(topic.as_bytes())),
+        (b"dlq-partition", Some(scratch.partition.as_bytes())),
+        (b"dlq-offset", Some(scratch.offset.as_bytes())),
+        (b"dlq-timestamp", Some(scratch.timestamp.as_bytes())),
+    ]);
+    if left_out {
+        headers.push((b"dlq-value-bytes", Some(scratch.bytes.as_bytes())));
+        headers.push((b"dlq-value-sha256", Some(scratch.hash.as_bytes())));
+    }
+    headers.push((b"source", Some(scratch.source.as_bytes())));
+    let output = Output { topic: OutputTopic::DeadLetter, key: record.key, value, headers: &headers };
+    send(&output)?;
+    if let Some(count) = counts.by_topic.get_mut(OutputTopic::DeadLetter.index()) {
+        *count += 1;
+    }
+    let place = Reason::ALL.iter().position(|r| *r == reason).unwrap_or_default();
+    if let Some(count) = counts.by_reason.get_mut(place) {
+        *count += 1;
+    }
+    Ok(())
+}
