@@ -34,7 +34,7 @@ earlier payment again, half of them in another spelling; conflicts give an earli
 another amount; bad records must be dead-lettered, for every reason that a record can have by itself.
 
 Without --seed each run sends other payments. With the same seed and version 4 ids, a second run
-sends the same records once more, all of them duplicates to the daemon.
+sends the same payments once more, all of them duplicates to the daemon.
 
 Ctrl-C stops early: what was sent by then is flushed and reported.
 
@@ -70,7 +70,7 @@ pub struct ProduceArgs {
     pub bad: f64,
     /// Which bad records; default: all but invalid_timestamp, whose segments a broker may delete
     /// before they are read
-    #[arg(long, value_name = "REASON", value_delimiter = ',', hide_possible_values = false)]
+    #[arg(long, value_name = "REASON", value_delimiter = ',')]
     pub bad_reasons: Vec<BadReason>,
     /// The same seed gives the same records; default: another one each time
     #[arg(long, value_name = "N")]
@@ -273,7 +273,7 @@ fn summary(report: &Report<'_>, tally: &Tally) -> String {
         count("bad", tally.bad_total()),
     ];
     for (reason, records) in tally.bad() {
-        rows.push(count(&format!("  {}", reason.name()), *records));
+        rows.push(count(&format!("  {}", reason.reason()), *records));
     }
     if report.undelivered > 0 {
         rows.push(count("not delivered", report.undelivered));

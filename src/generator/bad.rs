@@ -6,6 +6,7 @@ use rand_chacha::rand_core::Rng;
 use super::payment::{Payment, message_id};
 use super::respell::{Fields, fields, join, set};
 use super::{GeneratorConfig, IdKind, Record, below, pick};
+use crate::wire::Reason;
 
 /// The dead-letter reasons that a record can have by itself, by their names in `dlq-reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum)]
@@ -45,18 +46,18 @@ impl BadReason {
         Self::StaleMessageId,
     ];
 
-    /// As in the header `dlq-reason`.
-    pub fn name(self) -> &'static str {
+    /// The reason that its dead letter must name.
+    pub fn reason(self) -> Reason {
         match self {
-            Self::EmptyValue => "empty_value",
-            Self::TooLarge => "too_large",
-            Self::UnsupportedSchemaVersion => "unsupported_schema_version",
-            Self::MalformedJson => "malformed_json",
-            Self::MissingField => "missing_field",
-            Self::InvalidField => "invalid_field",
-            Self::KeyMismatch => "key_mismatch",
-            Self::InvalidTimestamp => "invalid_timestamp",
-            Self::StaleMessageId => "stale_message_id",
+            Self::EmptyValue => Reason::EmptyValue,
+            Self::TooLarge => Reason::TooLarge,
+            Self::UnsupportedSchemaVersion => Reason::UnsupportedSchemaVersion,
+            Self::MalformedJson => Reason::MalformedJson,
+            Self::MissingField => Reason::MissingField,
+            Self::InvalidField => Reason::InvalidField,
+            Self::KeyMismatch => Reason::KeyMismatch,
+            Self::InvalidTimestamp => Reason::InvalidTimestamp,
+            Self::StaleMessageId => Reason::StaleMessageId,
         }
     }
 }

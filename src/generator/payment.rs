@@ -134,8 +134,7 @@ impl Payment {
 
     fn write_id(&self, out: &mut Vec<u8>) {
         if self.ulid {
-            let mut text = [0; ulid::ULID_LEN];
-            out.extend_from_slice(ulid::Ulid(self.id).array_to_str(&mut text).as_bytes());
+            out.extend_from_slice(&ulid_text(self.id));
         } else {
             let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
             let id = uuid::Uuid::from_u128(self.id);
@@ -155,6 +154,15 @@ pub(super) fn message_id(kind: IdKind, time_ms: u64, high: u64, low: u64) -> u12
         }
         IdKind::Ulid => u128::from(time_ms & 0xffff_ffff_ffff) << 80 | random >> 48,
     }
+}
+
+/// 26 digits of five bits each, in Crockford's base 32.
+pub(super) fn ulid_text(id: u128) -> [u8; 26] {
+    const DIGITS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
+    std::array::from_fn(|at| {
+        let digit = (id >> (125 - 5 * at)) as usize & 31;
+        DIGITS.get(digit).copied().unwrap_or(b'0')
+    })
 }
 
 /// Decimal digits, with zeros in front up to `digits_min`.

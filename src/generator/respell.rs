@@ -3,7 +3,7 @@
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value};
 
-use super::payment::write_amount;
+use super::payment::{ulid_text, write_amount};
 use super::{Payment, below, one_in, pick};
 
 /// A JSON object as name and value texts, in order.
@@ -72,10 +72,12 @@ pub(super) fn respell(payment: &Payment, json: &[u8], rng: &mut ChaCha8Rng) -> O
     Some(join(&fields, pick(rng, &["", " ", "\n\t"])?))
 }
 
-/// The same 128 bits, as a UUID or as a ULID, in either case.
+/// The same 128 bits in another form or case. A ULID carries a time, so only an id that does in its
+/// first form may become one.
 fn other_id(payment: &Payment, rng: &mut ChaCha8Rng) -> String {
-    let text = if one_in(rng, 2) {
-        ulid::Ulid(payment.id).to_string()
+    let version_7 = payment.id >> 76 & 0xf == 7;
+    let text = if (payment.ulid || version_7) && one_in(rng, 2) {
+        ulid_text(payment.id).iter().map(|digit| char::from(*digit)).collect()
     } else {
         uuid::Uuid::from_u128(payment.id).hyphenated().to_string()
     };

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::payment::CURRENCIES;
 use super::{BadReason, Kind, Record};
+use crate::wire::Reason;
 
 /// Counts by kind, and sums of money that are exact.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,9 +81,9 @@ impl Tally {
     /// for `email_statuses`.
     pub fn report(&self, email_statuses: &[i16]) -> TallyReport {
         let mut dead_letters: BTreeMap<String, u64> =
-            self.bad.iter().map(|(reason, count)| (reason.name().to_owned(), *count)).collect();
+            self.bad.iter().map(|(reason, count)| (reason.reason().to_string(), *count)).collect();
         if self.conflicts > 0 {
-            dead_letters.insert("message_id_conflict".to_owned(), self.conflicts);
+            dead_letters.insert(Reason::MessageIdConflict.to_string(), self.conflicts);
         }
         let wanted: BTreeSet<i16> = email_statuses.iter().copied().collect();
         let currencies = CURRENCIES
@@ -104,7 +105,7 @@ impl Tally {
             bad_by_reason: self
                 .bad
                 .iter()
-                .map(|(reason, count)| (reason.name().to_owned(), *count))
+                .map(|(reason, count)| (reason.reason().to_string(), *count))
                 .collect(),
             payments_by_status: self.by_status.clone(),
             payments_by_currency: currencies,
