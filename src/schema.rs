@@ -241,11 +241,18 @@ impl Status {
     fn agrees(&self) -> Result<(), SchemaError> {
         match self.steps.iter().find(|s| matches!(s.state, StepState::Divergent(_))) {
             None => Ok(()),
-            Some(step) => Err(SchemaError::Divergent {
-                version: step.version,
-                applied: step.name.clone(),
-                known: known(step.version).map(|s| s.name.to_owned()).unwrap_or_default(),
-            }),
+            Some(step) => Err(step.divergence()),
+        }
+    }
+}
+
+impl StepStatus {
+    /// The error that says that this step ran otherwise than we know it.
+    fn divergence(&self) -> SchemaError {
+        SchemaError::Divergent {
+            version: self.version,
+            applied: self.name.clone(),
+            known: known(self.version).map(|s| s.name.to_owned()).unwrap_or_default(),
         }
     }
 }
