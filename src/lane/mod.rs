@@ -223,6 +223,10 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
         if self.pending.is_empty() && self.writing.is_none() {
             self.intake.forget(partitions);
+            if self.intake.is_empty() {
+                // Or the lane would go on to wait, in vain and without a pause, for what is overdue.
+                self.intake_since = None;
+            }
         } else {
             // A batch spans partitions: dropping it for one must not let the next commit past it for
             // another.

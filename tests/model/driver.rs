@@ -447,12 +447,23 @@ impl Driver {
                 moved.push(p as i32);
             }
         }
+        self.hand(from, to, &moved).await;
+    }
+
+    /// All partitions of one process go to another.
+    pub async fn hand_over(&mut self, from: usize, to: usize) {
+        let moved: Vec<i32> =
+            (0..self.setup.partitions).filter(|p| self.owners[*p] == Some(from)).map(|p| p as i32).collect();
+        self.hand(from, to, &moved).await;
+    }
+
+    async fn hand(&mut self, from: usize, to: usize, moved: &[i32]) {
         if moved.is_empty() {
             return;
         }
         let incarnation = self.world().members[from].incarnation;
         self.new_generation();
-        self.revoke(from, &moved, false).await;
+        self.revoke(from, moved, false).await;
         if self.world().members[from].incarnation != incarnation || !self.is_up(from) {
             // It died meanwhile: its partitions are dealt with when the group notices.
             return;
@@ -460,10 +471,10 @@ impl Driver {
         self.new_generation();
         // `to` may be gone as well, and `from` itself is as good as any.
         let to = if self.known_up().contains(&to) { to } else { from };
-        for p in &moved {
+        for p in moved {
             self.owners[*p as usize] = Some(to);
         }
-        self.assign(to, &moved);
+        self.assign(to, moved);
     }
 
     /// The group forgets a member that goes on.

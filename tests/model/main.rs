@@ -184,6 +184,51 @@ async fn small_history(at: Option<(u64, Option<Fault>)>, is_traced: bool) -> Sta
     driver.finish().await
 }
 
+/// Two processes with a lane each, where nothing fails by itself.
+fn quiet_setup(linger_ms: u64) -> Setup {
+    Setup {
+        seed: 1,
+        partitions: 2,
+        members: 2,
+        lanes: 1,
+        publishes: true,
+        batch_payments_max: 10,
+        linger: Duration::from_millis(linger_ms),
+        alphabet: 3,
+        plan: Plan::default(),
+    }
+}
+
+async fn at_rest(mut driver: Driver) -> Driver {
+    driver.start_all();
+    driver.rest().await;
+    driver
+}
+
+fn expect_kept(stats: &Stats) {
+    if let Some(breach) = &stats.breach {
+        panic!("{}\n{breach}", stats.trace.join("\n"));
+    }
+}
+
+#[test]
+fn a_lane_that_gave_up_all_that_it_had_fetched_rests() {
+    let stats = in_world(async {
+        // GIVEN records that linger until there is a batch
+        let mut driver = at_rest(Driver::new(quiet_setup(500), true)).await;
+        driver.append_to(0, 1, 0, 0);
+        driver.append_to(1, 2, 0, 0);
+        driver.pause(Duration::from_millis(100)).await;
+        // WHEN their partitions go to another process, and nothing more comes
+        driver.hand_over(0, 1).await;
+        // THEN the first one waits for events, it does not spin
+        driver.pause(Duration::from_secs(20)).await;
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!(stats.rows, 2);
+}
+
 fn at_every_call(fault: Fault) {
     for k in 1.. {
         let at = Some((k, Some(fault)));
