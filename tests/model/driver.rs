@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use payment_writer::cursor::{Doubt, GroupOffset, Identity, Mode};
+use payment_writer::cursor::{CursorRow, Doubt, GroupOffset, Identity, Mode};
 use payment_writer::lane::ports::{LaneEvent, RevokeDone};
 use payment_writer::lane::{Lane, LaneSettings};
 use payment_writer::record::{NextOffset, Partition};
@@ -579,11 +579,17 @@ impl Driver {
             let mut world = self.shared.world.borrow_mut();
             let truth = world.truly_published[*p as usize];
             world.note(|| format!("partition {p} settled at {truth}"));
-            if let Some(row) = world.db.cursors.get_mut(p) {
-                row.settled = Some(NextOffset(truth));
-                is_settled = true;
-                self.stats.settled += 1;
-            }
+            // The settlement comes with the cursor itself, if there is none yet.
+            let start = NextOffset(world.logs[*p as usize].start);
+            let row = world.db.cursors.entry(*p).or_insert(CursorRow {
+                applied: start,
+                published: None,
+                applied_timestamp: None,
+                settled: None,
+            });
+            row.settled = Some(NextOffset(truth.max(start.0)));
+            is_settled = true;
+            self.stats.settled += 1;
         }
         is_settled
     }

@@ -229,6 +229,26 @@ fn a_lane_that_gave_up_all_that_it_had_fetched_rests() {
     assert_eq!(stats.rows, 2);
 }
 
+#[test]
+fn a_quiet_lane_writes_again_what_a_restored_database_lost() {
+    let stats = in_world(async {
+        // GIVEN payments written and published, and a backup from before
+        let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
+        driver.world().snapshot();
+        driver.append_to(0, 1, 0, 0);
+        driver.append_to(1, 2, 0, 0);
+        driver.rest().await;
+        // WHEN the backup is restored, and no record comes
+        let backup = driver.world().snapshots[0].clone();
+        driver.world().restore(backup);
+        // THEN the rows come again, without events
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!(stats.rows, 2);
+    assert_eq!(stats.outputs, 4, "two read events and two e-mails");
+}
+
 fn at_every_call(fault: Fault) {
     for k in 1.. {
         let at = Some((k, Some(fault)));

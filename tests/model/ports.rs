@@ -141,6 +141,17 @@ impl ModelLog {
         is_delivered
     }
 
+    /// Whether somebody fetches without end: that history is over.
+    fn spins(&self) -> bool {
+        let mut world = self.shared.world.borrow_mut();
+        world.calls += 1;
+        if world.calls > CALLS_MAX {
+            let who = self.who;
+            world.fail(format!("stuck: {who:?} fetches without end"));
+        }
+        world.calls > CALLS_MAX
+    }
+
     fn has_news(&self) -> bool {
         let world = self.shared.world.borrow();
         !world.is_broker_down()
@@ -213,15 +224,8 @@ impl Log for ModelLog {
     }
 
     async fn fetch(&mut self, intake: &mut Intake, wait: Duration) {
-        {
-            let mut world = self.shared.world.borrow_mut();
-            world.calls += 1;
-            if world.calls > CALLS_MAX {
-                let who = self.who;
-                world.fail(format!("stuck: {who:?} fetches without end"));
-                drop(world);
-                std::future::pending::<()>().await;
-            }
+        if self.spins() {
+            std::future::pending::<()>().await;
         }
         self.shared.thaw(self.who).await;
         let deadline = Instant::now() + wait;
