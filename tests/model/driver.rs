@@ -115,6 +115,10 @@ impl Driver {
         self.world().note(|| text.to_owned());
     }
 
+    pub fn partitions(&self) -> usize {
+        self.setup.partitions
+    }
+
     pub fn is_broken(&self) -> bool {
         self.world().failure.is_some()
     }
@@ -553,6 +557,10 @@ impl Driver {
     /// Somebody changes a group offset while nobody is a member.
     pub fn tamper(&mut self, p: usize) {
         let mut world = self.shared.world.borrow_mut();
+        if world.untaken.contains(&(p as i32)) {
+            // The only one who knew what was sent would be silenced: no promise covers that.
+            return;
+        }
         let (start, end) = (world.logs[p].start, world.logs[p].end());
         let Some(found) = world.offsets[p].clone() else { return };
         let k = found.position.0;
@@ -592,6 +600,29 @@ impl Driver {
             self.stats.settled += 1;
         }
         is_settled
+    }
+
+    /// Settles, once nothing can change any more what was published.
+    pub async fn settle_later(&mut self) {
+        self.pause(Duration::from_secs(20)).await;
+        let is_pending = {
+            let mut world = self.world();
+            (0..world.logs.len() as i32).any(|p| world.has_pending_offset(p))
+        };
+        if !is_pending {
+            let halted = self.halted();
+            self.settle(&halted);
+        }
+    }
+
+    /// The group's offsets are deleted.
+    pub fn delete_offsets(&mut self) {
+        let mut world = self.world();
+        world.note(|| "group offsets deleted".to_owned());
+        for p in 0..world.offsets.len() {
+            world.offsets[p] = None;
+            world.tampered.insert(p as i32);
+        }
     }
 
     pub fn retain(&mut self, p: usize, is_careless: bool) {

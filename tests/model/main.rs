@@ -10,6 +10,7 @@ mod world;
 
 use std::time::Duration;
 
+use payment_writer::record::NextOffset;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::time::Instant;
@@ -25,6 +26,7 @@ enum Kind {
     Restore,
     Replace,
     Retention,
+    Mixed,
 }
 
 fn in_world<F: Future>(work: F) -> F::Output {
@@ -63,7 +65,6 @@ async fn history(seed: u64, is_traced: bool) -> Stats {
     let (setup, kind) = setup_of(seed);
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0xAC75);
     let members = setup.members;
-    let partitions = setup.partitions;
     let mut driver = Driver::new(setup, is_traced);
     driver.note(&format!("{kind:?}"));
     driver.append(rng.random_range(0..10));
@@ -93,30 +94,41 @@ async fn history(seed: u64, is_traced: bool) -> Stats {
                 world.broker_down_until = Some(until);
             }),
             14 => driver.soon(|world| world.end_lag = if world.end_lag > 0 { 0 } else { 3 }),
-            _ => match kind {
-                Kind::Plain => driver.append(1),
-                Kind::Tamper => {
-                    driver.stop_all(rng.random_bool(0.5)).await;
-                    driver.pause(Duration::from_millis(rng.random_range(0..20_000))).await;
-                    driver.tamper(rng.random_range(0..partitions));
-                    driver.start_all();
-                }
-                Kind::Restore => {
-                    driver.soon(|world| world.snapshot());
-                    driver.soon(|world| {
-                        if !world.snapshots.is_empty() {
-                            let place = world.rng.random_range(0..world.snapshots.len());
-                            let snapshot = world.snapshots[place].clone();
-                            world.restore(snapshot);
-                        }
-                    });
-                }
-                Kind::Replace => driver.replace_database().await,
-                Kind::Retention => driver.retain(rng.random_range(0..partitions), rng.random_bool(0.2)),
-            },
+            _ => operate(&mut driver, kind, &mut rng).await,
         }
     }
     driver.finish().await
+}
+
+async fn operate(driver: &mut Driver, kind: Kind, rng: &mut ChaCha8Rng) {
+    const MIXED: [Kind; 6] =
+        [Kind::Tamper, Kind::Tamper, Kind::Restore, Kind::Restore, Kind::Replace, Kind::Retention];
+    let kind = if kind == Kind::Mixed { MIXED[rng.random_range(0..MIXED.len())] } else { kind };
+    let p = rng.random_range(0..driver.partitions());
+    match kind {
+        Kind::Plain | Kind::Mixed => driver.append(1),
+        Kind::Tamper => {
+            driver.stop_all(rng.random_bool(0.5)).await;
+            driver.pause(Duration::from_millis(rng.random_range(0..20_000))).await;
+            driver.tamper(p);
+            driver.start_all();
+            if rng.random_bool(0.4) {
+                driver.settle_later().await;
+            }
+        }
+        Kind::Restore => {
+            driver.soon(|world| world.snapshot());
+            driver.soon(|world| {
+                if !world.snapshots.is_empty() {
+                    let place = world.rng.random_range(0..world.snapshots.len());
+                    let snapshot = world.snapshots[place].clone();
+                    world.restore(snapshot);
+                }
+            });
+        }
+        Kind::Replace => driver.replace_database().await,
+        Kind::Retention => driver.retain(p, rng.random_bool(0.2)),
+    }
 }
 
 fn number(name: &str) -> Option<u64> {
@@ -247,6 +259,54 @@ fn a_quiet_lane_writes_again_what_a_restored_database_lost() {
     expect_kept(&stats);
     assert_eq!(stats.rows, 2);
     assert_eq!(stats.outputs, 4, "two read events and two e-mails");
+}
+
+#[test]
+fn what_a_restored_database_was_told_on_assignment_outlives_the_group() {
+    let stats = in_world(async {
+        // GIVEN payments written and published, and a backup from before, restored while nobody ran
+        let mut driver = at_rest(Driver::new(quiet_setup(500), true)).await;
+        driver.world().snapshot();
+        driver.append_to(0, 1, 0, 0);
+        driver.append_to(1, 2, 0, 0);
+        driver.rest().await;
+        driver.stop_all(true).await;
+        let backup = driver.world().snapshots[0].clone();
+        driver.world().restore(backup);
+        // WHEN the lanes take the partitions up and die before their first batch, and the group is deleted
+        driver.start_all();
+        driver.pause(Duration::from_millis(100)).await;
+        driver.stop_all(false).await;
+        driver.delete_offsets();
+        driver.start_all();
+        // THEN rows come again, events do not
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!((stats.rows, stats.outputs, stats.settled), (2, 4, 0));
+}
+
+#[test]
+fn group_offsets_deleted_after_a_drain_are_found_again_in_the_database() {
+    let stats = in_world(async {
+        // GIVEN a drain right after the last batch
+        let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
+        driver.append_to(0, 1, 0, 0);
+        driver.append_to(1, 2, 0, 0);
+        driver.pause(Duration::from_millis(200)).await;
+        driver.stop_all(true).await;
+        // THEN both cursors agree already
+        for row in driver.world().db.cursors.values() {
+            assert_eq!((row.applied, row.published), (NextOffset(1), Some(NextOffset(1))));
+        }
+        // WHEN the group's offsets are deleted, THEN nothing is sent again, and nothing halts
+        driver.delete_offsets();
+        driver.start_all();
+        driver.append_to(0, 3, 0, 0);
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!((stats.rows, stats.outputs, stats.settled), (3, 6, 0));
 }
 
 fn at_every_call(fault: Fault) {

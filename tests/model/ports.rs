@@ -204,8 +204,12 @@ impl Log for ModelLog {
     async fn start(&mut self, positions: &[(Partition, NextOffset)]) -> Result<(), LogFailure> {
         let is_lost = self.request("start").await?;
         {
-            let world = self.shared.world.borrow();
+            let mut world = self.shared.world.borrow_mut();
+            let is_taken_up = world.read_in.get(&self.who) == Some(&world.db_epoch);
             for (partition, position) in positions {
+                if is_taken_up {
+                    world.untaken.remove(&partition.0);
+                }
                 // What is no longer assigned is left out.
                 if world.members[self.who.member].held.contains(&partition.0) {
                     self.positions.insert(partition.0, (position.0, false));
@@ -534,7 +538,8 @@ impl Ledger for ModelLedger {
         let session = self.take_session().await?;
         let is_lost = self.statement("cursors", session).await?;
         let rows = {
-            let world = self.shared.world.borrow();
+            let mut world = self.shared.world.borrow_mut();
+            world.read_in.insert(self.who, session);
             partitions.iter().map(|p| (*p, world.db.cursors.get(&p.0).cloned())).collect()
         };
         self.reply("cursors reply", session, is_lost).await?;

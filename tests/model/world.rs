@@ -280,6 +280,11 @@ pub struct World {
 
     /// The database lost something that was committed.
     pub has_rewound: bool,
+    /// Since the database lost something, no lane took these partitions up. Until one has, the old
+    /// cursors know nothing of what was sent, and only the group's offset does.
+    pub untaken: BTreeSet<i32>,
+    /// The epoch of the database in which a lane last read cursors.
+    pub read_in: BTreeMap<Who, u64>,
     /// Group offsets of these partitions were changed by hand.
     pub tampered: BTreeSet<i32>,
 }
@@ -323,6 +328,8 @@ impl World {
             db_down_until: None,
             snapshots: Vec::new(),
             has_rewound: false,
+            untaken: BTreeSet::new(),
+            read_in: BTreeMap::new(),
             tampered: BTreeSet::new(),
         }
     }
@@ -477,6 +484,10 @@ impl World {
     }
 
     pub fn snapshot(&mut self) {
+        if self.db.cursors.values().any(|row| row.settled.is_some()) {
+            // A decision that is restored later would be taken for a new one.
+            return;
+        }
         self.note(|| "snapshot of the database".to_owned());
         self.snapshots.push(self.db.clone());
     }
@@ -487,6 +498,7 @@ impl World {
         self.db = snapshot;
         self.db_epoch += 1;
         self.has_rewound = true;
+        self.untaken = (0..self.logs.len() as i32).collect();
     }
 
     pub fn log_bounds(&self, partition: Partition) -> (i64, i64) {
