@@ -199,7 +199,7 @@ fn the_same_seed_sends_the_same_payments_again() {
     for _ in 0..2 {
         scope.command(&["produce", "--count", "500", "--seed", "9"]).succeeds();
     }
-    let mut seen: BTreeMap<(Option<Vec<u8>>, Option<Vec<u8>>), usize> = BTreeMap::new();
+    let mut seen = BTreeMap::<_, usize>::new();
     for record in scope.read_all(&scope.input_topic) {
         *seen.entry((record.key, record.value)).or_default() += 1;
     }
