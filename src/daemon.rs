@@ -439,11 +439,11 @@ impl Running {
         } else {
             tracing::info!("draining");
         }
+        let deadline = Instant::now() + settings.shutdown.timeout;
         for seat in &self.seats {
             // A lane that is gone needs no drain.
-            let _ = seat.events.try_send(LaneEvent::Drain);
+            let _ = tokio::time::timeout_at(deadline, seat.events.send(LaneEvent::Drain)).await;
         }
-        let deadline = Instant::now() + settings.shutdown.timeout;
         while !self.lanes.is_empty() {
             match tokio::time::timeout_at(deadline, self.lanes.join_next()).await {
                 Ok(Some(Ok(Ok(())))) => {}
@@ -454,9 +454,13 @@ impl Running {
                     }
                 }
                 Err(_) => {
-                    tracing::warn!(
-                        "not drained within shutdown.timeout; what was in flight is redelivered, nothing is lost"
-                    );
+                    if ended.is_ok() {
+                        ended = Err(RunError::Failed(
+                            "not drained within shutdown.timeout; what was in flight is redelivered to the next \
+                             daemon, nothing is lost"
+                                .to_owned(),
+                        ));
+                    }
                     break;
                 }
             }

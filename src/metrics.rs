@@ -60,7 +60,7 @@ pub fn describe() {
         "payment_writer_published_total",
         "Messages in committed Kafka transactions, by output topic"
     );
-    describe_counter!("payment_writer_batches_total", "Database transactions of batches, by lane");
+    describe_counter!("payment_writer_batches_total", "Batches cut, by lane; a retry is no new batch");
     describe_histogram!("payment_writer_batch_records", "Records in a batch");
     describe_histogram!(
         "payment_writer_batch_bytes",
