@@ -42,6 +42,5 @@ build: ## build the release binary, target/release/payment-writer
 	cargo build --locked --release
 
 clean: ## remove everything that was built, fetched or started here
-	@dev/servers destroy
-	rm -rf .local
+	@dev/servers uninstall
 	cargo clean

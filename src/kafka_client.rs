@@ -1,8 +1,12 @@
 //! What every Kafka client of this program has in common.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
+use rdkafka::client::{Client, ClientContext};
+use rdkafka::error::KafkaError;
+use rdkafka::metadata::MetadataTopic;
 
 use crate::config::KafkaSettings;
 
@@ -29,4 +33,18 @@ pub fn producer_config(kafka: &KafkaSettings) -> ClientConfig {
     let mut config = base_client_config(kafka);
     config.set("partitioner", PARTITIONER).set("enable.idempotence", "true").set("acks", "all");
     config
+}
+
+/// Partitions of every topic that can be used: known, and each partition with a leader.
+///
+/// Asks for all topics, never for one by name: brokers may create a topic that is asked for.
+pub fn partition_counts<C: ClientContext>(client: &Client<C>) -> Result<BTreeMap<String, i32>, KafkaError> {
+    let metadata = client.fetch_metadata(None, REQUEST_TIMEOUT)?;
+    let usable = |topic: &&MetadataTopic| {
+        topic.error().is_none() && topic.partitions().iter().all(|partition| partition.leader() >= 0)
+    };
+    let count = |topic: &MetadataTopic| {
+        (topic.name().to_owned(), i32::try_from(topic.partitions().len()).unwrap_or(i32::MAX))
+    };
+    Ok(metadata.topics().iter().filter(usable).map(count).collect())
 }

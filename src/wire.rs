@@ -13,7 +13,7 @@ use std::time::Duration;
 pub use events::{encode_email_event, encode_read_event, write_iso8601_ms};
 pub use refusal::{Reason, Refusal};
 
-use self::json::{Text, Value};
+use self::json::Value;
 use self::refusal::{Field, invalid};
 use crate::payment::{
     Amount, AmountFault, Currency, MessageId, MessageIdFault, ParsedMessageId, Payment, Status,
@@ -85,7 +85,8 @@ pub fn parse<'a>(record: &RecordView<'a>, rules: &Rules) -> Result<Payment<'a>, 
     let found = json::object(value, Field::index_of).map_err(|fault| fault.refusal())?;
     let fields = Fields::required(found)?;
 
-    let ParsedMessageId { id, embedded_time } = message_id(&fields.message_id)?;
+    let message_id_text = string(&fields.message_id, Field::MessageId)?;
+    let ParsedMessageId { id, embedded_time } = message_id(&message_id_text)?;
     let (cust_id, cust_id_text) = cust_id(&fields.cust_id)?;
     let amount = amount(&fields.amount)?;
     let currency = currency(&fields.currency)?;
@@ -106,7 +107,7 @@ pub fn parse<'a>(record: &RecordView<'a>, rules: &Rules) -> Result<Payment<'a>, 
 
     Ok(Payment {
         message_id: id,
-        message_id_text: text(&fields.message_id).map(Text::decode).unwrap_or_default(),
+        message_id_text,
         cust_id,
         amount,
         currency,
@@ -143,7 +144,7 @@ struct Fields<'a> {
 impl<'a> Fields<'a> {
     fn required(found: [Option<Value<'a>>; Field::COUNT]) -> Result<Self, Refusal> {
         // In the order of `Field`, which is the contract's. Null is as good as absent.
-        let present = |value: Option<Value<'a>>| value.filter(|v| !matches!(v, Value::Null));
+        let present = |value: Option<Value<'a>>| value.filter(|v| !v.is_null());
         let required = |value, field: Field| present(value).ok_or_else(|| refusal::missing(field));
         let [message_id, cust_id, amount, currency, status, payment_type, comment, external_ref_id] = found;
         Ok(Fields {
@@ -159,20 +160,13 @@ impl<'a> Fields<'a> {
     }
 }
 
-fn text<'a>(value: &Value<'a>) -> Option<Text<'a>> {
-    match value {
-        Value::String(text) => Some(*text),
-        _ => None,
-    }
-}
-
 fn string<'a>(value: &Value<'a>, field: Field) -> Result<Cow<'a, str>, Refusal> {
-    text(value).map(Text::decode).ok_or_else(|| invalid(field, "is not a string"))
+    value.string().ok_or_else(|| invalid(field, "is not a string"))
 }
 
 /// The text and the value of an integer: digits with at most a leading minus, `-0` excluded.
 fn integer<'a>(value: &Value<'a>, field: Field) -> Result<(i64, &'a str), Refusal> {
-    let Value::Number(text) = *value else {
+    let Some(text) = value.number() else {
         return Err(invalid(field, "is not an integer"));
     };
     let digits = text.strip_prefix('-').unwrap_or(text);
@@ -183,8 +177,8 @@ fn integer<'a>(value: &Value<'a>, field: Field) -> Result<(i64, &'a str), Refusa
     Ok((number, text))
 }
 
-fn message_id(value: &Value<'_>) -> Result<ParsedMessageId, Refusal> {
-    MessageId::parse(&string(value, Field::MessageId)?).map_err(|fault| {
+fn message_id(text: &str) -> Result<ParsedMessageId, Refusal> {
+    MessageId::parse(text).map_err(|fault| {
         let rule = match fault {
             MessageIdFault::Form => "is neither a hyphenated UUID nor a ULID",
             MessageIdFault::Nil => "is all zero bits",
@@ -202,10 +196,10 @@ fn cust_id<'a>(value: &Value<'a>) -> Result<(i64, &'a str), Refusal> {
 }
 
 fn amount(value: &Value<'_>) -> Result<Amount, Refusal> {
-    let parsed = match value {
-        Value::Number(text) => Amount::parse(text),
-        Value::String(text) => Amount::parse(&text.decode()),
-        _ => return Err(invalid(Field::Amount, "is neither a number nor a string")),
+    let parsed = match (value.number(), value.string()) {
+        (Some(text), _) => Amount::parse(text),
+        (None, Some(text)) => Amount::parse(&text),
+        (None, None) => return Err(invalid(Field::Amount, "is neither a number nor a string")),
     };
     parsed.map_err(|fault| {
         let rule = match fault {

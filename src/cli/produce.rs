@@ -1,15 +1,291 @@
 //! `produce`: the load generator.
 
-use clap::Args;
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::Failure;
+use clap::{ArgGroup, Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+
+use super::{Failure, duration, fraction, output, small_runtime};
 use crate::config::Settings;
+use crate::generator::{BadReason, Generator, GeneratorConfig, IdKind, Record, Tally, TallyReport};
+use pace::Pace;
+use sender::{Sender, Sending};
+use stop::StopSignal;
+
+mod pace;
+mod sender;
+mod stop;
+
+/// So many records between looks at signals and the progress bar.
+const RECORDS_PER_LOOK: u64 = 1_000;
+
+/// A value may be padded up to so many bytes less than payment.max_bytes: another spelling of the
+/// same payment is longer.
+const SPELLING_BYTES: usize = 512;
+
+const AFTER_HELP: &str = "\
+Messages have the form of the original producer: key 57, value {\"messageId\":\"<uuid>\",\"amount\":
+123131.21,\"status\":2,\"currency\":\"EUR\",\"custId\":57,\"type\":\"BWI\",\"comment\":\"...\"}. Duplicates send an
+earlier payment again, half of them in another spelling; conflicts give an earlier message id to
+another amount; bad records must be dead-lettered, for every reason that a record can have by itself.
+
+Without --seed each run sends other payments. With the same seed and version 4 ids, a second run
+sends the same payments once more, all of them duplicates to the daemon.
+
+Ctrl-C stops early: what was sent by then is flushed and reported.
+
+Examples:
+  payment-writer produce --count 200000 --duplicates 0.05 --conflicts 0.01 --bad 0.01 --report sent.json
+  payment-writer produce --rate 1000 --duration 1m
+  payment-writer produce --rate 50 --ids v7";
 
 /// `produce`
 #[derive(Clone, Debug, Args)]
-pub struct ProduceArgs {}
+#[command(after_help = AFTER_HELP, group = ArgGroup::new("how_much").required(true).multiple(true))]
+pub struct ProduceArgs {
+    /// Send so many records; without --rate as fast as the brokers take them
+    #[arg(long, value_name = "N", group = "how_much", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// Send so many records a second, evenly; until --count, --duration or Ctrl-C
+    #[arg(long, value_name = "PER_SECOND", group = "how_much", value_parser = rate)]
+    pub rate: Option<f64>,
+    /// With --rate: stop after this time, such as 30s or 5m
+    #[arg(long, value_name = "TIME", requires = "rate", conflicts_with = "count", value_parser = duration)]
+    pub duration: Option<Duration>,
+    /// Share the payments among so many accounts
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=1 << 62))]
+    pub accounts: u64,
+    /// Share of records that repeat an earlier payment, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = fraction)]
+    pub duplicates: f64,
+    /// Share of records that give an earlier message id to another amount, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = fraction)]
+    pub conflicts: f64,
+    /// Share of records that must be dead-lettered, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = fraction)]
+    pub bad: f64,
+    /// Which bad records; default: all but invalid_timestamp, whose segments a broker may delete
+    /// before they are read
+    #[arg(long, value_name = "REASON", value_delimiter = ',')]
+    pub bad_reasons: Vec<BadReason>,
+    /// The same seed gives the same records; default: another one each time
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Which message ids to make
+    #[arg(long, value_enum, default_value = "v4")]
+    pub ids: IdKind,
+    /// Pad values to about so many bytes
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(200..=512 << 10))]
+    pub value_bytes: Option<u32>,
+    /// Compress what is sent
+    #[arg(long, value_enum, default_value = "none")]
+    pub compression: Compression,
+    /// Write what was sent, and what must become of it, to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+}
 
-/// Sends payments.
-pub fn produce(_settings: &Settings, _args: &ProduceArgs) -> Result<(), Failure> {
-    Err(Failure::failed("produce is not wired yet"))
+/// How batches are compressed on their way to the brokers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compression {
+    /// Not at all
+    None,
+    /// lz4
+    Lz4,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.strip_suffix("/s").unwrap_or(text).parse::<f64>() {
+        Ok(rate) if (0.001..=10_000_000.0).contains(&rate) => Ok(rate),
+        _ => Err("records a second, from 0.001 to 10000000".to_owned()),
+    }
+}
+
+/// What is written to `--report`.
+#[derive(Serialize)]
+struct Report<'a> {
+    topic: &'a str,
+    seed: u64,
+    seconds: f64,
+    records_per_second: f64,
+    interrupted: bool,
+    undelivered: u64,
+    #[serde(flatten)]
+    sent: TallyReport,
+}
+
+/// Sends payments, and says what was sent.
+pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), Failure> {
+    let seed = args.seed.unwrap_or_else(rand::random);
+    let config = generator_config(settings, args, seed)?;
+    // Better to find out now that the report cannot be written than after an hour of sending.
+    let mut report_file = args.report.as_deref().map(create).transpose()?;
+    let stop = StopSignal::listen(small_runtime()?)?;
+    let sender = Sender::connect(&settings.kafka, args)?;
+
+    let started = Instant::now();
+    let (tally, sent_all) = send_all(args, Generator::new(config), &sender, &stop);
+    let flushed = sender.flush();
+    let seconds = started.elapsed().as_secs_f64();
+
+    let report = Report {
+        topic: &settings.kafka.input_topic,
+        seed,
+        seconds,
+        records_per_second: tally.records() as f64 / seconds.max(1e-9),
+        interrupted: stop.is_set(),
+        undelivered: sender.undelivered(),
+        sent: tally.report(&settings.email.statuses),
+    };
+    if let (Some(file), Some(path)) = (&mut report_file, &args.report) {
+        write_report(file, path, &report)?;
+    }
+    output::print(&summary(&report, &tally))?;
+    sent_all?;
+    flushed
+}
+
+fn generator_config(settings: &Settings, args: &ProduceArgs, seed: u64) -> Result<GeneratorConfig, Failure> {
+    if args.duplicates + args.conflicts + args.bad > 1.0 {
+        return Err(Failure::usage("--duplicates, --conflicts and --bad together must not be more than 1"));
+    }
+    let value_bytes_max = settings.payment.max_bytes.bytes();
+    let value_bytes = args.value_bytes.map(|bytes| bytes as usize);
+    if value_bytes.is_some_and(|bytes| bytes + SPELLING_BYTES > value_bytes_max) {
+        return Err(Failure::usage(format!(
+            "--value-bytes must be at least {SPELLING_BYTES} less than payment.max_bytes, which is {value_bytes_max}"
+        )));
+    }
+    let bad_reasons = match args.bad_reasons.as_slice() {
+        [] => BadReason::DEFAULT.to_vec(),
+        chosen => chosen.to_vec(),
+    };
+    Ok(GeneratorConfig {
+        seed,
+        accounts: args.accounts,
+        duplicates: args.duplicates,
+        conflicts: args.conflicts,
+        bad: args.bad,
+        bad_reasons,
+        ids: args.ids,
+        value_bytes,
+        types: settings.payment.types.clone(),
+        value_bytes_max,
+        window: settings.idempotency.window,
+    })
+}
+
+/// Sends until all is sent, or a signal comes, or sending fails; the tally counts what was handed to
+/// the client.
+fn send_all(
+    args: &ProduceArgs,
+    mut generator: Generator,
+    sender: &Sender,
+    stop: &StopSignal,
+) -> (Tally, Result<(), Failure>) {
+    let pace = Pace::new(args.count, args.rate, args.duration);
+    let progress = progress_bar(pace.total());
+    let (mut tally, mut record) = (Tally::default(), Record::empty());
+    let started = Instant::now();
+    let result = loop {
+        let goal = pace.due(started.elapsed()).min(tally.records() + RECORDS_PER_LOOK);
+        let burst = send_until(goal, &mut generator, &mut record, &mut tally, sender, stop);
+        progress.set_position(tally.records());
+        if burst.is_err() || stop.is_set() || pace.total().is_some_and(|total| tally.records() >= total) {
+            break burst;
+        }
+        if let Some(pause) = pace.pause(tally.records(), started.elapsed()) {
+            std::thread::sleep(pause);
+        }
+    };
+    progress.finish_and_clear();
+    (tally, result)
+}
+
+/// Sends until the tally says `goal`. Once a record was not taken none may follow: it could be a
+/// repeat of that one.
+fn send_until(
+    goal: u64,
+    generator: &mut Generator,
+    record: &mut Record,
+    tally: &mut Tally,
+    sender: &Sender,
+    stop: &StopSignal,
+) -> Result<(), Failure> {
+    while tally.records() < goal {
+        generator.next_into(now_ms(), record);
+        match sender.send(record, stop)? {
+            Sending::Taken => tally.add(record),
+            Sending::Interrupted => break,
+        }
+    }
+    Ok(())
+}
+
+fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn progress_bar(total: Option<u64>) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
+    let (bar, template) = match total {
+        Some(total) => (
+            ProgressBar::with_draw_target(Some(total), target),
+            "sending {wide_bar} {human_pos}/{human_len}  {per_sec}  {eta} left",
+        ),
+        None => (
+            ProgressBar::with_draw_target(None, target),
+            "sending {spinner} {human_pos}  {per_sec}  {elapsed}",
+        ),
+    };
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
+
+fn create(path: &Path) -> Result<File, Failure> {
+    File::create(path).map_err(|error| Failure::usage(format!("cannot write {}: {error}", path.display())))
+}
+
+fn write_report(file: &mut File, path: &Path, report: &Report<'_>) -> Result<(), Failure> {
+    let failed =
+        |error: &dyn std::fmt::Display| Failure::failed(format!("cannot write {}: {error}", path.display()));
+    let text = serde_json::to_string_pretty(report).map_err(|error| failed(&error))?;
+    writeln!(file, "{text}").map_err(|error| failed(&error))
+}
+
+fn summary(report: &Report<'_>, tally: &Tally) -> String {
+    let count = |what: &str, count: u64| [format!("  {what}"), count.to_string()];
+    let mut rows = vec![
+        count("payments", tally.payments()),
+        count("duplicates", tally.duplicates()),
+        count("conflicts", tally.conflicts()),
+        count("bad", tally.bad_total()),
+    ];
+    for (reason, records) in tally.bad() {
+        rows.push(count(&format!("  {}", reason.reason()), *records));
+    }
+    if report.undelivered > 0 {
+        rows.push(count("not delivered", report.undelivered));
+    }
+    let how = if report.interrupted { ", interrupted" } else { "" };
+    format!(
+        "sent {} records to {} in {:.2} s ({:.0}/s, seed {}{how})\n{}",
+        tally.records(),
+        report.topic,
+        report.seconds,
+        report.records_per_second,
+        report.seed,
+        output::table(&rows)
+    )
 }

@@ -11,7 +11,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::{Failure, output, small_runtime};
 use crate::config::Settings;
-use crate::kafka_client::{REQUEST_TIMEOUT, base_client_config};
+use crate::kafka_client::{REQUEST_TIMEOUT, base_client_config, partition_counts};
 
 /// How long the brokers may take to spread the word of a new topic.
 const VISIBLE_WITHIN: Duration = Duration::from_secs(30);
@@ -75,7 +75,7 @@ async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(
     let away = |error: KafkaError| {
         Failure::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
     };
-    let present = partition_counts(&admin).map_err(away)?;
+    let present = partition_counts(admin.inner()).map_err(away)?;
     let new_topics: Vec<NewTopic<'_>> = wanted
         .iter()
         .filter(|topic| !present.contains_key(topic.name))
@@ -138,18 +138,6 @@ async fn create_topics(
     Err(Failure::failed(message))
 }
 
-/// Asks for all topics, never for one by name: brokers may create a topic that is asked for.
-fn partition_counts(admin: &AdminClient<DefaultClientContext>) -> Result<BTreeMap<String, i32>, KafkaError> {
-    let metadata = admin.inner().fetch_metadata(None, REQUEST_TIMEOUT)?;
-    let usable = |topic: &&rdkafka::metadata::MetadataTopic| {
-        topic.error().is_none() && topic.partitions().iter().all(|partition| partition.leader() >= 0)
-    };
-    let count = |topic: &rdkafka::metadata::MetadataTopic| {
-        (topic.name().to_owned(), i32::try_from(topic.partitions().len()).unwrap_or(i32::MAX))
-    };
-    Ok(metadata.topics().iter().filter(usable).map(count).collect())
-}
-
 /// Waits until each topic is known and each of its partitions has a leader.
 async fn wait_until_visible(
     admin: &AdminClient<DefaultClientContext>,
@@ -157,7 +145,7 @@ async fn wait_until_visible(
 ) -> Result<BTreeMap<String, i32>, Failure> {
     let deadline = Instant::now() + VISIBLE_WITHIN;
     loop {
-        let error = match partition_counts(admin) {
+        let error = match partition_counts(admin.inner()) {
             Ok(present) => {
                 let missing: Vec<&str> =
                     wanted.iter().map(|t| t.name).filter(|name| !present.contains_key(*name)).collect();

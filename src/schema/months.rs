@@ -24,7 +24,7 @@ pub const PARTITIONED_TABLES: [&str; 3] = ["payment_core", "payment_metadata", "
 pub const MONTHS_AHEAD: u32 = 2;
 
 /// How long a writer that needs the default partition can be made to wait.
-const LOCK_TIMEOUT_MS: u32 = 100;
+const LOCK_TIMEOUT_MS: u32 = 50;
 /// How long the default partition may be scanned under the lock.
 const STATEMENT_TIMEOUT_MS: u32 = 1_000;
 /// Tries a table and month; the next try comes with the next start or the next day.
@@ -111,7 +111,7 @@ pub struct MonthsReport {
 
 /// Makes the current month and [`MONTHS_AHEAD`] more where they are absent: at start and daily.
 ///
-/// Many may do it at once. The role must own the payment tables. Never waits for a lock longer than 100 ms
+/// Many may do it at once. The role must own the payment tables. Never waits for a lock longer than 50 ms
 /// at a time; what cannot be made is in the report, not an error.
 pub async fn make_months_ahead(client: &mut Client) -> Result<MonthsReport, SchemaError> {
     let current = Month::current(client).await?;
@@ -214,10 +214,15 @@ async fn attach(
             LockKey::Months.number()
         ))
         .await?;
+    // Read from the catalog: `to_regclass` may answer from a cache that an advisory lock does not refresh.
     let made_meanwhile = transaction
-        .query_one("SELECT to_regclass($1) IS NOT NULL", &[&format!("payment_writer.{partition}")])
+        .query(
+            "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+             WHERE n.nspname = 'payment_writer' AND c.relname = $1",
+            &[&partition],
+        )
         .await?;
-    if made_meanwhile.get(0) {
+    if !made_meanwhile.is_empty() {
         return Ok(Made::Before);
     }
     transaction

@@ -111,10 +111,11 @@ impl Iso8601 {
         const MAX_MS: i64 = 253_402_300_799_999;
         let time = time.0.clamp(MIN_MS, MAX_MS);
         let (year, month, day) = civil(time.div_euclid(DAY_MS));
-        let ms = time.rem_euclid(DAY_MS);
+        // Less than 2^32, and half the time of 64-bit divisions.
+        let ms = time.rem_euclid(DAY_MS) as u32;
         let (second, ms) = (ms / 1_000, ms % 1_000);
-        let digit = |value: i64, unit: i64| b'0'.wrapping_add((value / unit % 10) as u8);
-        let two = |value: i64| [digit(value, 10), digit(value, 1)];
+        let digit = |value: u32, unit: u32| b'0'.wrapping_add((value / unit % 10) as u8);
+        let two = |value: u32| [digit(value, 10), digit(value, 1)];
         let ([mo1, mo0], [d1, d0]) = (two(month), two(day));
         let ([h1, h0], [m1, m0], [s1, s0]) = (two(second / 3_600), two(second / 60 % 60), two(second % 60));
         let [y3, y2, y1, y0] = [digit(year, 1_000), digit(year, 100), digit(year, 10), digit(year, 1)];
@@ -128,19 +129,19 @@ impl Iso8601 {
 
 /// Year, month and day of a count of days since 1970-01-01, in the proleptic Gregorian calendar: Howard Hinnant,
 /// "chrono-Compatible Low-Level Date Algorithms", `civil_from_days`. Years begin in March there, so that the leap
-/// day is a year's last.
-fn civil(days: i64) -> (i64, i64, i64) {
+/// day is a year's last. From the year 0 on.
+fn civil(days: i64) -> (u32, u32, u32) {
     const ERA_DAYS: i64 = 146_097;
     let days = days + 719_468;
     let era = days.div_euclid(ERA_DAYS);
-    let of_era = days.rem_euclid(ERA_DAYS);
+    let of_era = days.rem_euclid(ERA_DAYS) as u32;
     let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
     let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let march_month = (5 * of_year + 2) / 153;
     let day = of_year - (153 * march_month + 2) / 5 + 1;
     let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    (year, month, day)
+    let year = i64::from(year_of_era) + era * 400 + i64::from(month <= 2);
+    (year.unsigned_abs() as u32, month, day)
 }
 
 #[cfg(test)]

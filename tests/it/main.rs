@@ -1,6 +1,8 @@
 //! Integration tests against a real Kafka and a real Postgres, which this one binary starts for itself.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod audit;
 mod outcomes;
+mod schema;
 mod servers;
 mod support;

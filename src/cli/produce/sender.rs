@@ -1,0 +1,154 @@
+//! Hands records to librdkafka, as fast as it takes them.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rdkafka::ClientContext;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{
+    BaseRecord, DeliveryResult, NoCustomPartitioner, Producer, ProducerContext, ThreadedProducer,
+};
+
+use super::super::Failure;
+use super::stop::StopSignal;
+use super::{Compression, ProduceArgs};
+use crate::config::KafkaSettings;
+use crate::generator::Record;
+use crate::kafka_client::{partition_counts, producer_config};
+
+/// Records that wait in the client, at most: a second or so of full speed.
+const QUEUE_RECORDS_MAX: &str = "200000";
+const QUEUE_KIB_MAX: &str = "131072";
+
+/// How long to wait before trying again when the client's queue is full.
+const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(2);
+
+/// What became of handing a record over.
+pub(super) enum Sending {
+    /// The client has it.
+    Taken,
+    /// The client's queue stayed full until a signal came.
+    Interrupted,
+}
+
+/// Counts what cannot be delivered; what can be is not reported one by one.
+#[derive(Default)]
+struct Deliveries {
+    failed: AtomicU64,
+    first_error: Mutex<Option<String>>,
+}
+
+impl ClientContext for Deliveries {}
+
+impl ProducerContext<NoCustomPartitioner> for Deliveries {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        if let Err((error, _)) = result {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+            if let Ok(mut first) = self.first_error.lock() {
+                first.get_or_insert_with(|| error.to_string());
+            }
+        }
+    }
+}
+
+/// A producer for one topic.
+pub(super) struct Sender {
+    producer: ThreadedProducer<Deliveries>,
+    topic: String,
+}
+
+impl Sender {
+    /// Connects, and looks whether the topic is there.
+    pub(super) fn connect(kafka: &KafkaSettings, args: &ProduceArgs) -> Result<Self, Failure> {
+        let mut config = producer_config(kafka);
+        config
+            // At full speed, larger batches over many partitions; at a given rate, little delay.
+            .set("linger.ms", if args.rate.is_some() { "5" } else { "20" })
+            .set("queue.buffering.max.messages", QUEUE_RECORDS_MAX)
+            .set("queue.buffering.max.kbytes", QUEUE_KIB_MAX)
+            .set("delivery.report.only.error", "true")
+            .set(
+                "compression.type",
+                match args.compression {
+                    Compression::None => "none",
+                    Compression::Lz4 => "lz4",
+                },
+            );
+        let producer: ThreadedProducer<Deliveries> = config
+            .create_with_context(Deliveries::default())
+            .map_err(|error| Failure::failed(format!("cannot make a Kafka client: {error}")))?;
+        let topics = partition_counts(producer.client()).map_err(|error| {
+            Failure::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
+        })?;
+        if !topics.contains_key(&kafka.input_topic) {
+            let topic = &kafka.input_topic;
+            return Err(Failure::failed(format!(
+                "topic {topic} is not there, or a partition of it has no leader; \
+                 `payment-writer topics create` makes it"
+            )));
+        }
+        Ok(Self { producer, topic: kafka.input_topic.clone() })
+    }
+
+    /// Hands one record over, waiting while the client's queue is full.
+    pub(super) fn send(&self, record: &Record, stop: &StopSignal) -> Result<Sending, Failure> {
+        let mut base: BaseRecord<'_, [u8], [u8], ()> =
+            BaseRecord::with_opaque_to(&self.topic, ()).timestamp(record.timestamp_ms);
+        if let Some(key) = record.key() {
+            base = base.key(key);
+        }
+        if let Some(value) = record.value() {
+            base = base.payload(value);
+        }
+        if !record.headers.is_empty() {
+            let headers = OwnedHeaders::new_with_capacity(record.headers.len());
+            base = base.headers(record.headers.iter().fold(headers, |headers, (name, value)| {
+                headers.insert(Header { key: name, value: Some(value) })
+            }));
+        }
+        loop {
+            match self.producer.send(base) {
+                Ok(()) => return Ok(Sending::Taken),
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), same)) => {
+                    if stop.is_set() {
+                        return Ok(Sending::Interrupted);
+                    }
+                    base = same;
+                    std::thread::sleep(QUEUE_FULL_PAUSE);
+                }
+                Err((error, _)) => {
+                    return Err(Failure::failed(format!("cannot send to {}: {error}", self.topic)));
+                }
+            }
+        }
+    }
+
+    /// Waits until every record is delivered or has failed, which it does after librdkafka's
+    /// `message.timeout.ms`.
+    pub(super) fn flush(&self) -> Result<(), Failure> {
+        while self.producer.in_flight_count() > 0 {
+            match self.producer.flush(Duration::from_secs(1)) {
+                Ok(()) | Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) => {}
+                Err(error) => return Err(Failure::failed(format!("cannot flush {}: {error}", self.topic))),
+            }
+        }
+        let first_error = self.producer.context().first_error.lock().ok().and_then(|first| first.clone());
+        match first_error {
+            None => Ok(()),
+            Some(error) => Err(Failure::failed(format!(
+                "{} records were not delivered to {}, or the broker did not say so; the first: {error}",
+                self.undelivered(),
+                self.topic
+            ))),
+        }
+    }
+
+    /// How many records could not be delivered so far.
+    pub(super) fn undelivered(&self) -> u64 {
+        self.producer.context().failed.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,259 @@
+//! Made-up payments for trying the daemon out: pure, seeded, and with a known right outcome for
+//! every record.
+//!
+//! The same seed, settings and clock give the same records. With random ids (version 4) the clock
+//! does not show in keys and values.
+
+mod bad;
+mod payment;
+mod respell;
+mod tally;
+
+use std::time::Duration;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+pub use bad::BadReason;
+pub use payment::{CURRENCIES, Payment};
+pub use tally::{Tally, TallyReport};
+
+/// How many earlier payments can be sent again. They take a few megabytes.
+const HISTORY_MAX: usize = 65_536;
+
+/// One payment in so many replaces one of the history, so that repeats come from near and far.
+const HISTORY_REPLACE_ONE_IN: u32 = 4;
+
+/// One record in so many carries `correlation-id` and `traceparent`.
+const TRACED_ONE_IN: u32 = 100;
+
+/// Which message ids to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum IdKind {
+    /// UUID of version 4: random
+    V4,
+    /// UUID of version 7: ordered by time
+    V7,
+    /// ULID: ordered by time
+    Ulid,
+}
+
+/// What to make.
+#[derive(Clone, Debug)]
+pub struct GeneratorConfig {
+    /// The same seed, the same records.
+    pub seed: u64,
+    /// How many accounts share the payments.
+    pub accounts: u64,
+    /// Share of records that send an earlier payment again.
+    pub duplicates: f64,
+    /// Share of records that give an earlier message id to another amount.
+    pub conflicts: f64,
+    /// Share of records that must be dead-lettered.
+    pub bad: f64,
+    /// Which kinds of bad records.
+    pub bad_reasons: Vec<BadReason>,
+    /// Which message ids.
+    pub ids: IdKind,
+    /// Pads values to about so many bytes; `None` leaves them as they are, about 170.
+    pub value_bytes: Option<usize>,
+    /// `payment.types`
+    pub types: Vec<String>,
+    /// `payment.max_bytes`
+    pub value_bytes_max: usize,
+    /// `idempotency.window`
+    pub window: Duration,
+}
+
+/// What a record is, and with it what must become of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A new payment.
+    Payment(Payment),
+    /// An earlier payment once more; `respelt` if its bytes are others.
+    Duplicate {
+        /// Other field order and number spelling.
+        respelt: bool,
+    },
+    /// An earlier message id with another amount.
+    Conflict,
+    /// A record that cannot be written.
+    Bad(BadReason),
+}
+
+/// One record; its buffers are used again for the next one.
+#[derive(Debug)]
+pub struct Record {
+    /// What it is.
+    pub kind: Kind,
+    /// Milliseconds since 1970.
+    pub timestamp_ms: i64,
+    /// Headers in order.
+    pub headers: Vec<(&'static str, Vec<u8>)>,
+    key: Vec<u8>,
+    key_is_null: bool,
+    value: Vec<u8>,
+    value_is_null: bool,
+}
+
+impl Record {
+    /// A record to be filled by [`Generator::next_into`].
+    pub fn empty() -> Self {
+        Self {
+            kind: Kind::Bad(BadReason::EmptyValue),
+            timestamp_ms: 0,
+            headers: Vec::new(),
+            key: Vec::new(),
+            key_is_null: true,
+            value: Vec::new(),
+            value_is_null: true,
+        }
+    }
+
+    /// The key; `None` if null.
+    pub fn key(&self) -> Option<&[u8]> {
+        (!self.key_is_null).then_some(self.key.as_slice())
+    }
+
+    /// The value; `None` if null.
+    pub fn value(&self) -> Option<&[u8]> {
+        (!self.value_is_null).then_some(self.value.as_slice())
+    }
+
+    fn clear(&mut self) {
+        self.headers.clear();
+        self.key.clear();
+        self.value.clear();
+        (self.key_is_null, self.value_is_null) = (false, false);
+    }
+}
+
+/// Makes records without end.
+pub struct Generator {
+    config: GeneratorConfig,
+    rng: ChaCha8Rng,
+    history: Vec<Payment>,
+    bad_below: u32,
+    conflicts_below: u32,
+    duplicates_below: u32,
+}
+
+/// Shares become bounds for one draw of 32 bits.
+fn bound(share: f64) -> u32 {
+    (share.clamp(0.0, 1.0) * f64::from(u32::MAX)) as u32
+}
+
+impl Generator {
+    /// Begins at the first record of the seed.
+    pub fn new(config: GeneratorConfig) -> Self {
+        let bad = if config.bad_reasons.is_empty() { 0.0 } else { config.bad };
+        Self {
+            rng: ChaCha8Rng::seed_from_u64(config.seed),
+            history: Vec::new(),
+            bad_below: bound(bad),
+            conflicts_below: bound(bad + config.conflicts),
+            duplicates_below: bound(bad + config.conflicts + config.duplicates),
+            config,
+        }
+    }
+
+    /// Makes the next record, as of `now_ms`. While nothing was sent yet there is nothing to repeat,
+    /// and a new payment takes the place of a duplicate or conflict.
+    pub fn next_into(&mut self, now_ms: i64, record: &mut Record) {
+        record.clear();
+        record.timestamp_ms = now_ms;
+        let draw = self.rng.next_u32();
+        if draw < self.bad_below {
+            let at = below(&mut self.rng, self.config.bad_reasons.len() as u32) as usize;
+            if let Some(reason) = self.config.bad_reasons.get(at).copied() {
+                record.kind = Kind::Bad(reason);
+                let payment = Payment::random(&mut self.rng, &self.config, now_ms);
+                return bad::fill(reason, payment, &mut self.rng, &self.config, now_ms, record);
+            }
+        } else if draw < self.duplicates_below
+            && let Some(earlier) = self.earlier()
+        {
+            return if draw < self.conflicts_below {
+                self.conflict(earlier, record)
+            } else {
+                self.duplicate(earlier, record)
+            };
+        }
+        let payment = Payment::random(&mut self.rng, &self.config, now_ms);
+        record.kind = Kind::Payment(payment);
+        self.fill(&payment, record);
+        self.remember(payment);
+        if one_in(&mut self.rng, TRACED_ONE_IN) {
+            self.trace(record);
+        }
+    }
+
+    fn fill(&self, payment: &Payment, record: &mut Record) {
+        payment.write_key(&mut record.key);
+        payment.write_json(&self.config, &mut record.value);
+    }
+
+    fn conflict(&mut self, earlier: Payment, record: &mut Record) {
+        let more = 1 + u64::from(below(&mut self.rng, 1_000));
+        let other = Payment { minor_units: earlier.minor_units + more, ..earlier };
+        record.kind = Kind::Conflict;
+        self.fill(&other, record);
+    }
+
+    fn duplicate(&mut self, earlier: Payment, record: &mut Record) {
+        self.fill(&earlier, record);
+        let mut respelt = false;
+        if one_in(&mut self.rng, 2) {
+            let other = respell::respell(&earlier, &record.value, &mut self.rng);
+            // Another spelling may be longer, and must not become too long.
+            if let Some(other) = other.filter(|other| other.len() <= self.config.value_bytes_max) {
+                record.value = other;
+                respelt = true;
+                record.headers.push(("schema-version", b"1".to_vec()));
+            }
+        }
+        record.kind = Kind::Duplicate { respelt };
+        if one_in(&mut self.rng, TRACED_ONE_IN) {
+            self.trace(record);
+        }
+    }
+
+    fn trace(&mut self, record: &mut Record) {
+        let (high, low, span) = (self.rng.next_u64(), self.rng.next_u64(), self.rng.next_u64() | 1);
+        record.headers.push(("correlation-id", format!("{:016x}", high ^ low).into_bytes()));
+        record.headers.push(("traceparent", format!("00-{high:016x}{low:016x}-{span:016x}-01").into_bytes()));
+    }
+
+    fn earlier(&mut self) -> Option<Payment> {
+        let at = below(&mut self.rng, self.history.len() as u32) as usize;
+        self.history.get(at).copied()
+    }
+
+    fn remember(&mut self, payment: Payment) {
+        if self.history.len() < HISTORY_MAX {
+            self.history.push(payment);
+        } else if one_in(&mut self.rng, HISTORY_REPLACE_ONE_IN) {
+            let at = below(&mut self.rng, HISTORY_MAX as u32) as usize;
+            if let Some(slot) = self.history.get_mut(at) {
+                *slot = payment;
+            }
+        }
+    }
+}
+
+/// A number below `limit`, or 0 if that is 0.
+fn below(rng: &mut ChaCha8Rng, limit: u32) -> u32 {
+    ((u64::from(rng.next_u32()) * u64::from(limit)) >> 32) as u32
+}
+
+fn one_in(rng: &mut ChaCha8Rng, times: u32) -> bool {
+    below(rng, times) == 0
+}
+
+/// One of `choices`.
+fn pick<'a, T: ?Sized>(rng: &mut ChaCha8Rng, choices: &[&'a T]) -> Option<&'a T> {
+    choices.get(below(rng, choices.len() as u32) as usize).copied()
+}
+
+#[cfg(test)]
+mod tests;

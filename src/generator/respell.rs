@@ -1,0 +1,85 @@
+//! The same payload in other words: what a duplicate may look like.
+
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Map, Value};
+
+use super::payment::{ulid_text, write_amount};
+use super::{Payment, below, one_in, pick};
+
+/// A JSON object as name and value texts, in order.
+pub(super) type Fields = Vec<(String, String)>;
+
+/// The fields of a message of ours. The amount is written anew from the payment: it never is a
+/// floating-point number, not even here.
+pub(super) fn fields(payment: &Payment, json: &[u8]) -> Option<Fields> {
+    let object: Map<String, Value> = serde_json::from_slice(json).ok()?;
+    Some(
+        object
+            .into_iter()
+            .map(|(name, value)| {
+                let value = if name == "amount" { amount(payment) } else { value.to_string() };
+                (name, value)
+            })
+            .collect(),
+    )
+}
+
+pub(super) fn amount(payment: &Payment) -> String {
+    let mut digits = Vec::new();
+    write_amount(payment.minor_units, payment.currency().1, &mut digits);
+    String::from_utf8(digits).unwrap_or_default()
+}
+
+/// Replaces the value of a field.
+pub(super) fn set(fields: &mut Fields, name: &str, value: impl Into<String>) {
+    let value = value.into();
+    match fields.iter_mut().find(|(field, _)| field == name) {
+        Some((_, old)) => *old = value,
+        None => fields.push((name.to_owned(), value)),
+    }
+}
+
+/// Writes an object.
+pub(super) fn join(fields: &Fields, between: &str) -> Vec<u8> {
+    let members: Vec<String> =
+        fields.iter().map(|(name, value)| format!("\"{name}\":{between}{value}")).collect();
+    format!("{{{between}{}{between}}}", members.join(&format!(",{between}"))).into_bytes()
+}
+
+/// Other bytes for the same payload: `None` only if `json` is no object.
+pub(super) fn respell(payment: &Payment, json: &[u8], rng: &mut ChaCha8Rng) -> Option<Vec<u8>> {
+    let mut fields = fields(payment, json)?;
+    let (_, scale) = payment.currency();
+    let amount = amount(payment);
+    let amount = match below(rng, 4) {
+        0 => format!("\"{amount}\""),
+        1 if scale > 0 => format!("{amount}000"),
+        1 => format!("{amount}.00"),
+        2 => format!("{}E-{scale}", payment.minor_units),
+        _ => format!("\"{}0e-{}\"", payment.minor_units, scale + 1),
+    };
+    set(&mut fields, "amount", amount);
+    set(&mut fields, "messageId", format!("\"{}\"", other_id(payment, rng)));
+    if !fields.iter().any(|(name, _)| name == "comment") {
+        set(&mut fields, "comment", *pick(rng, &[&"null", &"\"\""])?);
+    }
+    if one_in(rng, 2) {
+        set(&mut fields, "note", "[1,{\"amount\":1e999,\"x\":null}]");
+    }
+    for at in (1..fields.len()).rev() {
+        fields.swap(at, below(rng, at as u32 + 1) as usize);
+    }
+    Some(join(&fields, pick(rng, &["", " ", "\n\t"])?))
+}
+
+/// The same 128 bits in another form or case. A ULID carries a time, so only an id that does in its
+/// first form may become one.
+fn other_id(payment: &Payment, rng: &mut ChaCha8Rng) -> String {
+    let version_7 = payment.id >> 76 & 0xf == 7;
+    let text = if (payment.ulid || version_7) && one_in(rng, 2) {
+        ulid_text(payment.id).iter().map(|digit| char::from(*digit)).collect()
+    } else {
+        uuid::Uuid::from_u128(payment.id).hyphenated().to_string()
+    };
+    if one_in(rng, 2) { text.to_ascii_lowercase() } else { text.to_ascii_uppercase() }
+}
