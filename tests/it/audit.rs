@@ -19,7 +19,7 @@ fn payment_id(message_id: &str) -> String {
     uuid::Uuid::from_u128(u128::from_str_radix(&digits, 2).unwrap()).to_string()
 }
 
-fn audit(scope: &Scope<'_>) -> Finished {
+pub fn audit(scope: &Scope<'_>) -> Finished {
     let binaries: PathBuf = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().into();
     let output = Command::new(binaries.join("examples/audit"))
         .args(["--kafka", scope.servers.bootstrap_servers(), "--postgres-url", &scope.postgres_url()])
