@@ -3,6 +3,7 @@
 
 mod audit;
 mod fuzz;
+mod http;
 mod outcomes;
 mod schema;
 mod servers;
