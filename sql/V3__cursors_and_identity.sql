@@ -80,6 +80,10 @@ CREATE FUNCTION payment_writer.move_cursors_v1(
 ) RETURNS void
     LANGUAGE plpgsql
     VOLATILE
+    -- One plan for good, and one that cannot turn quadratic: hash joins, whatever the statistics of a table
+    -- say that is a few pages long and changes all the time.
+    SET plan_cache_mode = force_generic_plan
+    SET enable_nestloop = off
 AS $$
 DECLARE
     wanted CONSTANT integer := cardinality(p_partitions);
@@ -96,17 +100,16 @@ BEGIN
     END IF;
 
     -- Locked in partition order, so that two lanes that both believe to own partitions cannot deadlock. A row
-    -- that had to be waited for comes back as it is after the wait.
-    SELECT count(*) INTO guarded
+    -- that had to be waited for comes back as it is after the wait. FILTER, because a WHERE would be pushed
+    -- below the locks, and what failed it would not be locked while we report it.
+    SELECT count(*) FILTER (WHERE locked.applied = locked.seen) INTO guarded
     FROM (
-        SELECT c.partition, c.applied
-        FROM payment_writer.source_cursor c
-        WHERE c.topic_id = p_topic_id AND c.partition = ANY (p_partitions)
+        SELECT c.applied, m.seen
+        FROM unnest(p_partitions, p_seen) AS m (partition, seen)
+        JOIN payment_writer.source_cursor c ON c.topic_id = p_topic_id AND c.partition = m.partition
         ORDER BY c.partition
-        FOR NO KEY UPDATE
-    ) AS locked
-    JOIN unnest(p_partitions, p_seen) AS m (partition, seen)
-        ON m.partition = locked.partition AND m.seen = locked.applied;
+        FOR NO KEY UPDATE OF c
+    ) AS locked;
     IF guarded <> wanted THEN
         SELECT m.partition, m.seen, c.applied INTO lost
         FROM unnest(p_partitions, p_seen) AS m (partition, seen)

@@ -40,6 +40,9 @@ const ENDS_TICK: Duration = Duration::from_secs(2);
 const CAUGHT_UP_TICK: Duration = Duration::from_millis(100);
 const MONTHS_TICK: Duration = Duration::from_secs(24 * 60 * 60);
 const MONTHS_RETRY: Duration = Duration::from_secs(60);
+const MONTHS_FIRST_WAIT: Duration = Duration::from_secs(10);
+/// How often the database is asked whether it is there, for readiness.
+const DATABASE_PROBE: Duration = Duration::from_secs(2);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Events that a lane has not taken yet; the group waits beyond it.
 const LANE_EVENTS_MAX: usize = 64;
@@ -198,7 +201,17 @@ async fn start(settings: &Settings, options: RunOptions, board: &Arc<Board>) -> 
     let found = broker_ready(&group, board).await?;
     let identity = Identity { topic_id: found.topic_id, database_id };
     bind(settings, options, endpoint, &found, board).await?;
-    tokio::spawn(keep_months_ahead(settings.postgres.housekeeping_url.endpoint().clone()));
+    let housekeeping = settings.postgres.housekeeping_url.endpoint().clone();
+    // Once before the first row, so that none goes to a default partition for want of a month.
+    let mut keeper = MonthsKeeper::default();
+    let first = tokio::time::timeout(MONTHS_FIRST_WAIT, keeper.make_ahead(&housekeeping)).await;
+    tokio::spawn(async move {
+        let mut pause = first.unwrap_or(MONTHS_RETRY);
+        loop {
+            tokio::time::sleep(pause).await;
+            pause = keeper.make_ahead(&housekeeping).await;
+        }
+    });
 
     // A session a lane, and one to replace a broken one whose server has not noticed yet.
     let pool = endpoint
@@ -362,40 +375,44 @@ async fn bind(
     }
 }
 
-/// Makes the payment tables' months ahead of time, at the start and daily. Without them rows go to the
-/// default partitions: nothing waits for this.
-async fn keep_months_ahead(endpoint: Endpoint) {
-    let mut is_told = false;
-    loop {
+/// Makes the payment tables' months ahead of time. Without them rows go to the default partitions: no
+/// failure here stops anything.
+#[derive(Default)]
+struct MonthsKeeper {
+    has_told: bool,
+}
+
+impl MonthsKeeper {
+    /// One try; returns how long to wait for the next.
+    async fn make_ahead(&mut self, endpoint: &Endpoint) -> Duration {
         let outcome = match endpoint.connect().await {
             Ok((mut client, _driver)) => {
                 months::make_months_ahead(&mut client).await.map_err(|e| e.to_string())
             }
             Err(error) => Err(error.to_string()),
         };
-        let pause = match outcome {
+        match outcome {
             Ok(report) => {
-                is_told = false;
                 if !report.made.is_empty() {
                     tracing::info!(months = report.made.join(", "), "made months of the payment tables");
                 }
-                for (month, obstacle) in &report.waiting {
-                    tracing::warn!(month, obstacle = %obstacle, "a month of the payment tables cannot be made yet");
+                if report.waiting.is_empty() {
+                    self.has_told = false;
+                    return MONTHS_TICK;
                 }
-                if report.waiting.is_empty() { MONTHS_TICK } else { MONTHS_RETRY }
-            }
-            Err(error) => {
-                if !is_told {
-                    tracing::warn!(
-                        error,
-                        "making months of the payment tables failed, retrying every minute"
-                    );
+                if !self.has_told {
+                    for (month, obstacle) in &report.waiting {
+                        tracing::warn!(month, %obstacle, "a month of the payment tables cannot be made yet");
+                    }
                 }
-                is_told = true;
-                MONTHS_RETRY
             }
-        };
-        tokio::time::sleep(pause).await;
+            Err(error) if !self.has_told => {
+                tracing::warn!(error, "making months of the payment tables failed, retrying every minute");
+            }
+            Err(_) => {}
+        }
+        self.has_told = true;
+        MONTHS_RETRY
     }
 }
 
@@ -410,8 +427,11 @@ impl Running {
             _ = stop.wait_for(|stop| *stop) => Ok(()),
             ended = self.lanes.join_next() => Err(lane_end(ended)),
             ended = member_end(&mut self.member_end) => Err(ended),
-            doubt = watch_topic(&self.group, self.found.topic_id, &self.suspicion) => Err(doubt.into()),
+            doubt = watch_topic(&self.group, self.found.topic_id, &self.suspicion, &self.board) => {
+                Err(doubt.into())
+            }
             () = watch_ends(&self.group, &self.board) => Ok(()),
+            () = watch_database(settings.postgres.url.endpoint(), &self.board) => Ok(()),
             caught_up = catch_up(&self.group, &self.board, self.found.partitions, options) => caught_up,
         };
         if let Err(error) = &ended {
@@ -473,7 +493,7 @@ async fn member_end(end: &mut watch::Receiver<Option<MemberEnd>>) -> RunError {
 }
 
 /// Asks for the topic's id again and again; returns when it is another one.
-async fn watch_topic(group: &Group, expected: Uuid, suspicion: &Notify) -> IdentityDoubt {
+async fn watch_topic(group: &Group, expected: Uuid, suspicion: &Notify, board: &Board) -> IdentityDoubt {
     loop {
         // Errors wake it up early, but never more often than once a second.
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -481,10 +501,15 @@ async fn watch_topic(group: &Group, expected: Uuid, suspicion: &Notify) -> Ident
         let asked = group.clone();
         let answer =
             tokio::task::spawn_blocking(move || topic_id(asked.consumer(), asked.topic(), REQUEST_TIMEOUT));
-        if let Ok(Ok((found, _))) = answer.await
-            && found != expected
-        {
-            return IdentityDoubt::OtherTopic { marked: expected, found };
+        match answer.await {
+            Ok(Ok((found, _))) if found != expected => {
+                return IdentityDoubt::OtherTopic { marked: expected, found };
+            }
+            Ok(Ok(_)) => board.probed(None, Some(Dependency::Up)),
+            Ok(Err(error)) => {
+                board.probed(None, Some(Dependency::Down(format!("asking for the input topic: {error}"))));
+            }
+            Err(_) => {}
         }
     }
 }
@@ -510,6 +535,36 @@ async fn watch_ends(group: &Group, board: &Board) {
             }
             Ok(Err(error)) => board.probed(None, Some(Dependency::Down(error.to_string()))),
             Err(_) => {}
+        }
+    }
+}
+
+/// Keeps on the board whether the database answers, also when no lane has anything to ask. Never returns.
+async fn watch_database(endpoint: &Endpoint, board: &Board) {
+    let mut tick = interval(DATABASE_PROBE);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut session = None;
+    loop {
+        tick.tick().await;
+        let client = match session.take() {
+            Some(client) => client,
+            None => match endpoint.connect().await {
+                Ok((client, _driver)) => client,
+                Err(error) => {
+                    board.probed(Some(Dependency::Down(error.to_string())), None);
+                    continue;
+                }
+            },
+        };
+        match tokio::time::timeout(REQUEST_TIMEOUT, client.batch_execute("SELECT 1")).await {
+            Ok(Ok(())) => {
+                board.probed(Some(Dependency::Up), None);
+                session = Some(client);
+            }
+            Ok(Err(error)) => {
+                board.probed(Some(Dependency::Down(crate::postgres::describe(&error))), None);
+            }
+            Err(_) => board.probed(Some(Dependency::Down("no answer in time".to_owned())), None),
         }
     }
 }

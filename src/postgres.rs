@@ -9,6 +9,7 @@ use std::time::Duration;
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use openssl::error::ErrorStack;
 use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslVerifyMode};
+use openssl::x509::store::X509StoreBuilder;
 use postgres_openssl::{MakeTlsConnector, set_postgresql_alpn};
 use tokio::task::JoinHandle;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation};
@@ -117,8 +118,12 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
+        // Errors of TLS repeat their causes in their own text.
+        let words = inner.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
         cause = inner.source();
     }
     text
@@ -305,10 +310,10 @@ impl TlsParameters {
                     .ok_or_else(|| invalid(&format!("the value of {name} is not well encoded")))?,
             );
         }
-        if let Some(mode) = tls.mode.as_deref() {
-            if !["disable", "prefer", "require", "verify-ca", "verify-full"].contains(&mode) {
-                return Err(invalid("sslmode is none of disable, prefer, require, verify-ca, verify-full"));
-            }
+        if let Some(mode) = tls.mode.as_deref()
+            && !["disable", "prefer", "require", "verify-ca", "verify-full"].contains(&mode)
+        {
+            return Err(invalid("sslmode is none of disable, prefer, require, verify-ca, verify-full"));
         }
         let mut plain = url.get(..mark).unwrap_or_default().to_owned();
         if !kept.is_empty() {
@@ -342,6 +347,8 @@ impl TlsParameters {
         };
         let mut builder = SslConnector::builder(SslMethod::tls_client())?;
         if let Some(path) = self.root_certificates.as_deref().filter(|path| *path != "system") {
+            // In place of the system's certificates, not beside them: only who the file names is trusted.
+            builder.set_cert_store(X509StoreBuilder::new()?.build());
             builder.set_ca_file(path).map_err(file("sslrootcert", path))?;
         }
         if let Some(path) = self.certificate.as_deref() {

@@ -241,11 +241,18 @@ impl Status {
     fn agrees(&self) -> Result<(), SchemaError> {
         match self.steps.iter().find(|s| matches!(s.state, StepState::Divergent(_))) {
             None => Ok(()),
-            Some(step) => Err(SchemaError::Divergent {
-                version: step.version,
-                applied: step.name.clone(),
-                known: known(step.version).map(|s| s.name.to_owned()).unwrap_or_default(),
-            }),
+            Some(step) => Err(step.divergence()),
+        }
+    }
+}
+
+impl StepStatus {
+    /// The error that says that this step ran otherwise than we know it.
+    fn divergence(&self) -> SchemaError {
+        SchemaError::Divergent {
+            version: self.version,
+            applied: self.name.clone(),
+            known: known(self.version).map(|s| s.name.to_owned()).unwrap_or_default(),
         }
     }
 }
@@ -266,7 +273,7 @@ fn migrations() -> Result<Vec<Migration>, SchemaError> {
 /// What ran when, and what is still to run. Needs no more than to read the history.
 pub async fn status(client: &Client) -> Result<Status, SchemaError> {
     const DOING: &str = "cannot read the history of the schema";
-    // Not `to_regclass` alone: it fails on a schema that the role may not use, where "absent" would mislead.
+    // Fails with 42501 if the role may not use the schema, instead of calling it absent.
     let exists: bool = client
         .query_one("SELECT to_regclass($1) IS NOT NULL", &[&HISTORY])
         .await

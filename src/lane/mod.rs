@@ -225,6 +225,11 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             self.slots.remove(partition);
             self.board.revoked(*partition);
         }
+        if self.slots.is_empty() {
+            // Nothing to ask for any more: what this lane last heard is no news of either.
+            self.board.database(self.settings.index, Dependency::Unknown);
+            self.board.broker(self.settings.index, Dependency::Unknown);
+        }
         self.note_assigned();
         done.finish();
         Ok(())

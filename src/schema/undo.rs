@@ -26,19 +26,23 @@ pub struct UndoReport {
 /// steps that ran otherwise than this program knows them.
 pub async fn undo(client: &mut Client, count: u32, force: bool) -> Result<UndoReport, SchemaError> {
     alone(client, async |client: &mut Client| {
-        let mut undone = Vec::new();
-        for _ in 0..count {
-            let status = status(client).await?;
-            let Some(last) = status.steps.iter().rfind(|s| s.state != StepState::Pending) else { break };
-            let step = match &last.state {
-                StepState::Applied(_) => known(last.version),
-                StepState::Divergent(_) => {
-                    return Err(status.agrees().err().unwrap_or(SchemaError::NotOurs(last.version)));
+        let status_before = status(client).await?;
+        let mut steps = Vec::new();
+        // All of them are looked at before the first is touched: half a way back helps nobody.
+        let ran = status_before.steps.iter().rev().filter(|s| s.state != StepState::Pending);
+        for last in ran.take(usize::try_from(count).unwrap_or(usize::MAX)) {
+            match &last.state {
+                StepState::Applied(_) => {
+                    steps
+                        .push((last.version, known(last.version).ok_or(SchemaError::NotOurs(last.version))?));
                 }
-                StepState::Unknown(_) | StepState::Pending => None,
-            };
-            let step = step.ok_or(SchemaError::NotOurs(last.version))?;
+                StepState::Divergent(_) => return Err(last.divergence()),
+                StepState::Unknown(_) | StepState::Pending => return Err(SchemaError::NotOurs(last.version)),
+            }
+        }
 
+        let mut undone = Vec::new();
+        for (version, step) in steps {
             let transaction = client.transaction().await.map_err(doing("cannot begin"))?;
             let settings = format!("SET LOCAL lock_timeout = {DDL_LOCK_TIMEOUT_MS}");
             transaction.batch_execute(&settings).await.map_err(doing("cannot prepare the transaction"))?;
@@ -50,10 +54,10 @@ pub async fn undo(client: &mut Client, count: u32, force: bool) -> Result<UndoRe
                 .await
                 .map_err(doing(format!("cannot undo {}", step.name)))?;
             transaction
-                .execute(&format!("DELETE FROM {HISTORY} WHERE version = $1"), &[&last.version.0])
+                .execute(&format!("DELETE FROM {HISTORY} WHERE version = $1"), &[&version.0])
                 .await
                 .map_err(doing("cannot take the step out of the history"))?;
-            if !status.steps.iter().any(|s| s.version < last.version) {
+            if !status_before.steps.iter().any(|s| s.version < version) {
                 transaction
                     .batch_execute(&format!("DROP TABLE {HISTORY}; DROP SCHEMA {SCHEMA}"))
                     .await

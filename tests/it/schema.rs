@@ -16,6 +16,8 @@ use uuid::Uuid;
 
 use crate::support::{DEADLINE, Scope, Servers, block_on};
 
+/// More steps than there are.
+const ALL: u32 = 1_000;
 const TOPIC_ID: Uuid = Uuid::from_u128(0x1111_2222_3333_4444_5555_6666_7777_8888);
 
 /// A scope with an empty database, and a session in it as its owner.
@@ -100,7 +102,7 @@ fn up_down_up_ends_where_it_began() {
 
     let report = block_on(undo(&mut client, 1, false)).unwrap();
     assert_eq!(report.version, Some(SchemaVersion(NEWEST_KNOWN.0 - 1)));
-    let report = block_on(undo(&mut client, 100, false)).unwrap();
+    let report = block_on(undo(&mut client, ALL, false)).unwrap();
     assert_eq!(report.version, None);
     assert_eq!(catalog(&scope), BTreeSet::new());
     assert_eq!(
@@ -132,13 +134,13 @@ fn undo_destroys_payments_only_when_told_to() {
         "INSERT INTO payment_writer.payment_core
          VALUES (gen_random_uuid(), now(), 1, 1.5, 'EUR', 2, 'BWI')",
     );
-    let error = block_on(undo(&mut client, 3, false)).unwrap_err();
+    let error = block_on(undo(&mut client, ALL, false)).unwrap_err();
     assert!(matches!(&error, SchemaError::NotEmpty(tables) if tables == &["payment_core"]), "{error}");
     assert!(error.to_string().contains("--force"));
     assert_eq!(block_on(check(&client)).unwrap(), NEWEST_KNOWN, "nothing was undone");
     assert_eq!(scope.count("payment_core"), 1);
 
-    assert_eq!(block_on(undo(&mut client, 3, true)).unwrap().version, None);
+    assert_eq!(block_on(undo(&mut client, ALL, true)).unwrap().version, None);
     assert!(catalog(&scope).is_empty());
 }
 
@@ -147,7 +149,7 @@ fn undo_drops_months_and_generations_that_came_after_the_migration() {
     let (scope, mut client) = migrated("undo_later_tables");
     block_on(make_months_ahead(&mut client)).unwrap();
     scope.execute("SELECT payment_writer.make_generation_v1(2)");
-    block_on(undo(&mut client, 3, false)).unwrap();
+    block_on(undo(&mut client, ALL, false)).unwrap();
     assert!(catalog(&scope).is_empty());
 }
 
@@ -181,7 +183,7 @@ fn a_step_that_ran_otherwise_is_reported_and_refused() {
     for error in [
         block_on(check(&client)).unwrap_err(),
         block_on(migrate(&mut client)).unwrap_err(),
-        block_on(undo(&mut client, 2, true)).unwrap_err(),
+        block_on(undo(&mut client, ALL, true)).unwrap_err(),
     ] {
         assert!(matches!(error, SchemaError::Divergent { version: SchemaVersion(2), .. }), "{error}");
     }
@@ -261,7 +263,7 @@ fn migrate_tries_again_until_a_long_statement_lets_it() {
         };
         tokio::join!(migrate(&mut client), release).0.unwrap()
     });
-    assert_eq!(report.applied, ["V3__cursors_and_identity"]);
+    assert_eq!(report.applied.len(), 1);
 }
 
 #[test]
@@ -769,7 +771,7 @@ fn the_commands_print_what_they_did() {
     let report = block_on(migrate(&mut client)).unwrap();
     schema::print_migrate(&report, &mut out).unwrap();
     schema::print_status(&block_on(status(&client)).unwrap(), &mut out).unwrap();
-    schema::print_undo(&block_on(undo(&mut client, 3, false)).unwrap(), &mut out).unwrap();
+    schema::print_undo(&block_on(undo(&mut client, ALL, false)).unwrap(), &mut out).unwrap();
     let text = String::from_utf8(out).unwrap();
     assert!(text.starts_with("applied V1__payment_tables\napplied V2__idempotency_generations\n"), "{text}");
     assert!(text.contains("3  cursors_and_identity     applied 20"), "{text}");
