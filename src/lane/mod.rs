@@ -274,9 +274,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     fn broker_up(&mut self) {
-        if self.broker.succeeded() {
-            self.metrics.broker_up(true);
-        }
+        self.broker.succeeded();
+        self.metrics.broker_up(true);
         self.board.broker(self.settings.index, Dependency::Up);
     }
 
@@ -287,9 +286,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     fn database_up(&mut self) {
-        if self.database.succeeded() {
-            self.metrics.database_up(true);
-        }
+        self.database.succeeded();
+        self.metrics.database_up(true);
         self.board.database(self.settings.index, Dependency::Up);
     }
 
