@@ -52,7 +52,11 @@ fn main() {
     }
     latencies_ms.sort_unstable();
     let at = |share: f64| {
-        latencies_ms.get((latencies_ms.len() as f64 * share) as usize).or(latencies_ms.last()).copied().unwrap_or(-1)
+        latencies_ms
+            .get((latencies_ms.len() as f64 * share) as usize)
+            .or(latencies_ms.last())
+            .copied()
+            .unwrap_or(-1)
     };
     println!(
         "latency of {} read events in ms: p50 {}  p90 {}  p99 {}  p99.9 {}  max {}",

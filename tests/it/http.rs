@@ -102,6 +102,11 @@ fn metrics_and_status_say_what_became_of_the_records() {
         ("dead_letters_total", "", 8.0),
         ("partitions_assigned", "", 3.0),
         ("partitions_halted", "", 0.0),
+        // One of each lane.
+        ("database_up", "", 2.0),
+        ("broker_up", "", 2.0),
+        // Counters are there before the first event, so that their first step is seen as one.
+        ("database_errors_total", r#"sqlstate_class="53""#, 0.0),
         ("batch_records_sum", "", sent.len() as f64),
     ] {
         assert_eq!(count(name, label), expected, "{name} {label}");
@@ -167,6 +172,8 @@ fn metrics_and_status_say_what_became_of_the_records() {
     }
     assert_eq!(values["partition"], BTreeSet::from(["0", "1", "2"]));
     assert_eq!(values["topic"], BTreeSet::from(["dead_letter", "email", "read"]));
+    assert_eq!(values["kind"], BTreeSet::from(["assigned", "lost", "revoked"]));
+    assert_eq!(values["reason"].len(), 11);
     assert_eq!(values["outcome"], BTreeSet::from(["dead_lettered", "duplicate", "redelivered", "written"]));
 
     // AND the status page tells each partition's positions, and the build
