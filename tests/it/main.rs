@@ -5,6 +5,7 @@ mod audit;
 mod commands;
 mod fuzz;
 mod http;
+mod java;
 mod outcomes;
 mod schema;
 mod servers;
