@@ -442,6 +442,10 @@ fn every_bad_record() -> Vec<Bad> {
         ),
         bad("invalid_timestamp", "timestamp", good().message().timestamp_ms(946_684_799_999)),
         bad("invalid_timestamp", "timestamp", good().message().timestamp_ms(1)),
+        bad("invalid_timestamp", "timestamp", good().message().timestamp_ms(4_102_444_800_000)),
+        // The key comes before the timestamp, and that before the time in the id.
+        bad("key_mismatch", "key", Message { key: None, ..good().message().timestamp_ms(1) }),
+        bad("invalid_timestamp", "timestamp", at(uuid_v7(1, 1)).timestamp_ms(1)),
         bad("stale_message_id", "messageId", at(uuid_v7(AT_MS - 7 * 24 * hour - 1, 1))),
         bad("stale_message_id", "messageId", at(uuid_v7(AT_MS + hour + 1, 1))),
         // A ULID carries a time as well.
@@ -452,7 +456,13 @@ fn every_bad_record() -> Vec<Bad> {
 #[test]
 fn every_bad_record_is_dead_lettered_untouched_with_its_reason() {
     // GIVEN bad records of every kind, each with headers of its own, between two good ones
-    let scope = Scope::ready("dead_letters", 1, 1);
+    let scope = Scope::new(Servers::shared(), "dead_letters");
+    let any_time = ("message.timestamp.after.max.ms", "9223372036854775807");
+    scope.create_topic_with(&scope.input_topic, 1, &[any_time]);
+    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
+        scope.create_topic(topic, 1);
+    }
+    scope.command(&["migrate"]).succeeds();
     let bad: Vec<Bad> = every_bad_record()
         .into_iter()
         .map(|mut bad| {
