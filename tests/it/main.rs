@@ -3,6 +3,11 @@
 
 mod audit;
 mod commands;
+mod fuzz;
+mod generator;
+mod http;
+mod java;
+mod outcomes;
 mod schema;
 mod servers;
 mod support;
