@@ -16,6 +16,8 @@ COPY --from=build /build/target/release/payment-writer /usr/local/bin/payment-wr
 # The shipped configuration is the default one; settings come from the environment.
 COPY config/payment-writer.toml /etc/payment-writer/payment-writer.toml
 ENV PAYMENT_WRITER_CONFIG=/etc/payment-writer/payment-writer.toml
+# Probes and scrapes come from outside the container.
+ENV PAYMENT_WRITER__ADMIN__LISTEN=0.0.0.0:9464
 USER 65532:65532
 EXPOSE 9464
 STOPSIGNAL SIGTERM

@@ -1,7 +1,8 @@
 //! The admin server: `/metrics`, `/livez`, `/readyz`, `/status`.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -14,11 +15,14 @@ use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 
 use crate::metrics::{BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now};
+use crate::record::Partition;
 use crate::status::{Board, Phase};
 
 #[derive(Clone)]
 struct Shared {
     board: Arc<Board>,
+    /// Partitions whose lag was once shown: after a revocation it is shown as 0, not as it last was.
+    lagging: Arc<Mutex<BTreeSet<Partition>>>,
     metrics: PrometheusHandle,
     version: &'static str,
 }
@@ -58,7 +62,7 @@ pub async fn serve(
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/status", get(status))
-        .with_state(Shared { board, metrics, version });
+        .with_state(Shared { board, lagging: Arc::default(), metrics, version });
     tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).await {
             tracing::error!(%error, "the admin server ended");
@@ -69,7 +73,21 @@ pub async fn serve(
 
 async fn render_metrics(State(shared): State<Shared>) -> Response {
     let now = now();
-    for (partition, status) in shared.board.partitions() {
+    let partitions = shared.board.partitions();
+    {
+        let mut lagging = shared.lagging.lock().unwrap_or_else(PoisonError::into_inner);
+        lagging.retain(|partition| {
+            let is_ours = partitions.contains_key(partition);
+            if !is_ours {
+                let partition = partition.to_string();
+                gauge!("payment_writer_lag_records", "partition" => partition.clone()).set(0.0);
+                gauge!("payment_writer_lag_seconds", "partition" => partition).set(0.0);
+            }
+            is_ours
+        });
+        lagging.extend(partitions.keys());
+    }
+    for (partition, status) in partitions {
         let partition = partition.to_string();
         if let Some(lag) = status.lag() {
             gauge!("payment_writer_lag_records", "partition" => partition.clone()).set(lag as f64);

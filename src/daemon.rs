@@ -439,11 +439,11 @@ impl Running {
         } else {
             tracing::info!("draining");
         }
+        let deadline = Instant::now() + settings.shutdown.timeout;
         for seat in &self.seats {
             // A lane that is gone needs no drain.
-            let _ = seat.events.try_send(LaneEvent::Drain);
+            let _ = tokio::time::timeout_at(deadline, seat.events.send(LaneEvent::Drain)).await;
         }
-        let deadline = Instant::now() + settings.shutdown.timeout;
         while !self.lanes.is_empty() {
             match tokio::time::timeout_at(deadline, self.lanes.join_next()).await {
                 Ok(Some(Ok(Ok(())))) => {}
@@ -454,9 +454,13 @@ impl Running {
                     }
                 }
                 Err(_) => {
-                    tracing::warn!(
-                        "not drained within shutdown.timeout; what was in flight is redelivered, nothing is lost"
-                    );
+                    if ended.is_ok() {
+                        ended = Err(RunError::Failed(
+                            "not drained within shutdown.timeout; what was in flight is redelivered to the next \
+                             daemon, nothing is lost"
+                                .to_owned(),
+                        ));
+                    }
                     break;
                 }
             }
@@ -598,7 +602,7 @@ async fn catch_up(
         let assigned = board.partitions();
         targets.retain(|partition, target| {
             let published = assigned.get(partition).and_then(|status| status.published);
-            !published.is_some_and(|published| published >= *target)
+            published.is_none_or(|published| published < *target)
         });
         let foreign: Vec<Partition> = targets.keys().filter(|p| !assigned.contains_key(p)).copied().collect();
         if !foreign.is_empty() && Instant::now() >= foreign_at {

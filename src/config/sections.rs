@@ -16,7 +16,7 @@ pub struct Settings {
     pub kafka: KafkaSettings,
     /// `[postgres]`
     pub postgres: PostgresSettings,
-    /// `lanes`: consumers in this process, each with its producer and database connection.
+    /// `lanes`: shares of this process's partitions, each with its producer and database connection.
     pub lanes: usize,
     /// `[batch]`
     pub batch: BatchSettings,
@@ -260,7 +260,7 @@ impl LogSettings {
         let level = r.read("log.level", |raw| {
             let text = raw.text()?.trim();
             let known = !text.is_empty() && tracing_subscriber::EnvFilter::try_new(text).is_ok();
-            let rule = "must be error, warn, info, debug or trace, or directives like info,rdkafka=debug";
+            let rule = "must be error, warn, info, debug or trace, or directives like info,librdkafka=debug";
             if known && !is_mistyped_level(text) { Ok(text.to_owned()) } else { Err(rule.to_owned()) }
         });
         Some(Self { format: format?, level: level? })

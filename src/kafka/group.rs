@@ -183,6 +183,9 @@ impl Shared {
     fn revoke(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
         let is_lost = consumer.assignment_lost();
         let kind = if is_lost { "lost" } else { "revoked" };
+        if is_lost {
+            self.board.member(false);
+        }
         if !self.is_closing.load(Ordering::Acquire) {
             tracing::info!(partitions = partitions.len(), kind, "revoked");
         }

@@ -9,10 +9,11 @@ use tokio::time::Instant;
 use crate::disposition::FailureClass;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
-const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// While somebody waits for a dependency to come back, it is asked at least this often: the longest
 /// recovery is bounded by it.
 const BACKOFF_PASSING_MAX: Duration = Duration::from_secs(5);
+/// What a person has to mend takes longer.
+const BACKOFF_SYSTEMIC_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Clone, PartialEq, Eq)]
 struct Down {
@@ -53,22 +54,18 @@ impl Breaker {
         self.due_at
     }
 
-    /// It answered. True if that is news.
-    pub fn succeeded(&mut self) -> bool {
+    /// It answered.
+    pub fn succeeded(&mut self) {
         self.failures = 0;
         self.due_at = Instant::now();
-        match self.down.take() {
-            None => false,
-            Some(down) => {
-                let seconds = down.since.elapsed().as_secs_f64();
-                tracing::info!(
-                    lane = self.lane,
-                    dependency = self.name,
-                    after_seconds = seconds,
-                    "answers again, going on"
-                );
-                true
-            }
+        if let Some(down) = self.down.take() {
+            let seconds = down.since.elapsed().as_secs_f64();
+            tracing::info!(
+                lane = self.lane,
+                dependency = self.name,
+                after_seconds = seconds,
+                "answers again, going on"
+            );
         }
     }
 
@@ -76,7 +73,7 @@ impl Breaker {
     pub fn failed(&mut self, class: FailureClass, doing: &str, message: &str) {
         self.delay_within(match class {
             FailureClass::Passing | FailureClass::Fenced => BACKOFF_PASSING_MAX,
-            FailureClass::Systemic => BACKOFF_MAX.min(BACKOFF_PASSING_MAX * 2),
+            FailureClass::Systemic => BACKOFF_SYSTEMIC_MAX,
         });
         let is_news = self.down.as_ref().is_none_or(|d| d.class != class);
         if is_news {

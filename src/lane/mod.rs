@@ -289,10 +289,19 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
     }
 
+    /// The group is between two generations, as in every rebalance: no fault of the broker's.
+    fn fenced(&mut self, message: &str) {
+        tracing::debug!(
+            lane = self.settings.index,
+            reason = message,
+            "waiting for the group's next generation"
+        );
+        self.broker.delay();
+    }
+
     fn broker_up(&mut self) {
-        if self.broker.succeeded() {
-            self.metrics.broker_up(true);
-        }
+        self.broker.succeeded();
+        self.metrics.broker_up(true);
         self.board.broker(self.settings.index, Dependency::Up);
     }
 
@@ -303,9 +312,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     fn database_up(&mut self) {
-        if self.database.succeeded() {
-            self.metrics.database_up(true);
-        }
+        self.database.succeeded();
+        self.metrics.database_up(true);
         self.board.database(self.settings.index, Dependency::Up);
     }
 
@@ -649,9 +657,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     fn after_publish(&mut self, publication: &Arc<Publication>, sent: Sent) -> Result<(), IdentityDoubt> {
         match sent {
             Ok(sent) => self.published(publication, sent),
-            Err(PublishFailure::Aborted(message) | PublishFailure::Fenced(message)) => {
-                self.broker_failed("publishing a batch", &message);
-            }
+            Err(PublishFailure::Aborted(message)) => self.broker_failed("publishing a batch", &message),
+            Err(PublishFailure::Fenced(message)) => self.fenced(&message),
             Err(PublishFailure::Unknown(message)) => {
                 self.broker_failed("publishing a batch", &message);
                 self.is_producer_ready = false;

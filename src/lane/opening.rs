@@ -124,8 +124,12 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         if !spans.is_empty() {
             match self.log.publish(&Arc::new(Publication::of_offsets(spans))).await {
                 Ok(_) => self.broker_up(),
-                Err(PublishFailure::Aborted(message) | PublishFailure::Fenced(message)) => {
+                Err(PublishFailure::Aborted(message)) => {
                     self.broker_failed("committing the first offsets", &message);
+                    return Ok(());
+                }
+                Err(PublishFailure::Fenced(message)) => {
+                    self.fenced(&message);
                     return Ok(());
                 }
                 Err(PublishFailure::Unknown(message)) => {
@@ -149,7 +153,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                         applied: start.applied,
                         published: publishes.then_some(start.gate),
                         applied_timestamp: known.row.as_ref().and_then(|r| r.applied_timestamp),
-                        settled: None,
+                        settled: known.row.as_ref().and_then(|r| r.settled),
                     },
                 )
             })

@@ -164,7 +164,8 @@ pub trait Ledger {
     ) -> impl Future<Output = Result<Vec<(Partition, Option<CursorRow>)>, LedgerFailure>>;
 
     /// Writes rows of `source_cursor` as they are to be before the first batch, unless `applied` was
-    /// moved since it was read (`None`: there was no row).
+    /// moved since it was read (`None`: there was no row). `settled` is the decision that was taken up
+    /// by this, and is done with.
     fn store_cursors(
         &mut self,
         rows: &[(Partition, Option<NextOffset>, CursorRow)],

@@ -21,6 +21,7 @@ use crate::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timest
 use crate::cursor::{CursorRow, Identity};
 use crate::lane::ports::{CursorMove, Ledger, LedgerFailure, WriteTimes};
 use crate::record::{NextOffset, Offset, Partition};
+use crate::wire;
 
 /// A transaction that takes longer is given up with its session; the server's own limits come first.
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
@@ -77,7 +78,11 @@ impl Moves {
             timestamps: moves
                 .iter()
                 .map(|m| {
-                    m.timestamp.map(|t| session::Timestamp(t.map_or(MINUS_INFINITY, postgres_timestamp)))
+                    m.timestamp.map(|t| {
+                        // A dead letter's timestamp may be any number, also one that no calendar has.
+                        let t = t.filter(|t| (wire::TIMESTAMP_MIN..=wire::TIMESTAMP_MAX).contains(t));
+                        session::Timestamp(t.map_or(MINUS_INFINITY, postgres_timestamp))
+                    })
                 })
                 .collect(),
         }
@@ -265,7 +270,9 @@ async fn store_in(
     if updated + inserted != rows.len() as u64 {
         return Err(Failed::cursor_moved("a cursor changed while its partition was taken up".to_owned()));
     }
-    transaction.execute(session::DELETE_SETTLEMENTS, &[topic_id, &partitions]).await?;
+    // Only the decisions that were taken up: one that came meanwhile waits for the next look.
+    let committed: Vec<Option<i64>> = rows.iter().map(|(.., row)| row.settled.map(|s| s.0)).collect();
+    transaction.execute(session::DELETE_SETTLEMENTS, &[topic_id, &partitions, &committed]).await?;
     transaction.commit().await?;
     Ok(())
 }

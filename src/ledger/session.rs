@@ -46,7 +46,9 @@ pub(super) const INSERT_CURSORS: &str = "
     ON CONFLICT (topic_id, partition) DO NOTHING";
 
 pub(super) const DELETE_SETTLEMENTS: &str = "
-    DELETE FROM payment_writer.cursor_settlement WHERE topic_id = $1 AND partition = ANY ($2)";
+    DELETE FROM payment_writer.cursor_settlement s
+    USING unnest($2::integer[], $3::bigint[]) AS taken (partition, committed)
+    WHERE s.topic_id = $1 AND s.partition = taken.partition AND s.committed = taken.committed";
 
 /// Claims ids in their order and returns those that were taken already. The anti-join costs nothing when
 /// there are none: the count decides first.

@@ -1,6 +1,5 @@
 //! The auditor of the demo is worth something only if it passes what is right and finds what is wrong.
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use crate::support::{Finished, Message, Scope, Servers};
@@ -19,14 +18,13 @@ fn payment_id(message_id: &str) -> String {
     uuid::Uuid::from_u128(u128::from_str_radix(&digits, 2).unwrap()).to_string()
 }
 
-fn audit(scope: &Scope<'_>) -> Finished {
-    let binaries: PathBuf = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().into();
-    let output = Command::new(binaries.join("examples/audit"))
+pub fn audit(scope: &Scope<'_>) -> Finished {
+    let output = Command::new(env!("CARGO_BIN_EXE_audit"))
         .args(["--kafka", scope.servers.bootstrap_servers(), "--postgres-url", &scope.postgres_url()])
         .args(["--input-topic", &scope.input_topic, "--dead-letter-topic", &scope.dead_letter_topic])
         .args(["--read-topic", &scope.read_topic, "--email-topic", &scope.email_topic])
         .output()
-        .expect("cargo builds examples along with tests");
+        .expect("cargo builds binaries along with tests");
     Finished {
         code: output.status.code(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),

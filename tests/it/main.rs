@@ -2,6 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod audit;
+mod commands;
+mod fuzz;
+mod generator;
+mod http;
+mod java;
+mod outcomes;
 mod schema;
 mod servers;
 mod support;

@@ -38,9 +38,20 @@ pub(super) enum Sending {
 struct Deliveries {
     failed: AtomicU64,
     first_error: Mutex<Option<String>>,
+    last_fault: Mutex<Option<RDKafkaErrorCode>>,
 }
 
-impl ClientContext for Deliveries {}
+impl ClientContext for Deliveries {
+    /// librdkafka repeats a fault many times a second for as long as it lasts; once is enough.
+    fn error(&self, error: KafkaError, reason: &str) {
+        let Ok(mut last) = self.last_fault.lock() else { return };
+        let code = error.rdkafka_error_code();
+        if *last != code {
+            tracing::warn!("Kafka: {reason}");
+            *last = code;
+        }
+    }
+}
 
 impl ProducerContext<NoCustomPartitioner> for Deliveries {
     type DeliveryOpaque = ();

@@ -16,12 +16,14 @@
 
 mod daemon;
 mod kafka;
+mod payments;
 mod servers;
 
 use std::time::{Duration, Instant};
 
 pub use daemon::{Daemon, Finished, Reply};
 pub use kafka::{Message, Received};
+pub use payments::{AT_ISO, AT_MS, Payment, payment_id, ulid, uuid_v4, uuid_v7};
 pub use servers::{Act, Scope, Servers, block_on};
 
 /// How long anything may take that is expected to happen. Generous: it is waited for in full only by a

@@ -1,0 +1,287 @@
+//! What a person at a terminal, or a script, gets from each command.
+
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::support::{AT_MS, Finished, Message, Payment, Scope, Servers, uuid_v4, wait_until};
+
+/// Runs the program without any server, with nothing but these settings.
+fn offline(arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_payment-writer"))
+        .args(arguments)
+        .envs(settings.iter().copied())
+        .current_dir(folder.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    Finished {
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+#[test]
+fn wrong_usage_ends_with_exit_code_2_and_says_what_was_meant() {
+    for (arguments, words) in [
+        (vec![], "Usage"),
+        (vec!["rum"], "run"),
+        (vec!["run", "--until-cought-up"], "--until-caught-up"),
+        (vec!["topics", "create", "--partitions", "0"], "1..=10000"),
+        (vec!["cursors", "skip", "--partition", "1"], "--to"),
+        (vec!["cursors", "accept", "--partition", "1", "--published", "5", "--apply"], "--reason"),
+        (vec!["--config", "absent.toml", "check-config"], "absent.toml"),
+    ] {
+        let finished = offline(&arguments, &[]);
+        assert_eq!(finished.code, Some(2), "{arguments:?}: {finished:?}");
+        assert!(finished.stderr.contains(words), "{arguments:?} does not say {words}: {}", finished.stderr);
+    }
+}
+
+#[test]
+fn a_wrong_setting_ends_every_command_with_exit_code_2_and_its_name() {
+    for command in [vec!["check-config"], vec!["run"], vec!["migrate"], vec!["config", "show"]] {
+        for (name, value, words) in [
+            ("PAYMENT_WRITER__KAFKA__GRUOP_ID", "x", "PAYMENT_WRITER__KAFKA__GROUP_ID"),
+            ("PAYMENT_WRITER__BATCH__LINGER", "soon", "batch.linger"),
+            ("PAYMENT_WRITER__KAFKA__PROPERTIES__ISOLATION_LEVEL", "read_uncommitted", "isolation.level"),
+        ] {
+            let finished = offline(&command, &[(name, value)]);
+            assert_eq!(finished.code, Some(2), "{command:?} {name}: {finished:?}");
+            assert!(finished.stderr.contains(words), "{command:?} {name}: {}", finished.stderr);
+        }
+    }
+    // In a file, an unknown key names the nearest known one, too.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("settings.toml");
+    std::fs::write(&file, "[kafka]\ninput_topics = \"x\"\n").unwrap();
+    let finished = offline(&["--config", file.to_str().unwrap(), "check-config"], &[]);
+    assert_eq!(finished.code, Some(2));
+    assert!(
+        finished.stderr.contains("kafka.input_topics") && finished.stderr.contains("kafka.input_topic"),
+        "{}",
+        finished.stderr
+    );
+}
+
+#[test]
+fn help_and_version_end_with_exit_code_0() {
+    for arguments in
+        [vec!["--help"], vec!["--version"], vec!["run", "--help"], vec!["cursors", "skip", "--help"]]
+    {
+        let finished = offline(&arguments, &[]).succeeds();
+        assert!(!finished.stdout.is_empty());
+    }
+    assert!(offline(&["--version"], &[]).stdout.contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn check_config_needs_no_server_and_config_show_hides_secrets() {
+    // GIVEN settings with passwords, in a file and in the environment
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("settings.toml");
+    std::fs::write(
+        &file,
+        "[postgres]\nurl = \"postgresql://me:hush-one@nowhere.invalid/db?application_name=shown\"\n\
+         [kafka.properties]\n\"sasl.password\" = \"hush-two\"\n\"sasl.username\" = \"shown-too\"\n",
+    )
+    .unwrap();
+    let config = ["--config", file.to_str().unwrap()];
+    let settings = [
+        ("PAYMENT_WRITER__POSTGRES__HOUSEKEEPING_URL", "postgres://me:hush-three@nowhere.invalid/db"),
+        ("PAYMENT_WRITER__KAFKA__PROPERTIES__SSL_KEY_PASSWORD", "hush-four"),
+        ("PAYMENT_WRITER__KAFKA__GROUP_ID", "blue"),
+    ];
+
+    // WHEN they are checked and shown
+    let checked = offline(&[&config[..], &["check-config"]].concat(), &settings).succeeds();
+    let shown = offline(&[&config[..], &["config", "show"]].concat(), &settings).succeeds();
+    let json = offline(&[&config[..], &["config", "show", "--json"]].concat(), &settings).succeeds();
+
+    // THEN values are there with their origins, but no secret
+    for finished in [&checked, &shown, &json] {
+        assert!(!finished.stdout.contains("hush") && !finished.stderr.contains("hush"), "{finished:?}");
+    }
+    assert!(
+        shown.stdout.contains("shown-too") && shown.stdout.contains("nowhere.invalid"),
+        "{}",
+        shown.stdout
+    );
+    let entries: Vec<Value> = serde_json::from_str(&json.stdout).unwrap();
+    let entry = |key: &str| entries.iter().find(|e| e["key"] == key).unwrap_or_else(|| panic!("{key}"));
+    assert_eq!(entry("kafka.group_id")["value"], "blue");
+    assert!(entry("kafka.group_id")["origin"].to_string().contains("PAYMENT_WRITER__KAFKA__GROUP_ID"));
+    assert!(entry("postgres.url")["origin"].to_string().contains("settings.toml"));
+    assert!(entry("batch.linger")["origin"].to_string().contains("default"));
+}
+
+#[test]
+fn migrate_and_topics_create_may_be_repeated() {
+    // GIVEN nothing
+    let scope = Scope::new(Servers::shared(), "setup");
+    assert_eq!(scope.command(&["migrate", "status"]).succeeds().stdout.matches("applied").count(), 0);
+
+    // WHEN each is done twice
+    let first = scope.command(&["migrate"]).succeeds().stdout;
+    let second = scope.command(&["migrate"]).succeeds().stdout;
+    let create = ["topics", "create", "--partitions", "6", "--output-partitions", "3"];
+    let created = scope.command(&create).succeeds().stdout;
+    let found = scope.command(&create).succeeds();
+
+    // THEN the second time finds it done
+    assert!(first.contains("applied") && second.contains("nothing to do"), "{first}{second}");
+    let status = scope.command(&["migrate", "status"]).succeeds().stdout;
+    assert!(status.contains("applied") && !status.contains("pending"), "{status}");
+    for (topic, partitions) in [
+        (&scope.input_topic, 6),
+        (&scope.read_topic, 3),
+        (&scope.email_topic, 3),
+        (&scope.dead_letter_topic, 3),
+    ] {
+        assert!(created.contains(&format!("{topic}: created, {partitions} partitions")), "{created}");
+        assert!(
+            found.stdout.contains(&format!("{topic}: already there, {partitions} partitions")),
+            "{found:?}"
+        );
+    }
+    assert_eq!(found.stderr, "", "a second time warns of nothing");
+    // AND what was made is what the daemon needs
+    scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
+    scope.drain();
+    assert_eq!(scope.count("payment_core"), 1);
+}
+
+#[test]
+fn a_command_that_meets_no_server_fails_with_exit_code_1() {
+    // A port that nobody listens on.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let url = format!("postgresql://nobody:hush@127.0.0.1:{port}/none");
+    let settings = [("PAYMENT_WRITER__POSTGRES__URL", url.as_str())];
+    for command in [vec!["migrate"], vec!["migrate", "status"]] {
+        let finished = offline(&command, &settings);
+        assert_eq!(finished.code, Some(1), "{command:?}: {finished:?}");
+        assert!(finished.stderr.starts_with("error: ") && !finished.stderr.contains("hush"), "{finished:?}");
+    }
+}
+
+#[test]
+fn until_caught_up_stops_at_the_ends_seen_at_the_start() {
+    // GIVEN records on some partitions, others empty
+    let scope = Scope::ready("caught_up", 5, 1);
+    scope.produce(&scope.input_topic, (0..100).map(|i| Payment::new(uuid_v4(i), 31).message().partition(1)));
+    scope.produce(&scope.input_topic, [Message::new("31", "{}").partition(3)]);
+
+    // WHEN it runs, twice
+    let daemon = scope.drain();
+    assert_eq!(scope.count("payment_core"), 100);
+    scope.drain();
+
+    // THEN all is settled and nothing was done again; each run ended with exit code 0
+    assert_eq!(scope.count("payment_core"), 100);
+    assert_eq!(scope.read_all(&scope.read_topic).len(), 100);
+    assert_eq!(scope.read_all(&scope.dead_letter_topic).len(), 1);
+    assert_eq!(scope.committed(1).unwrap().0, 100);
+    assert_eq!(scope.committed(3).unwrap().0, 1);
+    assert!(daemon.log().contains("written=100 duplicates=0 dead_letters=1"), "{}", daemon.log());
+}
+
+#[test]
+fn sigterm_and_sigint_drain_and_end_with_exit_code_0() {
+    for signal in ["TERM", "INT"] {
+        // GIVEN a daemon in the middle of a stream of records
+        let scope = Scope::ready("drain", 3, 2);
+        let mut daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__BATCH__MAX_PAYMENTS", "50")]);
+        let sent = 6_000;
+        scope.produce(
+            &scope.input_topic,
+            (0..sent).map(|i| Payment::new(uuid_v4(i), (i % 40) as i64).message()),
+        );
+        wait_until("it is in the middle", || scope.count("payment_core") > 0);
+
+        // WHEN it is told to stop
+        daemon.signal(signal);
+        let status = daemon.wait();
+
+        // THEN it has published and committed all that it wrote, and noted it
+        assert_eq!(status.code(), Some(0), "SIG{signal}: {}", daemon.log());
+        assert!(daemon.log().contains("draining"));
+        let written = scope.count("payment_core");
+        assert_eq!(scope.read_all(&scope.read_topic).len() as i64, written);
+        let cursors = scope.sql(
+            "SELECT partition, applied, published FROM payment_writer.source_cursor ORDER BY partition",
+            &[],
+        );
+        let mut sum = 0;
+        for row in &cursors {
+            let (partition, applied, published): (i32, i64, Option<i64>) =
+                (row.get(0), row.get(1), row.get(2));
+            assert_eq!(published, Some(applied), "partition {partition}");
+            assert_eq!(
+                scope.committed(partition).map(|(offset, _)| offset),
+                Some(applied),
+                "partition {partition}"
+            );
+            sum += applied;
+        }
+        assert_eq!(sum, written);
+
+        // AND the next one goes on where it stopped
+        scope.drain();
+        assert_eq!(scope.count("payment_core"), sent as i64);
+        assert_eq!(scope.read_all(&scope.read_topic).len(), sent as usize);
+    }
+}
+
+#[test]
+fn cursors_show_tells_what_is_written_published_and_committed() {
+    // GIVEN two partitions, one drained and then sent more, one never used
+    let scope = Scope::ready("cursors_show", 2, 1);
+    scope.produce(&scope.input_topic, (0..5).map(|i| Payment::new(uuid_v4(i), 31).message().partition(0)));
+    scope.drain();
+    scope.produce(&scope.input_topic, [Message::new("31", "{}").timestamp_ms(AT_MS).partition(0)]);
+
+    // WHEN they are shown
+    let table = scope.command(&["cursors", "show"]).succeeds().stdout;
+    let json = scope.command(&["cursors", "show", "--json"]).succeeds().stdout;
+
+    // THEN both ways say the same
+    let partitions: Vec<Value> = serde_json::from_str(&json).unwrap();
+    assert_eq!(partitions.len(), 2);
+    let first = &partitions[0];
+    for (field, expected) in [
+        ("partition", 0),
+        ("applied", 5),
+        ("published", 5),
+        ("committed", 5),
+        ("log_start", 0),
+        ("log_end", 6),
+        ("lag_records", 1),
+    ] {
+        assert_eq!(first[field], expected, "{field}: {first}");
+    }
+    assert_eq!(first["state"], "fine");
+    assert_eq!(partitions[1]["log_end"], 0);
+    assert_eq!(partitions[1]["lag_records"], 0);
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0][..4], ["partition", "applied", "published", "committed"]);
+    assert_eq!(lines[1], ["0", "5", "5", "5", "ours", "0", "6", "1", "fine"]);
+}
+
+#[test]
+fn a_daemon_of_another_group_is_refused_with_exit_code_3() {
+    // GIVEN a database that one group writes to
+    let scope = Scope::ready("other_group", 1, 1);
+    scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
+    scope.drain();
+
+    // WHEN another group wants to
+    let other = format!("{}-other", scope.group_id);
+    let mut daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__KAFKA__GROUP_ID", &other)]);
+
+    // THEN it stops, and says what to check
+    assert_eq!(daemon.wait().code(), Some(3), "{}", daemon.log());
+    assert!(daemon.log().contains(&scope.group_id), "{}", daemon.log());
+    assert_eq!(scope.read_all(&scope.read_topic).len(), 1);
+}
