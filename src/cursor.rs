@@ -333,11 +333,11 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
         // A person has decided: K is to be `settled`, whatever it is now.
         return Ok((row.applied.min(settled), row.applied, settled));
     }
-    match (row, committed.filter(|_| is_marked)) {
-        (Some(row), Some(k)) => {
-            let gate = row.published.map_or(k, |p| p.max(k));
-            Ok((row.applied.min(gate), row.applied, gate))
-        }
+    // `published` is a copy of K that trails it: a K below it was rolled back, mark and all, and proves
+    // nothing.
+    let copied = row.as_ref().and_then(|row| row.published);
+    match (row, committed.filter(|k| is_marked && copied.is_none_or(|copied| copied <= *k))) {
+        (Some(row), Some(k)) => Ok((row.applied.min(k), row.applied, k)),
         (None, Some(k)) => {
             // An empty or older database: rows come again from the log, events below K do not. What
             // lies between K and the log's start was never published.

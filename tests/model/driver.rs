@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use payment_writer::cursor::{CursorRow, Doubt, GroupOffset, Identity, Mode};
+use payment_writer::cursor::{CursorRow, Doubt, GroupOffset, Identity, Mark, Mode};
 use payment_writer::lane::ports::{LaneEvent, RevokeDone};
 use payment_writer::lane::{Lane, LaneSettings};
 use payment_writer::record::{NextOffset, Partition};
@@ -571,10 +571,36 @@ impl Driver {
             _ => None,
         };
         let keeps_text = world.rng.random_bool(0.3);
+        let copied = world.db.cursors.get(&(p as i32)).and_then(|row| row.published).map(|k| k.0);
+        if let Some(position) = position.filter(|k| copied.is_some_and(|copied| *k < copied))
+            && world.rng.random_bool(0.3)
+        {
+            drop(world);
+            self.roll_back(p, position);
+            return;
+        }
         let metadata = if keeps_text { found.metadata } else { String::new() };
         world.note(|| format!("group offset of {p} set by hand: {k} to {position:?} {metadata:?}"));
         world.offsets[p] = position.map(|k| GroupOffset { position: NextOffset(k), metadata });
         world.tampered.insert(p as i32);
+    }
+
+    /// The group's own state is lost in part: an older commit of ours stands there again.
+    pub fn roll_back(&mut self, p: usize, position: i64) {
+        let mut world = self.world();
+        let identity = Identity { topic_id: world.topic_id, database_id: world.db.id };
+        let position = NextOffset(position);
+        world.note(|| format!("group offset of {p} rolled back to {position}"));
+        let metadata = Mark::new(&identity, position).to_string();
+        world.offsets[p] = Some(GroupOffset { position, metadata });
+        world.tampered.insert(p as i32);
+    }
+
+    /// The log loses its last records, as with an unclean election.
+    pub fn truncate(&mut self, p: usize, end: usize) {
+        let mut world = self.world();
+        world.note(|| format!("the log of {p} ends at {end} again"));
+        world.logs[p].items.truncate(end);
     }
 
     /// A person who knows what was published settles the partitions that halted for want of proof.
@@ -652,7 +678,7 @@ impl Driver {
         world.end_lag = 0;
     }
 
-    fn halted(&self) -> Vec<(i32, Doubt)> {
+    pub fn halted(&self) -> Vec<(i32, Doubt)> {
         let world = self.world();
         let mut halted = Vec::new();
         for (m, member) in world.members.iter().enumerate().filter(|(_, m)| m.is_up) {

@@ -10,6 +10,7 @@ mod world;
 
 use std::time::Duration;
 
+use payment_writer::cursor::Doubt;
 use payment_writer::record::NextOffset;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -307,6 +308,56 @@ fn group_offsets_deleted_after_a_drain_are_found_again_in_the_database() {
     });
     expect_kept(&stats);
     assert_eq!((stats.rows, stats.outputs, stats.settled), (3, 6, 0));
+}
+
+#[test]
+fn a_log_that_lost_its_end_halts_the_partition_and_not_the_others() {
+    in_world(async {
+        // GIVEN records written and published
+        let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
+        for id in 1..4 {
+            driver.append_to(0, id, 0, 0);
+        }
+        driver.rest().await;
+        for is_restarted in [false, true] {
+            // WHEN the log ends before them, and goes on from there, but not so far
+            driver.truncate(0, 1);
+            if is_restarted {
+                driver.stop_all(true).await;
+                driver.start_all();
+            }
+            driver.append_to(0, 10, 0, 0);
+            driver.append_to(1, 20, 0, 0);
+            // THEN it is waited for a while, and then it halts
+            driver.pause(Duration::from_secs(20)).await;
+            assert_eq!(driver.halted(), []);
+            driver.pause(Duration::from_secs(30)).await;
+            let doubt = Doubt::BeyondEnd { position: NextOffset(3), end: NextOffset(2) };
+            assert_eq!(driver.halted(), [(0, doubt)]);
+            assert!(driver.world().emitted.contains(&("read", "00000000/1/0".to_owned())));
+        }
+    });
+}
+
+#[test]
+fn a_group_offset_rolled_back_with_its_mark_sends_nothing_twice() {
+    let stats = in_world(async {
+        // GIVEN two batches published, the second one not yet copied to the database
+        let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
+        driver.append_to(0, 1, 0, 0);
+        driver.rest().await;
+        driver.append_to(0, 2, 0, 0);
+        driver.pause(Duration::from_millis(200)).await;
+        driver.stop_all(false).await;
+        assert_eq!(driver.world().db.cursors[&0].published, Some(NextOffset(1)));
+        // WHEN the group's state of long ago stands there again
+        driver.roll_back(0, 0);
+        driver.start_all();
+        // THEN the partition halts until a person says what was sent
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!((stats.rows, stats.outputs, stats.settled), (2, 4, 1));
 }
 
 fn at_every_call(fault: Fault) {
