@@ -160,6 +160,8 @@ pub enum Doubt {
         committed: NextOffset,
         /// What was written.
         applied: NextOffset,
+        /// What is known to be published; between it and `applied` events may or may not have been sent.
+        published: NextOffset,
     },
     /// The group's offset is gone or was set by other hands, and it is not known which events of these
     /// records were sent.
@@ -195,12 +197,21 @@ impl Doubt {
                  the loss of a broker's last records; to go on from the end: payment-writer cursors skip \
                  --partition {partition} --to {end}"
             ),
-            Self::MovedForward { committed, applied } => format!(
-                "partition {partition}: the group's offset was moved by hand to {committed}, over records from \
-                 {applied} that were never written; to write them: payment-writer cursors accept --partition \
-                 {partition} --published {applied}; to give them up: payment-writer cursors skip --partition \
-                 {partition} --to {committed}"
-            ),
+            Self::MovedForward { committed, applied, published } => {
+                let unless = if published < applied {
+                    format!(
+                        " (if no events of records from {published} on were sent: --published {published})"
+                    )
+                } else {
+                    String::new()
+                };
+                format!(
+                    "partition {partition}: the group's offset was moved by hand to {committed}, over records \
+                     from {applied} that were never written; to write them: payment-writer cursors accept \
+                     --partition {partition} --published {applied}{unless}; to give them up: payment-writer \
+                     cursors skip --partition {partition} --to {committed}"
+                )
+            }
             Self::Unproved { from, to } => format!(
                 "partition {partition}: the group's offset is gone or was set by other hands, and whether the \
                  events of records {from} to {to} were sent is not known; if none was: payment-writer cursors \
@@ -348,7 +359,8 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
         }
         (Some(row), None) => {
             if let Some(k) = committed.filter(|k| *k > row.applied) {
-                return Err(Doubt::MovedForward { committed: k, applied: row.applied });
+                let published = row.published.unwrap_or(bounds.start).min(row.applied);
+                return Err(Doubt::MovedForward { committed: k, applied: row.applied, published });
             }
             match row.published {
                 // `published` may be beyond `applied` after a restore: what was sent is known then.
@@ -359,7 +371,10 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
             }
         }
         (None, None) => match committed.filter(|k| *k > bounds.start) {
-            Some(k) => Err(Doubt::MovedForward { committed: k, applied: bounds.start }),
+            Some(k) => {
+                let start = bounds.start;
+                Err(Doubt::MovedForward { committed: k, applied: start, published: start })
+            }
             None => Ok((bounds.start, bounds.start, bounds.start)),
         },
     }
