@@ -313,7 +313,8 @@ pub fn decide(known: &Known, identity: &Identity, mode: &Mode) -> Decision {
         }
     }
     let is_ours = mark.as_ref().is_some_and(|m| m.database_id == identity.database_id);
-    let found = if mode.publishes { publishing(known, mark.is_some()) } else { rows_only(known) };
+    let found =
+        if mode.publishes { publishing(known, mark.is_some()) } else { rows_only(known, mark.is_some()) };
     let (from, applied, gate) = match found {
         Ok(positions) => positions,
         Err(doubt) => return Decision::Halt(doubt),
@@ -380,9 +381,18 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
     }
 }
 
-/// S, applied and K of a daemon that writes rows only: the rows alone decide.
-fn rows_only(known: &Known) -> Result<(NextOffset, NextOffset, NextOffset), Doubt> {
-    let applied = known.row.as_ref().map_or(known.bounds.start, |r| r.applied);
+/// S, applied and K of a daemon that writes rows only: the rows alone decide, or the log's start.
+fn rows_only(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset, NextOffset), Doubt> {
+    let Known { group, row, bounds, .. } = known;
+    let applied = match (row, group.as_ref().filter(|_| is_marked)) {
+        (Some(row), _) => row.applied,
+        // The group was here before the database: what lies between it and the log's start was never
+        // written.
+        (None, Some(group)) if bounds.start > group.position => {
+            return Err(Doubt::LogGap { needed: group.position, log_start: bounds.start });
+        }
+        (None, _) => bounds.start,
+    };
     Ok((applied, applied, applied))
 }
 

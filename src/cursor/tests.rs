@@ -212,6 +212,9 @@ fn without_publishing_the_rows_alone_decide() {
     let decided = |group, row| decide(&known(group, row, 2, 100), &HERE, &ROWS_ONLY);
     assert_eq!(decided(None, None), go(2, 2, 2, true, true));
     assert_eq!(decided(marked(7), row(7, None)), go(7, 7, 7, false, false));
+    assert_eq!(decided(marked(50), None), go(2, 2, 2, true, true));
+    let gap = Doubt::LogGap { needed: NextOffset(1), log_start: NextOffset(2) };
+    assert_eq!(decided(marked(1), None), Decision::Halt(gap));
     for group in [None, unmarked(50), marked(5), marked(50)] {
         assert_eq!(decided(group, row(7, None)), go(7, 7, 7, true, false));
     }

@@ -180,7 +180,7 @@ fn number(name: &str) -> Option<u64> {
 fn whatever_happens_each_record_has_one_outcome_once() {
     let seeds = match number("MODEL_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("MODEL_SEEDS").unwrap_or(2_000),
+        None => number("MODEL_FROM").unwrap_or(0)..number("MODEL_SEEDS").unwrap_or(2_000),
     };
     let is_replay = number("MODEL_SEED").is_some();
     let mut totals = Stats::default();

@@ -99,7 +99,8 @@ impl ModelLog {
             let Some((mut position, mut is_end_told)) = self.positions.get(&p).copied() else { continue };
             if world.plan.has_delays && world.rng.random_ratio(1, 25) {
                 // A pause inside the client: it goes on a little before.
-                position = (position - world.rng.random_range(0..4)).max(world.logs[p as usize].start);
+                let before = position - world.rng.random_range(0..4);
+                position = if before < world.logs[p as usize].start { position } else { before };
             }
             if !(world.logs[p as usize].start..=world.logs[p as usize].end()).contains(&position) {
                 // auto.offset.reset=error
