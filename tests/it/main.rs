@@ -3,6 +3,10 @@
 
 mod audit;
 mod commands;
+mod crash;
+mod outages;
+mod protocol;
+mod rebalance;
 mod schema;
 mod servers;
 mod support;
