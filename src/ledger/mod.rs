@@ -19,6 +19,7 @@ use self::session::{Failed, Session};
 use crate::batch::{Answer, Batch, Fates, Owner, Rows};
 use crate::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timestamp, postgres_timestamp};
 use crate::cursor::{CursorRow, Identity};
+use crate::failpoint;
 use crate::lane::ports::{CursorMove, Ledger, LedgerFailure, WriteTimes};
 use crate::record::{NextOffset, Offset, Partition};
 use crate::wire;
@@ -241,7 +242,9 @@ async fn write_in(
     )
     .await?;
     let copied = began.elapsed();
+    failpoint::hit("before_postgres_commit");
     session.client.batch_execute("COMMIT").await?;
+    failpoint::hit("after_postgres_commit");
     let times = WriteTimes {
         claim: claimed,
         copy: copied.saturating_sub(claimed),
