@@ -3,15 +3,12 @@
 
 mod audit;
 mod commands;
+mod crash;
 mod fuzz;
 mod generator;
 mod http;
 mod java;
 mod outcomes;
-mod crash;
-mod outages;
-mod protocol;
-mod rebalance;
 mod schema;
 mod servers;
 mod support;
