@@ -611,8 +611,8 @@ impl Audit {
     fn read_outputs(&mut self, arguments: &Arguments) -> Result<()> {
         let kafka = &arguments.kafka;
         for (topic, is_email) in [(&arguments.read_topic, false), (&arguments.email_topic, true)] {
-            // Events of an account come in the order of its records.
-            let mut latest: HashMap<i64, i64> = HashMap::new();
+            // Events of an account come in the order of its records; offsets compare within a partition.
+            let mut latest: HashMap<(i64, i32), i64> = HashMap::new();
             read_topic(kafka, topic, |message| {
                 self.sample(if is_email { "an e-mail event" } else { "a read event" }, message);
                 let Some((partition, offset)) = self.source(topic, message) else { return };
@@ -631,7 +631,7 @@ impl Audit {
                         "{topic}: the event of {partition}/{offset} does not say what its record does"
                     ));
                 }
-                if latest.insert(cust_id, offset).is_some_and(|earlier| earlier >= offset) {
+                if latest.insert((cust_id, partition), offset).is_some_and(|earlier| earlier >= offset) {
                     self.wrong(format!(
                         "{topic}: the event of {partition}/{offset} comes after a later one's"
                     ));

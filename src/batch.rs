@@ -477,3 +477,6 @@ fn against_owner(place: &Place, candidate: &Candidate, owner: &Owner) -> Fate {
         Fate::DeadLetter(Reason::MessageIdConflict)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,6 +4,8 @@
 //! Formats: PostgreSQL manual, "COPY", section "Binary Format"; `numeric_send`, `array_send` and
 //! `timestamptz_send` in the server's sources.
 
+use std::fmt;
+
 use bytes::{BufMut, BytesMut};
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 
@@ -116,10 +118,18 @@ impl<'b> RowWriter<'b> {
 }
 
 /// A one-dimensional array parameter whose elements are written as they are produced.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct ArrayParam {
     elements: Vec<u8>,
     len: i32,
+}
+
+/// Without the elements: tokio-postgres writes the parameters of every statement to the log at level
+/// debug, and these are of payments.
+impl fmt::Debug for ArrayParam {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ArrayParam({} elements)", self.len)
+    }
 }
 
 impl ArrayParam {

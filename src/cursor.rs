@@ -370,3 +370,6 @@ fn rows_only(known: &Known) -> Result<(NextOffset, NextOffset, NextOffset), Doub
     let applied = known.row.as_ref().map_or(known.bounds.start, |r| r.applied);
     Ok((applied, applied, applied))
 }
+
+#[cfg(test)]
+mod tests;

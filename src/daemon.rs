@@ -602,7 +602,7 @@ async fn catch_up(
         let assigned = board.partitions();
         targets.retain(|partition, target| {
             let published = assigned.get(partition).and_then(|status| status.published);
-            !published.is_some_and(|published| published >= *target)
+            published.is_none_or(|published| published < *target)
         });
         let foreign: Vec<Partition> = targets.keys().filter(|p| !assigned.contains_key(p)).copied().collect();
         if !foreign.is_empty() && Instant::now() >= foreign_at {

@@ -58,12 +58,14 @@ pub fn class_of_sqlstate(code: &str) -> FailureClass {
     }
 }
 
+/// The classes of SQLSTATE that metrics tell apart.
+pub const SQLSTATE_CLASSES: [&str; 14] =
+    ["08", "0A", "22", "23", "25", "28", "3D", "40", "42", "53", "54", "55", "57", "58"];
+
 /// How a class of SQLSTATE is called in metrics: its first two characters, from a bounded set.
 pub fn sqlstate_label(code: &str) -> &'static str {
-    const KNOWN: [&str; 14] =
-        ["08", "0A", "22", "23", "25", "28", "3D", "40", "42", "53", "54", "55", "57", "58"];
     let class = code.get(..2).unwrap_or_default();
-    KNOWN.into_iter().find(|k| *k == class).unwrap_or(if code == SQLSTATE_CURSOR_MOVED {
+    SQLSTATE_CLASSES.into_iter().find(|k| *k == class).unwrap_or(if code == SQLSTATE_CURSOR_MOVED {
         "cursor"
     } else {
         "other"

@@ -8,7 +8,7 @@ use metrics::{
 };
 
 use crate::batch::{Batch, Fates};
-use crate::disposition::{Fate, sqlstate_label};
+use crate::disposition::{Fate, SQLSTATE_CLASSES, sqlstate_label};
 use crate::lane::ports::WriteTimes;
 use crate::publication::{OutputCounts, OutputTopic};
 use crate::record::TimestampMs;
@@ -101,6 +101,21 @@ pub fn describe() {
         "Age of the last written record of a partition with lag; 0 when caught up"
     );
     describe_gauge!("payment_writer_build_info", "1, with the version as label");
+    begin_at_zero();
+}
+
+/// Makes the counters that count rare events: one that first appears at 1 looks, to Prometheus, as if it
+/// had never moved.
+fn begin_at_zero() {
+    for class in SQLSTATE_CLASSES.into_iter().chain(["cursor", "other", "connection"]) {
+        counter!("payment_writer_database_errors_total", "sqlstate_class" => class).increment(0);
+    }
+    for reason in Reason::ALL {
+        counter!("payment_writer_dead_letters_total", "reason" => reason.as_str()).increment(0);
+    }
+    for kind in ["assigned", "revoked", "lost"] {
+        counter!("payment_writer_rebalances_total", "kind" => kind).increment(0);
+    }
 }
 
 /// The handles of one lane.

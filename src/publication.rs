@@ -318,3 +318,6 @@ fn dead_letter<E>(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use rand::RngExt;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use tokio::time::Instant;
 
 use crate::disposition::FailureClass;
@@ -28,12 +29,19 @@ pub struct Breaker {
     down: Option<Down>,
     failures: u32,
     due_at: Instant,
+    jitter: ChaCha8Rng,
 }
 
 impl Breaker {
     /// A dependency that is believed to answer.
     pub fn new(name: &'static str, lane: usize) -> Self {
-        Self { name, lane, down: None, failures: 0, due_at: Instant::now() }
+        let jitter = ChaCha8Rng::seed_from_u64(rand::random());
+        Self { name, lane, down: None, failures: 0, due_at: Instant::now(), jitter }
+    }
+
+    /// Jitter that a test can repeat.
+    pub fn seed(&mut self, seed: u64) {
+        self.jitter = ChaCha8Rng::seed_from_u64(seed);
     }
 
     /// Whether it may be tried again.
@@ -100,7 +108,7 @@ impl Breaker {
         let exponent = self.failures.min(16) - 1;
         let full = BACKOFF_MIN.saturating_mul(1 << exponent).min(longest);
         // Half fixed, half random: instances that lost the same server do not come back as one.
-        let jitter = rand::rng().random_range(0.5..=1.0);
+        let jitter = self.jitter.random_range(0.5..=1.0);
         self.due_at = Instant::now() + full.mul_f64(jitter);
     }
 }

@@ -35,6 +35,8 @@ use crate::wire::Rules;
 const IDLE_TICK: Duration = Duration::from_millis(200);
 /// A quiet lane copies the group's offsets into the database after this time.
 const IDLE_COPY_AFTER: Duration = Duration::from_secs(1);
+/// A lane that had nothing to ask the database for compares the cursors after this time.
+const IDLE_COMPARE_AFTER: Duration = Duration::from_secs(5);
 /// What is in flight when partitions are revoked may take this long to finish.
 const REVOKE_GRACE: Duration = Duration::from_secs(8);
 /// Written batches that wait for their Kafka transaction.
@@ -111,6 +113,8 @@ pub struct Lane<L: Log, D: Ledger> {
     database: Breaker,
     broker: Breaker,
     wrote_at: Instant,
+    /// When the cursors were last known to be where this lane left them.
+    compared_at: Instant,
     is_draining: bool,
     board: Arc<Board>,
     metrics: LaneMetrics,
@@ -143,10 +147,18 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             database: Breaker::new("database", index),
             broker: Breaker::new("broker", index),
             wrote_at: Instant::now(),
+            compared_at: Instant::now(),
             is_draining: false,
             board,
             metrics: LaneMetrics::new(index),
         }
+    }
+
+    /// The same lane with a jitter that a test can repeat.
+    pub fn with_jitter(mut self, seed: u64) -> Self {
+        self.database.seed(seed);
+        self.broker.seed(seed ^ u64::MAX);
+        self
     }
 
     /// Runs until it is drained, or a doubt about identity stops it.
@@ -216,6 +228,10 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
         if self.pending.is_empty() && self.writing.is_none() {
             self.intake.forget(partitions);
+            if self.intake.is_empty() {
+                // Or the lane would go on to wait, in vain and without a pause, for what is overdue.
+                self.intake_since = None;
+            }
         } else {
             // A batch spans partitions: dropping it for one must not let the next commit past it for
             // another.
@@ -604,6 +620,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         };
         self.database_up();
         self.wrote_at = Instant::now();
+        self.compared_at = self.wrote_at;
         self.metrics.write_times(&times);
         let Some(batch) = self.writing.take() else { return Ok(()) };
         for moved in moves {
@@ -674,7 +691,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }));
     }
 
-    /// Compares the cursors in a new session with what this lane believes. True: go on writing.
+    /// Compares the cursors with what this lane believes, as in each new session. True: go on writing.
     async fn check_session(&mut self) -> Result<bool, IdentityDoubt> {
         let live: Vec<Partition> =
             self.slots.iter().filter(|(_, s)| matches!(s, Slot::Live(_))).map(|(p, _)| *p).collect();
@@ -685,18 +702,24 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 return Ok(false);
             }
         };
-        let Some(batch) = &mut self.writing else { return Ok(true) };
-        let planned: BTreeMap<Partition, NextOffset> = batch
-            .progress()
+        self.database_up();
+        self.compared_at = Instant::now();
+        let planned: BTreeMap<Partition, NextOffset> = self
+            .writing
             .iter()
+            .flat_map(|batch| batch.progress())
             .filter(|p| p.applied() != p.seen)
             .map(|p| (p.partition, p.applied()))
             .collect();
         let (mut as_seen, mut as_planned) = (true, !planned.is_empty());
         for (partition, row) in &rows {
             let found = row.as_ref().map(|r| r.applied);
-            let expected = match self.slots.get(partition) {
-                Some(Slot::Live(live)) => Some(live.applied),
+            let expected = match self.slots.get_mut(partition) {
+                Some(Slot::Live(live)) => {
+                    // An older copy of K is none to go back to, but one to renew.
+                    live.stored = row.as_ref().and_then(|r| r.published);
+                    Some(live.applied)
+                }
                 _ => None,
             };
             as_seen &= found == expected;
@@ -704,7 +727,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
         if as_planned && !as_seen {
             // The reply to COMMIT was lost. Ownership tells the fates; nothing is written again.
-            batch.was_committed();
+            if let Some(batch) = &mut self.writing {
+                batch.was_committed();
+            }
             for (partition, next) in planned {
                 if let Some(Slot::Live(live)) = self.slots.get_mut(&partition) {
                     live.applied = next;
@@ -728,6 +753,15 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         let is_time = self.wrote_at.elapsed() >= IDLE_COPY_AFTER && self.database.is_due();
         if !is_time || self.writing.is_some() || !self.pending.is_empty() {
             return Ok(());
+        }
+        let is_live = self.slots.values().any(|slot| matches!(slot, Slot::Live(_)));
+        if is_live && self.compared_at.elapsed() >= IDLE_COMPARE_AFTER {
+            // A restore breaks sessions, but a lane that asks for nothing does not hear of it; without
+            // this the lost rows would come again only with the next record.
+            self.compared_at = Instant::now();
+            if !self.check_session().await? {
+                return Ok(());
+            }
         }
         self.copy_positions().await
     }

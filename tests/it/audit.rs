@@ -18,7 +18,7 @@ fn payment_id(message_id: &str) -> String {
     uuid::Uuid::from_u128(u128::from_str_radix(&digits, 2).unwrap()).to_string()
 }
 
-fn audit(scope: &Scope<'_>) -> Finished {
+pub fn audit(scope: &Scope<'_>) -> Finished {
     let output = Command::new(env!("CARGO_BIN_EXE_audit"))
         .args(["--kafka", scope.servers.bootstrap_servers(), "--postgres-url", &scope.postgres_url()])
         .args(["--input-topic", &scope.input_topic, "--dead-letter-topic", &scope.dead_letter_topic])

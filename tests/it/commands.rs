@@ -1,259 +1,287 @@
-//! The commands around the daemon, as a person types them.
+//! What a person at a terminal, or a script, gets from each command.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::process::{Command, Stdio};
 
-use payment_writer::record::{Offset, Partition, SourceBatch, TimestampMs};
-use payment_writer::wire::{self, Rules};
-use rdkafka::admin::{AdminOptions, ResourceSpecifier};
+use serde_json::Value;
 
-use crate::support::{Received, Scope, Servers, block_on, wait_until};
+use crate::support::{AT_MS, Finished, Message, Payment, Scope, Servers, uuid_v4, wait_until};
 
-const BAD_REASONS: &str = "empty_value,too_large,unsupported_schema_version,malformed_json,missing_field,\
-                           invalid_field,key_mismatch,invalid_timestamp,stale_message_id";
-
-fn report(path: &Path) -> serde_json::Value {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-fn partitions(scope: &Scope<'_>, topic: &str) -> usize {
-    let metadata = scope.admin().inner().fetch_metadata(Some(topic), crate::support::DEADLINE).unwrap();
-    metadata.topics()[0].partitions().len()
-}
-
-/// What the daemon would make of a record by itself: its message id and payload hash, or the reason.
-fn outcome(record: &Received) -> Result<(String, i64), String> {
-    let mut batch = SourceBatch::new();
-    let headers = record.headers.iter().map(|(name, value)| (name.as_bytes(), value.as_deref()));
-    batch.push(
-        Partition(record.partition),
-        Offset(record.offset),
-        record.timestamp_ms.map(TimestampMs),
-        record.key.as_deref(),
-        record.value.as_deref(),
-        headers,
-    );
-    match wire::parse(&batch.get(0).unwrap(), &Rules::default()) {
-        Ok(payment) => Ok((payment.message_id.to_string(), payment.payload_hash())),
-        Err(refusal) => Err(refusal.reason.to_string()),
+/// Runs the program without any server, with nothing but these settings.
+fn offline(arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_payment-writer"))
+        .args(arguments)
+        .envs(settings.iter().copied())
+        .current_dir(folder.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    Finished {
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
 }
 
 #[test]
-fn topics_are_created_once_however_many_create_them_at_once() {
-    let scope = Scope::new(Servers::shared(), "topics");
+fn wrong_usage_ends_with_exit_code_2_and_says_what_was_meant() {
+    for (arguments, words) in [
+        (vec![], "Usage"),
+        (vec!["rum"], "run"),
+        (vec!["run", "--until-cought-up"], "--until-caught-up"),
+        (vec!["topics", "create", "--partitions", "0"], "1..=10000"),
+        (vec!["cursors", "skip", "--partition", "1"], "--to"),
+        (vec!["cursors", "accept", "--partition", "1", "--published", "5", "--apply"], "--reason"),
+        (vec!["--config", "absent.toml", "check-config"], "absent.toml"),
+    ] {
+        let finished = offline(&arguments, &[]);
+        assert_eq!(finished.code, Some(2), "{arguments:?}: {finished:?}");
+        assert!(finished.stderr.contains(words), "{arguments:?} does not say {words}: {}", finished.stderr);
+    }
+}
+
+#[test]
+fn a_wrong_setting_ends_every_command_with_exit_code_2_and_its_name() {
+    for command in [vec!["check-config"], vec!["run"], vec!["migrate"], vec!["config", "show"]] {
+        for (name, value, words) in [
+            ("PAYMENT_WRITER__KAFKA__GRUOP_ID", "x", "PAYMENT_WRITER__KAFKA__GROUP_ID"),
+            ("PAYMENT_WRITER__BATCH__LINGER", "soon", "batch.linger"),
+            ("PAYMENT_WRITER__KAFKA__PROPERTIES__ISOLATION_LEVEL", "read_uncommitted", "isolation.level"),
+        ] {
+            let finished = offline(&command, &[(name, value)]);
+            assert_eq!(finished.code, Some(2), "{command:?} {name}: {finished:?}");
+            assert!(finished.stderr.contains(words), "{command:?} {name}: {}", finished.stderr);
+        }
+    }
+    // In a file, an unknown key names the nearest known one, too.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("settings.toml");
+    std::fs::write(&file, "[kafka]\ninput_topics = \"x\"\n").unwrap();
+    let finished = offline(&["--config", file.to_str().unwrap(), "check-config"], &[]);
+    assert_eq!(finished.code, Some(2));
+    assert!(
+        finished.stderr.contains("kafka.input_topics") && finished.stderr.contains("kafka.input_topic"),
+        "{}",
+        finished.stderr
+    );
+}
+
+#[test]
+fn help_and_version_end_with_exit_code_0() {
+    for arguments in
+        [vec!["--help"], vec!["--version"], vec!["run", "--help"], vec!["cursors", "skip", "--help"]]
+    {
+        let finished = offline(&arguments, &[]).succeeds();
+        assert!(!finished.stdout.is_empty());
+    }
+    assert!(offline(&["--version"], &[]).stdout.contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn check_config_needs_no_server_and_config_show_hides_secrets() {
+    // GIVEN settings with passwords, in a file and in the environment
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("settings.toml");
+    std::fs::write(
+        &file,
+        "[postgres]\nurl = \"postgresql://me:hush-one@nowhere.invalid/db?application_name=shown\"\n\
+         [kafka.properties]\n\"sasl.password\" = \"hush-two\"\n\"sasl.username\" = \"shown-too\"\n",
+    )
+    .unwrap();
+    let config = ["--config", file.to_str().unwrap()];
+    let settings = [
+        ("PAYMENT_WRITER__POSTGRES__HOUSEKEEPING_URL", "postgres://me:hush-three@nowhere.invalid/db"),
+        ("PAYMENT_WRITER__KAFKA__PROPERTIES__SSL_KEY_PASSWORD", "hush-four"),
+        ("PAYMENT_WRITER__KAFKA__GROUP_ID", "blue"),
+    ];
+
+    // WHEN they are checked and shown
+    let checked = offline(&[&config[..], &["check-config"]].concat(), &settings).succeeds();
+    let shown = offline(&[&config[..], &["config", "show"]].concat(), &settings).succeeds();
+    let json = offline(&[&config[..], &["config", "show", "--json"]].concat(), &settings).succeeds();
+
+    // THEN values are there with their origins, but no secret
+    for finished in [&checked, &shown, &json] {
+        assert!(!finished.stdout.contains("hush") && !finished.stderr.contains("hush"), "{finished:?}");
+    }
+    assert!(
+        shown.stdout.contains("shown-too") && shown.stdout.contains("nowhere.invalid"),
+        "{}",
+        shown.stdout
+    );
+    let entries: Vec<Value> = serde_json::from_str(&json.stdout).unwrap();
+    let entry = |key: &str| entries.iter().find(|e| e["key"] == key).unwrap_or_else(|| panic!("{key}"));
+    assert_eq!(entry("kafka.group_id")["value"], "blue");
+    assert!(entry("kafka.group_id")["origin"].to_string().contains("PAYMENT_WRITER__KAFKA__GROUP_ID"));
+    assert!(entry("postgres.url")["origin"].to_string().contains("settings.toml"));
+    assert!(entry("batch.linger")["origin"].to_string().contains("default"));
+}
+
+#[test]
+fn migrate_and_topics_create_may_be_repeated() {
+    // GIVEN nothing
+    let scope = Scope::new(Servers::shared(), "setup");
+    assert_eq!(scope.command(&["migrate", "status"]).succeeds().stdout.matches("applied").count(), 0);
+
+    // WHEN each is done twice
+    let first = scope.command(&["migrate"]).succeeds().stdout;
+    let second = scope.command(&["migrate"]).succeeds().stdout;
     let create = ["topics", "create", "--partitions", "6", "--output-partitions", "3"];
+    let created = scope.command(&create).succeeds().stdout;
+    let found = scope.command(&create).succeeds();
 
-    let printed: Vec<String> = std::thread::scope(|threads| {
-        let running: Vec<_> =
-            (0..4).map(|_| threads.spawn(|| scope.command(&create).succeeds().stdout)).collect();
-        running.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
-
-    let printed = printed.concat();
-    for (topic, count) in [
+    // THEN the second time finds it done
+    assert!(first.contains("applied") && second.contains("nothing to do"), "{first}{second}");
+    let status = scope.command(&["migrate", "status"]).succeeds().stdout;
+    assert!(status.contains("applied") && !status.contains("pending"), "{status}");
+    for (topic, partitions) in [
         (&scope.input_topic, 6),
         (&scope.read_topic, 3),
         (&scope.email_topic, 3),
         (&scope.dead_letter_topic, 3),
     ] {
-        let created = format!("{topic}: created, {count} partitions\n");
-        assert_eq!(printed.matches(&created).count(), 1, "{printed}");
-        assert_eq!(partitions(&scope, topic), count);
+        assert!(created.contains(&format!("{topic}: created, {partitions} partitions")), "{created}");
+        assert!(
+            found.stdout.contains(&format!("{topic}: already there, {partitions} partitions")),
+            "{found:?}"
+        );
     }
-    assert_eq!(printed.matches("already there").count(), 12, "{printed}");
+    assert_eq!(found.stderr, "", "a second time warns of nothing");
+    // AND what was made is what the daemon needs
+    scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
+    scope.drain();
+    assert_eq!(scope.count("payment_core"), 1);
 }
 
 #[test]
-fn dead_letters_are_kept_for_ever_and_may_be_large() {
-    let scope = Scope::new(Servers::shared(), "dlq_retention");
-    scope.command(&["topics", "create", "--partitions", "1", "--output-partitions", "1"]).succeeds();
-    let topic = ResourceSpecifier::Topic(&scope.dead_letter_topic);
-
-    let described = block_on(scope.admin().describe_configs([&topic], &AdminOptions::new())).unwrap();
-
-    let config = described[0].as_ref().unwrap();
-    for (name, value) in [
-        ("retention.ms", "-1"),
-        ("retention.bytes", "-1"),
-        ("max.message.bytes", "2097152"),
-        ("cleanup.policy", "delete"),
-    ] {
-        assert_eq!(config.get(name).unwrap().value.as_deref(), Some(value), "{name}");
+fn a_command_that_meets_no_server_fails_with_exit_code_1() {
+    // A port that nobody listens on.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let url = format!("postgresql://nobody:hush@127.0.0.1:{port}/none");
+    let settings = [("PAYMENT_WRITER__POSTGRES__URL", url.as_str())];
+    for command in [vec!["migrate"], vec!["migrate", "status"]] {
+        let finished = offline(&command, &settings);
+        assert_eq!(finished.code, Some(1), "{command:?}: {finished:?}");
+        assert!(finished.stderr.starts_with("error: ") && !finished.stderr.contains("hush"), "{finished:?}");
     }
 }
 
 #[test]
-fn topics_that_are_there_with_other_numbers_are_left_alone_with_a_warning() {
-    let scope = Scope::new(Servers::shared(), "topics_there");
-    scope.create_topics(2, 1);
+fn until_caught_up_stops_at_the_ends_seen_at_the_start() {
+    // GIVEN records on some partitions, others empty
+    let scope = Scope::ready("caught_up", 5, 1);
+    scope.produce(&scope.input_topic, (0..100).map(|i| Payment::new(uuid_v4(i), 31).message().partition(1)));
+    scope.produce(&scope.input_topic, [Message::new("31", "{}").partition(3)]);
 
-    let again =
-        scope.command(&["topics", "create", "--partitions", "5", "--output-partitions", "1"]).succeeds();
+    // WHEN it runs, twice
+    let daemon = scope.drain();
+    assert_eq!(scope.count("payment_core"), 100);
+    scope.drain();
 
-    assert!(again.stdout.contains(&format!("{}: already there, 2 partitions", scope.input_topic)));
-    assert!(
-        again.stderr.contains(&format!("{} has 2 partitions, not 5", scope.input_topic)),
-        "{}",
-        again.stderr
-    );
-    assert!(
-        again.stderr.contains(&format!("{} has max.message.bytes=", scope.dead_letter_topic)),
-        "{}",
-        again.stderr
-    );
-    assert!(!again.stderr.contains(&format!("{} has", scope.read_topic)), "{}", again.stderr);
+    // THEN all is settled and nothing was done again; each run ended with exit code 0
+    assert_eq!(scope.count("payment_core"), 100);
+    assert_eq!(scope.read_all(&scope.read_topic).len(), 100);
+    assert_eq!(scope.read_all(&scope.dead_letter_topic).len(), 1);
+    assert_eq!(scope.committed(1).unwrap().0, 100);
+    assert_eq!(scope.committed(3).unwrap().0, 1);
+    assert!(daemon.log().contains("written=100 duplicates=0 dead_letters=1"), "{}", daemon.log());
 }
 
 #[test]
-fn topics_that_cannot_be_created_are_named_with_the_reason() {
-    let scope = Scope::new(Servers::shared(), "topics_refused");
-    let refused = scope.command(&["topics", "create", "--replication-factor", "7"]);
-    assert_eq!(refused.code, Some(1));
-    assert!(refused.stderr.contains(&scope.email_topic), "{}", refused.stderr);
-    assert!(refused.stderr.contains("replication factor"), "{}", refused.stderr);
-}
+fn sigterm_and_sigint_drain_and_end_with_exit_code_0() {
+    for signal in ["TERM", "INT"] {
+        // GIVEN a daemon in the middle of a stream of records
+        let scope = Scope::ready("drain", 3, 2);
+        let mut daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__BATCH__MAX_PAYMENTS", "50")]);
+        let sent = 6_000;
+        scope.produce(
+            &scope.input_topic,
+            (0..sent).map(|i| Payment::new(uuid_v4(i), (i % 40) as i64).message()),
+        );
+        wait_until("it is in the middle", || scope.count("payment_core") > 0);
 
-#[test]
-fn produce_sends_what_its_report_says() {
-    let scope = Scope::new(Servers::shared(), "produce");
-    scope.create_topics(8, 1);
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("report.json");
-    let shares = ["--duplicates", "0.1", "--conflicts", "0.05", "--bad", "0.1", "--bad-reasons", BAD_REASONS];
-    let sending = ["produce", "--count", "5000", "--seed", "7", "--report", path.to_str().unwrap()];
+        // WHEN it is told to stop
+        daemon.signal(signal);
+        let status = daemon.wait();
 
-    let printed = scope.command(&[sending.as_slice(), &shares].concat()).succeeds().stdout;
-
-    let report = report(&path);
-    assert!(printed.contains("sent 5000 records"), "{printed}");
-    let records = scope.read_all(&scope.input_topic);
-    assert_eq!(records.len(), 5_000);
-    let (mut payments, mut bad) = (BTreeMap::new(), BTreeMap::<String, u64>::new());
-    let (mut duplicates, mut conflicts) = (0, 0);
-    // By partition and offset: a repeat must follow its payment there.
-    for record in &records {
-        match outcome(record) {
-            Err(reason) => *bad.entry(reason).or_default() += 1,
-            Ok((id, hash)) => match payments.get(&id) {
-                None => drop(payments.insert(id, hash)),
-                Some(first) if *first == hash => duplicates += 1,
-                Some(_) => conflicts += 1,
-            },
+        // THEN it has published and committed all that it wrote, and noted it
+        assert_eq!(status.code(), Some(0), "SIG{signal}: {}", daemon.log());
+        assert!(daemon.log().contains("draining"));
+        let written = scope.count("payment_core");
+        assert_eq!(scope.read_all(&scope.read_topic).len() as i64, written);
+        let cursors = scope.sql(
+            "SELECT partition, applied, published FROM payment_writer.source_cursor ORDER BY partition",
+            &[],
+        );
+        let mut sum = 0;
+        for row in &cursors {
+            let (partition, applied, published): (i32, i64, Option<i64>) =
+                (row.get(0), row.get(1), row.get(2));
+            assert_eq!(published, Some(applied), "partition {partition}");
+            assert_eq!(
+                scope.committed(partition).map(|(offset, _)| offset),
+                Some(applied),
+                "partition {partition}"
+            );
+            sum += applied;
         }
-    }
-    assert_eq!(report["payments"], payments.len());
-    assert_eq!(report["duplicates"], duplicates);
-    assert_eq!(report["conflicts"], conflicts);
-    assert_eq!(report["bad_by_reason"], serde_json::to_value(&bad).unwrap());
-    assert_eq!(bad.len(), BAD_REASONS.split(',').count());
-    assert_eq!((&report["undelivered"], &report["interrupted"]), (&0.into(), &false.into()));
-    assert!(records.iter().any(|r| r.has_header("correlation-id") && r.has_header("traceparent")));
-}
+        assert_eq!(sum, written);
 
-#[test]
-fn the_daemon_makes_of_the_generators_records_what_the_report_expects() {
-    let scope = Scope::new(Servers::shared(), "produce_run");
-    scope.create_topics(4, 2);
-    scope.command(&["migrate"]).succeeds();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("report.json");
-    let shares =
-        ["--duplicates", "0.1", "--conflicts", "0.02", "--bad", "0.05", "--bad-reasons", BAD_REASONS];
-    for (ids, seed) in [("v4", "1"), ("v7", "2"), ("ulid", "3")] {
-        let sending =
-            ["produce", "--count", "3000", "--ids", ids, "--seed", seed, "--report", path.to_str().unwrap()];
-        let before = scope.count("payment_core");
-        let (reads, emails, letters) = outputs(&scope);
-        scope.command(&[sending.as_slice(), &shares].concat()).succeeds();
-
-        scope.command(&["run", "--until-caught-up"]).succeeds();
-
-        let expected = &report(&path)["expected"];
-        assert_eq!(expected["written"], scope.count("payment_core") - before, "{ids}");
-        let (reads_now, emails_now, letters_now) = outputs(&scope);
-        assert_eq!(expected["read_events"], reads_now - reads, "{ids}");
-        assert_eq!(expected["email_events"], emails_now - emails, "{ids}");
-        let new: BTreeMap<&String, u64> = letters_now
-            .iter()
-            .map(|(reason, count)| (reason, count - letters.get(reason).copied().unwrap_or_default()))
-            .collect();
-        assert_eq!(expected["dead_letters_by_reason"], serde_json::to_value(new).unwrap(), "{ids}");
+        // AND the next one goes on where it stopped
+        scope.drain();
+        assert_eq!(scope.count("payment_core"), sent as i64);
+        assert_eq!(scope.read_all(&scope.read_topic).len(), sent as usize);
     }
 }
 
-type Outputs = (usize, usize, BTreeMap<String, u64>);
+#[test]
+fn cursors_show_tells_what_is_written_published_and_committed() {
+    // GIVEN two partitions, one drained and then sent more, one never used
+    let scope = Scope::ready("cursors_show", 2, 1);
+    scope.produce(&scope.input_topic, (0..5).map(|i| Payment::new(uuid_v4(i), 31).message().partition(0)));
+    scope.drain();
+    scope.produce(&scope.input_topic, [Message::new("31", "{}").timestamp_ms(AT_MS).partition(0)]);
 
-fn outputs(scope: &Scope<'_>) -> Outputs {
-    let mut letters = BTreeMap::new();
-    for letter in scope.read_all(&scope.dead_letter_topic) {
-        *letters.entry(letter.header("dlq-reason").to_owned()).or_default() += 1;
+    // WHEN they are shown
+    let table = scope.command(&["cursors", "show"]).succeeds().stdout;
+    let json = scope.command(&["cursors", "show", "--json"]).succeeds().stdout;
+
+    // THEN both ways say the same
+    let partitions: Vec<Value> = serde_json::from_str(&json).unwrap();
+    assert_eq!(partitions.len(), 2);
+    let first = &partitions[0];
+    for (field, expected) in [
+        ("partition", 0),
+        ("applied", 5),
+        ("published", 5),
+        ("committed", 5),
+        ("log_start", 0),
+        ("log_end", 6),
+        ("lag_records", 1),
+    ] {
+        assert_eq!(first[field], expected, "{field}: {first}");
     }
-    (scope.read_all(&scope.read_topic).len(), scope.read_all(&scope.email_topic).len(), letters)
+    assert_eq!(first["state"], "fine");
+    assert_eq!(partitions[1]["log_end"], 0);
+    assert_eq!(partitions[1]["lag_records"], 0);
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0][..4], ["partition", "applied", "published", "committed"]);
+    assert_eq!(lines[1], ["0", "5", "5", "5", "ours", "0", "6", "1", "fine"]);
 }
 
 #[test]
-fn the_same_seed_sends_the_same_payments_again() {
-    let scope = Scope::new(Servers::shared(), "produce_seed");
-    scope.create_topics(4, 1);
-    for _ in 0..2 {
-        scope.command(&["produce", "--count", "500", "--seed", "9"]).succeeds();
-    }
-    let mut seen = BTreeMap::<_, usize>::new();
-    for record in scope.read_all(&scope.input_topic) {
-        *seen.entry((record.key, record.value)).or_default() += 1;
-    }
-    assert_eq!(seen.len(), 500);
-    assert!(seen.values().all(|times| *times == 2));
-}
+fn a_daemon_of_another_group_is_refused_with_exit_code_3() {
+    // GIVEN a database that one group writes to
+    let scope = Scope::ready("other_group", 1, 1);
+    scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
+    scope.drain();
 
-#[test]
-fn an_interrupted_produce_reports_exactly_what_it_sent() {
-    let scope = Scope::new(Servers::shared(), "produce_stop");
-    scope.create_topics(2, 1);
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("report.json");
-    let mut producing = scope.daemon(&["produce", "--rate", "700", "--report", path.to_str().unwrap()]);
-    wait_until("something was sent", || scope.read_all(&scope.input_topic).len() > 100);
+    // WHEN another group wants to
+    let other = format!("{}-other", scope.group_id);
+    let mut daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__KAFKA__GROUP_ID", &other)]);
 
-    producing.signal("INT");
-
-    assert_eq!(producing.wait().code(), Some(0), "{}", producing.log());
-    let report = report(&path);
-    assert_eq!(report["interrupted"], true);
-    assert_eq!(report["records"], scope.read_all(&scope.input_topic).len());
-}
-
-#[test]
-fn produce_does_not_make_the_topic_that_is_missing() {
-    let scope = Scope::new(Servers::shared(), "produce_missing");
-    let refused = scope.command(&["produce", "--count", "1"]);
-    assert_eq!(refused.code, Some(1));
-    assert!(refused.stderr.contains("topics create"), "{}", refused.stderr);
-    let metadata = scope.admin().inner().fetch_metadata(None, crate::support::DEADLINE).unwrap();
-    assert!(metadata.topics().iter().all(|topic| topic.name() != scope.input_topic));
-}
-
-#[test]
-fn wrong_settings_end_every_command_with_2_and_all_problems_at_once() {
-    let scope = Scope::new(Servers::shared(), "settings");
-    let wrong = [("PAYMENT_WRITER__LANES", "0"), ("PAYMENT_WRITER__KAFKA__GROUPID", "x")];
-    for command in [&["check-config"][..], &["config", "show"], &["run"], &["produce", "--count", "1"]] {
-        let refused = scope.command_with(command, &wrong);
-        assert_eq!(refused.code, Some(2), "{command:?}");
-        assert!(refused.stderr.contains("lanes = \"0\""), "{}", refused.stderr);
-        assert!(refused.stderr.contains("nearest known one is PAYMENT_WRITER__KAFKA__GROUP_ID"));
-    }
-    assert_eq!(scope.command(&["check-config"]).code, Some(0));
-}
-
-#[test]
-fn shown_settings_name_their_origin_and_hide_passwords() {
-    let scope = Scope::new(Servers::shared(), "show");
-    let url = "postgresql://writer:hunter2@db/payments";
-    let shown =
-        scope.command_with(&["config", "show"], &[("PAYMENT_WRITER__POSTGRES__URL", url)]).succeeds().stdout;
-    assert!(!shown.contains("hunter2"), "{shown}");
-    let line = shown.lines().find(|line| line.starts_with("postgres.url")).unwrap();
-    assert!(line.ends_with("environment PAYMENT_WRITER__POSTGRES__URL"), "{line}");
+    // THEN it stops, and says what to check
+    assert_eq!(daemon.wait().code(), Some(3), "{}", daemon.log());
+    assert!(daemon.log().contains(&scope.group_id), "{}", daemon.log());
+    assert_eq!(scope.read_all(&scope.read_topic).len(), 1);
 }

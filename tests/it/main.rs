@@ -4,9 +4,11 @@
 mod audit;
 mod commands;
 mod crash;
-mod outages;
-mod protocol;
-mod rebalance;
+mod fuzz;
+mod generator;
+mod http;
+mod java;
+mod outcomes;
 mod schema;
 mod servers;
 mod support;

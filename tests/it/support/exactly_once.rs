@@ -109,7 +109,7 @@ impl<'s> Check<'s> {
         let email = by_source(scope, &scope.email_topic, &topic_id);
         let dead = by_source(scope, &scope.dead_letter_topic, &topic_id);
         let places = rows.keys().chain(read.keys()).chain(email.keys()).chain(dead.keys());
-        for place in places.filter(|place| !inputs.contains_key(place)) {
+        if let Some(place) = places.into_iter().find(|place| !inputs.contains_key(place)) {
             panic!("an outcome of a record that was never sent: {place:?}");
         }
 

@@ -112,8 +112,12 @@ impl Scope<'_> {
 
     /// Sends records and waits for all of them; returns partition and offset of each.
     pub fn produce(&self, topic: &str, messages: impl IntoIterator<Item = Message>) -> Vec<(i32, i64)> {
-        let producer: BaseProducer<Deliveries> =
-            self.client_config().create_with_context(Deliveries::default()).unwrap();
+        let producer: BaseProducer<Deliveries> = self
+            .client_config()
+            // Larger than any topic takes: the limit under test is the topic's.
+            .set("message.max.bytes", "16000000")
+            .create_with_context(Deliveries::default())
+            .unwrap();
         send(&producer, topic, messages)
     }
 

@@ -19,6 +19,7 @@ mod exactly_once;
 mod kafka;
 mod load;
 mod member;
+mod payments;
 mod servers;
 
 use std::time::{Duration, Instant};
@@ -28,6 +29,7 @@ pub use exactly_once::{Check, Outcomes, PATIENCE};
 pub use kafka::{Message, Received};
 pub use load::{Flow, Load};
 pub use member::Member;
+pub use payments::{AT_ISO, AT_MS, Payment, payment_id, ulid, uuid_v4, uuid_v7};
 pub use servers::{Act, Scope, Servers, block_on};
 
 /// How long anything may take that is expected to happen. Generous: it is waited for in full only by a

@@ -222,7 +222,13 @@ impl<'s> Scope<'s> {
     }
 
     pub fn create_topic(&self, name: &str, partitions: i32) {
-        let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        self.create_topic_with(name, partitions, &[]);
+    }
+
+    /// As [`Scope::create_topic`], with settings of the topic.
+    pub fn create_topic_with(&self, name: &str, partitions: i32, settings: &[(&str, &str)]) {
+        let new = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        let topic = settings.iter().fold(new, |topic, (key, value)| topic.set(key, value));
         let results = block_on(self.admin().create_topics([&topic], &AdminOptions::new())).unwrap();
         for result in results {
             result.unwrap();

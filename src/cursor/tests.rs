@@ -1,0 +1,273 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const HERE: Identity = Identity { topic_id: Uuid::from_u128(1), database_id: Uuid::from_u128(2) };
+const ELSEWHERE: Uuid = Uuid::from_u128(9);
+const PUBLISHES: Mode = Mode { publishes: true, adopts_database: false };
+const ROWS_ONLY: Mode = Mode { publishes: false, adopts_database: false };
+
+fn marked(position: i64) -> Option<GroupOffset> {
+    let position = NextOffset(position);
+    Some(GroupOffset { position, metadata: Mark::new(&HERE, position).to_string() })
+}
+
+fn unmarked(position: i64) -> Option<GroupOffset> {
+    Some(GroupOffset { position: NextOffset(position), metadata: "by hand".to_owned() })
+}
+
+fn row(applied: i64, published: Option<i64>) -> Option<CursorRow> {
+    Some(CursorRow {
+        applied: NextOffset(applied),
+        published: published.map(NextOffset),
+        applied_timestamp: None,
+        settled: None,
+    })
+}
+
+fn known(group: Option<GroupOffset>, row: Option<CursorRow>, start: i64, end: i64) -> Known {
+    let bounds = LogBounds { start: NextOffset(start), end: NextOffset(end) };
+    Known { partition: Partition(3), group, row, bounds }
+}
+
+/// The log holds 2 to 100.
+fn decided(group: Option<GroupOffset>, row: Option<CursorRow>) -> Decision {
+    decide(&known(group, row, 2, 100), &HERE, &PUBLISHES)
+}
+
+fn go(from: i64, applied: i64, gate: i64, must_commit: bool, must_store: bool) -> Decision {
+    Decision::Go(Start {
+        from: NextOffset(from),
+        applied: NextOffset(applied),
+        gate: NextOffset(gate),
+        committed: NextOffset(gate),
+        must_commit,
+        must_store,
+    })
+}
+
+fn unproved(from: i64, to: i64) -> Decision {
+    Decision::Halt(Doubt::Unproved { from: NextOffset(from), to: NextOffset(to) })
+}
+
+fn moved_forward(committed: i64, applied: i64) -> Decision {
+    Decision::Halt(Doubt::MovedForward { committed: NextOffset(committed), applied: NextOffset(applied) })
+}
+
+#[test]
+fn a_partition_that_stands_still_is_taken_up_without_a_write() {
+    assert_eq!(decided(marked(7), row(7, Some(7))), go(7, 7, 7, false, false));
+}
+
+#[test]
+fn what_is_written_and_not_published_is_read_again() {
+    assert_eq!(decided(marked(5), row(9, Some(5))), go(5, 9, 5, false, false));
+    // The copy trails; it is brought up before the first batch.
+    assert_eq!(decided(marked(5), row(9, Some(4))), go(5, 9, 5, false, true));
+    assert_eq!(decided(marked(5), row(9, None)), go(5, 9, 5, false, true));
+}
+
+#[test]
+fn after_a_restore_rows_come_again_and_events_do_not() {
+    assert_eq!(decided(marked(9), row(5, Some(4))), go(5, 5, 9, false, true));
+}
+
+#[test]
+fn the_database_may_know_more_of_what_was_sent_than_the_group() {
+    assert_eq!(decided(marked(4), row(9, Some(6))), go(6, 9, 6, true, false));
+}
+
+#[test]
+fn an_empty_database_begins_at_the_start_of_the_log_and_sends_nothing_again() {
+    assert_eq!(decided(marked(50), None), go(2, 2, 50, false, true));
+    // The group stands at records that are gone: they were never published.
+    assert_eq!(
+        decided(marked(1), None),
+        Decision::Halt(Doubt::LogGap { needed: NextOffset(1), log_start: NextOffset(2) })
+    );
+}
+
+#[test]
+fn a_new_group_on_an_empty_database_begins_at_the_start_of_the_log() {
+    assert_eq!(decided(None, None), go(2, 2, 2, true, true));
+    assert_eq!(decided(unmarked(2), None), go(2, 2, 2, true, true));
+    assert_eq!(decided(unmarked(0), None), go(2, 2, 2, true, true));
+    assert_eq!(decided(unmarked(3), None), moved_forward(3, 2));
+}
+
+#[test]
+fn lost_group_offsets_are_taken_from_the_database_if_it_knows() {
+    for group in [None, unmarked(2), unmarked(7)] {
+        assert_eq!(decided(group.clone(), row(7, Some(7))), go(7, 7, 7, true, false));
+        // A restored database that has been told on assignment how far the group was.
+        assert_eq!(decided(group, row(7, Some(9))), go(7, 7, 9, true, false));
+    }
+}
+
+#[test]
+fn lost_group_offsets_that_nobody_knows_halt_the_partition() {
+    for group in [None, unmarked(2), unmarked(7)] {
+        assert_eq!(decided(group.clone(), row(7, Some(6))), unproved(6, 7));
+        assert_eq!(decided(group, row(7, None)), unproved(2, 7));
+    }
+}
+
+#[test]
+fn a_group_offset_moved_over_unwritten_records_halts_the_partition() {
+    for published in [None, Some(6), Some(7)] {
+        assert_eq!(decided(unmarked(8), row(7, published)), moved_forward(8, 7));
+    }
+}
+
+#[test]
+fn a_mark_that_speaks_of_another_offset_is_none() {
+    // Tools that move an offset keep the text.
+    let moved = |to| Some(GroupOffset { position: NextOffset(to), ..marked(7).unwrap() });
+    assert_eq!(decided(moved(3), row(7, Some(7))), go(7, 7, 7, true, false));
+    assert_eq!(decided(moved(3), row(7, Some(6))), unproved(6, 7));
+    assert_eq!(decided(moved(8), row(7, Some(7))), moved_forward(8, 7));
+}
+
+#[test]
+fn a_settled_partition_goes_on_where_the_person_said() {
+    let settled = |applied, published, at| {
+        row(applied, published).map(|row| CursorRow { settled: Some(NextOffset(at)), ..row })
+    };
+    for group in [None, unmarked(2), unmarked(50), marked(30)] {
+        assert_eq!(decided(group.clone(), settled(20, Some(10), 15)), go(15, 20, 15, true, true));
+        assert_eq!(decided(group, settled(20, None, 25)), go(20, 20, 25, true, true));
+    }
+    // The decision is taken out of the database even if it changes nothing else.
+    assert_eq!(decided(marked(20), settled(20, Some(20), 20)), go(20, 20, 20, false, true));
+}
+
+#[test]
+fn a_gap_in_the_log_halts_the_partition() {
+    let gap = |needed| Decision::Halt(Doubt::LogGap { needed: NextOffset(needed), log_start: NextOffset(2) });
+    assert_eq!(decided(marked(1), row(7, Some(1))), gap(1));
+    assert_eq!(decided(marked(7), row(1, Some(1))), gap(1));
+    assert_eq!(decided(None, row(1, Some(1))), gap(1));
+}
+
+#[test]
+fn a_cursor_beyond_the_end_halts_the_partition() {
+    let beyond =
+        |position| Decision::Halt(Doubt::BeyondEnd { position: NextOffset(position), end: NextOffset(100) });
+    assert_eq!(decided(marked(101), row(101, Some(101))), beyond(101));
+    assert_eq!(decided(marked(50), row(101, Some(50))), beyond(101));
+    assert_eq!(decided(marked(101), row(50, Some(50))), beyond(101));
+    assert_eq!(decided(marked(101), None), beyond(101));
+    assert_eq!(decided(marked(100), row(100, Some(100))), go(100, 100, 100, false, false));
+}
+
+#[test]
+fn another_topic_or_database_stops_the_daemon() {
+    let offset = |identity: &Identity| {
+        let position = NextOffset(7);
+        Some(GroupOffset { position, metadata: Mark::new(identity, position).to_string() })
+    };
+    let other_topic = Identity { topic_id: ELSEWHERE, ..HERE };
+    let other_database = Identity { database_id: ELSEWHERE, ..HERE };
+    let adopts = Mode { adopts_database: true, ..PUBLISHES };
+    for row in [None, row(7, Some(7))] {
+        assert_eq!(
+            decided(offset(&other_topic), row.clone()),
+            Decision::Stop(IdentityDoubt::OtherTopic { marked: ELSEWHERE, found: HERE.topic_id })
+        );
+        assert_eq!(
+            decided(offset(&other_database), row.clone()),
+            Decision::Stop(IdentityDoubt::OtherDatabase { marked: ELSEWHERE, found: HERE.database_id })
+        );
+        // Adopting forgives another database, never another topic.
+        let known = known(offset(&other_topic), row, 2, 100);
+        assert!(matches!(decide(&known, &HERE, &adopts), Decision::Stop(_)));
+    }
+    // The adopted database is marked as ours before anything else.
+    let known = known(offset(&other_database), None, 2, 100);
+    assert_eq!(decide(&known, &HERE, &adopts), go(2, 2, 7, true, true));
+}
+
+#[test]
+fn without_publishing_the_rows_alone_decide() {
+    let decided = |group, row| decide(&known(group, row, 2, 100), &HERE, &ROWS_ONLY);
+    assert_eq!(decided(None, None), go(2, 2, 2, true, true));
+    assert_eq!(decided(marked(7), row(7, None)), go(7, 7, 7, false, false));
+    for group in [None, unmarked(50), marked(5), marked(50)] {
+        assert_eq!(decided(group, row(7, None)), go(7, 7, 7, true, false));
+    }
+}
+
+#[test]
+fn a_mark_survives_its_text_and_nothing_else_is_one() {
+    let mark = Mark::new(&HERE, NextOffset(42));
+    let text = mark.to_string();
+    assert_eq!(Mark::parse(&text), Some(mark));
+    for other in ["", "42", &format!("{text} more"), &text.replace("pw1", "pw2"), &text.replace("42", "x")] {
+        assert_eq!(Mark::parse(other), None, "{other}");
+    }
+}
+
+fn some_known() -> impl Strategy<Value = Known> {
+    let position = 0_i64..12;
+    let group = prop_oneof![
+        Just(None),
+        position.clone().prop_map(unmarked),
+        position.clone().prop_map(marked),
+        (position.clone(), position.clone()).prop_map(|(at, text)| {
+            Some(GroupOffset { position: NextOffset(at), metadata: marked(text).unwrap().metadata })
+        }),
+    ];
+    let settled = prop_oneof![3 => Just(None), 1 => position.clone().prop_map(Some)];
+    let row = prop_oneof![
+        Just(None),
+        (position.clone(), proptest::option::of(position.clone()), settled)
+            .prop_map(|(a, p, s)| { row(a, p).map(|row| CursorRow { settled: s.map(NextOffset), ..row }) }),
+    ];
+    (group, row, position.clone(), position)
+        .prop_map(|(group, row, start, length)| known(group, row, start, start + length))
+}
+
+proptest! {
+    #[test]
+    fn no_decision_passes_over_a_record_in_silence(known in some_known(), publishes: bool) {
+        let mode = Mode { publishes, adopts_database: false };
+        let Decision::Go(start) = decide(&known, &HERE, &mode) else { return Ok(()) };
+        let bounds = known.bounds;
+        // All that is read is there, and nothing before it is missing.
+        prop_assert!(start.from >= bounds.start);
+        prop_assert!(start.from <= start.applied, "unwritten records are read");
+        prop_assert!(start.from <= start.gate, "unpublished records are read");
+        prop_assert!(start.applied.max(start.gate) <= bounds.end, "records to come are read");
+        // `applied` is the database's word and no other.
+        let applied = known.row.as_ref().map_or(bounds.start, |r| r.applied);
+        prop_assert_eq!(start.applied, applied);
+        prop_assert_eq!(start.committed, start.gate);
+        if !publishes {
+            return Ok(());
+        }
+        let settled = known.row.as_ref().and_then(|r| r.settled);
+        let published = known.row.as_ref().and_then(|r| r.published);
+        let proved = known.group.as_ref().filter(|g| g.mark().is_some()).map(|g| g.position);
+        match settled {
+            Some(settled) => prop_assert_eq!(start.gate, settled, "a person's word"),
+            None => {
+                // Nothing is held back without proof that it was sent, and nothing proved is sent again.
+                let sent = published.max(proved);
+                prop_assert_eq!(start.gate, sent.unwrap_or(bounds.start));
+                if proved.is_none() && let Some(row) = &known.row {
+                    prop_assert!(row.published >= Some(row.applied), "what was sent is known");
+                }
+                // An offset set by hand over unwritten records is never obeyed in silence.
+                let by_hand = known.group.as_ref().filter(|_| proved.is_none()).map(|g| g.position);
+                prop_assert!(by_hand.is_none_or(|k| k <= applied));
+            }
+        }
+        // What is decided is durable on both sides, or made so before the first batch.
+        let is_marked = proved == Some(start.gate);
+        prop_assert!(start.must_commit || is_marked);
+        let is_stored = known.row.as_ref().is_some_and(|r| {
+            r.applied == start.applied && r.published == Some(start.gate) && r.settled.is_none()
+        });
+        prop_assert!(start.must_store != is_stored);
+    }
+}

@@ -1,0 +1,270 @@
+use std::collections::HashMap;
+
+use super::*;
+use crate::batch::{Answer, Progress};
+use crate::record::{Offset, SourceBatch, TimestampMs};
+use crate::wire::Rules;
+
+const TOPIC_ID: Uuid = Uuid::from_u128(0x0a1b_2c3d_4e5f_6071_8293_a4b5_c6d7_e8f9);
+const NOW: TimestampMs = TimestampMs(1_767_225_600_123);
+
+/// What was sent: topic, value, headers.
+type Sent = (OutputTopic, Option<Vec<u8>>, Vec<(String, Option<String>)>);
+
+fn payment(n: u8, status: i32) -> Vec<u8> {
+    format!(
+        r#"{{"messageId":"0197b2a4-5f0e-4c3a-9d1e-2f4b8c6d7e{n:02x}","amount":1,"status":{status},"currency":"EUR","custId":7,"type":"BWI"}}"#
+    )
+    .into_bytes()
+}
+
+struct Input {
+    source: SourceBatch,
+    reached: HashMap<i32, i64>,
+}
+
+impl Input {
+    fn new() -> Self {
+        Self { source: SourceBatch::new(), reached: HashMap::new() }
+    }
+
+    fn push(mut self, partition: i32, offset: i64, value: &[u8], headers: &[(&str, Option<&[u8]>)]) -> Self {
+        let headers = headers.iter().map(|(name, value)| (name.as_bytes(), *value));
+        self.source.push(Partition(partition), Offset(offset), Some(NOW), Some(b"7"), Some(value), headers);
+        self.reached.insert(partition, Offset(offset).next().0);
+        self
+    }
+
+    /// A publication whose gate is `gate` in each partition of `spans`.
+    fn publication(self, spans: &[i32], gate: i64, emits: bool) -> Publication {
+        let progress = self.reached.iter().map(|(p, reached)| Progress {
+            partition: Partition(*p),
+            seen: NextOffset(0),
+            reached: NextOffset(*reached),
+            timestamp: None,
+        });
+        let batch = Batch::assemble(self.source, progress.collect(), &Rules::default());
+        let fates = batch.decide(&Answer::default());
+        let spans = spans
+            .iter()
+            .map(|p| Span {
+                partition: Partition(*p),
+                gate: NextOffset(gate),
+                commit: NextOffset(self.reached[p]),
+            })
+            .collect();
+        Publication::of_batch(batch, fates, spans, emits)
+    }
+}
+
+fn sent(publication: &Publication) -> (Vec<Sent>, OutputCounts) {
+    let mut all = Vec::new();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    let counts = publication
+        .for_each_output("payments", TOPIC_ID, |output| {
+            assert_eq!(output.key, Some(&b"7"[..]), "the record's own key");
+            let headers = output.headers.iter().map(|(name, value)| (text(name), value.map(text)));
+            all.push((output.topic, output.value.map(<[u8]>::to_vec), headers.collect()));
+            Ok::<(), ()>(())
+        })
+        .unwrap();
+    (all, counts)
+}
+
+fn header(name: &str, value: &str) -> (String, Option<String>) {
+    (name.to_owned(), Some(value.to_owned()))
+}
+
+#[test]
+fn a_success_has_two_events_and_any_other_payment_one() {
+    let input = Input::new().push(3, 10, &payment(1, 2), &[]).push(3, 11, &payment(2, 0), &[]);
+    let (all, counts) = sent(&input.publication(&[3], 0, true));
+    let topics: Vec<_> = all.iter().map(|(topic, ..)| *topic).collect();
+    assert_eq!(topics, [OutputTopic::Read, OutputTopic::Email, OutputTopic::Read]);
+    for ((_, _, headers), offset) in all.iter().zip([10, 10, 11]) {
+        assert_eq!(*headers, [header("source", &format!("0a1b2c3d/3/{offset}"))]);
+    }
+    assert_eq!(counts.by_topic, [2, 1, 0]);
+    assert_eq!(counts.by_reason.iter().sum::<u64>(), 0);
+}
+
+#[test]
+fn an_event_carries_the_records_trace_and_nothing_else_of_its_headers() {
+    let input = Input::new().push(
+        0,
+        4,
+        &payment(1, 0),
+        &[
+            ("traceparent", Some(b"00-ab")),
+            ("source", Some(b"brought along")),
+            ("schema-version", Some(b"1")),
+            ("correlation-id", None),
+            ("x", Some(b"y")),
+        ],
+    );
+    let (all, _) = sent(&input.publication(&[0], 0, true));
+    let wanted = [
+        header("traceparent", "00-ab"),
+        ("correlation-id".to_owned(), None),
+        header("source", "0a1b2c3d/0/4"),
+    ];
+    assert_eq!(all[0].2, wanted);
+}
+
+#[test]
+fn endless_trace_headers_do_not_outgrow_an_event() {
+    let long = vec![b'x'; TRACE_HEADER_BYTES_MAX + 1];
+    let mut headers = vec![("traceparent", Some(&long[..]))];
+    headers.extend(std::iter::repeat_n(("correlation-id", Some(&b"c"[..])), 1_000));
+    let (all, _) = sent(&Input::new().push(0, 4, &payment(1, 0), &headers).publication(&[0], 0, true));
+    let headers = &all[0].2;
+    assert!(headers.len() < 10 && headers.iter().all(|(name, _)| name != "traceparent"));
+    assert_eq!(headers.last(), Some(&header("source", "0a1b2c3d/0/4")));
+}
+
+#[test]
+fn a_dead_letter_is_the_record_itself_with_the_reason() {
+    let value = b"{not json";
+    let input = Input::new().push(
+        5,
+        77,
+        value,
+        &[
+            ("traceparent", Some(b"00-ab")),
+            ("dlq-reason", Some(b"of an earlier life")),
+            ("dlq-replays", Some(b"2")),
+            ("dlq-value-sha256", Some(b"00")),
+            ("source", Some(b"old")),
+            ("x", None),
+            ("x", Some(b"again")),
+        ],
+    );
+    let (all, counts) = sent(&input.publication(&[5], 0, true));
+    let (topic, sent_value, headers) = &all[0];
+    assert_eq!((*topic, sent_value.as_deref()), (OutputTopic::DeadLetter, Some(&value[..])));
+    let detail = headers.iter().find(|(name, _)| name == "dlq-detail").unwrap().1.clone().unwrap();
+    assert!(!detail.is_empty());
+    let wanted = [
+        header("traceparent", "00-ab"),
+        header("dlq-replays", "2"),
+        ("x".to_owned(), None),
+        header("x", "again"),
+        header("dlq-reason", "malformed_json"),
+        header("dlq-detail", &detail),
+        header("dlq-topic", "payments"),
+        header("dlq-partition", "5"),
+        header("dlq-offset", "77"),
+        header("dlq-timestamp", "1767225600123"),
+        header("source", "0a1b2c3d/5/77"),
+    ];
+    assert_eq!(*headers, wanted);
+    assert_eq!(counts.by_topic, [0, 0, 1]);
+    let place = Reason::ALL.iter().position(|r| *r == Reason::MalformedJson).unwrap();
+    assert_eq!(counts.by_reason[place], 1);
+}
+
+#[test]
+fn a_dead_letter_of_a_record_without_key_value_or_time_says_so() {
+    let mut source = SourceBatch::new();
+    source.push(Partition(0), Offset(0), None, None, None, []);
+    let progress = Progress {
+        partition: Partition(0),
+        seen: NextOffset(0),
+        reached: NextOffset(1),
+        timestamp: Some(None),
+    };
+    let batch = Batch::assemble(source, vec![progress], &Rules::default());
+    let fates = batch.decide(&Answer::default());
+    let span = Span { partition: Partition(0), gate: NextOffset(0), commit: NextOffset(1) };
+    let publication = Publication::of_batch(batch, fates, vec![span], true);
+    let mut seen = 0;
+    publication
+        .for_each_output("payments", TOPIC_ID, |output| {
+            assert_eq!((output.key, output.value), (None, None));
+            let value = |name: &[u8]| output.headers.iter().find(|(n, _)| *n == name).and_then(|(_, v)| *v);
+            assert_eq!(value(b"dlq-reason"), Some(&b"empty_value"[..]));
+            assert_eq!(value(b"dlq-timestamp"), Some(&b"-1"[..]));
+            assert_eq!(value(b"dlq-value-bytes"), None, "nothing was left out");
+            seen += 1;
+            Ok::<(), ()>(())
+        })
+        .unwrap();
+    assert_eq!(seen, 1);
+}
+
+#[test]
+fn a_huge_value_is_left_out_of_its_dead_letter_and_its_hash_stands_for_it() {
+    let largest = vec![b'x'; DEAD_LETTER_VALUE_BYTES_MAX];
+    let larger = vec![b'x'; DEAD_LETTER_VALUE_BYTES_MAX + 1];
+    let input = Input::new().push(0, 0, &largest, &[]).push(0, 1, &larger, &[]);
+    let (all, _) = sent(&input.publication(&[0], 0, true));
+    assert_eq!(all[0].1.as_deref(), Some(&largest[..]));
+    assert!(all[0].2.iter().all(|(name, _)| !name.starts_with("dlq-value")));
+    assert_eq!(all[1].1, None);
+    assert!(all[1].2.contains(&header("dlq-reason", "too_large")));
+    assert!(all[1].2.contains(&header("dlq-value-bytes", "524289")));
+    let mut hash = String::new();
+    for byte in Sha256::digest(&larger) {
+        write!(hash, "{byte:02x}").unwrap();
+    }
+    assert!(all[1].2.contains(&header("dlq-value-sha256", &hash)));
+}
+
+#[test]
+fn huge_headers_do_not_block_a_partition() {
+    let huge = vec![b'x'; OWN_HEADERS_BYTES_MAX];
+    let input = Input::new().push(0, 0, b"{", &[("x", Some(&huge))]);
+    let (all, _) = sent(&input.publication(&[0], 0, true));
+    let names: Vec<_> = all[0].2.iter().map(|(name, _)| name.as_str()).collect();
+    let ours =
+        ["dlq-reason", "dlq-detail", "dlq-topic", "dlq-partition", "dlq-offset", "dlq-timestamp", "source"];
+    assert_eq!(names, ours);
+}
+
+#[test]
+fn the_second_of_an_id_is_silent_or_a_conflict() {
+    let input = Input::new().push(0, 0, &payment(1, 0), &[]).push(0, 1, &payment(1, 0), &[]).push(
+        0,
+        2,
+        &payment(1, 2),
+        &[],
+    );
+    let (all, counts) = sent(&input.publication(&[0], 0, true));
+    assert_eq!(counts.by_topic, [1, 0, 1]);
+    assert!(all[1].2.contains(&header("dlq-reason", "message_id_conflict")));
+    assert!(all[1].2.contains(&header("source", "0a1b2c3d/0/2")));
+}
+
+#[test]
+fn below_the_gate_nothing_is_sent() {
+    let input = || {
+        Input::new().push(0, 4, &payment(1, 2), &[]).push(1, 4, b"{", &[]).push(0, 5, b"{", &[]).push(
+            1,
+            5,
+            &payment(2, 0),
+            &[],
+        )
+    };
+    let sources = |publication: &Publication| -> Vec<String> {
+        let all = sent(publication).0;
+        all.iter().map(|(.., headers)| headers.last().unwrap().1.clone().unwrap()).collect()
+    };
+    assert_eq!(sources(&input().publication(&[0, 1], 5, true)), ["0a1b2c3d/0/5", "0a1b2c3d/1/5"]);
+    assert_eq!(sources(&input().publication(&[0, 1], 6, true)), [""; 0]);
+    // A partition whose offset does not move has nothing to say either.
+    assert_eq!(sources(&input().publication(&[1], 4, true)), ["0a1b2c3d/1/4", "0a1b2c3d/1/5"]);
+    // A daemon that writes rows only.
+    assert_eq!(sources(&input().publication(&[0, 1], 0, false)), [""; 0]);
+}
+
+#[test]
+fn each_offset_is_committed_with_our_mark() {
+    let identity = Identity { topic_id: TOPIC_ID, database_id: Uuid::from_u128(5) };
+    let publication = Input::new().push(4, 8, b"{", &[]).publication(&[4], 0, true);
+    let offsets: Vec<_> = publication.offsets(&identity).collect();
+    let mark = Mark { topic_id: TOPIC_ID, position: NextOffset(9), database_id: Uuid::from_u128(5) };
+    assert_eq!(offsets.len(), 1);
+    assert_eq!((offsets[0].0, offsets[0].1), (Partition(4), NextOffset(9)));
+    assert_eq!(Mark::parse(&offsets[0].2), Some(mark));
+    assert_eq!(publication.committed().positions(), [(Partition(4), NextOffset(9))]);
+}

@@ -1,0 +1,234 @@
+//! What monitoring sees: liveness, readiness, status, metrics.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use crate::support::{AT_MS, Daemon, Message, Payment, Scope, uuid_v4, wait_until};
+
+fn json(daemon: &Daemon, path: &str) -> Option<(u16, Value)> {
+    let reply = daemon.get(path)?;
+    Some((reply.status, serde_json::from_str(&reply.body).unwrap()))
+}
+
+/// The names of what keeps the daemon from being ready.
+fn missing(daemon: &Daemon) -> Option<Vec<String>> {
+    let (status, body) = json(daemon, "/readyz")?;
+    assert_eq!(status, if body["ready"] == true { 200 } else { 503 });
+    Some(body["missing"].as_object().unwrap().keys().cloned().collect())
+}
+
+#[test]
+fn readiness_names_what_is_missing_until_nothing_is() {
+    // GIVEN a database without a schema, and no topics
+    let scope = Scope::new(crate::support::Servers::shared(), "readiness");
+
+    // WHEN the daemon starts
+    let mut daemon = scope.daemon(&["run"]);
+
+    // THEN it lives, and says one after the other what it waits for
+    wait_until("the schema is missing", || {
+        json(&daemon, "/readyz").is_some_and(|(status, body)| {
+            status == 503 && body["missing"]["database"].as_str().is_some_and(|why| why.contains("migrate"))
+        })
+    });
+    assert_eq!(daemon.get("/livez").unwrap().status, 200);
+    let status = json(&daemon, "/status").unwrap().1;
+    assert_eq!(status["breaker"], "open");
+    scope.command(&["migrate"]).succeeds();
+    wait_until("the database is fine, the topic is missing", || {
+        missing(&daemon).is_some_and(|missing| !missing.contains(&"database".to_owned()))
+            && json(&daemon, "/readyz").is_some_and(|(_, body)| {
+                body["missing"]["broker"].as_str().is_some_and(|why| why.contains(&scope.input_topic))
+            })
+    });
+    scope.create_topics(2, 1);
+    daemon.wait_until_ready();
+
+    // AND it goes on by itself
+    assert_eq!(missing(&daemon), Some(vec![]));
+    scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
+    wait_until("the payment is written", || scope.count("payment_core") == 1);
+    assert!(daemon.is_running());
+}
+
+/// Name and labels of a sample with its value.
+fn samples(daemon: &Daemon) -> Vec<(String, BTreeMap<String, String>, f64)> {
+    let body = daemon.get("/metrics").unwrap().body;
+    let parse = |line: &str| {
+        let (series, value) = line.rsplit_once(' ').unwrap();
+        let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
+        let labels = labels
+            .trim_end_matches('}')
+            .split(',')
+            .filter_map(|label| label.split_once('='))
+            .map(|(key, value)| (key.to_owned(), value.trim_matches('"').to_owned()))
+            .collect();
+        (name.to_owned(), labels, value.parse().unwrap())
+    };
+    body.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(parse).collect()
+}
+
+#[test]
+fn metrics_and_status_say_what_became_of_the_records() {
+    // GIVEN a daemon that was sent payments, duplicates, a conflict and bad records
+    let scope = Scope::ready("metrics", 3, 2);
+    let daemon = scope.daemon(&["run"]);
+    daemon.wait_until_ready();
+    let payment = |seed: u64| Payment::new(uuid_v4(seed), seed as i64);
+    let mut sent: Vec<Message> = (0..50).map(|seed| payment(seed).message()).collect();
+    sent.extend((0..7).map(|seed| payment(seed).message()));
+    sent.extend((0..3).map(|seed| payment(seed).amount("11").message()));
+    sent.extend((50..60).map(|seed| payment(seed).status(0).message()));
+    sent.extend((0..4).map(|_| Message::new("1", "{}").timestamp_ms(AT_MS)));
+    sent.push(Message::new("1", "no json").timestamp_ms(AT_MS));
+    let places = scope.produce(&scope.input_topic, sent.clone());
+
+    // WHEN all of them have their outcome
+    let count = |name: &str, label: &str| daemon.metric(&format!("payment_writer_{name}"), label);
+    wait_until("every record is counted", || count("records_total", "") == sent.len() as f64);
+
+    // THEN the counters say which
+    for (name, label, expected) in [
+        ("records_total", r#"outcome="written""#, 60.0),
+        ("records_total", r#"outcome="duplicate""#, 7.0),
+        ("records_total", r#"outcome="dead_lettered""#, 8.0),
+        ("published_total", r#"topic="read""#, 60.0),
+        ("published_total", r#"topic="email""#, 50.0),
+        ("published_total", r#"topic="dead_letter""#, 8.0),
+        ("dead_letters_total", r#"reason="message_id_conflict""#, 3.0),
+        ("dead_letters_total", r#"reason="missing_field""#, 4.0),
+        ("dead_letters_total", r#"reason="malformed_json""#, 1.0),
+        ("dead_letters_total", "", 8.0),
+        ("partitions_assigned", "", 3.0),
+        ("partitions_halted", "", 0.0),
+        // One of each lane.
+        ("database_up", "", 2.0),
+        ("broker_up", "", 2.0),
+        // Counters are there before the first event, so that their first step is seen as one.
+        ("database_errors_total", r#"sqlstate_class="53""#, 0.0),
+        ("batch_records_sum", "", sent.len() as f64),
+    ] {
+        assert_eq!(count(name, label), expected, "{name} {label}");
+    }
+    assert!(count("end_to_end_seconds_count", "") > 0.0, "sampled: about as many as records");
+    // AND lag is 0 once the ends were asked for
+    wait_until("lag is known of all partitions", || {
+        samples(&daemon).iter().filter(|(name, _, _)| name == "payment_writer_lag_records").count() == 3
+    });
+    wait_until("lag is 0", || count("lag_records", "") == 0.0 && count("lag_seconds", "") == 0.0);
+
+    // AND every metric that is promised is there, under the prefix, with labels from small sets
+    let samples = samples(&daemon);
+    let names: BTreeSet<&str> = samples.iter().map(|(name, _, _)| name.as_str()).collect();
+    for name in [
+        "records_total",
+        "dead_letters_total",
+        "published_total",
+        "batches_total",
+        "batch_records_bucket",
+        "batch_bytes_bucket",
+        "phase_seconds_bucket",
+        "database_step_seconds_bucket",
+        "end_to_end_seconds_bucket",
+        "lag_records",
+        "lag_seconds",
+        "database_errors_total",
+        "partitions_assigned",
+        "partitions_halted",
+        "rebalances_total",
+        "lane_resets_total",
+        "database_up",
+        "broker_up",
+        "build_info",
+    ] {
+        assert!(names.contains(format!("payment_writer_{name}").as_str()), "{name} is not among {names:?}");
+    }
+    let foreign: Vec<_> = names.iter().filter(|name| !name.starts_with("payment_writer_")).collect();
+    assert!(foreign.is_empty(), "{foreign:?}");
+    let mut values: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for (_, labels, _) in &samples {
+        for (label, value) in labels {
+            values.entry(label).or_default().insert(value);
+        }
+    }
+    let labels: BTreeSet<&str> = values.keys().copied().collect();
+    let allowed = BTreeSet::from([
+        "kind",
+        "lane",
+        "le",
+        "outcome",
+        "partition",
+        "phase",
+        "reason",
+        "sqlstate_class",
+        "step",
+        "topic",
+        "version",
+    ]);
+    assert!(labels.is_subset(&allowed), "{labels:?}");
+    for (label, found) in &values {
+        assert!(found.len() <= 40, "label {label} has {} values: {found:?}", found.len());
+    }
+    assert_eq!(values["partition"], BTreeSet::from(["0", "1", "2"]));
+    assert_eq!(values["topic"], BTreeSet::from(["dead_letter", "email", "read"]));
+    assert_eq!(values["kind"], BTreeSet::from(["assigned", "lost", "revoked"]));
+    assert_eq!(values["reason"].len(), 11);
+    assert_eq!(values["outcome"], BTreeSet::from(["dead_lettered", "duplicate", "redelivered", "written"]));
+
+    // AND the status page tells each partition's positions, and the build
+    wait_until("the status page has all partitions", || {
+        json(&daemon, "/status")
+            .is_some_and(|(_, status)| status["partitions"].as_object().unwrap().len() == 3)
+    });
+    let (code, status) = json(&daemon, "/status").unwrap();
+    assert_eq!(code, 200);
+    assert_eq!(status["breaker"], "closed");
+    assert!(status["build"]["version"].as_str().unwrap().starts_with(env!("CARGO_PKG_VERSION")));
+    assert_eq!(status["totals"]["written"], 60);
+    assert_eq!(status["totals"]["duplicates"], 7);
+    assert_eq!(status["totals"]["dead_letters"], 8);
+    for partition in 0..3 {
+        let end = places.iter().filter(|(p, _)| *p == partition).count();
+        let found = &status["partitions"][partition.to_string()];
+        for position in ["applied", "published", "end"] {
+            assert_eq!(found[position], end, "{position} of partition {partition}: {found}");
+        }
+        assert_eq!(found["state"], "live");
+        assert_eq!(found["lag_records"], 0);
+        assert_eq!(found["lag_seconds"], 0.0);
+    }
+}
+
+#[test]
+fn lag_is_told_in_records_and_seconds_of_what_waits() {
+    // GIVEN a daemon that has caught up with old records
+    let scope = Scope::ready("lag", 1, 1);
+    let daemon = scope.daemon(&["run"]);
+    scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
+    wait_until("the payment is written", || scope.count("payment_core") == 1);
+
+    // WHEN a lock keeps the database from being written, and records wait
+    let lock = scope.connect();
+    crate::support::block_on(lock.batch_execute("BEGIN; LOCK TABLE payment_writer.payment_core")).unwrap();
+    scope.produce(&scope.input_topic, (2..12).map(|seed| Payment::new(uuid_v4(seed), 31).message()));
+
+    // THEN status and metrics tell how many, and how old the last written one is
+    wait_until("10 records of lag", || {
+        daemon.metric("payment_writer_lag_records", r#"partition="0""#) == 10.0
+    });
+    let status = json(&daemon, "/status").unwrap().1;
+    assert_eq!(status["partitions"]["0"]["lag_records"], 10);
+    assert_eq!(status["partitions"]["0"]["published"], 1);
+    assert_eq!(status["partitions"]["0"]["end"], 11);
+    // The last one written carries a date long past.
+    let years_ago = 365.0 * 86_400.0;
+    assert!(status["partitions"]["0"]["lag_seconds"].as_f64().unwrap() > years_ago);
+    assert!(daemon.metric("payment_writer_lag_seconds", "") > years_ago);
+
+    // AND that it is gone when they are written
+    crate::support::block_on(lock.batch_execute("COMMIT")).unwrap();
+    wait_until("no lag", || daemon.metric("payment_writer_lag_records", r#"partition="0""#) == 0.0);
+    assert_eq!(daemon.metric("payment_writer_lag_seconds", ""), 0.0);
+    assert_eq!(scope.count("payment_core"), 11);
+}

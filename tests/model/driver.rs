@@ -1,0 +1,820 @@
+//! Drives one history: the group's coordinator, operators and accidents around a few processes.
+
+use std::collections::BTreeSet;
+use std::panic::AssertUnwindSafe;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use payment_writer::cursor::{CursorRow, Doubt, GroupOffset, Identity, Mode};
+use payment_writer::lane::ports::{LaneEvent, RevokeDone};
+use payment_writer::lane::{Lane, LaneSettings};
+use payment_writer::record::{NextOffset, Partition};
+use payment_writer::status::{Board, Phase};
+use payment_writer::wire::Rules;
+use rand::RngExt;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinHandle, spawn_local};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::oracle;
+use crate::ports::{ModelLedger, ModelLog};
+use crate::records::{Generator, PAYMENT_BYTES_MAX};
+use crate::world::{Database, Handle, Item, Plan, Seat, Shared, Who, World};
+
+/// The group waits this long for a lane to give partitions up.
+const REVOKE_WAIT: Duration = Duration::from_secs(10);
+/// A process that is gone keeps its partitions for this long.
+const SESSION_TIMEOUT: Duration = Duration::from_secs(10);
+/// After the faults have stopped, the world has to come to rest within this time.
+const REST_WITHIN: Duration = Duration::from_secs(240);
+
+/// What a history is made of.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub seed: u64,
+    pub partitions: usize,
+    pub members: usize,
+    pub lanes: usize,
+    pub publishes: bool,
+    pub batch_payments_max: usize,
+    pub linger: Duration,
+    pub alphabet: u128,
+    pub plan: Plan,
+}
+
+/// What the world looked like at its end.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    pub points: u64,
+    pub faults: u64,
+    pub outputs: usize,
+    pub rows: usize,
+    pub halts: usize,
+    pub settled: usize,
+    pub breach: Option<String>,
+    pub trace: Vec<String>,
+}
+
+struct Process {
+    lanes: Vec<JoinHandle<()>>,
+    down_since: Option<Instant>,
+    restart_at: Option<Instant>,
+}
+
+pub struct Driver {
+    pub shared: Shared,
+    setup: Setup,
+    generator: Generator,
+    processes: Vec<Process>,
+    owners: Vec<Option<usize>>,
+    adopts_database: bool,
+    pub stats: Stats,
+}
+
+const WAITING: u8 = 0;
+const DONE: u8 = 1;
+const OVERTAKEN: u8 = 2;
+
+struct Ticket {
+    state: Arc<AtomicU8>,
+    overtaken: Arc<AtomicI64>,
+    finished: oneshot::Receiver<()>,
+}
+
+impl Driver {
+    pub fn new(setup: Setup, is_traced: bool) -> Self {
+        let mut world = World::new(setup.seed, setup.partitions, setup.members, setup.publishes, setup.plan);
+        world.trace = is_traced.then(Vec::new);
+        world.note(|| format!("{setup:?}"));
+        let processes = (0..setup.members)
+            .map(|_| Process { lanes: Vec::new(), down_since: None, restart_at: None })
+            .collect();
+        Self {
+            shared: Handle::new(world),
+            generator: Generator::new(setup.alphabet),
+            processes,
+            owners: vec![None; setup.partitions],
+            adopts_database: false,
+            stats: Stats::default(),
+            setup,
+        }
+    }
+
+    pub fn world(&self) -> std::cell::RefMut<'_, World> {
+        self.shared.world.borrow_mut()
+    }
+
+    fn random(&self, below: usize) -> usize {
+        self.world().rng.random_range(0..below)
+    }
+
+    pub fn note(&self, text: &str) {
+        self.world().note(|| text.to_owned());
+    }
+
+    pub fn partitions(&self) -> usize {
+        self.setup.partitions
+    }
+
+    pub fn is_broken(&self) -> bool {
+        self.world().failure.is_some()
+    }
+
+    // ---- the log -----------------------------------------------------------------------------
+
+    pub fn append(&mut self, count: usize) {
+        for _ in 0..count {
+            let p = self.random(self.setup.partitions);
+            let mut world = self.shared.world.borrow_mut();
+            if world.rng.random_ratio(1, 6) {
+                world.logs[p].items.push(Item::Hidden);
+            }
+            let record = self.generator.draw(&mut world.rng);
+            let offset = world.logs[p].end();
+            world.note(|| format!("  append {p}/{offset} {:?}", record.expect));
+            world.logs[p].items.push(Item::Record(Box::new(record)));
+            if world.rng.random_ratio(1, 4) {
+                world.logs[p].items.push(Item::Hidden);
+            }
+        }
+        self.shared.changed.notify_waiters();
+    }
+
+    /// A record with this id, payload and flaw.
+    pub fn append_to(&mut self, partition: usize, id: u128, variant: u32, flaw: u32) {
+        let mut world = self.shared.world.borrow_mut();
+        let record = self.generator.record(&mut world.rng, id, variant, flaw);
+        world.logs[partition].items.push(Item::Record(Box::new(record)));
+        drop(world);
+        self.shared.changed.notify_waiters();
+    }
+
+    // ---- processes ---------------------------------------------------------------------------
+
+    fn is_up(&self, m: usize) -> bool {
+        self.world().members[m].is_up
+    }
+
+    fn known_up(&self) -> Vec<usize> {
+        let world = self.world();
+        (0..self.setup.members).filter(|m| world.members[*m].is_up && world.members[*m].is_known).collect()
+    }
+
+    /// A new generation, which the members that the group knows learn of.
+    fn new_generation(&self) {
+        let mut world = self.world();
+        world.generation += 1;
+        let generation = world.generation;
+        for member in world.members.iter_mut().filter(|m| m.is_up && m.is_known) {
+            member.generation = generation;
+        }
+    }
+
+    pub fn start(&mut self, m: usize) {
+        let settings = {
+            let mut world = self.world();
+            world.members[m].incarnation += 1;
+            let incarnation = world.members[m].incarnation;
+            world.note(|| format!("process {m} starts, number {incarnation}"));
+            world.members[m].is_up = true;
+            world.members[m].is_known = true;
+            world.members[m].is_frozen = false;
+            world.members[m].held.clear();
+            world.members[m].threads.clear();
+            world.members[m].board = Arc::new(Board::default());
+            LaneSettings {
+                index: 0,
+                rules: Arc::new(Rules { payment_bytes_max: PAYMENT_BYTES_MAX, ..Rules::default() }),
+                identity: Identity { topic_id: world.topic_id, database_id: world.db.id },
+                mode: Mode { publishes: self.setup.publishes, adopts_database: self.adopts_database },
+                batch_payments_max: self.setup.batch_payments_max,
+                batch_bytes_max: 1_000_000,
+                linger: self.setup.linger,
+            }
+        };
+        self.new_generation();
+        let (mut seats, mut lanes) = (Vec::new(), Vec::new());
+        let (incarnation, board) = {
+            let world = self.world();
+            (world.members[m].incarnation, Arc::clone(&world.members[m].board))
+        };
+        for lane in 0..self.setup.lanes {
+            let (events, receiver) = mpsc::channel(1_000);
+            let overtaken = Arc::new(AtomicI64::new(0));
+            seats.push(Seat { events, overtaken: Arc::clone(&overtaken) });
+            let who = Who { member: m, incarnation, lane };
+            let settings = LaneSettings { index: lane, ..settings.clone() };
+            let identity = settings.identity.clone();
+            let log = ModelLog::new(Rc::clone(&self.shared), who, identity.clone(), overtaken);
+            let ledger = ModelLedger::new(Rc::clone(&self.shared), who, identity.clone());
+            let jitter = self.setup.seed ^ (m as u64) << 8 ^ (lane as u64) << 16 ^ incarnation << 24;
+            let lane = Lane::new(settings, log, ledger, receiver, Arc::clone(&board)).with_jitter(jitter);
+            let shared = Rc::clone(&self.shared);
+            lanes.push(spawn_local(async move {
+                let ended = AssertUnwindSafe(lane.run()).catch_unwind().await;
+                let mut world = shared.world.borrow_mut();
+                match ended {
+                    Ok(Ok(())) => world.note(|| format!("{who:?} drained")),
+                    // A process of before the database was replaced is right to stop.
+                    Ok(Err(_)) if identity.database_id != world.db.id => {
+                        world.note(|| format!("{who:?} stops: another database"));
+                        world.crashes.push((m, incarnation));
+                        drop(world);
+                        shared.changed.notify_waiters();
+                    }
+                    Ok(Err(doubt)) => world.fail(format!("{who:?} stops: {doubt}")),
+                    Err(_) => world.fail(format!("{who:?} panicked")),
+                }
+            }));
+        }
+        self.world().members[m].seats = seats;
+        self.processes[m] = Process { lanes, down_since: None, restart_at: None };
+        let known = self.known_up();
+        for p in 0..self.setup.partitions {
+            if self.owners[p].is_none() {
+                self.owners[p] = Some(known[self.random(known.len())]);
+                if self.owners[p] != Some(m) {
+                    self.assign(self.owners[p].unwrap(), &[p as i32]);
+                }
+            }
+        }
+        let mine: Vec<i32> =
+            (0..self.setup.partitions).filter(|p| self.owners[*p] == Some(m)).map(|p| p as i32).collect();
+        self.assign(m, &mine);
+    }
+
+    /// Processes gone without a word.
+    pub fn kill(&mut self, m: usize) {
+        if !self.is_up(m) {
+            return;
+        }
+        {
+            let mut world = self.world();
+            world.note(|| format!("process {m} dies"));
+            let member = &mut world.members[m];
+            member.is_up = false;
+            member.is_frozen = false;
+            for thread in member.threads.drain(..) {
+                thread.abort();
+            }
+            member.seats.clear();
+            member.held.clear();
+        }
+        for lane in self.processes[m].lanes.drain(..) {
+            lane.abort();
+        }
+        let restart_ms = {
+            let mut world = self.world();
+            let longest = if world.rng.random_bool(0.6) { 3_000 } else { 25_000 };
+            world.rng.random_range(50..longest)
+        };
+        self.processes[m].down_since = Some(Instant::now());
+        self.processes[m].restart_at = Some(Instant::now() + Duration::from_millis(restart_ms));
+        self.shared.changed.notify_waiters();
+    }
+
+    /// Processes are told to end, and do.
+    pub async fn drain(&mut self, m: usize) {
+        if !self.is_up(m) {
+            return;
+        }
+        self.note(&format!("process {m} is to drain"));
+        let seats = self.world().members[m].seats.clone();
+        for seat in &seats {
+            let _ = seat.events.try_send(LaneEvent::Drain);
+        }
+        drop(seats);
+        let deadline = Instant::now() + Duration::from_secs(40);
+        while !self.processes[m].lanes.iter().all(JoinHandle::is_finished) {
+            if Instant::now() > deadline || !self.is_up(m) || self.is_broken() {
+                break;
+            }
+            self.pause(Duration::from_millis(20)).await;
+        }
+        self.kill(m);
+    }
+
+    fn handle_crashes(&mut self) {
+        let crashes = std::mem::take(&mut self.world().crashes);
+        for (m, incarnation) in crashes {
+            if self.world().members[m].incarnation == incarnation {
+                self.kill(m);
+            }
+        }
+    }
+
+    /// Restarts what is due and takes partitions from who is away too long.
+    fn tick(&mut self) {
+        self.handle_crashes();
+        let now = Instant::now();
+        for m in 0..self.setup.members {
+            if self.is_up(m) {
+                continue;
+            }
+            if self.processes[m].restart_at.is_some_and(|at| at <= now) {
+                self.start(m);
+            } else if self.processes[m].down_since.is_some_and(|at| now - at > SESSION_TIMEOUT)
+                && self.world().members[m].is_known
+            {
+                self.note(&format!("the group forgets process {m}"));
+                self.world().members[m].is_known = false;
+                self.new_generation();
+                self.deal_out(m);
+            }
+        }
+    }
+
+    /// Gives the partitions of a member that the group forgot to others.
+    fn deal_out(&mut self, from: usize) {
+        let known = self.known_up();
+        for p in 0..self.setup.partitions {
+            if self.owners[p] == Some(from) {
+                self.owners[p] = (!known.is_empty()).then(|| known[self.random(known.len())]);
+                if let Some(to) = self.owners[p] {
+                    self.assign(to, &[p as i32]);
+                }
+            }
+        }
+    }
+
+    /// Lets virtual time pass, and looks after processes meanwhile.
+    pub async fn pause(&mut self, duration: Duration) {
+        let until = Instant::now() + duration;
+        loop {
+            self.tick();
+            if Instant::now() >= until || self.is_broken() {
+                return;
+            }
+            let due = self.processes.iter().flat_map(|p| {
+                [p.restart_at, p.down_since.map(|at| at + SESSION_TIMEOUT + Duration::from_millis(1))]
+            });
+            let now = Instant::now();
+            let wake = due.flatten().filter(|at| *at > now).fold(until, Instant::min);
+            let shared = Rc::clone(&self.shared);
+            let changed = shared.changed.notified();
+            if !self.world().crashes.is_empty() {
+                continue;
+            }
+            tokio::select! {
+                biased;
+                () = changed => {}
+                () = sleep_until(wake) => {}
+            }
+        }
+    }
+
+    // ---- the group ---------------------------------------------------------------------------
+
+    fn lane_of(&self, partition: i32) -> usize {
+        partition as usize % self.setup.lanes
+    }
+
+    fn assign(&mut self, m: usize, partitions: &[i32]) {
+        if partitions.is_empty() {
+            return;
+        }
+        self.note(&format!("process {m} is assigned {partitions:?}"));
+        let seats = {
+            let mut world = self.world();
+            world.members[m].held.extend(partitions);
+            world.members[m].seats.clone()
+        };
+        for (lane, seat) in seats.iter().enumerate() {
+            let share: Vec<_> =
+                partitions.iter().filter(|p| self.lane_of(**p) == lane).map(|p| Partition(*p)).collect();
+            if !share.is_empty() {
+                let _ = seat.events.try_send(LaneEvent::Assigned(share));
+            }
+        }
+    }
+
+    async fn revoke(&mut self, m: usize, partitions: &[i32], is_lost: bool) {
+        self.note(&format!("process {m} is to give up {partitions:?}, lost: {is_lost}"));
+        let seats = self.world().members[m].seats.clone();
+        let mut tickets = Vec::new();
+        for (lane, seat) in seats.iter().enumerate() {
+            let share: Vec<_> =
+                partitions.iter().filter(|p| self.lane_of(**p) == lane).map(|p| Partition(*p)).collect();
+            if share.is_empty() {
+                continue;
+            }
+            let state = Arc::new(AtomicU8::new(WAITING));
+            let (finish, finished) = oneshot::channel();
+            let (its_state, overtaken) = (Arc::clone(&state), Arc::clone(&seat.overtaken));
+            let done = RevokeDone::new(move || {
+                if its_state.compare_exchange(WAITING, DONE, Ordering::AcqRel, Ordering::Acquire).is_err() {
+                    overtaken.fetch_sub(1, Ordering::AcqRel);
+                }
+                let _ = finish.send(());
+            });
+            if seat.events.try_send(LaneEvent::Revoked { partitions: share, is_lost, done }).is_ok() {
+                tickets.push(Ticket { state, overtaken: Arc::clone(&seat.overtaken), finished });
+            }
+        }
+        drop(seats);
+        let deadline = Instant::now() + REVOKE_WAIT;
+        while Instant::now() < deadline && !self.is_broken() {
+            tickets.retain_mut(|t| t.finished.try_recv() == Err(oneshot::error::TryRecvError::Empty));
+            if tickets.is_empty() {
+                break;
+            }
+            self.pause(Duration::from_millis(10)).await;
+        }
+        for ticket in tickets {
+            ticket.overtaken.fetch_add(1, Ordering::AcqRel);
+            let was = ticket.state.compare_exchange(WAITING, OVERTAKEN, Ordering::AcqRel, Ordering::Acquire);
+            if was.is_err() {
+                ticket.overtaken.fetch_sub(1, Ordering::AcqRel);
+            } else {
+                self.note(&format!("the group does not wait for process {m} any more"));
+            }
+        }
+        for p in partitions {
+            self.world().members[m].held.remove(p);
+        }
+    }
+
+    /// A cooperative rebalance that moves some partitions.
+    pub async fn rebalance(&mut self) {
+        let known = self.known_up();
+        if known.len() < 2 {
+            return;
+        }
+        let from = known[self.random(known.len())];
+        let to = known[self.random(known.len())];
+        let mut moved = Vec::new();
+        for p in 0..self.setup.partitions {
+            if self.owners[p] == Some(from) && self.world().rng.random_bool(0.7) {
+                moved.push(p as i32);
+            }
+        }
+        self.hand(from, to, &moved).await;
+    }
+
+    /// All partitions of one process go to another.
+    pub async fn hand_over(&mut self, from: usize, to: usize) {
+        let moved: Vec<i32> =
+            (0..self.setup.partitions).filter(|p| self.owners[*p] == Some(from)).map(|p| p as i32).collect();
+        self.hand(from, to, &moved).await;
+    }
+
+    async fn hand(&mut self, from: usize, to: usize, moved: &[i32]) {
+        if moved.is_empty() {
+            return;
+        }
+        let incarnation = self.world().members[from].incarnation;
+        self.new_generation();
+        self.revoke(from, moved, false).await;
+        if self.world().members[from].incarnation != incarnation || !self.is_up(from) {
+            // It died meanwhile: its partitions are dealt with when the group notices.
+            return;
+        }
+        self.new_generation();
+        // `to` may be gone as well, and `from` itself is as good as any.
+        let to = if self.known_up().contains(&to) { to } else { from };
+        for p in moved {
+            self.owners[*p as usize] = Some(to);
+        }
+        self.assign(to, moved);
+    }
+
+    /// The group forgets a member that goes on.
+    pub fn make_zombie(&mut self, m: usize, is_frozen: bool) {
+        if !self.known_up().contains(&m) {
+            return;
+        }
+        self.note(&format!("process {m} becomes a zombie, frozen: {is_frozen}"));
+        {
+            let mut world = self.world();
+            world.members[m].is_known = false;
+            world.members[m].is_frozen = is_frozen;
+        }
+        self.new_generation();
+        self.deal_out(m);
+    }
+
+    /// A zombie learns of its loss and joins again.
+    pub async fn wake(&mut self, m: usize) {
+        {
+            let mut world = self.world();
+            world.members[m].is_frozen = false;
+            if !world.members[m].is_up || world.members[m].is_known {
+                drop(world);
+                self.shared.changed.notify_waiters();
+                return;
+            }
+            world.members[m].generation = -1;
+        }
+        self.shared.changed.notify_waiters();
+        let incarnation = self.world().members[m].incarnation;
+        let held: Vec<i32> = self.world().members[m].held.iter().copied().collect();
+        self.revoke(m, &held, true).await;
+        if self.world().members[m].incarnation != incarnation || !self.is_up(m) {
+            return;
+        }
+        self.world().members[m].is_known = true;
+        self.new_generation();
+        let orphans: Vec<i32> =
+            (0..self.setup.partitions).filter(|p| self.owners[*p].is_none()).map(|p| p as i32).collect();
+        for p in &orphans {
+            self.owners[*p as usize] = Some(m);
+        }
+        self.assign(m, &orphans);
+    }
+
+    // ---- operators and accidents -------------------------------------------------------------
+
+    pub async fn stop_all(&mut self, is_graceful: bool) {
+        for m in 0..self.setup.members {
+            if is_graceful {
+                self.drain(m).await;
+            } else {
+                self.kill(m);
+            }
+        }
+        for process in &mut self.processes {
+            process.restart_at = None;
+        }
+        for owner in &mut self.owners {
+            *owner = None;
+        }
+        for member in &mut self.world().members {
+            member.is_known = false;
+        }
+    }
+
+    pub fn start_all(&mut self) {
+        for m in 0..self.setup.members {
+            if !self.is_up(m) {
+                self.start(m);
+            }
+        }
+    }
+
+    /// Somebody changes a group offset while nobody is a member.
+    pub fn tamper(&mut self, p: usize) {
+        let mut world = self.shared.world.borrow_mut();
+        if world.untaken.contains(&(p as i32)) {
+            // The only one who knew what was sent would be silenced: no promise covers that.
+            return;
+        }
+        let (start, end) = (world.logs[p].start, world.logs[p].end());
+        let Some(found) = world.offsets[p].clone() else { return };
+        let k = found.position.0;
+        let position = match world.rng.random_range(0..4) {
+            0 => None,
+            1 if k < end => Some(world.rng.random_range(k + 1..=end)),
+            _ if k > start => Some(world.rng.random_range(start..k)),
+            _ => None,
+        };
+        let keeps_text = world.rng.random_bool(0.3);
+        let metadata = if keeps_text { found.metadata } else { String::new() };
+        world.note(|| format!("group offset of {p} set by hand: {k} to {position:?} {metadata:?}"));
+        world.offsets[p] = position.map(|k| GroupOffset { position: NextOffset(k), metadata });
+        world.tampered.insert(p as i32);
+    }
+
+    /// A person who knows what was published settles the partitions that halted for want of proof.
+    pub fn settle(&mut self, halted: &[(i32, Doubt)]) -> bool {
+        let mut is_settled = false;
+        for (p, doubt) in halted {
+            if !matches!(doubt, Doubt::Unproved { .. } | Doubt::MovedForward { .. }) {
+                continue;
+            }
+            let mut world = self.shared.world.borrow_mut();
+            let truth = world.truly_published[*p as usize];
+            world.note(|| format!("partition {p} settled at {truth}"));
+            // The settlement comes with the cursor itself, if there is none yet.
+            let start = NextOffset(world.logs[*p as usize].start);
+            let row = world.db.cursors.entry(*p).or_insert(CursorRow {
+                applied: start,
+                published: None,
+                applied_timestamp: None,
+                settled: None,
+            });
+            row.settled = Some(NextOffset(truth.max(start.0)));
+            is_settled = true;
+            self.stats.settled += 1;
+        }
+        is_settled
+    }
+
+    /// Settles, once nothing can change any more what was published.
+    pub async fn settle_later(&mut self) {
+        self.pause(Duration::from_secs(20)).await;
+        let is_pending = {
+            let mut world = self.world();
+            (0..world.logs.len() as i32).any(|p| world.has_pending_offset(p))
+        };
+        if !is_pending {
+            let halted = self.halted();
+            self.settle(&halted);
+        }
+    }
+
+    /// The group's offsets are deleted.
+    pub fn delete_offsets(&mut self) {
+        let mut world = self.world();
+        world.note(|| "group offsets deleted".to_owned());
+        for p in 0..world.offsets.len() {
+            world.offsets[p] = None;
+            world.tampered.insert(p as i32);
+        }
+    }
+
+    pub fn retain(&mut self, p: usize, is_careless: bool) {
+        let mut world = self.shared.world.borrow_mut();
+        let applied = world.db.cursors.get(&(p as i32)).map_or(0, |row| row.applied.0);
+        // What is gone before the first start is nobody's.
+        let Some(k) = world.offsets[p].as_ref().map(|o| o.position.0) else { return };
+        let (start, end) = (world.logs[p].start, world.logs[p].end());
+        let furthest = if is_careless { end } else { applied.min(k) };
+        if furthest > start {
+            let to = world.rng.random_range(start..=furthest);
+            world.note(|| format!("retention: log of {p} starts at {to}"));
+            world.logs[p].start = to;
+        }
+    }
+
+    // ---- the end -----------------------------------------------------------------------------
+
+    pub fn calm(&mut self) {
+        let mut world = self.world();
+        world.note(|| "faults stop".to_owned());
+        world.is_calm = true;
+        world.plan.rate = 0;
+        world.plan.has_delays = false;
+        world.db_down_until = None;
+        world.broker_down_until = None;
+        world.end_lag = 0;
+    }
+
+    fn halted(&self) -> Vec<(i32, Doubt)> {
+        let world = self.world();
+        let mut halted = Vec::new();
+        for (m, member) in world.members.iter().enumerate().filter(|(_, m)| m.is_up) {
+            for (partition, status) in member.board.partitions() {
+                if let Phase::Halted(doubt) = status.phase
+                    && self.owners[partition.0 as usize] == Some(m)
+                {
+                    halted.push((partition.0, doubt));
+                }
+            }
+        }
+        halted
+    }
+
+    /// Waits until every partition is published to its end or halted; `None`: it takes too long.
+    pub async fn rest(&mut self) -> Option<Vec<(i32, Doubt)>> {
+        let deadline = Instant::now() + REST_WITHIN;
+        loop {
+            self.pause(Duration::from_secs(1)).await;
+            if self.is_broken() {
+                return None;
+            }
+            let halted = self.halted();
+            let is_at_rest = {
+                let world = self.world();
+                (0..self.setup.partitions).all(|p| {
+                    let end = world.logs[p].end();
+                    let row = world.db.cursors.get(&(p as i32));
+                    let k = world.offsets[p].as_ref().map(|o| o.position.0);
+                    let is_done = k == Some(end)
+                        && row.is_some_and(|r| {
+                            r.applied.0 == end && (!world.publishes || r.published.map(|k| k.0) == Some(end))
+                        });
+                    let is_halted = halted
+                        .iter()
+                        .any(|(h, doubt)| *h == p as i32 && !matches!(doubt, Doubt::BeyondEnd { .. }));
+                    is_done || is_halted
+                })
+            };
+            if is_at_rest {
+                return Some(halted);
+            }
+            if Instant::now() > deadline {
+                let mut world = self.world();
+                let state: Vec<_> = (0..self.setup.partitions)
+                    .map(|p| {
+                        let row = world.db.cursors.get(&(p as i32));
+                        (
+                            p,
+                            world.logs[p].end(),
+                            world.offsets[p].as_ref().map(|o| o.position.0),
+                            row.cloned(),
+                        )
+                    })
+                    .collect();
+                world.fail(format!("stuck: not at rest after {REST_WITHIN:?}: {state:?}, halted {halted:?}"));
+                return None;
+            }
+        }
+    }
+
+    /// Halts that the contract does not call for.
+    fn check_halts(&self, halted: &[(i32, Doubt)]) {
+        let mut world = self.world();
+        for (p, doubt) in halted {
+            let log_start = world.logs[*p as usize].start;
+            let k = world.offsets[*p as usize].as_ref().map_or(0, |o| o.position.0);
+            let applied = world.db.cursors.get(p).map(|row| row.applied.0);
+            let is_right = match doubt {
+                Doubt::LogGap { .. } => applied.unwrap_or(k).min(k) < log_start,
+                Doubt::Unproved { .. } | Doubt::MovedForward { .. } => world.tampered.contains(p),
+                Doubt::BeyondEnd { .. } => false,
+            };
+            if !is_right {
+                world.fail(format!("partition {p} halted without need: {doubt:?}"));
+            }
+        }
+    }
+
+    /// Faults stop; the world comes to rest; the oracle speaks.
+    pub async fn finish(mut self) -> Stats {
+        self.calm();
+        for m in 0..self.setup.members {
+            self.wake(m).await;
+        }
+        self.start_all();
+        let mut halted = self.rest().await;
+        if let Some(found) = halted.clone() {
+            self.check_halts(&found);
+            if self.settle(&found) {
+                // Halted partitions are looked at again every few seconds.
+                self.pause(Duration::from_secs(12)).await;
+                halted = self.rest().await;
+                if let Some(found) = &halted
+                    && found.iter().any(|(_, d)| !matches!(d, Doubt::LogGap { .. }))
+                {
+                    self.world().fail(format!("still halted after it was settled: {found:?}"));
+                }
+            }
+        }
+        if let Some(halted) = halted {
+            self.stats.halts = halted.len();
+            for m in 0..self.setup.members {
+                self.drain(m).await;
+            }
+            let halted: BTreeSet<i32> = halted.into_iter().map(|(p, _)| p).collect();
+            let breaches = oracle::check(&self.world(), &halted);
+            for breach in breaches {
+                self.world().fail(breach);
+            }
+        }
+        for m in 0..self.setup.members {
+            self.kill(m);
+        }
+        let mut stats = std::mem::take(&mut self.stats);
+        let mut world = self.world();
+        stats.points = world.points;
+        stats.faults = world.faults;
+        stats.outputs = world.outputs.len();
+        stats.rows = world.db.rows.len();
+        stats.breach = world.failure.take();
+        stats.trace = world.trace.take().unwrap_or_default();
+        stats
+    }
+
+    pub async fn sleep_some(&mut self) {
+        let ms = {
+            let mut world = self.world();
+            match world.rng.random_range(0..10) {
+                0..5 => world.rng.random_range(0..200),
+                5..9 => world.rng.random_range(100..2_000),
+                _ => world.rng.random_range(2_000..15_000),
+            }
+        };
+        self.pause(Duration::from_millis(ms)).await;
+    }
+
+    /// Does something soon, whatever else is going on.
+    pub fn soon(&self, act: impl FnOnce(&mut World) + 'static) {
+        let ms = self.world().rng.random_range(0..3_000);
+        let shared = Rc::clone(&self.shared);
+        spawn_local(async move {
+            sleep(Duration::from_millis(ms)).await;
+            if !shared.world.borrow().is_calm {
+                act(&mut shared.world.borrow_mut());
+            }
+            shared.changed.notify_waiters();
+        });
+    }
+
+    /// The database is lost, and an empty one takes its place.
+    pub async fn replace_database(&mut self) {
+        let is_graceful = self.world().rng.random_bool(0.5);
+        self.stop_all(is_graceful).await;
+        {
+            let mut world = self.world();
+            world.note(|| "the database is replaced by an empty one".to_owned());
+            let id = world.db.id.as_u128() + 1;
+            world.restore(Database::empty(id));
+            world.snapshots.clear();
+        }
+        self.adopts_database = true;
+        self.start_all();
+    }
+}

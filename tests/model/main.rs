@@ -1,0 +1,346 @@
+//! A model of the whole: lanes over a log and a database in memory, where every call may fail, hang,
+//! lose its answer or be the last one of its process.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod driver;
+mod oracle;
+mod ports;
+mod records;
+mod world;
+
+use std::time::Duration;
+
+use payment_writer::record::NextOffset;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tokio::time::Instant;
+
+use crate::driver::{Driver, Setup, Stats};
+use crate::world::{Fault, Plan};
+
+/// What operators and accidents do to a history.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Plain,
+    Tamper,
+    Restore,
+    Replace,
+    Retention,
+    Mixed,
+}
+
+fn in_world<F: Future>(work: F) -> F::Output {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime");
+    tokio::task::LocalSet::new().block_on(&runtime, work)
+}
+
+fn setup_of(seed: u64) -> (Setup, Kind) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5EED);
+    let kind =
+        [Kind::Plain, Kind::Tamper, Kind::Restore, Kind::Replace, Kind::Retention][rng.random_range(0..5)];
+    let setup = Setup {
+        seed,
+        partitions: rng.random_range(1..5),
+        members: rng.random_range(1..4),
+        lanes: rng.random_range(1..3),
+        publishes: rng.random_bool(0.9),
+        batch_payments_max: [1, 3, 10, 100][rng.random_range(0..4)],
+        linger: Duration::from_millis([0, 5, 40][rng.random_range(0..3)]),
+        alphabet: rng.random_range(1..8),
+        plan: Plan {
+            rate: [0, 20, 60, 150][rng.random_range(0..4)],
+            crash_of: [4, 12, 40][rng.random_range(0..3)],
+            at: None,
+            has_delays: true,
+        },
+    };
+    (setup, kind)
+}
+
+async fn history(seed: u64, is_traced: bool) -> Stats {
+    let (setup, kind) = setup_of(seed);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0xAC75);
+    let members = setup.members;
+    let mut driver = Driver::new(setup, is_traced);
+    driver.note(&format!("{kind:?}"));
+    driver.append(rng.random_range(0..10));
+    driver.start_all();
+    for _ in 0..rng.random_range(4..16) {
+        if driver.is_broken() {
+            break;
+        }
+        driver.sleep_some().await;
+        let m = rng.random_range(0..members);
+        match rng.random_range(0..18) {
+            0..6 => driver.append(rng.random_range(1..8)),
+            6..8 => driver.rebalance().await,
+            8 => driver.make_zombie(m, rng.random_bool(0.5)),
+            9 => driver.wake(m).await,
+            10 => driver.kill(m),
+            11 => driver.drain(m).await,
+            12 => driver.soon(|world| {
+                let until = Instant::now() + Duration::from_millis(world.rng.random_range(100..8_000));
+                world.note(|| "database away".to_owned());
+                world.db_down_until = Some(until);
+                world.db_epoch += 1;
+            }),
+            13 => driver.soon(|world| {
+                let until = Instant::now() + Duration::from_millis(world.rng.random_range(100..8_000));
+                world.note(|| "broker away".to_owned());
+                world.broker_down_until = Some(until);
+            }),
+            14 => driver.soon(|world| world.end_lag = if world.end_lag > 0 { 0 } else { 3 }),
+            _ => operate(&mut driver, kind, &mut rng).await,
+        }
+    }
+    driver.finish().await
+}
+
+async fn operate(driver: &mut Driver, kind: Kind, rng: &mut ChaCha8Rng) {
+    const MIXED: [Kind; 6] =
+        [Kind::Tamper, Kind::Tamper, Kind::Restore, Kind::Restore, Kind::Replace, Kind::Retention];
+    let kind = if kind == Kind::Mixed { MIXED[rng.random_range(0..MIXED.len())] } else { kind };
+    let p = rng.random_range(0..driver.partitions());
+    match kind {
+        Kind::Plain | Kind::Mixed => driver.append(1),
+        Kind::Tamper => {
+            driver.stop_all(rng.random_bool(0.5)).await;
+            driver.pause(Duration::from_millis(rng.random_range(0..20_000))).await;
+            driver.tamper(p);
+            driver.start_all();
+            if rng.random_bool(0.4) {
+                driver.settle_later().await;
+            }
+        }
+        Kind::Restore => {
+            driver.soon(|world| world.snapshot());
+            driver.soon(|world| {
+                if !world.snapshots.is_empty() {
+                    let place = world.rng.random_range(0..world.snapshots.len());
+                    let snapshot = world.snapshots[place].clone();
+                    world.restore(snapshot);
+                }
+            });
+        }
+        Kind::Replace => driver.replace_database().await,
+        Kind::Retention => driver.retain(p, rng.random_bool(0.2)),
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+}
+
+#[test]
+fn whatever_happens_each_record_has_one_outcome_once() {
+    let seeds = match number("MODEL_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("MODEL_SEEDS").unwrap_or(1_500),
+    };
+    let is_replay = number("MODEL_SEED").is_some();
+    let mut totals = Stats::default();
+    let mut broken = Vec::new();
+    for seed in seeds {
+        let stats = in_world(history(seed, is_replay));
+        if is_replay {
+            println!("{}", stats.trace.join("\n"));
+        }
+        totals.points += stats.points;
+        totals.faults += stats.faults;
+        totals.outputs += stats.outputs;
+        totals.rows += stats.rows;
+        totals.halts += stats.halts;
+        totals.settled += stats.settled;
+        if let Some(breach) = stats.breach {
+            broken.push((seed, breach));
+        }
+    }
+    println!("{totals:?}");
+    if let Some((seed, breach)) = broken.first() {
+        let traced = in_world(history(*seed, true));
+        for (seed, breach) in &broken {
+            println!("seed {seed}: {breach}");
+        }
+        println!("{}", traced.trace.join("\n"));
+        panic!("{} histories broken; the first is MODEL_SEED={seed}: {breach}", broken.len());
+    }
+}
+
+/// A small history without chance; `at` says what goes wrong at which call.
+async fn small_history(at: Option<(u64, Option<Fault>)>, is_traced: bool) -> Stats {
+    let plan = Plan { rate: 0, crash_of: 1, at, has_delays: false };
+    let setup = Setup {
+        seed: 7,
+        partitions: 2,
+        members: 2,
+        lanes: 1,
+        publishes: true,
+        batch_payments_max: 3,
+        linger: Duration::from_millis(5),
+        alphabet: 3,
+        plan,
+    };
+    let mut driver = Driver::new(setup, is_traced);
+    driver.append(6);
+    driver.start_all();
+    driver.pause(Duration::from_millis(700)).await;
+    driver.append(6);
+    driver.pause(Duration::from_millis(3)).await;
+    driver.rebalance().await;
+    driver.append(6);
+    driver.pause(Duration::from_secs(3)).await;
+    driver.finish().await
+}
+
+/// Two processes with a lane each, where nothing fails by itself.
+fn quiet_setup(linger_ms: u64) -> Setup {
+    Setup {
+        seed: 1,
+        partitions: 2,
+        members: 2,
+        lanes: 1,
+        publishes: true,
+        batch_payments_max: 10,
+        linger: Duration::from_millis(linger_ms),
+        alphabet: 3,
+        plan: Plan::default(),
+    }
+}
+
+async fn at_rest(mut driver: Driver) -> Driver {
+    driver.start_all();
+    driver.rest().await;
+    driver
+}
+
+fn expect_kept(stats: &Stats) {
+    if let Some(breach) = &stats.breach {
+        panic!("{}\n{breach}", stats.trace.join("\n"));
+    }
+}
+
+#[test]
+fn a_lane_that_gave_up_all_that_it_had_fetched_rests() {
+    let stats = in_world(async {
+        // GIVEN records that linger until there is a batch
+        let mut driver = at_rest(Driver::new(quiet_setup(500), true)).await;
+        driver.append_to(0, 1, 0, 0);
+        driver.append_to(1, 2, 0, 0);
+        driver.pause(Duration::from_millis(100)).await;
+        // WHEN their partitions go to another process, and nothing more comes
+        driver.hand_over(0, 1).await;
+        // THEN the first one waits for events, it does not spin
+        driver.pause(Duration::from_secs(20)).await;
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!(stats.rows, 2);
+}
+
+#[test]
+fn a_quiet_lane_writes_again_what_a_restored_database_lost() {
+    let stats = in_world(async {
+        // GIVEN payments written and published, and a backup from before
+        let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
+        driver.world().snapshot();
+        driver.append_to(0, 1, 0, 0);
+        driver.append_to(1, 2, 0, 0);
+        driver.rest().await;
+        // WHEN the backup is restored, and no record comes
+        let backup = driver.world().snapshots[0].clone();
+        driver.world().restore(backup);
+        // THEN the rows come again, without events
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!(stats.rows, 2);
+    assert_eq!(stats.outputs, 4, "two read events and two e-mails");
+}
+
+#[test]
+fn what_a_restored_database_was_told_on_assignment_outlives_the_group() {
+    let stats = in_world(async {
+        // GIVEN payments written and published, and a backup from before, restored while nobody ran
+        let mut driver = at_rest(Driver::new(quiet_setup(500), true)).await;
+        driver.world().snapshot();
+        driver.append_to(0, 1, 0, 0);
+        driver.append_to(1, 2, 0, 0);
+        driver.rest().await;
+        driver.stop_all(true).await;
+        let backup = driver.world().snapshots[0].clone();
+        driver.world().restore(backup);
+        // WHEN the lanes take the partitions up and die before their first batch, and the group is deleted
+        driver.start_all();
+        driver.pause(Duration::from_millis(100)).await;
+        driver.stop_all(false).await;
+        driver.delete_offsets();
+        driver.start_all();
+        // THEN rows come again, events do not
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!((stats.rows, stats.outputs, stats.settled), (2, 4, 0));
+}
+
+#[test]
+fn group_offsets_deleted_after_a_drain_are_found_again_in_the_database() {
+    let stats = in_world(async {
+        // GIVEN a drain right after the last batch
+        let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
+        driver.append_to(0, 1, 0, 0);
+        driver.append_to(1, 2, 0, 0);
+        driver.pause(Duration::from_millis(200)).await;
+        driver.stop_all(true).await;
+        // THEN both cursors agree already
+        for row in driver.world().db.cursors.values() {
+            assert_eq!((row.applied, row.published), (NextOffset(1), Some(NextOffset(1))));
+        }
+        // WHEN the group's offsets are deleted, THEN nothing is sent again, and nothing halts
+        driver.delete_offsets();
+        driver.start_all();
+        driver.append_to(0, 3, 0, 0);
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!((stats.rows, stats.outputs, stats.settled), (3, 6, 0));
+}
+
+fn at_every_call(fault: Fault) {
+    for k in 1.. {
+        let at = Some((k, Some(fault)));
+        let stats = in_world(small_history(at, false));
+        if let Some(breach) = stats.breach {
+            println!("{}", in_world(small_history(at, true)).trace.join("\n"));
+            panic!("{fault:?} at call {k}: {breach}");
+        }
+        if stats.faults == 0 {
+            assert!(k > 60, "the history is too short to prove anything: {k} calls");
+            println!("{fault:?} at each of {} calls", k - 1);
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_crash_at_any_call_loses_and_doubles_nothing() {
+    at_every_call(Fault::Crash);
+}
+
+#[test]
+fn a_failure_at_any_call_loses_and_doubles_nothing() {
+    at_every_call(Fault::Before);
+}
+
+#[test]
+fn a_lost_answer_at_any_call_loses_and_doubles_nothing() {
+    at_every_call(Fault::After);
+}
+
+#[test]
+fn a_hang_at_any_call_loses_and_doubles_nothing() {
+    at_every_call(Fault::Hang);
+}

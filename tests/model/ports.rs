@@ -1,0 +1,634 @@
+//! `Log` and `Ledger` over the world, with everything that can go wrong at each call.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use payment_writer::batch::{Answer, Batch, Fates};
+use payment_writer::cursor::{CursorRow, GroupOffset, Identity, IdentityDoubt, LogBounds};
+use payment_writer::disposition::FailureClass;
+use payment_writer::intake::Intake;
+use payment_writer::lane::ports::{
+    CursorMove, Ledger, LedgerFailure, Log, LogFailure, PublishFailure, WriteTimes,
+};
+use payment_writer::publication::{OutputCounts, Publication, Published};
+use payment_writer::record::{NextOffset, Offset, Partition};
+use rand::RngExt;
+use tokio::sync::oneshot;
+use tokio::task::spawn_local;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::world::{CALLS_MAX, Fault, Item, Message, OpenTxn, Shared, Who};
+
+/// The lane's side gives a hanging publisher up after this.
+const WATCHDOG: Duration = Duration::from_secs(25);
+/// The client waits this long for offsets that a pending transaction holds.
+const STABLE_WAIT: Duration = Duration::from_secs(10);
+/// A hanging request to the broker.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// A hanging database transaction.
+const LEDGER_TIMEOUT: Duration = Duration::from_secs(60);
+
+type Sent = Result<(Published, OutputCounts), PublishFailure>;
+
+/// The cluster as one lane sees it.
+pub struct ModelLog {
+    shared: Shared,
+    who: Who,
+    identity: Identity,
+    overtaken: Arc<AtomicI64>,
+    positions: BTreeMap<i32, (i64, bool)>,
+    /// Epoch of the producer, once it is initialised.
+    producer: Option<u64>,
+    is_in_doubt: bool,
+}
+
+impl ModelLog {
+    pub fn new(shared: Shared, who: Who, identity: Identity, overtaken: Arc<AtomicI64>) -> Self {
+        Self {
+            shared,
+            who,
+            identity,
+            overtaken,
+            positions: BTreeMap::new(),
+            producer: None,
+            is_in_doubt: false,
+        }
+    }
+
+    /// One request to the broker.
+    async fn request(&self, name: &'static str) -> Result<bool, LogFailure> {
+        let passing = |text: &str| Err(LogFailure::Passing(format!("{name}: {text}")));
+        match self.shared.point(self.who, name).await {
+            Fault::Before => passing("no answer"),
+            Fault::Hang => {
+                sleep(REQUEST_TIMEOUT).await;
+                passing("no answer in time")
+            }
+            _ if self.shared.world.borrow().is_broker_down() => passing("broker away"),
+            fault => Ok(fault == Fault::After),
+        }
+    }
+
+    /// The answer on its way back.
+    async fn reply(&self, name: &'static str, is_lost: bool) -> Result<(), LogFailure> {
+        match self.shared.point(self.who, name).await {
+            _ if is_lost => Err(LogFailure::Passing(format!("{name}: answer lost"))),
+            Fault::None => Ok(()),
+            _ => Err(LogFailure::Passing(format!("{name}: answer lost"))),
+        }
+    }
+
+    fn deliver(&mut self, intake: &mut Intake) -> bool {
+        let mut world = self.shared.world.borrow_mut();
+        let mut is_delivered = false;
+        if world.is_broker_down() {
+            return false;
+        }
+        let mut partitions: Vec<i32> = self.positions.keys().copied().collect();
+        if partitions.len() > 1 {
+            let turn = world.rng.random_range(0..partitions.len());
+            partitions.rotate_left(turn);
+        }
+        for p in partitions {
+            if !world.members[self.who.member].held.contains(&p) {
+                continue;
+            }
+            let Some((mut position, mut is_end_told)) = self.positions.get(&p).copied() else { continue };
+            if world.plan.has_delays && world.rng.random_ratio(1, 25) {
+                // A pause inside the client: it goes on a little before.
+                position = (position - world.rng.random_range(0..4)).max(world.logs[p as usize].start);
+            }
+            if position < world.logs[p as usize].start {
+                // auto.offset.reset=error
+                intake.disturb(Partition(p));
+                self.positions.remove(&p);
+                is_delivered = true;
+                continue;
+            }
+            let end = world.logs[p as usize].end();
+            let chunk = if world.plan.has_delays { world.rng.random_range(1..6) } else { 100 };
+            let mut taken = 0;
+            while position < end && intake.room() > 0 && taken < chunk {
+                if let Item::Record(record) = world.item(p, Offset(position)) {
+                    let headers = record.headers.iter().map(|(n, v)| (n.as_slice(), v.as_deref()));
+                    intake.record(
+                        Partition(p),
+                        Offset(position),
+                        record.timestamp,
+                        record.key.as_deref(),
+                        record.value.as_deref(),
+                        headers,
+                    );
+                    taken += 1;
+                }
+                is_end_told = false;
+                position += 1;
+            }
+            if position == end && !is_end_told {
+                intake.end(Partition(p), NextOffset(end));
+                is_end_told = true;
+                taken += 1;
+            } else if position > end {
+                position = end;
+            }
+            is_delivered |= taken > 0;
+            is_end_told &= position == end;
+            self.positions.insert(p, (position, is_end_told));
+        }
+        is_delivered
+    }
+
+    /// Whether somebody fetches without end: that history is over.
+    fn spins(&self) -> bool {
+        let mut world = self.shared.world.borrow_mut();
+        world.calls += 1;
+        if world.calls > CALLS_MAX {
+            let who = self.who;
+            world.fail(format!("stuck: {who:?} fetches without end"));
+        }
+        world.calls > CALLS_MAX
+    }
+
+    fn has_news(&self) -> bool {
+        let world = self.shared.world.borrow();
+        !world.is_broker_down()
+            && self.positions.iter().any(|(p, (position, is_end_told))| {
+                let end = world.logs[*p as usize].end();
+                world.members[self.who.member].held.contains(p) && (*position < end || !is_end_told)
+            })
+    }
+}
+
+impl Log for ModelLog {
+    async fn group_offsets(
+        &mut self,
+        partitions: &[Partition],
+    ) -> Result<Vec<(Partition, Option<GroupOffset>)>, LogFailure> {
+        let is_lost = self.request("group_offsets").await?;
+        let deadline = Instant::now() + STABLE_WAIT;
+        loop {
+            let found = {
+                let mut world = self.shared.world.borrow_mut();
+                let is_pending = partitions.iter().any(|p| world.has_pending_offset(p.0));
+                (!is_pending)
+                    .then(|| partitions.iter().map(|p| (*p, world.offsets[p.0 as usize].clone())).collect())
+            };
+            if let Some(found) = found {
+                self.reply("group_offsets reply", is_lost).await?;
+                return Ok(found);
+            }
+            if Instant::now() > deadline {
+                return Err(LogFailure::Passing("offsets are held by a transaction".to_owned()));
+            }
+            sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    async fn bounds(&mut self, partitions: &[Partition]) -> Result<Vec<(Partition, LogBounds)>, LogFailure> {
+        let is_lost = self.request("bounds").await?;
+        let found = {
+            let world = self.shared.world.borrow();
+            let bounds = |p: &Partition| {
+                let (start, end) = world.log_bounds(*p);
+                (*p, LogBounds { start: NextOffset(start), end: NextOffset(end) })
+            };
+            partitions.iter().map(bounds).collect()
+        };
+        self.reply("bounds reply", is_lost).await?;
+        Ok(found)
+    }
+
+    async fn start(&mut self, positions: &[(Partition, NextOffset)]) -> Result<(), LogFailure> {
+        let is_lost = self.request("start").await?;
+        {
+            let mut world = self.shared.world.borrow_mut();
+            let is_taken_up = world.read_in.get(&self.who) == Some(&world.db_epoch);
+            for (partition, position) in positions {
+                if is_taken_up {
+                    world.untaken.remove(&partition.0);
+                }
+                // What is no longer assigned is left out.
+                if world.members[self.who.member].held.contains(&partition.0) {
+                    self.positions.insert(partition.0, (position.0, false));
+                }
+            }
+        }
+        self.reply("start reply", is_lost).await
+    }
+
+    async fn stop(&mut self, partitions: &[Partition]) -> Result<(), LogFailure> {
+        let is_lost = self.request("stop").await?;
+        for partition in partitions {
+            self.positions.remove(&partition.0);
+        }
+        self.reply("stop reply", is_lost).await
+    }
+
+    async fn fetch(&mut self, intake: &mut Intake, wait: Duration) {
+        if self.spins() {
+            std::future::pending::<()>().await;
+        }
+        self.shared.thaw(self.who).await;
+        let deadline = Instant::now() + wait;
+        while !self.has_news() {
+            let changed = self.shared.changed.notified();
+            if timeout(deadline.saturating_duration_since(Instant::now()), changed).await.is_err() {
+                return;
+            }
+            self.shared.thaw(self.who).await;
+        }
+        match self.shared.point(self.who, "fetch").await {
+            Fault::None | Fault::Crash => {}
+            Fault::Hang => sleep(Duration::from_secs(2)).await,
+            Fault::Before | Fault::After => {
+                // What was fetched is lost inside the client; it says so.
+                if let Some(p) = self.positions.keys().next().copied() {
+                    self.positions.remove(&p);
+                    intake.disturb(Partition(p));
+                    return;
+                }
+            }
+        }
+        self.deliver(intake);
+    }
+
+    async fn publish(&mut self, publication: &Arc<Publication>) -> Sent {
+        match self.shared.point(self.who, "publish").await {
+            Fault::Before => return Err(PublishFailure::Fenced("rebalance in progress".to_owned())),
+            Fault::After => return Err(PublishFailure::Aborted("coordinator is moving".to_owned())),
+            _ => {}
+        }
+        if self.is_in_doubt {
+            return Err(PublishFailure::Unknown("an earlier transaction was given up".to_owned()));
+        }
+        let Some(epoch) = self.producer else {
+            return Err(PublishFailure::Unknown("there is no producer yet".to_owned()));
+        };
+        let generation = self.shared.world.borrow().members[self.who.member].generation;
+        if generation < 0 {
+            return Err(PublishFailure::Fenced("between two generations".to_owned()));
+        }
+        if self.overtaken.load(Ordering::Acquire) != 0 {
+            return Err(PublishFailure::Fenced("partitions were taken away meanwhile".to_owned()));
+        }
+        self.is_in_doubt = true;
+        let (reply, answer) = oneshot::channel();
+        let thread = Thread {
+            shared: Rc::clone(&self.shared),
+            who: self.who,
+            identity: self.identity.clone(),
+            epoch,
+            generation,
+        };
+        let publication = Arc::clone(publication);
+        let task = spawn_local(async move {
+            let outcome = thread.publish(&publication).await;
+            let _ = reply.send(outcome);
+        });
+        self.shared.world.borrow_mut().members[self.who.member].threads.push(task.abort_handle());
+        let outcome = match timeout(WATCHDOG, answer).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err(PublishFailure::Unknown("the thread is gone".to_owned())),
+            Err(_) => Err(PublishFailure::Unknown("the producer hangs".to_owned())),
+        };
+        self.is_in_doubt = matches!(outcome, Err(PublishFailure::Unknown(_)));
+        self.shared.thaw(self.who).await;
+        outcome
+    }
+
+    async fn renew(&mut self) -> Result<(), LogFailure> {
+        let is_lost = self.request("renew").await?;
+        self.is_in_doubt = false;
+        let epoch = {
+            let mut world = self.shared.world.borrow_mut();
+            let state = world.txns.entry((self.who.member, self.who.lane)).or_default();
+            state.epoch += 1;
+            state.open = None;
+            state.epoch
+        };
+        self.producer = None;
+        self.reply("renew reply", is_lost).await?;
+        self.producer = Some(epoch);
+        Ok(())
+    }
+}
+
+/// The publisher's thread: goes on whether or not the lane waits for it.
+struct Thread {
+    shared: Shared,
+    who: Who,
+    identity: Identity,
+    epoch: u64,
+    generation: i64,
+}
+
+impl Thread {
+    fn id(&self) -> (usize, usize) {
+        (self.who.member, self.who.lane)
+    }
+
+    /// Aborts, and says what is known then.
+    async fn abort(&self, number: u64, failure: PublishFailure) -> PublishFailure {
+        let fault = self.shared.point(self.who, "abort").await;
+        if matches!(fault, Fault::Before | Fault::Hang) {
+            return PublishFailure::Unknown("abort: no answer".to_owned());
+        }
+        let is_aborted = self.shared.world.borrow_mut().abort_txn(self.id(), self.epoch, number);
+        if is_aborted && fault == Fault::None {
+            failure
+        } else {
+            PublishFailure::Unknown("abort: fenced, or the answer was lost".to_owned())
+        }
+    }
+
+    /// The commit request arrives some time later, if nothing settled the transaction before.
+    fn commit_later(&self, number: u64, reply: Option<oneshot::Sender<bool>>) {
+        let (shared, id, epoch) = (Rc::clone(&self.shared), self.id(), self.epoch);
+        let delay = shared.world.borrow_mut().rng.random_range(0..12_000);
+        spawn_local(async move {
+            sleep(Duration::from_millis(delay)).await;
+            let is_committed = shared.world.borrow_mut().commit_txn(id, epoch, number);
+            if let Some(reply) = reply {
+                let _ = reply.send(is_committed);
+            }
+        });
+    }
+
+    async fn publish(&self, publication: &Publication) -> Sent {
+        let unknown = |text: &str| Err(PublishFailure::Unknown(text.to_owned()));
+        if self.shared.point(self.who, "begin").await != Fault::None {
+            return unknown("begin: invalid state");
+        }
+        let topic_id = self.identity.topic_id;
+        let mut outputs = Vec::new();
+        let counts = publication.for_each_output("payment_writer_topic", topic_id, |output| {
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            outputs.push(Message {
+                topic: output.topic.label(),
+                key: output.key.map(<[u8]>::to_vec),
+                value: output.value.map(<[u8]>::to_vec),
+                headers: output
+                    .headers
+                    .iter()
+                    .map(|(n, v)| (text(n), v.map(text).unwrap_or_default()))
+                    .collect(),
+            });
+            Ok::<(), ()>(())
+        });
+        let Ok(counts) = counts else { return unknown("cannot be") };
+        let number = {
+            let mut world = self.shared.world.borrow_mut();
+            world.expire();
+            world.txn_count += 1;
+            let number = world.txn_count;
+            let (id, epoch) = (self.id(), self.epoch);
+            world.note(|| format!("       transaction {number} of {id:?} begins"));
+            match world.txns.get_mut(&id) {
+                Some(state) if state.epoch == epoch && state.open.is_none() => {
+                    state.open = Some(OpenTxn { number, began: Instant::now(), outputs, offsets: None });
+                }
+                _ => return unknown("producer fenced"),
+            }
+            number
+        };
+        match self.shared.point(self.who, "produce").await {
+            Fault::None | Fault::Crash => {}
+            Fault::Before | Fault::After => {
+                return Err(self
+                    .abort(number, PublishFailure::Aborted("an output topic is away".to_owned()))
+                    .await);
+            }
+            Fault::Hang => std::future::pending().await,
+        }
+        let offsets: Vec<_> = publication.offsets(&self.identity).map(|(p, o, m)| (p.0, o.0, m)).collect();
+        let is_taken = {
+            let mut world = self.shared.world.borrow_mut();
+            if world.open_txn(self.id(), self.epoch, number).is_none() {
+                return unknown("producer fenced");
+            }
+            let is_member = world.is_member(self.who, self.generation) && !world.is_broker_down();
+            if is_member && let Some(txn) = world.open_txn(self.id(), self.epoch, number) {
+                txn.offsets = Some(offsets);
+            }
+            is_member
+        };
+        if !is_taken {
+            return Err(self.abort(number, PublishFailure::Fenced("illegal generation".to_owned())).await);
+        }
+        match self.shared.point(self.who, "send_offsets").await {
+            Fault::None | Fault::Crash => {}
+            Fault::Before | Fault::After => {
+                return Err(self.abort(number, PublishFailure::Aborted("send_offsets".to_owned())).await);
+            }
+            Fault::Hang => std::future::pending().await,
+        }
+        let is_late = {
+            let mut world = self.shared.world.borrow_mut();
+            world.plan.has_delays && world.rng.random_ratio(1, 20)
+        };
+        if is_late {
+            // The request is on its way, whatever becomes of this process.
+            let (reply, answer) = oneshot::channel();
+            self.commit_later(number, Some(reply));
+            let is_committed = answer.await.unwrap_or(false);
+            let fault = self.shared.point(self.who, "commit reply").await;
+            return match (is_committed, fault) {
+                (true, Fault::None) => Ok((publication.committed(), counts)),
+                _ => unknown("commit: no answer"),
+            };
+        }
+        let fault = self.shared.point(self.who, "commit").await;
+        if matches!(fault, Fault::Before | Fault::Hang) {
+            if self.shared.world.borrow_mut().rng.random_bool(0.5) {
+                self.commit_later(number, None);
+            }
+            if fault == Fault::Hang {
+                std::future::pending::<()>().await;
+            }
+            return unknown("commit: no answer");
+        }
+        let is_committed = self.shared.world.borrow_mut().commit_txn(self.id(), self.epoch, number);
+        let reply = self.shared.point(self.who, "commit reply").await;
+        if !is_committed || fault != Fault::None || reply != Fault::None {
+            return unknown("commit: fenced, or the answer was lost");
+        }
+        Ok((publication.committed(), counts))
+    }
+}
+
+/// The database as one lane sees it.
+pub struct ModelLedger {
+    shared: Shared,
+    who: Who,
+    identity: Identity,
+    session: Option<u64>,
+}
+
+fn failed(class: FailureClass, message: impl Into<String>) -> LedgerFailure {
+    LedgerFailure { class, sqlstate: None, message: message.into(), identity: None }
+}
+
+impl ModelLedger {
+    pub fn new(shared: Shared, who: Who, identity: Identity) -> Self {
+        Self { shared, who, identity, session: None }
+    }
+
+    /// The session, or a new one; it is put back only after a success.
+    async fn take_session(&mut self) -> Result<u64, LedgerFailure> {
+        if let Some(epoch) = self.session.take() {
+            return Ok(epoch);
+        }
+        let fault = self.shared.point(self.who, "connect").await;
+        let world = self.shared.world.borrow();
+        if fault != Fault::None || world.is_db_down() {
+            return Err(failed(FailureClass::Passing, "connecting: no answer"));
+        }
+        if world.db.id != self.identity.database_id {
+            let doubt =
+                IdentityDoubt::OtherDatabase { marked: self.identity.database_id, found: world.db.id };
+            return Err(LedgerFailure {
+                class: FailureClass::Systemic,
+                sqlstate: None,
+                message: doubt.to_string(),
+                identity: Some(doubt),
+            });
+        }
+        Ok(world.db_epoch)
+    }
+
+    /// One short statement on the session; true: it takes effect, but the answer is lost.
+    async fn statement(&self, name: &'static str, session: u64) -> Result<bool, LedgerFailure> {
+        let fault = self.shared.point(self.who, name).await;
+        if fault == Fault::Hang {
+            sleep(LEDGER_TIMEOUT).await;
+        }
+        if matches!(fault, Fault::Hang | Fault::Before) {
+            return Err(failed(FailureClass::Passing, format!("{name}: connection lost")));
+        }
+        self.is_open(session)?;
+        Ok(fault == Fault::After)
+    }
+
+    fn is_open(&self, session: u64) -> Result<(), LedgerFailure> {
+        let world = self.shared.world.borrow();
+        if world.db_epoch != session || world.is_db_down() {
+            return Err(failed(FailureClass::Passing, "connection closed"));
+        }
+        Ok(())
+    }
+
+    async fn reply(&mut self, name: &'static str, session: u64, is_lost: bool) -> Result<(), LedgerFailure> {
+        let fault = self.shared.point(self.who, name).await;
+        if is_lost || fault != Fault::None {
+            return Err(failed(FailureClass::Passing, format!("{name}: connection lost")));
+        }
+        self.session = Some(session);
+        Ok(())
+    }
+}
+
+impl Ledger for ModelLedger {
+    async fn cursors(
+        &mut self,
+        partitions: &[Partition],
+    ) -> Result<Vec<(Partition, Option<CursorRow>)>, LedgerFailure> {
+        let session = self.take_session().await?;
+        let is_lost = self.statement("cursors", session).await?;
+        let rows = {
+            let mut world = self.shared.world.borrow_mut();
+            world.read_in.insert(self.who, session);
+            partitions.iter().map(|p| (*p, world.db.cursors.get(&p.0).cloned())).collect()
+        };
+        self.reply("cursors reply", session, is_lost).await?;
+        Ok(rows)
+    }
+
+    async fn store_cursors(
+        &mut self,
+        rows: &[(Partition, Option<NextOffset>, CursorRow)],
+    ) -> Result<(), LedgerFailure> {
+        let session = self.take_session().await?;
+        let is_lost = self.statement("store_cursors", session).await?;
+        {
+            let mut world = self.shared.world.borrow_mut();
+            let fits = rows.iter().all(|(partition, seen, _)| {
+                world.db.cursors.get(&partition.0).map(|row| row.applied) == *seen
+            });
+            if !fits {
+                return Err(failed(FailureClass::Fenced, "a cursor changed while it was taken up"));
+            }
+            for (partition, _, row) in rows {
+                world.note(|| format!("       cursor of {partition} stored: {row:?}"));
+                let timestamp = world.db.cursors.get(&partition.0).and_then(|r| r.applied_timestamp);
+                let stored = CursorRow { applied_timestamp: timestamp, settled: None, ..row.clone() };
+                world.db.cursors.insert(partition.0, stored);
+            }
+        }
+        self.reply("store_cursors reply", session, is_lost).await
+    }
+
+    async fn write(
+        &mut self,
+        batch: &Batch,
+        moves: &[CursorMove],
+    ) -> Result<(Fates, Answer, WriteTimes), LedgerFailure> {
+        let session = self.take_session().await?;
+        // Dropped up to here, the server rolls back.
+        let is_lost = self.statement("write", session).await?;
+        let (reply, answer) = oneshot::channel();
+        let (shared, batch, moves, who) = (Rc::clone(&self.shared), batch.clone(), moves.to_vec(), self.who);
+        let delay_ms = {
+            let mut world = self.shared.world.borrow_mut();
+            if world.plan.has_delays && world.rng.random_ratio(1, 15) {
+                world.rng.random_range(0..12_000)
+            } else {
+                0
+            }
+        };
+        // From here on COMMIT is on its way, whatever becomes of the lane.
+        let server = async move {
+            if delay_ms > 0 {
+                sleep(Duration::from_millis(delay_ms)).await;
+            }
+            let mut world = shared.world.borrow_mut();
+            if world.db_epoch != session {
+                return;
+            }
+            let written = world.db.write(&batch, &moves);
+            world.note(|| {
+                let moved: Vec<_> =
+                    moves.iter().map(|m| (m.partition.0, m.seen.0, m.applied.0, m.published)).collect();
+                match &written {
+                    Ok((fates, _)) => format!("       COMMIT of {who:?} {moved:?} {:?}", fates.0),
+                    Err(error) => format!("       cursor guard against {who:?}: {error}"),
+                }
+            });
+            let _ = reply.send(written);
+        };
+        if delay_ms > 0 {
+            spawn_local(server);
+        } else {
+            server.await;
+        }
+        let written = match timeout(LEDGER_TIMEOUT, answer).await {
+            Ok(Ok(Ok(written))) => written,
+            Ok(Ok(Err(message))) => return Err(failed(FailureClass::Fenced, message)),
+            Ok(Err(_)) | Err(_) => return Err(failed(FailureClass::Passing, "COMMIT: no answer")),
+        };
+        self.reply("write reply", session, is_lost).await?;
+        Ok((written.0, written.1, WriteTimes::default()))
+    }
+
+    async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), LedgerFailure> {
+        let session = self.take_session().await?;
+        let is_lost = self.statement("move_cursors", session).await?;
+        let moved = self.shared.world.borrow_mut().db.guarded(moves);
+        if let Err(message) = moved {
+            return Err(failed(FailureClass::Fenced, message));
+        }
+        self.reply("move_cursors reply", session, is_lost).await
+    }
+}
