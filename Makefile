@@ -16,7 +16,7 @@ demo: ## start Kafka and Postgres, write 200,000 payments, check and show every 
 
 test: lint ## everything CI runs: format, lints, then unit, property and integration tests
 	dev/servers install
-	cargo test --locked
+	cargo test --locked --features failpoints
 
 dev-up: ## start a local Kafka and Postgres that stay, and print the settings that reach them
 	@dev/servers up
@@ -33,7 +33,7 @@ fmt: ## format the code
 lint: ## check format, lints, dependencies and scripts
 	@dev/install
 	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --features failpoints -- -D warnings
 	@if cargo deny --version >/dev/null 2>&1; then echo cargo deny check; cargo deny check; fi
 	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck $(SCRIPTS); fi
 

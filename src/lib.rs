@@ -19,6 +19,7 @@ pub mod config;
 pub mod cursor;
 pub mod daemon;
 pub mod disposition;
+pub mod failpoint;
 pub mod generator;
 pub mod intake;
 pub mod kafka;

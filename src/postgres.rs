@@ -36,8 +36,9 @@ const EXPECTED_FORM: &str = "expected postgres://user:password@host:port/databas
 ///
 /// `synchronous_commit` is raised to `on` where it is weaker, and left alone where it is stronger
 /// (`remote_apply`). A transaction that sits idle holds row locks that the next owner of its partitions
-/// waits for, so the server ends it after 30 s (25P03): its lane was stopped or cut off. `jit` costs more
-/// than it gives on statements of a few milliseconds.
+/// waits for, so the server ends it after 30 s (25P03): its lane was stopped or cut off. The same goes for
+/// a transaction whose machine is gone in the middle of a COPY, which only TCP can tell the server. `jit`
+/// costs more than it gives on statements of a few milliseconds.
 const SESSION_SETTINGS: &str = "\
     SELECT set_config('synchronous_commit', 'on', false) \
       WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply'); \
@@ -45,6 +46,8 @@ const SESSION_SETTINGS: &str = "\
     SET DateStyle = 'ISO'; \
     SET default_transaction_isolation = 'read committed'; \
     SET idle_in_transaction_session_timeout = '30s'; \
+    SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; \
+    SET tcp_user_timeout = '20s'; \
     SET jit = off";
 
 /// Why there is no connection.

@@ -316,30 +316,44 @@ impl Group {
                 assigned.insert(Partition(element.partition()), true);
             }
         }
-        self.seek(running)
+        self.seek(queue, running)
     }
 
-    fn seek(&self, mut list: TopicPartitionList) -> Result<(), String> {
+    fn seek<C: ConsumerContext>(
+        &self,
+        queue: &LaneQueue<C>,
+        mut list: TopicPartitionList,
+    ) -> Result<(), String> {
         let deadline = Instant::now() + REQUEST_TIMEOUT;
         while list.count() > 0 {
             let sought =
                 self.consumer.seek_partitions(list, REQUEST_TIMEOUT).map_err(|e| format!("seeking: {e}"))?;
             let mut again = TopicPartitionList::new();
+            let mut stranded = TopicPartitionList::new();
             for element in sought.elements() {
-                match element.error() {
-                    Ok(()) => {}
-                    // Assigned a moment ago and not fetching yet.
-                    Err(KafkaError::OffsetFetch(
-                        RDKafkaErrorCode::State | RDKafkaErrorCode::PreviousInProgress,
-                    )) if Instant::now() < deadline => {
-                        again
-                            .add_partition_offset(&self.shared.topic, element.partition(), element.offset())
-                            .map_err(|e| e.to_string())?;
+                let list = match element.error() {
+                    Ok(()) => continue,
+                    Err(KafkaError::OffsetFetch(RDKafkaErrorCode::PreviousInProgress))
+                        if Instant::now() < deadline =>
+                    {
+                        &mut again
                     }
+                    // Not fetching: assigned a moment ago, or given up by the client after an error
+                    // (such as an offset that is not in the log), out of which no seek leads.
+                    Err(KafkaError::OffsetFetch(RDKafkaErrorCode::State)) => &mut stranded,
                     Err(error) => {
                         return Err(format!("seeking partition {}: {error}", element.partition()));
                     }
+                };
+                list.add_partition_offset(&self.shared.topic, element.partition(), element.offset())
+                    .map_err(|e| e.to_string())?;
+            }
+            if stranded.count() > 0 {
+                self.consumer.incremental_unassign(&stranded).map_err(|e| e.to_string())?;
+                for element in stranded.elements() {
+                    queue.attach(&self.shared.topic, Partition(element.partition()));
                 }
+                self.consumer.incremental_assign(&stranded).map_err(|e| e.to_string())?;
             }
             list = again;
             if list.count() > 0 {

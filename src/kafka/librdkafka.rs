@@ -177,7 +177,7 @@ impl<'a> NativeRecord<'a> {
 pub struct LaneQueue<C: ConsumerContext + 'static> {
     queue: *mut sys::rd_kafka_queue_t,
     wake: *const Notify,
-    messages: Vec<*mut sys::rd_kafka_message_t>,
+    chunk_max: usize,
     /// Keeps the client alive as long as the queue.
     consumer: Arc<BaseConsumer<C>>,
     notify: Arc<Notify>,
@@ -205,7 +205,7 @@ impl<C: ConsumerContext> LaneQueue<C> {
             sys::rd_kafka_queue_cb_event_enable(queue, Some(wake_lane), wake as *mut c_void);
             queue
         };
-        Self { queue, wake, messages: vec![ptr::null_mut(); chunk_max.max(1)], consumer, notify }
+        Self { queue, wake, chunk_max: chunk_max.max(1), consumer, notify }
     }
 
     /// Sends what is fetched of this partition here. To be called before the partition is assigned.
@@ -232,34 +232,59 @@ impl<C: ConsumerContext> LaneQueue<C> {
     }
 
     /// Hands at most `max` items that are there already to `take`; returns how many there were.
-    pub fn drain(&mut self, max: usize, mut take: impl FnMut(QueueItem<'_>)) -> usize {
-        let max = max.min(self.messages.len());
-        // SAFETY: the array has room for `max` pointers; a zero time limit makes the call return at once.
-        let count =
-            unsafe { sys::rd_kafka_consume_batch_queue(self.queue, 0, self.messages.as_mut_ptr(), max) };
-        let count = usize::try_from(count).unwrap_or(0);
-        for pointer in self.messages.iter().take(count) {
-            // SAFETY: librdkafka returned `count` live messages that are ours until destroyed; the
-            // borrow given to `take` ends before that.
-            unsafe {
-                let message = &**pointer;
-                take(match message.err {
-                    sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR => {
-                        QueueItem::Record(NativeRecord { message })
-                    }
-                    sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__PARTITION_EOF => {
-                        QueueItem::End { partition: Partition(message.partition), position: message.offset }
-                    }
-                    code => QueueItem::Failed {
-                        partition: (!message.rkt.is_null() && message.partition >= 0)
-                            .then_some(Partition(message.partition)),
-                        code: code.into(),
-                    },
-                });
-                sys::rd_kafka_message_destroy(*pointer);
-            }
+    ///
+    /// Not `rd_kafka_consume_batch_queue`: there, meeting a partition's end counts as having consumed the
+    /// record that is yet to come. After a rebalance, fetching is resumed behind it, and it is lost.
+    pub fn drain(&mut self, max: usize, take: impl FnMut(QueueItem<'_>)) -> usize {
+        let client = self.consumer.client().native_ptr();
+        let mut drain = Drain { client, max: max.min(self.chunk_max), count: 0, take };
+        if drain.max == 0 {
+            return 0;
         }
-        count
+        let (callback, opaque) = (callback_of(&drain), (&raw mut drain).cast::<c_void>());
+        // SAFETY: the queue is live; a zero time limit makes the call return at once, and the callback
+        // is called only until then, from this very thread, with a `Drain` of its own kind.
+        unsafe { sys::rd_kafka_consume_callback_queue(self.queue, 0, Some(callback), opaque) };
+        drain.count
+    }
+}
+
+/// One call of [`LaneQueue::drain`], as its callback sees it.
+struct Drain<F> {
+    client: *mut sys::rd_kafka_t,
+    max: usize,
+    count: usize,
+    take: F,
+}
+
+type Callback = unsafe extern "C" fn(*mut sys::rd_kafka_message_t, *mut c_void);
+
+fn callback_of<F: FnMut(QueueItem<'_>)>(_: &Drain<F>) -> Callback {
+    take_one::<F>
+}
+
+unsafe extern "C" fn take_one<F: FnMut(QueueItem<'_>)>(
+    message: *mut sys::rd_kafka_message_t,
+    opaque: *mut c_void,
+) {
+    // SAFETY: the opaque is the `Drain` that `drain` keeps on its stack, borrowed nowhere else meanwhile;
+    // the message is live until the callback returns, and librdkafka's to destroy.
+    let (drain, message) = unsafe { (&mut *opaque.cast::<Drain<F>>(), &*message) };
+    (drain.take)(match message.err {
+        sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR => QueueItem::Record(NativeRecord { message }),
+        sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__PARTITION_EOF => {
+            QueueItem::End { partition: Partition(message.partition), position: message.offset }
+        }
+        code => QueueItem::Failed {
+            partition: (!message.rkt.is_null() && message.partition >= 0)
+                .then_some(Partition(message.partition)),
+            code: code.into(),
+        },
+    });
+    drain.count += 1;
+    if drain.count >= drain.max {
+        // SAFETY: the client is live. What is left stays in the queue.
+        unsafe { sys::rd_kafka_yield(drain.client) };
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use super::group::QuietLog;
 use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer};
 use crate::cursor::Identity;
+use crate::failpoint;
 use crate::lane::ports::PublishFailure;
 use crate::publication::{OutputCounts, Publication, Published};
 
@@ -148,11 +149,17 @@ fn publish(
     group: &GroupMetadata,
 ) -> PublishReply {
     let deadline = Instant::now() + TRANSACTION_DEADLINE;
+    failpoint::hit("before_kafka_begin");
     if let Err(error) = producer.begin() {
         return Err(PublishFailure::Unknown(format!("begin_transaction: {error}")));
     }
     match fill(producer, settings, publication, group, deadline) {
-        Ok(counts) => commit(producer, deadline).map(|()| (publication.committed(), counts)),
+        Ok(counts) => {
+            failpoint::hit("before_kafka_commit");
+            commit(producer, deadline)?;
+            failpoint::hit("after_kafka_commit");
+            Ok((publication.committed(), counts))
+        }
         Err(broken) => Err(abort(producer, broken)),
     }
 }
@@ -184,6 +191,7 @@ fn fill(
             }
         }
     })?;
+    failpoint::hit("after_produce");
     let mut offsets = TopicPartitionList::with_capacity(publication.spans().len());
     for (partition, position, mark) in publication.offsets(&settings.identity) {
         let mut element = offsets.add_partition(&settings.input_topic, partition.0);
@@ -202,6 +210,7 @@ fn fill(
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+    failpoint::hit("after_send_offsets");
     // `commit_transaction` flushes in steps of 100 ms: what is drained before costs it no step.
     while !producer.flush(SLICE) {
         if Instant::now() > deadline {

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use super::ports::{Ledger, Log, PublishFailure};
 use super::{Lane, Live, Slot};
 use crate::cursor::{CursorRow, Decision, Doubt, IdentityDoubt, Known, Start, decide};
+use crate::failpoint;
 use crate::publication::{Publication, Span};
 use crate::record::Partition;
 
@@ -123,7 +124,10 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             .collect();
         if !spans.is_empty() {
             match self.log.publish(&Arc::new(Publication::of_offsets(spans))).await {
-                Ok(_) => self.broker_up(),
+                Ok(_) => {
+                    failpoint::hit("after_first_offsets");
+                    self.broker_up();
+                }
                 Err(PublishFailure::Aborted(message)) => {
                     self.broker_failed("committing the first offsets", &message);
                     return Ok(());
@@ -158,11 +162,13 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 )
             })
             .collect();
+        failpoint::hit("before_store_cursors");
         if !rows.is_empty()
             && let Err(failure) = self.ledger.store_cursors(&rows).await
         {
             return self.ledger_failed("storing the first cursors", failure);
         }
+        failpoint::hit("after_store_cursors");
         let positions: Vec<_> = starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
         if let Err(failure) = self.log.start(&positions).await {
             return self.log_failed("starting to fetch", failure);

@@ -19,12 +19,15 @@ use self::session::{Failed, Session};
 use crate::batch::{Answer, Batch, Fates, Owner, Rows};
 use crate::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timestamp, postgres_timestamp};
 use crate::cursor::{CursorRow, Identity};
+use crate::failpoint;
 use crate::lane::ports::{CursorMove, Ledger, LedgerFailure, WriteTimes};
 use crate::record::{NextOffset, Offset, Partition};
 use crate::wire;
 
 /// A transaction that takes longer is given up with its session; the server's own limits come first.
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// lock_not_available
+const SQLSTATE_LOCK_TIMEOUT: &str = "55P03";
 /// `timestamptz '-infinity'`, by which `move_cursors` is told that the last record has no timestamp.
 const MINUS_INFINITY: i64 = i64::MIN;
 
@@ -34,12 +37,14 @@ pub struct PgLedger {
     topic: String,
     identity: Identity,
     session: Option<Session>,
+    /// A lock was waited for in vain: whoever holds it may be a process that hangs.
+    was_locked_out: bool,
 }
 
 impl PgLedger {
     /// A ledger that takes its session from `pool` when it is first used.
     pub fn new(pool: Pool, topic: String, identity: Identity) -> Self {
-        Self { pool, topic, identity, session: None }
+        Self { pool, topic, identity, session: None, was_locked_out: false }
     }
 
     /// The present session, or a new one. It is put back only after a success: whatever fails, or is
@@ -47,8 +52,19 @@ impl PgLedger {
     async fn take_session(&mut self) -> Result<Session, LedgerFailure> {
         match self.session.take() {
             Some(session) => Ok(session),
-            None => Session::open(&self.pool, &self.identity).await,
+            None => {
+                let session = Session::open(&self.pool, &self.identity).await?;
+                if std::mem::take(&mut self.was_locked_out) {
+                    session.end_hung_sessions().await?;
+                }
+                Ok(session)
+            }
         }
+    }
+
+    fn failed(&mut self, failure: LedgerFailure) -> LedgerFailure {
+        self.was_locked_out = failure.sqlstate.as_deref() == Some(SQLSTATE_LOCK_TIMEOUT);
+        failure
     }
 }
 
@@ -173,6 +189,7 @@ async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(
     sink.feed(Bytes::from_static(COPY_HEADER)).await?;
     sink.feed(rows.bytes.clone()).await?;
     sink.feed(Bytes::from_static(COPY_TRAILER)).await?;
+    failpoint::hit("before_copy_ends");
     let copied = sink.finish().await?;
     if copied == rows.count as u64 {
         Ok(())
@@ -241,7 +258,9 @@ async fn write_in(
     )
     .await?;
     let copied = began.elapsed();
+    failpoint::hit("before_postgres_commit");
     session.client.batch_execute("COMMIT").await?;
+    failpoint::hit("after_postgres_commit");
     let times = WriteTimes {
         claim: claimed,
         copy: copied.saturating_sub(claimed),
@@ -317,7 +336,9 @@ impl Ledger for PgLedger {
     ) -> Result<(), LedgerFailure> {
         let mut session = self.take_session().await?;
         let topic_id = self.identity.topic_id;
-        limited("storing cursors", store_in(&mut session, &self.topic, &topic_id, rows)).await?;
+        limited("storing cursors", store_in(&mut session, &self.topic, &topic_id, rows))
+            .await
+            .map_err(|e| self.failed(e))?;
         self.session = Some(session);
         Ok(())
     }
@@ -330,7 +351,9 @@ impl Ledger for PgLedger {
         let mut session = self.take_session().await?;
         let moves = Moves::new(moves);
         let topic_id = self.identity.topic_id;
-        let written = limited("writing a batch", write_in(&mut session, &topic_id, batch, &moves)).await?;
+        let written = limited("writing a batch", write_in(&mut session, &topic_id, batch, &moves))
+            .await
+            .map_err(|e| self.failed(e))?;
         self.session = Some(session);
         Ok(written)
     }
@@ -338,7 +361,9 @@ impl Ledger for PgLedger {
     async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), LedgerFailure> {
         let session = self.take_session().await?;
         let moves = Moves::new(moves);
-        limited("moving cursors", move_cursors(&session, &self.identity.topic_id, &moves)).await?;
+        limited("moving cursors", move_cursors(&session, &self.identity.topic_id, &moves))
+            .await
+            .map_err(|e| self.failed(e))?;
         self.session = Some(session);
         Ok(())
     }

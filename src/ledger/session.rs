@@ -50,6 +50,19 @@ pub(super) const DELETE_SETTLEMENTS: &str = "
     USING unnest($2::integer[], $3::bigint[]) AS taken (partition, committed)
     WHERE s.topic_id = $1 AND s.partition = taken.partition AND s.committed = taken.committed";
 
+/// Ends the sessions of processes that hang in the middle of a transaction on the cursors. A session that
+/// waits for the rest of a COPY is not idle to the server, and no time limit of the server interrupts it
+/// there. Nothing that was committed is lost by it, and what was not is done again by its owner.
+const END_HUNG_SESSIONS: &str = "
+    SELECT count(pg_terminate_backend(a.pid))
+    FROM (
+        SELECT DISTINCT pid FROM pg_locks
+        WHERE relation = 'payment_writer.source_cursor'::regclass AND granted AND pid <> pg_backend_pid()
+    ) l
+    JOIN pg_stat_activity a USING (pid)
+    WHERE a.usename = current_user AND a.wait_event_type = 'Client'
+        AND a.xact_start < clock_timestamp() - interval '30 seconds'";
+
 /// Claims ids in their order and returns those that were taken already. The anti-join costs nothing when
 /// there are none: the count decides first.
 fn claim_sql(generation: i64) -> String {
@@ -242,6 +255,16 @@ impl Session {
             }),
             Err(error) => Err(Failed::from(error).into()),
         }
+    }
+
+    /// Ends sessions that hold cursors and whose process has not said a word for as long as this one's
+    /// lock was waited for.
+    pub(super) async fn end_hung_sessions(&self) -> Result<(), Failed> {
+        let ended: i64 = self.client.query_one(END_HUNG_SESSIONS, &[]).await?.try_get(0)?;
+        if ended > 0 {
+            tracing::warn!(ended, "ended sessions of processes that hung in a transaction");
+        }
+        Ok(())
     }
 
     /// The statement that claims into this generation.

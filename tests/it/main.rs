@@ -3,11 +3,15 @@
 
 mod audit;
 mod commands;
+mod crash;
 mod fuzz;
 mod generator;
 mod http;
 mod java;
+mod outages;
 mod outcomes;
+mod protocol;
+mod rebalance;
 mod schema;
 mod servers;
 mod support;

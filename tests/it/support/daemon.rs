@@ -123,6 +123,13 @@ impl Daemon {
         }
     }
 
+    /// Whether it was stopped, as by SIGSTOP.
+    pub fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        // The name before the state may hold anything, also parentheses.
+        stat.rsplit_once(") ").unwrap().1.starts_with('T')
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }

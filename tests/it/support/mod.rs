@@ -15,14 +15,20 @@
 #![allow(dead_code, unused_imports)]
 
 mod daemon;
+mod exactly_once;
 mod kafka;
+mod load;
+mod member;
 mod payments;
 mod servers;
 
 use std::time::{Duration, Instant};
 
 pub use daemon::{Daemon, Finished, Reply};
+pub use exactly_once::{Check, Outcomes, PATIENCE};
 pub use kafka::{Message, Received};
+pub use load::{Flow, Load};
+pub use member::Member;
 pub use payments::{AT_ISO, AT_MS, Payment, payment_id, ulid, uuid_v4, uuid_v7};
 pub use servers::{Act, Scope, Servers, block_on};
 

@@ -186,6 +186,33 @@ impl<'s> Scope<'s> {
         });
     }
 
+    /// Runs statements one by one as superuser, outside this scope's database.
+    pub fn on_server(&self, statements: &[String]) {
+        block_on(async {
+            let postgres = connect(&self.servers.postgres_admin_url("postgres")).await;
+            for statement in statements {
+                postgres.batch_execute(statement).await.unwrap();
+            }
+        });
+    }
+
+    /// Keeps a copy of the database as it is now. Nobody may be connected to it.
+    pub fn back_up_database(&self) {
+        let name = &self.database;
+        self.on_server(&[format!(
+            "CREATE DATABASE \"{name}_copy\" TEMPLATE \"{name}\" OWNER payment_writer"
+        )]);
+    }
+
+    /// Puts the copy in the database's place, whoever is connected to it.
+    pub fn restore_database(&self) {
+        let name = &self.database;
+        self.on_server(&[
+            format!("DROP DATABASE \"{name}\" WITH (FORCE)"),
+            format!("ALTER DATABASE \"{name}_copy\" RENAME TO \"{name}\""),
+        ]);
+    }
+
     /// Makes the four topics, the three outputs with the same number of partitions.
     pub fn create_topics(&self, input_partitions: i32, output_partitions: i32) {
         self.create_topic(&self.input_topic, input_partitions);

@@ -1,0 +1,129 @@
+//! A process that dies at any moment loses nothing and doubles nothing.
+
+use crate::support::{Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+
+/// Between and inside the two transactions of a batch, in their order.
+const STEPS_OF_A_BATCH: [&str; 7] = [
+    "before_postgres_commit",
+    "after_postgres_commit",
+    "before_kafka_begin",
+    "after_produce",
+    "after_send_offsets",
+    "before_kafka_commit",
+    "after_kafka_commit",
+];
+
+fn small_batches() -> Member {
+    Member::new("a").with("LANES", "1").with("BATCH__MAX_PAYMENTS", "40")
+}
+
+/// Kills at each step, the `hit`-th time that it is reached, with more than enough records waiting.
+fn kill_at_each_step(name: &str, hit: usize, seed: u64) {
+    // GIVEN a partition's worth of history, so that nothing but batches moves the cursors
+    let scope = Scope::new(Servers::shared(), name);
+    scope.prepare(4, 2);
+    let (member, mut load) = (small_batches(), Load::new(seed));
+    scope.produce(&scope.input_topic, load.take(60));
+    member.catch_up(&scope);
+    for step in STEPS_OF_A_BATCH {
+        scope.produce(&scope.input_topic, load.take(150));
+
+        // WHEN the process dies there, and is started again
+        member.die_at(&scope, &format!("{step}:{hit}"));
+        member.catch_up(&scope);
+
+        // THEN
+        eprintln!("{step}:{hit}: {:?}", scope.assert_exactly_once());
+    }
+}
+
+#[test]
+fn a_kill_at_any_step_of_the_first_batch_loses_and_doubles_nothing() {
+    kill_at_each_step("kill_first", 1, 1);
+}
+
+/// Here the Postgres transaction of a batch runs beside the Kafka transaction of the one before.
+#[test]
+fn a_kill_at_any_step_of_overlapping_batches_loses_and_doubles_nothing() {
+    kill_at_each_step("kill_overlap", 3, 2);
+}
+
+#[test]
+fn a_kill_while_partitions_are_taken_up_for_the_first_time_loses_and_doubles_nothing() {
+    // GIVEN a group and a database without any offset
+    let scope = Scope::new(Servers::shared(), "kill_opening");
+    scope.prepare(4, 2);
+    scope.produce(&scope.input_topic, Load::new(3).take(150));
+    let member = small_batches();
+
+    // WHEN the process dies at each step on the way from nothing to the first batch
+    for step in [
+        "before_kafka_begin",
+        "after_send_offsets",
+        "before_kafka_commit",
+        "after_kafka_commit",
+        "before_store_cursors",
+        "after_store_cursors",
+        "before_postgres_commit",
+    ] {
+        member.die_at(&scope, step);
+    }
+    member.catch_up(&scope);
+
+    // THEN
+    scope.assert_exactly_once();
+
+    // AND the same when the first offsets are committed in one go
+    let other = Scope::new(Servers::shared(), "kill_first_offsets");
+    other.prepare(4, 2);
+    other.produce(&other.input_topic, Load::new(4).take(150));
+    member.die_at(&other, "after_first_offsets");
+    member.catch_up(&other);
+    other.assert_exactly_once();
+}
+
+#[test]
+fn dying_again_and_again_at_the_same_step_ends_well() {
+    let scope = Scope::new(Servers::shared(), "kill_again");
+    scope.prepare(4, 2);
+    scope.produce(&scope.input_topic, Load::new(5).take(300));
+    let member = small_batches();
+    for _ in 0..2 {
+        for step in ["after_postgres_commit:2", "before_kafka_commit:2"] {
+            member.die_at(&scope, step);
+        }
+    }
+    member.catch_up(&scope);
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn random_kills_of_two_instances_under_load_lose_and_double_nothing() {
+    // GIVEN two instances and a flow of records
+    let scope = Scope::new(Servers::shared(), "random_kills");
+    scope.prepare(8, 4);
+    let member = |name| Member::new(name).with("BATCH__MAX_PAYMENTS", "100").soon_forgotten();
+    let members = [member("a"), member("b")];
+    let flow = Flow::start(&scope, Load::new(6), 12);
+    let mut daemons = members.clone().map(|member| member.start(&scope));
+    let mut random = Load::new(7);
+
+    // WHEN one or the other is killed, before or after it is ready, and started again
+    for _ in 0..10 {
+        let victim = usize::from(random.number(0, 2) == 1);
+        std::thread::sleep(std::time::Duration::from_millis(random.number(100, 2_000)));
+        daemons[victim].kill();
+        daemons[victim] = members[victim].start(&scope);
+    }
+    drop(flow.end());
+
+    // THEN what came is written and published by those that are left, each once
+    scope.wait_until_caught_up();
+    for daemon in &mut daemons {
+        daemon.drains();
+    }
+    wait_until_within(PATIENCE, "the copies of the group's offsets are there", || {
+        scope.cursors().values().all(|(applied, published)| published == &Some(*applied))
+    });
+    eprintln!("{:?}", scope.assert_exactly_once());
+}

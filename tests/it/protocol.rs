@@ -1,0 +1,386 @@
+//! Two cursors, one log: what hands, losses and mistakes do to them, and what must not follow from it.
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::support::{Check, Finished, Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+
+fn member() -> Member {
+    Member::new("a").soon_forgotten()
+}
+
+/// A table's rows as texts, in an order of their own.
+fn rows(scope: &Scope<'_>, table: &str) -> Vec<String> {
+    let query =
+        format!("SELECT (to_jsonb(t) - 'date')::text AS row FROM payment_writer.{table} t ORDER BY row");
+    scope.sql(&query, &[]).iter().map(|row| row.get(0)).collect()
+}
+
+/// The rows that are a function of the log.
+fn payments(scope: &Scope<'_>) -> Vec<Vec<String>> {
+    ["payment_core", "payment_metadata", "payment_notes", "idempotency"].map(|t| rows(scope, t)).into()
+}
+
+fn outputs(scope: &Scope<'_>) -> usize {
+    [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic]
+        .map(|t| scope.read_all(t).len())
+        .iter()
+        .sum()
+}
+
+fn says(finished: &Finished, code: i32, text: &str) {
+    assert_eq!(finished.code, Some(code), "{finished:?}");
+    assert!(finished.stdout.contains(text) || finished.stderr.contains(text), "no {text:?}: {finished:?}");
+}
+
+#[test]
+fn group_offsets_moved_back_or_deleted_after_a_drain_send_nothing_twice() {
+    // GIVEN a drained group
+    let scope = Scope::new(Servers::shared(), "moved_back");
+    scope.prepare(4, 2);
+    let mut load = Load::new(11);
+    let partitions = [0, 1, 2, 3];
+    scope.spread(load.take(120), &partitions);
+    member().catch_up(&scope);
+
+    // THEN each of its offsets bears our mark: version, topic, offset, database
+    let identity = scope.sql(
+        "SELECT topic_id, database_id FROM payment_writer.bound_group, payment_writer.database_identity",
+        &[],
+    );
+    let [topic, database] = [0, 1].map(|column| identity[0].get::<_, Uuid>(column).simple());
+    let committed = scope.committed_all();
+    assert_eq!(committed.len(), 4);
+    for (offset, text) in committed.values() {
+        assert_eq!(text, &format!("pw1 {topic} {offset} {database}"));
+    }
+
+    // WHEN offsets are moved back with and without the old text, and then all forgotten
+    for (partition, offset, text) in [(0, 0, ""), (1, 10, committed[&1].1.as_str()), (2, 29, "by hand")] {
+        scope.move_group_offset(partition, offset, text);
+    }
+    scope.spread(load.take(40), &partitions);
+    member().catch_up(&scope);
+
+    // THEN nothing comes twice and what is new is not lost
+    scope.assert_exactly_once();
+
+    scope.delete_group_when_empty();
+    scope.spread(load.take(40), &partitions);
+    member().catch_up(&scope);
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn a_partition_in_doubt_halts_alone_until_a_person_settles_it_beside_the_running_daemon() {
+    // GIVEN six partitions, written up to 20, and 20 more records in all but one
+    let scope = Scope::new(Servers::shared(), "doubts");
+    scope.prepare(6, 2);
+    let mut load = Load::new(12);
+    scope.spread(load.take(120), &[0, 1, 2, 3, 4, 5]);
+    member().catch_up(&scope);
+    scope.spread(load.take(100), &[0, 1, 2, 3, 5]);
+    let removed =
+        scope.read_all(&scope.input_topic).into_iter().filter(|r| r.partition == 3 && r.offset < 20);
+    let removed = removed.collect();
+
+    // WHEN two offsets are moved over unwritten records, retention removes some, a cursor is beyond the end
+    scope.move_group_offset(1, 33, "");
+    scope.move_group_offset(2, 37, "");
+    scope.delete_records(3, 30);
+    scope.execute("UPDATE payment_writer.source_cursor SET applied = 25, published = 25 WHERE partition = 4");
+    let mut daemon = member().start(&scope);
+
+    // THEN those partitions halt, each with the commands that settle it, and the others go on
+    let doubt = |partition: i32| daemon.status()["partitions"][partition.to_string()]["halted"].clone();
+    let settled = |partition: i32| scope.committed_all()[&partition].0 == 40 && doubt(partition).is_null();
+    wait_until_within(PATIENCE, "three partitions are halted", || {
+        [1, 2, 3].iter().all(|partition| !doubt(*partition).is_null())
+    });
+    wait_until_within(PATIENCE, "the others go on", || settled(0) && settled(5));
+    for (partition, label, advice) in [
+        (1, "moved_forward", "cursors accept --partition 1 --published 20"),
+        (2, "moved_forward", "cursors skip --partition 2 --to 37"),
+        (3, "log_gap", "cursors skip --partition 3 --to 30"),
+    ] {
+        assert_eq!(doubt(partition)["doubt"], label);
+        assert!(doubt(partition)["advice"].as_str().unwrap().contains(advice), "{}", doubt(partition));
+        assert!(daemon.log().contains(advice), "{}", daemon.log());
+    }
+    assert!(daemon.metric("payment_writer_partitions_halted", "") >= 3.0);
+    assert_eq!(scope.cursors()[&1].0, 20, "nothing of a halted partition is written");
+    let shown: Value =
+        serde_json::from_str(&scope.command(&["cursors", "show", "--json"]).succeeds().stdout).unwrap();
+    assert_eq!((&shown[0]["state"], &shown[1]["state"]), (&"fine".into(), &"halted".into()), "{shown}");
+    assert_eq!(shown[2]["doubt"], "moved_forward");
+
+    // WHEN commands are tried that do nothing or must not
+    let state = || (scope.cursors()[&1], rows(&scope, "cursor_settlement"), rows(&scope, "cursor_audit"));
+    let before = state();
+    let accept = ["cursors", "accept", "--partition", "1", "--published", "20"];
+    let apply = ["--apply", "--reason", "a test"];
+    says(&scope.command(&accept), 0, "nothing was changed");
+    says(&scope.command(&[&accept[..], &["--apply"]].concat()), 2, "--reason");
+    let beyond = ["cursors", "accept", "--partition", "1", "--published", "33"];
+    says(&scope.command(&[&beyond[..], &apply].concat()), 2, "not written yet");
+    let healthy = ["cursors", "skip", "--partition", "0", "--to", "40"];
+    says(&scope.command(&[&healthy[..], &apply].concat()), 1, "not in doubt");
+    says(&scope.command(&["cursors", "skip", "--partition", "6", "--to", "0"]), 2, "no partition 6");
+
+    // THEN nothing has changed
+    assert_eq!(before, state());
+
+    // WHEN a person decides, beside the running daemon
+    scope.command(&[&accept[..], &apply].concat()).succeeds();
+    for (partition, to) in [("2", "37"), ("3", "30")] {
+        let skip = ["cursors", "skip", "--partition", partition, "--to", to];
+        scope.command(&[&skip[..], &apply].concat()).succeeds();
+    }
+
+    // THEN it goes on from there by itself
+    wait_until_within(PATIENCE, "the settled partitions go on", || settled(1) && settled(2) && settled(3));
+
+    // AND a cursor beyond the end is a lagging leader for half a minute, then a doubt
+    wait_until_within(PATIENCE, "the partition beyond its end is halted", || {
+        doubt(4)["doubt"] == "beyond_end"
+    });
+    let skip = ["cursors", "skip", "--partition", "4", "--to", "20"];
+    scope.command(&[&skip[..], &apply].concat()).succeeds();
+    scope.spread(load.take(7), &[4]);
+    scope.wait_until_caught_up();
+    wait_until_within(PATIENCE, "no partition is halted", || {
+        daemon.metric("payment_writer_partitions_halted", "") == 0.0
+    });
+
+    // AND who did what and why is written down
+    let audit = scope.sql("SELECT command, partition, before->>'doubt', reason, who FROM payment_writer.cursor_audit ORDER BY id", &[]);
+    let audit: Vec<(String, i32, String)> = audit
+        .iter()
+        .map(|r| {
+            assert_eq!((r.get::<_, &str>(3), r.get::<_, &str>(4)), ("a test", "payment_writer"));
+            (r.get(0), r.get(1), r.get(2))
+        })
+        .collect();
+    let expected = [
+        ("cursors accept --published 20", 1, "moved_forward"),
+        ("cursors skip --to 37", 2, "moved_forward"),
+        ("cursors skip --to 30", 3, "log_gap"),
+        ("cursors skip --to 20", 4, "beyond_end"),
+    ];
+    assert_eq!(audit, expected.map(|(c, p, d)| (c.to_owned(), p, d.to_owned())));
+    daemon.drains();
+    let outcomes = Check::of(&scope).removed(removed).given_up(2, 20..37).holds();
+    assert_eq!(outcomes.given_up, 17);
+}
+
+#[test]
+fn events_that_cannot_be_proved_sent_halt_their_partition_until_a_person_says_which_were() {
+    // GIVEN a process that died between its two commits, and a group whose offsets were deleted
+    let scope = Scope::new(Servers::shared(), "unproved");
+    scope.prepare(3, 2);
+    let mut load = Load::new(13);
+    scope.spread(load.take(30), &[0, 1, 2]);
+    let member = member().with("LANES", "1").with("BATCH__MAX_PAYMENTS", "20");
+    member.catch_up(&scope);
+    scope.spread(load.take(90), &[0, 1]);
+    member.die_at(&scope, "after_postgres_commit:2");
+    let sent = scope.committed_all();
+    let in_doubt: Vec<i32> =
+        scope.cursors().iter().filter(|(_, c)| c.1 != Some(c.0)).map(|(partition, _)| *partition).collect();
+    assert!(!in_doubt.is_empty() && !in_doubt.contains(&2), "{:?}", scope.cursors());
+    scope.delete_group_when_empty();
+
+    // WHEN it is to write what is there
+    scope.spread(load.take(10), &[2]);
+    let outputs_before = outputs(&scope);
+
+    // THEN it goes on where there is no doubt, and leaves the others to a person
+    member.refuses(&scope, &["run", "--until-caught-up"], "halted partition");
+    assert!(outputs(&scope) <= outputs_before + 20 + 90, "only partitions without doubt were published");
+    let mut daemon = member.start(&scope);
+    wait_until_within(PATIENCE, "the partitions are halted", || {
+        let status = daemon.status();
+        in_doubt.iter().all(|p| status["partitions"][p.to_string()]["halted"]["doubt"] == "unproved_events")
+    });
+
+    // WHEN a person says what was sent
+    for partition in &in_doubt {
+        let (partition, published) = (partition.to_string(), sent[partition].0.to_string());
+        let accept = ["cursors", "accept", "--partition", &partition, "--published", &published];
+        scope.command(&[&accept[..], &["--apply", "--reason", "seen in the outputs"]].concat()).succeeds();
+    }
+
+    // THEN each event is there once
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn a_topic_that_is_made_again_stops_the_daemon_and_keeps_it_stopped() {
+    let scope = Scope::new(Servers::shared(), "made_again");
+    scope.prepare(2, 2);
+    let mut load = Load::new(14);
+    scope.produce(&scope.input_topic, load.take(50));
+    let mut daemon = member().start(&scope);
+    scope.wait_until_caught_up();
+    let (before, sent) = (payments(&scope), outputs(&scope));
+
+    // WHEN the topic is deleted and made again, with fewer records than were read of the old one
+    scope.delete_topic(&scope.input_topic);
+    wait_until_within(PATIENCE, "the topic is made again", || {
+        std::panic::catch_unwind(|| scope.create_topic(&scope.input_topic, 2)).is_ok()
+    });
+    scope.produce(&scope.input_topic, load.take(15));
+
+    // THEN the running daemon stops for a person, and none can be started
+    daemon.ends_for_a_person("deleted and made again");
+    member().refuses(&scope, &["run"], "another cluster, or a topic that was deleted and made again");
+    // AND nothing of the new topic was written or sent
+    assert!(payments(&scope) == before, "rows of the new topic were written");
+    assert_eq!(outputs(&scope), sent);
+}
+
+#[test]
+fn a_group_and_a_database_that_do_not_belong_together_stop_the_daemon() {
+    // GIVEN a group and its database
+    let scope = Scope::new(Servers::shared(), "strangers");
+    scope.prepare(3, 2);
+    let mut load = Load::new(15);
+    scope.produce(&scope.input_topic, load.take(150));
+    member().catch_up(&scope);
+    let before = payments(&scope);
+
+    // THEN another group cannot write to that database
+    let other_group = format!("{}_other", scope.group_id);
+    member().with("KAFKA__GROUP_ID", &other_group).refuses(&scope, &["run"], "bound to group");
+    // AND rows only, without events, would be another group's work, too
+    member().with("KAFKA__PUBLISH", "false").refuses(&scope, &["run"], "bound to group");
+
+    // WHEN the database is replaced by an empty one
+    scope.recreate_database();
+    scope.command(&["migrate"]).succeeds();
+    // THEN it is not taken for the group's by itself
+    member().refuses(&scope, &["run"], "--adopt-database");
+    assert_eq!((scope.count("payment_core"), scope.count("idempotency")), (0, 0));
+
+    // WHEN a person says so, and the process dies on the way
+    let sent = outputs(&scope);
+    let mut dying = member().run_at(&scope, &["run", "--adopt-database"], "after_postgres_commit");
+    assert_eq!(dying.wait().code(), None, "{}", dying.log());
+    let mut adopting = member().run(&scope, &["run", "--until-caught-up", "--adopt-database"]);
+    assert_eq!(adopting.wait().code(), Some(0), "{}", adopting.log());
+
+    // THEN the rows are the same as before, and no event was sent again
+    assert!(payments(&scope) == before, "the rows are not what they were");
+    assert_eq!(outputs(&scope), sent);
+    // AND from then on it is the group's database
+    scope.produce(&scope.input_topic, load.take(50));
+    member().catch_up(&scope);
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn rows_can_be_written_without_events_by_a_group_of_their_own() {
+    let scope = Scope::new(Servers::shared(), "rows_only");
+    // The outputs need not even exist.
+    scope.create_topic(&scope.input_topic, 3);
+    scope.command(&["migrate"]).succeeds();
+    let mut load = Load::new(16);
+    let member =
+        member().with("KAFKA__PUBLISH", "false").with("LANES", "1").with("BATCH__MAX_PAYMENTS", "20");
+    scope.produce(&scope.input_topic, load.take(100));
+
+    // WHEN it runs, dies between rows and offsets, has its offsets taken away, and goes on
+    member.catch_up(&scope);
+    scope.produce(&scope.input_topic, load.take(100));
+    member.die_at(&scope, "after_postgres_commit:2");
+    member.catch_up(&scope);
+    scope.delete_group_when_empty();
+    scope.produce(&scope.input_topic, load.take(20));
+    member.catch_up(&scope);
+
+    // THEN every row is there once, nothing was published, and the database says so
+    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
+        scope.create_topic(topic, 1);
+    }
+    Check::of(&scope).rows_only().holds();
+    // AND it cannot turn into one that publishes: nobody knows what was sent
+    self::member().refuses(&scope, &["run"], "bound to group");
+    assert_eq!(outputs(&scope), 0);
+}
+
+#[test]
+fn of_two_daemons_with_one_instance_id_the_first_is_fenced_and_stops() {
+    let scope = Scope::new(Servers::shared(), "one_name");
+    scope.prepare(4, 2);
+    let flow = Flow::start(&scope, Load::new(17), 8);
+    let mut first = member().start(&scope);
+    first.wait_for_partitions("the first works", |partitions| partitions == 4);
+    let mut second = member().start(&scope);
+    first.ends_for_a_person("kafka.instance_id");
+    second.wait_for_partitions("the second works", |partitions| partitions == 4);
+    drop(flow.end());
+    scope.wait_until_caught_up();
+    second.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn a_database_restored_to_an_older_state_gets_its_rows_again_and_no_event_twice() {
+    // GIVEN a backup from the middle of the history
+    let scope = Scope::new(Servers::shared(), "restored");
+    scope.prepare(3, 2);
+    let mut load = Load::new(18);
+    let member = member().with("LANES", "1").with("BATCH__MAX_PAYMENTS", "30");
+    scope.produce(&scope.input_topic, load.take(150));
+    member.catch_up(&scope);
+    scope.back_up_database();
+    scope.produce(&scope.input_topic, load.take(150));
+    member.catch_up(&scope);
+    let (before, sent) = (payments(&scope), outputs(&scope));
+
+    // WHEN it is restored, the process dies while it writes the rows again, and then, the worst moment of
+    // all, somebody deletes the group's offsets
+    scope.restore_database();
+    assert!(payments(&scope) != before);
+    member.die_at(&scope, "after_postgres_commit:2");
+    scope.delete_group_when_empty();
+    member.catch_up(&scope);
+
+    // THEN the rows are as they were, and nothing was sent again
+    assert!(payments(&scope) == before, "the rows are not what they were");
+    assert_eq!(outputs(&scope), sent);
+    scope.produce(&scope.input_topic, load.take(60));
+    member.catch_up(&scope);
+    scope.assert_exactly_once();
+
+    // AND a running daemon, too, notices that its database went back
+    scope.back_up_database();
+    let mut daemon = member.start(&scope);
+    scope.produce(&scope.input_topic, load.take(90));
+    scope.wait_until_caught_up();
+    scope.restore_database();
+    scope.produce(&scope.input_topic, load.take(60));
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn a_schema_that_is_newer_than_known_is_refused_before_anything_is_written() {
+    let scope = Scope::new(Servers::shared(), "too_new");
+    scope.prepare(1, 1);
+    scope.produce(&scope.input_topic, Load::new(19).take(5));
+    // WHEN a later release has migrated the database in a way that needs that release
+    scope.execute(
+        "UPDATE payment_writer.schema_compatibility SET oldest_known_version = 999;
+         INSERT INTO payment_writer.schema_history (version, name, applied_on, checksum)
+         VALUES (999, 'later', now()::text, '0')",
+    );
+    let mut daemon = member().start(&scope);
+    assert_eq!(daemon.wait().code(), Some(1), "{}", daemon.log());
+    assert!(daemon.log().contains("version 999"), "{}", daemon.log());
+    assert_eq!(scope.count("payment_core"), 0);
+    assert!(scope.committed_all().is_empty());
+}

@@ -1,0 +1,160 @@
+//! Partitions that change hands, in order and out of it, while records flow.
+
+use crate::support::{Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+
+fn member(name: &str) -> Member {
+    Member::new(name).with("BATCH__MAX_PAYMENTS", "100").soon_forgotten()
+}
+
+#[test]
+fn an_instance_joins_and_leaves_while_records_flow() {
+    // GIVEN one instance with all partitions
+    let scope = Scope::new(Servers::shared(), "join_leave");
+    scope.prepare(9, 4);
+    let flow = Flow::start(&scope, Load::new(21), 10);
+    let mut first = member("a").start(&scope);
+    first.wait_for_partitions("the first has all", |partitions| partitions == 9);
+
+    for _ in 0..2 {
+        // WHEN a second one joins
+        let mut second = member("b").start(&scope);
+        // THEN they share
+        second.wait_for_partitions("the second has its share", |partitions| partitions >= 4);
+        first.wait_for_partitions("the first keeps the rest", |partitions| partitions <= 5);
+        wait_until_within(PATIENCE, "the second publishes", || {
+            second.metric("payment_writer_published_total", "topic=\"read\"") >= 50.0
+        });
+        // AND when it leaves, the first has all of them again
+        second.drains();
+        first.wait_for_partitions("the first has all again", |partitions| partitions == 9);
+    }
+    drop(flow.end());
+    scope.wait_until_caught_up();
+    first.drains();
+    scope.assert_exactly_once();
+}
+
+fn rebalances(daemon: &Daemon) -> f64 {
+    daemon.metric("payment_writer_rebalances_total", "")
+}
+
+#[test]
+fn a_rolling_restart_under_load_moves_no_partition() {
+    // GIVEN two instances that are not forgotten while they restart
+    let scope = Scope::new(Servers::shared(), "rolling");
+    scope.prepare(8, 4);
+    let patient = |name: &str| {
+        Member::new(name)
+            .with("BATCH__MAX_PAYMENTS", "100")
+            .with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "300000")
+    };
+    let members = [patient("a"), patient("b")];
+    let flow = Flow::start(&scope, Load::new(22), 10);
+    let mut daemons = members.clone().map(|member| member.start(&scope));
+    for daemon in &daemons {
+        daemon.wait_for_partitions("each has its half", |partitions| partitions == 4);
+    }
+
+    // WHEN they are restarted one after the other
+    for restarted in [0, 1, 0] {
+        let other = 1 - restarted;
+        let before = rebalances(&daemons[other]);
+        daemons[restarted].drains();
+        daemons[restarted] = members[restarted].start(&scope);
+        daemons[restarted].wait_for_partitions("it has its half again", |partitions| partitions == 4);
+        // THEN the other one keeps what it has
+        assert_eq!(rebalances(&daemons[other]), before);
+    }
+    drop(flow.end());
+    scope.wait_until_caught_up();
+    for daemon in &mut daemons {
+        daemon.drains();
+    }
+    scope.assert_exactly_once();
+}
+
+/// A process stops at a step of a batch until the group has given its partitions to another, which
+/// goes on with them; then it wakes up and wants to finish what it began.
+fn zombie(step: &str, seed: u64) {
+    let scope = Scope::new(Servers::shared(), step);
+    scope.prepare(4, 2);
+    let mut load = Load::new(seed);
+    scope.produce(&scope.input_topic, load.take(400));
+    let member = |name| {
+        member(name)
+            .with("LANES", "1")
+            .with("BATCH__MAX_PAYMENTS", "40")
+            .with("KAFKA__PROPERTIES__TRANSACTION_TIMEOUT_MS", "4000")
+    };
+
+    // GIVEN a process that hangs
+    let mut zombie = member("a").start_at(&scope, &format!("{step}:4:stop"));
+    wait_until_within(PATIENCE, "the step is reached", || zombie.is_stopped());
+
+    // WHEN another one takes its partitions over and does all there is to do
+    let mut heir = member("b").start(&scope);
+    heir.wait_for_partitions("the other one has taken over", |partitions| partitions == 4);
+    scope.produce(&scope.input_topic, load.take(100));
+    scope.wait_until_caught_up();
+    // AND the first one wakes up in the middle of its batch
+    zombie.signal("CONT");
+    zombie.wait_for_partitions("it is a member again", |partitions| partitions > 0);
+    scope.produce(&scope.input_topic, load.take(100));
+
+    // THEN what it held has no effect, and both go on
+    scope.wait_until_caught_up();
+    zombie.drains();
+    heir.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn a_zombie_before_its_postgres_commit_changes_nothing() {
+    zombie("before_postgres_commit", 23);
+}
+
+/// Its session is not idle: to the server it is busy with a COPY, and holds its cursors for as long as it likes.
+#[test]
+fn a_zombie_in_the_middle_of_a_copy_does_not_hold_up_its_heir() {
+    zombie("before_copy_ends", 28);
+}
+
+#[test]
+fn a_zombie_between_its_two_commits_changes_nothing() {
+    zombie("after_postgres_commit", 24);
+}
+
+#[test]
+fn a_zombie_that_has_sent_its_events_changes_nothing() {
+    zombie("after_send_offsets", 25);
+}
+
+#[test]
+fn a_zombie_before_its_kafka_commit_changes_nothing() {
+    zombie("before_kafka_commit", 26);
+}
+
+#[test]
+fn a_zombie_between_its_first_offsets_and_its_first_cursors_changes_nothing() {
+    // GIVEN a process that hangs before it has stored where it begins
+    let scope = Scope::new(Servers::shared(), "zombie_opening");
+    scope.prepare(4, 2);
+    let mut load = Load::new(27);
+    scope.produce(&scope.input_topic, load.take(200));
+    let mut zombie = member("a").with("LANES", "1").start_at(&scope, "before_store_cursors:1:stop");
+    wait_until_within(PATIENCE, "the step is reached", || zombie.is_stopped());
+
+    // WHEN another one has written everything, and the first wakes up
+    let mut heir = member("b").start(&scope);
+    heir.wait_for_partitions("the other one has taken over", |partitions| partitions == 4);
+    scope.wait_until_caught_up();
+    zombie.signal("CONT");
+    zombie.wait_for_partitions("it is a member again", |partitions| partitions > 0);
+    scope.produce(&scope.input_topic, load.take(100));
+
+    // THEN its cursors of old are not stored over the new ones
+    scope.wait_until_caught_up();
+    zombie.drains();
+    heir.drains();
+    scope.assert_exactly_once();
+}

@@ -1,0 +1,116 @@
+//! One instance of the daemon over its restarts: the same member of the group each time.
+
+use std::os::unix::process::ExitStatusExt;
+
+use serde_json::Value;
+
+use super::{Daemon, PATIENCE, Scope, wait_until_within};
+
+/// An instance's name and settings.
+#[derive(Clone)]
+pub struct Member {
+    settings: Vec<(String, String)>,
+}
+
+impl Member {
+    pub fn new(instance_id: &str) -> Member {
+        Member { settings: Vec::new() }.with("KAFKA__INSTANCE_ID", instance_id)
+    }
+
+    /// A setting by its name in the environment, without the prefix.
+    pub fn with(mut self, name: &str, value: &str) -> Member {
+        self.settings.push((format!("PAYMENT_WRITER__{name}"), value.to_owned()));
+        self
+    }
+
+    /// The group forgets a member that is gone after two seconds, not ten.
+    pub fn soon_forgotten(self) -> Member {
+        self.with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "2000")
+            .with("KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", "500")
+    }
+
+    pub fn run(&self, scope: &Scope<'_>, arguments: &[&str]) -> Daemon {
+        self.run_at(scope, arguments, "")
+    }
+
+    pub fn start(&self, scope: &Scope<'_>) -> Daemon {
+        self.run(scope, &["run"])
+    }
+
+    /// Starts it with a place at which it dies or stops; see `src/failpoint.rs`.
+    pub fn start_at(&self, scope: &Scope<'_>, failpoint: &str) -> Daemon {
+        self.run_at(scope, &["run"], failpoint)
+    }
+
+    /// As [`Member::run`], with a place at which it dies or stops.
+    pub fn run_at(&self, scope: &Scope<'_>, arguments: &[&str], failpoint: &str) -> Daemon {
+        assert!(
+            failpoint.is_empty() || cfg!(feature = "failpoints"),
+            "this test needs `cargo test --features failpoints`"
+        );
+        let own = self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let settings: Vec<_> = own.chain([("PAYMENT_WRITER_FAILPOINT", failpoint)]).collect();
+        scope.daemon_with(arguments, &settings)
+    }
+
+    /// Starts it with a place at which it dies, and waits until it has.
+    #[track_caller]
+    pub fn die_at(&self, scope: &Scope<'_>, failpoint: &str) {
+        let mut daemon = self.start_at(scope, failpoint);
+        let status = daemon.wait();
+        assert!(status.signal().is_some(), "{failpoint} was not reached: {status}\n{}", daemon.log());
+    }
+
+    /// Writes and publishes all there is, and ends.
+    #[track_caller]
+    pub fn catch_up(&self, scope: &Scope<'_>) -> Daemon {
+        let mut daemon = self.run(scope, &["run", "--until-caught-up"]);
+        let status = daemon.wait();
+        assert_eq!(status.code(), Some(0), "run --until-caught-up:\n{}", daemon.log());
+        daemon
+    }
+
+    /// Runs it where it must refuse: exit code 3 and `reason` in what it says.
+    #[track_caller]
+    pub fn refuses(&self, scope: &Scope<'_>, arguments: &[&str], reason: &str) {
+        let mut daemon = self.run(scope, arguments);
+        daemon.ends_for_a_person(reason);
+    }
+}
+
+impl Daemon {
+    /// Waits for exit code 3, and for `reason` in what it says.
+    #[track_caller]
+    pub fn ends_for_a_person(&mut self, reason: &str) {
+        let status = self.wait();
+        let log = self.log();
+        assert_eq!(status.code(), Some(3), "{log}");
+        assert!(log.contains(reason), "no {reason:?} in:\n{log}");
+    }
+
+    /// Drains it and expects exit code 0.
+    #[track_caller]
+    pub fn drains(&mut self) {
+        self.terminate();
+        let status = self.wait();
+        assert_eq!(status.code(), Some(0), "{}", self.log());
+    }
+
+    /// `/status`, null while nobody answers.
+    pub fn status(&self) -> Value {
+        let reply = self.get("/status").map(|reply| serde_json::from_str(&reply.body).unwrap());
+        reply.unwrap_or_default()
+    }
+
+    /// Number of partitions that it holds and is not just taking up.
+    pub fn partitions(&self) -> usize {
+        let status = self.status();
+        let partitions = status["partitions"].as_object();
+        partitions.map_or(0, |p| p.values().filter(|p| p["state"] != "opening").count())
+    }
+
+    #[track_caller]
+    pub fn wait_for_partitions(&self, what: &str, condition: impl Fn(usize) -> bool) {
+        wait_until_within(PATIENCE, what, || condition(self.partitions()));
+    }
+}
