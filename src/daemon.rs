@@ -601,8 +601,10 @@ async fn catch_up(
         tick.tick().await;
         let assigned = board.partitions();
         targets.retain(|partition, target| {
-            let published = assigned.get(partition).and_then(|status| status.published);
-            published.is_none_or(|published| published < *target)
+            // In a database that was restored or replaced, rows have yet to reach what was published.
+            let live = assigned.get(partition).filter(|status| matches!(status.phase, Phase::Live));
+            let reached = live.and_then(|status| status.applied.min(status.published));
+            reached.is_none_or(|reached| reached < *target)
         });
         let foreign: Vec<Partition> = targets.keys().filter(|p| !assigned.contains_key(p)).copied().collect();
         if !foreign.is_empty() && Instant::now() >= foreign_at {

@@ -702,7 +702,10 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 return Ok(false);
             }
         };
-        self.database_up();
+        // With a batch at hand the write that follows tells: what it needs may be missing still.
+        if self.writing.is_none() {
+            self.database_up();
+        }
         self.compared_at = Instant::now();
         let planned: BTreeMap<Partition, NextOffset> = self
             .writing
