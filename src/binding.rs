@@ -94,6 +94,13 @@ pub async fn bind(client: &mut Client, wanted: &Binding, adopts: bool) -> Result
         )
         .await?;
     if let Some(found) = found {
+        // What another group published says nothing about this one's events: its own offsets do.
+        transaction
+            .execute(
+                "UPDATE payment_writer.source_cursor SET published = NULL WHERE topic_id = $1",
+                &[&wanted.topic_id],
+            )
+            .await?;
         transaction
             .execute(
                 "INSERT INTO payment_writer.cursor_audit (command, topic, topic_id, before, after, reason)
