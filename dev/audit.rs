@@ -66,6 +66,51 @@ struct Arguments {
     /// Show no samples
     #[arg(long)]
     quiet: bool,
+    /// A report that `produce --report` wrote: all that it sent must be there, with the outcomes it expects
+    #[arg(long, value_name = "FILE")]
+    report: Option<std::path::PathBuf>,
+}
+
+/// What `produce` says that becomes of what it sent.
+#[derive(Deserialize)]
+struct Report {
+    records: u64,
+    undelivered: u64,
+    expected: Expected,
+}
+
+#[derive(Deserialize)]
+struct Expected {
+    written: u64,
+    read_events: u64,
+    email_events: u64,
+    duplicates: u64,
+    dead_letters_by_reason: BTreeMap<String, u64>,
+}
+
+impl Report {
+    fn read(path: &std::path::Path) -> Result<Self> {
+        Ok(serde_json::from_slice(&std::fs::read(path)?)?)
+    }
+
+    /// Expected numbers by the names that the auditor's own have.
+    fn numbers(&self) -> BTreeMap<String, u64> {
+        let expected = &self.expected;
+        let mut numbers: BTreeMap<String, u64> = [
+            ("records", self.records - self.undelivered),
+            ("written", expected.written),
+            ("duplicate", expected.duplicates),
+            ("read events", expected.read_events),
+            ("e-mail events", expected.email_events),
+        ]
+        .map(|(name, number)| (name.to_owned(), number))
+        .into();
+        for (reason, number) in &expected.dead_letters_by_reason {
+            numbers.insert(format!("dead letter: {reason}"), *number);
+        }
+        numbers.retain(|_, number| *number > 0);
+        numbers
+    }
 }
 
 // ---- What a record is ---------------------------------------------------------------------------------------
@@ -958,6 +1003,22 @@ async fn audit(arguments: &Arguments) -> Result<usize> {
     println!("{:<40}{read_events:>12}", "read events");
     println!("{:<40}{email_events:>12}", "e-mail events");
     println!("{:<40}{dead_letters:>12}", "dead letters");
+    if let Some(path) = &arguments.report {
+        let expected = Report::read(path)?.numbers();
+        let mut found = outcomes.clone();
+        found.insert("records".to_owned(), records as u64);
+        found.insert("read events".to_owned(), read_events);
+        found.insert("e-mail events".to_owned(), email_events);
+        found.retain(|_, number| *number > 0);
+        let names: HashSet<&String> = expected.keys().chain(found.keys()).collect();
+        for name in names {
+            let [sent, seen] = [&expected, &found].map(|n| n.get(name).copied().unwrap_or_default());
+            if sent != seen {
+                audit.wrong(format!("{name}: {seen}, but produce expects {sent}"));
+            }
+        }
+        println!("compared with what produce says it sent");
+    }
     println!("\npayments by currency");
     let sums = postgres
         .query(

@@ -160,6 +160,8 @@ pub enum Doubt {
         committed: NextOffset,
         /// What was written.
         applied: NextOffset,
+        /// What is known to be published; between it and `applied` events may or may not have been sent.
+        published: NextOffset,
     },
     /// The group's offset is gone or was set by other hands, and it is not known which events of these
     /// records were sent.
@@ -195,12 +197,21 @@ impl Doubt {
                  the loss of a broker's last records; to go on from the end: payment-writer cursors skip \
                  --partition {partition} --to {end}"
             ),
-            Self::MovedForward { committed, applied } => format!(
-                "partition {partition}: the group's offset was moved by hand to {committed}, over records from \
-                 {applied} that were never written; to write them: payment-writer cursors accept --partition \
-                 {partition} --published {applied}; to give them up: payment-writer cursors skip --partition \
-                 {partition} --to {committed}"
-            ),
+            Self::MovedForward { committed, applied, published } => {
+                let unless = if published < applied {
+                    format!(
+                        " (if no events of records from {published} on were sent: --published {published})"
+                    )
+                } else {
+                    String::new()
+                };
+                format!(
+                    "partition {partition}: the group's offset was moved by hand to {committed}, over records \
+                     from {applied} that were never written; to write them: payment-writer cursors accept \
+                     --partition {partition} --published {applied}{unless}; to give them up: payment-writer \
+                     cursors skip --partition {partition} --to {committed}"
+                )
+            }
             Self::Unproved { from, to } => format!(
                 "partition {partition}: the group's offset is gone or was set by other hands, and whether the \
                  events of records {from} to {to} were sent is not known; if none was: payment-writer cursors \
@@ -302,7 +313,8 @@ pub fn decide(known: &Known, identity: &Identity, mode: &Mode) -> Decision {
         }
     }
     let is_ours = mark.as_ref().is_some_and(|m| m.database_id == identity.database_id);
-    let found = if mode.publishes { publishing(known, mark.is_some()) } else { rows_only(known) };
+    let found =
+        if mode.publishes { publishing(known, mark.is_some()) } else { rows_only(known, mark.is_some()) };
     let (from, applied, gate) = match found {
         Ok(positions) => positions,
         Err(doubt) => return Decision::Halt(doubt),
@@ -333,11 +345,11 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
         // A person has decided: K is to be `settled`, whatever it is now.
         return Ok((row.applied.min(settled), row.applied, settled));
     }
-    match (row, committed.filter(|_| is_marked)) {
-        (Some(row), Some(k)) => {
-            let gate = row.published.map_or(k, |p| p.max(k));
-            Ok((row.applied.min(gate), row.applied, gate))
-        }
+    // `published` is a copy of K that trails it: a K below it was rolled back, mark and all, and proves
+    // nothing.
+    let copied = row.as_ref().and_then(|row| row.published);
+    match (row, committed.filter(|k| is_marked && copied.is_none_or(|copied| copied <= *k))) {
+        (Some(row), Some(k)) => Ok((row.applied.min(k), row.applied, k)),
         (None, Some(k)) => {
             // An empty or older database: rows come again from the log, events below K do not. What
             // lies between K and the log's start was never published.
@@ -348,7 +360,8 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
         }
         (Some(row), None) => {
             if let Some(k) = committed.filter(|k| *k > row.applied) {
-                return Err(Doubt::MovedForward { committed: k, applied: row.applied });
+                let published = row.published.unwrap_or(bounds.start).min(row.applied);
+                return Err(Doubt::MovedForward { committed: k, applied: row.applied, published });
             }
             match row.published {
                 // `published` may be beyond `applied` after a restore: what was sent is known then.
@@ -359,15 +372,27 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
             }
         }
         (None, None) => match committed.filter(|k| *k > bounds.start) {
-            Some(k) => Err(Doubt::MovedForward { committed: k, applied: bounds.start }),
+            Some(k) => {
+                let start = bounds.start;
+                Err(Doubt::MovedForward { committed: k, applied: start, published: start })
+            }
             None => Ok((bounds.start, bounds.start, bounds.start)),
         },
     }
 }
 
-/// S, applied and K of a daemon that writes rows only: the rows alone decide.
-fn rows_only(known: &Known) -> Result<(NextOffset, NextOffset, NextOffset), Doubt> {
-    let applied = known.row.as_ref().map_or(known.bounds.start, |r| r.applied);
+/// S, applied and K of a daemon that writes rows only: the rows alone decide, or the log's start.
+fn rows_only(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset, NextOffset), Doubt> {
+    let Known { group, row, bounds, .. } = known;
+    let applied = match (row, group.as_ref().filter(|_| is_marked)) {
+        (Some(row), _) => row.applied,
+        // The group was here before the database: what lies between it and the log's start was never
+        // written.
+        (None, Some(group)) if bounds.start > group.position => {
+            return Err(Doubt::LogGap { needed: group.position, log_start: bounds.start });
+        }
+        (None, _) => bounds.start,
+    };
     Ok((applied, applied, applied))
 }
 

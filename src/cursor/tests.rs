@@ -50,8 +50,12 @@ fn unproved(from: i64, to: i64) -> Decision {
     Decision::Halt(Doubt::Unproved { from: NextOffset(from), to: NextOffset(to) })
 }
 
-fn moved_forward(committed: i64, applied: i64) -> Decision {
-    Decision::Halt(Doubt::MovedForward { committed: NextOffset(committed), applied: NextOffset(applied) })
+fn moved_forward(committed: i64, applied: i64, published: i64) -> Decision {
+    Decision::Halt(Doubt::MovedForward {
+        committed: NextOffset(committed),
+        applied: NextOffset(applied),
+        published: NextOffset(published),
+    })
 }
 
 #[test]
@@ -73,8 +77,11 @@ fn after_a_restore_rows_come_again_and_events_do_not() {
 }
 
 #[test]
-fn the_database_may_know_more_of_what_was_sent_than_the_group() {
-    assert_eq!(decided(marked(4), row(9, Some(6))), go(6, 9, 6, true, false));
+fn a_group_offset_that_was_rolled_back_with_its_mark_proves_nothing() {
+    // The database's copy of it trails, so it cannot be ahead.
+    assert_eq!(decided(marked(4), row(9, Some(9))), go(9, 9, 9, true, false));
+    assert_eq!(decided(marked(4), row(9, Some(10))), go(9, 9, 10, true, false));
+    assert_eq!(decided(marked(4), row(9, Some(6))), unproved(6, 9));
 }
 
 #[test]
@@ -92,7 +99,7 @@ fn a_new_group_on_an_empty_database_begins_at_the_start_of_the_log() {
     assert_eq!(decided(None, None), go(2, 2, 2, true, true));
     assert_eq!(decided(unmarked(2), None), go(2, 2, 2, true, true));
     assert_eq!(decided(unmarked(0), None), go(2, 2, 2, true, true));
-    assert_eq!(decided(unmarked(3), None), moved_forward(3, 2));
+    assert_eq!(decided(unmarked(3), None), moved_forward(3, 2, 2));
 }
 
 #[test]
@@ -114,9 +121,22 @@ fn lost_group_offsets_that_nobody_knows_halt_the_partition() {
 
 #[test]
 fn a_group_offset_moved_over_unwritten_records_halts_the_partition() {
-    for published in [None, Some(6), Some(7)] {
-        assert_eq!(decided(unmarked(8), row(7, published)), moved_forward(8, 7));
+    for (published, known) in [(None, 2), (Some(6), 6), (Some(7), 7), (Some(9), 7)] {
+        assert_eq!(decided(unmarked(8), row(7, published)), moved_forward(8, 7, known));
     }
+}
+
+#[test]
+fn the_advice_after_a_move_forward_does_not_give_up_events_in_doubt() {
+    let advice = |published| {
+        let Decision::Halt(doubt) = decided(unmarked(8), row(7, published)) else { panic!("no halt") };
+        doubt.advice(Partition(3))
+    };
+    assert!(
+        advice(Some(5))
+            .contains("--published 7 (if no events of records from 5 on were sent: --published 5)")
+    );
+    assert!(!advice(Some(7)).contains("(if no events"));
 }
 
 #[test]
@@ -125,7 +145,7 @@ fn a_mark_that_speaks_of_another_offset_is_none() {
     let moved = |to| Some(GroupOffset { position: NextOffset(to), ..marked(7).unwrap() });
     assert_eq!(decided(moved(3), row(7, Some(7))), go(7, 7, 7, true, false));
     assert_eq!(decided(moved(3), row(7, Some(6))), unproved(6, 7));
-    assert_eq!(decided(moved(8), row(7, Some(7))), moved_forward(8, 7));
+    assert_eq!(decided(moved(8), row(7, Some(7))), moved_forward(8, 7, 7));
 }
 
 #[test]
@@ -192,6 +212,9 @@ fn without_publishing_the_rows_alone_decide() {
     let decided = |group, row| decide(&known(group, row, 2, 100), &HERE, &ROWS_ONLY);
     assert_eq!(decided(None, None), go(2, 2, 2, true, true));
     assert_eq!(decided(marked(7), row(7, None)), go(7, 7, 7, false, false));
+    assert_eq!(decided(marked(50), None), go(2, 2, 2, true, true));
+    let gap = Doubt::LogGap { needed: NextOffset(1), log_start: NextOffset(2) };
+    assert_eq!(decided(marked(1), None), Decision::Halt(gap));
     for group in [None, unmarked(50), marked(5), marked(50)] {
         assert_eq!(decided(group, row(7, None)), go(7, 7, 7, true, false));
     }
@@ -247,7 +270,11 @@ proptest! {
         }
         let settled = known.row.as_ref().and_then(|r| r.settled);
         let published = known.row.as_ref().and_then(|r| r.published);
-        let proved = known.group.as_ref().filter(|g| g.mark().is_some()).map(|g| g.position);
+        let proved = known
+            .group
+            .as_ref()
+            .filter(|g| g.mark().is_some() && published.is_none_or(|copy| copy <= g.position))
+            .map(|g| g.position);
         match settled {
             Some(settled) => prop_assert_eq!(start.gate, settled, "a person's word"),
             None => {

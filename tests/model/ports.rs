@@ -99,9 +99,10 @@ impl ModelLog {
             let Some((mut position, mut is_end_told)) = self.positions.get(&p).copied() else { continue };
             if world.plan.has_delays && world.rng.random_ratio(1, 25) {
                 // A pause inside the client: it goes on a little before.
-                position = (position - world.rng.random_range(0..4)).max(world.logs[p as usize].start);
+                let before = position - world.rng.random_range(0..4);
+                position = if before < world.logs[p as usize].start { position } else { before };
             }
-            if position < world.logs[p as usize].start {
+            if !(world.logs[p as usize].start..=world.logs[p as usize].end()).contains(&position) {
                 // auto.offset.reset=error
                 intake.disturb(Partition(p));
                 self.positions.remove(&p);
@@ -131,8 +132,6 @@ impl ModelLog {
                 intake.end(Partition(p), NextOffset(end));
                 is_end_told = true;
                 taken += 1;
-            } else if position > end {
-                position = end;
             }
             is_delivered |= taken > 0;
             is_end_told &= position == end;
@@ -157,7 +156,7 @@ impl ModelLog {
         !world.is_broker_down()
             && self.positions.iter().any(|(p, (position, is_end_told))| {
                 let end = world.logs[*p as usize].end();
-                world.members[self.who.member].held.contains(p) && (*position < end || !is_end_told)
+                world.members[self.who.member].held.contains(p) && (*position != end || !is_end_told)
             })
     }
 }

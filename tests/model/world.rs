@@ -250,6 +250,8 @@ pub struct World {
     pub points: u64,
     pub calls: u64,
     pub faults: u64,
+    /// Faults to come at the next call of this process and name.
+    pub ordered: Vec<(usize, &'static str, Fault)>,
     /// Nothing goes wrong any more.
     pub is_calm: bool,
     pub trace: Option<Vec<String>>,
@@ -306,6 +308,7 @@ impl World {
             points: 0,
             calls: 0,
             faults: 0,
+            ordered: Vec::new(),
             is_calm: false,
             trace: None,
             failure: None,
@@ -378,6 +381,9 @@ impl World {
             }
             _ => Fault::None,
         };
+        if let Some(place) = self.ordered.iter().position(|(m, n, _)| (*m, *n) == (who.member, name)) {
+            fault = self.ordered.remove(place).2;
+        }
         if fault == Fault::Crash && !self.is_alive(who) {
             fault = Fault::None;
         }
