@@ -19,6 +19,7 @@ use crate::disposition::{FailureClass, class_of_sqlstate};
 use crate::kafka::group::{Group, MemberEnd, Seat};
 use crate::kafka::librdkafka::topic_id;
 use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
+use crate::kafka::orphans::{self, Membership};
 use crate::kafka::publisher::PublisherSettings;
 use crate::kafka_client::{base_client_config, producer_config};
 use crate::lane::breaker::Breaker;
@@ -423,6 +424,12 @@ impl Running {
         options: RunOptions,
         mut stop: watch::Receiver<bool>,
     ) -> Result<(), RunError> {
+        let membership = Membership {
+            config: consumer_config(&settings.kafka),
+            group_id: settings.kafka.group_id.clone(),
+            instance_id: settings.kafka.instance_id.clone(),
+            partitions: self.found.partitions,
+        };
         let mut ended = tokio::select! {
             _ = stop.wait_for(|stop| *stop) => Ok(()),
             ended = self.lanes.join_next() => Err(lane_end(ended)),
@@ -430,6 +437,7 @@ impl Running {
             doubt = watch_topic(&self.group, self.found.topic_id, &self.suspicion, &self.board) => {
                 Err(doubt.into())
             }
+            () = orphans::watch(&self.group, &membership) => Ok(()),
             () = watch_ends(&self.group, &self.board) => Ok(()),
             () = watch_database(settings.postgres.url.endpoint(), &self.board) => Ok(()),
             caught_up = catch_up(&self.group, &self.board, self.found.partitions, options) => caught_up,

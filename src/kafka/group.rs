@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::librdkafka::LaneQueue;
 use crate::cursor::IdentityDoubt;
+use crate::failpoint;
 use crate::lane::ports::{LaneEvent, RevokeDone};
 use crate::record::{NextOffset, Partition};
 use crate::status::Board;
@@ -221,6 +222,7 @@ impl Shared {
                 started.add_partition(&self.topic, partition.0);
             }
         }
+        failpoint::hit("before_revoked");
         if let Err(error) = consumer.incremental_unassign(&started) {
             tracing::warn!(%error, "the revocation was not taken");
         }

@@ -3,4 +3,5 @@
 pub mod group;
 pub mod librdkafka;
 pub mod log;
+pub mod orphans;
 pub mod publisher;

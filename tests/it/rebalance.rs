@@ -34,6 +34,33 @@ fn an_instance_joins_and_leaves_while_records_flow() {
     scope.assert_exactly_once();
 }
 
+#[test]
+fn partitions_that_a_dying_member_gave_away_find_an_owner() {
+    // GIVEN an instance with all partitions, whose place the group keeps while it is restarted
+    let scope = Scope::new(Servers::shared(), "given_away");
+    scope.prepare(9, 4);
+    let mut load = Load::new(29);
+    scope.produce(&scope.input_topic, load.take(200));
+    let member = |name| Member::new(name).with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "60000");
+    let mut first = member("a").start_at(&scope, "before_revoked");
+    first.wait_for_partitions("the first has all", |partitions| partitions == 9);
+
+    // WHEN it dies after it was told to give some to another, and before it asked that they be dealt out
+    let mut second = member("b").start(&scope);
+    first.wait();
+    first = member("a").start(&scope);
+
+    // THEN they do not stay with nobody
+    wait_until_within(PATIENCE, "every partition has an owner", || {
+        first.partitions() + second.partitions() == 9
+    });
+    scope.produce(&scope.input_topic, load.take(200));
+    scope.wait_until_caught_up();
+    first.drains();
+    second.drains();
+    scope.assert_exactly_once();
+}
+
 fn rebalances(daemon: &Daemon) -> f64 {
     daemon.metric("payment_writer_rebalances_total", "")
 }

@@ -1,0 +1,170 @@
+//! Partitions that the group has given to nobody, and what makes the group deal them out again.
+//!
+//! A cooperative rebalance takes two rounds: the first takes partitions away, the second, for which the
+//! members ask that gave some away, hands them to their new owners. A static member that dies between the
+//! two comes back to what the first round left it, without another round (KIP-345). What it gave away is
+//! nobody's then, until the membership changes; restarts of static members do not change it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::KafkaError;
+use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{ClientConfig, ClientContext, TopicPartitionList};
+
+use super::group::{Group, QuietLog, REQUEST_TIMEOUT};
+
+/// How often the group is looked at. What is nobody's at two looks in a row is nobody's for good.
+const TICK: Duration = Duration::from_secs(10);
+/// How long a visit may wait for the group to let it in.
+const VISIT_MAX: Duration = Duration::from_secs(60);
+
+/// The group as one member sees it.
+#[derive(Clone)]
+pub struct Membership {
+    /// Configuration of a consumer of the group.
+    pub config: ClientConfig,
+    /// The group.
+    pub group_id: String,
+    /// This member's name.
+    pub instance_id: String,
+    /// Partitions of the topic.
+    pub partitions: usize,
+}
+
+/// Looks at the group again and again; never returns.
+pub async fn watch(group: &Group, membership: &Membership) {
+    let mut was_orphaned = false;
+    loop {
+        tokio::time::sleep(TICK).await;
+        let (asked, member) = (group.clone(), membership.clone());
+        let look = tokio::task::spawn_blocking(move || look(&asked, &member)).await;
+        let Ok(Ok(Some(look))) = look else {
+            was_orphaned = false;
+            continue;
+        };
+        let is_orphaned = look.owned < membership.partitions;
+        if is_orphaned && was_orphaned && look.is_ours_to_mend {
+            tracing::warn!(
+                owned = look.owned,
+                partitions = membership.partitions,
+                "the group has left partitions to nobody, making it deal them out again"
+            );
+            let (topic, member) = (group.topic().to_owned(), membership.clone());
+            let visit = tokio::task::spawn_blocking(move || visit(&topic, &member)).await;
+            if let Ok(Err(error)) = visit {
+                tracing::warn!(%error, "the group could not be made to deal out its partitions");
+            }
+        }
+        was_orphaned = is_orphaned;
+    }
+}
+
+struct Look {
+    owned: usize,
+    /// One of the members does it, not all of them at once.
+    is_ours_to_mend: bool,
+}
+
+/// `None` while the group is not settled.
+fn look(group: &Group, membership: &Membership) -> Result<Option<Look>, KafkaError> {
+    let groups = group.consumer().fetch_group_list(Some(&membership.group_id), REQUEST_TIMEOUT)?;
+    let Some(found) = groups.groups().iter().find(|g| g.name() == membership.group_id) else {
+        return Ok(None);
+    };
+    if found.state() != "Stable" {
+        return Ok(None);
+    }
+    let owned = found.members().iter().map(|m| assigned(m.assignment().unwrap_or_default(), group.topic()));
+    // The broker makes a static member's id of its name.
+    let first = found.members().iter().map(|m| m.id()).min().unwrap_or_default();
+    let is_ours_to_mend = first.starts_with(&format!("{}-", membership.instance_id));
+    Ok(Some(Look { owned: owned.sum(), is_ours_to_mend }))
+}
+
+/// Partitions of `topic` in a member's assignment, as the consumer protocol writes it: version, then an
+/// array of topics, each a name and an array of partitions.
+fn assigned(bytes: &[u8], topic: &str) -> usize {
+    fn take<'a>(rest: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
+        let (taken, left) = rest.split_at_checked(count)?;
+        *rest = left;
+        Some(taken)
+    }
+    fn count(rest: &mut &[u8]) -> Option<usize> {
+        usize::try_from(i32::from_be_bytes(take(rest, 4)?.try_into().ok()?)).ok()
+    }
+    fn sum(rest: &mut &[u8], topic: &str) -> Option<usize> {
+        take(rest, 2)?;
+        let mut found = 0;
+        for _ in 0..count(rest)? {
+            let length = u16::from_be_bytes(take(rest, 2)?.try_into().ok()?);
+            let is_ours = take(rest, usize::from(length))? == topic.as_bytes();
+            let partitions = count(rest)?;
+            take(rest, partitions.checked_mul(4)?)?;
+            found += if is_ours { partitions } else { 0 };
+        }
+        Some(found)
+    }
+    let mut rest = bytes;
+    sum(&mut rest, topic).unwrap_or(0)
+}
+
+/// A member that takes part in one rebalance, fetches nothing, and leaves.
+#[derive(Default)]
+struct Visitor(AtomicBool);
+
+impl ClientContext for Visitor {
+    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
+        QuietLog.log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        QuietLog.error(error, reason);
+    }
+}
+
+impl ConsumerContext for Visitor {
+    fn rebalance(&self, consumer: &BaseConsumer<Self>, event: RDKafkaRespErr, _: &mut TopicPartitionList) {
+        let nothing = TopicPartitionList::new();
+        // An error means that the group has moved on, which is all that is wanted.
+        let _ = match event {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => consumer.incremental_assign(&nothing),
+            _ => consumer.incremental_unassign(&nothing),
+        };
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Joins the group without a name of its own, so that it leaves at once: the members are counted anew, and
+/// every partition dealt out.
+fn visit(topic: &str, membership: &Membership) -> Result<(), KafkaError> {
+    let mut config = membership.config.clone();
+    config.remove("group.instance.id");
+    let visitor: BaseConsumer<Visitor> = config.create_with_context(Visitor::default())?;
+    visitor.subscribe(&[topic])?;
+    let deadline = Instant::now() + VISIT_MAX;
+    while !visitor.context().0.load(Ordering::Acquire) && Instant::now() < deadline {
+        // Records cannot come: nothing is ever assigned.
+        let _ = visitor.poll(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::assigned;
+
+    #[test]
+    fn partitions_are_counted_in_the_consumer_protocols_assignment() {
+        let mut bytes = vec![0, 1, 0, 0, 0, 2];
+        bytes.extend([0, 1, b'x', 0, 0, 0, 1, 0, 0, 0, 7]);
+        bytes.extend([0, 2, b'i', b'n', 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4]);
+        bytes.extend([0xff; 4]);
+        assert_eq!(assigned(&bytes, "in"), 2);
+        assert_eq!(assigned(&bytes, "x"), 1);
+        assert_eq!(assigned(&bytes, "y"), 0);
+        assert_eq!(assigned(&[], "in"), 0);
+        assert_eq!(assigned(&bytes[..20], "in"), 0);
+    }
+}
