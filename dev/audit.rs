@@ -13,7 +13,7 @@ use std::error::Error;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use futures_util::TryStreamExt;
@@ -31,6 +31,8 @@ use uuid::Uuid;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
+/// How long an open transaction is waited for: longer than an abandoned one lives.
+const MARKERS_MAX: Duration = Duration::from_secs(20);
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(30);
 const OFFENDERS_SHOWN_MAX: usize = 20;
 
@@ -510,9 +512,23 @@ fn read_topic(kafka: &str, topic: &str, mut each: impl FnMut(&BorrowedMessage<'_
     }
     let mut assignment = TopicPartitionList::new();
     let mut ends = Vec::new();
+    let uncommitted: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", kafka)
+        .set("group.id", "payment-writer-audit")
+        .set("isolation.level", "read_uncommitted")
+        .create()?;
+    let deadline = Instant::now() + MARKERS_MAX;
     for partition in 0..i32::try_from(partitions)? {
         // Before fetching begins: behind a waiting fetch each of these would wait, too.
-        let (_, end) = consumer.fetch_watermarks(topic, partition, KAFKA_TIMEOUT)?;
+        let end = loop {
+            let (_, end) = consumer.fetch_watermarks(topic, partition, KAFKA_TIMEOUT)?;
+            let (_, written) = uncommitted.fetch_watermarks(topic, partition, KAFKA_TIMEOUT)?;
+            if end >= written || Instant::now() > deadline {
+                break end;
+            }
+            // The broker answers a commit before the transaction's markers stand in the partitions.
+            std::thread::sleep(Duration::from_millis(20));
+        };
         ends.push(end);
         assignment.add_partition_offset(topic, partition, Offset::Beginning)?;
     }

@@ -14,6 +14,9 @@ use rdkafka::{ClientContext, Timestamp};
 
 use super::{DEADLINE, Scope, wait_until};
 
+/// Longer than an abandoned transaction lives.
+const MARKERS_MAX: Duration = Duration::from_secs(20);
+
 /// A record to be sent. What is not set is left to the client.
 #[derive(Clone, Debug, Default)]
 pub struct Message {
@@ -158,6 +161,7 @@ impl Scope<'_> {
         let metadata = consumer.fetch_metadata(Some(topic), DEADLINE).unwrap();
         let partitions: Vec<i32> =
             metadata.topics()[0].partitions().iter().map(|partition| partition.id()).collect();
+        self.await_markers(&consumer, topic, &partitions);
         let mut assignment = TopicPartitionList::new();
         for &partition in &partitions {
             assignment.add_partition_offset(topic, partition, Offset::Beginning).unwrap();
@@ -191,6 +195,26 @@ impl Scope<'_> {
         }
         received.sort_by_key(|record| (record.partition, record.offset));
         received
+    }
+
+    /// Waits until the last stable offsets are the ends: the broker answers the commit of a transaction before
+    /// its markers stand in the partitions. A transaction that a test leaves open is not waited for in full.
+    fn await_markers(&self, committed: &BaseConsumer, topic: &str, partitions: &[i32]) {
+        let uncommitted: BaseConsumer = self
+            .client_config()
+            .set("group.id", format!("{topic}_test_reader"))
+            .set("isolation.level", "read_uncommitted")
+            .create()
+            .unwrap();
+        let end = |consumer: &BaseConsumer, partition| {
+            consumer.fetch_watermarks(topic, partition, DEADLINE).unwrap().1
+        };
+        let begin = Instant::now();
+        for &partition in partitions {
+            while end(committed, partition) < end(&uncommitted, partition) && begin.elapsed() < MARKERS_MAX {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
     }
 
     /// The group's committed offset and its metadata text, where it has one.
