@@ -10,7 +10,7 @@
 //!
 //! Time is virtual and chance is seeded: a seed repeats its history.
 //! `MODEL_SEED=42 cargo test --test model whatever -- --nocapture` replays one with all its steps;
-//! `MODEL_SEEDS=100000` runs more of them.
+//! `MODEL_SEEDS=100000` runs more of them, `MODEL_FROM=2000` begins there.
 //!
 //! A test of this kind is worth what it notices. Each of these was broken by hand once:
 //!
@@ -35,8 +35,10 @@
 //! | pending offsets of another process not waited for | emitted twice |
 //!
 //! Not noticed, because something else still holds: a session that is not compared, or a lost COMMIT
-//! reply taken for a failure, ends at the cursor guard. Claims below the cursor need a row that the
-//! database itself refused; the tests of `batch` have it.
+//! reply taken for a failure, ends at the cursor guard; a first cursor stored without its guard ends at
+//! the owners of the ids; a lane that gives up what is in flight and forgets nothing is reset by the
+//! revocation that made it give up. Claims below the cursor need a row that the database itself refused;
+//! the tests of `batch` have it.
 //!
 //! What is not in it: generations of ids and their pruning, rows that the database refuses, months,
 //! topics made again, and the client library's own errors.
