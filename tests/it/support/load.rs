@@ -94,7 +94,11 @@ impl Flow {
                 producer.poll(Duration::from_millis(20));
                 std::thread::sleep(Duration::from_millis(20));
             }
-            producer.flush(Duration::from_secs(120)).unwrap();
+            // A client that lost its broker under load may not get over it. What counts is the log: what did
+            // not arrive there is no record, and every check reads the log.
+            if let Err(error) = producer.flush(Duration::from_secs(60)) {
+                eprintln!("the load's own client did not deliver the rest: {error}");
+            }
             load
         });
         Flow { stop, thread: Some(thread) }
