@@ -173,6 +173,9 @@ impl Shared {
         if let Err(error) = consumer.incremental_assign(&TopicPartitionList::new()) {
             tracing::warn!(%error, "the assignment was not taken");
         }
+        if self.is_closing.load(Ordering::Acquire) {
+            return;
+        }
         for (lane, partitions) in self.by_lane(partitions) {
             if let Some(seat) = self.seats.get(lane) {
                 // An error means that the lane has ended, as in a shutdown.
@@ -193,7 +196,10 @@ impl Shared {
         metrics::counter!("payment_writer_rebalances_total", "kind" => kind).increment(1);
         let count = Arc::new((Mutex::new(0), Condvar::new()));
         let mut tickets = Vec::new();
-        for (lane, partitions) in self.by_lane(partitions) {
+        // While the process closes, the lanes have ended; and this may be called where the consumer is dropped,
+        // on a thread of the runtime, which must not block.
+        let is_closing = self.is_closing.load(Ordering::Acquire);
+        for (lane, partitions) in self.by_lane(if is_closing { &[] } else { partitions }) {
             let Some(seat) = self.seats.get(lane) else { continue };
             let ticket = Arc::new(Ticket {
                 state: AtomicU8::new(WAITING),
