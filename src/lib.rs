@@ -11,6 +11,7 @@
 )]
 
 pub mod admin;
+mod allocator;
 pub mod batch;
 pub mod binding;
 pub mod cli;

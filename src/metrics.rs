@@ -74,6 +74,11 @@ pub fn describe() {
         "Time of the steps of a database transaction"
     );
     describe_histogram!(
+        "payment_writer_kafka_step_seconds",
+        Unit::Seconds,
+        "Time of the steps of a Kafka transaction"
+    );
+    describe_histogram!(
         "payment_writer_end_to_end_seconds",
         Unit::Seconds,
         "From the record's timestamp to the commit of its events; sampled"
@@ -261,6 +266,39 @@ impl LaneMetrics {
             self.end_to_end.record_many(seconds, weight);
         }
     }
+}
+
+/// Where the time of Kafka transactions goes.
+#[derive(Clone)]
+pub struct KafkaSteps {
+    /// Handing the messages to the client.
+    pub produce: Histogram,
+    /// The group's offsets: two requests, to two coordinators.
+    pub offsets: Histogram,
+    /// Waiting for what is left of the messages to arrive.
+    pub deliver: Histogram,
+    /// The commit.
+    pub commit: Histogram,
+}
+
+impl Default for KafkaSteps {
+    fn default() -> Self {
+        let step = |step: &'static str| histogram!("payment_writer_kafka_step_seconds", "step" => step);
+        Self {
+            produce: step("produce"),
+            offsets: step("offsets"),
+            deliver: step("deliver"),
+            commit: step("commit"),
+        }
+    }
+}
+
+/// Runs a step and records how long it took; a step that failed counts as well.
+pub fn timed<T>(histogram: &Histogram, step: impl FnOnce() -> T) -> T {
+    let began = std::time::Instant::now();
+    let outcome = step();
+    histogram.record(began.elapsed().as_secs_f64());
+    outcome
 }
 
 /// The wall clock.

@@ -18,14 +18,20 @@ use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer};
 use crate::cursor::Identity;
 use crate::failpoint;
 use crate::lane::ports::PublishFailure;
+use crate::metrics::{KafkaSteps, timed};
 use crate::publication::{OutputCounts, Publication, Published};
 
 /// All of one transaction has to fit in here; the broker's own limit, `transaction.timeout.ms`, ends it too.
 const TRANSACTION_DEADLINE: Duration = Duration::from_secs(20);
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for room in the producer's queue, or for deliveries, before looking around.
+/// How long to wait for room in the producer's queue before looking around; also the least that a call is given.
 const SLICE: Duration = Duration::from_millis(50);
+/// Deliveries are waited for in slices of a growing length. The client's threads are woken only when a flush
+/// begins, and a partition that the broker lets into the transaction after that waits for the next one: with
+/// slices of 50 ms a transaction of a few messages took 80.
+const FLUSH_SLICE_MIN: Duration = Duration::from_millis(1);
+const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
 /// The lane waits this long for an answer before it abandons the thread.
 pub(super) const WATCHDOG: Duration = Duration::from_secs(25);
 
@@ -85,6 +91,7 @@ impl Publisher {
 }
 
 fn serve(settings: &PublisherSettings, receiver: &jobs::Receiver<Job>) {
+    let steps = KafkaSteps::default();
     let mut producer: Option<TxnProducer<QuietLog>> = None;
     while let Ok(job) = receiver.recv() {
         match job {
@@ -94,7 +101,7 @@ fn serve(settings: &PublisherSettings, receiver: &jobs::Receiver<Job>) {
             }
             Job::Publish(publication, group, reply) => {
                 let outcome = match &producer {
-                    Some(producer) => publish(producer, settings, &publication, &group),
+                    Some(producer) => publish(producer, settings, &steps, &publication, &group),
                     None => Err(PublishFailure::Unknown("the producer is not initialised".to_owned())),
                 };
                 let _ = reply.send(outcome);
@@ -145,6 +152,7 @@ enum Broken {
 fn publish(
     producer: &TxnProducer<QuietLog>,
     settings: &PublisherSettings,
+    steps: &KafkaSteps,
     publication: &Publication,
     group: &GroupMetadata,
 ) -> PublishReply {
@@ -153,10 +161,10 @@ fn publish(
     if let Err(error) = producer.begin() {
         return Err(PublishFailure::Unknown(format!("begin_transaction: {error}")));
     }
-    match fill(producer, settings, publication, group, deadline) {
+    match fill(producer, settings, steps, publication, group, deadline) {
         Ok(counts) => {
             failpoint::hit("before_kafka_commit");
-            commit(producer, deadline)?;
+            timed(&steps.commit, || commit(producer, deadline))?;
             failpoint::hit("after_kafka_commit");
             Ok((publication.committed(), counts))
         }
@@ -167,12 +175,26 @@ fn publish(
 fn fill(
     producer: &TxnProducer<QuietLog>,
     settings: &PublisherSettings,
+    steps: &KafkaSteps,
     publication: &Publication,
     group: &GroupMetadata,
     deadline: Instant,
 ) -> Result<OutputCounts, Broken> {
-    let topic_id = settings.identity.topic_id;
-    let counts = publication.for_each_output(&settings.input_topic, topic_id, |output| {
+    let counts = timed(&steps.produce, || produce(producer, settings, publication, deadline))?;
+    failpoint::hit("after_produce");
+    timed(&steps.offsets, || send_offsets(producer, settings, publication, group, deadline))?;
+    failpoint::hit("after_send_offsets");
+    timed(&steps.deliver, || deliver(producer, deadline))?;
+    Ok(counts)
+}
+
+fn produce(
+    producer: &TxnProducer<QuietLog>,
+    settings: &PublisherSettings,
+    publication: &Publication,
+    deadline: Instant,
+) -> Result<OutputCounts, Broken> {
+    publication.for_each_output(&settings.input_topic, settings.identity.topic_id, |output| {
         loop {
             let produced = producer.produce(
                 output.topic.index(),
@@ -190,8 +212,16 @@ fn fill(
                 other => return other.map_err(Broken::Native),
             }
         }
-    })?;
-    failpoint::hit("after_produce");
+    })
+}
+
+fn send_offsets(
+    producer: &TxnProducer<QuietLog>,
+    settings: &PublisherSettings,
+    publication: &Publication,
+    group: &GroupMetadata,
+    deadline: Instant,
+) -> Result<(), Broken> {
     let mut offsets = TopicPartitionList::with_capacity(publication.spans().len());
     for (partition, position, mark) in publication.offsets(&settings.identity) {
         let mut element = offsets.add_partition(&settings.input_topic, partition.0);
@@ -210,14 +240,19 @@ fn fill(
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    failpoint::hit("after_send_offsets");
-    // `commit_transaction` flushes in steps of 100 ms: what is drained before costs it no step.
-    while !producer.flush(SLICE) {
+    Ok(())
+}
+
+/// Waits until nothing is left to deliver. `commit_transaction` would do so in steps of 100 ms.
+fn deliver(producer: &TxnProducer<QuietLog>, deadline: Instant) -> Result<(), Broken> {
+    let mut slice = FLUSH_SLICE_MIN;
+    while !producer.flush(slice) {
         if Instant::now() > deadline {
             return Err(Broken::Late("waiting for deliveries"));
         }
+        slice = (slice * 2).min(FLUSH_SLICE_MAX);
     }
-    Ok(counts)
+    Ok(())
 }
 
 fn commit(producer: &TxnProducer<QuietLog>, deadline: Instant) -> Result<(), PublishFailure> {

@@ -130,6 +130,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
         "batch_bytes_bucket",
         "phase_seconds_bucket",
         "database_step_seconds_bucket",
+        "kafka_step_seconds_bucket",
         "end_to_end_seconds_bucket",
         "lag_records",
         "lag_seconds",

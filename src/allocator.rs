@@ -1,0 +1,14 @@
+//! The allocator of the whole process, librdkafka included.
+//!
+//! Records are allocated by the client's threads and freed by a lane's, messages the other way round. glibc's
+//! allocator keeps what a thread freed for that thread's arena: a drain at full speed held 240 to 300 MB with
+//! it, 150 with jemalloc limited to two arenas, and a third of the daemon's CPU time was saved besides.
+
+#[global_allocator]
+static GLOBAL: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// Read by jemalloc when it starts: two arenas, and freed pages go back to the system within half a second.
+#[allow(unsafe_code)]
+// SAFETY: jemalloc alone uses this name, for exactly this: a string that ends with NUL.
+#[unsafe(export_name = "malloc_conf")]
+pub static MALLOC_CONF: &[u8; 46] = b"narenas:2,dirty_decay_ms:500,muzzy_decay_ms:0\0";
