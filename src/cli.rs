@@ -5,8 +5,10 @@ mod cursors;
 mod migrate;
 mod output;
 mod produce;
+mod prune;
 mod run;
 mod show_config;
+mod status;
 mod topics;
 
 use std::path::PathBuf;
@@ -18,8 +20,10 @@ use clap::{Parser, Subcommand};
 pub use cursors::{AcceptArgs, CursorsCommand, SettleArgs, SkipArgs};
 pub use migrate::{MigrateArgs, MigrateCommand};
 pub use produce::ProduceArgs;
+pub use prune::PruneArgs;
 pub use run::RunArgs;
 pub use show_config::ShowConfigArgs;
+pub use status::StatusArgs;
 pub use topics::CreateTopicsArgs;
 
 use crate::config::{ConfigError, Settings};
@@ -30,6 +34,7 @@ Examples:
   payment-writer check-config                     is everything that is set allowed?
   payment-writer topics create                    make the four topics where absent
   payment-writer migrate                          make or update the tables
+  payment-writer prune --dry-run                  which old message ids would go, and why others stay
   payment-writer run                              write payments until told to stop
   payment-writer produce --count 200000           send payments to try it out
 
@@ -63,6 +68,10 @@ pub enum Command {
     /// Look at how far each partition is, and settle a halted one
     #[command(subcommand)]
     Cursors(CursorsCommand),
+    /// One pass of housekeeping: rotate and prune the idempotency table, make months
+    Prune(PruneArgs),
+    /// What is known of a message id: whether it was written, by which record, and published
+    Status(StatusArgs),
     /// Check the settings without connecting to anything
     CheckConfig,
     /// Look at the settings
@@ -155,6 +164,8 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Migrate(args) => migrate::migrate(&settings, &args),
         Command::Topics(TopicsCommand::Create(args)) => topics::create(&settings, &args),
         Command::Cursors(command) => cursors::cursors(&settings, &command),
+        Command::Prune(args) => prune::prune(&settings, &args),
+        Command::Status(args) => status::status(&settings, &args),
         Command::Produce(args) => produce::produce(&settings, &args),
         // Done above, before logging began.
         Command::CheckConfig | Command::Config(_) => Ok(()),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rdkafka::ClientConfig;
 use rdkafka::consumer::Consumer;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use uuid::Uuid;
 
@@ -16,6 +16,7 @@ use crate::binding::{self, Binding, BindingError};
 use crate::config::{KafkaSettings, Settings};
 use crate::cursor::{Identity, IdentityDoubt, Mode};
 use crate::disposition::{FailureClass, class_of_sqlstate};
+use crate::housekeeping::schedule;
 use crate::kafka::group::{Group, MemberEnd, Seat};
 use crate::kafka::librdkafka::topic_id;
 use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
@@ -74,7 +75,7 @@ pub enum RunError {
 }
 
 /// Configuration of the group's consumer.
-fn consumer_config(kafka: &KafkaSettings) -> ClientConfig {
+pub fn consumer_config(kafka: &KafkaSettings) -> ClientConfig {
     let mut config = ClientConfig::new();
     config
         // What follows may be set otherwise in kafka.properties.
@@ -161,8 +162,42 @@ struct Found {
     partitions: usize,
 }
 
+/// A fencing this soon after the broker was away may be by an earlier request of our own: one that was sent
+/// to the dying broker, or whose answer was lost, and that gave our place to a member that nobody is.
+const OWN_FENCING_WITHIN: Duration = Duration::from_secs(60);
+/// Fenced a second time within this, there is somebody else.
+const FENCED_TWICE_WITHIN: Duration = Duration::from_secs(300);
+
 /// Runs until `stop` is set, until caught up, or until it cannot go on.
+///
+/// # Errors
+/// See [`RunError`]. Being fenced is one of them, except once after the broker was away.
 pub async fn run(
+    settings: &Settings,
+    options: RunOptions,
+    board: Arc<Board>,
+    stop: watch::Receiver<bool>,
+) -> Result<(), RunError> {
+    let mut rejoined_at: Option<Instant> = None;
+    loop {
+        let ended = run_as_member(settings, options, Arc::clone(&board), stop.clone()).await;
+        let Err(RunError::Identity(IdentityDoubt::InstanceTaken { instance_id })) = &ended else {
+            return ended;
+        };
+        let is_first = rejoined_at.is_none_or(|at| at.elapsed() > FENCED_TWICE_WITHIN);
+        if !is_first || !board.was_broker_lost_within(OWN_FENCING_WITHIN) || *stop.borrow() {
+            return ended;
+        }
+        tracing::warn!(
+            instance = instance_id,
+            "fenced just after the broker was away, perhaps by a request of its own: joining once more"
+        );
+        rejoined_at = Some(Instant::now());
+        board.left();
+    }
+}
+
+async fn run_as_member(
     settings: &Settings,
     options: RunOptions,
     board: Arc<Board>,
@@ -182,6 +217,7 @@ struct Running {
     lanes: JoinSet<Result<(), IdentityDoubt>>,
     found: Found,
     suspicion: Arc<Notify>,
+    months: AbortHandle,
     board: Arc<Board>,
 }
 
@@ -209,12 +245,13 @@ async fn start(settings: &Settings, options: RunOptions, board: &Arc<Board>) -> 
     let housekeeping = settings.postgres.housekeeping_url.endpoint().clone();
     // Once before the first row, so that none goes to a default partition for want of a month.
     let mut keeper = MonthsKeeper::default();
-    let first = tokio::time::timeout(MONTHS_FIRST_WAIT, keeper.make_ahead(&housekeeping)).await;
-    tokio::spawn(async move {
+    let kept = settings.retention.payment_months;
+    let first = tokio::time::timeout(MONTHS_FIRST_WAIT, keeper.make_ahead(&housekeeping, kept)).await;
+    let months = tokio::spawn(async move {
         let mut pause = first.unwrap_or(MONTHS_RETRY);
         loop {
             tokio::time::sleep(pause).await;
-            pause = keeper.make_ahead(&housekeeping).await;
+            pause = keeper.make_ahead(&housekeeping, kept).await;
         }
     });
 
@@ -270,7 +307,8 @@ async fn start(settings: &Settings, options: RunOptions, board: &Arc<Board>) -> 
         publishes = kafka.publish,
         "started"
     );
-    Ok(Running { group, member_end, seats, lanes, found, suspicion, board: Arc::clone(board) })
+    let board = Arc::clone(board);
+    Ok(Running { group, member_end, seats, lanes, found, suspicion, months: months.abort_handle(), board })
 }
 
 /// Waits for a database with a schema that this program knows.
@@ -389,17 +427,27 @@ struct MonthsKeeper {
 
 impl MonthsKeeper {
     /// One try; returns how long to wait for the next.
-    async fn make_ahead(&mut self, endpoint: &Endpoint) -> Duration {
+    async fn make_ahead(&mut self, endpoint: &Endpoint, kept: Option<u32>) -> Duration {
         let outcome = match endpoint.connect().await {
-            Ok((mut client, _driver)) => {
-                months::make_months_ahead(&mut client).await.map_err(|e| e.to_string())
-            }
+            Ok((mut client, _driver)) => months::keep(&mut client, kept).await.map_err(|e| e.to_string()),
             Err(error) => Err(error.to_string()),
         };
         match outcome {
             Ok(report) => {
                 if !report.made.is_empty() {
                     tracing::info!(months = report.made.join(", "), "made months of the payment tables");
+                }
+                if report.moved > 0 {
+                    tracing::warn!(
+                        rows = report.moved,
+                        "moved rows from the default partitions to their months"
+                    );
+                }
+                if !report.archived.is_empty() {
+                    tracing::info!(
+                        tables = report.archived.join(", "),
+                        "detached months of the payment tables: archive and drop them when you like"
+                    );
                 }
                 if report.waiting.is_empty() {
                     self.has_told = false;
@@ -444,6 +492,7 @@ impl Running {
             () = orphans::watch(&self.group, &membership) => Ok(()),
             () = watch_ends(&self.group, &self.board) => Ok(()),
             () = watch_database(settings.postgres.url.endpoint(), &self.board) => Ok(()),
+            () = schedule::run(settings) => Ok(()),
             caught_up = catch_up(&self.group, &self.board, self.found.partitions, options) => caught_up,
         };
         if let Err(error) = &ended {
@@ -477,6 +526,7 @@ impl Running {
                 }
             }
         }
+        self.months.abort();
         self.group.close();
         let totals = self.board.totals();
         tracing::info!(

@@ -22,6 +22,7 @@ pub mod daemon;
 pub mod disposition;
 pub mod failpoint;
 pub mod generator;
+pub mod housekeeping;
 pub mod intake;
 pub mod kafka;
 pub mod kafka_client;

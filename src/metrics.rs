@@ -9,7 +9,7 @@ use metrics::{
 
 use crate::batch::{Batch, Fates};
 use crate::disposition::{Fate, SQLSTATE_CLASSES, sqlstate_label};
-use crate::lane::ports::WriteTimes;
+use crate::lane::ports::WriteStats;
 use crate::publication::{OutputCounts, OutputTopic};
 use crate::record::TimestampMs;
 use crate::wire::Reason;
@@ -105,6 +105,45 @@ pub fn describe() {
         Unit::Seconds,
         "Age of the last written record of a partition with lag; 0 when caught up"
     );
+    describe_counter!(
+        "payment_writer_claims_older_total",
+        "Claims by whether an older generation was looked into for their id"
+    );
+    describe_gauge!("payment_writer_generations_live", "Generations that are claimed into or looked into");
+    describe_gauge!(
+        "payment_writer_generation_rows",
+        "Rows of a live generation, 0 being the current; an estimate"
+    );
+    describe_gauge!(
+        "payment_writer_generation_bytes",
+        Unit::Bytes,
+        "Size of a live generation with its index, 0 being the current"
+    );
+    describe_gauge!(
+        "payment_writer_horizon_timestamp_seconds",
+        Unit::Seconds,
+        "Log time up to which every partition is written and published, as last known"
+    );
+    describe_gauge!(
+        "payment_writer_horizon_held",
+        "1 while the horizon cannot be told: a partition is halted, or the broker cannot be asked"
+    );
+    describe_gauge!(
+        "payment_writer_housekeeping_last_pass_timestamp_seconds",
+        Unit::Seconds,
+        "When the last housekeeping pass of any process began"
+    );
+    describe_histogram!(
+        "payment_writer_housekeeping_pass_seconds",
+        Unit::Seconds,
+        "How long a housekeeping pass of this process took"
+    );
+    describe_counter!("payment_writer_generation_rotations_total", "Rotations by this process");
+    describe_counter!("payment_writer_generations_dropped_total", "Generations dropped by this process");
+    describe_gauge!(
+        "payment_writer_default_partition_rows",
+        "Rows in the payment tables' default partitions, counted up to 100,000 for each"
+    );
     describe_gauge!("payment_writer_build_info", "1, with the version as label");
     begin_at_zero();
 }
@@ -137,6 +176,8 @@ pub struct LaneMetrics {
     claim: Histogram,
     copy: Histogram,
     commit: Histogram,
+    probed: Counter,
+    spared: Counter,
     end_to_end: Histogram,
     assigned: Gauge,
     halted: Gauge,
@@ -154,6 +195,7 @@ impl LaneMetrics {
     pub fn new(index: usize) -> Self {
         let lane = index.to_string();
         let step = |step: &'static str| histogram!("payment_writer_database_step_seconds", "step" => step);
+        let older = |probe: &'static str| counter!("payment_writer_claims_older_total", "probe" => probe);
         let gauge_of = |name: &'static str| gauge!(name, "lane" => lane.clone());
         Self {
             written: outcome("written"),
@@ -169,6 +211,8 @@ impl LaneMetrics {
             claim: step("claim"),
             copy: step("copy"),
             commit: step("commit"),
+            probed: older("probed"),
+            spared: older("spared"),
             end_to_end: histogram!("payment_writer_end_to_end_seconds"),
             assigned: gauge_of("payment_writer_partitions_assigned"),
             halted: gauge_of("payment_writer_partitions_halted"),
@@ -220,10 +264,12 @@ impl LaneMetrics {
     }
 
     /// Steps of a database transaction.
-    pub fn write_times(&self, times: &WriteTimes) {
+    pub fn write_stats(&self, times: &WriteStats) {
         self.claim.record(times.claim.as_secs_f64());
         self.copy.record(times.copy.as_secs_f64());
         self.commit.record(times.commit.as_secs_f64());
+        self.probed.increment(times.claims_probed);
+        self.spared.increment(times.claims_spared);
     }
 
     /// Records that were settled.
@@ -265,6 +311,80 @@ impl LaneMetrics {
             let seconds = (now.0 - at.0).max(0) as f64 / 1_000.0;
             self.end_to_end.record_many(seconds, weight);
         }
+    }
+}
+
+/// What housekeeping tells.
+pub struct HousekeepingMetrics {
+    live: Gauge,
+    horizon: Gauge,
+    is_held: Gauge,
+    last_pass: Gauge,
+    seconds: Histogram,
+    rotations: Counter,
+    dropped: Counter,
+    default_rows: Gauge,
+}
+
+impl Default for HousekeepingMetrics {
+    fn default() -> Self {
+        Self {
+            live: gauge!("payment_writer_generations_live"),
+            horizon: gauge!("payment_writer_horizon_timestamp_seconds"),
+            is_held: gauge!("payment_writer_horizon_held"),
+            last_pass: gauge!("payment_writer_housekeeping_last_pass_timestamp_seconds"),
+            seconds: histogram!("payment_writer_housekeeping_pass_seconds"),
+            rotations: counter!("payment_writer_generation_rotations_total"),
+            dropped: counter!("payment_writer_generations_dropped_total"),
+            default_rows: gauge!("payment_writer_default_partition_rows"),
+        }
+    }
+}
+
+impl HousekeepingMetrics {
+    /// Labels of generations by their age: a small fixed set, whatever their numbers.
+    const AGES: [&str; 4] = ["0", "1", "2", "3"];
+
+    /// Rows and bytes of the live generations, the current one first; those beyond the fourth count as one.
+    pub fn generations(&self, sizes: impl Iterator<Item = (i64, i64)>) {
+        let mut by_age = [(0, 0); Self::AGES.len()];
+        let mut count = 0;
+        for (index, (rows, bytes)) in sizes.enumerate() {
+            count += 1;
+            if let Some(sum) = by_age.get_mut(index.min(Self::AGES.len() - 1)) {
+                *sum = (sum.0 + rows, sum.1 + bytes);
+            }
+        }
+        self.live.set(f64::from(count));
+        for (age, (rows, bytes)) in Self::AGES.iter().zip(by_age) {
+            gauge!("payment_writer_generation_rows", "age" => *age).set(rows as f64);
+            gauge!("payment_writer_generation_bytes", "age" => *age).set(bytes as f64);
+        }
+    }
+
+    /// The horizon; `None` while something holds it. What was told last stays, and so grows old.
+    pub fn horizon(&self, at: Option<TimestampMs>) {
+        self.is_held.set(f64::from(u8::from(at.is_none())));
+        if let Some(at) = at {
+            self.horizon.set(at.0 as f64 / 1_000.0);
+        }
+    }
+
+    /// When the last pass began, of whichever process.
+    pub fn last_pass(&self, at: jiff::Timestamp) {
+        self.last_pass.set(at.as_second() as f64);
+    }
+
+    /// A pass of this process came to its end.
+    pub fn pass(&self, report: &crate::housekeeping::PassReport) {
+        self.seconds.record(report.took.as_secs_f64());
+        self.rotations.increment(u64::from(report.rotated_to.is_some()));
+        self.dropped.increment(report.gone().count() as u64);
+    }
+
+    /// Rows in default partitions, where none should be.
+    pub fn default_rows(&self, rows: i64) {
+        self.default_rows.set(rows as f64);
     }
 }
 

@@ -56,13 +56,14 @@ const STEPS: &[Step] = &[
     step!("2", "idempotency_generations"),
     step!("3", "cursors_and_identity"),
     step!("4", "settlements"),
+    step!("5", "housekeeping"),
 ];
 
 /// The newest step that this program knows.
 pub const NEWEST_KNOWN: SchemaVersion = SchemaVersion(STEPS.len() as i32);
 /// The oldest schema that this program can work with: it is kept at least one release behind
 /// [`NEWEST_KNOWN`] once there is a release to keep up with.
-pub const OLDEST_SUPPORTED: SchemaVersion = SchemaVersion(4);
+pub const OLDEST_SUPPORTED: SchemaVersion = SchemaVersion(5);
 
 /// What must be there for the daemon to work; a schema of the right version may still have lost a table.
 const REQUIRED_RELATIONS: &[&str] = &[
@@ -77,6 +78,7 @@ const REQUIRED_RELATIONS: &[&str] = &[
     "bound_group",
     "cursor_audit",
     "cursor_settlement",
+    "housekeeping_pass",
 ];
 const REQUIRED_FUNCTIONS: &[&str] = &[
     "move_cursors_v1(uuid,integer[],bigint[],bigint[],bigint[],timestamp with time zone[])",
@@ -177,7 +179,7 @@ impl SchemaError {
 }
 
 /// For `map_err`: what was being done when the database failed.
-fn doing(what: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> SchemaError {
+pub(crate) fn doing(what: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> SchemaError {
     let doing = what.into();
     move |source| SchemaError::Database { doing, source }
 }

@@ -118,21 +118,25 @@ pub async fn view(settings: &Settings) -> Result<View, Failure> {
         binding::database_id(&client).await.map_err(|e| failed(crate::postgres::describe(&e)))?;
     let group = Arc::new(bystander(settings)?);
     let asked = Arc::clone(&group);
-    let (topic_id, partitions, offsets, bounds) = tokio::task::spawn_blocking(move || {
-        let (id, count) = topic_id(asked.consumer(), asked.topic(), REQUEST_TIMEOUT).map_err(failed)?;
-        let partitions: Vec<Partition> =
-            (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect();
-        let offsets = group_offsets(&asked, &partitions).map_err(failed)?;
-        let bounds: Vec<LogBounds> = log_bounds(&asked, &partitions).map_err(failed)?;
-        Ok::<_, Failure>((id, partitions, offsets, bounds))
+    let (topic_id, count) = tokio::task::spawn_blocking(move || {
+        topic_id(asked.consumer(), asked.topic(), REQUEST_TIMEOUT).map_err(failed)
     })
     .await
     .map_err(failed)??;
+    let partitions: Vec<Partition> = (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect();
     let identity = Identity { topic_id, database_id };
     let pool = settings.postgres.url.endpoint().pool(1).map_err(failed)?;
     let topic = settings.kafka.input_topic.clone();
+    // The log's ends last: what moves on meanwhile must not look as if it lay beyond them.
     let rows =
         PgLedger::new(pool, topic.clone(), identity.clone()).cursors(&partitions).await.map_err(failed)?;
+    let (offsets, bounds) = tokio::task::spawn_blocking(move || {
+        let offsets = group_offsets(&group, &partitions).map_err(failed)?;
+        let bounds: Vec<LogBounds> = log_bounds(&group, &partitions).map_err(failed)?;
+        Ok::<_, Failure>((offsets, bounds))
+    })
+    .await
+    .map_err(failed)??;
     let known = rows
         .into_iter()
         .zip(offsets)

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::cursor::Doubt;
 use crate::disposition::Fate;
@@ -71,6 +72,7 @@ struct State {
     lanes: BTreeMap<usize, (Dependency, Dependency)>,
     start: (Dependency, Dependency),
     is_member: bool,
+    broker_lost_at: Option<Instant>,
 }
 
 /// Records settled since the start.
@@ -99,6 +101,22 @@ pub struct Board {
 impl Board {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection to the broker broke.
+    pub fn broker_lost(&self) {
+        self.state().broker_lost_at = Some(Instant::now());
+    }
+
+    /// Whether it broke within this time.
+    pub fn was_broker_lost_within(&self, limit: Duration) -> bool {
+        self.state().broker_lost_at.is_some_and(|at| at.elapsed() <= limit)
+    }
+
+    /// The process is no member any more, and joins again.
+    pub fn left(&self) {
+        let mut state = self.state();
+        *state = State { broker_lost_at: state.broker_lost_at, ..State::default() };
     }
 
     /// Counts records that were settled.

@@ -28,6 +28,8 @@ pub struct Settings {
     pub idempotency: IdempotencySettings,
     /// `[admin]`
     pub admin: AdminSettings,
+    /// `[retention]`
+    pub retention: RetentionSettings,
     /// `[shutdown]`
     pub shutdown: ShutdownSettings,
     /// `[log]`
@@ -102,6 +104,13 @@ pub struct IdempotencySettings {
     pub prune_schedule: Option<CronSchedule>,
 }
 
+/// `[retention]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct RetentionSettings {
+    /// Months of the payment tables that stay before the current one; `None`: all.
+    pub payment_months: Option<u32>,
+}
+
 /// `[admin]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdminSettings {
@@ -147,6 +156,7 @@ impl Settings {
         let payment = PaymentSettings::read(r);
         let email = r.read("email.statuses", statuses).map(|statuses| EmailSettings { statuses });
         let idempotency = IdempotencySettings::read(r);
+        let payment_months = r.read("retention.payment_months", |raw| count(raw, 0, 1_200));
         let listen = r.read("admin.listen", socket_address);
         let timeout =
             r.read("shutdown.timeout", |raw| raw.duration(Duration::from_secs(1), Duration::from_secs(600)));
@@ -164,6 +174,9 @@ impl Settings {
             payment: payment?,
             email: email?,
             idempotency: idempotency?,
+            retention: RetentionSettings {
+                payment_months: u32::try_from(payment_months?).ok().filter(|months| *months > 0),
+            },
             admin: AdminSettings { listen: listen? },
             shutdown: ShutdownSettings { timeout: timeout? },
             log: log?,

@@ -4,4 +4,5 @@ pub mod group;
 pub mod librdkafka;
 pub mod log;
 pub mod orphans;
+pub mod peek;
 pub mod publisher;

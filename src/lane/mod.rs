@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep_until};
 
 use self::breaker::Breaker;
 use self::ports::{
-    CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, RevokeDone, WriteTimes,
+    CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, RevokeDone, WriteStats,
 };
 use crate::batch::{Answer, Batch, Fates, Progress};
 use crate::cursor::{Doubt, Identity, IdentityDoubt, Mode};
@@ -90,7 +90,7 @@ enum Slot {
     Halted { doubt: Doubt, again_at: Instant },
 }
 
-type Written = Result<(Fates, Answer, WriteTimes), LedgerFailure>;
+type Written = Result<(Fates, Answer, WriteStats), LedgerFailure>;
 type Sent = Result<(Published, OutputCounts), PublishFailure>;
 
 /// One lane over a log and a ledger.
@@ -621,7 +621,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         self.database_up();
         self.wrote_at = Instant::now();
         self.compared_at = self.wrote_at;
-        self.metrics.write_times(&times);
+        self.metrics.write_stats(&times);
         let Some(batch) = self.writing.take() else { return Ok(()) };
         for moved in moves {
             if let Some(Slot::Live(live)) = self.slots.get_mut(&moved.partition) {

@@ -144,15 +144,19 @@ pub struct CursorMove {
     pub timestamp: Option<Option<crate::record::TimestampMs>>,
 }
 
-/// How long the parts of a database transaction took.
+/// How long the parts of a database transaction took, and what its claims needed.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct WriteTimes {
+pub struct WriteStats {
     /// Cursors and claim.
     pub claim: Duration,
     /// COPY of the rows.
     pub copy: Duration,
     /// COMMIT.
     pub commit: Duration,
+    /// Claims whose id had to be looked for in an older generation.
+    pub claims_probed: u64,
+    /// Claims whose id cannot be in any of the older generations.
+    pub claims_spared: u64,
 }
 
 /// The database, as one lane sees it. Each call opens a new session when the last one broke.
@@ -177,7 +181,7 @@ pub trait Ledger {
         &mut self,
         batch: &Batch,
         moves: &[CursorMove],
-    ) -> impl Future<Output = Result<(Fates, Answer, WriteTimes), LedgerFailure>>;
+    ) -> impl Future<Output = Result<(Fates, Answer, WriteStats), LedgerFailure>>;
 
     /// Moves cursors without a batch.
     fn move_cursors(&mut self, moves: &[CursorMove]) -> impl Future<Output = Result<(), LedgerFailure>>;

@@ -3,6 +3,7 @@
 //! Statements are pipelined: the driver sends them as they are asked for and answers in order. Each
 //! lane keeps one session, prepared once; any error ends the session, and the next call opens another.
 
+mod generations;
 mod session;
 
 use std::collections::HashMap;
@@ -15,12 +16,13 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{CopyInSink, Statement};
 use uuid::Uuid;
 
+use self::generations::OlderGeneration;
 use self::session::{Failed, Session};
 use crate::batch::{Answer, Batch, Fates, Owner, Rows};
 use crate::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timestamp, postgres_timestamp};
 use crate::cursor::{CursorRow, Identity};
 use crate::failpoint;
-use crate::lane::ports::{CursorMove, Ledger, LedgerFailure, WriteTimes};
+use crate::lane::ports::{CursorMove, Ledger, LedgerFailure, WriteStats};
 use crate::record::{NextOffset, Offset, Partition};
 use crate::wire;
 
@@ -161,12 +163,15 @@ async fn claim(session: &mut Session, leaf: i64, claims: &Claims) -> Result<Vec<
     rows.iter().map(|row| row.try_get(0).map_err(Failed::from)).collect()
 }
 
+/// Adds the owners of those of `ids` that are in this generation.
 async fn owners(
-    session: &Session,
-    ids: ArrayParam,
+    session: &mut Session,
+    generation: i64,
+    ids: &ArrayParam,
     into: &mut HashMap<[u8; 16], Owner>,
 ) -> Result<(), Failed> {
-    for row in session.client.query(&session.owners, &[&ids]).await? {
+    let statement = session.owners_in(generation).await?;
+    for row in session.client.query(&statement, &[ids]).await? {
         let id: Uuid = row.try_get(0)?;
         into.insert(
             id.into_bytes(),
@@ -178,6 +183,47 @@ async fn owners(
         );
     }
     Ok(())
+}
+
+/// The ids of some array, if there are any.
+fn array(ids: impl Iterator<Item = [u8; 16]>) -> Option<ArrayParam> {
+    let mut array = ArrayParam::default();
+    let mut is_empty = true;
+    for id in ids {
+        array.push(&id);
+        is_empty = false;
+    }
+    (!is_empty).then_some(array)
+}
+
+/// Looks up what must not be claimed: records below `seen` in every generation, and candidates in those older
+/// ones that may hold their id.
+async fn look_up(
+    session: &mut Session,
+    batch: &Batch,
+    current: i64,
+    older: &[OlderGeneration],
+    stats: &mut WriteStats,
+) -> Result<Answer, Failed> {
+    let mut answer = Answer::default();
+    if let Some(ids) = array(batch.lookups()) {
+        for generation in older.iter().map(|g| g.number).chain([current]) {
+            owners(session, generation, &ids, &mut answer.owners).await?;
+        }
+    }
+    for generation in older {
+        let ids = batch.claims().map(|claim| claim.message_id).filter(|id| generation.may_hold(id));
+        if let Some(ids) = array(ids) {
+            owners(session, generation.number, &ids, &mut answer.owners).await?;
+        }
+    }
+    if !older.is_empty() {
+        for claim in batch.claims() {
+            let is_probed = older.iter().any(|generation| generation.may_hold(&claim.message_id));
+            *(if is_probed { &mut stats.claims_probed } else { &mut stats.claims_spared }) += 1;
+        }
+    }
+    Ok(answer)
 }
 
 async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(), Failed> {
@@ -203,7 +249,7 @@ async fn write_in(
     topic_id: &Uuid,
     batch: &Batch,
     moves: &Moves,
-) -> Result<(Fates, Answer, WriteTimes), Failed> {
+) -> Result<(Fates, Answer, WriteStats), Failed> {
     let began = Instant::now();
     // In one round trip. The shared lock keeps the current generation current until the commit; it is
     // read by a statement of its own, whose snapshot is taken after the lock was got.
@@ -215,40 +261,22 @@ async fn write_in(
     )
     .await?;
     let current: i64 = generations.try_get(0)?;
-    let older: Vec<i64> = generations.try_get(1)?;
+    let older = older_generations(&generations)?;
+    session.forget_all_but(|g| g == current || older.iter().any(|o| o.number == g));
 
-    let mut answer = Answer::default();
-    let mut lookups = ArrayParam::default();
-    let mut has_lookups = false;
-    for id in batch.lookups() {
-        lookups.push(&id);
-        has_lookups = true;
-    }
-    if !older.is_empty() {
-        // An id of an older generation must not be claimed again.
-        for claim in batch.claims() {
-            lookups.push(&claim.message_id);
-            has_lookups = true;
-        }
-    }
-    if has_lookups {
-        owners(session, lookups, &mut answer.owners).await?;
-    }
+    let mut stats = WriteStats::default();
+    let mut answer = look_up(session, batch, current, &older, &mut stats).await?;
     let claims = Claims::new(batch, &answer.owners);
     let unclaimed = claim(session, current, &claims).await?;
-    if !unclaimed.is_empty() {
-        let mut ids = ArrayParam::with_capacity(unclaimed.len(), 16);
-        for id in &unclaimed {
-            ids.push(id.as_bytes());
-        }
+    if let Some(ids) = array(unclaimed.iter().map(|id| *id.as_bytes())) {
         // A statement of its own: its snapshot sees the owners that were committed meanwhile.
-        owners(session, ids, &mut answer.owners).await?;
+        owners(session, current, &ids, &mut answer.owners).await?;
         if unclaimed.iter().any(|id| !answer.owners.contains_key(id.as_bytes())) {
             return Err(Failed::unexpected("an id was taken, but its owner is not to be seen".to_owned()));
         }
     }
     let fates = batch.decide(&answer);
-    let claimed = began.elapsed();
+    stats.claim = began.elapsed();
 
     let rows = batch.rows(&fates);
     future::try_join3(
@@ -257,16 +285,27 @@ async fn write_in(
         copy(session, &session.copy_notes, &rows.notes),
     )
     .await?;
-    let copied = began.elapsed();
+    stats.copy = began.elapsed().saturating_sub(stats.claim);
     failpoint::hit("before_postgres_commit");
     session.client.batch_execute("COMMIT").await?;
     failpoint::hit("after_postgres_commit");
-    let times = WriteTimes {
-        claim: claimed,
-        copy: copied.saturating_sub(claimed),
-        commit: began.elapsed().saturating_sub(copied),
-    };
-    Ok((fates, answer, times))
+    stats.commit = began.elapsed().saturating_sub(stats.claim + stats.copy);
+    Ok((fates, answer, stats))
+}
+
+fn older_generations(row: &tokio_postgres::Row) -> Result<Vec<OlderGeneration>, Failed> {
+    let numbers: Vec<i64> = row.try_get(1)?;
+    let v7: Vec<Option<i64>> = row.try_get(2)?;
+    let other: Vec<Option<i64>> = row.try_get(3)?;
+    Ok(numbers
+        .into_iter()
+        .zip(v7.into_iter().zip(other))
+        .map(|(number, (v7_time_max, other_time_max))| OlderGeneration {
+            number,
+            v7_time_max,
+            other_time_max,
+        })
+        .collect())
 }
 
 async fn store_in(
@@ -347,7 +386,7 @@ impl Ledger for PgLedger {
         &mut self,
         batch: &Batch,
         moves: &[CursorMove],
-    ) -> Result<(Fates, Answer, WriteTimes), LedgerFailure> {
+    ) -> Result<(Fates, Answer, WriteStats), LedgerFailure> {
         let mut session = self.take_session().await?;
         let moves = Moves::new(moves);
         let topic_id = self.identity.topic_id;

@@ -158,11 +158,11 @@ pub(super) struct Session {
     pub move_cursors: Statement,
     pub lock_generations: Statement,
     pub generations: Statement,
-    pub owners: Statement,
     pub copy_core: Statement,
     pub copy_metadata: Statement,
     pub copy_notes: Statement,
     claim: Option<(i64, Statement)>,
+    owners: Vec<(i64, Statement)>,
 }
 
 impl Session {
@@ -184,19 +184,13 @@ impl Session {
             );
             Ok(Ok([
                 client.prepare(CURSORS).await?,
-                client
-                    .prepare("SELECT payment_writer.move_cursors_v1($1, $2, $3, $4, $5, $6)")
-                    .await?,
+                client.prepare("SELECT payment_writer.move_cursors_v1($1, $2, $3, $4, $5, $6)").await?,
                 client.prepare(&lock).await?,
                 client
                     .prepare(
-                        "SELECT current_generation, older_generations FROM payment_writer.idempotency_current",
-                    )
-                    .await?,
-                client
-                    .prepare(
-                        "SELECT message_id, source_partition, source_offset, payload_hash
-                         FROM payment_writer.idempotency WHERE message_id = ANY ($1::uuid[])",
+                        "SELECT current_generation, older_generations, older_v7_time_max, \
+                         older_other_time_max
+                         FROM payment_writer.idempotency_current",
                     )
                     .await?,
                 client
@@ -222,30 +216,21 @@ impl Session {
                     .await?,
             ]))
         };
-        let prepared: Result<Result<[Statement; 8], IdentityDoubt>, tokio_postgres::Error> = prepared.await;
+        let prepared: Result<Result<[Statement; 7], IdentityDoubt>, tokio_postgres::Error> = prepared.await;
         match prepared {
             Ok(Ok(
-                [
-                    cursors,
-                    move_cursors,
-                    lock_generations,
-                    generations,
-                    owners,
-                    copy_core,
-                    copy_metadata,
-                    copy_notes,
-                ],
+                [cursors, move_cursors, lock_generations, generations, copy_core, copy_metadata, copy_notes],
             )) => Ok(Self {
                 client,
                 cursors,
                 move_cursors,
                 lock_generations,
                 generations,
-                owners,
                 copy_core,
                 copy_metadata,
                 copy_notes,
                 claim: None,
+                owners: Vec::new(),
             }),
             Ok(Err(doubt)) => Err(LedgerFailure {
                 class: FailureClass::Systemic,
@@ -265,6 +250,26 @@ impl Session {
             tracing::warn!(ended, "ended sessions of processes that hung in a transaction");
         }
         Ok(())
+    }
+
+    /// The statement that names the owners of ids in this generation. Of its own table, not of all: what
+    /// is being dropped must not be touched by a batch.
+    pub(super) async fn owners_in(&mut self, generation: i64) -> Result<Statement, Failed> {
+        if let Some((_, statement)) = self.owners.iter().find(|(prepared, _)| *prepared == generation) {
+            return Ok(statement.clone());
+        }
+        let sql = format!(
+            "SELECT message_id, source_partition, source_offset, payload_hash
+             FROM payment_writer.idempotency_g{generation} WHERE message_id = ANY ($1::uuid[])"
+        );
+        let statement = self.client.prepare(&sql).await?;
+        self.owners.push((generation, statement.clone()));
+        Ok(statement)
+    }
+
+    /// Forgets the statements of generations that are no longer looked into.
+    pub(super) fn forget_all_but(&mut self, live: impl Fn(i64) -> bool) {
+        self.owners.retain(|(generation, _)| live(*generation));
     }
 
     /// The statement that claims into this generation.

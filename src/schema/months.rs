@@ -5,8 +5,9 @@
 //! reader and makes all later ones wait for itself. ATTACH takes SHARE UPDATE EXCLUSIVE on the parent, which
 //! writers and readers do not notice, and ACCESS EXCLUSIVE only on the new table, which nobody else can see
 //! yet, and on the default partition, which is empty unless something is wrong. The new table is empty, so
-//! no CHECK constraint is needed to save a scan of it. The default partition is scanned under its lock;
-//! rows of the month are looked for beforehand without one, and `statement_timeout` bounds the scan.
+//! no CHECK constraint is needed to save a scan of it. Rows of the month that are in the default partition are
+//! moved in the same transaction: most before the default partition is locked, those that came meanwhile
+//! after. It is scanned under its lock, and `statement_timeout` bounds that.
 
 use std::fmt;
 use std::time::Duration;
@@ -22,6 +23,14 @@ pub const PARTITIONED_TABLES: [&str; 3] = ["payment_core", "payment_metadata", "
 
 /// How many months after the current one are made.
 pub const MONTHS_AHEAD: u32 = 2;
+
+/// Rows in the default partitions get a month of their own when it lies no further back than this: a
+/// producer's wrong clock must not fill the catalog with tables.
+const MONTHS_BACK: u32 = 24;
+/// Months that are made of default rows in one pass.
+const FOUND_MAX: i64 = 12;
+/// How long rows may be moved out of a default partition; writers are not held up by that.
+const MOVE_TIMEOUT: &str = "10min";
 
 /// How long a writer that needs the default partition can be made to wait.
 const LOCK_TIMEOUT_MS: u32 = 50;
@@ -64,6 +73,21 @@ impl Month {
         Ok(Self { year: row.get(0), month: row.get::<_, i32>(1).unsigned_abs() })
     }
 
+    /// The month before this one.
+    #[must_use]
+    pub fn previous(self) -> Self {
+        match self.month {
+            1 => Self { year: self.year - 1, month: 12 },
+            _ => Self { month: self.month - 1, ..self },
+        }
+    }
+
+    /// So many months earlier.
+    #[must_use]
+    pub fn back(self, months: u32) -> Self {
+        (0..months).fold(self, |month, _| month.previous())
+    }
+
     /// The month after this one.
     #[must_use]
     pub fn next(self) -> Self {
@@ -82,8 +106,6 @@ impl Month {
 /// Why a month could not be made this time. None of these keeps payments from being written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Obstacle {
-    /// The default partition holds rows of this month; they must be moved first.
-    DefaultHoldsRows,
     /// A long statement on the default partition is in the way.
     Locked,
     /// A table of that name exists and is no partition: it was detached, or is somebody's.
@@ -93,7 +115,6 @@ pub enum Obstacle {
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::DefaultHoldsRows => "the default partition holds rows of that month",
             Self::Locked => "a long statement holds the default partition",
             Self::NameTaken => "a table of that name exists and is not attached",
         })
@@ -107,6 +128,132 @@ pub struct MonthsReport {
     pub made: Vec<String>,
     /// Names of the tables that could not be made, and why.
     pub waiting: Vec<(String, Obstacle)>,
+    /// Rows that were moved out of default partitions.
+    pub moved: u64,
+    /// Names, as they are now, of the tables that were handed over for archiving.
+    pub archived: Vec<String>,
+}
+
+/// All that is due: months ahead, months for rows that are in the default partitions, and, if so many are to
+/// be kept, months handed over for archiving.
+pub async fn keep(client: &mut Client, kept: Option<u32>) -> Result<MonthsReport, SchemaError> {
+    let current = Month::current(client).await?;
+    let mut report = make_months(client, current, MONTHS_AHEAD + 1).await?;
+    for month in found_in_default(client, current).await? {
+        add_month(client, month, &mut report).await?;
+    }
+    if let Some(kept) = kept {
+        archive(client, current.back(kept), &mut report).await?;
+    }
+    Ok(report)
+}
+
+/// Rows in the default partitions, counted up to a limit for each.
+pub async fn default_rows(client: &Client) -> Result<i64, SchemaError> {
+    let counts: Vec<String> = PARTITIONED_TABLES
+        .iter()
+        .map(|t| format!("(SELECT count(*) FROM (SELECT FROM payment_writer.{t}_default LIMIT 100000) AS r)"))
+        .collect();
+    let row = client
+        .query_one(&format!("SELECT {}", counts.join(" + ")), &[])
+        .await
+        .map_err(doing("cannot count the rows of the default partitions"))?;
+    Ok(row.get(0))
+}
+
+/// Months of rows in the default partitions, oldest first.
+async fn found_in_default(client: &Client, current: Month) -> Result<Vec<Month>, SchemaError> {
+    let mut end = current;
+    for _ in 0..=MONTHS_AHEAD {
+        end = end.next();
+    }
+    let of_table: Vec<String> = PARTITIONED_TABLES
+        .iter()
+        .map(|table| {
+            format!(
+                "SELECT date_trunc('month', created_at AT TIME ZONE 'UTC') AS m FROM payment_writer.{table}_default \
+                 WHERE created_at >= {} AND created_at < {}",
+                current.back(MONTHS_BACK).start(),
+                end.start()
+            )
+        })
+        .collect();
+    let select = format!(
+        "SELECT extract(year FROM m)::int, extract(month FROM m)::int FROM ({}) AS found \
+         GROUP BY m ORDER BY m LIMIT {FOUND_MAX}",
+        of_table.join(" UNION ALL ")
+    );
+    let rows = client.query(&select, &[]).await.map_err(doing("cannot read the default partitions"))?;
+    Ok(rows
+        .iter()
+        .map(|row| Month { year: row.get(0), month: row.get::<_, i32>(1).unsigned_abs() })
+        .collect())
+}
+
+/// Detaches the months before `first_kept` and renames them. The parent is locked for the moment of the
+/// detachment, and waited for as briefly as anything here.
+async fn archive(
+    client: &mut Client,
+    first_kept: Month,
+    report: &mut MonthsReport,
+) -> Result<(), SchemaError> {
+    for table in PARTITIONED_TABLES {
+        let attached = client
+            .query(
+                "SELECT c.relname::text FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid \
+                 WHERE i.inhparent = to_regclass($1) AND c.relname ~ $2 AND c.relname < $3 ORDER BY 1",
+                &[
+                    &format!("payment_writer.{table}"),
+                    &format!("^{table}_[0-9]{{4}}_[0-9]{{2}}$"),
+                    &format!("{table}_{first_kept}"),
+                ],
+            )
+            .await
+            .map_err(doing(format!("cannot read the months of {table}")))?;
+        for row in &attached {
+            let partition: String = row.get(0);
+            let archived = format!("archived_{partition}");
+            match hand_over(client, table, &partition, &archived).await {
+                Ok(()) => report.archived.push(archived),
+                Err(e) if is_impatience(&e) => report.waiting.push((partition, Obstacle::Locked)),
+                Err(e) => return Err(doing(format!("cannot detach {partition}"))(e)),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_impatience(error: &tokio_postgres::Error) -> bool {
+    matches!(error.code(), Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED))
+}
+
+async fn hand_over(
+    client: &mut Client,
+    table: &str,
+    partition: &str,
+    archived: &str,
+) -> Result<(), tokio_postgres::Error> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let transaction = client.transaction().await?;
+        let detached = transaction
+            .batch_execute(&format!(
+                "SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; \
+                 SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
+                 ALTER TABLE payment_writer.{table} DETACH PARTITION payment_writer.{partition}; \
+                 ALTER TABLE payment_writer.{partition} RENAME TO {archived}"
+            ))
+            .await;
+        match detached {
+            Ok(()) => return transaction.commit().await,
+            Err(e) if is_impatience(&e) && tries < TRIES_MAX => {
+                transaction.rollback().await?;
+                tokio::time::sleep(BETWEEN_TRIES).await;
+            }
+            Err(e) => return Err(e),
+        }
+    }
 }
 
 /// Makes the current month and [`MONTHS_AHEAD`] more where they are absent: at start and daily.
@@ -123,21 +270,30 @@ pub async fn make_months(client: &mut Client, first: Month, count: u32) -> Resul
     let mut report = MonthsReport::default();
     let mut month = first;
     for _ in 0..count {
-        for table in PARTITIONED_TABLES {
-            let partition = format!("{table}_{month}");
-            match make_month(client, table, &partition, month).await? {
-                Made::Now => report.made.push(partition),
-                Made::Before => {}
-                Made::Not(obstacle) => report.waiting.push((partition, obstacle)),
-            }
-        }
+        add_month(client, month, &mut report).await?;
         month = month.next();
     }
     Ok(report)
 }
 
+async fn add_month(client: &mut Client, month: Month, report: &mut MonthsReport) -> Result<(), SchemaError> {
+    for table in PARTITIONED_TABLES {
+        let partition = format!("{table}_{month}");
+        match make_month(client, table, &partition, month).await? {
+            Made::Now(moved) => {
+                report.made.push(partition);
+                report.moved += moved;
+            }
+            Made::Before => {}
+            Made::Not(obstacle) => report.waiting.push((partition, obstacle)),
+        }
+    }
+    Ok(())
+}
+
 enum Made {
-    Now,
+    /// With so many rows that had been in the default partition.
+    Now(u64),
     Before,
     Not(Obstacle),
 }
@@ -152,14 +308,9 @@ async fn make_month(
         if let Some(found) = look_for(client, table, partition).await? {
             return Ok(found);
         }
-        if default_holds_rows(client, table, month).await? {
-            return Ok(Made::Not(Obstacle::DefaultHoldsRows));
-        }
         match attach(client, table, partition, month).await {
             Ok(made) => return Ok(made),
             Err(e) => match e.code() {
-                // It took a row between our look and our lock.
-                Some(&SqlState::CHECK_VIOLATION) => return Ok(Made::Not(Obstacle::DefaultHoldsRows)),
                 Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED) if attempt < TRIES_MAX => {
                     tokio::time::sleep(BETWEEN_TRIES).await;
                 }
@@ -184,16 +335,6 @@ async fn look_for(client: &Client, table: &str, partition: &str) -> Result<Optio
         .await
         .map_err(doing(format!("cannot look for {partition}")))?;
     Ok(rows.first().map(|row| if row.get(0) { Made::Before } else { Made::Not(Obstacle::NameTaken) }))
-}
-
-async fn default_holds_rows(client: &Client, table: &str, month: Month) -> Result<bool, SchemaError> {
-    let select = format!(
-        "SELECT EXISTS (SELECT FROM payment_writer.{table}_default WHERE created_at >= {} AND created_at < {})",
-        month.start(),
-        month.next().start()
-    );
-    let row = client.query_one(&select, &[]).await.map_err(doing(format!("cannot read {table}_default")))?;
-    Ok(row.get(0))
 }
 
 async fn attach(
@@ -225,18 +366,38 @@ async fn attach(
     if !made_meanwhile.is_empty() {
         return Ok(Made::Before);
     }
+    let in_month = format!("created_at >= {} AND created_at < {}", month.start(), month.next().start());
+    let move_rows = format!(
+        "WITH moved AS (DELETE FROM payment_writer.{table}_default WHERE {in_month} RETURNING *) \
+         INSERT INTO payment_writer.{partition} SELECT * FROM moved"
+    );
     transaction
         .batch_execute(&format!(
             "CREATE TABLE payment_writer.{partition} \
                (LIKE payment_writer.{table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE); \
-             ALTER TABLE payment_writer.{table} ATTACH PARTITION payment_writer.{partition} \
-               FOR VALUES FROM ({}) TO ({})",
+             SET LOCAL statement_timeout = '{MOVE_TIMEOUT}'"
+        ))
+        .await?;
+    // Most of them, while writers go on; they are seen in one place or the other, never in none.
+    let mut moved = transaction.execute(&move_rows, &[]).await?;
+    transaction
+        .batch_execute(&format!(
+            "SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
+             LOCK TABLE payment_writer.{table}_default IN ACCESS EXCLUSIVE MODE"
+        ))
+        .await?;
+    // And those that came meanwhile.
+    moved += transaction.execute(&move_rows, &[]).await?;
+    transaction
+        .batch_execute(&format!(
+            "ALTER TABLE payment_writer.{table} ATTACH PARTITION payment_writer.{partition} \
+             FOR VALUES FROM ({}) TO ({})",
             month.start(),
             month.next().start()
         ))
         .await?;
     transaction.commit().await?;
-    Ok(Made::Now)
+    Ok(Made::Now(moved))
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod commands;
 mod crash;
 mod fuzz;
 mod generator;
+mod housekeeping;
 mod http;
 mod java;
 mod outages;

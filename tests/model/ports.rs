@@ -11,7 +11,7 @@ use payment_writer::cursor::{CursorRow, GroupOffset, Identity, IdentityDoubt, Lo
 use payment_writer::disposition::FailureClass;
 use payment_writer::intake::Intake;
 use payment_writer::lane::ports::{
-    CursorMove, Ledger, LedgerFailure, Log, LogFailure, PublishFailure, WriteTimes,
+    CursorMove, Ledger, LedgerFailure, Log, LogFailure, PublishFailure, WriteStats,
 };
 use payment_writer::publication::{OutputCounts, Publication, Published};
 use payment_writer::record::{NextOffset, Offset, Partition};
@@ -573,7 +573,7 @@ impl Ledger for ModelLedger {
         &mut self,
         batch: &Batch,
         moves: &[CursorMove],
-    ) -> Result<(Fates, Answer, WriteTimes), LedgerFailure> {
+    ) -> Result<(Fates, Answer, WriteStats), LedgerFailure> {
         let session = self.take_session().await?;
         // Dropped up to here, the server rolls back.
         let is_lost = self.statement("write", session).await?;
@@ -618,7 +618,7 @@ impl Ledger for ModelLedger {
             Ok(Err(_)) | Err(_) => return Err(failed(FailureClass::Passing, "COMMIT: no answer")),
         };
         self.reply("write reply", session, is_lost).await?;
-        Ok((written.0, written.1, WriteTimes::default()))
+        Ok((written.0, written.1, WriteStats::default()))
     }
 
     async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), LedgerFailure> {

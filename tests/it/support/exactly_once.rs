@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::admin::AdminOptions;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
@@ -290,13 +290,16 @@ impl Scope<'_> {
     pub fn committed_all(&self) -> BTreeMap<i32, (i64, String)> {
         let consumer = self.inquirer();
         let list = self.partitions(&consumer);
-        let mut answer = None;
         // A coordinator that has just been found may not know that it is one.
-        wait_until("the group's offsets are told", || {
-            answer = consumer.committed_offsets(list.clone(), DEADLINE).ok();
-            answer.is_some()
-        });
-        let answer = answer.unwrap();
+        let began = Instant::now();
+        let answer = loop {
+            match consumer.committed_offsets(list.clone(), DEADLINE) {
+                Ok(answer) => break answer,
+                Err(error) => {
+                    assert!(began.elapsed() < PATIENCE, "the group's offsets are not told: {error}")
+                }
+            }
+        };
         let offset = |e: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match e.offset() {
             Offset::Offset(offset) => Some((e.partition(), (offset, e.metadata().to_owned()))),
             _ => None,

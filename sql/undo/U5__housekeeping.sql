@@ -1,0 +1,9 @@
+DROP TABLE payment_writer.housekeeping_pass;
+ALTER TABLE payment_writer.idempotency_current
+    DROP CONSTRAINT older_bounds_are_parallel,
+    DROP COLUMN older_v7_time_max,
+    DROP COLUMN older_other_time_max;
+ALTER TABLE payment_writer.idempotency_generation
+    DROP COLUMN v7_time_max,
+    DROP COLUMN other_time_max,
+    DROP COLUMN row_count;

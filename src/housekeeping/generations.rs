@@ -1,0 +1,319 @@
+//! Generations of the idempotency table: rotated by a flip of one row, dropped as wholes.
+//!
+//! Every batch holds the rotation lock shared from before it reads which generation is current until its
+//! commit. What changes that row holds it exclusively, so no batch claims into a generation that is no longer
+//! current, and none looks into one that is being dropped. The exclusive lock is asked for with a limit of
+//! [`LOCK_TIMEOUT_MS`]: writers queue behind the request for no longer than that, whoever holds the lock.
+
+use std::fmt;
+use std::time::Duration;
+
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Transaction};
+
+use crate::record::TimestampMs;
+use crate::schema::locks::{self, LockKey};
+use crate::schema::{SchemaError, doing};
+
+/// How long a writer can be made to wait for a change of generations.
+pub const LOCK_TIMEOUT_MS: u32 = 50;
+/// Tries for each lock; what cannot be had is left to the next pass.
+const TRIES_MAX: u32 = 20;
+const BETWEEN_TRIES: Duration = Duration::from_millis(250);
+/// A scan of a whole generation, once in its life.
+const MEASURE_TIMEOUT: &str = "2h";
+
+/// Where a generation is in its life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    /// Its table was made ahead of time.
+    Ready,
+    /// Claims go there.
+    Current,
+    /// Looked into, not written.
+    Older,
+    /// Nobody looks any more; its table still hangs below `idempotency`.
+    Retired,
+    /// A table on its own.
+    Detached,
+}
+
+impl State {
+    fn parse(text: &str) -> Option<Self> {
+        Some(match text {
+            "ready" => Self::Ready,
+            "current" => Self::Current,
+            "older" => Self::Older,
+            "retired" => Self::Retired,
+            "detached" => Self::Detached,
+            _ => return None,
+        })
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ready => "ready",
+            Self::Current => "current",
+            Self::Older => "older",
+            Self::Retired => "retired",
+            Self::Detached => "detached",
+        })
+    }
+}
+
+/// One generation that has a table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Generation {
+    /// Its number.
+    pub number: i64,
+    /// Name of its table, without the schema.
+    pub leaf: String,
+    /// Where it is in its life.
+    pub state: State,
+    /// Time since it became current, by the database's clock; `None` if it never was.
+    pub age: Option<Duration>,
+    /// Largest record timestamp in it; `None` while it is written or not measured. `i64::MIN`: it is empty.
+    pub youngest: Option<TimestampMs>,
+    /// Rows: counted once it is no longer written, the planner's estimate before.
+    pub rows: i64,
+    /// Bytes of table and index.
+    pub bytes: i64,
+}
+
+/// All generations that have a table, oldest first.
+pub async fn list(client: &Client) -> Result<Vec<Generation>, SchemaError> {
+    let rows = client
+        .query(
+            "SELECT g.generation, g.leaf, g.state,
+                    extract(epoch FROM now() - g.made_current_at)::float8,
+                    CASE WHEN g.youngest_record = '-infinity' THEN -9223372036854775808
+                         ELSE floor(extract(epoch FROM g.youngest_record) * 1000)::bigint END,
+                    coalesce(g.row_count, greatest(c.reltuples, 0)::bigint, 0),
+                    coalesce(pg_total_relation_size(c.oid), 0)
+             FROM payment_writer.idempotency_generation g
+             LEFT JOIN pg_class c ON c.oid = to_regclass('payment_writer.' || quote_ident(g.leaf))
+             WHERE g.state <> 'dropped'
+             ORDER BY g.generation",
+            &[],
+        )
+        .await
+        .map_err(doing("cannot read the generations"))?;
+    Ok(rows
+        .iter()
+        .filter_map(|row| {
+            let seconds: Option<f64> = row.get(3);
+            Some(Generation {
+                number: row.get(0),
+                leaf: row.get(1),
+                state: State::parse(row.get(2))?,
+                // A clock that stepped back makes a young generation, not a negative age.
+                age: seconds.map(|s| Duration::from_secs_f64(s.max(0.0))),
+                youngest: row.get::<_, Option<i64>>(4).map(TimestampMs),
+                rows: row.get(5),
+                bytes: row.get(6),
+            })
+        })
+        .collect())
+}
+
+/// How a step that needs a lock ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Done.
+    Done,
+    /// Somebody held the lock all the time; the next pass tries again.
+    Locked,
+}
+
+/// Runs `work` in a transaction whose locks are waited for briefly, again and again.
+async fn with_short_locks(
+    client: &mut Client,
+    what: &str,
+    work: impl AsyncFn(&Transaction<'_>) -> Result<(), tokio_postgres::Error>,
+) -> Result<Step, SchemaError> {
+    for attempt in 1..=TRIES_MAX {
+        let outcome = async {
+            let transaction = client.transaction().await?;
+            transaction.batch_execute(&format!("SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")).await?;
+            work(&transaction).await?;
+            transaction.commit().await
+        }
+        .await;
+        match outcome {
+            Ok(()) => return Ok(Step::Done),
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+                if attempt < TRIES_MAX {
+                    tokio::time::sleep(BETWEEN_TRIES).await;
+                }
+            }
+            Err(error) => return Err(doing(what.to_owned())(error)),
+        }
+    }
+    Ok(Step::Locked)
+}
+
+async fn lock_rotation(transaction: &Transaction<'_>) -> Result<(), tokio_postgres::Error> {
+    let lock = format!("SELECT pg_advisory_xact_lock({}, {})", locks::CLASS, LockKey::Rotation.number());
+    transaction.batch_execute(&lock).await
+}
+
+/// Makes the table of a generation, ahead of the rotation that will need it.
+pub async fn make(client: &mut Client, number: i64) -> Result<Step, SchemaError> {
+    with_short_locks(client, "cannot make a generation", async |transaction: &Transaction<'_>| {
+        transaction.query("SELECT payment_writer.make_generation_v1($1)", &[&number]).await?;
+        Ok(())
+    })
+    .await
+}
+
+/// Makes `next` the current generation. Batches that are under way finish in the old one first.
+pub async fn rotate(client: &mut Client, current: i64, next: i64) -> Result<Step, SchemaError> {
+    with_short_locks(client, "cannot rotate", async |transaction: &Transaction<'_>| {
+        lock_rotation(transaction).await?;
+        transaction
+            .execute(
+                "UPDATE payment_writer.idempotency_generation SET state = 'older', made_older_at = now()
+                 WHERE generation = $1 AND state = 'current'",
+                &[&current],
+            )
+            .await?;
+        transaction
+            .execute(
+                "UPDATE payment_writer.idempotency_generation SET state = 'current', made_current_at = now()
+                 WHERE generation = $1 AND state = 'ready'",
+                &[&next],
+            )
+            .await?;
+        // Newest first: that is where a duplicate most likely is.
+        transaction
+            .execute(
+                "UPDATE payment_writer.idempotency_current
+                 SET current_generation = $2, changed_at = now(),
+                     older_generations = current_generation || older_generations,
+                     older_youngest = NULL::timestamptz || older_youngest,
+                     older_v7_time_max = NULL::bigint || older_v7_time_max,
+                     older_other_time_max = NULL::bigint || older_other_time_max
+                 WHERE current_generation = $1",
+                &[&current, &next],
+            )
+            .await?;
+        Ok(())
+    })
+    .await
+}
+
+/// Reads a generation that is no longer written from end to end: its youngest record, its rows, and the
+/// largest first 48 bits of its ids. Takes no lock that anybody waits for.
+pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(), SchemaError> {
+    let failed = |error| doing(format!("cannot measure {}", generation.leaf))(error);
+    let transaction = client.transaction().await.map_err(failed)?;
+    transaction
+        .batch_execute(&format!("SET LOCAL statement_timeout = '{MEASURE_TIMEOUT}'"))
+        .await
+        .map_err(failed)?;
+    // Two groups of twelve hexadecimal digits compare as text as they do as numbers.
+    let measure = format!(
+        "SELECT count(*), max(created_at),
+                max(head COLLATE \"C\") FILTER (WHERE is_v7), max(head COLLATE \"C\") FILTER (WHERE NOT is_v7)
+         FROM (SELECT created_at, left(id, 8) || substr(id, 10, 4) AS head,
+                      substr(id, 15, 1) = '7' AND substr(id, 20, 1) IN ('8', '9', 'a', 'b') AS is_v7
+               FROM (SELECT created_at, message_id::text AS id FROM payment_writer.\"{}\") AS ids) AS heads",
+        generation.leaf
+    );
+    let update = format!(
+        "WITH measured AS ({measure}), bounds (rows, youngest, v7_max, other_max) AS (
+             SELECT count, coalesce(max, '-infinity'),
+                    coalesce(('x' || lpad(max_1, 16, '0'))::bit(64)::bigint, -1),
+                    coalesce(('x' || lpad(max_2, 16, '0'))::bit(64)::bigint, -1)
+             FROM measured AS m (count, max, max_1, max_2)
+         ), noted AS (
+             UPDATE payment_writer.idempotency_generation
+             SET row_count = rows, youngest_record = youngest, v7_time_max = v7_max, other_time_max = other_max
+             FROM bounds WHERE generation = $1 AND state IN ('older', 'retired')
+         )
+         UPDATE payment_writer.idempotency_current
+         SET older_youngest[array_position(older_generations, $1)] = youngest,
+             older_v7_time_max[array_position(older_generations, $1)] = v7_max,
+             older_other_time_max[array_position(older_generations, $1)] = other_max
+         FROM bounds WHERE $1 = ANY (older_generations)"
+    );
+    transaction.execute(&update, &[&generation.number]).await.map_err(failed)?;
+    transaction.commit().await.map_err(failed)
+}
+
+/// Takes a generation out of those that batches look into.
+pub async fn retire(client: &mut Client, number: i64) -> Result<Step, SchemaError> {
+    with_short_locks(client, "cannot retire a generation", async |transaction: &Transaction<'_>| {
+        lock_rotation(transaction).await?;
+        transaction
+            .execute(
+                "WITH kept AS (
+                     SELECT coalesce(array_agg(g ORDER BY n), '{}') AS generations,
+                            coalesce(array_agg(y ORDER BY n), '{}') AS youngest,
+                            coalesce(array_agg(v ORDER BY n), '{}') AS v7_max,
+                            coalesce(array_agg(o ORDER BY n), '{}') AS other_max
+                     FROM payment_writer.idempotency_current,
+                          unnest(older_generations, older_youngest, older_v7_time_max, older_other_time_max)
+                              WITH ORDINALITY AS u (g, y, v, o, n)
+                     WHERE g <> $1
+                 )
+                 UPDATE payment_writer.idempotency_current
+                 SET older_generations = generations, older_youngest = youngest,
+                     older_v7_time_max = v7_max, older_other_time_max = other_max, changed_at = now()
+                 FROM kept",
+                &[&number],
+            )
+            .await?;
+        transaction
+            .execute(
+                "UPDATE payment_writer.idempotency_generation SET state = 'retired', retired_at = now()
+                 WHERE generation = $1 AND state = 'older'",
+                &[&number],
+            )
+            .await?;
+        Ok(())
+    })
+    .await
+}
+
+/// Makes the table of a retired generation one of its own. Waits, briefly, for readers of it; writers do
+/// not use it any more.
+pub async fn detach(client: &mut Client, generation: &Generation) -> Result<Step, SchemaError> {
+    with_short_locks(client, "cannot detach a generation", async |transaction: &Transaction<'_>| {
+        let leaf = &generation.leaf;
+        transaction
+            .batch_execute(&format!(
+                "ALTER TABLE payment_writer.\"{leaf}\" NO INHERIT payment_writer.idempotency"
+            ))
+            .await?;
+        transaction
+            .execute(
+                "UPDATE payment_writer.idempotency_generation SET state = 'detached', detached_at = now()
+                 WHERE generation = $1 AND state = 'retired'",
+                &[&generation.number],
+            )
+            .await?;
+        Ok(())
+    })
+    .await
+}
+
+/// Drops the table of a detached generation; only its row in `idempotency_generation` is left.
+pub async fn drop_table(client: &mut Client, generation: &Generation) -> Result<Step, SchemaError> {
+    with_short_locks(client, "cannot drop a generation", async |transaction: &Transaction<'_>| {
+        transaction
+            .batch_execute(&format!("DROP TABLE IF EXISTS payment_writer.\"{}\"", generation.leaf))
+            .await?;
+        transaction
+            .execute(
+                "UPDATE payment_writer.idempotency_generation SET state = 'dropped', dropped_at = now()
+                 WHERE generation = $1 AND state = 'detached'",
+                &[&generation.number],
+            )
+            .await?;
+        Ok(())
+    })
+    .await
+}

@@ -1,0 +1,183 @@
+//! Housekeeping inside the daemon: passes on the schedule, missed ones made up, and what the metrics say.
+
+use std::time::Duration;
+
+use jiff::{Timestamp, ToSpan, tz::TimeZone};
+use tokio_postgres::Client;
+
+use super::generations::State;
+use super::horizon::Horizon;
+use super::{PassError, PassReport, current_horizon, generations, pass};
+use crate::config::{CronSchedule, Settings};
+use crate::metrics::HousekeepingMetrics;
+use crate::schema::{SchemaError, doing, months};
+
+/// How often the clock is looked at, and the tables' sizes.
+const TICK: Duration = Duration::from_secs(60);
+/// A pass that failed or could not finish is tried again after this.
+const RETRY: Duration = Duration::from_secs(15 * 60);
+/// The horizon costs a few requests to the broker.
+const HORIZON_TICKS: u32 = 5;
+/// A schedule is looked back over for no longer than this: one that names only 29 February is found.
+const LOOK_BACK_DAYS: i64 = 9 * 366;
+
+/// The last minute before `now` that the schedule names.
+pub fn last_due(schedule: &CronSchedule, now: Timestamp) -> Option<Timestamp> {
+    let mut moment = now.to_zoned(TimeZone::UTC).with().second(0).subsec_nanosecond(0).build().ok()?;
+    let first = moment.checked_sub(LOOK_BACK_DAYS.days()).ok()?;
+    while moment > first {
+        let part = |n: i8| u8::try_from(n).unwrap_or(0);
+        let weekday = part(moment.weekday().to_sunday_zero_offset());
+        let (day, month) = (part(moment.day()), part(moment.month()));
+        if schedule.matches(part(moment.minute()), part(moment.hour()), day, month, weekday) {
+            return Some(moment.timestamp());
+        }
+        // A day that is not named has no minute that is.
+        let is_day = (0..24).any(|h| (0..60).any(|m| schedule.matches(m, h, day, month, weekday)));
+        moment = if is_day {
+            moment.checked_sub(1.minute()).ok()?
+        } else {
+            moment.start_of_day().ok()?.checked_sub(1.minute()).ok()?
+        };
+    }
+    None
+}
+
+/// When the last pass that came to its end began, and whether it left nothing to a later try; a database that
+/// saw none counts from the moment it was made.
+async fn last_pass(client: &Client) -> Result<(Timestamp, bool), SchemaError> {
+    let row = client
+        .query_one(
+            "SELECT started_at, is_complete FROM (
+                 (SELECT started_at, is_complete, 1 AS n FROM payment_writer.housekeeping_pass
+                  ORDER BY id DESC LIMIT 1)
+                 UNION ALL SELECT created_at, true, 2 FROM payment_writer.database_identity
+             ) AS passes ORDER BY n LIMIT 1",
+            &[],
+        )
+        .await
+        .map_err(doing("cannot read the passes"))?;
+    let at: std::time::SystemTime = row.get(0);
+    Ok((Timestamp::try_from(at).unwrap_or(Timestamp::UNIX_EPOCH), row.get(1)))
+}
+
+/// Runs for ever. Nothing that fails here stops anything else.
+pub async fn run(settings: &Settings) {
+    let mut keeper = Keeper {
+        metrics: HousekeepingMetrics::default(),
+        client: None,
+        retry_at: None,
+        ticks: 0,
+        trouble: None,
+    };
+    loop {
+        keeper.tick(settings).await;
+        tokio::time::sleep(TICK).await;
+    }
+}
+
+struct Keeper {
+    metrics: HousekeepingMetrics,
+    client: Option<Client>,
+    retry_at: Option<tokio::time::Instant>,
+    ticks: u32,
+    /// What was last complained about: one line for a change, not for a try.
+    trouble: Option<String>,
+}
+
+impl Keeper {
+    async fn tick(&mut self, settings: &Settings) {
+        if let Err(error) = self.look(settings).await {
+            self.client = None;
+            self.complain(error.to_string());
+        }
+        self.ticks = self.ticks.wrapping_add(1);
+    }
+
+    fn complain(&mut self, message: String) {
+        if self.trouble.as_ref() != Some(&message) {
+            tracing::warn!(error = message, "housekeeping is held up, trying again");
+            self.trouble = Some(message);
+        }
+    }
+
+    async fn look(&mut self, settings: &Settings) -> Result<(), PassError> {
+        let client = match self.client.take().filter(|client| !client.is_closed()) {
+            Some(client) => client,
+            None => settings.postgres.housekeeping_url.endpoint().connect().await?.0,
+        };
+        let (began, was_complete) = last_pass(&client).await?;
+        self.metrics.last_pass(began);
+        let due = settings.idempotency.prune_schedule.as_ref().and_then(|s| last_due(s, Timestamp::now()));
+        let is_due = due.is_some_and(|due| due > began);
+        // What a pass left undone is not left for a week.
+        let is_retry = !was_complete && settings.idempotency.prune_schedule.is_some();
+        let may_try = self.retry_at.is_none_or(|at| tokio::time::Instant::now() >= at);
+        if (is_due || is_retry) && may_try {
+            self.retry_at = Some(tokio::time::Instant::now() + RETRY);
+            match pass(settings, false).await {
+                Ok(report) => self.told(&report),
+                Err(error) => self.complain(error.to_string()),
+            }
+        }
+        let list = generations::list(&client).await?;
+        let live = list.iter().filter(|g| matches!(g.state, State::Current | State::Older));
+        self.metrics.generations(live.rev().map(|g| (g.rows, g.bytes)));
+        self.metrics.default_rows(months::default_rows(&client).await?);
+        if self.ticks.is_multiple_of(HORIZON_TICKS) {
+            match current_horizon(&client, settings).await {
+                Ok(Horizon::At(at, _)) => self.metrics.horizon(Some(at)),
+                Ok(Horizon::Held { .. }) | Err(_) => self.metrics.horizon(None),
+            }
+        }
+        self.client = Some(client);
+        Ok(())
+    }
+
+    fn told(&mut self, report: &PassReport) {
+        if report.is_busy {
+            return;
+        }
+        self.trouble = None;
+        self.metrics.pass(report);
+        let gone: Vec<String> = report.gone().map(|g| g.number.to_string()).collect();
+        tracing::info!(
+            rotated_to = report.rotated_to,
+            dropped = gone.join(","),
+            rows = report.gone().map(|g| g.rows).sum::<i64>(),
+            bytes = report.gone().map(|g| g.bytes).sum::<i64>(),
+            kept = report.generations.len() - gone.len(),
+            complete = report.is_complete(),
+            took_ms = report.took.as_millis(),
+            "housekeeping pass"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn last(schedule: &str, now: &str) -> Option<String> {
+        let schedule = CronSchedule::parse(schedule).unwrap();
+        last_due(&schedule, now.parse().unwrap()).map(|t| t.to_string())
+    }
+
+    #[test]
+    fn the_last_due_minute_is_found_however_long_ago() {
+        // 2026-11-21 is a Saturday.
+        let now = "2026-11-21T14:35:10Z";
+        assert_eq!(last("0 3 * * 0", now).unwrap(), "2026-11-15T03:00:00Z");
+        assert_eq!(last("* * * * *", now).unwrap(), "2026-11-21T14:35:00Z");
+        assert_eq!(last("0 15 * * *", now).unwrap(), "2026-11-20T15:00:00Z");
+        assert_eq!(last("30 4 1 1 *", now).unwrap(), "2026-01-01T04:30:00Z");
+        assert_eq!(last("0 0 29 2 *", now).unwrap(), "2024-02-29T00:00:00Z");
+        assert_eq!(last("0 0 31 2 *", now), None);
+    }
+
+    #[test]
+    fn a_minute_that_has_begun_is_due() {
+        assert_eq!(last("0 3 * * 0", "2026-11-22T03:00:00Z").unwrap(), "2026-11-22T03:00:00Z");
+        assert_eq!(last("0 3 * * 0", "2026-11-22T02:59:59Z").unwrap(), "2026-11-15T03:00:00Z");
+    }
+}

@@ -1,0 +1,570 @@
+//! Generations, pruning and months: exact across rotations, held back by whatever is behind, harmless to
+//! writers, and finished by the next pass when interrupted.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use payment_writer::batch::{Batch, Progress};
+use payment_writer::cursor::Identity;
+use payment_writer::disposition::Fate;
+use payment_writer::housekeeping::generations;
+use payment_writer::lane::ports::{CursorMove, Ledger};
+use payment_writer::ledger::PgLedger;
+use payment_writer::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::wire::Rules;
+use uuid::Uuid;
+
+use crate::support::{
+    Finished, Flow, Load, Member, Message, Payment, Scope, Servers, block_on, payment_id, ulid, uuid_v4,
+    uuid_v7, wait_until,
+};
+
+const HOUR_MS: i64 = 3_600_000;
+const DAY_MS: i64 = 24 * HOUR_MS;
+
+fn now_ms() -> i64 {
+    i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
+}
+
+/// The generations that have a table, as (number, state).
+fn live(scope: &Scope<'_>) -> Vec<(i64, String)> {
+    let query = "SELECT generation, state FROM payment_writer.idempotency_generation
+                 WHERE state <> 'dropped' ORDER BY generation";
+    scope.sql(query, &[]).iter().map(|row| (row.get(0), row.get(1))).collect()
+}
+
+fn states(scope: &Scope<'_>) -> String {
+    // One is always ready for the next rotation.
+    let in_use = live(scope).into_iter().filter(|(_, state)| state != "ready");
+    in_use.map(|(n, state)| format!("{n} {state}")).collect::<Vec<_>>().join(", ")
+}
+
+/// Lets the current generation be old enough to be left.
+fn age_current(scope: &Scope<'_>) {
+    scope.execute(
+        "UPDATE payment_writer.idempotency_generation SET made_current_at = made_current_at - interval '8 days'
+         WHERE state = 'current'",
+    );
+}
+
+/// A pass of its own; one that a daemon has under way is waited for.
+fn prune(scope: &Scope<'_>) -> Finished {
+    let mut finished = None;
+    wait_until("no other pass is under way", || {
+        finished = Some(scope.command(&["prune"]).succeeds());
+        finished.as_ref().is_some_and(|f| !f.stdout.contains("another pass is under way"))
+    });
+    finished.unwrap()
+}
+
+/// A payment on a record with this timestamp.
+fn record(seed: u64, timestamp_ms: i64) -> Message {
+    Payment::new(uuid_v4(seed), 7).message().timestamp_ms(timestamp_ms)
+}
+
+fn settled(daemon: &crate::support::Daemon, outcome: &str) -> usize {
+    // The last line of a run says what became of the records.
+    let log = daemon.log();
+    log.lines()
+        .rev()
+        .find_map(|line| line.split(&format!("{outcome}=")).nth(1))
+        .and_then(|rest| rest.split_whitespace().next())
+        .and_then(|number| number.parse().ok())
+        .unwrap_or_else(|| panic!("no {outcome} in:\n{log}"))
+}
+
+/// One lane of the race: writes all ids as records of its own partition, and counts what it wrote.
+async fn race(
+    scope_url: String,
+    topic: String,
+    identity: Identity,
+    partition: i32,
+    from: i64,
+    ids: Vec<Uuid>,
+) -> usize {
+    const BATCH: usize = 2_500;
+    let pool = payment_writer::postgres::pool(&scope_url, 1).unwrap();
+    let mut ledger = PgLedger::new(pool, topic, identity);
+    let partition = Partition(partition);
+    let mut seen = NextOffset(from);
+    let mut written = 0;
+    for ids in ids.chunks(BATCH) {
+        let mut source = SourceBatch::new();
+        for (n, id) in ids.iter().enumerate() {
+            source.push(
+                partition,
+                Offset(seen.0 + n as i64),
+                Some(TimestampMs(now_ms())),
+                Some(b"7"),
+                Some(Payment::new(id, 7).json().as_bytes()),
+                Headers::NONE.iter(),
+            );
+        }
+        let reached = NextOffset(seen.0 + ids.len() as i64);
+        let progress = Progress { partition, seen, reached, timestamp: None };
+        let batch = Batch::assemble(source, vec![progress], &Rules::default());
+        let moved = CursorMove { partition, seen, applied: reached, published: None, timestamp: None };
+        let (fates, ..) = ledger.write(&batch, &[moved]).await.unwrap();
+        written += fates.0.iter().filter(|fate| **fate == Fate::Written).count();
+        assert!(fates.0.iter().all(|fate| matches!(fate, Fate::Written | Fate::Duplicate)), "{fates:?}");
+        seen = reached;
+    }
+    written
+}
+
+#[test]
+fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
+    const ROUNDS: u64 = 100;
+    const IDS: u64 = 10_000;
+    let scope = Scope::new(Servers::shared(), "rotation_race");
+    scope.command(&["migrate"]).succeeds();
+    let topic_id = Uuid::from_u128(7);
+    let database_id: Uuid =
+        scope.sql("SELECT database_id FROM payment_writer.database_identity", &[])[0].get(0);
+    let identity = Identity { topic_id, database_id };
+    for partition in 0..2 {
+        scope.sql(
+            "INSERT INTO payment_writer.source_cursor (topic, topic_id, partition, applied) VALUES ('t', $1, $2, 0)",
+            &[&topic_id, &partition],
+        );
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(3).enable_all().build().unwrap();
+    for round in 0..ROUNDS {
+        // GIVEN ids of all kinds, in two orders
+        let id = |n: u64| match n % 2 {
+            0 => uuid_v4(round * IDS + n),
+            _ => uuid_v7(now_ms(), round * IDS + n),
+        };
+        let ids: Vec<Uuid> = (0..IDS).map(id).collect();
+        let mut other = ids.clone();
+        other.reverse();
+        let from = i64::try_from(round * IDS).unwrap();
+        let lane = |partition, ids| {
+            runtime.spawn(race(scope.postgres_url(), "t".to_owned(), identity.clone(), partition, from, ids))
+        };
+        // WHEN two lanes write them while the generation changes under them, and is measured at once
+        let (first, second) = (lane(0, ids), lane(1, other));
+        let url = scope.postgres_url();
+        let rotations = async {
+            let (mut client, _driver) = payment_writer::postgres::connect(&url).await.unwrap();
+            for _ in 0..2 {
+                let all = generations::list(&client).await.unwrap();
+                let current = all.iter().find(|g| g.state == generations::State::Current).unwrap().number;
+                let next = all.iter().map(|g| g.number).max().unwrap() + 1;
+                tokio::time::sleep(Duration::from_millis(10 + round % 40)).await;
+                generations::make(&mut client, next).await.unwrap();
+                assert_eq!(
+                    generations::rotate(&mut client, current, next).await.unwrap(),
+                    generations::Step::Done
+                );
+                let closed = generations::list(&client).await.unwrap();
+                let closed = closed.iter().find(|g| g.number == current).unwrap();
+                generations::measure(&mut client, closed).await.unwrap();
+            }
+        };
+        let written = runtime.block_on(async {
+            rotations.await;
+            first.await.unwrap() + second.await.unwrap()
+        });
+        // THEN each was claimed once, over all generations
+        assert_eq!(written as u64, IDS, "round {round}");
+        let counts =
+            scope.sql("SELECT count(*), count(DISTINCT message_id) FROM payment_writer.idempotency", &[]);
+        assert_eq!(
+            (counts[0].get::<_, i64>(0), counts[0].get::<_, i64>(1)),
+            (10_000, 10_000),
+            "round {round}"
+        );
+        // Older rounds are of no interest to the next one.
+        runtime.block_on(async {
+            let (mut client, _driver) =
+                payment_writer::postgres::connect(&scope.postgres_url()).await.unwrap();
+            for generation in generations::list(&client).await.unwrap() {
+                if generation.state == generations::State::Older {
+                    generations::retire(&mut client, generation.number).await.unwrap();
+                    generations::detach(&mut client, &generation).await.unwrap();
+                    generations::drop_table(&mut client, &generation).await.unwrap();
+                }
+            }
+            // The current one goes the same way with the next round.
+            client
+                .batch_execute(
+                    "DO $$ BEGIN EXECUTE format('TRUNCATE payment_writer.idempotency_g%s',
+                (SELECT current_generation FROM payment_writer.idempotency_current)); END $$",
+                )
+                .await
+                .unwrap();
+        });
+    }
+    assert_eq!(scope.count("payment_core"), i64::try_from(ROUNDS * IDS).unwrap());
+}
+
+#[test]
+fn after_eight_days_of_the_daemon_being_away_duplicates_are_told() {
+    // GIVEN a payment of more than eight days ago, written, and its repeats in the log, which nobody has read
+    let scope = Scope::ready("daemon_away", 2, 2);
+    let then = now_ms() - 8 * DAY_MS;
+    scope.produce(&scope.input_topic, [record(1, then - HOUR_MS).partition(0)]);
+    scope.drain();
+    let repeats = [record(1, then).partition(0), record(1, then).partition(1), record(2, then).partition(1)];
+    scope.produce(&scope.input_topic, repeats);
+
+    // WHEN it is time to rotate and to prune, by any clock
+    age_current(&scope);
+    let pass = prune(&scope);
+    assert!(pass.stdout.contains("held there by partition"), "{pass:?}");
+    assert_eq!(states(&scope), "1 older, 2 current");
+    age_current(&scope);
+    prune(&scope);
+    assert_eq!(states(&scope), "1 older, 2 current", "an empty generation is not left");
+
+    // THEN the repeats are told when the daemon is back, and only then the old ids go
+    let daemon = scope.drain();
+    assert_eq!((settled(&daemon, "written"), settled(&daemon, "duplicates")), (1, 2));
+    assert_eq!(scope.count("payment_core"), 2);
+    assert_eq!(scope.read_all(&scope.read_topic).len(), 2);
+    // All of it is older than the window, also what the rotation of this pass has closed.
+    prune(&scope);
+    assert_eq!(states(&scope), "3 current");
+    assert_eq!(scope.count("idempotency"), 0);
+}
+
+#[test]
+fn after_eight_days_of_an_output_topic_being_away_what_was_written_is_still_owned() {
+    // GIVEN rows of eight days ago whose events could not be sent: the daemon died between the two commits
+    let scope = Scope::ready("output_away", 1, 1);
+    let then = now_ms() - 8 * DAY_MS;
+    scope.produce(&scope.input_topic, (1..=20).map(|n| record(n, then)));
+    Member::new("drain").die_at(&scope, "after_postgres_commit");
+    let written = scope.count("payment_core");
+    assert!(written > 0);
+    assert_eq!(scope.read_all(&scope.read_topic).len(), 0);
+
+    // WHEN the generation that owns them is old by every clock
+    age_current(&scope);
+    prune(&scope);
+    let dry = scope.command(&["prune", "--dry-run"]).succeeds();
+    assert!(dry.stdout.contains("held there by partition 0"), "{dry:?}");
+    assert!(live(&scope).contains(&(1, "older".to_owned())));
+
+    // THEN their redelivery is told, and each event is sent once
+    scope.drain();
+    assert_eq!(scope.count("payment_core"), 20);
+    assert_eq!(scope.read_all(&scope.read_topic).len(), 20);
+    assert_eq!(scope.read_all(&scope.dead_letter_topic).len(), 0);
+    prune(&scope);
+    assert!(!live(&scope).iter().any(|(n, _)| *n == 1), "{}", states(&scope));
+}
+
+#[test]
+fn a_halted_partition_and_a_broker_that_does_not_answer_hold_pruning_back() {
+    let scope = Scope::ready("held_back", 2, 1);
+    let then = now_ms() - 20 * DAY_MS;
+    scope.produce(&scope.input_topic, [record(1, then).partition(0), record(2, then).partition(1)]);
+    scope.drain();
+    age_current(&scope);
+
+    // A partition whose offset was moved over records that were never written.
+    scope.produce(&scope.input_topic, (3..6).map(|n| record(n, then).partition(1)));
+    scope.move_group_offset(1, 3, "");
+    let pass = prune(&scope);
+    assert!(pass.stdout.contains("partition 1 is halted (moved_forward)"), "{pass:?}");
+    let rows =
+        scope.sql("SELECT is_complete FROM payment_writer.housekeeping_pass ORDER BY id DESC LIMIT 1", &[]);
+    assert!(!rows[0].get::<_, bool>(0), "what is held back is tried again before the next week");
+
+    // A broker that is not there: an error, for whoever reads cron's mails, and nothing goes.
+    let away = scope.command_with(&["prune"], &[("PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")]);
+    assert_eq!(away.code, Some(1), "{away:?}");
+    assert!(away.stderr.contains("nothing was pruned"), "{away:?}");
+    assert!(live(&scope).contains(&(1, "older".to_owned())));
+
+    // Settled, it goes.
+    let settle = ["cursors", "accept", "--partition", "1", "--published", "1", "--apply", "--reason", "test"];
+    scope.command(&settle).succeeds();
+    scope.drain();
+    prune(&scope);
+    assert!(!live(&scope).iter().any(|(n, _)| *n == 1), "{}", states(&scope));
+}
+
+#[test]
+fn a_dry_run_says_what_would_go_and_changes_nothing() {
+    let scope = Scope::ready("dry_run", 1, 1);
+    scope.produce(&scope.input_topic, (1..=50).map(|n| record(n, now_ms() - 9 * DAY_MS)));
+    scope.drain();
+    age_current(&scope);
+    let dry = scope.command(&["prune", "--dry-run"]).succeeds();
+    assert!(dry.stdout.contains("would be rotated"), "{dry:?}");
+    assert_eq!(states(&scope), "1 current");
+    // The pass rotates, and drops what it has just closed: everything in it is older than the window.
+    let before = scope.count("idempotency");
+    assert_eq!(before, 50);
+    let pass = prune(&scope);
+    assert!(pass.stdout.contains("generations dropped: 1, 50 rows"), "{pass:?}");
+    assert_eq!(scope.count("idempotency"), 0);
+    // Nothing to do is no failure.
+    let again = prune(&scope);
+    assert!(again.stdout.contains("no generation to drop"), "{again:?}");
+}
+
+#[test]
+fn no_writer_waits_for_a_prune_behind_a_long_reader() {
+    // GIVEN a daemon at work, an old generation that may go, and a session that reads the ids for ever
+    let scope = Scope::ready("long_reader", 4, 2);
+    scope.produce(&scope.input_topic, (1..=20).map(|n| record(n, now_ms() - 20 * DAY_MS)));
+    scope.drain();
+    age_current(&scope);
+    let reader = scope.connect();
+    block_on(reader.batch_execute("BEGIN; SELECT count(*) FROM payment_writer.idempotency")).unwrap();
+    let held = prune(&scope);
+    assert!(held.stdout.contains("another session uses its table"), "{held:?}");
+    let daemon = Member::new("drain").with("IDEMPOTENCY__PRUNE_SCHEDULE", "").start(&scope);
+    daemon.wait_until_ready();
+    let flow = Flow::start(&scope, Load::without_bad_records(5), 200);
+
+    // WHEN passes run, and the server's own view of who waits for whom is watched
+    let is_over = Arc::new(AtomicBool::new(false));
+    let watcher = {
+        let (url, is_over) = (scope.postgres_url(), Arc::clone(&is_over));
+        std::thread::spawn(move || {
+            block_on(async {
+                let (client, _driver) = payment_writer::postgres::connect(&url).await.unwrap();
+                let mut longest = 0.0f64;
+                while !is_over.load(Ordering::Relaxed) {
+                    let row = client
+                        .query_one(
+                            "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - l.waitstart)), 0)::float8
+                             FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+                             WHERE NOT l.granted AND a.datname = current_database() AND a.query !~ 'NO INHERIT'",
+                            &[],
+                        )
+                        .await
+                        .unwrap();
+                    longest = longest.max(row.get(0));
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+                longest
+            })
+        })
+    };
+    age_current(&scope);
+    let rotated = prune(&scope);
+    assert!(rotated.stdout.contains("another session uses its table"), "{rotated:?}");
+    assert!(rotated.stdout.contains("rotated: generation 3"), "{rotated:?}");
+    is_over.store(true, Ordering::Relaxed);
+    let longest = watcher.join().unwrap();
+    println!("longest wait of a writer for a lock: {:.0} ms", longest * 1_000.0);
+    // Promised are 100 ms; the margin is for machines that stand still.
+    assert!(longest < 2.0, "a writer waited for {longest} s");
+
+    // THEN the next pass after the reader has gone drops it, and nothing was lost meanwhile
+    block_on(reader.batch_execute("COMMIT")).unwrap();
+    prune(&scope);
+    assert!(!live(&scope).iter().any(|(n, _)| *n == 1), "{}", states(&scope));
+    flow.end();
+    scope.wait_until_caught_up();
+    drop(daemon);
+}
+
+#[test]
+fn a_pass_that_dies_between_its_steps_is_finished_by_the_next() {
+    for failpoint in ["after_retire", "after_detach"] {
+        let scope = Scope::ready(failpoint, 1, 1);
+        scope.produce(&scope.input_topic, (1..=20).map(|n| record(n, now_ms() - 20 * DAY_MS)));
+        scope.drain();
+        age_current(&scope);
+        let died = scope.command_with(&["prune"], &[("PAYMENT_WRITER_FAILPOINT", failpoint)]);
+        assert_eq!(died.code, None, "{died:?}");
+        let left = live(&scope);
+        assert!(
+            left.iter().any(|(n, s)| *n == 1 && ["retired", "detached"].contains(&s.as_str())),
+            "{left:?}"
+        );
+
+        // The daemon does not mind, and the next pass finishes.
+        scope.produce(&scope.input_topic, [record(21, now_ms())]);
+        scope.drain();
+        prune(&scope);
+        assert_eq!(states(&scope), "2 current", "{failpoint}");
+        let tables = scope.sql("SELECT FROM pg_tables WHERE tablename = 'idempotency_g1'", &[]);
+        assert!(tables.is_empty());
+        assert_eq!(scope.count("idempotency"), 1);
+    }
+}
+
+#[test]
+fn a_clock_that_steps_back_and_a_late_rotation_cost_nothing_but_time() {
+    let scope = Scope::ready("clock", 1, 1);
+    scope.produce(&scope.input_topic, [record(1, now_ms())]);
+    scope.drain();
+    // Made current tomorrow, says the clock that was put back.
+    scope.execute(
+        "UPDATE payment_writer.idempotency_generation SET made_current_at = now() + interval '1 day' WHERE generation = 1",
+    );
+    prune(&scope);
+    assert_eq!(states(&scope), "1 current");
+    // A month late.
+    scope.execute(
+        "UPDATE payment_writer.idempotency_generation SET made_current_at = now() - interval '40 days' WHERE generation = 1",
+    );
+    prune(&scope);
+    assert_eq!(states(&scope), "1 older, 2 current");
+    scope.produce(&scope.input_topic, [record(1, now_ms()), record(2, now_ms())]);
+    let daemon = scope.drain();
+    assert_eq!((settled(&daemon, "written"), settled(&daemon, "duplicates")), (1, 1));
+}
+
+#[test]
+fn ids_with_a_time_are_spared_the_look_into_the_older_generation() {
+    // GIVEN an older generation with ids of all kinds, one of them a ULID that came as a plain UUID
+    let scope = Scope::ready("spared", 1, 1);
+    let then = now_ms() - 2 * DAY_MS;
+    let strange = Uuid::from_u128((u128::try_from(now_ms()).unwrap() << 80) | (0x4 << 76) | (0b10 << 62) | 5);
+    let old = [
+        Payment::new(uuid_v7(then, 1), 7).message().timestamp_ms(then),
+        Payment::new(strange, 7).message().timestamp_ms(then),
+    ];
+    scope.produce(&scope.input_topic, old);
+    scope.drain();
+    age_current(&scope);
+    prune(&scope);
+    assert_eq!(states(&scope), "1 older, 2 current");
+
+    // WHEN the same bits come as a ULID, whose time is fresh, beside an id of now and a repeat of the old one
+    scope.produce(
+        &scope.input_topic,
+        [
+            Payment::new(ulid(strange), 7).message().timestamp_ms(now_ms()),
+            Payment::new(uuid_v7(now_ms(), 2), 7).message().timestamp_ms(now_ms()),
+            Payment::new(uuid_v7(then, 1), 7).message().timestamp_ms(now_ms()),
+        ],
+    );
+    let daemon = Member::new("drain").start(&scope);
+    scope.wait_until_caught_up();
+
+    // THEN the new one alone is spared, and the others are told
+    wait_until("the outcomes are counted", || {
+        daemon.metric("payment_writer_records_total", "outcome=\"duplicate\"") == 2.0
+    });
+    assert_eq!(daemon.metric("payment_writer_claims_older_total", "probe=\"spared\""), 1.0);
+    assert_eq!(daemon.metric("payment_writer_claims_older_total", "probe=\"probed\""), 2.0);
+    assert_eq!(scope.count("payment_core"), 3);
+}
+
+#[test]
+fn of_several_daemons_one_makes_up_a_missed_pass() {
+    // GIVEN a database that has seen no pass for longer than the schedule allows
+    let scope = Scope::ready("missed_pass", 2, 1);
+    scope.produce(&scope.input_topic, [record(1, now_ms() - 20 * DAY_MS)]);
+    scope.drain();
+    age_current(&scope);
+    scope.execute("TRUNCATE payment_writer.housekeeping_pass");
+    scope.execute("UPDATE payment_writer.database_identity SET created_at = now() - interval '8 days'");
+
+    // WHEN two daemons start
+    let daemons = ["a", "b"].map(|name| Member::new(name).soon_forgotten().start(&scope));
+
+    // THEN one pass is made, and both know
+    let passes = || scope.count("housekeeping_pass");
+    wait_until("a pass was made", || passes() == 1);
+    wait_until("the old generation is gone", || !live(&scope).iter().any(|(n, _)| *n == 1));
+    wait_until("the metrics say so", || {
+        daemons.iter().any(|d| d.metric("payment_writer_generations_dropped_total", "") == 1.0)
+    });
+    assert_eq!(passes(), 1);
+    let log: String = daemons.iter().map(|daemon| daemon.log()).collect();
+    assert_eq!(log.matches("housekeeping pass").count(), 1, "{log}");
+}
+
+#[test]
+fn a_writer_without_ddl_claims_into_generations_that_another_role_made() {
+    let scope = Scope::ready("roles_rotation", 1, 1);
+    let database = scope.sql("SELECT current_database()", &[])[0].get::<_, String>(0);
+    let writer = format!("{database}_w");
+    scope.execute_as_admin(&format!(
+        "CREATE ROLE \"{writer}\" LOGIN PASSWORD 'w';
+         GRANT USAGE ON SCHEMA payment_writer TO \"{writer}\";
+         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA payment_writer TO \"{writer}\";
+         GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA payment_writer TO \"{writer}\";"
+    ));
+    let owner = scope.postgres_url();
+    let url = owner.replace("//payment_writer:payment_writer@", &format!("//{writer}:w@"));
+    let roles = [
+        ("PAYMENT_WRITER__POSTGRES__URL", url.as_str()),
+        ("PAYMENT_WRITER__POSTGRES__HOUSEKEEPING_URL", &owner),
+    ];
+    scope.produce(&scope.input_topic, [record(1, now_ms())]);
+    scope.drain_with(&roles);
+    age_current(&scope);
+    scope.command_with(&["prune"], &roles).succeeds();
+    assert_eq!(states(&scope), "1 older, 2 current");
+    scope.produce(&scope.input_topic, [record(1, now_ms()), record(2, now_ms())]);
+    let daemon = scope.drain_with(&roles);
+    assert_eq!((settled(&daemon, "written"), settled(&daemon, "duplicates")), (1, 1));
+    // The writer's role alone cannot prune.
+    age_current(&scope);
+    let refused = scope.command_with(&["prune"], &[("PAYMENT_WRITER__POSTGRES__URL", &url)]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    scope.execute_as_admin(&format!("DROP OWNED BY \"{writer}\"; DROP ROLE \"{writer}\""));
+}
+
+#[test]
+fn rows_in_a_default_partition_move_to_their_month_and_old_months_are_handed_over() {
+    let scope = Scope::ready("months_kept", 1, 1);
+    // GIVEN payments of a month that nobody has made
+    let long_ago = now_ms() - 100 * DAY_MS;
+    scope.produce(&scope.input_topic, (1..=30).map(|n| record(n, long_ago)));
+    scope.drain();
+    assert_eq!(scope.count("payment_core_default"), 30);
+
+    // WHEN a pass runs
+    let pass = prune(&scope);
+    assert!(pass.stdout.contains("rows moved from the default partitions: 60"), "{pass:?}");
+
+    // THEN they are where they belong, and nothing is lost
+    assert_eq!((scope.count("payment_core_default"), scope.count("payment_core")), (0, 30));
+    assert_eq!((scope.count("payment_metadata_default"), scope.count("payment_metadata")), (0, 30));
+
+    // WHEN only two months are to be kept THEN older ones are detached and renamed, with all their rows
+    let kept = [("PAYMENT_WRITER__RETENTION__PAYMENT_MONTHS", "2")];
+    let pass = scope.command_with(&["prune"], &kept).succeeds();
+    assert!(
+        pass.stdout.contains("detached for archiving: payment_writer.archived_payment_core_"),
+        "{pass:?}"
+    );
+    assert_eq!(scope.count("payment_core"), 0);
+    let archived = scope
+        .sql("SELECT tablename::text FROM pg_tables WHERE tablename LIKE 'archived_payment_core_%'", &[]);
+    assert_eq!(archived.len(), 1);
+    assert_eq!(scope.count(archived[0].get::<_, &str>(0)), 30);
+    scope.command_with(&["prune"], &kept).succeeds();
+}
+
+#[test]
+fn status_tells_what_is_known_of_an_id() {
+    let scope = Scope::ready("status_of_id", 2, 1);
+    let id = uuid_v7(now_ms(), 9);
+    let at = now_ms();
+    let message = Payment::new(id, 7).message().timestamp_ms(at).partition(1);
+    scope.produce(&scope.input_topic, [message.clone(), message]);
+    scope.drain();
+    let text = id.to_string();
+    let written = scope.command(&["status", &ulid(id)]).succeeds().stdout;
+    assert!(written.starts_with("written: "), "{written}");
+    assert!(written.contains("partition 1, offset 0"), "{written}");
+    assert!(written.contains(&payment_id(id, at)), "{written}");
+    assert!(written.contains("events      published"), "{written}");
+    let second =
+        scope.command(&["status", &text, "--partition", "1", "--offset", "1", "--json"]).succeeds().stdout;
+    let second: serde_json::Value = serde_json::from_str(&second).unwrap();
+    assert_eq!(second["state"], "duplicate or conflict");
+    assert_eq!((&second["partition"], &second["offset"]), (&1.into(), &0.into()));
+    let other = scope.command(&["status", &uuid_v4(77).to_string()]).succeeds().stdout;
+    assert!(other.starts_with("unknown"), "{other}");
+    // Forgotten by the idempotency table, it is still in the payment tables.
+    scope.execute("TRUNCATE payment_writer.idempotency_g1");
+    assert!(scope.command(&["status", &text]).succeeds().stdout.starts_with("unknown"));
+    assert!(scope.command(&["status", &text, "--search"]).succeeds().stdout.starts_with("written"));
+    assert_eq!(scope.command(&["status", "no-id"]).code, Some(2));
+}
