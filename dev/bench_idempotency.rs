@@ -202,7 +202,6 @@ fn worst(batches: &[(Instant, f64)], from: Instant, to: Instant) -> (f64, f64) {
 async fn main() {
     let arguments = Arguments::parse();
     let (mut client, _driver) = payment_writer::postgres::connect(&arguments.database).await.unwrap();
-    let mut writer = Writer::new(&arguments, &client, 0).await;
     let mut results = Vec::new();
     println!("{:<44} {:>10} {:>10}", "claims a second, median", "v4", "v7");
     let mut filled = 0;
@@ -211,7 +210,7 @@ async fn main() {
         let wanted = size * 1_000_000;
         fill(&client, &generation.leaf, filled, wanted).await;
         filled = wanted;
-        writer = Writer::new(&arguments, &client, i32::try_from(results.len()).unwrap()).await;
+        let mut writer = Writer::new(&arguments, &client, i32::try_from(results.len()).unwrap()).await;
         measured(&arguments, &client, &mut writer, &format!("{size} million ids"), &mut results).await;
     }
 
