@@ -348,6 +348,7 @@ fn no_writer_waits_for_a_prune_behind_a_long_reader() {
             })
         })
     };
+    wait_until("the lanes write", || scope.count("idempotency_g2") > 0);
     age_current(&scope);
     let rotated = prune(&scope);
     assert!(rotated.stdout.contains("another session uses its table"), "{rotated:?}");

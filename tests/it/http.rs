@@ -155,12 +155,14 @@ fn metrics_and_status_say_what_became_of_the_records() {
     }
     let labels: BTreeSet<&str> = values.keys().copied().collect();
     let allowed = BTreeSet::from([
+        "age",
         "kind",
         "lane",
         "le",
         "outcome",
         "partition",
         "phase",
+        "probe",
         "reason",
         "sqlstate_class",
         "step",
