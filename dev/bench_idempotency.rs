@@ -221,9 +221,9 @@ async fn main() {
     tokio::time::sleep(Duration::from_secs(5)).await;
     let big = current(&client).await;
     let next = big.number + 1;
-    generations::make(&mut client, next).await.unwrap();
+    generations::make(&client, next).await.unwrap();
     let rotated = Instant::now();
-    generations::rotate(&mut client, big.number, next).await.unwrap();
+    generations::rotate(&client, big.number, next).await.unwrap();
     let closed =
         generations::list(&client).await.unwrap().into_iter().find(|g| g.number == big.number).unwrap();
     let measuring = Instant::now();
@@ -243,9 +243,9 @@ async fn main() {
     let lane = tokio::spawn(keep_writing(Writer::new(&arguments, &client, 902).await, Arc::clone(&is_over)));
     tokio::time::sleep(Duration::from_secs(3)).await;
     let dropping = Instant::now();
-    generations::retire(&mut client, closed.number).await.unwrap();
-    generations::detach(&mut client, &closed).await.unwrap();
-    generations::drop_table(&mut client, &closed).await.unwrap();
+    generations::retire(&client, closed.number).await.unwrap();
+    generations::detach(&client, &closed).await.unwrap();
+    generations::drop_table(&client, &closed).await.unwrap();
     let dropped = Instant::now();
     tokio::time::sleep(Duration::from_secs(1)).await;
     is_over.store(true, Ordering::Relaxed);

@@ -67,6 +67,26 @@ async fn bound<C: GenericClient>(client: &C) -> Result<Option<Binding>, tokio_po
     .transpose()
 }
 
+/// Makes sure that a command that means to judge the database by its log asks the right group and log.
+pub async fn is_bound_to(
+    client: &Client,
+    group_id: &str,
+    topic_id: Uuid,
+    publishes: bool,
+) -> Result<(), BindingError> {
+    let Some(found) = bound(client).await? else { return Ok(()) };
+    let wanted = Binding { group_id: group_id.to_owned(), topic_id, publishes, ..found.clone() };
+    if found.log() != wanted.log() {
+        return Err(
+            IdentityDoubt::OtherLog { bound: found.log(), found: format!("topic id {topic_id}") }.into()
+        );
+    }
+    if found.group() != wanted.group() {
+        return Err(IdentityDoubt::OtherGroup { bound: found.group(), found: wanted.group() }.into());
+    }
+    Ok(())
+}
+
 /// Binds the database to `wanted`, or makes sure that it is. With `adopts`, another group's database is
 /// taken over; another log's never is: its cursors would count in the wrong offsets.
 pub async fn bind(client: &mut Client, wanted: &Binding, adopts: bool) -> Result<(), BindingError> {

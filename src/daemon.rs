@@ -30,7 +30,8 @@ use crate::ledger::PgLedger;
 use crate::payment::Status;
 use crate::postgres::Endpoint;
 use crate::record::{NextOffset, Partition};
-use crate::schema::{self, SchemaError, months};
+use crate::schema::months::{self, Obstacle};
+use crate::schema::{self, SchemaError};
 use crate::status::{Board, Dependency, Phase};
 use crate::wire::Rules;
 
@@ -162,9 +163,6 @@ struct Found {
     partitions: usize,
 }
 
-/// A fencing this soon after the broker was away may be by an earlier request of our own: one that was sent
-/// to the dying broker, or whose answer was lost, and that gave our place to a member that nobody is.
-const OWN_FENCING_WITHIN: Duration = Duration::from_secs(60);
 /// Fenced a second time within this, there is somebody else.
 const FENCED_TWICE_WITHIN: Duration = Duration::from_secs(300);
 
@@ -185,7 +183,7 @@ pub async fn run(
             return ended;
         };
         let is_first = rejoined_at.is_none_or(|at| at.elapsed() > FENCED_TWICE_WITHIN);
-        if !is_first || !board.was_broker_lost_within(OWN_FENCING_WITHIN) || *stop.borrow() {
+        if !is_first || !board.was_fenced_after_loss() || *stop.borrow() {
             return ended;
         }
         tracing::warn!(
@@ -449,8 +447,12 @@ impl MonthsKeeper {
                         "detached months of the payment tables: archive and drop them when you like"
                     );
                 }
-                if report.waiting.is_empty() {
+                let is_by_hand = |o: &Obstacle| matches!(o, Obstacle::TooLarge | Obstacle::NameTaken);
+                if report.waiting.iter().all(|(_, obstacle)| is_by_hand(obstacle)) {
                     self.has_told = false;
+                    for (month, obstacle) in &report.waiting {
+                        tracing::warn!(month, %obstacle, "a month of the payment tables cannot be made");
+                    }
                     return MONTHS_TICK;
                 }
                 if !self.has_told {

@@ -17,6 +17,7 @@ use tokio_postgres::Client;
 
 use self::generations::{Generation, State, Step};
 use self::horizon::{Hold, Horizon, PartitionTime, goes_at, horizon, log_time};
+use crate::binding;
 use crate::cli::Failure;
 use crate::config::Settings;
 use crate::cursor::{Decision, Mode};
@@ -30,8 +31,8 @@ use crate::schema::months::{self, MonthsReport};
 use crate::schema::{SchemaError, doing};
 use crate::settlement;
 
-/// A pass that finds a generation due within this time waits for it, instead of leaving it for a week.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// A pass that leaves a generation that will be due within this time is not the last one for a week.
+const DUE_SOON: Duration = Duration::from_secs(2 * 3_600);
 /// Reading one record of each partition that lags.
 const PEEK_LIMIT: Duration = Duration::from_secs(15);
 /// A generation is left for a new one when it is this share of the window old: a weekly pass with a window of
@@ -112,6 +113,10 @@ pub struct PassReport {
     pub horizon: Option<(TimestampMs, Option<Partition>)>,
     /// Months of the payment tables.
     pub months: MonthsReport,
+    /// Why the months could not be seen to. Nothing else waits for them.
+    pub months_error: Option<String>,
+    /// Rows in the payment tables' default partitions, counted up to a limit.
+    pub default_rows: i64,
     /// How long it took.
     pub took: Duration,
 }
@@ -119,10 +124,16 @@ pub struct PassReport {
 impl PassReport {
     /// Whether a later try could do more before the next scheduled pass.
     pub fn is_complete(&self) -> bool {
-        let waits = |v: &Verdict| matches!(v, Verdict::Held(..) | Verdict::Locked(_) | Verdict::Unmeasured);
+        let soon = i64::try_from(DUE_SOON.as_millis()).unwrap_or(i64::MAX);
+        let waits = |v: &Verdict| match v {
+            Verdict::Held(..) | Verdict::Locked(_) | Verdict::Unmeasured => true,
+            Verdict::TooYoung(goes_at) => self.horizon.is_some_and(|(at, _)| goes_at.0 - at.0 <= soon),
+            Verdict::Current | Verdict::Ready | Verdict::Goes => false,
+        };
         !self.is_busy
             && !self.rotation_waits
             && self.months.waiting.is_empty()
+            && self.months_error.is_none()
             && !self.generations.iter().any(|(_, verdict)| waits(verdict))
     }
 
@@ -144,6 +155,7 @@ impl PassReport {
             "months_made": self.months.made,
             "months_archived": self.months.archived,
             "rows_moved": self.months.moved,
+            "months_error": self.months_error,
         })
     }
 }
@@ -154,14 +166,22 @@ impl PassReport {
 /// When the broker or the database cannot be asked, or an identity is in doubt.
 pub async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, PartitionTime)>, Failure> {
     let view = settlement::view(settings).await?;
+    let (client, _driver) = settings
+        .postgres
+        .url
+        .endpoint()
+        .connect()
+        .await
+        .map_err(|error| Failure::failed(error.to_string()))?;
+    // Another cluster or group would make up a horizon that says nothing of this database.
+    binding::is_bound_to(&client, &settings.kafka.group_id, view.identity.topic_id, settings.kafka.publish)
+        .await
+        .map_err(|error| Failure::person_must_decide(error.to_string()))?;
     let mode = Mode { publishes: settings.kafka.publish, adopts_database: false };
     let (mut times, mut positions) = (Vec::new(), Vec::new());
     for (index, known) in view.known.iter().enumerate() {
         let partition = known.partition;
         match view.decision(index, &mode) {
-            Some(Decision::Go(start)) if start.from >= known.bounds.end => {
-                times.push((partition, PartitionTime::CaughtUp));
-            }
             Some(Decision::Go(start)) => {
                 let row = known.row.as_ref().filter(|row| row.applied == start.from);
                 positions.push((partition, start.from, row.and_then(|row| row.applied_timestamp)));
@@ -234,29 +254,46 @@ pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, P
     // Released with the session, however this ends.
     let mut report = PassReport { is_dry_run, ..PassReport::default() };
     if is_dry_run {
-        weigh(&mut client, settings, &mut report).await?;
-    } else {
-        report.months = months::keep(&mut client, settings.retention.payment_months).await?;
-        make_ready(&mut client).await?;
-        rotate_when_due(&mut client, settings, &mut report).await?;
-        // Ahead of time: the next rotation is to be a flip of a row, whenever it comes.
-        make_ready(&mut client).await?;
-        measure_closed(&mut client).await?;
-        weigh(&mut client, settings, &mut report).await?;
-        if let Some(wait) = soon(&report) {
-            tokio::time::sleep(wait).await;
-            weigh(&mut client, settings, &mut report).await?;
-        }
-        remove(&mut client, &mut report).await?;
+        report.default_rows = months::default_rows(&client).await?;
+        weigh(&client, settings, &mut report).await?;
+        report.took = began.0.elapsed();
+        return Ok(report);
     }
+    // What was begun needs no horizon any more.
+    report.generations = begun(&client).await?;
+    remove(&client, &mut report.generations).await?;
+    let finished = std::mem::take(&mut report.generations);
+    make_ready(&client).await?;
+    rotate_when_due(&client, settings, &mut report).await?;
+    // Ahead of time: the next rotation is to be a flip of a row, whenever it comes.
+    make_ready(&client).await?;
+    measure_closed(&mut client).await?;
+    let weighed = weigh(&client, settings, &mut report).await;
+    if weighed.is_ok() {
+        remove(&client, &mut report.generations).await?;
+    }
+    report.generations.retain(|(generation, _)| finished.iter().all(|(f, _)| f.number != generation.number));
+    report.generations.splice(0..0, finished);
+    match months::keep(&mut client, settings.retention.payment_months).await {
+        Ok(months) => report.months = months,
+        Err(error) => report.months_error = Some(error.to_string()),
+    }
+    report.default_rows = months::default_rows(&client).await?;
     report.took = began.0.elapsed();
-    if !is_dry_run {
-        record(&client, &report, began.1).await?;
-    }
-    Ok(report)
+    record(&client, &report, weighed.is_ok() && report.is_complete(), began.1).await?;
+    weighed.map(|()| report)
 }
 
-async fn make_ready(client: &mut Client) -> Result<(), SchemaError> {
+/// Generations that an earlier pass has retired or detached.
+async fn begun(client: &Client) -> Result<Vec<(Generation, Verdict)>, SchemaError> {
+    let generations = generations::list(client).await?.into_iter();
+    Ok(generations
+        .filter(|g| matches!(g.state, State::Retired | State::Detached))
+        .map(|g| (g, Verdict::Goes))
+        .collect())
+}
+
+async fn make_ready(client: &Client) -> Result<(), SchemaError> {
     let row = client
         .query_one(
             "SELECT max(generation) + 1, count(*) FILTER (WHERE state = 'ready')
@@ -279,7 +316,7 @@ fn rotation_due(generations: &[Generation], window: Duration) -> Option<(i64, Op
 }
 
 async fn rotate_when_due(
-    client: &mut Client,
+    client: &Client,
     settings: &Settings,
     report: &mut PassReport,
 ) -> Result<(), SchemaError> {
@@ -314,7 +351,7 @@ async fn measure_closed(client: &mut Client) -> Result<(), SchemaError> {
 }
 
 /// Decides about each generation, and changes nothing.
-async fn weigh(client: &mut Client, settings: &Settings, report: &mut PassReport) -> Result<(), PassError> {
+async fn weigh(client: &Client, settings: &Settings, report: &mut PassReport) -> Result<(), PassError> {
     let window = settings.idempotency.window;
     let generations = generations::list(client).await?;
     if report.is_dry_run {
@@ -347,20 +384,8 @@ async fn weigh(client: &mut Client, settings: &Settings, report: &mut PassReport
     Ok(())
 }
 
-/// How long until a generation may go that may go soon.
-fn soon(report: &PassReport) -> Option<Duration> {
-    let (at, _) = report.horizon?;
-    report.generations.iter().find_map(|(_, verdict)| match verdict {
-        Verdict::TooYoung(goes_at) => u64::try_from(goes_at.0 - at.0)
-            .ok()
-            .map(|ms| Duration::from_millis(ms + 1))
-            .filter(|wait| *wait <= PATIENCE),
-        _ => None,
-    })
-}
-
-async fn remove(client: &mut Client, report: &mut PassReport) -> Result<(), SchemaError> {
-    for (generation, verdict) in &mut report.generations {
+async fn remove(client: &Client, generations: &mut [(Generation, Verdict)]) -> Result<(), SchemaError> {
+    for (generation, verdict) in generations {
         if *verdict != Verdict::Goes {
             continue;
         }
@@ -387,7 +412,12 @@ async fn remove(client: &mut Client, report: &mut PassReport) -> Result<(), Sche
     Ok(())
 }
 
-async fn record(client: &Client, report: &PassReport, began: SystemTime) -> Result<(), SchemaError> {
+async fn record(
+    client: &Client,
+    report: &PassReport,
+    is_complete: bool,
+    began: SystemTime,
+) -> Result<(), SchemaError> {
     client
         .execute(
             "WITH pass AS (
@@ -395,7 +425,7 @@ async fn record(client: &Client, report: &PassReport, began: SystemTime) -> Resu
                  VALUES ($1, $2, $3) RETURNING id
              )
              DELETE FROM payment_writer.housekeeping_pass p USING pass WHERE p.id <= pass.id - $4",
-            &[&began, &report.is_complete(), &report.detail(), &PASSES_KEPT],
+            &[&began, &is_complete, &report.detail(), &PASSES_KEPT],
         )
         .await
         .map_err(doing("cannot record the pass"))?;

@@ -131,7 +131,7 @@ pub fn describe() {
     describe_gauge!(
         "payment_writer_housekeeping_last_pass_timestamp_seconds",
         Unit::Seconds,
-        "When the last housekeeping pass of any process began"
+        "When the last housekeeping pass that left nothing undone began, of any process"
     );
     describe_histogram!(
         "payment_writer_housekeeping_pass_seconds",
@@ -370,7 +370,7 @@ impl HousekeepingMetrics {
         }
     }
 
-    /// When the last pass began, of whichever process.
+    /// When the last pass that left nothing undone began, of whichever process.
     pub fn last_pass(&self, at: jiff::Timestamp) {
         self.last_pass.set(at.as_second() as f64);
     }

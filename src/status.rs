@@ -73,6 +73,7 @@ struct State {
     start: (Dependency, Dependency),
     is_member: bool,
     broker_lost_at: Option<Instant>,
+    was_fenced_after_loss: bool,
 }
 
 /// Records settled since the start.
@@ -108,9 +109,15 @@ impl Board {
         self.state().broker_lost_at = Some(Instant::now());
     }
 
-    /// Whether it broke within this time.
-    pub fn was_broker_lost_within(&self, limit: Duration) -> bool {
-        self.state().broker_lost_at.is_some_and(|at| at.elapsed() <= limit)
+    /// The member was fenced; `suspicion` is how soon after the loss of the broker that may be by itself.
+    pub fn fenced(&self, suspicion: Duration) {
+        let mut state = self.state();
+        state.was_fenced_after_loss = state.broker_lost_at.is_some_and(|at| at.elapsed() <= suspicion);
+    }
+
+    /// Whether the member was fenced soon after the broker was lost.
+    pub fn was_fenced_after_loss(&self) -> bool {
+        self.state().was_fenced_after_loss
     }
 
     /// The process is no member any more, and joins again.

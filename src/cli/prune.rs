@@ -2,10 +2,10 @@
 
 use clap::Args;
 
-use super::Failure;
 use super::output::{print, table};
+use super::{Exit, Failure};
 use crate::config::Settings;
-use crate::housekeeping::{PassReport, pass};
+use crate::housekeeping::{PassError, PassReport, pass};
 
 const AFTER_HELP: &str = "\
 One pass finishes what an earlier one left, makes months of the payment tables, rotates the
@@ -63,6 +63,15 @@ fn describe(report: &PassReport) -> String {
     if report.months.moved > 0 {
         text.push(format!("rows moved from the default partitions: {}", report.months.moved));
     }
+    if report.is_dry_run && report.default_rows > 0 {
+        text.push(format!(
+            "rows in the default partitions, to be moved to their months: {}",
+            report.default_rows
+        ));
+    }
+    if let Some(error) = &report.months_error {
+        text.push(format!("the months could not be seen to: {error}"));
+    }
     for archived in &report.months.archived {
         text.push(format!("detached for archiving: payment_writer.{archived}"));
     }
@@ -81,6 +90,12 @@ fn describe(report: &PassReport) -> String {
 
 /// Runs one pass and says what it did.
 pub fn prune(settings: &Settings, args: &PruneArgs) -> Result<(), Failure> {
-    let report = super::small_runtime()?.block_on(pass(settings, args.dry_run));
-    print(&describe(&report.map_err(|error| Failure::failed(error.to_string()))?))
+    let report = super::small_runtime()?.block_on(pass(settings, args.dry_run)).map_err(|error| {
+        let exit = match &error {
+            PassError::Log(failure) => failure.exit,
+            PassError::Database(_) | PassError::Connect(_) => Exit::Failed,
+        };
+        Failure { exit, message: error.to_string() }
+    })?;
+    print(&describe(&report))
 }

@@ -8,8 +8,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, Transaction};
 
 use crate::record::TimestampMs;
 use crate::schema::locks::{self, LockKey};
@@ -127,81 +127,52 @@ pub enum Step {
     Locked,
 }
 
-/// Runs `work` in a transaction whose locks are waited for briefly, again and again.
-async fn with_short_locks(
-    client: &mut Client,
-    what: &str,
-    work: impl AsyncFn(&Transaction<'_>) -> Result<(), tokio_postgres::Error>,
-) -> Result<Step, SchemaError> {
+/// Runs statements as one transaction whose locks are waited for briefly, again and again. They go out in one
+/// message together with the COMMIT: a housekeeper that is stopped or cut off does not hold the locks.
+async fn with_short_locks(client: &Client, what: &str, statements: &str) -> Result<Step, SchemaError> {
+    let transaction = format!("BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; {statements}; COMMIT");
     for attempt in 1..=TRIES_MAX {
-        let outcome = async {
-            let transaction = client.transaction().await?;
-            transaction.batch_execute(&format!("SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")).await?;
-            work(&transaction).await?;
-            transaction.commit().await
+        let Err(error) = client.batch_execute(&transaction).await else { return Ok(Step::Done) };
+        client.batch_execute("ROLLBACK").await.map_err(doing(what.to_owned()))?;
+        if error.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) {
+            return Err(doing(what.to_owned())(error));
         }
-        .await;
-        match outcome {
-            Ok(()) => return Ok(Step::Done),
-            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
-                if attempt < TRIES_MAX {
-                    tokio::time::sleep(BETWEEN_TRIES).await;
-                }
-            }
-            Err(error) => return Err(doing(what.to_owned())(error)),
+        if attempt < TRIES_MAX {
+            tokio::time::sleep(BETWEEN_TRIES).await;
         }
     }
     Ok(Step::Locked)
 }
 
-async fn lock_rotation(transaction: &Transaction<'_>) -> Result<(), tokio_postgres::Error> {
-    let lock = format!("SELECT pg_advisory_xact_lock({}, {})", locks::CLASS, LockKey::Rotation.number());
-    transaction.batch_execute(&lock).await
+fn lock_rotation() -> String {
+    format!("SELECT pg_advisory_xact_lock({}, {})", locks::CLASS, LockKey::Rotation.number())
 }
 
 /// Makes the table of a generation, ahead of the rotation that will need it.
-pub async fn make(client: &mut Client, number: i64) -> Result<Step, SchemaError> {
-    with_short_locks(client, "cannot make a generation", async |transaction: &Transaction<'_>| {
-        transaction.query("SELECT payment_writer.make_generation_v1($1)", &[&number]).await?;
-        Ok(())
-    })
-    .await
+pub async fn make(client: &Client, number: i64) -> Result<Step, SchemaError> {
+    let make = format!("SELECT payment_writer.make_generation_v1({number})");
+    with_short_locks(client, "cannot make a generation", &make).await
 }
 
 /// Makes `next` the current generation. Batches that are under way finish in the old one first.
-pub async fn rotate(client: &mut Client, current: i64, next: i64) -> Result<Step, SchemaError> {
-    with_short_locks(client, "cannot rotate", async |transaction: &Transaction<'_>| {
-        lock_rotation(transaction).await?;
-        transaction
-            .execute(
-                "UPDATE payment_writer.idempotency_generation SET state = 'older', made_older_at = now()
-                 WHERE generation = $1 AND state = 'current'",
-                &[&current],
-            )
-            .await?;
-        transaction
-            .execute(
-                "UPDATE payment_writer.idempotency_generation SET state = 'current', made_current_at = now()
-                 WHERE generation = $1 AND state = 'ready'",
-                &[&next],
-            )
-            .await?;
-        // Newest first: that is where a duplicate most likely is.
-        transaction
-            .execute(
-                "UPDATE payment_writer.idempotency_current
-                 SET current_generation = $2, changed_at = now(),
-                     older_generations = current_generation || older_generations,
-                     older_youngest = NULL::timestamptz || older_youngest,
-                     older_v7_time_max = NULL::bigint || older_v7_time_max,
-                     older_other_time_max = NULL::bigint || older_other_time_max
-                 WHERE current_generation = $1",
-                &[&current, &next],
-            )
-            .await?;
-        Ok(())
-    })
-    .await
+pub async fn rotate(client: &Client, current: i64, next: i64) -> Result<Step, SchemaError> {
+    // Newest first: that is where a duplicate most likely is.
+    let rotate = format!(
+        "{lock};
+         UPDATE payment_writer.idempotency_generation SET state = 'older', made_older_at = now()
+         WHERE generation = {current} AND state = 'current';
+         UPDATE payment_writer.idempotency_generation SET state = 'current', made_current_at = now()
+         WHERE generation = {next} AND state = 'ready';
+         UPDATE payment_writer.idempotency_current
+         SET current_generation = {next}, changed_at = now(),
+             older_generations = current_generation || older_generations,
+             older_youngest = NULL::timestamptz || older_youngest,
+             older_v7_time_max = NULL::bigint || older_v7_time_max,
+             older_other_time_max = NULL::bigint || older_other_time_max
+         WHERE current_generation = {current}",
+        lock = lock_rotation()
+    );
+    with_short_locks(client, "cannot rotate", &rotate).await
 }
 
 /// Reads a generation that is no longer written from end to end: its youngest record, its rows, and the
@@ -244,76 +215,49 @@ pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(),
 }
 
 /// Takes a generation out of those that batches look into.
-pub async fn retire(client: &mut Client, number: i64) -> Result<Step, SchemaError> {
-    with_short_locks(client, "cannot retire a generation", async |transaction: &Transaction<'_>| {
-        lock_rotation(transaction).await?;
-        transaction
-            .execute(
-                "WITH kept AS (
-                     SELECT coalesce(array_agg(g ORDER BY n), '{}') AS generations,
-                            coalesce(array_agg(y ORDER BY n), '{}') AS youngest,
-                            coalesce(array_agg(v ORDER BY n), '{}') AS v7_max,
-                            coalesce(array_agg(o ORDER BY n), '{}') AS other_max
-                     FROM payment_writer.idempotency_current,
-                          unnest(older_generations, older_youngest, older_v7_time_max, older_other_time_max)
-                              WITH ORDINALITY AS u (g, y, v, o, n)
-                     WHERE g <> $1
-                 )
-                 UPDATE payment_writer.idempotency_current
-                 SET older_generations = generations, older_youngest = youngest,
-                     older_v7_time_max = v7_max, older_other_time_max = other_max, changed_at = now()
-                 FROM kept",
-                &[&number],
-            )
-            .await?;
-        transaction
-            .execute(
-                "UPDATE payment_writer.idempotency_generation SET state = 'retired', retired_at = now()
-                 WHERE generation = $1 AND state = 'older'",
-                &[&number],
-            )
-            .await?;
-        Ok(())
-    })
-    .await
+pub async fn retire(client: &Client, number: i64) -> Result<Step, SchemaError> {
+    let retire = format!(
+        "{lock};
+         WITH kept AS (
+             SELECT coalesce(array_agg(g ORDER BY n), '{{}}') AS generations,
+                    coalesce(array_agg(y ORDER BY n), '{{}}') AS youngest,
+                    coalesce(array_agg(v ORDER BY n), '{{}}') AS v7_max,
+                    coalesce(array_agg(o ORDER BY n), '{{}}') AS other_max
+             FROM payment_writer.idempotency_current,
+                  unnest(older_generations, older_youngest, older_v7_time_max, older_other_time_max)
+                      WITH ORDINALITY AS u (g, y, v, o, n)
+             WHERE g <> {number}
+         )
+         UPDATE payment_writer.idempotency_current
+         SET older_generations = generations, older_youngest = youngest,
+             older_v7_time_max = v7_max, older_other_time_max = other_max, changed_at = now()
+         FROM kept;
+         UPDATE payment_writer.idempotency_generation SET state = 'retired', retired_at = now()
+         WHERE generation = {number} AND state = 'older'",
+        lock = lock_rotation()
+    );
+    with_short_locks(client, "cannot retire a generation", &retire).await
 }
 
 /// Makes the table of a retired generation one of its own. Waits, briefly, for readers of it; writers do
 /// not use it any more.
-pub async fn detach(client: &mut Client, generation: &Generation) -> Result<Step, SchemaError> {
-    with_short_locks(client, "cannot detach a generation", async |transaction: &Transaction<'_>| {
-        let leaf = &generation.leaf;
-        transaction
-            .batch_execute(&format!(
-                "ALTER TABLE payment_writer.\"{leaf}\" NO INHERIT payment_writer.idempotency"
-            ))
-            .await?;
-        transaction
-            .execute(
-                "UPDATE payment_writer.idempotency_generation SET state = 'detached', detached_at = now()
-                 WHERE generation = $1 AND state = 'retired'",
-                &[&generation.number],
-            )
-            .await?;
-        Ok(())
-    })
-    .await
+pub async fn detach(client: &Client, generation: &Generation) -> Result<Step, SchemaError> {
+    let Generation { number, leaf, .. } = generation;
+    let detach = format!(
+        "ALTER TABLE payment_writer.\"{leaf}\" NO INHERIT payment_writer.idempotency;
+         UPDATE payment_writer.idempotency_generation SET state = 'detached', detached_at = now()
+         WHERE generation = {number} AND state = 'retired'"
+    );
+    with_short_locks(client, "cannot detach a generation", &detach).await
 }
 
 /// Drops the table of a detached generation; only its row in `idempotency_generation` is left.
-pub async fn drop_table(client: &mut Client, generation: &Generation) -> Result<Step, SchemaError> {
-    with_short_locks(client, "cannot drop a generation", async |transaction: &Transaction<'_>| {
-        transaction
-            .batch_execute(&format!("DROP TABLE IF EXISTS payment_writer.\"{}\"", generation.leaf))
-            .await?;
-        transaction
-            .execute(
-                "UPDATE payment_writer.idempotency_generation SET state = 'dropped', dropped_at = now()
-                 WHERE generation = $1 AND state = 'detached'",
-                &[&generation.number],
-            )
-            .await?;
-        Ok(())
-    })
-    .await
+pub async fn drop_table(client: &Client, generation: &Generation) -> Result<Step, SchemaError> {
+    let Generation { number, leaf, .. } = generation;
+    let drop = format!(
+        "DROP TABLE IF EXISTS payment_writer.\"{leaf}\";
+         UPDATE payment_writer.idempotency_generation SET state = 'dropped', dropped_at = now()
+         WHERE generation = {number} AND state = 'detached'"
+    );
+    with_short_locks(client, "cannot drop a generation", &drop).await
 }

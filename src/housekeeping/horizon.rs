@@ -11,10 +11,14 @@ use crate::cursor::Doubt;
 use crate::record::{Partition, TimestampMs};
 use crate::wire::{TIMESTAMP_MAX, TIMESTAMP_MIN};
 
+/// A record is stamped when it is sent and in the log a while later: what is caught up now counts as far as
+/// this long ago. The same hour by which an id may be ahead of its record.
+pub const DELIVERY: Duration = Duration::from_secs(3_600);
+
 /// How far one partition is, in log time.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum PartitionTime {
-    /// Everything in it is written and published: as far as now.
+    /// Everything in it is written and published: as far as now, less [`DELIVERY`].
     CaughtUp,
     /// As far as this.
     At(TimestampMs),
@@ -69,9 +73,10 @@ pub fn log_time(before: Option<TimestampMs>, at: Option<TimestampMs>) -> Option<
     }
 }
 
-/// The horizon over all partitions. Never later than `now`, whatever a record says.
+/// The horizon over all partitions. Never later than `now` less [`DELIVERY`], whatever a record says.
 pub fn horizon(now: TimestampMs, times: &[(Partition, PartitionTime)]) -> Horizon {
-    let mut slowest = (now, None);
+    let delivery = i64::try_from(DELIVERY.as_millis()).unwrap_or(i64::MAX);
+    let mut slowest = (TimestampMs(now.0.saturating_sub(delivery)), None);
     let mut held: Option<(Partition, &Hold)> = None;
     let mut count = 0;
     for (partition, time) in times {
@@ -115,14 +120,17 @@ mod tests {
     }
 
     #[test]
-    fn caught_up_partitions_count_as_now() {
+    fn caught_up_partitions_count_as_an_hour_ago() {
         let times = [(Partition(0), PartitionTime::CaughtUp), (Partition(1), PartitionTime::CaughtUp)];
-        assert_eq!(horizon(NOW, &times), Horizon::At(NOW, None));
+        assert_eq!(horizon(NOW, &times), Horizon::At(TimestampMs(NOW.0 - DAY / 24), None));
     }
 
     #[test]
     fn a_record_from_the_future_does_not_carry_the_horizon_beyond_now() {
-        assert_eq!(horizon(NOW, &[(Partition(0), at(-400))]), Horizon::At(NOW, None));
+        assert_eq!(
+            horizon(NOW, &[(Partition(0), at(-400))]),
+            Horizon::At(TimestampMs(NOW.0 - DAY / 24), None)
+        );
     }
 
     #[test]

@@ -43,22 +43,26 @@ pub fn last_due(schedule: &CronSchedule, now: Timestamp) -> Option<Timestamp> {
     None
 }
 
-/// When the last pass that came to its end began, and whether it left nothing to a later try; a database that
-/// saw none counts from the moment it was made.
-async fn last_pass(client: &Client) -> Result<(Timestamp, bool), SchemaError> {
+/// When the last pass began, whether it left nothing to a later try, and when the last such pass began; a
+/// database that saw none counts from the moment it was made.
+async fn last_pass(client: &Client) -> Result<(Timestamp, bool, Timestamp), SchemaError> {
     let row = client
         .query_one(
-            "SELECT started_at, is_complete FROM (
-                 (SELECT started_at, is_complete, 1 AS n FROM payment_writer.housekeeping_pass
-                  ORDER BY id DESC LIMIT 1)
-                 UNION ALL SELECT created_at, true, 2 FROM payment_writer.database_identity
-             ) AS passes ORDER BY n LIMIT 1",
+            "WITH passes AS (
+                 SELECT id, started_at, is_complete FROM payment_writer.housekeeping_pass
+                 UNION ALL SELECT 0, created_at, true FROM payment_writer.database_identity
+             ), last AS (SELECT * FROM passes ORDER BY id DESC LIMIT 1)
+             SELECT last.started_at, last.is_complete,
+                    (SELECT started_at FROM passes WHERE is_complete ORDER BY id DESC LIMIT 1)
+             FROM last",
             &[],
         )
         .await
         .map_err(doing("cannot read the passes"))?;
-    let at: std::time::SystemTime = row.get(0);
-    Ok((Timestamp::try_from(at).unwrap_or(Timestamp::UNIX_EPOCH), row.get(1)))
+    let time = |index| {
+        Timestamp::try_from(row.get::<_, std::time::SystemTime>(index)).unwrap_or(Timestamp::UNIX_EPOCH)
+    };
+    Ok((time(0), row.get(1), time(2)))
 }
 
 /// Runs for ever. Nothing that fails here stops anything else.
@@ -106,17 +110,24 @@ impl Keeper {
             Some(client) => client,
             None => settings.postgres.housekeeping_url.endpoint().connect().await?.0,
         };
-        let (began, was_complete) = last_pass(&client).await?;
-        self.metrics.last_pass(began);
-        let due = settings.idempotency.prune_schedule.as_ref().and_then(|s| last_due(s, Timestamp::now()));
-        let is_due = due.is_some_and(|due| due > began);
+        let (began, was_complete, completed) = last_pass(&client).await?;
+        self.metrics.last_pass(completed);
+        let now = Timestamp::now();
+        let due = settings.idempotency.prune_schedule.as_ref().and_then(|s| last_due(s, now));
+        // A pass that began in the future was begun by a clock that is wrong.
+        let is_due = due.is_some_and(|due| due > began || began > now);
         // What a pass left undone is not left for a week.
         let is_retry = !was_complete && settings.idempotency.prune_schedule.is_some();
         let may_try = self.retry_at.is_none_or(|at| tokio::time::Instant::now() >= at);
         if (is_due || is_retry) && may_try {
             self.retry_at = Some(tokio::time::Instant::now() + RETRY);
             match pass(settings, false).await {
-                Ok(report) => self.told(&report),
+                Ok(report) => {
+                    if report.is_complete() {
+                        self.retry_at = None;
+                    }
+                    self.told(&report);
+                }
                 Err(error) => self.complain(error.to_string()),
             }
         }

@@ -25,6 +25,9 @@ use crate::status::Board;
 /// The group waits this long for its lanes to finish what was revoked; longer than a lane's own grace.
 const REVOKE_WAIT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(100);
+/// A fencing this soon after the broker was away may be by an earlier request of our own: one that was sent
+/// to the dying broker, or whose answer was lost, and that gave our place to a member that nobody is.
+const OWN_FENCING_WITHIN: Duration = Duration::from_secs(60);
 /// Limit of one request to the broker.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -412,9 +415,11 @@ fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
         }
         if let Some((code, reason)) = consumer.client().fatal_error() {
             let end = match code {
-                RDKafkaErrorCode::FencedInstanceId => MemberEnd::Identity(IdentityDoubt::InstanceTaken {
-                    instance_id: shared.instance_id.clone(),
-                }),
+                RDKafkaErrorCode::FencedInstanceId => {
+                    shared.board.fenced(OWN_FENCING_WITHIN);
+                    let instance_id = shared.instance_id.clone();
+                    MemberEnd::Identity(IdentityDoubt::InstanceTaken { instance_id })
+                }
                 _ => MemberEnd::Fatal(format!("{code}: {reason}")),
             };
             shared.ended.send_replace(Some(end));

@@ -18,13 +18,14 @@ const POLL: Duration = Duration::from_millis(100);
 pub enum Peeked {
     /// A record with this timestamp, in ms; `None` if it has none.
     Record(Option<TimestampMs>),
-    /// Nothing but control records up to the end.
+    /// Nothing but control records up to the end of the log.
     End,
 }
 
 impl ConsumerContext for QuietLog {}
 
-/// What is the first record at or after each position, with `read_committed`. Partitions that did not answer
+/// What is the first record at or after each position, committed or not: what a transaction that is still open
+/// holds back is to come yet, and so is all behind it. Partitions that did not answer
 /// until `limit` are absent.
 ///
 /// # Errors
@@ -47,7 +48,7 @@ pub fn peek(
         .set("fetch.min.bytes", "1")
         .set("fetch.message.max.bytes", "16384")
         .set("enable.partition.eof", "true")
-        .set("isolation.level", "read_committed")
+        .set("isolation.level", "read_uncommitted")
         .set("auto.offset.reset", "error")
         .set("enable.auto.commit", "false")
         .remove("group.instance.id");

@@ -35,7 +35,7 @@ const MOVE_TIMEOUT: &str = "10min";
 /// How long a writer that needs the default partition can be made to wait.
 const LOCK_TIMEOUT_MS: u32 = 50;
 /// How long the default partition may be scanned under the lock.
-const STATEMENT_TIMEOUT_MS: u32 = 1_000;
+const STATEMENT_TIMEOUT_MS: u32 = 250;
 /// Tries a table and month; the next try comes with the next start or the next day.
 const TRIES_MAX: u32 = 10;
 const BETWEEN_TRIES: Duration = Duration::from_millis(200);
@@ -110,12 +110,17 @@ pub enum Obstacle {
     Locked,
     /// A table of that name exists and is no partition: it was detached, or is somebody's.
     NameTaken,
+    /// The default partition is too large to be looked through while writers wait.
+    TooLarge,
 }
 
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Locked => "a long statement holds the default partition",
+            Self::TooLarge => {
+                "the default partition is too large to be looked through while writers wait; move its rows by hand"
+            }
             Self::NameTaken => "a table of that name exists and is not attached",
         })
     }
@@ -138,7 +143,8 @@ pub struct MonthsReport {
 /// be kept, months handed over for archiving.
 pub async fn keep(client: &mut Client, kept: Option<u32>) -> Result<MonthsReport, SchemaError> {
     let current = Month::current(client).await?;
-    let mut report = make_months(client, current, MONTHS_AHEAD + 1).await?;
+    // From the month before: at the start of one, what waits in the log is of the last.
+    let mut report = make_months(client, current.previous(), MONTHS_AHEAD + 2).await?;
     for month in found_in_default(client, current).await? {
         add_month(client, month, &mut report).await?;
     }
@@ -212,10 +218,9 @@ async fn archive(
             .map_err(doing(format!("cannot read the months of {table}")))?;
         for row in &attached {
             let partition: String = row.get(0);
-            let archived = format!("archived_{partition}");
-            match hand_over(client, table, &partition, &archived).await {
-                Ok(()) => report.archived.push(archived),
-                Err(e) if is_impatience(&e) => report.waiting.push((partition, Obstacle::Locked)),
+            match hand_over(client, table, &partition).await {
+                Ok(Some(archived)) => report.archived.push(archived),
+                Ok(None) => report.waiting.push((partition, Obstacle::Locked)),
                 Err(e) => return Err(doing(format!("cannot detach {partition}"))(e)),
             }
         }
@@ -223,37 +228,51 @@ async fn archive(
     Ok(())
 }
 
-fn is_impatience(error: &tokio_postgres::Error) -> bool {
-    matches!(error.code(), Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED))
-}
-
+/// Detaches one month, and says what its table is called now; `None` if it was locked all the time, or is
+/// gone already.
 async fn hand_over(
-    client: &mut Client,
+    client: &Client,
     table: &str,
     partition: &str,
-    archived: &str,
-) -> Result<(), tokio_postgres::Error> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        let transaction = client.transaction().await?;
-        let detached = transaction
-            .batch_execute(&format!(
-                "SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; \
-                 SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
-                 ALTER TABLE payment_writer.{table} DETACH PARTITION payment_writer.{partition}; \
-                 ALTER TABLE payment_writer.{partition} RENAME TO {archived}"
-            ))
-            .await;
-        match detached {
-            Ok(()) => return transaction.commit().await,
-            Err(e) if is_impatience(&e) && tries < TRIES_MAX => {
-                transaction.rollback().await?;
-                tokio::time::sleep(BETWEEN_TRIES).await;
-            }
-            Err(e) => return Err(e),
+) -> Result<Option<String>, tokio_postgres::Error> {
+    // The name may be taken by what came late for the same month the last time.
+    let row = client
+        .query_one(
+            "SELECT name FROM (SELECT 'archived_' || $1 || suffix AS name, n
+                 FROM (SELECT n, CASE n WHEN 1 THEN '' ELSE '_' || n END AS suffix FROM generate_series(1, 1000) AS n) AS s
+             ) AS names
+             WHERE to_regclass('payment_writer.' || name) IS NULL ORDER BY n LIMIT 1",
+            &[&partition],
+        )
+        .await?;
+    let archived: String = row.get(0);
+    // What is locked for everybody, the parent, comes last and is locked for a moment; in one message, so that
+    // nobody who is stopped or cut off holds it.
+    let transaction = format!(
+        "BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS};
+         SELECT pg_advisory_xact_lock({class}, {key});
+         LOCK TABLE payment_writer.{partition} IN ACCESS EXCLUSIVE MODE;
+         LOCK TABLE payment_writer.{table}_default IN ACCESS EXCLUSIVE MODE;
+         ALTER TABLE payment_writer.{table} DETACH PARTITION payment_writer.{partition};
+         ALTER TABLE payment_writer.{partition} RENAME TO {archived};
+         COMMIT",
+        class = locks::CLASS,
+        key = LockKey::Months.number(),
+    );
+    for attempt in 1..=TRIES_MAX {
+        let Err(error) = client.batch_execute(&transaction).await else { return Ok(Some(archived)) };
+        client.batch_execute("ROLLBACK").await?;
+        match error.code() {
+            Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED) => {}
+            // Another daemon was faster.
+            Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
+            _ => return Err(error),
+        }
+        if attempt < TRIES_MAX {
+            tokio::time::sleep(BETWEEN_TRIES).await;
         }
     }
+    Ok(None)
 }
 
 /// Makes the current month and [`MONTHS_AHEAD`] more where they are absent: at start and daily.
@@ -311,12 +330,11 @@ async fn make_month(
         match attach(client, table, partition, month).await {
             Ok(made) => return Ok(made),
             Err(e) => match e.code() {
-                Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED) if attempt < TRIES_MAX => {
+                Some(&SqlState::LOCK_NOT_AVAILABLE) if attempt < TRIES_MAX => {
                     tokio::time::sleep(BETWEEN_TRIES).await;
                 }
-                Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED) => {
-                    return Ok(Made::Not(Obstacle::Locked));
-                }
+                Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(Made::Not(Obstacle::Locked)),
+                Some(&SqlState::QUERY_CANCELED) => return Ok(Made::Not(Obstacle::TooLarge)),
                 _ => return Err(doing(format!("cannot make {partition}"))(e)),
             },
         }

@@ -153,9 +153,9 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
                 let current = all.iter().find(|g| g.state == generations::State::Current).unwrap().number;
                 let next = all.iter().map(|g| g.number).max().unwrap() + 1;
                 tokio::time::sleep(Duration::from_millis(10 + round % 40)).await;
-                generations::make(&mut client, next).await.unwrap();
+                generations::make(&client, next).await.unwrap();
                 assert_eq!(
-                    generations::rotate(&mut client, current, next).await.unwrap(),
+                    generations::rotate(&client, current, next).await.unwrap(),
                     generations::Step::Done
                 );
                 let closed = generations::list(&client).await.unwrap();
@@ -178,13 +178,13 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
         );
         // Older rounds are of no interest to the next one.
         runtime.block_on(async {
-            let (mut client, _driver) =
+            let (client, _driver) =
                 payment_writer::postgres::connect(&scope.postgres_url()).await.unwrap();
             for generation in generations::list(&client).await.unwrap() {
                 if generation.state == generations::State::Older {
-                    generations::retire(&mut client, generation.number).await.unwrap();
-                    generations::detach(&mut client, &generation).await.unwrap();
-                    generations::drop_table(&mut client, &generation).await.unwrap();
+                    generations::retire(&client, generation.number).await.unwrap();
+                    generations::detach(&client, &generation).await.unwrap();
+                    generations::drop_table(&client, &generation).await.unwrap();
                 }
             }
             // The current one goes the same way with the next round.
@@ -286,6 +286,33 @@ fn a_halted_partition_and_a_broker_that_does_not_answer_hold_pruning_back() {
     scope.drain();
     prune(&scope);
     assert!(!live(&scope).iter().any(|(n, _)| *n == 1), "{}", states(&scope));
+}
+
+#[test]
+fn a_log_that_is_not_this_databases_own_lets_nothing_go() {
+    // GIVEN ids that are old by every clock
+    let scope = Scope::ready("other_log", 1, 1);
+    scope.produce(&scope.input_topic, (1..=5).map(|n| record(n, now_ms() - 20 * DAY_MS)));
+    scope.drain();
+    age_current(&scope);
+    // WHEN cron's settings lead to another group, another mode or another topic THEN nothing goes, and it says so
+    let other_topic = format!("{}_other", scope.input_topic);
+    scope.create_topic(&other_topic, 1);
+    for (name, value) in [("GROUP_ID", "other"), ("PUBLISH", "false"), ("INPUT_TOPIC", &other_topic)] {
+        let settings = [(format!("PAYMENT_WRITER__KAFKA__{name}"), value)];
+        let settings: Vec<_> = settings.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        for arguments in [&["prune"][..], &["prune", "--dry-run"]] {
+            let refused = scope.command_with(arguments, &settings);
+            assert_eq!(refused.code, Some(3), "{name}: {refused:?}");
+            assert!(
+                refused.stderr.contains("bound to") || refused.stderr.contains("written from"),
+                "{refused:?}"
+            );
+        }
+    }
+    assert_eq!(scope.count("idempotency"), 5);
+    prune(&scope);
+    assert_eq!(scope.count("idempotency"), 0);
 }
 
 #[test]
@@ -539,7 +566,14 @@ fn rows_in_a_default_partition_move_to_their_month_and_old_months_are_handed_ove
         .sql("SELECT tablename::text FROM pg_tables WHERE tablename LIKE 'archived_payment_core_%'", &[]);
     assert_eq!(archived.len(), 1);
     assert_eq!(scope.count(archived[0].get::<_, &str>(0)), 30);
-    scope.command_with(&["prune"], &kept).succeeds();
+
+    // WHEN another of that month comes late THEN it is handed over beside them, and nothing is held up
+    scope.produce(&scope.input_topic, [record(31, long_ago)]);
+    scope.drain();
+    let pass = scope.command_with(&["prune"], &kept).succeeds();
+    let second = format!("{}_2", archived[0].get::<_, &str>(0));
+    assert!(pass.stdout.contains(&second), "{pass:?}");
+    assert_eq!(scope.count(&second), 1);
 }
 
 #[test]
