@@ -6,7 +6,7 @@
 //! [`LOCK_TIMEOUT_MS`]: writers queue behind the request for no longer than that, whoever holds the lock.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -184,7 +184,8 @@ pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(),
         .batch_execute(&format!("SET LOCAL statement_timeout = '{MEASURE_TIMEOUT}'"))
         .await
         .map_err(failed)?;
-    // Two groups of twelve hexadecimal digits compare as text as they do as numbers.
+    // By itself, so that the server may use several processes for it. Two texts of twelve hexadecimal digits
+    // compare as their numbers do.
     let measure = format!(
         "SELECT count(*), max(created_at),
                 max(head COLLATE \"C\") FILTER (WHERE is_v7), max(head COLLATE \"C\") FILTER (WHERE NOT is_v7)
@@ -193,24 +194,30 @@ pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(),
                FROM (SELECT created_at, message_id::text AS id FROM payment_writer.\"{}\") AS ids) AS heads",
         generation.leaf
     );
-    let update = format!(
-        "WITH measured AS ({measure}), bounds (rows, youngest, v7_max, other_max) AS (
-             SELECT count, coalesce(max, '-infinity'),
-                    coalesce(('x' || lpad(max_1, 16, '0'))::bit(64)::bigint, -1),
-                    coalesce(('x' || lpad(max_2, 16, '0'))::bit(64)::bigint, -1)
-             FROM measured AS m (count, max, max_1, max_2)
-         ), noted AS (
-             UPDATE payment_writer.idempotency_generation
-             SET row_count = rows, youngest_record = youngest, v7_time_max = v7_max, other_time_max = other_max
-             FROM bounds WHERE generation = $1 AND state IN ('older', 'retired')
-         )
-         UPDATE payment_writer.idempotency_current
-         SET older_youngest[array_position(older_generations, $1)] = youngest,
-             older_v7_time_max[array_position(older_generations, $1)] = v7_max,
-             older_other_time_max[array_position(older_generations, $1)] = other_max
-         FROM bounds WHERE $1 = ANY (older_generations)"
-    );
-    transaction.execute(&update, &[&generation.number]).await.map_err(failed)?;
+    let row = transaction.query_one(&measure, &[]).await.map_err(failed)?;
+    let (rows, youngest): (i64, Option<SystemTime>) = (row.get(0), row.get(1));
+    // Above the bound of a kind that has no id there is everything.
+    let bound = |index| {
+        row.get::<_, Option<&str>>(index).and_then(|head| i64::from_str_radix(head, 16).ok()).unwrap_or(-1)
+    };
+    let (v7_max, other_max): (i64, i64) = (bound(2), bound(3));
+    transaction
+        .execute(
+            "WITH noted AS (
+                 UPDATE payment_writer.idempotency_generation
+                 SET row_count = $2, youngest_record = coalesce($3, '-infinity'), v7_time_max = $4,
+                     other_time_max = $5
+                 WHERE generation = $1 AND state IN ('older', 'retired')
+             )
+             UPDATE payment_writer.idempotency_current
+             SET older_youngest[array_position(older_generations, $1)] = coalesce($3, '-infinity'),
+                 older_v7_time_max[array_position(older_generations, $1)] = $4,
+                 older_other_time_max[array_position(older_generations, $1)] = $5
+             WHERE $1 = ANY (older_generations)",
+            &[&generation.number, &rows, &youngest, &v7_max, &other_max],
+        )
+        .await
+        .map_err(failed)?;
     transaction.commit().await.map_err(failed)
 }
 

@@ -178,8 +178,7 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
         );
         // Older rounds are of no interest to the next one.
         runtime.block_on(async {
-            let (client, _driver) =
-                payment_writer::postgres::connect(&scope.postgres_url()).await.unwrap();
+            let (client, _driver) = payment_writer::postgres::connect(&scope.postgres_url()).await.unwrap();
             for generation in generations::list(&client).await.unwrap() {
                 if generation.state == generations::State::Older {
                     generations::retire(&client, generation.number).await.unwrap();
