@@ -205,12 +205,12 @@ pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(),
         .execute(
             "WITH noted AS (
                  UPDATE payment_writer.idempotency_generation
-                 SET row_count = $2, youngest_record = coalesce($3, '-infinity'), v7_time_max = $4,
+                 SET row_count = $2, youngest_record = coalesce($3::timestamptz, '-infinity'), v7_time_max = $4,
                      other_time_max = $5
                  WHERE generation = $1 AND state IN ('older', 'retired')
              )
              UPDATE payment_writer.idempotency_current
-             SET older_youngest[array_position(older_generations, $1)] = coalesce($3, '-infinity'),
+             SET older_youngest[array_position(older_generations, $1)] = coalesce($3::timestamptz, '-infinity'),
                  older_v7_time_max[array_position(older_generations, $1)] = $4,
                  older_other_time_max[array_position(older_generations, $1)] = $5
              WHERE $1 = ANY (older_generations)",
