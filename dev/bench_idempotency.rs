@@ -157,13 +157,10 @@ async fn fill(client: &Client, leaf: &str, from: i64, to: i64) {
 
 async fn measured(
     arguments: &Arguments,
-    client: &Client,
     writer: &mut Writer,
     label: &str,
     results: &mut Vec<serde_json::Value>,
 ) {
-    // What was filled is written out first, or its writing is measured.
-    let _ = client.batch_execute("CHECKPOINT").await;
     writer.write(arguments.batch, Ids::V7).await;
     let (mut v4, mut v7) = (Vec::new(), Vec::new());
     for _ in 0..arguments.repeat {
@@ -211,7 +208,7 @@ async fn main() {
         fill(&client, &generation.leaf, filled, wanted).await;
         filled = wanted;
         let mut writer = Writer::new(&arguments, &client, i32::try_from(results.len()).unwrap()).await;
-        measured(&arguments, &client, &mut writer, &format!("{size} million ids"), &mut results).await;
+        measured(&arguments, &mut writer, &format!("{size} million ids"), &mut results).await;
     }
 
     // A rotation, and a prune of the big generation, beside a lane that writes.
@@ -237,7 +234,7 @@ async fn main() {
 
     let label = format!("with {} million in an older generation", filled / 1_000_000);
     let mut writer = Writer::new(&arguments, &client, 901).await;
-    measured(&arguments, &client, &mut writer, &label, &mut results).await;
+    measured(&arguments, &mut writer, &label, &mut results).await;
 
     is_over.store(false, Ordering::Relaxed);
     let lane = tokio::spawn(keep_writing(Writer::new(&arguments, &client, 902).await, Arc::clone(&is_over)));
