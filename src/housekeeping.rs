@@ -74,7 +74,8 @@ pub enum Verdict {
     Locked(State),
 }
 
-fn time(at: TimestampMs) -> String {
+/// A moment for people, to the second.
+pub fn time(at: TimestampMs) -> String {
     jiff::Timestamp::from_millisecond(at.0).map_or_else(|_| at.0.to_string(), |t| format!("{t:.0}"))
 }
 
@@ -115,7 +116,7 @@ pub struct PassReport {
     pub months: MonthsReport,
     /// Why the months could not be seen to. Nothing else waits for them.
     pub months_error: Option<String>,
-    /// Rows in the payment tables' default partitions, counted up to a limit.
+    /// In a dry run, rows in the payment tables' default partitions, counted up to a limit.
     pub default_rows: i64,
     /// How long it took.
     pub took: Duration,
@@ -259,26 +260,21 @@ pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, P
         report.took = began.0.elapsed();
         return Ok(report);
     }
-    // What was begun needs no horizon any more.
-    report.generations = begun(&client).await?;
-    remove(&client, &mut report.generations).await?;
-    let finished = std::mem::take(&mut report.generations);
     make_ready(&client).await?;
     rotate_when_due(&client, settings, &mut report).await?;
     // Ahead of time: the next rotation is to be a flip of a row, whenever it comes.
     make_ready(&client).await?;
     measure_closed(&mut client).await?;
     let weighed = weigh(&client, settings, &mut report).await;
-    if weighed.is_ok() {
-        remove(&client, &mut report.generations).await?;
+    if weighed.is_err() {
+        // What an earlier pass began needs no horizon any more.
+        report.generations = begun(&client).await?;
     }
-    report.generations.retain(|(generation, _)| finished.iter().all(|(f, _)| f.number != generation.number));
-    report.generations.splice(0..0, finished);
+    remove(&client, &mut report.generations).await?;
     match months::keep(&mut client, settings.retention.payment_months).await {
         Ok(months) => report.months = months,
         Err(error) => report.months_error = Some(error.to_string()),
     }
-    report.default_rows = months::default_rows(&client).await?;
     report.took = began.0.elapsed();
     record(&client, &report, weighed.is_ok() && report.is_complete(), began.1).await?;
     weighed.map(|()| report)

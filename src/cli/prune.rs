@@ -5,14 +5,15 @@ use clap::Args;
 use super::output::{print, table};
 use super::{Exit, Failure};
 use crate::config::Settings;
-use crate::housekeeping::{PassError, PassReport, pass};
+use crate::housekeeping::{PassError, PassReport, pass, time};
 
 const AFTER_HELP: &str = "\
 One pass finishes what an earlier one left, makes months of the payment tables, rotates the
 idempotency table when its current generation is old enough, and drops the generations whose
 youngest record every partition has passed, written and published, by idempotency.window.
-Uses postgres.housekeeping_url, and asks the broker how far the group is. Never holds a writer up
-for longer than 50 ms at a time; what is in use by others is left to the next pass.
+Uses postgres.housekeeping_url, and asks the broker how far the group is. Rotating and dropping
+never hold a writer up for longer than 50 ms at a time; what is in use by others is left to the
+next pass.
 
 Exits with 0 also when there was nothing to do, or when another pass is under way.";
 
@@ -44,8 +45,7 @@ fn describe(report: &PassReport) -> String {
     }
     let mut text = vec![table(&rows)];
     if let Some((at, slowest)) = report.horizon {
-        let time =
-            jiff::Timestamp::from_millisecond(at.0).map_or_else(|_| at.0.to_string(), |t| format!("{t:.0}"));
+        let time = time(at);
         text.push(match slowest {
             Some(partition) => format!("horizon: {time}, held there by partition {partition}"),
             None => format!("horizon: {time}, every partition is published to its end"),

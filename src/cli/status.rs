@@ -14,7 +14,7 @@ use crate::settlement;
 
 const AFTER_HELP: &str = "\
 Asks the idempotency table first, which knows an id for idempotency.window at least. With --search the
-payment tables are read as well, which have no index: every month, or the month of the id's own time.
+payment tables are read as well, from end to end, because they have no index.
 
 The answer is one of: written (by which record, when, its payment id, whether its events are published),
 or unknown: never written, dead-lettered, or written longer ago than the idempotency table goes back.

@@ -275,7 +275,7 @@ async fn hand_over(
     Ok(None)
 }
 
-/// Makes the current month and [`MONTHS_AHEAD`] more where they are absent: at start and daily.
+/// Makes the current month and [`MONTHS_AHEAD`] more where they are absent; [`keep`] is what the daemon does.
 ///
 /// Many may do it at once. The role must own the payment tables. Never waits for a lock longer than 50 ms
 /// at a time; what cannot be made is in the report, not an error.
