@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use rdkafka::consumer::Consumer;
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 use tokio::sync::Notify;
 
@@ -15,7 +15,7 @@ use crate::cursor::{GroupOffset, IdentityDoubt, LogBounds};
 use crate::intake::Intake;
 use crate::lane::ports::{Log, LogFailure, PublishFailure};
 use crate::publication::{OutputCounts, Publication, Published};
-use crate::record::{NextOffset, Partition};
+use crate::record::{NextOffset, Partition, TimestampMs};
 
 /// Records taken from the client in one call.
 const CHUNK_MAX: usize = 1_000;
@@ -80,32 +80,73 @@ fn list_at(topic: &str, partitions: &[Partition], at: KafkaOffset) -> Result<Top
 }
 
 /// The offsets that `ListOffsets` answers for the start or the (last stable) end of partitions.
-fn listed(group: &Group, partitions: &[Partition], at: KafkaOffset) -> Result<Vec<i64>, LogFailure> {
-    let list = list_at(group.topic(), partitions, at)?;
-    let answer = group
-        .consumer()
+pub(super) fn listed<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    partitions: &[Partition],
+    at: KafkaOffset,
+) -> Result<Vec<i64>, LogFailure> {
+    answered(consumer, topic, partitions, at)?
+        .into_iter()
+        .map(|found| match found {
+            KafkaOffset::Offset(offset) => Ok(offset),
+            other => Err(passing("asking for the log's bounds", format!("{other:?}"))),
+        })
+        .collect()
+}
+
+/// The first offsets whose timestamps are at or after `time`; `None` where there is no such record.
+pub(super) fn positions_at<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    partitions: &[Partition],
+    time: TimestampMs,
+) -> Result<Vec<Option<NextOffset>>, LogFailure> {
+    // The client takes the time in the field of the offset.
+    let answers = answered(consumer, topic, partitions, KafkaOffset::Offset(time.0.max(0)))?;
+    let position = |found| match found {
+        KafkaOffset::Offset(offset) => Some(NextOffset(offset)),
+        _ => None,
+    };
+    Ok(answers.into_iter().map(position).collect())
+}
+
+fn answered<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    partitions: &[Partition],
+    at: KafkaOffset,
+) -> Result<Vec<KafkaOffset>, LogFailure> {
+    let list = list_at(topic, partitions, at)?;
+    let answer = consumer
         .offsets_for_times(list, REQUEST_TIMEOUT)
         .map_err(|e| passing("asking for the log's bounds", e))?;
     partitions
         .iter()
         .map(|partition| {
             let element = answer
-                .find_partition(group.topic(), partition.0)
+                .find_partition(topic, partition.0)
                 .ok_or_else(|| passing("asking for the log's bounds", "a partition is missing"))?;
             element.error().map_err(|e| passing("asking for the log's bounds", e))?;
-            match element.offset() {
-                KafkaOffset::Offset(offset) => Ok(offset),
-                other => Err(passing("asking for the log's bounds", format!("{other:?}"))),
-            }
+            Ok(element.offset())
         })
         .collect()
 }
 
 /// Start and last stable offset of each partition, in the order given.
 pub fn log_bounds(group: &Group, partitions: &[Partition]) -> Result<Vec<LogBounds>, LogFailure> {
+    bounds_of(group.consumer(), group.topic(), partitions)
+}
+
+/// As [`log_bounds`], of any topic.
+pub(super) fn bounds_of<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    partitions: &[Partition],
+) -> Result<Vec<LogBounds>, LogFailure> {
     // The start first: what retention removes in between only makes it older than it is.
-    let starts = listed(group, partitions, KafkaOffset::Beginning)?;
-    let ends = listed(group, partitions, KafkaOffset::End)?;
+    let starts = listed(consumer, topic, partitions, KafkaOffset::Beginning)?;
+    let ends = listed(consumer, topic, partitions, KafkaOffset::End)?;
     Ok(starts
         .into_iter()
         .zip(ends)
@@ -115,7 +156,8 @@ pub fn log_bounds(group: &Group, partitions: &[Partition]) -> Result<Vec<LogBoun
 
 /// The last stable offsets alone.
 pub fn log_ends(group: &Group, partitions: &[Partition]) -> Result<Vec<NextOffset>, LogFailure> {
-    Ok(listed(group, partitions, KafkaOffset::End)?.into_iter().map(NextOffset).collect())
+    let ends = listed(group.consumer(), group.topic(), partitions, KafkaOffset::End)?;
+    Ok(ends.into_iter().map(NextOffset).collect())
 }
 
 /// The group's committed offsets, once no transaction that would change them is pending.

@@ -6,3 +6,4 @@ pub mod log;
 pub mod orphans;
 pub mod peek;
 pub mod publisher;
+pub mod scan;
