@@ -880,6 +880,13 @@ impl Audit {
                 let fate = match (record.refused, winners.get(&record.message_id)) {
                     (Some(reason), _) => Fate::DeadLettered(reason),
                     (None, Some(&(p, o, _))) if (p, o) == (partition, record.offset) => Fate::Written,
+                    // What the database itself refused may have a twin with another payload that it took.
+                    (None, Some(&(_, _, payload)))
+                        if record.found.reason == Some(Reason::RejectedByDatabase)
+                            && payload != record.payload =>
+                    {
+                        Fate::DeadLettered(Reason::RejectedByDatabase)
+                    }
                     (None, Some(&(p, o, _))) if p == partition && o > record.offset => {
                         wrong.push(format!(
                             "{place}: a later record of its partition, {p}/{o}, claimed its id"

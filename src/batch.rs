@@ -3,13 +3,13 @@
 //! Pure. [`Batch::assemble`] turns records into rows and events in one pass; which of them count is
 //! known only after the claim, so every record keeps the ranges of its bytes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use bytes::Bytes;
 
 use crate::columns::RowWriter;
-use crate::disposition::Fate;
+use crate::disposition::{Fate, SqlState};
 use crate::payment::Payment;
 use crate::record::{NextOffset, Offset, Partition, RecordView, SourceBatch, TimestampMs};
 use crate::wire::{self, Reason, Refusal, Rules};
@@ -82,6 +82,8 @@ impl Place {
 /// One id to claim, with what `idempotency` keeps of it.
 #[derive(Clone, Copy, Debug)]
 pub struct Claim {
+    /// Place of the record in the batch.
+    pub index: u32,
     /// The message id's 128 bits.
     pub message_id: [u8; 16],
     /// Partition of the record that claims.
@@ -100,6 +102,31 @@ pub struct Answer {
     /// Owners of the ids that could not be claimed, and of those that were only looked up. An id of
     /// [`Batch::claims`] that is missing here was claimed by this transaction.
     pub owners: HashMap<[u8; 16], Owner>,
+}
+
+/// Records that the database refused, each by itself, with the SQLSTATE. Places in the batch.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Refused(BTreeMap<u32, SqlState>);
+
+impl Refused {
+    /// Notes that the database refused the record at this place.
+    pub fn insert(&mut self, index: u32, sqlstate: SqlState) {
+        self.0.insert(index, sqlstate);
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn contains(&self, index: u32) -> bool {
+        !self.0.is_empty() && self.0.contains_key(&index)
+    }
 }
 
 /// The fates of a batch's records, by index.
@@ -302,17 +329,19 @@ impl Batch {
         &self.progress
     }
 
-    /// The ids to claim: sorted, each once (two lanes that claim x, y and y, x would deadlock).
-    pub fn claims(&self) -> impl Iterator<Item = Claim> {
+    /// The ids to claim: sorted, each once (two lanes that claim x, y and y, x would deadlock). Of several
+    /// records with one id the first claims it that was not refused.
+    pub fn claims(&self, refused: &Refused) -> impl Iterator<Item = Claim> {
         let mut previous = None;
         self.candidates.iter().filter_map(move |index| {
             let place = self.places.get(*index as usize)?;
             let Entry::Valid(candidate) = &place.entry else { return None };
-            if previous == Some(candidate.message_id) {
+            if previous == Some(candidate.message_id) || refused.contains(*index) {
                 return None;
             }
             previous = Some(candidate.message_id);
             Some(Claim {
+                index: *index,
                 message_id: candidate.message_id,
                 partition: place.partition,
                 offset: place.offset,
@@ -333,14 +362,14 @@ impl Batch {
     }
 
     /// Decides the fate of every record.
-    pub fn decide(&self, answer: &Answer) -> Fates {
+    pub fn decide(&self, answer: &Answer, refused: &Refused) -> Fates {
         let mut fates: Vec<Fate> = self
             .places
             .iter()
             .map(|place| match &place.entry {
                 Entry::Refused(refusal) => Fate::DeadLetter(refusal.reason),
                 // Overwritten below: every valid record is a candidate or a lookup.
-                Entry::Valid(_) => Fate::DeadLetter(Reason::RejectedByDatabase),
+                Entry::Valid(_) => Fate::Rejected(None),
             })
             .collect();
         let mut winner: Option<([u8; 16], Owner)> = None;
@@ -351,6 +380,10 @@ impl Batch {
                 continue;
             };
             let Entry::Valid(candidate) = &place.entry else { continue };
+            if let Some(sqlstate) = refused.0.get(index) {
+                *fate = Fate::Rejected(Some(*sqlstate));
+                continue;
+            }
             *fate = match &winner {
                 // A twin in the batch: the first of the id has claimed it, or met its owner.
                 Some((id, owner)) if *id == candidate.message_id => against_owner(place, candidate, owner),
@@ -379,7 +412,7 @@ impl Batch {
             *fate = match answer.owners.get(&candidate.message_id) {
                 Some(owner) => against_owner(place, candidate, owner),
                 // Valid, below the cursor, and nobody owns its id: the database had refused it.
-                None => Fate::DeadLetter(Reason::RejectedByDatabase),
+                None => Fate::Rejected(None),
             };
         }
         Fates(fates)
@@ -397,13 +430,24 @@ impl Batch {
                 notes: Rows { bytes: self.notes.clone(), count: self.notes_count },
             };
         }
+        let written = self.places.iter().zip(&fates.0).filter(|(_, fate)| **fate == Fate::Written);
+        self.copied_rows(written.map(|(place, _)| place))
+    }
+
+    /// The rows of the records at these places alone.
+    pub fn rows_at(&self, indices: &[u32]) -> TableRows {
+        self.copied_rows(indices.iter().filter_map(|index| self.places.get(*index as usize)))
+    }
+
+    fn copied_rows<'b>(&'b self, places: impl Iterator<Item = &'b Place>) -> TableRows {
         let (mut core, mut metadata, mut notes) = (Vec::new(), Vec::new(), Vec::new());
-        let mut notes_count = 0;
-        for (place, fate) in self.places.iter().zip(&fates.0) {
-            let (Entry::Valid(candidate), Fate::Written) = (&place.entry, fate) else { continue };
+        let (mut count, mut notes_count) = (0, 0);
+        for place in places {
+            let Entry::Valid(candidate) = &place.entry else { continue };
             core.extend_from_slice(part(&self.core, &candidate.core));
             metadata.extend_from_slice(part(&self.metadata, &candidate.metadata));
             notes.extend_from_slice(part(&self.notes, &candidate.notes));
+            count += 1;
             notes_count += usize::from(!candidate.notes.is_empty());
         }
         TableRows {

@@ -339,7 +339,8 @@ async fn database_ready(endpoint: &Endpoint, board: &Board) -> Result<Uuid, RunE
             }
             Ok(Err(error)) => return Err(RunError::Failed(error.to_string())),
             Err((sqlstate, message)) => {
-                let class = sqlstate.as_deref().map_or(FailureClass::Passing, class_of_sqlstate);
+                let class =
+                    sqlstate.as_deref().map_or(FailureClass::Passing, |code| class_of_sqlstate(code, None));
                 breaker.failed(class, "asking the database who it is", &message);
                 board.probed(Some(Dependency::Down(message)), None);
             }
@@ -371,7 +372,10 @@ async fn broker_ready(group: &Group, board: &Board) -> Result<Found, RunError> {
                 return Ok(found);
             }
             Ok(Err(message)) => {
-                breaker.failed(FailureClass::Passing, "asking for the input topic", &message);
+                let refusal = board.broker_refusal();
+                let class = if refusal.is_some() { FailureClass::Systemic } else { FailureClass::Passing };
+                let message = refusal.unwrap_or(message);
+                breaker.failed(class, "asking for the input topic", &message);
                 board.probed(None, Some(Dependency::Down(message)));
             }
             Err(error) => return Err(RunError::Failed(format!("asking for the input topic: {error}"))),

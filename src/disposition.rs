@@ -1,6 +1,17 @@
 //! What becomes of a record, and what becomes of a failure: each an enum, sorted once, at the edge.
 
+use std::fmt;
+
 use crate::wire::Reason;
+
+mod failures;
+mod refusals;
+
+pub use failures::{
+    FailureClass, KAFKA_RULES, Rule, SQLSTATE_CLASSES, SQLSTATE_CURSOR_MOVED, SQLSTATE_RULES, class_of_kafka,
+    class_of_sqlstate, sqlstate_label, tables,
+};
+pub use refusals::Refusals;
 
 /// The one outcome of a record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -13,81 +24,47 @@ pub enum Fate {
     Duplicate,
     /// It goes to the dead letters.
     DeadLetter(Reason),
+    /// It goes to the dead letters as `rejected_by_database`; with the SQLSTATE, unless it was refused in an
+    /// earlier try.
+    Rejected(Option<SqlState>),
 }
 
-/// Why a step failed, by what is to be done about it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum FailureClass {
-    /// Goes away by itself: keep the batch, back off, try again.
-    Passing,
-    /// Somebody has to mend something, records are not at fault: as passing, but loud.
-    Systemic,
-    /// Another owner was there: drop the lane's state and read everything again.
-    Fenced,
-}
-
-impl FailureClass {
-    /// The label used in metrics and logs.
-    pub fn as_str(self) -> &'static str {
+impl Fate {
+    /// Why it is a dead letter, if it is one.
+    pub fn reason(&self) -> Option<Reason> {
         match self {
-            Self::Passing => "passing",
-            Self::Systemic => "systemic",
-            Self::Fenced => "fenced",
+            Self::Written | Self::WrittenBefore | Self::Duplicate => None,
+            Self::DeadLetter(reason) => Some(*reason),
+            Self::Rejected(_) => Some(Reason::RejectedByDatabase),
         }
     }
 }
 
-/// The SQLSTATE that `move_cursors` raises when a cursor is not where the lane last saw it.
-pub const SQLSTATE_CURSOR_MOVED: &str = "PW001";
+/// The five characters of a SQLSTATE (PostgreSQL manual, appendix A).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SqlState([u8; 5]);
 
-/// Sorts a SQLSTATE (PostgreSQL manual, appendix A). What no line names is systemic: never is a good
-/// record diverted because of a code that nobody thought of.
-pub fn class_of_sqlstate(code: &str) -> FailureClass {
-    match code {
-        SQLSTATE_CURSOR_MOVED => FailureClass::Fenced,
-        // serialization_failure, deadlock_detected, lock_not_available, read_only_sql_transaction
-        // (a server that is a standby for the moment), query_canceled (our own time limits)
-        "40001" | "40P01" | "55P03" | "25006" | "57014" => FailureClass::Passing,
-        // idle_in_transaction_session_timeout, transaction_timeout
-        "25P03" | "25P04" => FailureClass::Passing,
-        _ => match code.get(..2) {
-            // connection exceptions; insufficient resources; operator intervention
-            Some("08" | "53" | "57") => FailureClass::Passing,
-            _ => FailureClass::Systemic,
-        },
+impl SqlState {
+    /// None unless the text is five ASCII letters and digits.
+    pub fn new(code: &str) -> Option<Self> {
+        let bytes: [u8; 5] = code.as_bytes().try_into().ok()?;
+        bytes.iter().all(u8::is_ascii_alphanumeric).then_some(Self(bytes))
+    }
+
+    /// Its text.
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or_default()
     }
 }
 
-/// The classes of SQLSTATE that metrics tell apart.
-pub const SQLSTATE_CLASSES: [&str; 14] =
-    ["08", "0A", "22", "23", "25", "28", "3D", "40", "42", "53", "54", "55", "57", "58"];
-
-/// How a class of SQLSTATE is called in metrics: its first two characters, from a bounded set.
-pub fn sqlstate_label(code: &str) -> &'static str {
-    let class = code.get(..2).unwrap_or_default();
-    SQLSTATE_CLASSES.into_iter().find(|k| *k == class).unwrap_or(if code == SQLSTATE_CURSOR_MOVED {
-        "cursor"
-    } else {
-        "other"
-    })
+impl fmt::Display for SqlState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_code_that_no_line_names_never_passes_by_itself() {
-        for code in ["42P01", "42501", "28P01", "XX000", "22001", "23514", "3D000", "", "zz"] {
-            assert_eq!(class_of_sqlstate(code), FailureClass::Systemic, "{code}");
-        }
-    }
-
-    #[test]
-    fn what_goes_away_by_itself_is_waited_for() {
-        for code in ["08006", "40001", "40P01", "53100", "53300", "57P01", "57P03", "25006", "55P03"] {
-            assert_eq!(class_of_sqlstate(code), FailureClass::Passing, "{code}");
-        }
-        assert_eq!(class_of_sqlstate(SQLSTATE_CURSOR_MOVED), FailureClass::Fenced);
+impl fmt::Debug for SqlState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }

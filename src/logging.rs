@@ -20,7 +20,9 @@ pub enum LoggingError {
 /// Sets up the log of this process. What libraries say through the `log` crate, librdkafka
 /// included, comes with it.
 pub fn init(settings: &LogSettings) -> Result<(), LoggingError> {
-    let filter = EnvFilter::try_new(&settings.level)?;
+    // The settings' own directives come later, and win. Whoever used a session that broke says so itself.
+    EnvFilter::try_new(&settings.level)?;
+    let filter = EnvFilter::try_new(format!("deadpool.postgres=error,{}", settings.level))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match settings.format {
         LogFormat::Text => builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).try_init(),

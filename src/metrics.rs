@@ -280,7 +280,7 @@ impl LaneMetrics {
                 Fate::Written => written += 1,
                 Fate::WrittenBefore => redelivered += 1,
                 Fate::Duplicate => duplicate += 1,
-                Fate::DeadLetter(_) => dead += 1,
+                Fate::DeadLetter(_) | Fate::Rejected(_) => dead += 1,
             }
         }
         self.written.increment(written);

@@ -15,6 +15,8 @@ use tokio::task::JoinHandle;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation};
 use tokio_postgres::{Client, Config};
 
+use crate::disposition::{FailureClass, class_of_sqlstate};
+
 const APPLICATION_NAME: &str = "payment-writer";
 /// For one TCP connection, unless the URL has a `connect_timeout` of its own.
 const TCP_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -102,6 +104,14 @@ impl ConnectError {
             | Self::TimedOut { .. }
             | Self::Pool(_) => None,
         }
+    }
+}
+
+/// The class of a database error. Without a SQLSTATE nobody answered: that passes.
+pub fn class_of(error: &tokio_postgres::Error) -> FailureClass {
+    match error.as_db_error() {
+        Some(db) => class_of_sqlstate(db.code().code(), db.constraint()),
+        None => FailureClass::Passing,
     }
 }
 

@@ -1,8 +1,9 @@
 //! What one Kafka transaction carries: events, dead letters, and the offsets up to which they go.
 
-use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 use std::fmt::Write;
 
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::batch::{Batch, Fates, PublishedView};
@@ -214,7 +215,22 @@ impl Publication {
             match fate {
                 Fate::Written | Fate::WrittenBefore => events(&view, &scratch, &mut counts, &mut send)?,
                 Fate::DeadLetter(reason) => {
-                    dead_letter(&view, *reason, topic, &mut scratch, &mut counts, &mut send)?;
+                    let detail = match (view.refusal, reason) {
+                        (Some(refusal), _) => Cow::Borrowed(&*refusal.detail),
+                        (None, Reason::MessageIdConflict) => {
+                            "messageId: seen on another record with another payload".into()
+                        }
+                        (None, _) => "".into(),
+                    };
+                    dead_letter(&view, *reason, &detail, topic, &mut scratch, &mut counts, &mut send)?;
+                }
+                Fate::Rejected(sqlstate) => {
+                    let detail: Cow<'_, str> = match sqlstate {
+                        Some(code) => format!("the database refused this row: SQLSTATE {code}").into(),
+                        None => "the database refused this row in an earlier try".into(),
+                    };
+                    let reason = Reason::RejectedByDatabase;
+                    dead_letter(&view, reason, &detail, topic, &mut scratch, &mut counts, &mut send)?;
                 }
                 Fate::Duplicate => {}
             }
@@ -259,6 +275,7 @@ fn events<E>(
 fn dead_letter<E>(
     view: &PublishedView<'_>,
     reason: Reason,
+    detail: &str,
     topic: &str,
     scratch: &mut Scratch,
     counts: &mut OutputCounts,
@@ -271,13 +288,6 @@ fn dead_letter<E>(
     let _ = write!(scratch.partition, "{}", record.partition);
     let _ = write!(scratch.offset, "{}", record.offset);
     let _ = write!(scratch.timestamp, "{}", record.timestamp.map_or(-1, |t| t.0));
-    let detail = match view.refusal {
-        Some(refusal) => &*refusal.detail,
-        None => match reason {
-            Reason::MessageIdConflict => "messageId: seen on another record with another payload",
-            _ => "the database refused this row",
-        },
-    };
     let mut value = record.value;
     if let Some(bytes) = value.filter(|v| v.len() > DEAD_LETTER_VALUE_BYTES_MAX) {
         scratch.bytes.clear();

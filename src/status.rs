@@ -73,8 +73,12 @@ struct State {
     start: (Dependency, Dependency),
     is_member: bool,
     broker_lost_at: Option<Instant>,
+    broker_refusal: Option<(Instant, String)>,
     was_fenced_after_loss: bool,
 }
+
+/// A refused connection is tried again all the time, after pauses of up to ten seconds.
+const REFUSAL_LASTS: Duration = Duration::from_secs(15);
 
 /// Records settled since the start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -109,6 +113,21 @@ impl Board {
         self.state().broker_lost_at = Some(Instant::now());
     }
 
+    /// A broker refused the connection: credentials, certificates, rights.
+    pub fn broker_refused(&self, reason: &str) {
+        self.state().broker_refusal = Some((Instant::now(), reason.to_owned()));
+    }
+
+    /// Why brokers refused the connection lately; requests only time out then.
+    pub fn broker_refusal(&self) -> Option<String> {
+        let state = self.state();
+        state
+            .broker_refusal
+            .as_ref()
+            .filter(|(at, _)| at.elapsed() <= REFUSAL_LASTS)
+            .map(|(_, reason)| reason.clone())
+    }
+
     /// The member was fenced; `suspicion` is how soon after the loss of the broker that may be by itself.
     pub fn fenced(&self, suspicion: Duration) {
         let mut state = self.state();
@@ -134,7 +153,7 @@ impl Board {
                 Fate::Written => written += 1,
                 Fate::WrittenBefore => redelivered += 1,
                 Fate::Duplicate => duplicates += 1,
-                Fate::DeadLetter(_) => dead_letters += 1,
+                Fate::DeadLetter(_) | Fate::Rejected(_) => dead_letters += 1,
             }
         }
         self.written.fetch_add(written, Ordering::Relaxed);

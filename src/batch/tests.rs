@@ -51,7 +51,7 @@ fn owner(batch: &Batch, index: usize, partition: i32, offset: i64) -> Owner {
 }
 
 fn claimed(batch: &Batch) -> Vec<([u8; 16], i32, i64)> {
-    batch.claims().map(|c| (c.message_id, c.partition.0, c.offset.0)).collect()
+    batch.claims(&Refused::default()).map(|c| (c.message_id, c.partition.0, c.offset.0)).collect()
 }
 
 const CONFLICT: Fate = Fate::DeadLetter(Reason::MessageIdConflict);
@@ -66,7 +66,7 @@ fn ids_are_claimed_in_their_order_each_once_by_the_lowest_offset() {
 #[test]
 fn of_twins_in_a_batch_the_lower_offset_is_written() {
     let batch = batch(0, &[(0, 4, 1, 10), (0, 5, 1, 10), (0, 6, 1, 99), (1, 3, 2, 10), (0, 7, 2, 10)]);
-    let fates = batch.decide(&Answer::default());
+    let fates = batch.decide(&Answer::default(), &Refused::default());
     assert_eq!(fates.0, [Fate::Written, Fate::Duplicate, CONFLICT, Fate::Written, Fate::Duplicate]);
 }
 
@@ -75,15 +75,22 @@ fn twins_of_a_stranger_are_all_measured_by_the_stranger() {
     let batch = batch(0, &[(0, 4, 1, 10), (0, 5, 1, 99), (0, 6, 1, 99)]);
     // The owner has the payload of the second record.
     let answer = Answer { owners: HashMap::from([(id(1), owner(&batch, 1, 8, 0))]) };
-    assert_eq!(batch.decide(&answer).0, [CONFLICT, Fate::Duplicate, Fate::Duplicate]);
+    assert_eq!(batch.decide(&answer, &Refused::default()).0, [CONFLICT, Fate::Duplicate, Fate::Duplicate]);
 }
 
 #[test]
 fn a_record_that_owns_its_id_was_written_before() {
     let batch = batch(0, &[(0, 4, 1, 10), (0, 5, 1, 10), (1, 4, 1, 10)]);
     let answer = Answer { owners: HashMap::from([(id(1), owner(&batch, 0, 0, 4))]) };
-    assert_eq!(batch.decide(&answer).0, [Fate::WrittenBefore, Fate::Duplicate, Fate::Duplicate]);
-    assert_eq!(batch.rows(&batch.decide(&answer)).core.count, 0, "no rows a second time");
+    assert_eq!(
+        batch.decide(&answer, &Refused::default()).0,
+        [Fate::WrittenBefore, Fate::Duplicate, Fate::Duplicate]
+    );
+    assert_eq!(
+        batch.rows(&batch.decide(&answer, &Refused::default())).core.count,
+        0,
+        "no rows a second time"
+    );
 }
 
 #[test]
@@ -92,9 +99,9 @@ fn records_below_the_cursor_are_looked_up_and_never_claimed() {
     assert_eq!(batch.lookups().collect::<Vec<_>>(), [id(1), id(2)]);
     assert_eq!(claimed(&batch), [(id(1), 0, 7), (id(3), 0, 6)]);
     let answer = Answer { owners: HashMap::from([(id(1), owner(&batch, 0, 0, 4))]) };
-    let fates = batch.decide(&answer).0;
+    let fates = batch.decide(&answer, &Refused::default()).0;
     // Nobody owns id 2, and its record is past: it was refused when it was written.
-    let refused = Fate::DeadLetter(Reason::RejectedByDatabase);
+    let refused = Fate::Rejected(None);
     assert_eq!(fates, [Fate::WrittenBefore, refused, Fate::Written, Fate::Duplicate]);
 }
 
@@ -122,7 +129,7 @@ fn an_invalid_record_claims_no_id() {
         Progress { partition: Partition(0), seen: NextOffset(4), reached: NextOffset(6), timestamp: None };
     let batch = Batch::assemble(source(&texts), vec![progress], &Rules::default());
     assert_eq!(claimed(&batch), [(id(1), 0, 5)]);
-    let fates = batch.decide(&Answer::default()).0;
+    let fates = batch.decide(&Answer::default(), &Refused::default()).0;
     assert_eq!(fates, [Fate::DeadLetter(Reason::InvalidField), Fate::Written]);
 }
 
@@ -132,7 +139,7 @@ fn after_a_lost_reply_ownership_tells_the_same_fates() {
     let mut batch = batch(4, &records);
     // GIVEN a transaction in which 2 was taken by a stranger and the others were claimed
     let stranger = Answer { owners: HashMap::from([(id(2), owner(&batch, 3, 8, 1))]) };
-    let first = batch.decide(&stranger).0;
+    let first = batch.decide(&stranger, &Refused::default()).0;
     assert_eq!(first, [Fate::Written, Fate::Duplicate, CONFLICT, Fate::Duplicate, Fate::Written]);
     // WHEN it turns out to have been committed
     let mut owners = stranger.owners;
@@ -140,10 +147,10 @@ fn after_a_lost_reply_ownership_tells_the_same_fates() {
     owners.insert(id(3), owner(&batch, 4, 0, 8));
     batch.was_committed();
     // THEN nothing is claimed or written, and each record has the fate that it had
-    assert_eq!(batch.claims().count(), 0);
+    assert_eq!(batch.claims(&Refused::default()).count(), 0);
     assert_eq!(batch.lookups().count(), 5);
     assert_eq!(batch.progress()[0].seen, NextOffset(9));
-    let fates = batch.decide(&Answer { owners });
+    let fates = batch.decide(&Answer { owners }, &Refused::default());
     let again = [Fate::WrittenBefore, Fate::Duplicate, CONFLICT, Fate::Duplicate, Fate::WrittenBefore];
     assert_eq!(fates.0, again);
     let rows = batch.rows(&fates);
@@ -168,12 +175,40 @@ fn rows_are_those_of_the_written_records() {
     let counts = |rows: &TableRows| (rows.core.count, rows.metadata.count, rows.notes.count);
     // All of them new: the buffers as they are.
     let all = Batch::assemble(source(&texts[1..]), vec![progress(0)], &Rules::default());
-    let rows = all.rows(&all.decide(&Answer::default()));
+    let rows = all.rows(&all.decide(&Answer::default(), &Refused::default()));
     assert_eq!(counts(&rows), (3, 3, 2));
     // With a twin before them: the same rows, copied together.
     let some = Batch::assemble(source(&texts), vec![progress(0)], &Rules::default());
-    let copied = some.rows(&some.decide(&Answer::default()));
+    let copied = some.rows(&some.decide(&Answer::default(), &Refused::default()));
     assert_eq!(counts(&copied), (3, 3, 2));
     assert_eq!(copied.core.bytes, rows.core.bytes);
     assert_eq!(copied.notes.bytes, rows.notes.bytes);
+}
+
+fn refused(indices: &[u32]) -> Refused {
+    let mut refused = Refused::default();
+    for index in indices {
+        refused.insert(*index, SqlState::new("23514").unwrap());
+    }
+    refused
+}
+
+#[test]
+fn what_the_database_refused_claims_nothing_and_its_twins_are_decided_anew() {
+    let rejected = Fate::Rejected(SqlState::new("23514"));
+    let batch = batch(0, &[(0, 4, 1, 10), (0, 5, 1, 10), (0, 6, 1, 99), (0, 7, 2, 10)]);
+    let claims = |refused: &Refused| batch.claims(refused).map(|c| c.index).collect::<Vec<_>>();
+    let answer = Answer::default();
+    assert_eq!(claims(&refused(&[])), [0, 3]);
+    assert_eq!(claims(&refused(&[0])), [1, 3]);
+    assert_eq!(claims(&refused(&[0, 1])), [2, 3]);
+    assert_eq!(claims(&refused(&[0, 1, 2])), [3]);
+    let fates = |indices: &[u32]| batch.decide(&answer, &refused(indices)).0;
+    assert_eq!(fates(&[0]), [rejected, Fate::Written, CONFLICT, Fate::Written]);
+    assert_eq!(fates(&[0, 1]), [rejected, rejected, Fate::Written, Fate::Written]);
+    assert_eq!(fates(&[0, 1, 2, 3]), [rejected; 4]);
+    let rows = batch.rows(&batch.decide(&answer, &refused(&[0, 3])));
+    assert_eq!(rows.core.count, 1);
+    assert_eq!(rows.core.bytes, batch.rows_at(&[1]).core.bytes);
+    assert_eq!(rows.metadata.bytes, batch.rows_at(&[1]).metadata.bytes);
 }

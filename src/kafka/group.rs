@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::librdkafka::LaneQueue;
 use crate::cursor::IdentityDoubt;
+use crate::disposition::{FailureClass, class_of_kafka};
 use crate::failpoint;
 use crate::lane::ports::{LaneEvent, RevokeDone};
 use crate::record::{NextOffset, Partition};
@@ -110,6 +111,11 @@ impl ClientContext for GroupContext {
             Some(RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::AllBrokersDown)
         ) {
             self.0.board.broker_lost();
+        }
+        if let Some(code) = error.rdkafka_error_code()
+            && class_of_kafka(code) == FailureClass::Systemic
+        {
+            self.0.board.broker_refused(reason);
         }
         QuietLog.error(error, reason);
     }

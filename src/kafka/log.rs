@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::KafkaError;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 use tokio::sync::Notify;
 
@@ -12,6 +13,7 @@ use super::group::{Group, GroupContext, REQUEST_TIMEOUT};
 use super::librdkafka::{GroupMetadata, LaneQueue, QueueItem, topic_id};
 use super::publisher::{Publisher, PublisherSettings, WATCHDOG};
 use crate::cursor::{GroupOffset, IdentityDoubt, LogBounds};
+use crate::disposition::{FailureClass, class_of_kafka};
 use crate::intake::Intake;
 use crate::lane::ports::{Log, LogFailure, PublishFailure};
 use crate::publication::{OutputCounts, Publication, Published};
@@ -62,19 +64,24 @@ impl KafkaLog {
         let group = self.group.clone();
         match tokio::task::spawn_blocking(move || work(group)).await {
             Ok(outcome) => outcome,
-            Err(error) => Err(LogFailure::Passing(format!("the request was given up: {error}"))),
+            Err(error) => Err(LogFailure::passing(format!("the request was given up: {error}"))),
         }
     }
 }
 
 fn passing(doing: &str, error: impl std::fmt::Display) -> LogFailure {
-    LogFailure::Passing(format!("{doing}: {error}"))
+    LogFailure::passing(format!("{doing}: {error}"))
+}
+
+fn failed(doing: &str, error: &KafkaError) -> LogFailure {
+    let class = error.rdkafka_error_code().map_or(FailureClass::Passing, class_of_kafka);
+    LogFailure::Failed { class, message: format!("{doing}: {error}") }
 }
 
 fn list_at(topic: &str, partitions: &[Partition], at: KafkaOffset) -> Result<TopicPartitionList, LogFailure> {
     let mut list = TopicPartitionList::with_capacity(partitions.len());
     for partition in partitions {
-        list.add_partition_offset(topic, partition.0, at).map_err(|e| passing("listing partitions", e))?;
+        list.add_partition_offset(topic, partition.0, at).map_err(|e| failed("listing partitions", &e))?;
     }
     Ok(list)
 }
@@ -120,14 +127,14 @@ fn answered<C: ConsumerContext>(
     let list = list_at(topic, partitions, at)?;
     let answer = consumer
         .offsets_for_times(list, REQUEST_TIMEOUT)
-        .map_err(|e| passing("asking for the log's bounds", e))?;
+        .map_err(|e| failed("asking for the log's bounds", &e))?;
     partitions
         .iter()
         .map(|partition| {
             let element = answer
                 .find_partition(topic, partition.0)
                 .ok_or_else(|| passing("asking for the log's bounds", "a partition is missing"))?;
-            element.error().map_err(|e| passing("asking for the log's bounds", e))?;
+            element.error().map_err(|e| failed("asking for the log's bounds", &e))?;
             Ok(element.offset())
         })
         .collect()
@@ -169,14 +176,14 @@ pub fn group_offsets(
     let answer = group
         .consumer()
         .committed_offsets(list, REQUEST_TIMEOUT)
-        .map_err(|e| passing("asking for the group's offsets", e))?;
+        .map_err(|e| failed("asking for the group's offsets", &e))?;
     partitions
         .iter()
         .map(|partition| {
             let element = answer
                 .find_partition(group.topic(), partition.0)
                 .ok_or_else(|| passing("asking for the group's offsets", "a partition is missing"))?;
-            element.error().map_err(|e| passing("asking for the group's offsets", e))?;
+            element.error().map_err(|e| failed("asking for the group's offsets", &e))?;
             Ok(match element.offset() {
                 KafkaOffset::Offset(offset) => Some(GroupOffset {
                     position: NextOffset(offset),
@@ -205,8 +212,12 @@ impl Log for KafkaLog {
         let partitions = partitions.to_vec();
         let expected = self.settings.identity.topic_id;
         self.blocking(move |group| {
-            let (found, _) = topic_id(group.consumer(), group.topic(), REQUEST_TIMEOUT)
-                .map_err(|e| passing("asking for the topic's id", e))?;
+            let (found, _) = topic_id(group.consumer(), group.topic(), REQUEST_TIMEOUT).map_err(|e| {
+                LogFailure::Failed {
+                    class: class_of_kafka(e.code),
+                    message: format!("asking for the topic's id: {e}"),
+                }
+            })?;
             if found != expected {
                 return Err(IdentityDoubt::OtherTopic { marked: expected, found }.into());
             }
@@ -221,14 +232,14 @@ impl Log for KafkaLog {
         let queue = Arc::clone(&self.queue);
         self.blocking(move |group| {
             let queue = queue.blocking_lock();
-            group.start(&queue, &positions).map_err(LogFailure::Passing)
+            group.start(&queue, &positions).map_err(LogFailure::passing)
         })
         .await
     }
 
     async fn stop(&mut self, partitions: &[Partition]) -> Result<(), LogFailure> {
         let partitions = partitions.to_vec();
-        self.blocking(move |group| group.stop(&partitions).map_err(LogFailure::Passing)).await
+        self.blocking(move |group| group.stop(&partitions).map_err(LogFailure::passing)).await
     }
 
     async fn fetch(&mut self, intake: &mut Intake, wait: Duration) {
@@ -323,13 +334,11 @@ impl Log for KafkaLog {
                 self.publisher = Some(publisher);
                 Ok(())
             }
-            Ok(Ok(Err(message))) => {
+            Ok(Ok(Err(failure))) => {
                 self.publisher = Some(publisher);
-                Err(LogFailure::Passing(message))
+                Err(failure)
             }
-            Ok(Err(_)) | Err(_) => {
-                Err(LogFailure::Passing("the producer does not answer and was abandoned".to_owned()))
-            }
+            Ok(Err(_)) | Err(_) => Err(LogFailure::passing("the producer does not answer and was abandoned")),
         }
     }
 }

@@ -16,8 +16,9 @@ use tokio::sync::oneshot;
 use super::group::QuietLog;
 use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer};
 use crate::cursor::Identity;
+use crate::disposition::{FailureClass, class_of_kafka};
 use crate::failpoint;
-use crate::lane::ports::PublishFailure;
+use crate::lane::ports::{LogFailure, PublishFailure};
 use crate::metrics::{KafkaSteps, timed};
 use crate::publication::{OutputCounts, Publication, Published};
 
@@ -38,7 +39,7 @@ pub(super) const WATCHDOG: Duration = Duration::from_secs(25);
 type PublishReply = Result<(Published, OutputCounts), PublishFailure>;
 
 enum Job {
-    Init(oneshot::Sender<Result<(), String>>),
+    Init(oneshot::Sender<Result<(), LogFailure>>),
     Publish(Arc<Publication>, GroupMetadata, oneshot::Sender<PublishReply>),
 }
 
@@ -71,7 +72,7 @@ impl Publisher {
     }
 
     /// `init_transactions`, after the output topics are known to exist.
-    pub fn init(&self) -> oneshot::Receiver<Result<(), String>> {
+    pub fn init(&self) -> oneshot::Receiver<Result<(), LogFailure>> {
         let (reply, answer) = oneshot::channel();
         // A full or closed channel drops the reply, which the waiting side reads as a failure.
         let _ = self.0.try_send(Job::Init(reply));
@@ -110,10 +111,10 @@ fn serve(settings: &PublisherSettings, receiver: &jobs::Receiver<Job>) {
     }
 }
 
-fn init(settings: &PublisherSettings, slot: &mut Option<TxnProducer<QuietLog>>) -> Result<(), String> {
+fn init(settings: &PublisherSettings, slot: &mut Option<TxnProducer<QuietLog>>) -> Result<(), LogFailure> {
     if slot.is_none() {
         let native = BaseProducer::from_config_and_context(&settings.config, QuietContext(QuietLog))
-            .map_err(|e| format!("creating the producer: {e}"))?;
+            .map_err(|e| LogFailure::passing(format!("creating the producer: {e}")))?;
         let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
         *slot = Some(TxnProducer::new(native, &names));
     }
@@ -121,25 +122,32 @@ fn init(settings: &PublisherSettings, slot: &mut Option<TxnProducer<QuietLog>>) 
     if settings.publishes {
         // A message produced before its topic's metadata is known can abort the transaction.
         for topic in &settings.outputs {
-            let metadata = producer
-                .inner()
-                .client()
-                .fetch_metadata(Some(topic), METADATA_TIMEOUT)
-                .map_err(|e| format!("asking for output topic {topic}: {e}"))?;
+            let metadata =
+                producer.inner().client().fetch_metadata(Some(topic), METADATA_TIMEOUT).map_err(|e| {
+                    LogFailure::Failed {
+                        class: e.rdkafka_error_code().map_or(FailureClass::Passing, class_of_kafka),
+                        message: format!("asking for output topic {topic}: {e}"),
+                    }
+                })?;
             if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
-                return Err(format!(
-                    "output topic {topic} does not exist or cannot be used; payment-writer topics create \
-                     makes it"
-                ));
+                return Err(LogFailure::Failed {
+                    class: FailureClass::Systemic,
+                    message: format!(
+                        "output topic {topic} does not exist or cannot be used; payment-writer topics create \
+                         makes it"
+                    ),
+                });
             }
         }
     }
     producer.init(INIT_TIMEOUT).map_err(|error| {
-        let message = format!("init_transactions: {error}");
         if !error.is_retriable {
             *slot = None;
         }
-        message
+        LogFailure::Failed {
+            class: class_of_kafka(error.code),
+            message: format!("init_transactions: {error}"),
+        }
     })
 }
 
@@ -289,13 +297,12 @@ fn abort(producer: &TxnProducer<QuietLog>, broken: Broken) -> PublishFailure {
             Err(error) => return PublishFailure::Unknown(format!("{message}; abort_transaction: {error}")),
         }
     }
-    match code {
-        Some(
-            RDKafkaErrorCode::IllegalGeneration
-            | RDKafkaErrorCode::UnknownMemberId
-            | RDKafkaErrorCode::FencedInstanceId
-            | RDKafkaErrorCode::RebalanceInProgress,
-        ) => PublishFailure::Fenced(message),
-        _ => PublishFailure::Aborted(message),
+    match (code, code.map_or(FailureClass::Passing, class_of_kafka)) {
+        // Another producer has taken over: this one is of no more use, whatever the abort said.
+        (Some(RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::Fenced), _) => {
+            PublishFailure::Unknown(message)
+        }
+        (_, FailureClass::Fenced) => PublishFailure::Fenced(message),
+        (_, class) => PublishFailure::Aborted { class, message },
     }
 }

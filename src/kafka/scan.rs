@@ -16,6 +16,7 @@ use super::librdkafka::topic_id;
 use super::log::{bounds_of, positions_at};
 use crate::config::KafkaSettings;
 use crate::cursor::LogBounds;
+use crate::disposition::{FailureClass, class_of_kafka};
 use crate::kafka_client::base_client_config;
 use crate::record::{NextOffset, Partition, TimestampMs};
 
@@ -189,18 +190,9 @@ impl Scanner {
 
 fn is_passing(error: &KafkaError) -> bool {
     use rdkafka::types::RDKafkaErrorCode as Code;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(
-            Code::BrokerTransportFailure
-                | Code::AllBrokersDown
-                | Code::OperationTimedOut
-                | Code::RequestTimedOut
-                | Code::NotLeaderForPartition
-                | Code::LeaderNotAvailable
-                | Code::ReplicaNotAvailable
-                | Code::NetworkException
-                | Code::Resolve
-        )
-    )
+    match error.rdkafka_error_code() {
+        // A lane finds another position then; here there is none.
+        Some(Code::OffsetOutOfRange | Code::AutoOffsetReset) | None => false,
+        Some(code) => class_of_kafka(code) == FailureClass::Passing,
+    }
 }

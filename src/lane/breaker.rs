@@ -73,12 +73,12 @@ impl Breaker {
     pub fn failed(&mut self, class: FailureClass, doing: &str, message: &str) {
         self.delay_within(match class {
             FailureClass::Passing | FailureClass::Fenced => BACKOFF_PASSING_MAX,
-            FailureClass::Systemic => BACKOFF_SYSTEMIC_MAX,
+            FailureClass::Systemic | FailureClass::Record => BACKOFF_SYSTEMIC_MAX,
         });
         let is_news = self.down.as_ref().is_none_or(|d| d.class != class);
         if is_news {
             match class {
-                FailureClass::Systemic => tracing::error!(
+                FailureClass::Systemic | FailureClass::Record => tracing::error!(
                     lane = self.lane,
                     dependency = self.name,
                     doing,

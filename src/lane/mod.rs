@@ -218,7 +218,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 match tokio::time::timeout_at(deadline, self.log.publish(&publication)).await {
                     Ok(Ok(sent)) => self.published(&publication, sent),
                     Ok(Err(PublishFailure::Identity(doubt))) => return Err(doubt),
-                    Ok(Err(PublishFailure::Aborted(_) | PublishFailure::Fenced(_))) => break,
+                    Ok(Err(PublishFailure::Aborted { .. } | PublishFailure::Fenced(_))) => break,
                     Ok(Err(PublishFailure::Unknown(_))) | Err(_) => {
                         self.is_producer_ready = false;
                         break;
@@ -305,10 +305,17 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         self.board.broker(self.settings.index, Dependency::Up);
     }
 
-    fn broker_failed(&mut self, doing: &str, message: &str) {
-        self.broker.failed(FailureClass::Passing, doing, message);
+    fn broker_failed(&mut self, class: FailureClass, doing: &str, message: &str) {
+        // Requests of a client that is refused its connections only time out; why is told elsewhere.
+        let refusal = self.board.broker_refusal();
+        let (class, message) = match &refusal {
+            Some(refusal) => (FailureClass::Systemic, refusal.as_str()),
+            None => (class, message),
+        };
+        self.broker.failed(class, doing, message);
         self.metrics.broker_up(false);
-        self.board.broker(self.settings.index, Dependency::Down(format!("{doing}: {message}")));
+        let down = Dependency::Down(format!("{doing}: {message} ({})", class.as_str()));
+        self.board.broker(self.settings.index, down);
     }
 
     fn database_up(&mut self) {
@@ -319,8 +326,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
 
     fn log_failed(&mut self, doing: &str, failure: ports::LogFailure) -> Result<(), IdentityDoubt> {
         match failure {
-            ports::LogFailure::Passing(message) => {
-                self.broker_failed(doing, &message);
+            ports::LogFailure::Failed { class, message } => {
+                self.broker_failed(class, doing, &message);
                 Ok(())
             }
             ports::LogFailure::Identity(doubt) => Err(doubt),
@@ -657,10 +664,12 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     fn after_publish(&mut self, publication: &Arc<Publication>, sent: Sent) -> Result<(), IdentityDoubt> {
         match sent {
             Ok(sent) => self.published(publication, sent),
-            Err(PublishFailure::Aborted(message)) => self.broker_failed("publishing a batch", &message),
+            Err(PublishFailure::Aborted { class, message }) => {
+                self.broker_failed(class, "publishing a batch", &message);
+            }
             Err(PublishFailure::Fenced(message)) => self.fenced(&message),
             Err(PublishFailure::Unknown(message)) => {
-                self.broker_failed("publishing a batch", &message);
+                self.broker_failed(FailureClass::Passing, "publishing a batch", &message);
                 self.is_producer_ready = false;
                 self.reset("whether a transaction was committed is not known");
             }
@@ -798,8 +807,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             match self.log.publish(&publication).await {
                 Ok(sent) => self.published(&publication, sent),
                 Err(PublishFailure::Identity(doubt)) => return Err(doubt),
-                Err(PublishFailure::Aborted(message)) => {
-                    self.broker_failed("publishing a batch", &message);
+                Err(PublishFailure::Aborted { class, message }) => {
+                    self.broker_failed(class, "publishing a batch", &message);
                     sleep_until(self.broker.due_at()).await;
                 }
                 Err(PublishFailure::Fenced(_) | PublishFailure::Unknown(_)) => break,

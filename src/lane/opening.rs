@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use super::ports::{Ledger, Log, PublishFailure};
 use super::{Lane, Live, Slot};
 use crate::cursor::{CursorRow, Decision, Doubt, IdentityDoubt, Known, Start, decide};
+use crate::disposition::FailureClass;
 use crate::failpoint;
 use crate::publication::{Publication, Span};
 use crate::record::Partition;
@@ -128,8 +129,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                     failpoint::hit("after_first_offsets");
                     self.broker_up();
                 }
-                Err(PublishFailure::Aborted(message)) => {
-                    self.broker_failed("committing the first offsets", &message);
+                Err(PublishFailure::Aborted { class, message }) => {
+                    self.broker_failed(class, "committing the first offsets", &message);
                     return Ok(());
                 }
                 Err(PublishFailure::Fenced(message)) => {
@@ -138,7 +139,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 }
                 Err(PublishFailure::Unknown(message)) => {
                     self.is_producer_ready = false;
-                    self.broker_failed("committing the first offsets", &message);
+                    self.broker_failed(FailureClass::Passing, "committing the first offsets", &message);
                     self.reset("whether a transaction was committed is not known");
                     return Ok(());
                 }

@@ -54,19 +54,36 @@ pub enum LaneEvent {
 #[derive(Debug, thiserror::Error)]
 pub enum LogFailure {
     /// It may work the next time.
-    #[error("{0}")]
-    Passing(String),
+    #[error("{message}")]
+    Failed {
+        /// What to do about it.
+        class: FailureClass,
+        /// What was being done, and what was said.
+        message: String,
+    },
     /// A person has to decide.
     #[error(transparent)]
     Identity(#[from] IdentityDoubt),
+}
+
+impl LogFailure {
+    /// A failure that goes away by itself.
+    pub fn passing(message: impl Into<String>) -> Self {
+        Self::Failed { class: FailureClass::Passing, message: message.into() }
+    }
 }
 
 /// Why a Kafka transaction did not take place, or may not have.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishFailure {
     /// It was aborted or never begun: nothing is visible, the same may be tried again.
-    #[error("aborted: {0}")]
-    Aborted(String),
+    #[error("aborted: {message}")]
+    Aborted {
+        /// What to do about it.
+        class: FailureClass,
+        /// What failed.
+        message: String,
+    },
     /// The group does not know this member or its generation: wait for the rebalance.
     #[error("not a member of the group's current generation: {0}")]
     Fenced(String),
@@ -76,6 +93,13 @@ pub enum PublishFailure {
     /// A person has to decide.
     #[error(transparent)]
     Identity(#[from] IdentityDoubt),
+}
+
+impl PublishFailure {
+    /// An abort for a reason that goes away by itself.
+    pub fn aborted(message: impl Into<String>) -> Self {
+        Self::Aborted { class: FailureClass::Passing, message: message.into() }
+    }
 }
 
 /// Why the database did not do what was asked.

@@ -5,6 +5,7 @@
 
 mod generations;
 mod session;
+mod sift;
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -18,9 +19,10 @@ use uuid::Uuid;
 
 use self::generations::OlderGeneration;
 use self::session::{Failed, Session};
-use crate::batch::{Answer, Batch, Fates, Owner, Rows};
+use crate::batch::{Answer, Batch, Claim, Fates, Owner, Refused, Rows, TableRows};
 use crate::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timestamp, postgres_timestamp};
 use crate::cursor::{CursorRow, Identity};
+use crate::disposition::{FailureClass, Fate, Refusals};
 use crate::failpoint;
 use crate::lane::ports::{CursorMove, Ledger, LedgerFailure, WriteStats};
 use crate::record::{NextOffset, Offset, Partition};
@@ -28,6 +30,8 @@ use crate::wire;
 
 /// A transaction that takes longer is given up with its session; the server's own limits come first.
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// Finding the rows that the database refuses takes many tries, each with the server's own limits.
+const SIFT_TIMEOUT: Duration = Duration::from_secs(300);
 /// lock_not_available
 const SQLSTATE_LOCK_TIMEOUT: &str = "55P03";
 /// `timestamptz '-infinity'`, by which `move_cursors` is told that the last record has no timestamp.
@@ -41,12 +45,13 @@ pub struct PgLedger {
     session: Option<Session>,
     /// A lock was waited for in vain: whoever holds it may be a process that hangs.
     was_locked_out: bool,
+    refusals: Refusals,
 }
 
 impl PgLedger {
     /// A ledger that takes its session from `pool` when it is first used.
     pub fn new(pool: Pool, topic: String, identity: Identity) -> Self {
-        Self { pool, topic, identity, session: None, was_locked_out: false }
+        Self { pool, topic, identity, session: None, was_locked_out: false, refusals: Refusals::default() }
     }
 
     /// The present session, or a new one. It is put back only after a success: whatever fails, or is
@@ -64,16 +69,28 @@ impl PgLedger {
         }
     }
 
-    fn failed(&mut self, failure: LedgerFailure) -> LedgerFailure {
+    fn failed(&mut self, mut failure: LedgerFailure) -> LedgerFailure {
         self.was_locked_out = failure.sqlstate.as_deref() == Some(SQLSTATE_LOCK_TIMEOUT);
+        if failure.class == FailureClass::Record {
+            // What no single row is to blame for is the database's own.
+            failure.class = FailureClass::Systemic;
+        }
         failure
     }
 }
 
 async fn limited<T>(doing: &str, work: impl Future<Output = Result<T, Failed>>) -> Result<T, LedgerFailure> {
-    match tokio::time::timeout(TRANSACTION_TIMEOUT, work).await {
+    limited_to(TRANSACTION_TIMEOUT, doing, work).await
+}
+
+async fn limited_to<T>(
+    limit: Duration,
+    doing: &str,
+    work: impl Future<Output = Result<T, Failed>>,
+) -> Result<T, LedgerFailure> {
+    match tokio::time::timeout(limit, work).await {
         Ok(outcome) => outcome.map_err(LedgerFailure::from),
-        Err(_) => Err(session::gave_up(doing, TRANSACTION_TIMEOUT)),
+        Err(_) => Err(session::gave_up(doing, limit)),
     }
 }
 
@@ -125,17 +142,16 @@ struct Claims {
 }
 
 impl Claims {
-    fn new(batch: &Batch, taken: &HashMap<[u8; 16], Owner>) -> Self {
-        let max = batch.claims_max();
+    fn new(from: impl Iterator<Item = Claim>, count_max: usize) -> Self {
         let mut claims = Self {
-            ids: ArrayParam::with_capacity(max, 16),
-            offsets: ArrayParam::with_capacity(max, 8),
-            hashes: ArrayParam::with_capacity(max, 8),
-            timestamps: ArrayParam::with_capacity(max, 8),
-            partitions: ArrayParam::with_capacity(max, 4),
+            ids: ArrayParam::with_capacity(count_max, 16),
+            offsets: ArrayParam::with_capacity(count_max, 8),
+            hashes: ArrayParam::with_capacity(count_max, 8),
+            timestamps: ArrayParam::with_capacity(count_max, 8),
+            partitions: ArrayParam::with_capacity(count_max, 4),
             count: 0,
         };
-        for claim in batch.claims().filter(|c| !taken.contains_key(&c.message_id)) {
+        for claim in from {
             claims.ids.push(&claim.message_id);
             claims.offsets.push(&claim.offset.0.to_be_bytes());
             claims.hashes.push(&claim.payload_hash.to_be_bytes());
@@ -147,10 +163,15 @@ impl Claims {
     }
 }
 
-/// Claims what can be claimed; returns the ids that could not.
-async fn claim(session: &mut Session, leaf: i64, claims: &Claims) -> Result<Vec<Uuid>, Failed> {
+/// Claims what can be claimed; adds the owners of what could not.
+async fn claim(
+    session: &mut Session,
+    leaf: i64,
+    claims: &Claims,
+    taken: &mut HashMap<[u8; 16], Owner>,
+) -> Result<(), Failed> {
     if claims.count == 0 {
-        return Ok(Vec::new());
+        return Ok(());
     }
     let statement = session.claim_into(leaf).await?;
     let rows = session
@@ -160,7 +181,15 @@ async fn claim(session: &mut Session, leaf: i64, claims: &Claims) -> Result<Vec<
             &[&claims.ids, &claims.offsets, &claims.hashes, &claims.timestamps, &claims.partitions],
         )
         .await?;
-    rows.iter().map(|row| row.try_get(0).map_err(Failed::from)).collect()
+    let unclaimed: Vec<Uuid> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+    if let Some(ids) = array(unclaimed.iter().map(|id| *id.as_bytes())) {
+        // A statement of its own: its snapshot sees the owners that were committed meanwhile.
+        owners(session, leaf, &ids, taken).await?;
+        if unclaimed.iter().any(|id| !taken.contains_key(id.as_bytes())) {
+            return Err(Failed::unexpected("an id was taken, but its owner is not to be seen".to_owned()));
+        }
+    }
+    Ok(())
 }
 
 /// Adds the owners of those of `ids` that are in this generation.
@@ -211,14 +240,15 @@ async fn look_up(
             owners(session, generation, &ids, &mut answer.owners).await?;
         }
     }
+    let none = Refused::default();
     for generation in older {
-        let ids = batch.claims().map(|claim| claim.message_id).filter(|id| generation.may_hold(id));
+        let ids = batch.claims(&none).map(|claim| claim.message_id).filter(|id| generation.may_hold(id));
         if let Some(ids) = array(ids) {
             owners(session, generation.number, &ids, &mut answer.owners).await?;
         }
     }
     if !older.is_empty() {
-        for claim in batch.claims() {
+        for claim in batch.claims(&none) {
             let is_probed = older.iter().any(|generation| generation.may_hold(&claim.message_id));
             *(if is_probed { &mut stats.claims_probed } else { &mut stats.claims_spared }) += 1;
         }
@@ -244,13 +274,42 @@ async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(
     }
 }
 
-async fn write_in(
+/// All three tables in one round trip.
+async fn copy_at_once(session: &Session, rows: &TableRows) -> Result<(), Failed> {
+    future::try_join3(
+        copy(session, &session.copy_core, &rows.core),
+        copy(session, &session.copy_metadata, &rows.metadata),
+        copy(session, &session.copy_notes, &rows.notes),
+    )
+    .await?;
+    Ok(())
+}
+
+/// One table after the other: after a refusal the session can still be used.
+async fn copy_in_turn(session: &Session, rows: &TableRows) -> Result<(), Failed> {
+    copy(session, &session.copy_core, &rows.core).await?;
+    copy(session, &session.copy_metadata, &rows.metadata).await?;
+    copy(session, &session.copy_notes, &rows.notes).await
+}
+
+/// A batch's transaction on its way.
+struct Begun {
+    /// The generation that claims go to.
+    current: i64,
+    /// Owners as far as they are known.
+    answer: Answer,
+    stats: WriteStats,
+    at: Instant,
+}
+
+/// Begins the transaction: cursors, and what has to be looked up before anything is claimed.
+async fn begin(
     session: &mut Session,
     topic_id: &Uuid,
     batch: &Batch,
     moves: &Moves,
-) -> Result<(Fates, Answer, WriteStats), Failed> {
-    let began = Instant::now();
+) -> Result<Begun, Failed> {
+    let at = Instant::now();
     // In one round trip. The shared lock keeps the current generation current until the commit; it is
     // read by a statement of its own, whose snapshot is taken after the lock was got.
     let (_, _, generations, ()) = future::try_join4(
@@ -263,34 +322,67 @@ async fn write_in(
     let current: i64 = generations.try_get(0)?;
     let older = older_generations(&generations)?;
     session.forget_all_but(|g| g == current || older.iter().any(|o| o.number == g));
-
     let mut stats = WriteStats::default();
-    let mut answer = look_up(session, batch, current, &older, &mut stats).await?;
-    let claims = Claims::new(batch, &answer.owners);
-    let unclaimed = claim(session, current, &claims).await?;
-    if let Some(ids) = array(unclaimed.iter().map(|id| *id.as_bytes())) {
-        // A statement of its own: its snapshot sees the owners that were committed meanwhile.
-        owners(session, current, &ids, &mut answer.owners).await?;
-        if unclaimed.iter().any(|id| !answer.owners.contains_key(id.as_bytes())) {
-            return Err(Failed::unexpected("an id was taken, but its owner is not to be seen".to_owned()));
-        }
-    }
-    let fates = batch.decide(&answer);
-    stats.claim = began.elapsed();
+    let answer = look_up(session, batch, current, &older, &mut stats).await?;
+    Ok(Begun { current, answer, stats, at })
+}
 
-    let rows = batch.rows(&fates);
-    future::try_join3(
-        copy(session, &session.copy_core, &rows.core),
-        copy(session, &session.copy_metadata, &rows.metadata),
-        copy(session, &session.copy_notes, &rows.notes),
-    )
-    .await?;
-    stats.copy = began.elapsed().saturating_sub(stats.claim);
+async fn commit(
+    session: &Session,
+    begun: Begun,
+    fates: Fates,
+) -> Result<(Fates, Answer, WriteStats), Failed> {
+    let Begun { answer, mut stats, at, .. } = begun;
+    stats.copy = at.elapsed().saturating_sub(stats.claim);
     failpoint::hit("before_postgres_commit");
     session.client.batch_execute("COMMIT").await?;
     failpoint::hit("after_postgres_commit");
-    stats.commit = began.elapsed().saturating_sub(stats.claim + stats.copy);
+    stats.commit = at.elapsed().saturating_sub(stats.claim + stats.copy);
     Ok((fates, answer, stats))
+}
+
+/// The usual way: the database takes every row.
+async fn write_whole(
+    session: &mut Session,
+    topic_id: &Uuid,
+    batch: &Batch,
+    moves: &Moves,
+) -> Result<(Fates, Answer, WriteStats), Failed> {
+    let mut begun = begin(session, topic_id, batch, moves).await?;
+    let none = Refused::default();
+    let free = batch.claims(&none).filter(|c| !begun.answer.owners.contains_key(&c.message_id));
+    let claims = Claims::new(free, batch.claims_max());
+    claim(session, begun.current, &claims, &mut begun.answer.owners).await?;
+    let fates = batch.decide(&begun.answer, &none);
+    begun.stats.claim = begun.at.elapsed();
+    copy_at_once(session, &batch.rows(&fates)).await?;
+    commit(session, begun, fates).await
+}
+
+/// After the database refused something in the batch: the same transaction once more, without the rows that
+/// it refuses by themselves.
+async fn write_sifted(
+    session: &mut Session,
+    topic_id: &Uuid,
+    batch: &Batch,
+    moves: &Moves,
+    refusals: &mut Refusals,
+) -> Result<(Fates, Answer, WriteStats), Failed> {
+    let mut begun = begin(session, topic_id, batch, moves).await?;
+    begun.stats.claim = begun.at.elapsed();
+    let sifted = sift::sift(session, batch, &mut begun, refusals).await?;
+    let fates = batch.decide(&begun.answer, &sifted.refused);
+    let written = commit(session, begun, fates).await?;
+    refusals.note(Instant::now(), sifted.rows, sifted.refused.len());
+    if !sifted.refused.is_empty() {
+        tracing::warn!(
+            refused = sifted.refused.len(),
+            rows = sifted.rows,
+            tries = sifted.tries,
+            "the database refused rows of a batch: they go to the dead letters, all others are written"
+        );
+    }
+    Ok(written)
 }
 
 fn older_generations(row: &tokio_postgres::Row) -> Result<Vec<OlderGeneration>, Failed> {
@@ -363,8 +455,9 @@ impl Ledger for PgLedger {
         partitions: &[Partition],
     ) -> Result<Vec<(Partition, Option<CursorRow>)>, LedgerFailure> {
         let session = self.take_session().await?;
-        let rows =
-            limited("reading cursors", cursors_in(&session, &self.identity.topic_id, partitions)).await?;
+        let rows = limited("reading cursors", cursors_in(&session, &self.identity.topic_id, partitions))
+            .await
+            .map_err(|e| self.failed(e))?;
         self.session = Some(session);
         Ok(rows)
     }
@@ -390,9 +483,20 @@ impl Ledger for PgLedger {
         let mut session = self.take_session().await?;
         let moves = Moves::new(moves);
         let topic_id = self.identity.topic_id;
-        let written = limited("writing a batch", write_in(&mut session, &topic_id, batch, &moves))
-            .await
-            .map_err(|e| self.failed(e))?;
+        let mut written =
+            limited("writing a batch", write_whole(&mut session, &topic_id, batch, &moves)).await;
+        if written.as_ref().is_err_and(|failure| failure.class == FailureClass::Record) {
+            // Of the old session nothing more can be asked: the COPYs that were sent behind the refused one
+            // confuse the driver (tokio-postgres takes the answers to their Syncs for unexpected).
+            drop(session);
+            session = self.take_session().await?;
+            let work = write_sifted(&mut session, &topic_id, batch, &moves, &mut self.refusals);
+            written = limited_to(SIFT_TIMEOUT, "finding the rows that the database refuses", work).await;
+        } else if let Ok((fates, ..)) = &written {
+            let rows = fates.0.iter().filter(|fate| **fate == Fate::Written).count();
+            self.refusals.note(Instant::now(), rows, 0);
+        }
+        let written = written.map_err(|e| self.failed(e))?;
         self.session = Some(session);
         Ok(written)
     }

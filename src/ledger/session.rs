@@ -9,7 +9,7 @@ use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checke
 use uuid::Uuid;
 
 use crate::cursor::{Identity, IdentityDoubt};
-use crate::disposition::{FailureClass, SQLSTATE_CURSOR_MOVED, class_of_sqlstate};
+use crate::disposition::{FailureClass, SQLSTATE_CURSOR_MOVED, SqlState};
 use crate::lane::ports::LedgerFailure;
 use crate::schema::locks::{self, LockKey};
 
@@ -125,13 +125,35 @@ impl Failed {
     pub(super) fn cursor_moved(message: String) -> Self {
         Self { class: FailureClass::Fenced, sqlstate: Some(SQLSTATE_CURSOR_MOVED.to_owned()), message }
     }
+
+    /// Too many rows were refused for it to be their own fault.
+    pub(super) fn ill(last: SqlState, refused: usize, rows: usize) -> Self {
+        Self {
+            class: FailureClass::Systemic,
+            sqlstate: Some(last.to_string()),
+            message: format!(
+                "the database refuses too many rows ({refused} of the {rows} of this batch so far, the last with \
+                 SQLSTATE {last}): it is taken to be ill, and none goes to the dead letters"
+            ),
+        }
+    }
+
+    pub(super) fn class(&self) -> FailureClass {
+        self.class
+    }
+
+    pub(super) fn sqlstate(&self) -> Option<&str> {
+        self.sqlstate.as_deref()
+    }
 }
 
 impl From<tokio_postgres::Error> for Failed {
     fn from(error: tokio_postgres::Error) -> Self {
-        let sqlstate = error.code().map(|c| c.code().to_owned());
-        let class = sqlstate.as_deref().map_or(FailureClass::Passing, class_of_sqlstate);
-        Self { class, sqlstate, message: crate::postgres::describe(&error) }
+        Self {
+            class: crate::postgres::class_of(&error),
+            sqlstate: error.code().map(|c| c.code().to_owned()),
+            message: crate::postgres::describe(&error),
+        }
     }
 }
 
@@ -287,16 +309,12 @@ impl Session {
 
 fn pool_failure(error: &deadpool_postgres::PoolError) -> LedgerFailure {
     match error {
-        deadpool_postgres::PoolError::Backend(error) => {
-            let sqlstate = error.code().map(|c| c.code().to_owned());
-            LedgerFailure {
-                // Without a SQLSTATE nobody answered: that passes.
-                class: sqlstate.as_deref().map_or(FailureClass::Passing, class_of_sqlstate),
-                sqlstate,
-                message: format!("connecting: {}", crate::postgres::describe(error)),
-                identity: None,
-            }
-        }
+        deadpool_postgres::PoolError::Backend(error) => LedgerFailure {
+            class: crate::postgres::class_of(error),
+            sqlstate: error.code().map(|c| c.code().to_owned()),
+            message: format!("connecting: {}", crate::postgres::describe(error)),
+            identity: None,
+        },
         other => LedgerFailure {
             class: FailureClass::Passing,
             sqlstate: None,

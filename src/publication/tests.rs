@@ -1,7 +1,7 @@
 use std::collections::HashMap;
 
 use super::*;
-use crate::batch::{Answer, Progress};
+use crate::batch::{Answer, Progress, Refused};
 use crate::record::{Offset, SourceBatch, TimestampMs};
 use crate::wire::Rules;
 
@@ -44,7 +44,7 @@ impl Input {
             timestamp: None,
         });
         let batch = Batch::assemble(self.source, progress.collect(), &Rules::default());
-        let fates = batch.decide(&Answer::default());
+        let fates = batch.decide(&Answer::default(), &Refused::default());
         let spans = spans
             .iter()
             .map(|p| Span {
@@ -174,7 +174,7 @@ fn a_dead_letter_of_a_record_without_key_value_or_time_says_so() {
         timestamp: Some(None),
     };
     let batch = Batch::assemble(source, vec![progress], &Rules::default());
-    let fates = batch.decide(&Answer::default());
+    let fates = batch.decide(&Answer::default(), &Refused::default());
     let span = Span { partition: Partition(0), gate: NextOffset(0), commit: NextOffset(1) };
     let publication = Publication::of_batch(batch, fates, vec![span], true);
     let mut seen = 0;

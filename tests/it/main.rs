@@ -11,6 +11,7 @@ mod http;
 mod java;
 mod outages;
 mod outcomes;
+mod poison;
 mod protocol;
 mod rebalance;
 mod schema;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 
 use crate::records::{Expect, Record};
-use crate::world::{Item, Message, World};
+use crate::world::{Item, Message, World, refuses};
 
 #[derive(Default)]
 struct Sent<'w> {
@@ -27,6 +27,8 @@ struct Claimant<'w> {
     record: &'w Record,
     payload: u32,
     is_success: bool,
+    /// The database never takes it.
+    is_refused: bool,
 }
 
 fn records(world: &World) -> impl Iterator<Item = (i32, i64, &Record)> {
@@ -92,6 +94,7 @@ pub fn check(world: &World, halted: &BTreeSet<i32>) -> Vec<String> {
                 record,
                 payload: *payload,
                 is_success: *is_success,
+                is_refused: refuses(*id, i64::from(payload % 2 + 1)),
             }),
             Expect::Invalid(reason) => {
                 let none = Sent::default();
@@ -158,7 +161,9 @@ fn check_id(
     // The contract's exception: after the loss of rows another record of the id may win, and what left
     // the log does not come again.
     let is_loose = world.has_rewound && (is_spread || is_expired);
-    let is_due = claimants.iter().any(|c| !halted.contains(&c.partition) && (!is_loose || in_log(&c)));
+    let is_due = claimants
+        .iter()
+        .any(|c| !c.is_refused && !halted.contains(&c.partition) && (!is_loose || in_log(&c)));
     let owner = match rows.as_slice() {
         [row] => claimants.iter().find(|c| (c.partition, c.offset) == (row.partition, row.offset)),
         [] if !is_due => None,
@@ -166,7 +171,9 @@ fn check_id(
     };
     if let Some(owner) = owner
         && !is_loose
-        && claimants.iter().any(|c| c.partition == owner.partition && c.offset < owner.offset)
+        && claimants
+            .iter()
+            .any(|c| c.partition == owner.partition && c.offset < owner.offset && !c.is_refused)
     {
         breaches.push(format!("id {id}: an earlier record of its partition does not own it"));
     }
@@ -178,7 +185,10 @@ fn check_id(
             check_event(&at, c, message, row.payment_id, is_loose, breaches);
         }
         for message in &sent.dead {
-            check_dead_letter(&at, c.record, message, "message_id_conflict", breaches);
+            // Whether a twin that was taken came before it, or was decided again after a crash, nobody knows.
+            let is_rejected = message.header("dlq-reason") == Some("rejected_by_database") && c.is_refused;
+            let reason = if is_rejected { "rejected_by_database" } else { "message_id_conflict" };
+            check_dead_letter(&at, c.record, message, reason, breaches);
         }
         let counts = sent.counts();
         if !world.publishes || is_loose {
@@ -189,6 +199,11 @@ fn check_id(
             continue;
         }
         let wanted = match owner {
+            Some(owner) if owner.is_refused => {
+                breaches.push(format!("{at}: written, though the database refuses it"));
+                continue;
+            }
+            _ if c.is_refused => (0, 0, 1),
             Some(owner) if owner.offset == c.offset && owner.partition == c.partition => {
                 (1, usize::from(c.is_success), 0)
             }

@@ -60,7 +60,7 @@ impl ModelLog {
 
     /// One request to the broker.
     async fn request(&self, name: &'static str) -> Result<bool, LogFailure> {
-        let passing = |text: &str| Err(LogFailure::Passing(format!("{name}: {text}")));
+        let passing = |text: &str| Err(LogFailure::passing(format!("{name}: {text}")));
         match self.shared.point(self.who, name).await {
             Fault::Before => passing("no answer"),
             Fault::Hang => {
@@ -75,9 +75,9 @@ impl ModelLog {
     /// The answer on its way back.
     async fn reply(&self, name: &'static str, is_lost: bool) -> Result<(), LogFailure> {
         match self.shared.point(self.who, name).await {
-            _ if is_lost => Err(LogFailure::Passing(format!("{name}: answer lost"))),
+            _ if is_lost => Err(LogFailure::passing(format!("{name}: answer lost"))),
             Fault::None => Ok(()),
-            _ => Err(LogFailure::Passing(format!("{name}: answer lost"))),
+            _ => Err(LogFailure::passing(format!("{name}: answer lost"))),
         }
     }
 
@@ -180,7 +180,7 @@ impl Log for ModelLog {
                 return Ok(found);
             }
             if Instant::now() > deadline {
-                return Err(LogFailure::Passing("offsets are held by a transaction".to_owned()));
+                return Err(LogFailure::passing("offsets are held by a transaction".to_owned()));
             }
             sleep(Duration::from_millis(200)).await;
         }
@@ -257,7 +257,7 @@ impl Log for ModelLog {
     async fn publish(&mut self, publication: &Arc<Publication>) -> Sent {
         match self.shared.point(self.who, "publish").await {
             Fault::Before => return Err(PublishFailure::Fenced("rebalance in progress".to_owned())),
-            Fault::After => return Err(PublishFailure::Aborted("coordinator is moving".to_owned())),
+            Fault::After => return Err(PublishFailure::aborted("coordinator is moving".to_owned())),
             _ => {}
         }
         if self.is_in_doubt {
@@ -397,7 +397,7 @@ impl Thread {
             Fault::None | Fault::Crash => {}
             Fault::Before | Fault::After => {
                 return Err(self
-                    .abort(number, PublishFailure::Aborted("an output topic is away".to_owned()))
+                    .abort(number, PublishFailure::aborted("an output topic is away".to_owned()))
                     .await);
             }
             Fault::Hang => std::future::pending().await,
@@ -420,7 +420,7 @@ impl Thread {
         match self.shared.point(self.who, "send_offsets").await {
             Fault::None | Fault::Crash => {}
             Fault::Before | Fault::After => {
-                return Err(self.abort(number, PublishFailure::Aborted("send_offsets".to_owned())).await);
+                return Err(self.abort(number, PublishFailure::aborted("send_offsets".to_owned())).await);
             }
             Fault::Hang => std::future::pending().await,
         }

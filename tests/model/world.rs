@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
-use payment_writer::batch::{Answer, Batch, Fates, Owner};
+use payment_writer::batch::{Answer, Batch, Fates, Owner, Refused};
 use payment_writer::cursor::{CursorRow, GroupOffset, Mark};
+use payment_writer::disposition::SqlState;
 use payment_writer::lane::ports::{CursorMove, LaneEvent};
 use payment_writer::record::{NextOffset, Offset, Partition};
 use payment_writer::status::Board;
@@ -127,7 +128,24 @@ impl Database {
                 answer.owners.insert(id, *owner);
             }
         }
-        for claim in batch.claims() {
+        // What the real ledger finds by halving is known here.
+        let mut refused = Refused::default();
+        loop {
+            let before = refused.len();
+            let claims: Vec<_> =
+                batch.claims(&refused).filter(|c| !self.owners.contains_key(&c.message_id)).collect();
+            for claim in claims {
+                let core = decode(&batch.rows_at(&[claim.index]).core.bytes);
+                let cust_id = i64::from_be_bytes(core[0][2].as_slice().try_into().unwrap());
+                if refuses(Uuid::from_bytes(claim.message_id), cust_id) {
+                    refused.insert(claim.index, SqlState::new("23514").unwrap());
+                }
+            }
+            if refused.len() == before {
+                break;
+            }
+        }
+        for claim in batch.claims(&refused) {
             match self.owners.get(&claim.message_id) {
                 Some(owner) => {
                     answer.owners.insert(claim.message_id, *owner);
@@ -142,7 +160,7 @@ impl Database {
                 }
             }
         }
-        let fates = batch.decide(&answer);
+        let fates = batch.decide(&answer, &refused);
         let rows = batch.rows(&fates);
         let core = decode(&rows.core.bytes);
         let metadata = decode(&rows.metadata.bytes);
@@ -160,6 +178,11 @@ impl Database {
         }
         Ok((fates, answer))
     }
+}
+
+/// A constraint of the model's database: some payments it takes never, whatever else has their id.
+pub fn refuses(message_id: Uuid, cust_id: i64) -> bool {
+    message_id.as_u128() % 3 == 0 && cust_id == 2
 }
 
 /// Rows of a binary COPY; a null is an empty field.
