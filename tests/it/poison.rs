@@ -56,17 +56,17 @@ fn rows_that_the_database_refuses_are_set_aside_and_all_others_are_written_once(
     let mut load = Load::new(41);
     let mut records = load.take(600);
     let bad = [
-        (90, payment(9001, 1013, "1.00", ""), "23514"),
-        (91, payment(9002, 7, "99999999999.00", ""), "22003"),
+        (90, payment(9001, 1013, "1.00", "c"), "23514"),
+        (91, payment(9002, 7, "99999999999.00", "c"), "22003"),
         (250, payment(9003, 8, "1.00", "a comment that is too long"), "23514"),
-        (401, payment(9004, 1014, "1.00", ""), "P0001"),
-        (599, payment(9005, 1015, "1.00", ""), "P0001"),
+        (401, payment(9004, 1014, "1.00", "c"), "P0001"),
+        (599, payment(9005, 1015, "1.00", "c"), "P0001"),
     ];
     for (place, record, _) in &bad {
         records.insert(*place, record.clone());
     }
     // Twins of refused rows: the same again, and one that the database takes.
-    records.push(payment(9001, 1013, "1.00", ""));
+    records.push(payment(9001, 1013, "1.00", "c"));
     records.push(payment(9003, 8, "1.00", "short"));
     records.push(payment(9003, 8, "1", "short"));
     scope.produce(&scope.input_topic, records);
@@ -173,7 +173,7 @@ fn a_batch_of_which_more_than_a_tenth_is_refused_blocks_and_one_with_less_does_n
     scope.execute("ALTER TABLE payment_writer.payment_core ADD CONSTRAINT lucky CHECK (cust_id <> 13)");
     let records = |from: u64, good: u64, bad: u64| -> Vec<Message> {
         (from..from + good + bad)
-            .map(|n| payment(n, if n < from + bad { 13 } else { 5 }, "1.00", ""))
+            .map(|n| payment(n, if n < from + bad { 13 } else { 5 }, "1.00", "c"))
             .collect()
     };
     let member = member().with("LANES", "1").with("BATCH__LINGER", "2s");
