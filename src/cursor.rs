@@ -98,6 +98,18 @@ pub struct LogBounds {
     pub end: NextOffset,
 }
 
+/// What the outputs tell of how far events were sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Proof {
+    /// They were not asked.
+    #[default]
+    NotAsked,
+    /// Of records from here on nothing was sent; everything before that is due was.
+    Sent(NextOffset),
+    /// They cannot tell.
+    Impossible,
+}
+
 /// Everything known of one partition at the moment of its assignment.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Known {
@@ -109,6 +121,8 @@ pub struct Known {
     pub row: Option<CursorRow>,
     /// The log's bounds.
     pub bounds: LogBounds,
+    /// What the outputs tell, once they were asked.
+    pub proof: Proof,
 }
 
 /// How the daemon runs, as far as it matters here.
@@ -163,7 +177,7 @@ pub enum Doubt {
         /// What is known to be published; between it and `applied` events may or may not have been sent.
         published: NextOffset,
     },
-    /// The group's offset is gone or was set by other hands, and it is not known which events of these
+    /// The group's offset is gone or was set by other hands, and the outputs do not tell which events of these
     /// records were sent.
     Unproved {
         /// First record whose events may or may not have been sent.
@@ -213,8 +227,8 @@ impl Doubt {
                 )
             }
             Self::Unproved { from, to } => format!(
-                "partition {partition}: the group's offset is gone or was set by other hands, and whether the \
-                 events of records {from} to {to} were sent is not known; if none was: payment-writer cursors \
+                "partition {partition}: the group's offset is gone or was set by other hands, and the outputs do \
+                 not tell whether the events of records {from} to {to} were sent; if none was: payment-writer cursors \
                  accept --partition {partition} --published {from}; if all were: --published {to}"
             ),
         }
@@ -288,6 +302,11 @@ pub enum IdentityDoubt {
 pub enum Decision {
     /// Go on here.
     Go(Start),
+    /// Ask the outputs first which events of records from here on were sent.
+    Prove {
+        /// Events of records before this one were sent.
+        from: NextOffset,
+    },
     /// Halt it.
     Halt(Doubt),
     /// Stop the daemon.
@@ -317,7 +336,14 @@ pub fn decide(known: &Known, identity: &Identity, mode: &Mode) -> Decision {
         if mode.publishes { publishing(known, mark.is_some()) } else { rows_only(known, mark.is_some()) };
     let (from, applied, gate) = match found {
         Ok(positions) => positions,
-        Err(doubt) => return Decision::Halt(doubt),
+        Err(Hold::Prove { from }) => {
+            let furthest = row.as_ref().map_or(from, |row| row.applied.max(from));
+            if furthest > bounds.end {
+                return Decision::Halt(Doubt::BeyondEnd { position: furthest, end: bounds.end });
+            }
+            return Decision::Prove { from };
+        }
+        Err(Hold::Doubt(doubt)) => return Decision::Halt(doubt),
     };
     if bounds.start > from {
         return Decision::Halt(Doubt::LogGap { needed: from, log_start: bounds.start });
@@ -335,8 +361,20 @@ pub fn decide(known: &Known, identity: &Identity, mode: &Mode) -> Decision {
     Decision::Go(Start { from, applied, gate, committed, must_commit, must_store: !stored })
 }
 
+/// Why a partition cannot go on as it is.
+enum Hold {
+    Prove { from: NextOffset },
+    Doubt(Doubt),
+}
+
+impl From<Doubt> for Hold {
+    fn from(doubt: Doubt) -> Self {
+        Self::Doubt(doubt)
+    }
+}
+
 /// S, applied and G of a daemon that publishes.
-fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset, NextOffset), Doubt> {
+fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset, NextOffset), Hold> {
     let Known { group, row, bounds, .. } = known;
     let committed = group.as_ref().map(|g| g.position);
     if let Some(row) = row
@@ -354,27 +392,34 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
             // An empty or older database: rows come again from the log, events below K do not. What
             // lies between K and the log's start was never published.
             if bounds.start > k {
-                return Err(Doubt::LogGap { needed: k, log_start: bounds.start });
+                return Err(Doubt::LogGap { needed: k, log_start: bounds.start }.into());
             }
             Ok((bounds.start, bounds.start, k))
         }
         (Some(row), None) => {
             if let Some(k) = committed.filter(|k| *k > row.applied) {
                 let published = row.published.unwrap_or(bounds.start).min(row.applied);
-                return Err(Doubt::MovedForward { committed: k, applied: row.applied, published });
+                return Err(Doubt::MovedForward { committed: k, applied: row.applied, published }.into());
             }
-            match row.published {
-                // `published` may be beyond `applied` after a restore: what was sent is known then.
-                Some(published) if published >= row.applied => Ok((row.applied, row.applied, published)),
-                published => {
-                    Err(Doubt::Unproved { from: published.unwrap_or(bounds.start), to: row.applied })
+            let from = row.published.unwrap_or(bounds.start);
+            match (known.proof, row.published) {
+                // A copy may be older than what was sent, as in a database that was restored: the outputs know.
+                (Proof::NotAsked, _) => Err(Hold::Prove { from }),
+                (Proof::Sent(sent), _) => {
+                    let gate = sent.max(from);
+                    Ok((row.applied.min(gate), row.applied, gate))
                 }
+                // `published` may be beyond `applied` after a restore: what was sent is known then.
+                (Proof::Impossible, Some(published)) if published >= row.applied => {
+                    Ok((row.applied, row.applied, published))
+                }
+                (Proof::Impossible, _) => Err(Doubt::Unproved { from, to: row.applied }.into()),
             }
         }
         (None, None) => match committed.filter(|k| *k > bounds.start) {
             Some(k) => {
                 let start = bounds.start;
-                Err(Doubt::MovedForward { committed: k, applied: start, published: start })
+                Err(Doubt::MovedForward { committed: k, applied: start, published: start }.into())
             }
             None => Ok((bounds.start, bounds.start, bounds.start)),
         },
@@ -382,14 +427,14 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
 }
 
 /// S, applied and K of a daemon that writes rows only: the rows alone decide, or the log's start.
-fn rows_only(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset, NextOffset), Doubt> {
+fn rows_only(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset, NextOffset), Hold> {
     let Known { group, row, bounds, .. } = known;
     let applied = match (row, group.as_ref().filter(|_| is_marked)) {
         (Some(row), _) => row.applied,
         // The group was here before the database: what lies between it and the log's start was never
         // written.
         (None, Some(group)) if bounds.start > group.position => {
-            return Err(Doubt::LogGap { needed: group.position, log_start: bounds.start });
+            return Err(Doubt::LogGap { needed: group.position, log_start: bounds.start }.into());
         }
         (None, _) => bounds.start,
     };

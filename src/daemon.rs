@@ -259,6 +259,7 @@ async fn start(settings: &Settings, options: RunOptions, board: &Arc<Board>) -> 
         .map_err(|error| RunError::Failed(error.to_string()))?;
     let rules = Arc::new(rules(settings));
     let suspicion = Arc::new(Notify::new());
+    let shared_kafka = Arc::new(kafka.clone());
     let mut lanes = JoinSet::new();
     for (index, receiver) in receivers.into_iter().enumerate() {
         let Some(seat) = seats.get(index) else { continue };
@@ -277,6 +278,7 @@ async fn start(settings: &Settings, options: RunOptions, board: &Arc<Board>) -> 
             },
             Arc::clone(&seat.overtaken),
             Arc::clone(&suspicion),
+            Arc::clone(&shared_kafka),
         );
         let ledger = PgLedger::new(pool.clone(), kafka.input_topic.clone(), identity.clone());
         let lane_settings = LaneSettings {

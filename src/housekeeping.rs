@@ -187,6 +187,7 @@ pub async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, Part
                 let row = known.row.as_ref().filter(|row| row.applied == start.from);
                 positions.push((partition, start.from, row.and_then(|row| row.applied_timestamp)));
             }
+            Some(Decision::Prove { from }) => positions.push((partition, from, None)),
             Some(Decision::Halt(doubt)) => {
                 times.push((partition, PartitionTime::Unknown(Hold::Halted(doubt))))
             }

@@ -1,7 +1,7 @@
 //! What one Kafka transaction carries: events, dead letters, and the offsets up to which they go.
 
 use std::borrow::Cow;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::batch::{Batch, Fates, PublishedView};
 use crate::cursor::{Identity, Mark};
 use crate::disposition::Fate;
-use crate::record::{NextOffset, Partition};
+use crate::record::{NextOffset, Offset, Partition};
 use crate::wire::Reason;
 
 /// The topics that the daemon writes.
@@ -39,6 +39,42 @@ impl OutputTopic {
             Self::Email => "email",
             Self::DeadLetter => "dead_letter",
         }
+    }
+}
+
+/// The record that an output is of: what its header `source` says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Source {
+    /// The leading 32 bits of the input topic's id.
+    pub topic_id_prefix: u32,
+    /// Partition of the record.
+    pub partition: Partition,
+    /// Offset of the record.
+    pub offset: Offset,
+}
+
+impl Source {
+    /// The header's name.
+    pub const HEADER: &'static str = "source";
+
+    /// Reads the header's value; none for anything that no output of ours has.
+    pub fn parse(value: &[u8]) -> Option<Self> {
+        let mut parts = std::str::from_utf8(value).ok()?.split('/');
+        let (prefix, partition, offset) = (parts.next()?, parts.next()?, parts.next()?);
+        if prefix.len() != 8 || parts.next().is_some() {
+            return None;
+        }
+        Some(Self {
+            topic_id_prefix: u32::from_str_radix(prefix, 16).ok()?,
+            partition: Partition(partition.parse().ok()?),
+            offset: Offset(offset.parse().ok()?),
+        })
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08x}/{}/{}", self.topic_id_prefix, self.partition, self.offset)
     }
 }
 
@@ -195,7 +231,7 @@ impl Publication {
         let Some(batch) = self.batch.as_ref().filter(|_| self.emits) else { return Ok(counts) };
         let mut scratch = Scratch::default();
         // First 8 hex digits of the id: its leading 32 bits.
-        let prefix = topic_id.as_fields().0;
+        let topic_id_prefix = topic_id.as_fields().0;
         let mut gate = (Partition(-1), NextOffset(0));
         for (index, fate) in self.fates.0.iter().enumerate() {
             if *fate == Fate::Duplicate {
@@ -211,7 +247,8 @@ impl Publication {
             }
             scratch.source.clear();
             // Writing to a String cannot fail.
-            let _ = write!(scratch.source, "{prefix:08x}/{partition}/{}", view.record.offset);
+            let source = Source { topic_id_prefix, partition, offset: view.record.offset };
+            let _ = write!(scratch.source, "{source}");
             match fate {
                 Fate::Written | Fate::WrittenBefore => events(&view, &scratch, &mut counts, &mut send)?,
                 Fate::DeadLetter(reason) => {

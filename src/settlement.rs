@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::binding;
 use crate::cli::Failure;
 use crate::config::Settings;
-use crate::cursor::{CursorRow, Decision, Doubt, Identity, Known, LogBounds, Mode, decide};
+use crate::cursor::{CursorRow, Decision, Doubt, Identity, Known, LogBounds, Mode, Proof, decide};
 use crate::daemon::bystander;
 use crate::kafka::librdkafka::topic_id;
 use crate::kafka::log::{group_offsets, log_bounds};
@@ -141,7 +141,14 @@ pub async fn view(settings: &Settings) -> Result<View, Failure> {
         .into_iter()
         .zip(offsets)
         .zip(bounds)
-        .map(|(((partition, row), group), bounds)| Known { partition, group, row, bounds })
+        .map(|(((partition, row), group), bounds)| Known {
+            partition,
+            group,
+            row,
+            bounds,
+            // A lane asks the outputs; here only what it cannot settle by itself is of interest.
+            proof: Proof::Impossible,
+        })
         .collect();
     Ok(View { identity, known, topic })
 }
@@ -160,7 +167,7 @@ pub async fn plan(
     };
     let doubt = match decision {
         Decision::Halt(doubt) => doubt,
-        Decision::Go(_) => {
+        Decision::Go(_) | Decision::Prove { .. } => {
             return Err(Failure::failed(format!("partition {partition} is not in doubt; nothing to settle")));
         }
         Decision::Stop(doubt) => return Err(Failure::person_must_decide(doubt.to_string())),

@@ -88,7 +88,7 @@ fn state(view: &View, partition: usize, mode: &Mode) -> (&'static str, Option<Do
     match view.decision(partition, mode) {
         None => ("unknown", None, None),
         Some(Decision::Go(_)) if view.is_settled(partition) => ("settled", None, None),
-        Some(Decision::Go(_)) => ("fine", None, None),
+        Some(Decision::Go(_) | Decision::Prove { .. }) => ("fine", None, None),
         Some(Decision::Halt(doubt)) => ("halted", Some(doubt), None),
         Some(Decision::Stop(doubt)) => ("identity in doubt", None, Some(doubt.to_string())),
     }

@@ -27,7 +27,7 @@ fn row(applied: i64, published: Option<i64>) -> Option<CursorRow> {
 
 fn known(group: Option<GroupOffset>, row: Option<CursorRow>, start: i64, end: i64) -> Known {
     let bounds = LogBounds { start: NextOffset(start), end: NextOffset(end) };
-    Known { partition: Partition(3), group, row, bounds }
+    Known { partition: Partition(3), group, row, bounds, proof: Proof::Impossible }
 }
 
 /// The log holds 2 to 100.
@@ -297,4 +297,36 @@ proptest! {
         });
         prop_assert!(start.must_store != is_stored);
     }
+}
+
+#[test]
+fn without_a_group_offset_the_outputs_are_asked_and_believed() {
+    let proved = |group, row, proof| decide(&Known { proof, ..known(group, row, 2, 100) }, &HERE, &PUBLISHES);
+    let sent = |offset| Proof::Sent(NextOffset(offset));
+    for group in [None, unmarked(2), unmarked(7), marked(4)] {
+        let asks = |row, from| {
+            let decision = Decision::Prove { from: NextOffset(from) };
+            assert_eq!(proved(group.clone(), row, Proof::NotAsked), decision);
+        };
+        asks(row(9, Some(6)), 6);
+        asks(row(9, Some(9)), 9);
+        // Nothing was sent, something was, everything was.
+        for (found, gate) in [(6, 6), (8, 8), (9, 9)] {
+            let decision = proved(group.clone(), row(9, Some(6)), sent(found));
+            assert_eq!(decision, go(gate, 9, gate, true, gate != 6));
+        }
+        // An older database: more was sent than its rows reach.
+        assert_eq!(proved(group.clone(), row(9, Some(9)), sent(20)), go(9, 9, 20, true, true));
+    }
+    assert_eq!(proved(None, row(7, None), Proof::NotAsked), Decision::Prove { from: NextOffset(2) });
+    assert_eq!(proved(None, row(7, None), sent(5)), go(5, 7, 5, true, true));
+    // Where the log lost its end there is nothing to ask about.
+    assert!(matches!(
+        proved(None, row(101, Some(100)), Proof::NotAsked),
+        Decision::Halt(Doubt::BeyondEnd { .. })
+    ));
+    // What a person or a marked offset says needs no proof.
+    assert_eq!(proved(marked(7), row(7, Some(7)), Proof::NotAsked), go(7, 7, 7, false, false));
+    assert_eq!(proved(None, None, Proof::NotAsked), go(2, 2, 2, true, true));
+    assert_eq!(proved(unmarked(8), row(7, Some(7)), sent(7)), moved_forward(8, 7, 7));
 }

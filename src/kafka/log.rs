@@ -8,14 +8,18 @@ use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 
 use super::group::{Group, GroupContext, REQUEST_TIMEOUT};
 use super::librdkafka::{GroupMetadata, LaneQueue, QueueItem, topic_id};
 use super::publisher::{Publisher, PublisherSettings, WATCHDOG};
+use super::scan::ScanError;
+use super::tails;
+use crate::config::KafkaSettings;
 use crate::cursor::{GroupOffset, IdentityDoubt, LogBounds};
 use crate::disposition::{FailureClass, class_of_kafka};
 use crate::intake::Intake;
-use crate::lane::ports::{Log, LogFailure, PublishFailure};
+use crate::lane::ports::{Log, LogFailure, Proved, PublishFailure};
 use crate::publication::{OutputCounts, Publication, Published};
 use crate::record::{NextOffset, Partition, TimestampMs};
 
@@ -35,6 +39,9 @@ pub struct KafkaLog {
     overtaken: Arc<AtomicI64>,
     /// Woken when fetching failed: the topic's id is asked for at once.
     suspicion: Arc<Notify>,
+    kafka: Arc<KafkaSettings>,
+    /// A search through the outputs that is under way.
+    search: Option<JoinHandle<Result<Vec<Proved>, ScanError>>>,
 }
 
 impl KafkaLog {
@@ -44,6 +51,7 @@ impl KafkaLog {
         settings: PublisherSettings,
         overtaken: Arc<AtomicI64>,
         suspicion: Arc<Notify>,
+        kafka: Arc<KafkaSettings>,
     ) -> Self {
         let queue = LaneQueue::new(Arc::clone(group.consumer()), CHUNK_MAX);
         Self {
@@ -54,6 +62,8 @@ impl KafkaLog {
             is_in_doubt: false,
             overtaken,
             suspicion,
+            kafka,
+            search: None,
         }
     }
 
@@ -225,6 +235,27 @@ impl Log for KafkaLog {
             Ok(partitions.into_iter().zip(bounds).collect())
         })
         .await
+    }
+
+    async fn prove(&mut self, wanted: &[(Partition, NextOffset)]) -> Result<Option<Vec<Proved>>, LogFailure> {
+        match self.search.take() {
+            Some(search) if !search.is_finished() => {
+                self.search = Some(search);
+                Ok(None)
+            }
+            Some(search) => match search.await {
+                Ok(Ok(proved)) => Ok(Some(proved)),
+                Ok(Err(error)) => Err(passing("searching the outputs", error)),
+                Err(error) => Err(passing("searching the outputs", error)),
+            },
+            None => {
+                let (kafka, wanted) = (Arc::clone(&self.kafka), wanted.to_vec());
+                let topic_id = self.settings.identity.topic_id;
+                self.search =
+                    Some(tokio::task::spawn_blocking(move || tails::search(&kafka, topic_id, &wanted)));
+                Ok(None)
+            }
+        }
     }
 
     async fn start(&mut self, positions: &[(Partition, NextOffset)]) -> Result<(), LogFailure> {

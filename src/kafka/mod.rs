@@ -7,3 +7,4 @@ pub mod orphans;
 pub mod peek;
 pub mod publisher;
 pub mod scan;
+pub mod tails;

@@ -50,7 +50,7 @@ impl ScanRange {
     }
 }
 
-/// A reader of one topic's committed records.
+/// A reader of one topic's records.
 pub struct Scanner {
     consumer: BaseConsumer<QuietLog>,
     topic: String,
@@ -59,11 +59,20 @@ pub struct Scanner {
 impl Scanner {
     /// A reader of `topic`. Asks nothing of the broker yet.
     pub fn new(kafka: &KafkaSettings, topic: &str) -> Result<Self, ScanError> {
+        Self::isolated(kafka, topic, "read_committed")
+    }
+
+    /// A reader that also sees what open transactions have written, and to which the end is the high watermark.
+    pub fn uncommitted(kafka: &KafkaSettings, topic: &str) -> Result<Self, ScanError> {
+        Self::isolated(kafka, topic, "read_uncommitted")
+    }
+
+    fn isolated(kafka: &KafkaSettings, topic: &str, isolation: &str) -> Result<Self, ScanError> {
         let mut config = base_client_config(kafka);
         config
             // The client library wants a group, though none is ever joined.
             .set("group.id", format!("{}-scan", kafka.group_id))
-            .set("isolation.level", "read_committed")
+            .set("isolation.level", isolation)
             .set("enable.partition.eof", "true")
             .set("enable.auto.commit", "false")
             .set("auto.offset.reset", "error")
@@ -85,7 +94,8 @@ impl Scanner {
         &self.topic
     }
 
-    fn error(&self, reason: impl ToString) -> ScanError {
+    /// An error about this topic.
+    pub(super) fn error(&self, reason: impl ToString) -> ScanError {
         ScanError { topic: self.topic.clone(), reason: reason.to_string() }
     }
 
@@ -111,7 +121,7 @@ impl Scanner {
         positions_at(&self.consumer, &self.topic, partitions, time).map_err(|e| self.error(e))
     }
 
-    /// Hands every committed record of `ranges` to `each`, in the order of offsets within a partition, until
+    /// Hands every record of `ranges` to `each`, in the order of offsets within a partition, until
     /// all are read or `each` breaks. What is beyond a partition's last stable offset is not waited for.
     ///
     /// # Errors

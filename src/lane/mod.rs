@@ -84,6 +84,8 @@ enum Slot {
     Opening,
     /// The cursor lies beyond the log's end; it may be a leader that lags.
     BeyondEnd { since: Instant, again_at: Instant },
+    /// The outputs are asked which events were sent.
+    Proving { again_at: Instant },
     /// Being written and published.
     Live(Live),
     /// Halted until a person settles it.

@@ -8,15 +8,17 @@ use tokio::time::Instant;
 
 use super::ports::{Ledger, Log, PublishFailure};
 use super::{Lane, Live, Slot};
-use crate::cursor::{CursorRow, Decision, Doubt, IdentityDoubt, Known, Start, decide};
+use crate::cursor::{CursorRow, Decision, Doubt, IdentityDoubt, Known, Proof, Start, decide};
 use crate::disposition::FailureClass;
 use crate::failpoint;
 use crate::publication::{Publication, Span};
-use crate::record::Partition;
+use crate::record::{NextOffset, Partition};
 
 /// A cursor beyond the log's end is believed to be a lagging leader for this long.
 const BEYOND_END_PATIENCE: Duration = Duration::from_secs(30);
 const BEYOND_END_TICK: Duration = Duration::from_secs(1);
+/// A search through the outputs is asked this often whether it is done.
+const PROVING_TICK: Duration = Duration::from_millis(200);
 /// A halted partition is looked at again this often: a person may have settled it.
 const HALTED_TICK: Duration = Duration::from_secs(5);
 
@@ -29,7 +31,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             .iter()
             .filter(|(_, slot)| match slot {
                 Slot::Opening => true,
-                Slot::BeyondEnd { again_at, .. } | Slot::Halted { again_at, .. } => *again_at <= now,
+                Slot::BeyondEnd { again_at, .. }
+                | Slot::Halted { again_at, .. }
+                | Slot::Proving { again_at } => *again_at <= now,
                 Slot::Live(_) => false,
             })
             .map(|(partition, _)| *partition)
@@ -59,6 +63,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         let mut offsets: BTreeMap<_, _> = offsets.into_iter().collect();
         let bounds: BTreeMap<_, _> = bounds.into_iter().collect();
         let mut starts: Vec<(Known, Start)> = Vec::new();
+        let mut to_prove: Vec<(Known, NextOffset)> = Vec::new();
         for partition in partitions {
             let Some(bounds) = bounds.get(partition).copied() else { continue };
             let known = Known {
@@ -66,18 +71,69 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 group: offsets.remove(partition).flatten(),
                 row: rows.remove(partition).flatten(),
                 bounds,
+                // Asked once: the outputs tell nothing else the next time.
+                proof: match self.slots.get(partition) {
+                    Some(Slot::Halted { doubt: Doubt::Unproved { .. }, .. }) => Proof::Impossible,
+                    _ => Proof::NotAsked,
+                },
             };
-            match decide(&known, &self.settings.identity, &self.settings.mode) {
+            match self.decide(&known) {
                 Decision::Go(start) => starts.push((known, start)),
+                Decision::Prove { from } => to_prove.push((known, from)),
                 Decision::Halt(doubt) => self.doubt(*partition, doubt).await?,
                 Decision::Stop(doubt) => return Err(doubt),
             }
         }
+        self.prove(to_prove, &mut starts).await?;
         self.note_assigned();
         if starts.is_empty() {
             return Ok(());
         }
         self.settle_and_start(starts).await
+    }
+
+    fn decide(&self, known: &Known) -> Decision {
+        decide(known, &self.settings.identity, &self.settings.mode)
+    }
+
+    /// Asks the outputs about partitions whose group offset proves nothing; those that they tell about are
+    /// decided.
+    async fn prove(
+        &mut self,
+        wanted: Vec<(Known, NextOffset)>,
+        starts: &mut Vec<(Known, Start)>,
+    ) -> Result<(), IdentityDoubt> {
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let positions: Vec<_> = wanted.iter().map(|(known, from)| (known.partition, *from)).collect();
+        let told = match self.log.prove(&positions).await {
+            Ok(told) => told.unwrap_or_default(),
+            Err(failure) => return self.log_failed("asking the outputs what was sent", failure),
+        };
+        let again_at = Instant::now() + PROVING_TICK;
+        for (mut known, from) in wanted {
+            let partition = known.partition;
+            let Some(proved) = told.iter().find(|p| p.partition == partition && p.from == from) else {
+                self.slots.insert(partition, Slot::Proving { again_at });
+                continue;
+            };
+            known.proof = proved.proof;
+            tracing::info!(
+                partition = partition.0,
+                from = from.0,
+                proof = ?proved.proof,
+                "the group's offset is gone or was set by other hands: the outputs tell what was sent"
+            );
+            match self.decide(&known) {
+                Decision::Go(start) => starts.push((known, start)),
+                Decision::Halt(doubt) => self.doubt(partition, doubt).await?,
+                Decision::Stop(doubt) => return Err(doubt),
+                // Never asked again with an answer at hand.
+                Decision::Prove { .. } => {}
+            }
+        }
+        Ok(())
     }
 
     /// Halts a partition, or waits a while for what may pass.

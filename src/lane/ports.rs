@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::batch::{Answer, Batch, Fates};
-use crate::cursor::{CursorRow, GroupOffset, IdentityDoubt, LogBounds};
+use crate::cursor::{CursorRow, GroupOffset, IdentityDoubt, LogBounds, Proof};
 use crate::disposition::FailureClass;
 use crate::intake::Intake;
 use crate::publication::{OutputCounts, Publication, Published};
@@ -116,6 +116,17 @@ pub struct LedgerFailure {
     pub identity: Option<IdentityDoubt>,
 }
 
+/// What the outputs tell of one partition.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Proved {
+    /// The partition.
+    pub partition: Partition,
+    /// The position that was asked about.
+    pub from: NextOffset,
+    /// The answer.
+    pub proof: Proof,
+}
+
 /// The input topic, the consumer group and the outputs, as one lane sees them.
 pub trait Log {
     /// The group's committed offsets; waits until no transaction of theirs is pending.
@@ -129,6 +140,14 @@ pub trait Log {
         &mut self,
         partitions: &[Partition],
     ) -> impl Future<Output = Result<Vec<(Partition, LogBounds)>, LogFailure>>;
+
+    /// Finds out from the outputs which events of records at or after these positions were sent. Begins the
+    /// search and returns at once; `None`: it is not done yet, ask again. What is told may be of an earlier
+    /// question.
+    fn prove(
+        &mut self,
+        wanted: &[(Partition, NextOffset)],
+    ) -> impl Future<Output = Result<Option<Vec<Proved>>, LogFailure>>;
 
     /// Delivers these partitions from these positions on, and nothing that was fetched before.
     fn start(

@@ -268,3 +268,15 @@ fn each_offset_is_committed_with_our_mark() {
     assert_eq!(Mark::parse(&offsets[0].2), Some(mark));
     assert_eq!(publication.committed().positions(), [(Partition(4), NextOffset(9))]);
 }
+
+#[test]
+fn a_source_is_read_back_as_it_was_written_and_nothing_else_is_one() {
+    let source = Source { topic_id_prefix: 0x0a0b, partition: Partition(99), offset: Offset(1 << 40) };
+    assert_eq!(source.to_string(), "00000a0b/99/1099511627776");
+    assert_eq!(Source::parse(source.to_string().as_bytes()), Some(source));
+    for other in
+        ["", "00000a0b/99", "a0b/99/1", "00000a0b/99/1/2", "00000a0b/x/1", "0000000g/1/1", "\u{ff}/1/1"]
+    {
+        assert_eq!(Source::parse(other.as_bytes()), None, "{other}");
+    }
+}

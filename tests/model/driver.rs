@@ -566,8 +566,8 @@ impl Driver {
     /// Somebody changes a group offset while nobody is a member.
     pub fn tamper(&mut self, p: usize) {
         let mut world = self.shared.world.borrow_mut();
-        if world.untaken.contains(&(p as i32)) {
-            // The only one who knew what was sent would be silenced: no promise covers that.
+        if world.untaken.contains(&(p as i32)) && world.is_tail_removed {
+            // The last one who knew what was sent would be silenced: no promise covers that.
             return;
         }
         let (start, end) = (world.logs[p].start, world.logs[p].end());
@@ -761,7 +761,8 @@ impl Driver {
             let applied = world.db.cursors.get(p).map(|row| row.applied.0);
             let is_right = match doubt {
                 Doubt::LogGap { .. } => applied.unwrap_or(k).min(k) < log_start,
-                Doubt::Unproved { .. } | Doubt::MovedForward { .. } => world.tampered.contains(p),
+                Doubt::Unproved { .. } => world.tampered.contains(p) && world.is_tail_removed,
+                Doubt::MovedForward { .. } => world.tampered.contains(p),
                 Doubt::BeyondEnd { .. } => false,
             };
             if !is_right {

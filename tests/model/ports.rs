@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use payment_writer::batch::{Answer, Batch, Fates};
-use payment_writer::cursor::{CursorRow, GroupOffset, Identity, IdentityDoubt, LogBounds};
+use payment_writer::cursor::{CursorRow, GroupOffset, Identity, IdentityDoubt, LogBounds, Proof};
 use payment_writer::disposition::FailureClass;
 use payment_writer::intake::Intake;
 use payment_writer::lane::ports::{
-    CursorMove, Ledger, LedgerFailure, Log, LogFailure, PublishFailure, WriteStats,
+    CursorMove, Ledger, LedgerFailure, Log, LogFailure, Proved, PublishFailure, WriteStats,
 };
-use payment_writer::publication::{OutputCounts, Publication, Published};
+use payment_writer::publication::{OutputCounts, Publication, Published, Source};
 use payment_writer::record::{NextOffset, Offset, Partition};
 use rand::RngExt;
 use tokio::sync::oneshot;
@@ -197,6 +197,36 @@ impl Log for ModelLog {
             partitions.iter().map(bounds).collect()
         };
         self.reply("bounds reply", is_lost).await?;
+        Ok(found)
+    }
+
+    async fn prove(&mut self, wanted: &[(Partition, NextOffset)]) -> Result<Option<Vec<Proved>>, LogFailure> {
+        let is_lost = self.request("prove").await?;
+        let found = {
+            let mut world = self.shared.world.borrow_mut();
+            if world.has_open_outputs() {
+                // Its end is waited for.
+                None
+            } else if world.is_tail_removed {
+                let impossible = |(partition, from): &(Partition, NextOffset)| Proved {
+                    partition: *partition,
+                    from: *from,
+                    proof: Proof::Impossible,
+                };
+                Some(wanted.iter().map(impossible).collect())
+            } else {
+                let proved = |(partition, from): &(Partition, NextOffset)| {
+                    let offsets = world.outputs.iter().filter_map(|message| {
+                        let source = Source::parse(message.header("source")?.as_bytes())?;
+                        (source.partition == *partition).then(|| source.offset.next())
+                    });
+                    let sent = offsets.max().unwrap_or(*from).max(*from);
+                    Proved { partition: *partition, from: *from, proof: Proof::Sent(sent) }
+                };
+                Some(wanted.iter().map(proved).collect())
+            }
+        };
+        self.reply("prove reply", is_lost).await?;
         Ok(found)
     }
 

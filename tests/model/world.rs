@@ -293,6 +293,8 @@ pub struct World {
     pub txn_count: u64,
     pub outputs: Vec<Message>,
     pub emitted: BTreeSet<(&'static str, String)>,
+    /// Retention took the ends of the outputs: nothing can be proved from them.
+    pub is_tail_removed: bool,
     pub broker_down_until: Option<Instant>,
     /// `bounds` answers an end that is this much too low.
     pub end_lag: i64,
@@ -347,6 +349,7 @@ impl World {
             txn_count: 0,
             outputs: Vec::new(),
             emitted: BTreeSet::new(),
+            is_tail_removed: seed % 3 == 0,
             broker_down_until: None,
             end_lag: 0,
             db: Database::empty(0xdb),
@@ -486,6 +489,12 @@ impl World {
             self.outputs.push(message);
         }
         true
+    }
+
+    /// Whether a transaction is open that has produced something.
+    pub fn has_open_outputs(&mut self) -> bool {
+        self.expire();
+        self.txns.values().any(|state| state.open.as_ref().is_some_and(|txn| !txn.outputs.is_empty()))
     }
 
     pub fn has_pending_offset(&mut self, partition: i32) -> bool {

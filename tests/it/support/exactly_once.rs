@@ -26,6 +26,8 @@ pub struct Check<'s> {
     removed: Vec<Received>,
     /// Records that a person gave up: they may have no outcome, never two.
     given_up: BTreeSet<Place>,
+    /// Outputs that retention removed since they were sent: read events, e-mail events, dead letters.
+    outputs_removed: [Vec<Received>; 3],
     publishes: bool,
 }
 
@@ -60,9 +62,14 @@ fn payload(record: &Received) -> Option<(Uuid, Payload)> {
     Some((id, Payload(fields, format!("{:.2}", json.get("amount")?.as_f64()?))))
 }
 
-fn by_source(scope: &Scope<'_>, topic: &str, topic_id: &str) -> BTreeMap<Place, Received> {
+fn by_source(
+    scope: &Scope<'_>,
+    topic: &str,
+    removed: Vec<Received>,
+    topic_id: &str,
+) -> BTreeMap<Place, Received> {
     let mut found = BTreeMap::new();
-    for record in scope.read_all(topic) {
+    for record in scope.read_all(topic).into_iter().chain(removed) {
         let source = record.header("source").to_owned();
         let mut parts = source.split('/');
         assert_eq!(parts.next(), Some(topic_id), "{topic}: source {source}");
@@ -75,7 +82,13 @@ fn by_source(scope: &Scope<'_>, topic: &str, topic_id: &str) -> BTreeMap<Place, 
 
 impl<'s> Check<'s> {
     pub fn of(scope: &'s Scope<'s>) -> Check<'s> {
-        Check { scope, removed: Vec::new(), given_up: BTreeSet::new(), publishes: true }
+        Check {
+            scope,
+            removed: Vec::new(),
+            given_up: BTreeSet::new(),
+            outputs_removed: Default::default(),
+            publishes: true,
+        }
     }
 
     pub fn removed(mut self, records: Vec<Received>) -> Check<'s> {
@@ -88,6 +101,11 @@ impl<'s> Check<'s> {
         self
     }
 
+    pub fn outputs_removed(mut self, records: [Vec<Received>; 3]) -> Check<'s> {
+        self.outputs_removed = records;
+        self
+    }
+
     pub fn rows_only(mut self) -> Check<'s> {
         self.publishes = false;
         self
@@ -95,7 +113,8 @@ impl<'s> Check<'s> {
 
     #[track_caller]
     pub fn holds(self) -> Outcomes {
-        let Check { scope, removed, given_up, publishes } = self;
+        let Check { scope, removed, given_up, outputs_removed, publishes } = self;
+        let [read_removed, email_removed, dead_removed] = outputs_removed;
         let inputs: BTreeMap<Place, Received> = scope
             .read_all(&scope.input_topic)
             .into_iter()
@@ -105,9 +124,9 @@ impl<'s> Check<'s> {
         let topic_id = scope.topic_id_text();
         let rows = rows(scope);
         let owners = owners(scope);
-        let read = by_source(scope, &scope.read_topic, &topic_id);
-        let email = by_source(scope, &scope.email_topic, &topic_id);
-        let dead = by_source(scope, &scope.dead_letter_topic, &topic_id);
+        let read = by_source(scope, &scope.read_topic, read_removed, &topic_id);
+        let email = by_source(scope, &scope.email_topic, email_removed, &topic_id);
+        let dead = by_source(scope, &scope.dead_letter_topic, dead_removed, &topic_id);
         let places = rows.keys().chain(read.keys()).chain(email.keys()).chain(dead.keys());
         if let Some(place) = places.into_iter().find(|place| !inputs.contains_key(place)) {
             panic!("an outcome of a record that was never sent: {place:?}");
@@ -344,8 +363,13 @@ impl Scope<'_> {
 
     /// Removes the input's records before `offset`, as retention would.
     pub fn delete_records(&self, partition: i32, offset: i64) {
+        self.delete_records_of(&self.input_topic, partition, offset);
+    }
+
+    /// Removes the records of a topic's partition before `offset`, as retention would.
+    pub fn delete_records_of(&self, topic: &str, partition: i32, offset: i64) {
         let mut list = TopicPartitionList::new();
-        list.add_partition_offset(&self.input_topic, partition, Offset::Offset(offset)).unwrap();
+        list.add_partition_offset(topic, partition, Offset::Offset(offset)).unwrap();
         let answer = block_on(self.admin().delete_records(&list, &AdminOptions::new())).unwrap();
         assert!(answer.elements().iter().all(|e| e.error().is_ok()), "{answer:?}");
     }

@@ -1,0 +1,328 @@
+//! What was sent, established from the ends of the outputs: every output names its record in the header
+//! `source`.
+//!
+//! The events of one input partition are sent in the order of its offsets, and each transaction carries all
+//! outputs of its records. So the largest offset that an output names is the end of what was sent; what lies
+//! between it and the group's lost offset had no outputs. The search goes backward, in growing steps, and ends
+//! in each output partition where nothing later than the position in question can lie before:
+//!
+//! - at an output of a record before that position, because outputs of one input partition are in order;
+//! - at outputs that are older than the record at that position. Brokers refuse records stamped more than an
+//!   hour ahead, so the record was in the log, at the earliest, an hour before its timestamp;
+//! - at the start, if nothing was removed there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use rdkafka::message::{BorrowedMessage, Headers, Message};
+use uuid::Uuid;
+
+use super::peek::{Peeked, peek};
+use super::scan::{ScanError, ScanRange, Scanner};
+use crate::config::KafkaSettings;
+use crate::cursor::{LogBounds, Proof};
+use crate::daemon::consumer_config;
+use crate::lane::ports::Proved;
+use crate::publication::Source;
+use crate::record::{NextOffset, Partition, TimestampMs};
+
+/// Records of one output partition in the first step; each further step is four times as long.
+const STEP_MIN: i64 = 2_000;
+const STEP_GROWTH: i64 = 4;
+/// A search that has read so many records, or lasted so long, is given up.
+const RECORDS_MAX: u64 = 20_000_000;
+const SEARCH_MAX: Duration = Duration::from_secs(180);
+/// Transactions that are open when the search begins are waited for; a broker ends abandoned ones.
+const OPEN_TRANSACTIONS_MAX: Duration = Duration::from_secs(60);
+const OPEN_TRANSACTIONS_TICK: Duration = Duration::from_millis(200);
+const PEEK_MAX: Duration = Duration::from_secs(20);
+/// How far a record's timestamp may lie ahead of the broker's clock (`log.message.timestamp.after.max.ms`).
+const STAMPED_AHEAD_MS: i64 = 3_600_000;
+/// How far the clocks of two hosts are believed to be apart.
+const CLOCK_SKEW_MS: i64 = 600_000;
+
+/// What is known of one input partition.
+#[derive(Debug)]
+struct Wanted {
+    from: NextOffset,
+    /// Outputs of records from there on are no older than this; none: nothing is known.
+    not_before: Option<TimestampMs>,
+    /// The end of what was sent, as far as it was found.
+    sent: NextOffset,
+    /// The time of the latest output of a record before `from`.
+    last_before: Option<TimestampMs>,
+}
+
+impl Wanted {
+    fn floor(&self) -> Option<TimestampMs> {
+        let since = self.last_before.map(|at| TimestampMs(at.0 - CLOCK_SKEW_MS));
+        self.not_before.max(since)
+    }
+}
+
+/// One partition of an output.
+struct Region {
+    partition: Partition,
+    bounds: LogBounds,
+    /// What is from here on was read.
+    low: NextOffset,
+    /// Nothing before this matters.
+    floor: NextOffset,
+    /// Input partitions of which an output of a record before their `from` was seen here.
+    passed: BTreeSet<Partition>,
+}
+
+impl Region {
+    fn is_done(&self, wanted: &BTreeMap<Partition, Wanted>) -> bool {
+        self.low <= self.floor || wanted.keys().all(|p| self.passed.contains(p))
+    }
+
+    /// Whether no output of this input partition at or after its `from` can lie before what was read.
+    fn is_conclusive(&self, partition: Partition) -> bool {
+        // At a start above 0 something was removed, perhaps what was looked for.
+        let is_whole = self.floor > self.bounds.start || self.bounds.start.0 == 0 || self.is_empty();
+        self.passed.contains(&partition) || (self.low <= self.floor && is_whole)
+    }
+
+    /// Nothing lies between its start and its end, and nothing was there since the floor.
+    fn is_empty(&self) -> bool {
+        self.bounds.start >= self.bounds.end && self.bounds.end.0 == 0
+    }
+}
+
+/// Searches the outputs for what was sent of these partitions' records at or after these positions.
+///
+/// # Errors
+/// When a topic cannot be read; the search may be tried again.
+pub fn search(
+    kafka: &KafkaSettings,
+    topic_id: Uuid,
+    positions: &[(Partition, NextOffset)],
+) -> Result<Vec<Proved>, ScanError> {
+    let began = Instant::now();
+    let (mut wanted, at_end) = wanted(kafka, positions)?;
+    let prefix = topic_id.as_fields().0;
+    let (mut read, mut is_given_up) = (0_u64, false);
+    let mut inconclusive: BTreeSet<Partition> = BTreeSet::new();
+    for topic in [&kafka.read_topic, &kafka.email_topic, &kafka.dead_letter_topic] {
+        if wanted.is_empty() {
+            break;
+        }
+        let scanner = Scanner::new(kafka, topic)?;
+        let mut regions = regions(kafka, &scanner)?;
+        let mut step = STEP_MIN;
+        loop {
+            raise_floors(&scanner, &mut regions, &wanted)?;
+            let ranges = next_ranges(&mut regions, &wanted, step);
+            if ranges.is_empty() {
+                break;
+            }
+            if read > RECORDS_MAX || began.elapsed() > SEARCH_MAX {
+                is_given_up = true;
+                break;
+            }
+            let mut passed: BTreeSet<(i32, Partition)> = BTreeSet::new();
+            let _ = scanner.read(&ranges, |message| {
+                read += 1;
+                note(message, prefix, &mut wanted, &mut passed);
+                ControlFlow::Continue(())
+            })?;
+            for (output, input) in passed {
+                if let Some(region) = regions.iter_mut().find(|r| r.partition.0 == output) {
+                    region.passed.insert(input);
+                }
+            }
+            step = step.saturating_mul(STEP_GROWTH);
+        }
+        for partition in wanted.keys() {
+            if regions.iter().any(|region| !region.is_conclusive(*partition)) {
+                inconclusive.insert(*partition);
+            }
+        }
+    }
+    tracing::info!(
+        records = read,
+        partitions = wanted.len(),
+        given_up = is_given_up,
+        seconds = began.elapsed().as_secs_f64(),
+        "searched the outputs for what was sent"
+    );
+    let searched = wanted.iter().map(|(partition, w)| {
+        let proof = if inconclusive.contains(partition) { Proof::Impossible } else { Proof::Sent(w.sent) };
+        Proved { partition: *partition, from: w.from, proof }
+    });
+    Ok(searched.chain(at_end).collect())
+}
+
+/// What to look for, and what needs no search because the log holds nothing from there on.
+fn wanted(
+    kafka: &KafkaSettings,
+    positions: &[(Partition, NextOffset)],
+) -> Result<(BTreeMap<Partition, Wanted>, Vec<Proved>), ScanError> {
+    let input = Scanner::new(kafka, &kafka.input_topic)?;
+    let partitions: Vec<Partition> = positions.iter().map(|(partition, _)| *partition).collect();
+    let bounds = input.bounds(&partitions)?;
+    let inside: Vec<_> = positions
+        .iter()
+        .zip(&bounds)
+        .filter(|((_, from), bounds)| bounds.start <= *from && *from < bounds.end)
+        .map(|(position, _)| *position)
+        .collect();
+    let peeked = peek(&consumer_config(kafka), &kafka.input_topic, &inside, PEEK_MAX)
+        .map_err(|e| input.error(format!("looking at single records: {e}")))?;
+    let (mut wanted, mut at_end) = (BTreeMap::new(), Vec::new());
+    for ((partition, from), bounds) in positions.iter().zip(&bounds) {
+        let not_before = match peeked.get(partition) {
+            peeked if *from >= bounds.end || matches!(peeked, Some(Peeked::End)) => {
+                at_end.push(Proved { partition: *partition, from: *from, proof: Proof::Sent(*from) });
+                continue;
+            }
+            Some(Peeked::Record(Some(at))) => Some(TimestampMs(at.0 - STAMPED_AHEAD_MS - CLOCK_SKEW_MS)),
+            // Nothing is known: all that is there is read.
+            _ => None,
+        };
+        wanted.insert(*partition, Wanted { from: *from, not_before, sent: *from, last_before: None });
+    }
+    Ok((wanted, at_end))
+}
+
+/// The partitions of an output, once the transactions that are open now have ended.
+fn regions(kafka: &KafkaSettings, scanner: &Scanner) -> Result<Vec<Region>, ScanError> {
+    let (_, partitions) = scanner.describe()?;
+    let written = Scanner::uncommitted(kafka, scanner.topic())?.bounds(&partitions)?;
+    let deadline = Instant::now() + OPEN_TRANSACTIONS_MAX;
+    let bounds = loop {
+        let bounds = scanner.bounds(&partitions)?;
+        if bounds.iter().zip(&written).all(|(stable, written)| stable.end >= written.end) {
+            break bounds;
+        }
+        if Instant::now() > deadline {
+            return Err(scanner.error("a transaction is open for too long: it cannot be told what was sent"));
+        }
+        std::thread::sleep(OPEN_TRANSACTIONS_TICK);
+    };
+    let region = |(partition, bounds): (Partition, LogBounds)| Region {
+        partition,
+        bounds,
+        low: bounds.end,
+        floor: bounds.start,
+        passed: BTreeSet::new(),
+    };
+    Ok(partitions.into_iter().zip(bounds).map(region).collect())
+}
+
+/// Raises the floors to what is known of the times of the outputs that are looked for.
+fn raise_floors(
+    scanner: &Scanner,
+    regions: &mut [Region],
+    wanted: &BTreeMap<Partition, Wanted>,
+) -> Result<(), ScanError> {
+    // As far back as the partition goes of which the least is known.
+    let Some(since) = wanted.values().map(Wanted::floor).min().flatten() else { return Ok(()) };
+    let partitions: Vec<Partition> = regions.iter().map(|region| region.partition).collect();
+    let positions = scanner.positions_at(&partitions, since)?;
+    for (region, position) in regions.iter_mut().zip(positions) {
+        // Without a position nothing there is as young.
+        region.floor = region.floor.max(position.unwrap_or(region.bounds.end));
+    }
+    Ok(())
+}
+
+/// The next step backward of every region that is not done.
+fn next_ranges(regions: &mut [Region], wanted: &BTreeMap<Partition, Wanted>, step: i64) -> Vec<ScanRange> {
+    let mut ranges = Vec::new();
+    for region in regions.iter_mut().filter(|region| !region.is_done(wanted)) {
+        let from = NextOffset(region.low.0.saturating_sub(step)).max(region.floor).max(region.bounds.start);
+        ranges.push(ScanRange { partition: region.partition, from, to: region.low });
+        region.low = from;
+    }
+    ranges
+}
+
+/// Takes note of one output.
+fn note(
+    message: &BorrowedMessage<'_>,
+    prefix: u32,
+    wanted: &mut BTreeMap<Partition, Wanted>,
+    passed: &mut BTreeSet<(i32, Partition)>,
+) {
+    let Some(headers) = message.headers() else { return };
+    let source = headers
+        .iter()
+        .filter(|header| header.key == Source::HEADER)
+        .filter_map(|header| Source::parse(header.value?))
+        .find(|source| source.topic_id_prefix == prefix);
+    let Some(source) = source else { return };
+    let Some(wanted) = wanted.get_mut(&source.partition) else { return };
+    if wanted.from.is_past(source.offset) {
+        let sent_at = message.timestamp().to_millis().map(TimestampMs);
+        wanted.last_before = wanted.last_before.max(sent_at);
+        passed.insert((message.partition(), source.partition));
+    } else {
+        wanted.sent = wanted.sent.max(source.offset.next());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(not_before: Option<i64>, last_before: Option<i64>) -> Wanted {
+        Wanted {
+            from: NextOffset(5),
+            not_before: not_before.map(TimestampMs),
+            sent: NextOffset(5),
+            last_before: last_before.map(TimestampMs),
+        }
+    }
+
+    fn region(start: i64, end: i64, floor: i64, low: i64) -> Region {
+        Region {
+            partition: Partition(0),
+            bounds: LogBounds { start: NextOffset(start), end: NextOffset(end) },
+            low: NextOffset(low),
+            floor: NextOffset(floor),
+            passed: BTreeSet::new(),
+        }
+    }
+
+    #[test]
+    fn the_later_of_two_bounds_of_time_counts() {
+        let day = 86_400_000;
+        assert_eq!(wanted(None, None).floor(), None);
+        assert_eq!(wanted(Some(day), None).floor(), Some(TimestampMs(day)));
+        assert_eq!(wanted(Some(day), Some(day)).floor(), Some(TimestampMs(day)), "clocks may differ");
+        assert_eq!(wanted(None, Some(day)).floor(), Some(TimestampMs(day - CLOCK_SKEW_MS)));
+        assert_eq!(wanted(Some(day), Some(2 * day)).floor(), Some(TimestampMs(2 * day - CLOCK_SKEW_MS)));
+    }
+
+    #[test]
+    fn where_something_was_removed_only_an_earlier_output_is_conclusive() {
+        let p = Partition(7);
+        assert!(region(0, 100, 0, 0).is_conclusive(p), "read to its very start");
+        assert!(!region(0, 100, 0, 50).is_conclusive(p), "not read to its start");
+        assert!(region(10, 100, 40, 40).is_conclusive(p), "what is older was read, too");
+        assert!(!region(10, 100, 10, 10).is_conclusive(p), "what was removed may have been it");
+        assert!(!region(100, 100, 100, 100).is_conclusive(p), "everything was removed");
+        assert!(region(0, 0, 0, 0).is_conclusive(p), "nothing was ever there");
+        let mut passed = region(10, 100, 10, 50);
+        passed.passed.insert(p);
+        assert!(passed.is_conclusive(p));
+    }
+
+    #[test]
+    fn steps_go_backward_without_a_gap_and_end_at_the_floor() {
+        let wanted = BTreeMap::from([(Partition(7), wanted(None, None))]);
+        let mut regions = [region(0, 100, 30, 100)];
+        let mut read = Vec::new();
+        loop {
+            let ranges = next_ranges(&mut regions, &wanted, 40);
+            if ranges.is_empty() {
+                break;
+            }
+            read.extend(ranges.iter().map(|r| (r.from.0, r.to.0)));
+        }
+        assert_eq!(read, [(60, 100), (30, 60)]);
+    }
+}
