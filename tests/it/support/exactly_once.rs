@@ -55,11 +55,15 @@ struct Payload(Vec<Value>, String);
 
 fn payload(record: &Received) -> Option<(Uuid, Payload)> {
     let json: Value = serde_json::from_slice(record.value.as_deref()?).ok()?;
-    let id = json.get("messageId")?.as_str()?.parse().ok()?;
+    let id = json.get("messageId")?.as_str()?;
+    // Either spelling is one id.
+    let id = id.parse().ok().or_else(|| Some(Uuid::from_u128(id.parse::<ulid::Ulid>().ok()?.0)))?;
     let fields = ["custId", "currency", "status", "type", "comment", "externalRefId"];
     let fields = fields.iter().map(|field| json.get(field).cloned().unwrap_or_default()).collect();
     // Two decimals and few digits: exact enough in a binary float.
-    Some((id, Payload(fields, format!("{:.2}", json.get("amount")?.as_f64()?))))
+    let amount = json.get("amount")?;
+    let amount = amount.as_f64().or_else(|| amount.as_str()?.parse().ok())?;
+    Some((id, Payload(fields, format!("{amount:.2}"))))
 }
 
 fn by_source(

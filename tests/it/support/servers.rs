@@ -5,7 +5,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{LazyLock, OnceLock};
+use std::sync::{LazyLock, Mutex, OnceLock};
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -61,7 +61,9 @@ impl Act {
 pub struct Servers {
     dir: PathBuf,
     kafka: String,
-    postgres_admin: String,
+    brokers: usize,
+    /// Another one after a failover.
+    postgres_admin: Mutex<String>,
 }
 
 impl Servers {
@@ -73,18 +75,23 @@ impl Servers {
 
     /// A pair for one test alone, to break as it likes. Takes some seconds to start; gone when dropped.
     pub fn own() -> Servers {
+        Servers::with_brokers(1)
+    }
+
+    /// As [`Servers::own`], with a cluster of several brokers; with three, everything is replicated.
+    pub fn with_brokers(brokers: usize) -> Servers {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
             "it-{}-{}",
             std::process::id(),
             next_number()
         ));
         let owner = std::process::id().to_string();
-        let settings = dev_servers(&dir, &["up", "--owner-pid", &owner]);
-        let settings: HashMap<&str, &str> =
-            settings.lines().filter_map(|line| line.strip_prefix("export ")?.split_once('=')).collect();
+        let up = ["up", "--owner-pid", &owner, "--brokers", &brokers.to_string()];
+        let settings = exports(&dev_servers(&dir, &up));
         Servers {
-            kafka: settings["PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS"].to_owned(),
-            postgres_admin: settings["DEV_POSTGRES_ADMIN_URL"].to_owned(),
+            kafka: settings["PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS"].clone(),
+            brokers,
+            postgres_admin: Mutex::new(settings["DEV_POSTGRES_ADMIN_URL"].clone()),
             dir,
         }
     }
@@ -92,6 +99,36 @@ impl Servers {
     /// Returns when it is done: started means ready, stopped means gone.
     pub fn kafka(&self, act: Act) {
         dev_servers(&self.dir, &["kafka", act.word()]);
+    }
+
+    /// As [`Servers::kafka`], for the broker with this number, from 1, alone.
+    pub fn broker(&self, number: i32, act: Act) {
+        dev_servers(&self.dir, &["kafka", act.word(), "--node", &number.to_string()]);
+    }
+
+    pub fn brokers(&self) -> usize {
+        self.brokers
+    }
+
+    /// Makes a standby that follows Postgres, which is stopped for a moment. It replaces an earlier one.
+    /// Returns the superuser's connection to it.
+    pub fn make_standby(&self) -> String {
+        dev_servers(&self.dir, &["postgres", "standby"]);
+        let port = std::fs::read_to_string(self.dir.join("standby.port")).unwrap();
+        format!("postgres://postgres:postgres@127.0.0.1:{}/postgres", port.trim())
+    }
+
+    /// Kills Postgres and lets its standby take its place, at another address.
+    pub fn promote_standby(&self) {
+        dev_servers(&self.dir, &["postgres", "promote"]);
+        let settings = exports(&dev_servers(&self.dir, &["env"]));
+        *self.postgres_admin.lock().unwrap() = settings["DEV_POSTGRES_ADMIN_URL"].clone();
+    }
+
+    /// A disk of 96 MB in a folder that Postgres owns; none where this machine does not allow a mount.
+    pub fn small_disk(&self) -> Option<PathBuf> {
+        let path = try_dev_servers(&self.dir, &["postgres", "disk"]).ok()?;
+        Some(PathBuf::from(path.trim()))
     }
 
     /// Returns when it is done: started means ready, stopped means gone.
@@ -105,8 +142,15 @@ impl Servers {
 
     /// The superuser's connection to `database`.
     pub fn postgres_admin_url(&self, database: &str) -> String {
-        let (server, _) = self.postgres_admin.rsplit_once('/').unwrap();
+        let admin = self.postgres_admin.lock().unwrap();
+        let (server, _) = admin.rsplit_once('/').unwrap();
         format!("{server}/{database}")
+    }
+
+    /// Where Postgres listens on this machine.
+    pub fn postgres_port(&self) -> u16 {
+        let url = self.postgres_admin_url("");
+        url.trim_end_matches('/').rsplit_once(':').unwrap().1.parse().unwrap()
     }
 
     /// The connection of the role that owns `database`.
@@ -126,7 +170,19 @@ impl Drop for Servers {
     }
 }
 
+fn exports(text: &str) -> HashMap<String, String> {
+    let pair = |line: &str| {
+        let (name, value) = line.strip_prefix("export ")?.split_once('=')?;
+        Some((name.to_owned(), value.to_owned()))
+    };
+    text.lines().filter_map(pair).collect()
+}
+
 fn dev_servers(dir: &Path, arguments: &[&str]) -> String {
+    try_dev_servers(dir, arguments).unwrap_or_else(|errors| panic!("dev/servers {arguments:?}: {errors}"))
+}
+
+fn try_dev_servers(dir: &Path, arguments: &[&str]) -> Result<String, String> {
     let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("dev/servers"))
         .args(arguments)
         .arg("--dir")
@@ -134,9 +190,11 @@ fn dev_servers(dir: &Path, arguments: &[&str]) -> String {
         .stdin(Stdio::null())
         .output()
         .unwrap();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "dev/servers {arguments:?}: {errors}");
-    String::from_utf8(output.stdout).unwrap()
+    if output.status.success() {
+        Ok(String::from_utf8(output.stdout).unwrap())
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
 }
 
 /// A test's own database, topics and group, so that tests run beside each other on shared servers.
@@ -227,7 +285,8 @@ impl<'s> Scope<'s> {
 
     /// As [`Scope::create_topic`], with settings of the topic.
     pub fn create_topic_with(&self, name: &str, partitions: i32, settings: &[(&str, &str)]) {
-        let new = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        let replicas = if self.servers.brokers() < 3 { 1 } else { 3 };
+        let new = NewTopic::new(name, partitions, TopicReplication::Fixed(replicas));
         let topic = settings.iter().fold(new, |topic, (key, value)| topic.set(key, value));
         let results = block_on(self.admin().create_topics([&topic], &AdminOptions::new())).unwrap();
         for result in results {
