@@ -25,7 +25,7 @@ mod servers;
 use std::time::{Duration, Instant};
 
 pub use daemon::{Daemon, Finished, Reply};
-pub use exactly_once::{Check, Outcomes, PATIENCE};
+pub use exactly_once::{Check, Outcomes, PATIENCE, Remade};
 pub use kafka::{Message, Received};
 pub use load::{Flow, Load};
 pub use member::Member;

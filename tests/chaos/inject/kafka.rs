@@ -1,0 +1,100 @@
+//! Faults of the brokers.
+
+use std::time::Instant;
+
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+
+use super::Done;
+use crate::episode::{Episode, INPUT_PARTITIONS};
+use crate::support::{Act, PATIENCE, wait_until_within};
+
+/// As `dev/servers` sets it for both of the brokers' own topics.
+const COORDINATORS: i32 = 10;
+
+/// With three brokers the others go on without this one: recovery is counted from its death. One alone is
+/// started again first.
+fn dies(episode: &mut Episode<'_>, random: &mut ChaCha8Rng, broker: i32, act: Act, who: &str) -> Done {
+    let servers = &episode.lab.servers;
+    let began_at = Instant::now();
+    servers.broker(broker, act);
+    if servers.brokers() >= 3 {
+        return Done { dead_broker: Some(broker), ..Done::at(began_at, format!("broker {broker}{who}")) };
+    }
+    episode.hold(random, 0, 3_000);
+    episode.lab.servers.broker(broker, Act::Start);
+    Done::now(format!("broker {broker}"))
+}
+
+/// Starts a dead broker and waits until it has caught up, so that the next one may die.
+pub fn mend(episode: &mut Episode<'_>, broker: i32) {
+    episode.lab.servers.broker(broker, Act::Start);
+    let scope = &episode.scope;
+    let own = ["__consumer_offsets", "__transaction_state"];
+    let topics = [&scope.input_topic, &scope.read_topic, &scope.email_topic, &scope.dead_letter_topic];
+    for topic in topics.into_iter().map(String::as_str).chain(own) {
+        wait_until_within(PATIENCE, &format!("{topic} is in sync"), || episode.watch.is_in_sync(topic, 3));
+    }
+}
+
+fn any_broker(episode: &Episode<'_>, random: &mut ChaCha8Rng) -> i32 {
+    random.random_range(1..=i32::try_from(episode.lab.servers.brokers()).unwrap())
+}
+
+pub fn kill(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
+    let broker = any_broker(episode, random);
+    dies(episode, random, broker, Act::Kill, "")
+}
+
+pub fn stop(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
+    let broker = any_broker(episode, random);
+    dies(episode, random, broker, Act::Stop, "")
+}
+
+pub fn pause(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
+    let broker = any_broker(episode, random);
+    episode.lab.servers.broker(broker, Act::Pause);
+    // Also longer than the controller waits for a broker, and than the group for a member.
+    episode.hold(random, 500, 9_000);
+    episode.lab.servers.broker(broker, Act::Resume);
+    Done::now(format!("broker {broker}"))
+}
+
+fn leader_dies(
+    episode: &mut Episode<'_>,
+    random: &mut ChaCha8Rng,
+    topic: &str,
+    partition: i32,
+    who: &str,
+) -> Done {
+    let mut leader = 0;
+    wait_until_within(PATIENCE, &format!("{topic} {partition} has a leader"), || {
+        leader = episode.watch.leader(topic, partition).map_or(0, |(leader, _)| leader);
+        leader > 0
+    });
+    dies(episode, random, leader, Act::Kill, who)
+}
+
+pub fn leader_kill(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
+    let partition = random.random_range(0..INPUT_PARTITIONS);
+    let topic = episode.scope.input_topic.clone();
+    leader_dies(episode, random, &topic, partition, &format!(", leader of input {partition}"))
+}
+
+pub fn group_coordinator_kill(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
+    let partition = coordinator_partition(&episode.scope.group_id);
+    leader_dies(episode, random, "__consumer_offsets", partition, ", coordinator of the group")
+}
+
+pub fn transaction_coordinator_kill(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
+    let instance = &episode.instances[random.random_range(0..episode.instances.len())].name;
+    let id = format!("{}-{instance}-0", episode.scope.group_id);
+    let partition = coordinator_partition(&id);
+    leader_dies(episode, random, "__transaction_state", partition, &format!(", coordinator of {instance}'s"))
+}
+
+/// Who coordinates is who leads this partition of the brokers' own topic: Java's hash of the name.
+fn coordinator_partition(name: &str) -> i32 {
+    let hash = name.bytes().fold(0_i32, |hash, byte| hash.wrapping_mul(31).wrapping_add(i32::from(byte)));
+    (hash & i32::MAX) % COORDINATORS
+}

@@ -1,0 +1,239 @@
+//! Faults of every kind, one after the other, under load, against a real Kafka and a real Postgres; and
+//! after them the question whether every record had its one outcome.
+//!
+//! Without arguments, as `cargo test` runs it, this is a bounded share with a fixed seed. `make chaos
+//! CYCLES=n SEED=s BROKERS=3` runs as many as one likes. Each cycle has a seed of its own, from which the
+//! fault, its moment and its victim follow, and which is printed with it; what the daemons and the servers
+//! make of it is up to their threads, so a seed repeats what was done, not what came of it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod episode;
+mod fault;
+mod inject;
+mod load;
+mod proxy;
+mod report;
+#[path = "../it/support/mod.rs"]
+mod support;
+mod watch;
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::episode::{Episode, Lab, Setup};
+use crate::fault::Fault;
+use crate::report::Cycle;
+
+/// What runs without arguments: the quick kinds, each at a place of its own in the code. Database and log
+/// go back in it, so it is on the stage where they may.
+const SHARE: [Fault; 14] = [
+    Fault::KillAtStep,
+    Fault::SwallowedCommit,
+    Fault::KillAtStep,
+    Fault::BackendsTerminated,
+    Fault::PostgresImmediate,
+    Fault::LateCommit,
+    Fault::PartialRevoke,
+    Fault::ConnectionsCut,
+    Fault::KillAnywhere,
+    Fault::DatabaseRestored,
+    Fault::SameInstanceId,
+    Fault::OffsetsMovedBack,
+    Fault::ZombieAtStep,
+    Fault::StandbyPromoted,
+];
+const SHARE_SEED: u64 = 7;
+/// A whole episode is looked at after this many cycles.
+const CHECK_EVERY: u64 = 5;
+
+/// Faults under load, and whether every record had its one outcome.
+#[derive(Parser)]
+struct Arguments {
+    /// How many cycles; without it a bounded share with a fixed seed
+    #[arg(long)]
+    cycles: Option<u64>,
+    /// The first cycle's seed; the others count on from there
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Only these kinds
+    #[arg(long, value_delimiter = ',')]
+    faults: Vec<Fault>,
+    /// One broker, or three that stand in for each other
+    #[arg(long, default_value_t = 1)]
+    brokers: usize,
+    /// How many daemons; by the seed, one to three
+    #[arg(long)]
+    instances: Option<usize>,
+    /// Appends a line of JSON for each cycle
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Goes on with a new episode after a failure
+    #[arg(long)]
+    keep_going: bool,
+    /// What `cargo test` hands to all tests alike
+    #[arg(hide = true)]
+    filter: Vec<String>,
+    #[arg(long, hide = true)]
+    list: bool,
+    #[arg(long, hide = true)]
+    nocapture: bool,
+    #[arg(long, hide = true)]
+    exact: bool,
+    #[arg(long, hide = true)]
+    ignored: bool,
+    #[arg(long, short, hide = true)]
+    quiet: bool,
+    #[arg(long, hide = true)]
+    skip: Vec<String>,
+    #[arg(long, hide = true)]
+    test_threads: Option<usize>,
+    #[arg(long, hide = true)]
+    format: Option<String>,
+}
+
+impl Arguments {
+    /// Whether somebody looks for other tests than this.
+    fn is_for_others(&self) -> bool {
+        let is_named = self.filter.iter().any(|name| "chaos".contains(name.as_str()));
+        self.list || self.ignored || (!self.filter.is_empty() && !is_named)
+    }
+}
+
+/// How far a run has come.
+struct Progress {
+    next_seed: u64,
+    episodes: usize,
+    fault: Fault,
+    done: Vec<Cycle>,
+    report: Option<PathBuf>,
+}
+
+impl Progress {
+    fn record(&mut self, cycle: Cycle) {
+        cycle.print();
+        if let Some(path) = &self.report {
+            cycle.append_to(path);
+        }
+        self.done.push(cycle);
+        self.next_seed += 1;
+    }
+
+    fn record_failure(&mut self, setup: Setup, brokers: usize, panic: &(dyn Any + Send)) {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a text");
+        self.record(Cycle {
+            seed: self.next_seed,
+            episode: self.episodes,
+            fault: self.fault,
+            brokers,
+            instances: setup.instances,
+            detail: String::new(),
+            fault_ms: 0,
+            recovery_ms: 0,
+            checked: None,
+            failure: Some(text.lines().take(40).collect::<Vec<_>>().join("\n")),
+        });
+    }
+}
+
+/// All cycles from the next seed on that belong to one episode; of a plan, all.
+fn run_episode(lab: &Lab, faults: &[Fault], setup: Setup, plan: &[Fault], end: u64, run: &mut Progress) {
+    let first_seed = run.next_seed;
+    let mut episode: Option<Episode<'_>> = None;
+    loop {
+        let seed = run.next_seed;
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let planned = plan.get(usize::try_from(seed - first_seed).unwrap()).copied();
+        let chosen = Fault::choose(&mut random, faults, setup.stage, lab.servers.brokers());
+        run.fault = planned.or(chosen).expect("none of these faults is possible here");
+        let present = episode.get_or_insert_with(|| Episode::begin(lab, setup, run.fault));
+        let (mut cycle, is_over) = run_cycle(present, seed, run, &mut random);
+        let is_last = is_over || seed + 1 == end;
+        if is_last && !is_over {
+            cycle.checked = episode.take().map(Episode::end);
+        } else if !is_over && (seed + 1) % CHECK_EVERY == 0 {
+            cycle.checked = Some(present.check());
+        }
+        run.record(cycle);
+        if is_last {
+            return;
+        }
+    }
+}
+
+/// One fault and the way out of it; whether the episode is over with it.
+fn run_cycle(episode: &mut Episode<'_>, seed: u64, run: &Progress, random: &mut ChaCha8Rng) -> (Cycle, bool) {
+    let fault = run.fault;
+    episode.history.push(format!("seed {seed}: {}", fault.name()));
+    let began_at = Instant::now();
+    let done = inject::inject(fault, episode, random);
+    let fault_ms = done.ended_at.saturating_duration_since(began_at).as_millis();
+    let (recovery, checked) = match done.verdict {
+        Some((recovery, checked)) => (recovery, Some(checked)),
+        None => (episode.recover(done.ended_at), None),
+    };
+    if let Some(broker) = done.dead_broker {
+        inject::mend(episode, broker);
+    }
+    let asides = std::mem::take(&mut episode.asides);
+    let detail = std::iter::once(done.detail).chain(asides).filter(|part| !part.is_empty());
+    let cycle = Cycle {
+        seed,
+        episode: run.episodes,
+        fault,
+        brokers: episode.lab.servers.brokers(),
+        instances: episode.setup.instances,
+        detail: detail.collect::<Vec<_>>().join("; "),
+        fault_ms,
+        recovery_ms: recovery.as_millis(),
+        checked,
+        failure: None,
+    };
+    (cycle, checked.is_some())
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.is_for_others() {
+        return ExitCode::SUCCESS;
+    }
+    let lab = Lab::open(arguments.brokers);
+    let mut skipped = Vec::new();
+    if !lab.has_small_disk {
+        skipped.push("disk-full: this machine does not allow a small disk to be mounted".to_owned());
+    }
+    let (seed, end, plan) = match arguments.cycles {
+        Some(cycles) => (arguments.seed, arguments.seed + cycles, &[][..]),
+        None => (SHARE_SEED, SHARE_SEED + SHARE.len() as u64, &SHARE[..]),
+    };
+    let report = arguments.report;
+    let mut run =
+        Progress { next_seed: seed, episodes: 0, fault: Fault::KillAtStep, done: Vec::new(), report };
+    while run.next_seed < end {
+        let rest = plan.get(run.done.len()..).unwrap_or_default();
+        let setup = match rest {
+            [] => Setup::of_seed(run.next_seed, arguments.instances, &arguments.faults, &lab),
+            _ => Setup::of_seed(seed, arguments.instances.or(Some(2)), &[Fault::DatabaseRestored], &lab),
+        };
+        let episode_end = if rest.is_empty() { end.min(setup.end_seed()) } else { end };
+        run.episodes += 1;
+        println!("\nepisode {}: {setup:?}", run.episodes);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            run_episode(&lab, &arguments.faults, setup, rest, episode_end, &mut run);
+        }));
+        if let Err(panic) = outcome {
+            run.record_failure(setup, arguments.brokers, &*panic);
+            if !arguments.keep_going {
+                break;
+            }
+        }
+    }
+    if report::conclude(&run.done, &skipped) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,85 @@
+//! How far the daemons are, asked from outside and without a word to them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use tokio_postgres::NoTls;
+
+use crate::support::{Scope, block_on};
+
+const ANSWER_MAX: Duration = Duration::from_secs(3);
+
+/// Offsets by partition.
+pub type Offsets = BTreeMap<i32, i64>;
+
+/// A client of its own for each question that servers may be too ill to answer.
+pub struct Watch {
+    consumer: BaseConsumer,
+    topic: String,
+    partitions: i32,
+}
+
+impl Watch {
+    pub fn over(scope: &Scope<'_>, partitions: i32) -> Watch {
+        let mut config = scope.client_config();
+        config.set("group.id", &scope.group_id).set("topic.metadata.refresh.interval.ms", "2000");
+        Watch { consumer: config.create().unwrap(), topic: scope.input_topic.clone(), partitions }
+    }
+
+    /// The input's ends; none while the brokers do not tell.
+    pub fn ends(&self) -> Option<Offsets> {
+        let end = |partition| {
+            let (_, end) = self.consumer.fetch_watermarks(&self.topic, partition, ANSWER_MAX).ok()?;
+            Some((partition, end))
+        };
+        (0..self.partitions).map(end).collect()
+    }
+
+    /// The group's offsets, 0 where there is none; none while the brokers do not tell.
+    pub fn committed(&self) -> Option<Offsets> {
+        let mut list = TopicPartitionList::new();
+        for partition in 0..self.partitions {
+            list.add_partition(&self.topic, partition);
+        }
+        let answer = self.consumer.committed_offsets(list, ANSWER_MAX).ok()?;
+        let offset = |offset| match offset {
+            Offset::Offset(offset) => offset,
+            _ => 0,
+        };
+        Some(answer.elements().iter().map(|e| (e.partition(), offset(e.offset()))).collect())
+    }
+
+    /// `applied` of the cursors; none while the database does not tell.
+    pub fn applied(&self, scope: &Scope<'_>) -> Option<Offsets> {
+        let asked = async {
+            let (client, connection) = tokio_postgres::connect(&scope.postgres_url(), NoTls).await.ok()?;
+            tokio::spawn(connection);
+            let query = "SELECT partition, applied FROM payment_writer.source_cursor";
+            let rows = client.query(query, &[]).await.ok()?;
+            Some(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+        };
+        block_on(async { tokio::time::timeout(ANSWER_MAX, asked).await.ok().flatten() })
+    }
+
+    /// The leader of a partition, and its replicas in sync.
+    pub fn leader(&self, topic: &str, partition: i32) -> Option<(i32, usize)> {
+        let metadata = self.consumer.fetch_metadata(Some(topic), ANSWER_MAX).ok()?;
+        let found = metadata.topics().first()?.partitions().iter().find(|p| p.id() == partition)?;
+        Some((found.leader(), found.isr().len()))
+    }
+
+    /// Whether every partition of the topic has `replicas` in sync.
+    pub fn is_in_sync(&self, topic: &str, replicas: usize) -> bool {
+        self.consumer.fetch_metadata(Some(topic), ANSWER_MAX).is_ok_and(|metadata| {
+            let partitions = metadata.topics().first().map_or(&[][..], |topic| topic.partitions());
+            !partitions.is_empty() && partitions.iter().all(|p| p.leader() >= 0 && p.isr().len() >= replicas)
+        })
+    }
+}
+
+/// Whether every partition has come to `ends`.
+pub fn has_reached(found: &Offsets, ends: &Offsets) -> bool {
+    ends.iter().all(|(partition, end)| found.get(partition).copied().unwrap_or(0) >= *end)
+}
