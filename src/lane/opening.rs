@@ -50,7 +50,6 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             Ok(rows) => rows,
             Err(failure) => return self.ledger_failed("reading the cursors", failure),
         };
-        self.database_up();
         let offsets = match self.log.group_offsets(partitions).await {
             Ok(offsets) => offsets,
             Err(failure) => return self.log_failed("reading the group's offsets", failure),
@@ -87,6 +86,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         self.prove(to_prove, &mut starts).await?;
         self.note_assigned();
         if starts.is_empty() {
+            self.database_up();
             return Ok(());
         }
         self.settle_and_start(starts).await
@@ -225,6 +225,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         {
             return self.ledger_failed("storing the first cursors", failure);
         }
+        // Only now: a server that reads and does not write, like a standby, is not there yet.
+        self.database_up();
         failpoint::hit("after_store_cursors");
         let positions: Vec<_> = starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
         if let Err(failure) = self.log.start(&positions).await {

@@ -22,6 +22,7 @@ const STUCK_AFTER: Duration = Duration::from_secs(150);
 const CYCLES_AN_EPISODE: u64 = 20;
 pub const INPUT_PARTITIONS: i32 = 6;
 pub const OUTPUT_PARTITIONS: i32 = 2;
+const LOG_LINES_TOLD: usize = 30;
 const RECORDS_A_TICK: usize = 3;
 
 /// What may happen in an episode, besides what may happen in each.
@@ -221,6 +222,16 @@ impl<'l> Episode<'l> {
             } else {
                 patience(self, &format!("the group is at {committed:?}, the ends were {ends:?}"));
             }
+        }
+    }
+
+    /// What the daemons said lately, for a look at what took them so long.
+    pub fn tell_logs(&self) {
+        for instance in &self.instances {
+            let log = instance.daemon.log();
+            let lines: Vec<&str> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(LOG_LINES_TOLD)..];
+            eprintln!("--- last lines of {} ---\n{}", instance.name, last.join("\n"));
         }
     }
 

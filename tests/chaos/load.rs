@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -13,7 +13,7 @@ use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use uuid::{Builder, Uuid};
 
-use crate::support::{Message, Payment, Scope, ulid};
+use crate::support::{Message, Payment, Scope, ulid, uuid_v7};
 
 const TICK: Duration = Duration::from_millis(20);
 /// Earlier payments that may be repeated or contradicted.
@@ -32,7 +32,7 @@ struct Sent {
     comment: bool,
 }
 
-/// An endless supply of records, the same for the same seed: new payments, repeated ones in other
+/// An endless supply of records, in an order that only the seed decides: new payments, repeated ones in other
 /// spellings, contradictions, and what is no payment at all.
 pub struct Adversary {
     random: ChaCha8Rng,
@@ -92,8 +92,13 @@ impl Adversary {
     }
 
     fn payment(&mut self) -> Sent {
+        let id = if self.random.random_bool(0.5) {
+            uuid_v7(now_ms(), self.random.random())
+        } else {
+            Builder::from_random_bytes(self.random.random()).into_uuid()
+        };
         Sent {
-            id: Builder::from_random_bytes(self.random.random()).into_uuid(),
+            id,
             account: self.random.random_range(1..=ACCOUNTS),
             cents: self.random.random_range(1..10_000_000),
             status: [2, 2, 0, -2][self.random.random_range(0..4)],
@@ -106,7 +111,8 @@ impl Adversary {
         let (units, hundredths) = (sent.cents / 100, sent.cents % 100);
         let id = match self.random.random_range(0..4) {
             0 => sent.id.to_string().to_uppercase(),
-            1 => ulid(sent.id),
+            // A ULID carries a time: it would be another one than that of the record.
+            1 if sent.id.get_version_num() == 7 => ulid(sent.id),
             _ => sent.id.to_string(),
         };
         let amount = match self.random.random_range(0..4) {
@@ -119,6 +125,11 @@ impl Adversary {
         // At a time of its own, as its client says.
         Message { timestamp_ms: None, ..payment.message() }
     }
+}
+
+fn now_ms() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    i64::try_from(now.as_millis()).unwrap()
 }
 
 const RUNS: u8 = 0;

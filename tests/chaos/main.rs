@@ -179,6 +179,9 @@ fn run_cycle(episode: &mut Episode<'_>, seed: u64, run: &Progress, random: &mut 
         Some((recovery, checked)) => (recovery, Some(checked)),
         None => (episode.recover(done.ended_at), None),
     };
+    if recovery > fault.recovery_max().0 {
+        episode.tell_logs();
+    }
     if let Some(broker) = done.dead_broker {
         inject::mend(episode, broker);
     }
@@ -204,6 +207,8 @@ fn main() -> ExitCode {
     if arguments.is_for_others() {
         return ExitCode::SUCCESS;
     }
+    // Where a check failed says its message; a backtrace of the checker says nothing.
+    std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     let lab = Lab::open(arguments.brokers);
     let mut skipped = Vec::new();
     if !lab.has_small_disk {

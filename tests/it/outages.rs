@@ -153,3 +153,41 @@ fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
     assert_eq!(outcomes.dead_letters, 0);
     eprintln!("{outcomes:?}");
 }
+
+/// As a standby does that nobody has promoted yet, or a primary that is being replaced.
+#[test]
+fn a_database_that_reads_and_does_not_write_is_waited_for_without_a_word_a_try() {
+    // GIVEN a daemon, and an older copy of its database
+    let scope = Scope::new(Servers::shared(), "read_only");
+    scope.prepare(2, 2);
+    let mut load = Load::new(32);
+    let member = Member::new("a").with("LANES", "1");
+    scope.produce(&scope.input_topic, load.take(50));
+    member.catch_up(&scope);
+    scope.back_up_database();
+    let mut daemon = member.start(&scope);
+    scope.produce(&scope.input_topic, load.take(50));
+    scope.wait_until_caught_up();
+    let before = complaints(&daemon);
+
+    // WHEN the copy takes the database's place, so that partitions are taken up anew, and cannot be written
+    let database = &scope.database;
+    let read_only = format!("ALTER DATABASE \"{database}_copy\" SET default_transaction_read_only = on");
+    scope.on_server(&[read_only]);
+    scope.restore_database();
+    scope.produce(&scope.input_topic, load.take(50));
+    wait_until_within(PATIENCE, "it was tried again and again", || {
+        daemon.metric("payment_writer_database_errors_total", "sqlstate_class=\"25\"") >= 6.0
+    });
+
+    // THEN it says so once, however often it can be read meanwhile
+    let told = complaints(&daemon) - before;
+    assert!(told <= 8, "{told} lines:\n{}", daemon.log());
+    misses(&daemon, "database", "25006");
+
+    // AND goes on by itself as soon as it can be written
+    scope.on_server(&[format!("ALTER DATABASE \"{database}\" RESET default_transaction_read_only")]);
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+}
