@@ -141,8 +141,10 @@ impl Scanner {
         }
         self.consumer.assign(&list).map_err(|e| self.error(e))?;
         let outcome = self.read_assigned(&mut open, &mut each);
+        // A partition stays paused when it is not assigned any more, and would be when it is read again.
+        let resumed = self.consumer.resume(&list).map_err(|e| self.error(e));
         // Whatever happened, nothing more is fetched.
-        let unassigned = self.consumer.unassign().map_err(|e| self.error(e));
+        let unassigned = resumed.and(self.consumer.unassign().map_err(|e| self.error(e)));
         let flow = outcome?;
         unassigned.map(|()| flow)
     }
@@ -162,6 +164,8 @@ impl Scanner {
                     if message.offset() < to && each(&message).is_break() {
                         return Ok(ControlFlow::Break(()));
                     }
+                    // Once more: `each` may take its time.
+                    heard_at = Instant::now();
                     if message.offset() >= to - 1 {
                         self.done(open, partition)?;
                     }
