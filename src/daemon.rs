@@ -22,7 +22,7 @@ use crate::kafka::librdkafka::topic_id;
 use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
 use crate::kafka::orphans::{self, Membership};
 use crate::kafka::publisher::PublisherSettings;
-use crate::kafka_client::{base_client_config, producer_config};
+use crate::kafka_client::{client_config_over, producer_config_over};
 use crate::lane::breaker::Breaker;
 use crate::lane::ports::LaneEvent;
 use crate::lane::{Lane, LaneSettings};
@@ -75,28 +75,27 @@ pub enum RunError {
     Halted(String),
 }
 
+/// What `kafka.properties` may change of the group's consumer.
+const CONSUMER_DEFAULTS: [(&str, &str); 10] = [
+    ("session.timeout.ms", "10000"),
+    ("heartbeat.interval.ms", "2000"),
+    // At low rates a fetch that is answered with its first record costs the broker as much as one with
+    // twenty: it waits for more, though not long.
+    ("fetch.min.bytes", "65536"),
+    ("fetch.wait.max.ms", "10"),
+    ("fetch.queue.backoff.ms", "20"),
+    // Prefetched records wait in memory, whatever the backlog: bound their number and bytes. What is
+    // fetched at once comes on top of what is queued.
+    ("queued.min.messages", "20000"),
+    ("queued.max.messages.kbytes", "2048"),
+    ("fetch.max.bytes", "2097152"),
+    ("fetch.message.max.bytes", "1048576"),
+    ("topic.metadata.refresh.interval.ms", "60000"),
+];
+
 /// Configuration of the group's consumer.
 pub fn consumer_config(kafka: &KafkaSettings) -> ClientConfig {
-    let mut config = ClientConfig::new();
-    config
-        // What follows may be set otherwise in kafka.properties.
-        .set("session.timeout.ms", "10000")
-        .set("heartbeat.interval.ms", "2000")
-        // At low rates a fetch that is answered with its first record costs the broker as much as one with
-        // twenty: it waits for more, though not long.
-        .set("fetch.min.bytes", "65536")
-        .set("fetch.wait.max.ms", "10")
-        .set("fetch.queue.backoff.ms", "20")
-        // Prefetched records wait in memory, whatever the backlog: bound their number and bytes. What is
-        // fetched at once comes on top of what is queued.
-        .set("queued.min.messages", "20000")
-        .set("queued.max.messages.kbytes", "2048")
-        .set("fetch.max.bytes", "2097152")
-        .set("fetch.message.max.bytes", "1048576")
-        .set("topic.metadata.refresh.interval.ms", "60000");
-    for (name, value) in base_client_config(kafka).config_map() {
-        config.set(name, value);
-    }
+    let mut config = client_config_over(kafka, &CONSUMER_DEFAULTS);
     config
         .set("group.id", &kafka.group_id)
         .set("group.instance.id", &kafka.instance_id)
@@ -111,21 +110,21 @@ pub fn consumer_config(kafka: &KafkaSettings) -> ClientConfig {
     config
 }
 
+/// What `kafka.properties` may change of a lane's producer.
+const PRODUCER_DEFAULTS: [(&str, &str); 8] = [
+    ("transaction.timeout.ms", "15000"),
+    ("linger.ms", "20"),
+    ("batch.size", "900000"),
+    ("batch.num.messages", "20000"),
+    ("queue.buffering.max.messages", "200000"),
+    ("queue.buffering.max.kbytes", "65536"),
+    ("message.max.bytes", "4000000"),
+    ("retry.backoff.ms", "20"),
+];
+
 /// Configuration of a lane's producer.
-fn transactional_config(kafka: &KafkaSettings, lane: usize) -> ClientConfig {
-    let mut config = ClientConfig::new();
-    config
-        .set("transaction.timeout.ms", "15000")
-        .set("linger.ms", "20")
-        .set("batch.size", "900000")
-        .set("batch.num.messages", "20000")
-        .set("queue.buffering.max.messages", "200000")
-        .set("queue.buffering.max.kbytes", "65536")
-        .set("message.max.bytes", "4000000")
-        .set("retry.backoff.ms", "20");
-    for (name, value) in producer_config(kafka).config_map() {
-        config.set(name, value);
-    }
+pub fn transactional_config(kafka: &KafkaSettings, lane: usize) -> ClientConfig {
+    let mut config = producer_config_over(kafka, &PRODUCER_DEFAULTS);
     config
         .set("transactional.id", format!("{}-{}-{lane}", kafka.group_id, kafka.instance_id))
         .set("delivery.report.only.error", "true");
@@ -374,6 +373,7 @@ async fn broker_ready(group: &Group, board: &Board) -> Result<Found, RunError> {
                 return Ok(found);
             }
             Ok(Err(message)) => {
+                group.listen();
                 let refusal = board.broker_refusal();
                 let class = if refusal.is_some() { FailureClass::Systemic } else { FailureClass::Passing };
                 let message = refusal.unwrap_or(message);

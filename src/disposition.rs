@@ -9,7 +9,7 @@ mod refusals;
 
 pub use failures::{
     FailureClass, KAFKA_RULES, Rule, SQLSTATE_CLASSES, SQLSTATE_CURSOR_MOVED, SQLSTATE_RULES, class_of_kafka,
-    class_of_sqlstate, sqlstate_label, tables,
+    class_of_sqlstate, is_refusal, sqlstate_label, tables,
 };
 pub use refusals::Refusals;
 

@@ -19,8 +19,22 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Brokers, name and properties. What is set on top of it wins over `kafka.properties`, which
 /// cannot hold what the program must own.
 pub fn base_client_config(kafka: &KafkaSettings) -> ClientConfig {
+    client_config_over(kafka, &[])
+}
+
+/// As [`base_client_config`], over values that `kafka.properties` may change.
+///
+/// The properties are taken from the settings each time: a `ClientConfig` shows its passwords to nobody, not
+/// even to one that is to be made of it (`ClientConfig::config_map` has placeholders in their place).
+pub fn client_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> ClientConfig {
     let mut config = ClientConfig::new();
-    config.set("client.id", "payment-writer");
+    config
+        .set("client.id", "payment-writer")
+        // A broker that vanished without a word is noticed also where nothing is sent.
+        .set("socket.keepalive.enable", "true");
+    for (name, value) in defaults {
+        config.set(*name, *value);
+    }
     for (name, value) in kafka.properties.iter() {
         config.set(name, value);
     }
@@ -30,7 +44,12 @@ pub fn base_client_config(kafka: &KafkaSettings) -> ClientConfig {
 
 /// [`base_client_config`] for a producer: nothing lost, nothing twice, keys where Java puts them.
 pub fn producer_config(kafka: &KafkaSettings) -> ClientConfig {
-    let mut config = base_client_config(kafka);
+    producer_config_over(kafka, &[])
+}
+
+/// As [`producer_config`], over values that `kafka.properties` may change.
+pub fn producer_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> ClientConfig {
+    let mut config = client_config_over(kafka, defaults);
     config.set("partitioner", PARTITIONER).set("enable.idempotence", "true").set("acks", "all");
     config
 }
@@ -47,4 +66,33 @@ pub fn partition_counts<C: ClientContext>(client: &Client<C>) -> Result<BTreeMap
         (topic.name().to_owned(), i32::try_from(topic.partitions().len()).unwrap_or(i32::MAX))
     };
     Ok(metadata.topics().iter().filter(usable).map(count).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::config::Settings;
+    use crate::daemon::{consumer_config, transactional_config};
+
+    #[test]
+    fn every_client_gets_the_passwords_of_the_settings_and_what_they_change() {
+        let variables = [
+            ("PAYMENT_WRITER__KAFKA__INSTANCE_ID", "test"),
+            ("PAYMENT_WRITER__KAFKA__PROPERTIES__SASL_PASSWORD", "sesame"),
+            ("PAYMENT_WRITER__KAFKA__PROPERTIES__FETCH_MIN_BYTES", "7"),
+            ("PAYMENT_WRITER__KAFKA__PROPERTIES__LINGER_MS", "8"),
+        ];
+        let variables = variables.map(|(name, value)| (name.into(), value.into()));
+        let loaded = Settings::load_from(None, Path::new("nowhere.toml"), variables).unwrap();
+        let kafka = loaded.settings.kafka;
+        let consumer = consumer_config(&kafka);
+        let producer = transactional_config(&kafka, 0);
+        for config in [&consumer, &producer] {
+            assert_eq!(config.get("sasl.password"), Some("sesame"));
+        }
+        assert_eq!(consumer.get("fetch.min.bytes"), Some("7"));
+        assert_eq!(producer.get("linger.ms"), Some("8"));
+        assert_eq!(producer.get("transactional.id"), Some("payment-writer-test-0"));
+    }
 }

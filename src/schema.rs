@@ -476,6 +476,8 @@ mod tests {
             .filter_map(|entry| {
                 entry.unwrap().file_name().into_string().unwrap().strip_suffix(".sql").map(String::from)
             })
+            // Not a step: rights, which the owner grants by hand.
+            .filter(|name| name != "roles")
             .collect()
     }
 

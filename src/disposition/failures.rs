@@ -300,6 +300,24 @@ pub fn class_of_kafka(code: RDKafkaErrorCode) -> FailureClass {
         .map_or(FailureClass::Systemic, |rule| rule.class)
 }
 
+/// Whether a broker refuses this client: its credentials, its certificate, its rights. The client library keeps
+/// trying, and requests only time out.
+pub fn is_refusal(code: RDKafkaErrorCode) -> bool {
+    matches!(
+        code,
+        Code::Authentication
+            | Code::SaslAuthenticationFailed
+            | Code::UnsupportedSASLMechanism
+            | Code::IllegalSASLState
+            | Code::SSL
+            | Code::SecurityDisabled
+            | Code::TopicAuthorizationFailed
+            | Code::GroupAuthorizationFailed
+            | Code::ClusterAuthorizationFailed
+            | Code::TransactionalIdAuthorizationFailed
+    )
+}
+
 /// The classes of SQLSTATE that metrics tell apart.
 pub const SQLSTATE_CLASSES: [&str; 14] =
     ["08", "0A", "22", "23", "25", "28", "3D", "40", "42", "53", "54", "55", "57", "58"];

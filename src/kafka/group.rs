@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::librdkafka::LaneQueue;
 use crate::cursor::IdentityDoubt;
-use crate::disposition::{FailureClass, class_of_kafka};
+use crate::disposition::is_refusal;
 use crate::failpoint;
 use crate::lane::ports::{LaneEvent, RevokeDone};
 use crate::record::{NextOffset, Partition};
@@ -29,6 +29,8 @@ const POLL: Duration = Duration::from_millis(100);
 /// A fencing this soon after the broker was away may be by an earlier request of our own: one that was sent
 /// to the dying broker, or whose answer was lost, and that gave our place to a member that nobody is.
 const OWN_FENCING_WITHIN: Duration = Duration::from_secs(60);
+/// A client that is not polled otherwise is listened to for so long.
+const LISTEN: Duration = Duration::from_millis(50);
 /// Limit of one request to the broker.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -112,9 +114,7 @@ impl ClientContext for GroupContext {
         ) {
             self.0.board.broker_lost();
         }
-        if let Some(code) = error.rdkafka_error_code()
-            && class_of_kafka(code) == FailureClass::Systemic
-        {
+        if error.rdkafka_error_code().is_some_and(is_refusal) {
             self.0.board.broker_refused(reason);
         }
         QuietLog.error(error, reason);
@@ -304,6 +304,14 @@ impl Group {
         // A second join would be an error of ours; the first thread serves both.
         let _ = self.thread.set(spawned);
         Ok(())
+    }
+
+    /// Hears what the client has to tell, before [`join`](Self::join) does so all the time.
+    pub fn listen(&self) {
+        let until = Instant::now() + LISTEN;
+        while Instant::now() < until {
+            let _ = self.consumer.poll(LISTEN);
+        }
     }
 
     /// Stops polling. A static member says no goodbye: its place is kept for `session.timeout.ms`.

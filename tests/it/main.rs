@@ -15,5 +15,6 @@ mod poison;
 mod protocol;
 mod rebalance;
 mod schema;
+mod security;
 mod servers;
 mod support;

@@ -61,6 +61,7 @@ impl Act {
 pub struct Servers {
     dir: PathBuf,
     kafka: String,
+    kafka_secure: Option<String>,
     brokers: usize,
     /// Another one after a failover.
     postgres_admin: Mutex<String>,
@@ -80,20 +81,55 @@ impl Servers {
 
     /// As [`Servers::own`], with a cluster of several brokers; with three, everything is replicated.
     pub fn with_brokers(brokers: usize) -> Servers {
+        Servers::up(brokers, None)
+    }
+
+    /// As [`Servers::own`]; both also speak TLS, by the certificate in this folder, and Kafka has a listener that
+    /// asks for a password and for rights.
+    pub fn with_tls(folder: &Path) -> Servers {
+        Servers::up(1, Some(folder))
+    }
+
+    fn up(brokers: usize, tls: Option<&Path>) -> Servers {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
             "it-{}-{}",
             std::process::id(),
             next_number()
         ));
         let owner = std::process::id().to_string();
-        let up = ["up", "--owner-pid", &owner, "--brokers", &brokers.to_string()];
+        let brokers_text = brokers.to_string();
+        let mut up = vec!["up", "--owner-pid", &owner, "--brokers", &brokers_text];
+        if let Some(folder) = tls {
+            up.extend(["--tls", folder.to_str().unwrap()]);
+        }
         let settings = exports(&dev_servers(&dir, &up));
         Servers {
+            kafka_secure: settings.get("DEV_KAFKA_SECURE").cloned(),
             kafka: settings["PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS"].clone(),
             brokers,
             postgres_admin: Mutex::new(settings["DEV_POSTGRES_ADMIN_URL"].clone()),
             dir,
         }
+    }
+
+    /// Kafka's listener with TLS, password and rights.
+    pub fn kafka_secure(&self) -> &str {
+        self.kafka_secure.as_deref().unwrap()
+    }
+
+    /// Runs one of Kafka's own tools, as its administrator.
+    pub fn kafka_tool(&self, arguments: &[&str]) -> String {
+        let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("dev/servers"))
+            .arg("--dir")
+            .arg(&self.dir)
+            .args(["kafka", "tool"])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "kafka tool {arguments:?}: {errors}");
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// Returns when it is done: started means ready, stopped means gone.
@@ -345,6 +381,12 @@ impl<'s> Scope<'s> {
     pub fn execute_as_admin(&self, statements: &str) {
         let url = self.servers.postgres_admin_url(&self.database);
         block_on(async { connect(&url).await.batch_execute(statements).await }).unwrap();
+    }
+
+    /// Runs a statement as another role; the SQLSTATE if it is refused.
+    pub fn execute_as(&self, url: &str, statement: &str) -> Option<String> {
+        let outcome = block_on(async { connect(url).await.batch_execute(statement).await });
+        outcome.err().map(|error| error.code().unwrap().code().to_owned())
     }
 
     /// Rows in a table of the schema `payment_writer`.

@@ -1,0 +1,226 @@
+//! TLS and passwords towards both servers, and how little a daemon needs to be allowed.
+
+use std::fs;
+use std::path::Path;
+
+use openssl::asn1::Asn1Time;
+use openssl::bn::BigNum;
+use openssl::hash::MessageDigest;
+use openssl::pkey::{PKey, Private};
+use openssl::rsa::Rsa;
+use openssl::x509::extension::{BasicConstraints, SubjectAlternativeName};
+use openssl::x509::{X509, X509Builder, X509NameBuilder};
+
+use crate::support::{Daemon, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+
+fn builder(name: &str, key: &PKey<Private>) -> X509Builder {
+    let mut subject = X509NameBuilder::new().unwrap();
+    subject.append_entry_by_text("CN", name).unwrap();
+    let mut builder = X509::builder().unwrap();
+    builder.set_version(2).unwrap();
+    builder.set_serial_number(&BigNum::from_u32(1).unwrap().to_asn1_integer().unwrap()).unwrap();
+    builder.set_subject_name(&subject.build()).unwrap();
+    builder.set_pubkey(key).unwrap();
+    builder.set_not_before(&Asn1Time::days_from_now(0).unwrap()).unwrap();
+    builder.set_not_after(&Asn1Time::days_from_now(30).unwrap()).unwrap();
+    builder
+}
+
+/// An authority's certificate, and one for 127.0.0.1 that it signed.
+fn make_certificates(folder: &Path) {
+    let new_key = || PKey::from_rsa(Rsa::generate(2048).unwrap()).unwrap();
+    let (authority_key, server_key) = (new_key(), new_key());
+    let mut authority = builder("a test's authority", &authority_key);
+    let issuer = {
+        let mut name = X509NameBuilder::new().unwrap();
+        name.append_entry_by_text("CN", "a test's authority").unwrap();
+        name.build()
+    };
+    authority.set_issuer_name(&issuer).unwrap();
+    authority.append_extension(BasicConstraints::new().critical().ca().build().unwrap()).unwrap();
+    authority.sign(&authority_key, MessageDigest::sha256()).unwrap();
+    let authority = authority.build();
+    let mut server = builder("a test's server", &server_key);
+    server.set_issuer_name(&issuer).unwrap();
+    let names =
+        SubjectAlternativeName::new().ip("127.0.0.1").build(&server.x509v3_context(Some(&authority), None));
+    server.append_extension(names.unwrap()).unwrap();
+    server.sign(&authority_key, MessageDigest::sha256()).unwrap();
+    fs::create_dir_all(folder).unwrap();
+    fs::write(folder.join("ca.crt"), authority.to_pem().unwrap()).unwrap();
+    fs::write(folder.join("server.crt"), server.build().to_pem().unwrap()).unwrap();
+    fs::write(folder.join("server.key"), server_key.private_key_to_pem_pkcs8().unwrap()).unwrap();
+}
+
+fn missing(daemon: &Daemon) -> String {
+    daemon.get("/readyz").map_or(String::new(), |reply| reply.body)
+}
+
+/// The rights that the README names, to a principal that has none.
+fn grant_rights(scope: &Scope<'_>, instance: &str) {
+    let principal = "User:writer";
+    let add = |arguments: &[&str]| {
+        let tool = ["AclCommand", "--add", "--allow-principal", principal];
+        scope.servers.kafka_tool(&[&tool[..], arguments].concat());
+    };
+    add(&["--operation", "Read", "--operation", "Describe", "--topic", &scope.input_topic]);
+    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
+        let operations = ["--operation", "Write", "--operation", "Read", "--operation", "Describe"];
+        add(&[&operations[..], &["--topic", topic]].concat());
+    }
+    add(&["--operation", "Read", "--operation", "Describe", "--group", &scope.group_id]);
+    let ids = format!("{}-{instance}-", scope.group_id);
+    let operations = ["--operation", "Write", "--operation", "Describe"];
+    add(&[&operations[..], &["--transactional-id", &ids, "--resource-pattern-type", "prefixed"]].concat());
+}
+
+#[test]
+fn certificates_passwords_and_rights_are_asked_for_and_whoever_lacks_one_waits_and_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let (certificates, others) = (folder.path().join("ours"), folder.path().join("others"));
+    make_certificates(&certificates);
+    make_certificates(&others);
+    let servers = Servers::with_tls(&certificates);
+    let scope = Scope::new(&servers, "secure");
+    scope.prepare(4, 2);
+    let ca = |folder: &Path| folder.join("ca.crt").to_str().unwrap().to_owned();
+    let postgres = |host: &str, folder: &Path, mode: &str| {
+        let url = scope.postgres_url().replace("127.0.0.1", host);
+        format!("{url}?sslmode={mode}&sslrootcert={}", ca(folder))
+    };
+    let member = Member::new("a")
+        .soon_forgotten()
+        .with("KAFKA__BOOTSTRAP_SERVERS", servers.kafka_secure())
+        .with("KAFKA__PROPERTIES__SECURITY_PROTOCOL", "SASL_SSL")
+        .with("KAFKA__PROPERTIES__SASL_MECHANISM", "SCRAM-SHA-512")
+        .with("KAFKA__PROPERTIES__SASL_USERNAME", "writer")
+        .with("KAFKA__PROPERTIES__SASL_PASSWORD", "sesame")
+        .with("KAFKA__PROPERTIES__SSL_CA_LOCATION", &ca(&certificates))
+        .with("POSTGRES__URL", &postgres("127.0.0.1", &certificates, "verify-full"));
+    let mut load = Load::new(51);
+    scope.produce(&scope.input_topic, load.take(100));
+    let waits = |member: &Member, words: &str| {
+        let daemon = member.start(&scope);
+        wait_until_within(PATIENCE, words, || missing(&daemon).contains(words));
+        assert!(daemon.log().contains("blocked until somebody mends this"), "{}", daemon.log());
+        assert!(!daemon.log().contains("sesame"), "{}", daemon.log());
+        daemon
+    };
+
+    // WHEN the server's certificate is another authority's, or another host's, THEN nothing is told to it
+    let strangers = postgres("127.0.0.1", &others, "verify-full");
+    let daemon = member.clone().with("POSTGRES__URL", &strangers).start(&scope);
+    wait_until_within(PATIENCE, "the certificate is refused", || {
+        missing(&daemon).contains("certificate verify failed")
+    });
+    drop(daemon);
+    let elsewhere = postgres("localhost", &certificates, "verify-full");
+    let daemon = member.clone().with("POSTGRES__URL", &elsewhere).start(&scope);
+    wait_until_within(PATIENCE, "the host is refused", || {
+        missing(&daemon).contains("certificate verify failed")
+    });
+    drop(daemon);
+    drop(waits(
+        &member.clone().with("KAFKA__PROPERTIES__SSL_CA_LOCATION", &ca(&others)),
+        "certificate verify failed",
+    ));
+
+    // WHEN the password is wrong
+    servers.kafka_tool(&[
+        "kafka.admin.ConfigCommand",
+        "--alter",
+        "--entity-type",
+        "users",
+        "--entity-name",
+        "writer",
+        "--add-config",
+        "SCRAM-SHA-512=[password=another]",
+    ]);
+    let mut daemon = waits(&member, "uthentication failed");
+    // AND then right, but no right is granted, THEN it tells what is missing, and goes on by itself with each
+    servers.kafka_tool(&[
+        "kafka.admin.ConfigCommand",
+        "--alter",
+        "--entity-type",
+        "users",
+        "--entity-name",
+        "writer",
+        "--add-config",
+        "SCRAM-SHA-512=[password=sesame]",
+    ]);
+    wait_until_within(PATIENCE, "rights are missing", || missing(&daemon).contains("uthorization failed"));
+    assert!(daemon.is_running());
+    grant_rights(&scope, "a");
+    daemon.wait_until_ready();
+    scope.produce(&scope.input_topic, load.take(100));
+    scope.wait_until_caught_up();
+
+    // THEN all of it went through TLS
+    let open = scope.sql(
+        "SELECT count(*) FILTER (WHERE s.ssl), count(*) FROM pg_stat_ssl s JOIN pg_stat_activity a USING (pid)
+         WHERE a.application_name = 'payment-writer' AND a.datname = current_database()",
+        &[],
+    );
+    let (with_tls, all) = (open[0].get::<_, i64>(0), open[0].get::<_, i64>(1));
+    assert!(all > 0 && with_tls == all, "{with_tls} of {all} sessions");
+    daemon.drains();
+    assert!(!daemon.log().contains("sesame"), "{}", daemon.log());
+
+    // AND these rights are enough to find out what was sent when the group's offsets are gone
+    scope.produce(&scope.input_topic, load.take(100));
+    member.die_at(&scope, "after_postgres_commit");
+    scope.delete_group_when_empty();
+    member.catch_up(&scope);
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn the_daemon_needs_no_more_than_the_writers_role() {
+    // GIVEN a schema with its owner, and a user that only has the role of a writer
+    let servers = Servers::shared();
+    let scope = Scope::new(servers, "least_rights");
+    scope.prepare(3, 2);
+    let user = format!("{}_user", scope.database);
+    scope.execute_as_admin(include_str!("../../sql/roles.sql"));
+    scope.execute_as_admin(include_str!("../../sql/roles.sql"));
+    scope.execute_as_admin(&format!("CREATE ROLE \"{user}\" LOGIN PASSWORD 'u' IN ROLE payment_writer_app"));
+    let url = scope.postgres_url().replace("//payment_writer:payment_writer@", &format!("//{user}:u@"));
+    let member = Member::new("a")
+        .soon_forgotten()
+        .with("POSTGRES__URL", &url)
+        .with("POSTGRES__HOUSEKEEPING_URL", &scope.postgres_url());
+    let mut load = Load::new(52);
+
+    // WHEN it writes, dies between its commits, finds its group's offsets moved, and meets refused rows
+    scope.produce(&scope.input_topic, load.take(150));
+    member.catch_up(&scope);
+    scope.produce(&scope.input_topic, load.take(150));
+    member.die_at(&scope, "after_postgres_commit");
+    member.catch_up(&scope);
+    scope
+        .execute("ALTER TABLE payment_writer.payment_core ADD CONSTRAINT one CHECK (cust_id <> 7) NOT VALID");
+    scope.produce(&scope.input_topic, load.take(150));
+    member.catch_up(&scope);
+
+    // THEN everything is as it should be
+    scope.assert_exactly_once();
+    let settings = [("PAYMENT_WRITER__POSTGRES__URL", url.as_str())];
+    scope.command_with(&["cursors", "show"], &settings).succeeds();
+
+    // AND that user can neither change the schema nor take anything away
+    for forbidden in [
+        "DROP TABLE payment_writer.payment_core",
+        "ALTER TABLE payment_writer.payment_core ADD COLUMN x integer",
+        "CREATE TABLE payment_writer.mine (x integer)",
+        "DELETE FROM payment_writer.payment_core",
+        "UPDATE payment_writer.payment_core SET amount = 0",
+        "TRUNCATE payment_writer.idempotency",
+        "DELETE FROM payment_writer.idempotency",
+        "DELETE FROM payment_writer.cursor_audit",
+        "UPDATE payment_writer.database_identity SET database_id = gen_random_uuid()",
+    ] {
+        let refused = scope.execute_as(&url, forbidden);
+        assert_eq!(refused.as_deref(), Some("42501"), "{forbidden}");
+    }
+    scope.execute_as_admin(&format!("DROP ROLE \"{user}\"; DROP OWNED BY payment_writer_app"));
+}
