@@ -104,7 +104,7 @@ pub const TRACE_HEADER_BYTES_MAX: usize = 8 * 1024;
 
 const TRACE_HEADERS: [&[u8]; 2] = [b"correlation-id", b"traceparent"];
 /// Names that an output sets itself; what the record brought under them is replaced.
-const REPLACED_HEADERS: [&[u8]; 9] = [
+pub const REPLACED_HEADERS: [&[u8]; 9] = [
     b"source",
     b"dlq-reason",
     b"dlq-detail",

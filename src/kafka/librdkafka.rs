@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::message::BorrowedMessage;
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{ClientContext, TopicPartitionList};
@@ -112,6 +113,13 @@ unsafe fn bytes<'a>(pointer: *const c_void, len: usize) -> Option<&'a [u8]> {
 }
 
 impl<'a> NativeRecord<'a> {
+    /// The same record as the `rdkafka` crate has it, whose own headers cannot be read if a name of theirs is
+    /// not UTF-8.
+    pub fn of(message: &'a BorrowedMessage<'_>) -> Self {
+        // SAFETY: the message is live for as long as it is borrowed, and nobody changes it.
+        Self { message: unsafe { &*message.ptr() } }
+    }
+
     /// Partition of the record.
     pub fn partition(&self) -> Partition {
         Partition(self.message.partition)
@@ -385,10 +393,24 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
         self.producer.client().native_ptr()
     }
 
-    /// Copies one message into the producer's queue. `Err` with `_QUEUE_FULL` may be tried again.
+    /// Copies one message into the producer's queue, to be stamped by the client when it is sent. `Err` with
+    /// `_QUEUE_FULL` may be tried again.
     pub fn produce<'h>(
         &self,
         topic: usize,
+        key: Option<&[u8]>,
+        value: Option<&[u8]>,
+        headers: impl ExactSizeIterator<Item = (&'h [u8], Option<&'h [u8]>)>,
+    ) -> Result<(), NativeError> {
+        // The client's own word for "now".
+        self.produce_at(topic, TimestampMs(0), key, value, headers)
+    }
+
+    /// As [`produce`](Self::produce), with a timestamp above 0.
+    pub fn produce_at<'h>(
+        &self,
+        topic: usize,
+        timestamp: TimestampMs,
         key: Option<&[u8]>,
         value: Option<&[u8]>,
         headers: impl ExactSizeIterator<Item = (&'h [u8], Option<&'h [u8]>)>,
@@ -435,6 +457,10 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
                 sys::rd_kafka_vu_t {
                     vtype: kind::RD_KAFKA_VTYPE_MSGFLAGS,
                     u: sys::rd_kafka_vu_s__bindgen_ty_1 { i: sys::RD_KAFKA_MSG_F_COPY },
+                },
+                sys::rd_kafka_vu_t {
+                    vtype: kind::RD_KAFKA_VTYPE_TIMESTAMP,
+                    u: sys::rd_kafka_vu_s__bindgen_ty_1 { i64_: timestamp.0 },
                 },
                 mem(kind::RD_KAFKA_VTYPE_KEY, key),
                 mem(kind::RD_KAFKA_VTYPE_VALUE, value),
