@@ -57,6 +57,7 @@ const STEPS: &[Step] = &[
     step!("3", "cursors_and_identity"),
     step!("4", "settlements"),
     step!("5", "housekeeping"),
+    step!("6", "dead_letter_replays"),
 ];
 
 /// The newest step that this program knows.

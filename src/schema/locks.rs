@@ -20,6 +20,8 @@ pub enum LockKey {
     Prune = 4,
     /// Held by a transaction while it binds the database to a group.
     Binding = 5,
+    /// Held by the one session that replays dead letters.
+    Replay = 6,
 }
 
 impl LockKey {

@@ -8,7 +8,7 @@ use super::{
 };
 
 /// Tables whose rows nobody gets back by migrating again.
-const PRECIOUS: &[&str] = &["payment_core", "idempotency", "source_cursor"];
+const PRECIOUS: &[&str] = &["payment_core", "idempotency", "source_cursor", "dead_letter_replay"];
 
 /// What was undone.
 #[derive(Clone, PartialEq, Eq, Debug)]

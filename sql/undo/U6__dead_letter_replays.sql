@@ -1,0 +1,4 @@
+DROP TABLE payment_writer.dead_letter_replay;
+DROP TABLE payment_writer.dead_letter_replay_chunk;
+DROP TABLE payment_writer.dead_letter_replay_owner;
+DROP TABLE payment_writer.dead_letter_replay_run;
