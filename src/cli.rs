@@ -2,6 +2,7 @@
 
 mod check_config;
 mod cursors;
+mod dlq;
 mod migrate;
 mod output;
 mod produce;
@@ -9,6 +10,7 @@ mod prune;
 mod run;
 mod show_config;
 mod status;
+mod stop;
 mod topics;
 
 use std::path::PathBuf;
@@ -18,6 +20,7 @@ use std::sync::OnceLock;
 use clap::{Parser, Subcommand};
 
 pub use cursors::{AcceptArgs, CursorsCommand, SettleArgs, SkipArgs};
+pub use dlq::{ChoiceArgs, DlqCommand, ListArgs, ReplayArgs, ShowArgs};
 pub use migrate::{MigrateArgs, MigrateCommand};
 pub use produce::ProduceArgs;
 pub use prune::PruneArgs;
@@ -36,6 +39,7 @@ Examples:
   payment-writer migrate                          make or update the tables
   payment-writer prune --dry-run                  which old message ids would go, and why others stay
   payment-writer run                              write payments until told to stop
+  payment-writer dlq list --since 1d              which dead letters came in the last day, and why
   payment-writer produce --count 200000           send payments to try it out
 
 Settings come from the file, and above it from environment variables such as
@@ -68,6 +72,9 @@ pub enum Command {
     /// Look at how far each partition is, and settle a halted one
     #[command(subcommand)]
     Cursors(CursorsCommand),
+    /// Look at dead letters, and send chosen ones to the input topic again, each once
+    #[command(subcommand)]
+    Dlq(DlqCommand),
     /// One pass of housekeeping: rotate and prune the idempotency table, make months
     Prune(PruneArgs),
     /// What is known of a message id: whether it was written, by which record, and published
@@ -164,6 +171,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Migrate(args) => migrate::migrate(&settings, &args),
         Command::Topics(TopicsCommand::Create(args)) => topics::create(&settings, &args),
         Command::Cursors(command) => cursors::cursors(&settings, &command),
+        Command::Dlq(command) => dlq::dlq(&settings, &command),
         Command::Prune(args) => prune::prune(&settings, &args),
         Command::Status(args) => status::status(&settings, &args),
         Command::Produce(args) => produce::produce(&settings, &args),

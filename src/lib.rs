@@ -20,6 +20,7 @@ pub mod config;
 pub mod cursor;
 pub mod daemon;
 pub mod disposition;
+pub mod dlq;
 pub mod failpoint;
 pub mod generator;
 pub mod housekeeping;

@@ -9,16 +9,15 @@ use clap::{ArgGroup, Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
+use super::stop::StopSignal;
 use super::{Failure, duration, fraction, output, small_runtime};
 use crate::config::Settings;
 use crate::generator::{BadReason, Generator, GeneratorConfig, IdKind, Record, Tally, TallyReport};
 use pace::Pace;
 use sender::{Sender, Sending};
-use stop::StopSignal;
 
 mod pace;
 mod sender;
-mod stop;
 
 /// So many records between looks at signals and the progress bar.
 const RECORDS_PER_LOOK: u64 = 1_000;
@@ -98,7 +97,8 @@ pub enum Compression {
     Lz4,
 }
 
-fn rate(text: &str) -> Result<f64, String> {
+/// Records a second.
+pub(super) fn rate(text: &str) -> Result<f64, String> {
     match text.strip_suffix("/s").unwrap_or(text).parse::<f64>() {
         Ok(rate) if (0.001..=10_000_000.0).contains(&rate) => Ok(rate),
         _ => Err("records a second, from 0.001 to 10000000".to_owned()),

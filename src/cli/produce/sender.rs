@@ -12,7 +12,7 @@ use rdkafka::producer::{
 };
 
 use super::super::Failure;
-use super::stop::StopSignal;
+use super::super::stop::StopSignal;
 use super::{Compression, ProduceArgs};
 use crate::config::KafkaSettings;
 use crate::generator::Record;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::super::Failure;
+use super::Failure;
 
 /// Set by the first signal.
 #[derive(Clone)]

@@ -1,0 +1,151 @@
+//! `dlq`: dead letters, what there is of them, and sending them to the input topic again.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::{Args, Subcommand};
+
+use super::Failure;
+use crate::config::{Settings, duration};
+use crate::dlq::choice::{Choice, PLACES_MAX};
+use crate::dlq::letter::Place;
+use crate::record::{Partition, TimestampMs};
+use crate::wire::Reason;
+
+mod list;
+mod replay;
+mod show;
+
+pub use list::ListArgs;
+pub use replay::ReplayArgs;
+pub use show::ShowArgs;
+
+/// `dlq`
+#[derive(Clone, Debug, Subcommand)]
+pub enum DlqCommand {
+    /// Count dead letters by reason, partition, day and replays, or list them one by one
+    List(ListArgs),
+    /// Show one dead letter: where it comes from, why, when; its contents only if asked for
+    Show(ShowArgs),
+    /// Send dead letters to the input topic again, each once; a dry run unless --apply
+    Replay(ReplayArgs),
+}
+
+/// Which dead letters. What is given has to hold together.
+#[derive(Clone, Debug, Args)]
+pub struct ChoiceArgs {
+    /// Only for this reason; may be given several times
+    #[arg(long, value_name = "REASON", value_delimiter = ',', value_parser = reason)]
+    pub reason: Vec<Reason>,
+    /// Only records of this partition of the input topic; may be given several times
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(0..))]
+    pub partition: Vec<i32>,
+    /// Only what was dead-lettered at this time or later: 2026-03-01T12:00:00Z, 2026-03-01, or 2h ago as 2h
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub since: Option<TimestampMs>,
+    /// Only what was dead-lettered before this time
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub until: Option<TimestampMs>,
+    /// Only this letter, by its place in the dead-letter topic; may be given several times
+    #[arg(long, value_name = "PARTITION/OFFSET", value_delimiter = ',')]
+    pub at: Vec<Place>,
+}
+
+impl ChoiceArgs {
+    fn choice(&self) -> Result<Choice, Failure> {
+        if self.at.len() > PLACES_MAX {
+            return Err(Failure::usage(format!("--at can name at most {PLACES_MAX} letters")));
+        }
+        Ok(Choice {
+            reasons: self.reason.clone(),
+            partitions: self.partition.iter().copied().map(Partition).collect(),
+            since: self.since,
+            until: self.until,
+            places: self.at.iter().copied().collect(),
+        })
+    }
+}
+
+/// Does one of them.
+pub fn dlq(settings: &Settings, command: &DlqCommand) -> Result<(), Failure> {
+    match command {
+        DlqCommand::List(args) => list::list(settings, args),
+        DlqCommand::Show(args) => show::show(settings, args),
+        DlqCommand::Replay(args) => replay::replay(settings, args),
+    }
+}
+
+fn reason(text: &str) -> Result<Reason, String> {
+    Reason::ALL
+        .into_iter()
+        .find(|known| known.as_str() == text)
+        .ok_or_else(|| format!("one of {}", Reason::ALL.map(Reason::as_str).join(", ")))
+}
+
+fn moment(text: &str) -> Result<TimestampMs, String> {
+    if let Some(ago) = duration::parse(text) {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(ago);
+        return Ok(TimestampMs(i64::try_from(since.as_millis()).unwrap_or(i64::MAX)));
+    }
+    let of_day = format!("{text}T00:00:00Z");
+    let parsed: Result<jiff::Timestamp, _> = text.parse().or_else(|_| of_day.parse());
+    parsed.map(|at| TimestampMs(at.as_millisecond())).map_err(|_| {
+        "a time such as 2026-03-01T12:00:00Z or 2026-03-01, or an age such as 30m or 2h".to_owned()
+    })
+}
+
+fn time(at: Option<TimestampMs>) -> String {
+    let shown = |at: TimestampMs| {
+        jiff::Timestamp::from_millisecond(at.0).map_or_else(|_| at.0.to_string(), |t| format!("{t:.3}"))
+    };
+    at.map_or_else(|| "-".to_owned(), shown)
+}
+
+fn reason_text(reason: Option<Reason>) -> &'static str {
+    reason.map_or("unknown", Reason::as_str)
+}
+
+/// Bytes of others as text for a terminal: control characters and what is not UTF-8 are escaped.
+fn escaped(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for chunk in bytes.utf8_chunks() {
+        for character in chunk.valid().chars() {
+            if character.is_control() {
+                text.extend(character.escape_default());
+            } else {
+                text.push(character);
+            }
+        }
+        for byte in chunk.invalid() {
+            text.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_a_time_a_day_or_an_age() {
+        assert_eq!(moment("2024-02-29T23:59:59.999Z"), Ok(TimestampMs(1_709_251_199_999)));
+        assert_eq!(moment("2024-03-01T01:00:00+01:00"), Ok(TimestampMs(1_709_251_200_000)));
+        assert_eq!(moment("2024-03-01"), Ok(TimestampMs(1_709_251_200_000)));
+        assert!(moment("2h").unwrap() < moment("1h").unwrap());
+        for wrong in ["", "yesterday", "5", "2024-13-01"] {
+            assert!(moment(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_reason_is_one_of_the_contracts() {
+        assert_eq!(reason("empty_value"), Ok(Reason::EmptyValue));
+        assert!(reason("empty").unwrap_err().contains("empty_value, too_large"));
+    }
+
+    #[test]
+    fn bytes_of_others_cannot_steer_a_terminal() {
+        assert_eq!(escaped("ä {\"a\":1}".as_bytes()), "ä {\"a\":1}");
+        assert_eq!(escaped(b"\x1b[2J\xff\n"), "\\u{1b}[2J\\xff\\n");
+    }
+}

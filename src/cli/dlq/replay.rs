@@ -1,0 +1,310 @@
+//! `dlq replay`: chosen dead letters to the input topic, each once.
+
+use std::io::IsTerminal;
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::super::output::{print, table, to_stderr};
+use super::super::produce::rate;
+use super::super::stop::StopSignal;
+use super::super::{Failure, small_runtime};
+use super::ChoiceArgs;
+use crate::config::{Settings, duration};
+use crate::dlq::DlqError;
+use crate::dlq::choice::{Choice, Ranges};
+use crate::dlq::mark::Fate;
+use crate::dlq::reader::Reader;
+use crate::dlq::register::{Audit, Register};
+use crate::dlq::replay::{CHUNK_LETTERS_MAX, Chunk, Outcome, Replay, Word, look_at};
+use crate::dlq::terms::Terms;
+use crate::kafka::scan::Scanner;
+
+/// While it waits for its rate it looks for signals so often.
+const PAUSE_MAX: Duration = Duration::from_millis(100);
+
+const AFTER_HELP: &str = "\
+Without --apply nothing is sent: it says how many letters would go, how many not, and why. With it,
+who did it, when, which and why are written to the audit tables.
+
+A replayed record has the key, value, headers and timestamp that it had, and the header dlq-replays,
+which counts. Its key decides its partition, as with any producer. The dead letter stays where it is;
+it is replayed once, whoever asks again. A record that is refused again makes a new dead letter.
+
+A command that was killed or cut off is run again as it was: what was under way is settled first, and
+what went is not sent again. Ctrl-C stops after the letters that are just being sent.
+
+Refused: what came back --max-replays times; a value that was left out; another topic's letter; a
+record without a timestamp. And where a payment could be written twice, unless --force: a record older
+than idempotency.window, because it is no longer known whether another record with its message id was
+written since; and message_id_conflict, because another payment has the id.
+
+Examples:
+  payment-writer dlq replay --reason invalid_field --since 2h
+  payment-writer dlq replay --reason invalid_field --since 2h --apply --note 'INC-7: type was missing'
+  payment-writer dlq replay --at 3/120,3/121 --apply --note 'asked for by the bank'";
+
+/// `dlq replay`
+#[derive(Clone, Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct ReplayArgs {
+    /// Which letters.
+    #[command(flatten)]
+    pub choice: ChoiceArgs,
+    /// All letters, if nothing else narrows them down
+    #[arg(long)]
+    pub all: bool,
+    /// Do it, instead of telling what would be done
+    #[arg(long, requires = "note")]
+    pub apply: bool,
+    /// Why, for the audit table
+    #[arg(long, value_name = "TEXT")]
+    pub note: Option<String>,
+    /// Refuse letters that were replayed so often
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_replays: u32,
+    /// Send at most so many letters a second
+    #[arg(long, value_name = "PER_SECOND", default_value = "1000", value_parser = rate)]
+    pub rate: f64,
+    /// Also where a payment could be written twice: beyond the window, on conflicts, with a database that has
+    /// forgotten replays
+    #[arg(long)]
+    pub force: bool,
+    /// What became of a replay that was cut off, if nothing proves it any more
+    #[arg(long, value_enum, value_name = "FATE", requires = "apply")]
+    pub unfinished: Option<UnfinishedFate>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What a person found in the input topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum UnfinishedFate {
+    /// Its records are there
+    Sent,
+    /// They are not
+    NotSent,
+}
+
+impl From<UnfinishedFate> for Fate {
+    fn from(fate: UnfinishedFate) -> Self {
+        match fate {
+            UnfinishedFate::Sent => Self::Sent,
+            UnfinishedFate::NotSent => Self::NotSent,
+        }
+    }
+}
+
+/// Replays them, or says what would be replayed.
+pub fn replay(settings: &Settings, args: &ReplayArgs) -> Result<(), Failure> {
+    let choice = args.choice.choice()?;
+    if choice.is_everything() && !args.all {
+        return Err(Failure::usage(
+            "say which letters: --reason, --partition, --since, --until, --at, or --all",
+        ));
+    }
+    if !settings.kafka.publish {
+        return Err(Failure::usage(
+            "these are the settings of a daemon that writes rows only (kafka.publish is false): it makes no dead \
+             letters; use those of the one that publishes",
+        ));
+    }
+    let stop = StopSignal::listen(small_runtime()?)?;
+    let reader = Reader::open(&settings.kafka)?;
+    let ranges = reader.ranges(&choice)?;
+    let input = Scanner::new(&settings.kafka, &settings.kafka.input_topic).map_err(DlqError::from)?;
+    let (input_topic_id, _) = input.describe().map_err(DlqError::from)?;
+    drop(input);
+    let register = Register::open(settings, input_topic_id)?;
+    let terms = Terms {
+        input_topic: settings.kafka.input_topic.clone(),
+        now: register.now()?,
+        window: settings.idempotency.window,
+        replays_max: args.max_replays,
+        is_forced: args.force,
+    };
+    let job =
+        Job { settings, args, choice: &choice, terms: &terms, reader: &reader, ranges: &ranges, stop: &stop };
+    match args.note.as_deref().filter(|_| args.apply) {
+        Some(note) => job.apply(register, note),
+        None => job.look(&register),
+    }
+}
+
+/// What both ways of doing it need.
+struct Job<'a> {
+    settings: &'a Settings,
+    args: &'a ReplayArgs,
+    choice: &'a Choice,
+    terms: &'a Terms,
+    reader: &'a Reader,
+    ranges: &'a Ranges,
+    stop: &'a StopSignal,
+}
+
+impl Job<'_> {
+    fn look(&self, register: &Register) -> Result<(), Failure> {
+        let topic_id = self.reader.topic_id();
+        let mut outcome = Outcome::default();
+        let is_stopped = self.run("looking", &mut outcome, CHUNK_LETTERS_MAX, |chunk, outcome| {
+            look_at(chunk, register, topic_id, outcome)
+        })?;
+        self.tell(&outcome, is_stopped, None)
+    }
+
+    fn apply(&self, register: Register, note: &str) -> Result<(), Failure> {
+        let audit = Audit {
+            topic: self.settings.kafka.dead_letter_topic.clone(),
+            topic_id: self.reader.topic_id(),
+            choice: self.choice.to_string(),
+            is_forced: self.args.force,
+            note: note.to_owned(),
+        };
+        let word = Word { unfinished: self.args.unfinished.map(Fate::from), is_forced: self.args.force };
+        let mut replay = Replay::begin(register, self.settings, &audit, word)?;
+        // No more at once than in a second.
+        let letters_max = self.args.rate.ceil().min(CHUNK_LETTERS_MAX as f64) as usize;
+        let began = Instant::now();
+        let mut outcome = Outcome::default();
+        let is_stopped = self.run("replaying", &mut outcome, letters_max, |chunk, outcome| {
+            while let Some(pause) = pause(self.args.rate, outcome.replayed, began.elapsed()) {
+                if self.stop.is_set() {
+                    return Ok(());
+                }
+                std::thread::sleep(pause);
+            }
+            replay.send(chunk, outcome)
+        });
+        let is_stopped = is_stopped.inspect_err(|_| self.tell_of_failure(&outcome))?;
+        let run_id = replay.run_id();
+        replay.finish(&outcome, is_stopped)?;
+        self.tell(&outcome, is_stopped, Some(run_id))
+    }
+
+    /// Reads what was chosen, and hands it on in chunks. True if a signal ended it early.
+    fn run(
+        &self,
+        doing: &'static str,
+        outcome: &mut Outcome,
+        letters_max: usize,
+        mut flush: impl FnMut(&mut Chunk, &mut Outcome) -> Result<(), DlqError>,
+    ) -> Result<bool, Failure> {
+        let progress = progress_bar(doing, self.ranges.offsets);
+        let mut chunk = Chunk::new(letters_max);
+        let flow = self.reader.read(self.ranges, |letter| {
+            progress.inc(1);
+            if self.choice.has(letter) {
+                chunk.consider(letter, self.terms, outcome);
+            }
+            if chunk.is_full() {
+                flush(&mut chunk, outcome)?;
+                progress.set_message(format!("{} letters", outcome.replayed));
+            }
+            Ok(if self.stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        });
+        let flushed = match flow {
+            Ok(ControlFlow::Continue(())) => flush(&mut chunk, outcome).map(|()| self.stop.is_set()),
+            Ok(ControlFlow::Break(())) => Ok(true),
+            Err(error) => Err(error),
+        };
+        progress.finish_and_clear();
+        Ok(flushed?)
+    }
+
+    fn tell_of_failure(&self, outcome: &Outcome) {
+        // The failure itself is told by whoever gets it.
+        let _ = to_stderr(&format!(
+            "replayed before it failed: {}. Run the same command again: what was under way is settled first, and no \
+             letter goes twice",
+            outcome.replayed
+        ));
+    }
+
+    fn tell(&self, outcome: &Outcome, is_interrupted: bool, run: Option<Uuid>) -> Result<(), Failure> {
+        let kafka = &self.settings.kafka;
+        if self.args.json {
+            let mut value = outcome.to_json();
+            if let Some(object) = value.as_object_mut() {
+                object.insert("topic".to_owned(), json!(kafka.dead_letter_topic));
+                object.insert("input_topic".to_owned(), json!(kafka.input_topic));
+                object.insert("dry_run".to_owned(), json!(run.is_none()));
+                object.insert("interrupted".to_owned(), json!(is_interrupted));
+                object.insert("run".to_owned(), json!(run.map(|run| run.to_string())));
+            }
+            return print(&value.to_string());
+        }
+        print(&self.as_text(outcome, is_interrupted, run))
+    }
+
+    fn as_text(&self, outcome: &Outcome, is_interrupted: bool, run: Option<Uuid>) -> String {
+        let row = |what: &str, count: u64, why: &str| [what.to_owned(), count.to_string(), why.to_owned()];
+        let going = if run.is_some() { "replayed" } else { "would be replayed" };
+        let mut rows = vec![
+            row(going, outcome.replayed, ""),
+            row("already replayed", outcome.already_replayed, "once is enough, whoever asks"),
+        ];
+        for (objection, count) in &outcome.refused {
+            rows.push(row(&format!("refused: {}", objection.as_str()), *count, objection.why()));
+        }
+        let kafka = &self.settings.kafka;
+        let mut text = vec![
+            format!("{} dead letters chosen of {}", outcome.chosen, kafka.dead_letter_topic),
+            table(&rows),
+        ];
+        if outcome.at_risk > 0 {
+            text.push(format!(
+                "--force: {} of these letters are older than idempotency.window ({}), or another payment has their \
+                 message id. Where a payment with such an id was written and the id is forgotten by now, it is written, \
+                 and its events are sent, a second time",
+                outcome.at_risk,
+                duration::format(self.settings.idempotency.window),
+            ));
+        }
+        if is_interrupted {
+            text.push("interrupted: what was not looked at by then stays as it is".to_owned());
+        }
+        text.push(match run {
+            Some(run) => format!("run {run} in payment_writer.dead_letter_replay_run"),
+            None => "nothing was sent; add --apply --note TEXT to do it".to_owned(),
+        });
+        text.join("\n")
+    }
+}
+
+/// How long to wait before more may be sent; never so long that a signal waits for it.
+fn pause(per_second: f64, sent: u64, elapsed: Duration) -> Option<Duration> {
+    let left = sent as f64 / per_second - elapsed.as_secs_f64();
+    (left > 0.0).then(|| Duration::try_from_secs_f64(left).unwrap_or(PAUSE_MAX).min(PAUSE_MAX))
+}
+
+fn progress_bar(doing: &'static str, offsets: u64) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
+    let bar = ProgressBar::with_draw_target(Some(offsets), target).with_prefix(doing);
+    match ProgressStyle::with_template("{prefix} {wide_bar} {human_pos}/{human_len} read  {msg}  {eta} left")
+    {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_sent_than_the_rate_allows() {
+        assert_eq!(pause(10.0, 0, Duration::ZERO), None);
+        assert_eq!(pause(10.0, 10, Duration::ZERO), Some(PAUSE_MAX));
+        assert_eq!(pause(10.0, 10, Duration::from_millis(950)), Some(Duration::from_millis(50)));
+        assert_eq!(pause(10.0, 10, Duration::from_secs(1)), None);
+    }
+}

@@ -1,0 +1,220 @@
+//! Which dead letters may be replayed: pure.
+
+use std::time::Duration;
+
+use super::letter::Letter;
+use crate::record::TimestampMs;
+use crate::wire::Reason;
+
+/// Brokers refuse records that are stamped further ahead (`message.timestamp.after.max.ms`).
+const AHEAD_MAX: Duration = Duration::from_secs(3_600);
+
+/// Under which terms letters are replayed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Terms {
+    /// `kafka.input_topic`: where they go, and where they must come from.
+    pub input_topic: String,
+    /// By the database's clock.
+    pub now: TimestampMs,
+    /// `idempotency.window`
+    pub window: Duration,
+    /// A letter that was replayed so often is not replayed again.
+    pub replays_max: u32,
+    /// Also where a payment could be written twice.
+    pub is_forced: bool,
+}
+
+/// Why a letter is not replayed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Objection {
+    /// No daemon put it there.
+    NotADeadLetter,
+    /// It is of another input topic than the settings name.
+    OtherTopic,
+    /// Its value was left out.
+    ValueLeftOut,
+    /// Its record has no timestamp that could be kept.
+    NoTimestamp,
+    /// Its record is stamped further ahead than brokers take.
+    AheadOfTime,
+    /// It was replayed often enough.
+    TooManyReplays,
+    /// Another record with another payload has its message id.
+    IdTaken,
+    /// Its record is older than the idempotency window.
+    BeyondWindow,
+}
+
+impl Objection {
+    /// Its name in what is printed.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotADeadLetter => "not_a_dead_letter",
+            Self::OtherTopic => "other_topic",
+            Self::ValueLeftOut => "value_left_out",
+            Self::NoTimestamp => "no_timestamp",
+            Self::AheadOfTime => "ahead_of_time",
+            Self::TooManyReplays => "too_many_replays",
+            Self::IdTaken => "message_id_conflict",
+            Self::BeyondWindow => "beyond_window",
+        }
+    }
+
+    /// Why, in a sentence.
+    pub fn why(self) -> &'static str {
+        match self {
+            Self::NotADeadLetter => "it lacks the headers of a dead letter: somebody else put it there",
+            Self::OtherTopic => "its record is of another topic than kafka.input_topic",
+            Self::ValueLeftOut => {
+                "its value was over 512 KiB and is not in the dead letter: its producer has to send it again"
+            }
+            Self::NoTimestamp => "its record has no timestamp that could be kept",
+            Self::AheadOfTime => {
+                "its record is stamped more than an hour ahead, which brokers refuse; try later"
+            }
+            Self::TooManyReplays => "it came back that often; --max-replays allows more",
+            Self::IdTaken => {
+                "another payment has its message id: it comes back, or is written beside it once the id is \
+                 forgotten; --force replays it"
+            }
+            Self::BeyondWindow => {
+                "its record is older than idempotency.window: whether its message id was written is forgotten; \
+                 --force replays it"
+            }
+        }
+    }
+}
+
+/// What is to become of a letter that nobody has replayed yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Judgement {
+    /// It goes.
+    Go {
+        /// The timestamp to keep.
+        timestamp: TimestampMs,
+        /// It goes only because it is forced: a payment could be written twice.
+        is_at_risk: bool,
+    },
+    /// It does not.
+    Refuse(Objection),
+}
+
+impl Terms {
+    /// What is to become of this letter. A dead letter claimed no id, but since then another record with the same
+    /// id may have been written: as long as that is remembered, the daemon tells the replay as a duplicate or a
+    /// conflict.
+    pub fn judge(&self, letter: &Letter<'_>) -> Judgement {
+        let refuse = Judgement::Refuse;
+        let Some(label) = &letter.label else { return refuse(Objection::NotADeadLetter) };
+        if label.topic != self.input_topic {
+            return refuse(Objection::OtherTopic);
+        }
+        if label.left_out.is_some() {
+            return refuse(Objection::ValueLeftOut);
+        }
+        // The client library takes 0 for "now".
+        let Some(timestamp) = label.timestamp.filter(|at| at.0 > 0) else {
+            return refuse(Objection::NoTimestamp);
+        };
+        let millis = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
+        if timestamp.0 > self.now.0.saturating_add(millis(AHEAD_MAX)) {
+            return refuse(Objection::AheadOfTime);
+        }
+        if letter.replays >= self.replays_max {
+            return refuse(Objection::TooManyReplays);
+        }
+        let risk = if label.reason == Some(Reason::MessageIdConflict) {
+            Some(Objection::IdTaken)
+        } else if timestamp.0 < self.now.0.saturating_sub(millis(self.window)) {
+            Some(Objection::BeyondWindow)
+        } else {
+            None
+        };
+        match risk {
+            Some(objection) if !self.is_forced => refuse(objection),
+            risk => Judgement::Go { timestamp, is_at_risk: risk.is_some() },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dlq::letter::Place;
+    use crate::publication::Header;
+    use crate::record::{Offset, Partition};
+
+    const NOW: i64 = 1_700_000_000_000;
+    const HOUR: i64 = 3_600_000;
+
+    fn terms() -> Terms {
+        Terms {
+            input_topic: "input".to_owned(),
+            now: TimestampMs(NOW),
+            window: Duration::from_secs(7 * 86_400),
+            replays_max: 3,
+            is_forced: false,
+        }
+    }
+
+    fn judged(terms: &Terms, changed: &[(&'static str, String)]) -> Judgement {
+        let mut all = vec![
+            ("dlq-reason", "invalid_field".to_owned()),
+            ("dlq-detail", "x".to_owned()),
+            ("dlq-topic", "input".to_owned()),
+            ("dlq-partition", "7".to_owned()),
+            ("dlq-offset", "41".to_owned()),
+            ("dlq-timestamp", (NOW - HOUR).to_string()),
+        ];
+        all.extend_from_slice(changed);
+        let headers: Vec<Header<'_>> =
+            all.iter().map(|(name, value)| (name.as_bytes(), Some(value.as_bytes()))).collect();
+        let place = Place { partition: Partition(0), offset: Offset(0) };
+        terms.judge(&Letter::read(place, None, None, Some(b"{}"), headers))
+    }
+
+    fn at(ms: i64) -> [(&'static str, String); 1] {
+        [("dlq-timestamp", ms.to_string())]
+    }
+
+    #[test]
+    fn a_letter_of_this_topic_and_within_the_window_goes_with_its_timestamp() {
+        for ms in [NOW - HOUR, NOW - 7 * 24 * HOUR, NOW + HOUR] {
+            let go = Judgement::Go { timestamp: TimestampMs(ms), is_at_risk: false };
+            assert_eq!(judged(&terms(), &at(ms)), go);
+        }
+        let replayed = [("dlq-replays", "2".to_owned())];
+        assert!(matches!(judged(&terms(), &replayed), Judgement::Go { .. }));
+    }
+
+    #[test]
+    fn each_objection_is_told() {
+        let cases: [(&'static str, String, Objection); 8] = [
+            ("dlq-topic", "elsewhere".to_owned(), Objection::OtherTopic),
+            ("dlq-value-bytes", "600000".to_owned(), Objection::ValueLeftOut),
+            ("dlq-timestamp", "-1".to_owned(), Objection::NoTimestamp),
+            ("dlq-timestamp", "0".to_owned(), Objection::NoTimestamp),
+            ("dlq-timestamp", (NOW + HOUR + 1).to_string(), Objection::AheadOfTime),
+            ("dlq-replays", "3".to_owned(), Objection::TooManyReplays),
+            ("dlq-reason", "message_id_conflict".to_owned(), Objection::IdTaken),
+            ("dlq-timestamp", (NOW - 7 * 24 * HOUR - 1).to_string(), Objection::BeyondWindow),
+        ];
+        for (name, value, objection) in cases {
+            assert_eq!(judged(&terms(), &[(name, value)]), Judgement::Refuse(objection), "{name}");
+        }
+        let foreign = Letter::read("0/0".parse().unwrap(), None, None, None, []);
+        assert_eq!(terms().judge(&foreign), Judgement::Refuse(Objection::NotADeadLetter));
+    }
+
+    #[test]
+    fn force_takes_the_risks_upon_itself_and_nothing_else() {
+        let forced = Terms { is_forced: true, ..terms() };
+        let old = NOW - 8 * 24 * HOUR;
+        let go = Judgement::Go { timestamp: TimestampMs(old), is_at_risk: true };
+        assert_eq!(judged(&forced, &at(old)), go);
+        let conflict = [("dlq-reason", "message_id_conflict".to_owned())];
+        assert!(matches!(judged(&forced, &conflict), Judgement::Go { is_at_risk: true, .. }));
+        let again = [("dlq-replays", "3".to_owned())];
+        assert_eq!(judged(&forced, &again), Judgement::Refuse(Objection::TooManyReplays));
+    }
+}
