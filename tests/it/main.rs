@@ -4,6 +4,7 @@
 mod audit;
 mod commands;
 mod crash;
+mod dlq;
 mod fuzz;
 mod generator;
 mod housekeeping;
