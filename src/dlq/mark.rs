@@ -73,8 +73,8 @@ pub enum Doubt {
     /// The mark names a chunk that the database does not know.
     #[error(
         "group {group} says that the last replay was recorded in another database, or this one was restored to an \
-         older state and has forgotten it: dead letters that were replayed meanwhile would be replayed again. Their \
-         daemon tells them as duplicates within idempotency.window; --force goes on"
+         older state and has forgotten it: dead letters that were replayed meanwhile would be replayed again, within \
+         idempotency.window as duplicates. --after-restore goes on"
     )]
     Forgotten {
         /// The replay group.

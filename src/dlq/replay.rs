@@ -140,13 +140,13 @@ pub fn look_at(
     Ok(())
 }
 
-/// What a person says became of a chunk that nothing proves anything about.
+/// What a person says where nothing proves it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Word {
-    /// `--unfinished`
+    /// `--unfinished`: what became of a chunk.
     pub unfinished: Option<Fate>,
-    /// `--force`
-    pub is_forced: bool,
+    /// `--after-restore`: the database may have forgotten replays.
+    pub is_after_restore: bool,
 }
 
 /// A run that owns the register and the transactional id.
@@ -236,7 +236,7 @@ fn settle(register: &mut Register, sender: &Sender, word: Word) -> Result<(), Dl
         Some(mark) => mark.database_id == database_id && register.knows(mark.id)?,
         None => true,
     };
-    if is_known || word.is_forced {
+    if is_known || word.is_after_restore {
         Ok(())
     } else {
         Err(Doubt::Forgotten { group: sender.group_id().to_owned() }.into())

@@ -70,10 +70,12 @@ pub struct ReplayArgs {
     /// Send at most so many letters a second
     #[arg(long, value_name = "PER_SECOND", default_value = "1000", value_parser = rate)]
     pub rate: f64,
-    /// Also where a payment could be written twice: beyond the window, on conflicts, with a database that has
-    /// forgotten replays
+    /// Also where a payment could be written twice: beyond the window, and on conflicts
     #[arg(long)]
     pub force: bool,
+    /// Go on although the database was restored or replaced, and has forgotten what was replayed
+    #[arg(long, requires = "apply")]
+    pub after_restore: bool,
     /// What became of a replay that was cut off, if nothing proves it any more
     #[arg(long, value_enum, value_name = "FATE", requires = "apply")]
     pub unfinished: Option<UnfinishedFate>,
@@ -165,7 +167,10 @@ impl Job<'_> {
             is_forced: self.args.force,
             note: note.to_owned(),
         };
-        let word = Word { unfinished: self.args.unfinished.map(Fate::from), is_forced: self.args.force };
+        let word = Word {
+            unfinished: self.args.unfinished.map(Fate::from),
+            is_after_restore: self.args.after_restore,
+        };
         let mut replay = Replay::begin(register, self.settings, &audit, word)?;
         // No more at once than in a second.
         let letters_max = self.args.rate.ceil().min(CHUNK_LETTERS_MAX as f64) as usize;
