@@ -221,6 +221,8 @@ fn show_tells_where_a_letter_comes_from_and_its_contents_only_when_asked() {
     assert_eq!(raw.stdout.as_bytes(), value);
     says(&scope.command(&["dlq", "show", "0/0", "--raw"]), 2, "--payload");
     says(&scope.command(&["dlq", "show", "0/9"]), 2, "holds no record at 0/9");
+    // The transaction that the letter came in takes the place behind it.
+    says(&scope.command(&["dlq", "show", "0/1"]), 2, "a transaction's marker");
 }
 
 #[test]
@@ -409,7 +411,38 @@ fn a_dry_run_changes_nothing_and_a_careless_command_does_nothing() {
     says(&replay(&scope, &["--at", "0/100"]), 2, "holds no record at 0/100");
     let rows_only = [("PAYMENT_WRITER__KAFKA__PUBLISH", "false")];
     says(&scope.command_with(&["dlq", "replay", "--all"], &rows_only), 2, "kafka.publish");
+    scope.command(&["migrate", "undo", "--count", "1"]).succeeds();
+    says(&replay(&scope, &["--all"]), 1, "payment-writer migrate");
     assert!(scope.read_all(&scope.input_topic).is_empty());
+}
+
+#[test]
+fn the_grants_that_the_readme_gives_a_writing_role_are_enough_to_replay() {
+    // GIVEN a role with just these
+    let scope = with_letters("dlq_grants", 0..10);
+    let role = format!("{}_w", scope.database);
+    let readme = include_str!("../../README.md");
+    let grants = readme.split("```sql\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    assert!(grants.contains("dead_letter_replay"), "{grants}");
+    scope.execute_as_admin(&format!(
+        "CREATE ROLE \"{role}\" LOGIN PASSWORD 'w'; {}",
+        grants.replace(" TO payment_writer;", &format!(" TO \"{role}\";"))
+    ));
+    let url = scope.postgres_url().replace("//payment_writer:payment_writer@", &format!("//{role}:w@"));
+    let run = |failpoint: &str| {
+        let settings =
+            [("PAYMENT_WRITER__POSTGRES__URL", url.as_str()), ("PAYMENT_WRITER_FAILPOINT", failpoint)];
+        scope.command_with(&[&["dlq", "replay", "--all"], &APPLY[..]].concat(), &settings)
+    };
+
+    // WHEN it replays, and settles what a killed run left, sent or not
+    assert_eq!(run("dlq_before_commit:2").code, None);
+    assert_eq!(run("dlq_after_commit:1").code, None);
+    run("").succeeds();
+
+    // THEN
+    assert_each_once(&scope, 0..10);
+    scope.execute_as_admin(&format!("DROP OWNED BY \"{role}\"; DROP ROLE \"{role}\""));
 }
 
 #[test]
