@@ -2,7 +2,7 @@
 //!
 //! Everything here blocks: a replay does one thing after the other.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -20,6 +20,9 @@ use crate::schema::{self, SchemaError, SchemaVersion, doing};
 
 /// The step of the schema that made the tables.
 const NEEDED: SchemaVersion = SchemaVersion(6);
+
+/// Every statement is small. A server that does not get on is given up.
+const SESSION_SETTINGS: &str = "SET statement_timeout = '45s'; SET lock_timeout = '30s'";
 
 /// One session of the database.
 pub struct Register {
@@ -57,8 +60,8 @@ fn columns(places: &BTreeSet<Place>) -> (Vec<i32>, Vec<i64>) {
     places.iter().map(|place| (place.partition.0, place.offset.0)).unzip()
 }
 
-fn places(rows: &[tokio_postgres::Row]) -> BTreeSet<Place> {
-    rows.iter().map(|row| Place { partition: Partition(row.get(0)), offset: Offset(row.get(1)) }).collect()
+fn place(row: &tokio_postgres::Row) -> Place {
+    Place { partition: Partition(row.get(0)), offset: Offset(row.get(1)) }
 }
 
 /// Fails unless `run_id` is the run that began last; until the transaction ends, none can begin.
@@ -75,6 +78,7 @@ impl Register {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (client, database_id) = runtime.block_on(async {
             let (client, _) = settings.postgres.url.endpoint().connect().await?;
+            client.batch_execute(SESSION_SETTINGS).await.map_err(doing("cannot prepare the session"))?;
             let found = schema::check(&client).await?;
             if found < NEEDED {
                 return Err(SchemaError::TooOld { found, needed: NEEDED }.into());
@@ -100,15 +104,21 @@ impl Register {
         Ok(TimestampMs(row.map_err(doing("cannot read the clock"))?.get(0)))
     }
 
-    /// Those of `wanted` that were replayed, or are claimed for it.
-    pub fn replayed(&self, topic_id: Uuid, wanted: &BTreeSet<Place>) -> Result<BTreeSet<Place>, DlqError> {
+    /// Those of `wanted` that are claimed, each with whether it is known to be sent.
+    pub fn claimed(
+        &self,
+        topic_id: Uuid,
+        wanted: &BTreeSet<Place>,
+    ) -> Result<BTreeMap<Place, bool>, DlqError> {
         let (partitions, offsets) = columns(wanted);
-        let query = "SELECT r.partition, r.letter_offset
+        let query = "SELECT r.partition, r.letter_offset, c.state = 'sent'
              FROM unnest($2::integer[], $3::bigint[]) AS wanted (partition, letter_offset)
              JOIN payment_writer.dead_letter_replay r USING (partition, letter_offset)
+             JOIN payment_writer.dead_letter_replay_chunk c USING (chunk_id)
              WHERE r.topic_id = $1";
         let rows = self.runtime.block_on(self.client.query(query, &[&topic_id, &partitions, &offsets]));
-        Ok(places(&rows.map_err(doing("cannot look for replayed letters"))?))
+        let rows = rows.map_err(doing("cannot look for replayed letters"))?;
+        Ok(rows.iter().map(|row| (place(row), row.get(2))).collect())
     }
 
     /// Begins a run: from here on no older one can claim or settle anything.
@@ -235,7 +245,7 @@ impl Register {
                 )
                 .await
                 .map_err(doing(what))?;
-            let places = places(&rows);
+            let places: BTreeSet<Place> = rows.iter().map(place).collect();
             if places.is_empty() {
                 return Ok(None);
             }

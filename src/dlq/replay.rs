@@ -31,6 +31,8 @@ pub struct Outcome {
     pub at_risk: u64,
     /// An earlier run did it.
     pub already_replayed: u64,
+    /// A run that was cut off has claimed it; the next one finds out what became of it. Only in a dry run.
+    pub unsettled: u64,
     /// By why.
     pub refused: BTreeMap<Objection, u64>,
 }
@@ -50,6 +52,7 @@ impl Outcome {
             "replayed": self.replayed,
             "at_risk": self.at_risk,
             "already_replayed": self.already_replayed,
+            "unsettled": self.unsettled,
             "refused": refused,
         })
     }
@@ -135,8 +138,11 @@ pub fn look_at(
         return Ok(());
     }
     let places = chunk.places();
-    let replayed = register.replayed(topic_id, &places)?;
-    chunk.count(&places.difference(&replayed).copied().collect(), outcome);
+    let claimed = register.claimed(topic_id, &places)?;
+    let unsettled = claimed.values().filter(|is_sent| !**is_sent).count() as u64;
+    chunk.count(&places.into_iter().filter(|place| !claimed.contains_key(place)).collect(), outcome);
+    outcome.already_replayed -= unsettled;
+    outcome.unsettled += unsettled;
     Ok(())
 }
 

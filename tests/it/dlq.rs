@@ -583,6 +583,8 @@ fn a_replay_that_nothing_proves_any_more_waits_for_a_persons_word() {
     // GIVEN a chunk that was sent and not noted, and a group that was deleted
     dies_at(&scope, "dlq_after_commit:1", &["--all"]);
     delete_replay_group(&scope);
+    let told = json(&replay(&scope, &["--all", "--json"]).succeeds());
+    assert_eq!((counts(&told), &told["unsettled"]), ((0, 0, 0), &10.into()));
 
     // WHEN and THEN: nothing goes until somebody says what became of it
     says(&apply(&[]), 3, "--unfinished");

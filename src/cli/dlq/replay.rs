@@ -174,16 +174,19 @@ impl Job<'_> {
         let mut replay = Replay::begin(register, self.settings, &audit, word)?;
         // No more at once than in a second.
         let letters_max = self.args.rate.ceil().min(CHUNK_LETTERS_MAX as f64) as usize;
-        let began = Instant::now();
+        let (began, mut pace) = (Instant::now(), Pace::new(self.args.rate));
         let mut outcome = Outcome::default();
         let is_stopped = self.run("replaying", &mut outcome, letters_max, |chunk, outcome| {
-            while let Some(pause) = pause(self.args.rate, outcome.replayed, began.elapsed()) {
+            while let Some(pause) = pace.pause(began.elapsed()) {
                 if self.stop.is_set() {
                     return Ok(());
                 }
                 std::thread::sleep(pause);
             }
-            replay.send(chunk, outcome)
+            let (sent_before, at) = (outcome.replayed, began.elapsed());
+            replay.send(chunk, outcome)?;
+            pace.sent(outcome.replayed - sent_before, at);
+            Ok(())
         });
         let is_stopped = is_stopped.inspect_err(|_| self.tell_of_failure(&outcome))?;
         let run_id = replay.run_id();
@@ -253,6 +256,10 @@ impl Job<'_> {
             row(going, outcome.replayed, ""),
             row("already replayed", outcome.already_replayed, "once is enough, whoever asks"),
         ];
+        if outcome.unsettled > 0 {
+            let why = "claimed by a run that goes on or was cut off; the next --apply settles it";
+            rows.push(row("under way", outcome.unsettled, why));
+        }
         for (objection, count) in &outcome.refused {
             rows.push(row(&format!("refused: {}", objection.as_str()), *count, objection.why()));
         }
@@ -281,10 +288,29 @@ impl Job<'_> {
     }
 }
 
-/// How long to wait before more may be sent; never so long that a signal waits for it.
-fn pause(per_second: f64, sent: u64, elapsed: Duration) -> Option<Duration> {
-    let left = sent as f64 / per_second - elapsed.as_secs_f64();
-    (left > 0.0).then(|| Duration::try_from_secs_f64(left).unwrap_or(PAUSE_MAX).min(PAUSE_MAX))
+/// When more may be sent. Time in which there was nothing to send is not made up for.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    per_second: f64,
+    next_at: Duration,
+}
+
+impl Pace {
+    fn new(per_second: f64) -> Self {
+        Self { per_second, next_at: Duration::ZERO }
+    }
+
+    /// How long to wait; never so long that a signal waits for it.
+    fn pause(&self, now: Duration) -> Option<Duration> {
+        let left = self.next_at.saturating_sub(now);
+        (!left.is_zero()).then(|| left.min(PAUSE_MAX))
+    }
+
+    /// So many were sent, beginning at `at`.
+    fn sent(&mut self, letters: u64, at: Duration) {
+        let takes = Duration::try_from_secs_f64(letters as f64 / self.per_second).unwrap_or(Duration::MAX);
+        self.next_at = at.saturating_add(takes);
+    }
 }
 
 fn progress_bar(doing: &'static str, offsets: u64) -> ProgressBar {
@@ -306,10 +332,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_more_is_sent_than_the_rate_allows() {
-        assert_eq!(pause(10.0, 0, Duration::ZERO), None);
-        assert_eq!(pause(10.0, 10, Duration::ZERO), Some(PAUSE_MAX));
-        assert_eq!(pause(10.0, 10, Duration::from_millis(950)), Some(Duration::from_millis(50)));
-        assert_eq!(pause(10.0, 10, Duration::from_secs(1)), None);
+    fn no_more_is_sent_than_the_rate_allows_whatever_was_before() {
+        let at = Duration::from_millis;
+        let mut pace = Pace::new(10.0);
+        assert_eq!(pace.pause(at(0)), None);
+        pace.sent(10, at(0));
+        assert_eq!(pace.pause(at(0)), Some(PAUSE_MAX));
+        assert_eq!(pace.pause(at(950)), Some(at(50)));
+        assert_eq!(pace.pause(at(1_000)), None);
+        // A minute without a letter to send.
+        pace.sent(10, at(60_000));
+        assert_eq!(pace.pause(at(60_950)), Some(at(50)));
+        pace.sent(0, at(61_000));
+        assert_eq!(pace.pause(at(61_000)), None);
     }
 }
