@@ -13,6 +13,9 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'payment_writer_app') THEN
         CREATE ROLE payment_writer_app NOLOGIN;
     END IF;
+EXCEPTION
+    -- Somebody else made it meanwhile.
+    WHEN duplicate_object OR unique_violation THEN NULL;
 END
 $$;
 
@@ -34,8 +37,12 @@ $$;
 GRANT INSERT ON
     payment_writer.payment_core, payment_writer.payment_metadata, payment_writer.payment_notes,
     payment_writer.idempotency, payment_writer.source_cursor, payment_writer.bound_group,
-    payment_writer.cursor_audit, payment_writer.cursor_settlement
+    payment_writer.cursor_audit, payment_writer.cursor_settlement,
+    payment_writer.dead_letter_replay, payment_writer.dead_letter_replay_chunk, payment_writer.dead_letter_replay_run
     TO payment_writer_app;
-GRANT UPDATE ON payment_writer.source_cursor, payment_writer.bound_group, payment_writer.cursor_settlement
+GRANT UPDATE ON
+    payment_writer.source_cursor, payment_writer.bound_group, payment_writer.cursor_settlement,
+    payment_writer.dead_letter_replay_owner, payment_writer.dead_letter_replay_chunk,
+    payment_writer.dead_letter_replay_run
     TO payment_writer_app;
-GRANT DELETE ON payment_writer.cursor_settlement TO payment_writer_app;
+GRANT DELETE ON payment_writer.cursor_settlement, payment_writer.dead_letter_replay TO payment_writer_app;
