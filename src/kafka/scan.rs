@@ -70,8 +70,8 @@ impl Scanner {
     fn isolated(kafka: &KafkaSettings, topic: &str, isolation: &str) -> Result<Self, ScanError> {
         let mut config = base_client_config(kafka);
         config
-            // The client library wants a group, though none is ever joined.
-            .set("group.id", format!("{}-scan", kafka.group_id))
+            // The client library wants a group, though it is never joined: the one for which there are rights.
+            .set("group.id", &kafka.group_id)
             .set("isolation.level", isolation)
             .set("enable.partition.eof", "true")
             .set("enable.auto.commit", "false")

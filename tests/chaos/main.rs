@@ -158,7 +158,7 @@ fn run_episode(lab: &Lab, faults: &[Fault], setup: Setup, plan: &[Fault], end: u
         let is_last = is_over || seed + 1 == end;
         if is_last && !is_over {
             cycle.checked = episode.take().map(Episode::end);
-        } else if !is_over && (seed + 1) % CHECK_EVERY == 0 {
+        } else if !is_over && (seed + 1).is_multiple_of(CHECK_EVERY) {
             cycle.checked = Some(present.check());
         }
         run.record(cycle);

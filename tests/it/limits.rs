@@ -1,0 +1,126 @@
+//! Bounds that hold whatever comes: memory, nesting, sizes, numbers of partitions.
+
+use crate::support::{
+    Act, Daemon, Load, Member, Message, PATIENCE, Scope, Servers, uuid_v4, wait_until_within,
+};
+
+/// What one instance with the default settings may take, whatever waits for it. Without a load it has about a
+/// tenth; measured with a backlog of this kind: 190 to 230 MB in a build without optimisation.
+const RESIDENT_MB_MAX: u64 = 400;
+
+fn padded(seed: u64, bytes: usize) -> Message {
+    let account = seed % 50;
+    let (id, comment) = (uuid_v4(seed), "c".repeat(900));
+    let start = format!(
+        r#"{{"messageId":"{id}","amount":1.50,"status":2,"currency":"EUR","custId":{account},"type":"BWI","comment":"{comment}","unknown":""#
+    );
+    let padding = "x".repeat(bytes - start.len() - 2);
+    Message::new(account.to_string(), format!("{start}{padding}\"}}"))
+}
+
+fn resident_peak_mb(daemon: &Daemon) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
+#[test]
+fn a_full_batch_of_the_largest_values_and_a_database_that_does_not_take_it_stay_within_memory() {
+    // GIVEN a backlog of values of the largest size that is allowed, far more than is to be held at once
+    let servers = Servers::own();
+    let scope = Scope::new(&servers, "memory");
+    scope.prepare(6, 3);
+    for chunk in 0..40_u64 {
+        scope.produce(&scope.input_topic, (chunk * 1_000..(chunk + 1) * 1_000).map(|n| padded(n, 16_384)));
+    }
+
+    // WHEN the database is there, and does not answer
+    let mut daemon = Member::new("a").start(&scope);
+    wait_until_within(PATIENCE, "the first batches are written", || scope.count("payment_core") > 1_000);
+    servers.postgres(Act::Pause);
+    wait_until_within(PATIENCE, "nothing more is fetched", || {
+        let before = daemon.metric("payment_writer_batch_records_sum", "");
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        daemon.metric("payment_writer_batch_records_sum", "") == before
+    });
+    let blocked = resident_peak_mb(&daemon);
+    servers.postgres(Act::Resume);
+
+    // THEN what waits in memory has a limit, then as well as while it catches up
+    scope.wait_until_caught_up();
+    let peak = resident_peak_mb(&daemon);
+    eprintln!("resident at most {blocked} MB while blocked, {peak} MB in all");
+    assert!(peak < RESIDENT_MB_MAX, "{peak} MB");
+    daemon.drains();
+    assert_eq!(scope.count("payment_core"), 40_000);
+}
+
+#[test]
+fn bombs_of_nesting_and_of_digits_are_dead_letters_like_any_other() {
+    let scope = Scope::new(Servers::shared(), "bombs");
+    scope.prepare(1, 1);
+    let id = uuid_v4(1);
+    let payment = |amount: &str, more: &str| {
+        Message::new(
+            "7",
+            format!(
+                r#"{{"messageId":"{id}","amount":{amount},"status":2,"currency":"EUR","custId":7,"type":"BWI"{more}}}"#
+            ),
+        )
+    };
+    let deep = |open: &str, close: &str, levels: usize| {
+        payment("1.00", &format!(r#","x":{}{}{}"#, open.repeat(levels), "1", close.repeat(levels)))
+    };
+    let bombs = [
+        Message::new("7", "[".repeat(16_000)),
+        Message::new("7", r#"{"a":"#.repeat(3_000)),
+        Message::new("7", r#"{"":"#.repeat(4_000)),
+        deep("[", "]", 7_000),
+        deep(r#"{"a":"#, "}", 2_000),
+        deep("[", "]", 32),
+        payment(&"9".repeat(16_000), ""),
+        payment(&format!("0.{}1", "0".repeat(16_000)), ""),
+        payment("1e999999999999999999", ""),
+        payment("1e-999999999999999999", ""),
+        payment("\"1E+400000000\"", ""),
+        Message::new("7", format!(r#"{{"{}":1}}"#, "k".repeat(16_000))),
+        Message::new("7", format!("{{{}\"z\":1}}", r#""\ud83d\ude00":0,"#.repeat(700))),
+        Message::new("7", vec![0xff; 16_000]),
+        Message::new("7", vec![0; 16_384]),
+    ];
+    let count = bombs.len();
+    scope.produce(&scope.input_topic, bombs.into_iter().chain([deep("[", "]", 31), payment("2.00", "")]));
+    Member::new("a").soon_forgotten().catch_up(&scope);
+    // The last two: one that is as deep as allowed, and one that contradicts it.
+    assert_eq!(scope.read_all(&scope.dead_letter_topic).len(), count + 1);
+    assert_eq!(scope.count("payment_core"), 1);
+}
+
+#[test]
+fn a_topic_of_two_thousand_partitions_is_written_and_passed_on() {
+    // GIVEN more partitions than anybody planned for, with records in all of them
+    let servers = Servers::own();
+    let scope = Scope::new(&servers, "thousands");
+    scope.prepare(2_000, 4);
+    let mut load = Load::new(61);
+    let partitions: Vec<i32> = (0..2_000).collect();
+    scope.spread(load.take(2_000), &partitions);
+
+    // WHEN an instance takes them all, and another joins
+    let member = |name| Member::new(name).soon_forgotten();
+    let mut first = member("a").start(&scope);
+    first.wait_for_partitions("the first has all", |partitions| partitions == 2_000);
+    let mut second = member("b").start(&scope);
+    second.wait_for_partitions("the second has its share", |partitions| partitions == 1_000);
+    scope.spread(load.take(2_000), &partitions);
+
+    // THEN all is written and sent, once
+    scope.wait_until_caught_up();
+    for daemon in [&first, &second] {
+        let peak = resident_peak_mb(daemon);
+        assert!(peak < RESIDENT_MB_MAX, "{peak} MB");
+    }
+    first.drains();
+    second.drains();
+    scope.assert_exactly_once();
+}
