@@ -4,9 +4,9 @@ use crate::support::{
     Act, Daemon, Load, Member, Message, PATIENCE, Scope, Servers, uuid_v4, wait_until_within,
 };
 
-/// What one instance with the default settings may take, whatever waits for it. Without a load it has about a
-/// tenth; measured with a backlog of this kind: 190 to 230 MB in a build without optimisation.
-const RESIDENT_MB_MAX: u64 = 400;
+/// What one instance with the default settings may take, whatever waits for it. Seen here: 58 MB while the
+/// database did not answer, 91 MB in all; 157 MB where small records are drained as fast as a release build can.
+const RESIDENT_MB_MAX: u64 = 300;
 
 fn padded(seed: u64, bytes: usize) -> Message {
     let account = seed % 50;
@@ -38,10 +38,8 @@ fn a_full_batch_of_the_largest_values_and_a_database_that_does_not_take_it_stay_
     let mut daemon = Member::new("a").start(&scope);
     wait_until_within(PATIENCE, "the first batches are written", || scope.count("payment_core") > 1_000);
     servers.postgres(Act::Pause);
-    wait_until_within(PATIENCE, "nothing more is fetched", || {
-        let before = daemon.metric("payment_writer_batch_records_sum", "");
-        std::thread::sleep(std::time::Duration::from_secs(3));
-        daemon.metric("payment_writer_batch_records_sum", "") == before
+    wait_until_within(PATIENCE, "the database is missed", || {
+        daemon.get("/readyz").is_some_and(|reply| reply.status == 503 && reply.body.contains("database"))
     });
     let blocked = resident_peak_mb(&daemon);
     servers.postgres(Act::Resume);
