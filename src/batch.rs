@@ -472,6 +472,21 @@ impl Batch {
         Some(PublishedView { record, read_event, email_event, refusal })
     }
 
+    /// The record at `index` with its rows, if it is a valid payment.
+    pub fn payment_view(&self, index: usize) -> Option<PaymentView<'_>> {
+        match &self.places.get(index)?.entry {
+            Entry::Valid(c) => Some(PaymentView {
+                message_id: c.message_id,
+                payload_hash: c.payload_hash,
+                timestamp: c.timestamp,
+                core: part(&self.core, &c.core),
+                metadata: part(&self.metadata, &c.metadata),
+                notes: Some(part(&self.notes, &c.notes)).filter(|n| !n.is_empty()),
+            }),
+            Entry::Refused(_) => None,
+        }
+    }
+
     /// Timestamps of about `count` records spread evenly over the batch.
     pub fn sample_timestamps(&self, count: usize) -> impl Iterator<Item = TimestampMs> {
         let step = (self.source.len() / count.max(1)).max(1);
@@ -495,6 +510,23 @@ pub struct PublishedView<'b> {
     pub email_event: Option<&'b [u8]>,
     /// Why it is invalid, if it is.
     pub refusal: Option<&'b Refusal>,
+}
+
+/// A valid payment with its rows as a binary COPY takes them, whether or not they are to be written.
+#[derive(Clone, Copy, Debug)]
+pub struct PaymentView<'b> {
+    /// The message id's 128 bits.
+    pub message_id: [u8; 16],
+    /// Hash of its payload.
+    pub payload_hash: i64,
+    /// The record's timestamp.
+    pub timestamp: TimestampMs,
+    /// Its row of `payment_core`.
+    pub core: &'b [u8],
+    /// Its row of `payment_metadata`.
+    pub metadata: &'b [u8],
+    /// Its row of `payment_notes`, if there is something to note.
+    pub notes: Option<&'b [u8]>,
 }
 
 fn message_id(place: &Place) -> Option<[u8; 16]> {

@@ -7,6 +7,8 @@ mod migrate;
 mod output;
 mod produce;
 mod prune;
+mod rebuild;
+mod reconcile;
 mod run;
 mod show_config;
 mod status;
@@ -24,6 +26,8 @@ pub use dlq::{ChoiceArgs, DlqCommand, ListArgs, ReplayArgs, ShowArgs};
 pub use migrate::{MigrateArgs, MigrateCommand};
 pub use produce::ProduceArgs;
 pub use prune::PruneArgs;
+pub use rebuild::RebuildArgs;
+pub use reconcile::ReconcileArgs;
 pub use run::RunArgs;
 pub use show_config::ShowConfigArgs;
 pub use status::StatusArgs;
@@ -40,6 +44,7 @@ Examples:
   payment-writer prune --dry-run                  which old message ids would go, and why others stay
   payment-writer run                              write payments until told to stop
   payment-writer dlq list --since 1d              which dead letters came in the last day, and why
+  payment-writer reconcile                        is all that was received in the tables and the outputs, once?
   payment-writer produce --count 200000           send payments to try it out
 
 Settings come from the file, and above it from environment variables such as
@@ -77,6 +82,10 @@ pub enum Command {
     Dlq(DlqCommand),
     /// One pass of housekeeping: rotate and prune the idempotency table, make months
     Prune(PruneArgs),
+    /// Compare the log with rows and events: is every record's one outcome there, exactly once?
+    Reconcile(ReconcileArgs),
+    /// Write the rows of the whole log into a second database, and compare it with the first
+    Rebuild(RebuildArgs),
     /// What is known of a message id: whether it was written, by which record, and published
     Status(StatusArgs),
     /// Check the settings without connecting to anything
@@ -173,6 +182,8 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Cursors(command) => cursors::cursors(&settings, &command),
         Command::Dlq(command) => dlq::dlq(&settings, &command),
         Command::Prune(args) => prune::prune(&settings, &args),
+        Command::Reconcile(args) => reconcile::reconcile(&settings, &args),
+        Command::Rebuild(args) => rebuild::rebuild(&settings, &args),
         Command::Status(args) => status::status(&settings, &args),
         Command::Produce(args) => produce::produce(&settings, &args),
         // Done above, before logging began.
@@ -208,6 +219,15 @@ fn fraction(text: &str) -> Result<f64, String> {
         Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
         _ => Err("a share from 0 to 1, such as 0.05".to_owned()),
     }
+}
+
+/// A runtime for the commands that do their own work in a thread that may block, and for the daemon.
+fn large_runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))
 }
 
 fn duration(text: &str) -> Result<std::time::Duration, String> {

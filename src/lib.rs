@@ -34,6 +34,8 @@ pub mod metrics;
 pub mod payment;
 pub mod postgres;
 pub mod publication;
+pub mod rebuild;
+pub mod reconcile;
 pub mod record;
 pub mod schema;
 pub mod settlement;

@@ -54,11 +54,7 @@ impl From<RunError> for Failure {
 
 /// Runs until a signal, until caught up, or until a person must decide.
 pub fn run(settings: Settings, args: &RunArgs) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))?;
+    let runtime = super::large_runtime()?;
     let outcome = runtime.block_on(serve(&settings, args));
     // Not waited for: a request to a broker that is away may still block its thread.
     runtime.shutdown_background();

@@ -8,3 +8,4 @@ pub mod peek;
 pub mod publisher;
 pub mod scan;
 pub mod tails;
+pub mod stable;

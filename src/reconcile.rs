@@ -1,0 +1,410 @@
+//! `reconcile`: compares the log with the rows and the events, from outside, beside a working daemon.
+//!
+//! Both cursors are read first. What lies below them is settled: rows below `applied` are committed, and what the
+//! group's offset covers was committed to the outputs with it. So everything read later has it, and what is
+//! beyond is not looked at. The log is worked off in slices whose records fit into memory, each in three passes:
+//! log, rows, outputs. Everything here blocks; the database is asked through a handle of the runtime.
+
+mod cut;
+pub(crate) mod database;
+mod hash;
+mod judge;
+mod log;
+mod outputs;
+mod report;
+mod sums;
+mod suspects;
+mod table;
+
+use std::collections::HashMap;
+
+use indicatif::ProgressBar;
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+use self::cut::{settled_up_to, slices};
+use self::database::Database;
+use self::judge::{Outcome, judge};
+use self::log::{Circumstances, Gathered};
+use self::outputs::{Counted, Outputs};
+use self::suspects::{Identified, Suspects};
+use self::table::{ENTRY_BYTES, Placed, Table};
+use crate::binding::{self, BindingError};
+use crate::cli::Failure;
+use crate::columns::from_postgres_timestamp;
+use crate::config::Settings;
+use crate::cursor::{Decision, Mode};
+use crate::daemon::rules;
+use crate::kafka::scan::{ScanRange, Scanner};
+use crate::record::{NextOffset, Offset, Partition, TimestampMs};
+use crate::settlement::{self, View};
+use crate::wire::Rules;
+
+pub(crate) use self::cut::Exempt;
+pub(crate) use self::outputs::source_place;
+pub use self::report::{Compared, Finding, Findings, Report};
+pub use self::sums::{Sum, Sums};
+
+/// A slice is tried again when records leave a topic, or a generation of claims the database, while it is read.
+const TRIES_MAX: u32 = 3;
+
+/// What is to be compared.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Wanted {
+    /// Only these partitions; all if empty.
+    pub partitions: Vec<Partition>,
+    /// Not before this offset.
+    pub from: Option<NextOffset>,
+    /// Only before this offset.
+    pub to: Option<NextOffset>,
+    /// Of each partition not before the first record of this time or later.
+    pub since: Option<TimestampMs>,
+    /// Of each partition only before the first record of this time or later.
+    pub until: Option<TimestampMs>,
+    /// Bytes that the records of a slice may take.
+    pub memory_bytes: usize,
+    /// Findings that are named.
+    pub limit: usize,
+}
+
+/// How far a comparison is, for whoever waits.
+pub struct Progress(ProgressBar);
+
+impl Progress {
+    /// Shown on this bar.
+    pub fn on(bar: ProgressBar) -> Self {
+        Self(bar)
+    }
+
+    /// So much more is to be done.
+    pub(crate) fn more(&self, length: u64) {
+        self.0.inc_length(length);
+    }
+
+    /// So much more is done.
+    pub(crate) fn advance(&self, count: u64) {
+        self.0.inc(count);
+    }
+
+    /// So much is done.
+    pub(crate) fn at(&self, position: u64) {
+        self.0.set_position(position);
+    }
+
+    /// What is being done.
+    pub(crate) fn say(&self, what: &'static str) {
+        self.0.set_message(what);
+    }
+}
+
+/// Why a slice could not be compared.
+#[derive(Debug)]
+enum Fault {
+    /// A topic could not be read; perhaps what was to be read is gone, and another try knows.
+    Scan(String),
+    /// Claims were dropped while they were looked up.
+    Pruned,
+    /// Anything else.
+    Failed(Failure),
+}
+
+impl From<Failure> for Fault {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Scan(message) => Self::failed(message),
+            Fault::Pruned => Self::failed("generations of idempotency are dropped all the time"),
+            Fault::Failed(failure) => failure,
+        }
+    }
+}
+
+/// Compares.
+///
+/// # Errors
+/// When one of the three cannot be read; when group, topic and database do not belong together (exit code 3).
+pub fn reconcile(
+    settings: &Settings,
+    runtime: &Handle,
+    wanted: &Wanted,
+    progress: &Progress,
+) -> Result<Report, Failure> {
+    progress.say("cursors");
+    // First of all: see above.
+    let view = runtime.block_on(settlement::view(settings))?;
+    let session = Comparison::open(settings, runtime, wanted, progress, &view)?;
+    session.compare(&view)
+}
+
+struct Comparison<'a> {
+    settings: &'a Settings,
+    wanted: &'a Wanted,
+    progress: &'a Progress,
+    database: Database,
+    scanner: Scanner,
+    outputs: Option<Outputs>,
+    rules: Rules,
+    exempt: Exempt,
+    archived_before: Option<TimestampMs>,
+}
+
+impl<'a> Comparison<'a> {
+    fn open(
+        settings: &'a Settings,
+        runtime: &Handle,
+        wanted: &'a Wanted,
+        progress: &'a Progress,
+        view: &View,
+    ) -> Result<Self, Failure> {
+        let kafka = &settings.kafka;
+        let database = Database::open(runtime, settings.postgres.url.endpoint())?;
+        let bound =
+            binding::is_bound_to(database.client(), &kafka.group_id, view.identity.topic_id, kafka.publish);
+        runtime.block_on(bound).map_err(|error| match error {
+            BindingError::Database(_) => Failure::failed(error.to_string()),
+            BindingError::Identity(doubt) => Failure::person_must_decide(doubt.to_string()),
+        })?;
+        let exempt = Exempt::of(&database.skips(view.identity.topic_id)?);
+        let archived_before = match settings.retention.payment_months {
+            Some(months) => database.archived_before(months)?,
+            None => None,
+        };
+        let outputs = match kafka.publish {
+            true => Some(Outputs::open(kafka, view.identity.topic_id)?),
+            false => None,
+        };
+        let scanner = Scanner::new(kafka, &kafka.input_topic).map_err(|e| Failure::failed(e.to_string()))?;
+        let rules = rules(settings);
+        Ok(Self { settings, wanted, progress, database, scanner, outputs, rules, exempt, archived_before })
+    }
+
+    fn compare(self, view: &View) -> Result<Report, Failure> {
+        let mut report = self.empty();
+        let ranges = self.ranges(view, &mut report)?;
+        let offsets_max = i64::try_from(self.wanted.memory_bytes / ENTRY_BYTES).unwrap_or(i64::MAX);
+        let slices = slices(&ranges, offsets_max);
+        report.slices = slices.len();
+        let offsets: i64 = ranges.iter().map(|r| r.to.0.saturating_sub(r.from.0)).sum();
+        let outputs = self.outputs.as_ref().map_or(0, Outputs::len);
+        self.progress.more(offsets.unsigned_abs().saturating_add(outputs * slices.len() as u64));
+        let mut suspects = Suspects::default();
+        for slice in slices {
+            report.add(self.slice_with_tries(slice, &mut suspects)?);
+        }
+        self.resolve(suspects, &mut report)?;
+        report.findings.named.sort();
+        report.allowed.named.sort();
+        Ok(report)
+    }
+
+    fn empty(&self) -> Report {
+        let kafka = &self.settings.kafka;
+        Report::new(
+            &kafka.input_topic,
+            &kafka.group_id,
+            self.settings.postgres.url.endpoint().to_string(),
+            kafka.publish,
+            self.wanted.limit,
+        )
+    }
+
+    fn ranges(&self, view: &View, report: &mut Report) -> Result<Vec<ScanRange>, Failure> {
+        let wanted = self.wanted;
+        let publishes = self.settings.kafka.publish;
+        let mode = Mode { publishes, adopts_database: false };
+        let all: Vec<Partition> = view.known.iter().map(|known| known.partition).collect();
+        if let Some(unknown) = wanted.partitions.iter().find(|p| !all.contains(p)) {
+            let topic = &self.settings.kafka.input_topic;
+            return Err(Failure::usage(format!("{topic} has no partition {unknown}")));
+        }
+        let asked = |time: Option<TimestampMs>| match time {
+            Some(time) => {
+                self.scanner.positions_at(&all, time).map(Some).map_err(|e| Failure::failed(e.to_string()))
+            }
+            None => Ok(None),
+        };
+        let (since, until) = (asked(wanted.since)?, asked(wanted.until)?);
+        let mut ranges = Vec::new();
+        for (index, known) in view.known.iter().enumerate() {
+            match view.decision(index, &mode) {
+                Some(Decision::Stop(doubt)) => return Err(Failure::person_must_decide(doubt.to_string())),
+                Some(Decision::Halt(_)) => report.halted += 1,
+                Some(Decision::Go(_)) | None => {}
+            }
+            if !wanted.partitions.is_empty() && !wanted.partitions.contains(&known.partition) {
+                continue;
+            }
+            let start = known.bounds.start;
+            let settled = settled_up_to(known, &view.identity, publishes).unwrap_or(start);
+            let mut from = start.max(wanted.from.unwrap_or(start));
+            let mut to = settled.min(known.bounds.end);
+            to = to.min(wanted.to.unwrap_or(to));
+            if let Some(since) = &since {
+                // No record of that time or later: nothing to compare.
+                from = since.get(index).copied().flatten().map_or(to, |position| from.max(position));
+            }
+            if let Some(position) = until.as_ref().and_then(|until| until.get(index).copied().flatten()) {
+                to = to.min(position);
+            }
+            let to = to.max(from);
+            report.compared.push(Compared { partition: known.partition, from, to });
+            ranges.push(ScanRange { partition: known.partition, from, to });
+        }
+        Ok(ranges)
+    }
+
+    fn slice_with_tries(
+        &self,
+        mut ranges: Vec<ScanRange>,
+        suspects: &mut Suspects,
+    ) -> Result<Report, Failure> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.slice(&ranges, suspects) {
+                Ok(report) => return Ok(report),
+                Err(Fault::Scan(_) | Fault::Pruned) if tries < TRIES_MAX => {}
+                Err(fault) => return Err(fault.into()),
+            }
+            // What retention took meanwhile cannot be compared any more.
+            let partitions: Vec<Partition> = ranges.iter().map(|r| r.partition).collect();
+            let bounds = self.scanner.bounds(&partitions).map_err(|e| Failure::failed(e.to_string()))?;
+            for (range, bounds) in ranges.iter_mut().zip(bounds) {
+                range.from = range.from.max(bounds.start).min(range.to);
+            }
+        }
+    }
+
+    /// What one slice adds to the report. `suspects` is touched only when nothing can fail any more.
+    fn slice(&self, ranges: &[ScanRange], suspects: &mut Suspects) -> Result<Report, Fault> {
+        let mut report = self.empty();
+        let pruned_until = self.database.pruned_until()?;
+        let circumstances = Circumstances {
+            rules: &self.rules,
+            exempt: &self.exempt,
+            pruned_until,
+            archived_before: self.archived_before,
+        };
+        let mut table = Table::new(ranges);
+        self.progress.say("log");
+        let gathered =
+            log::read(&self.scanner, ranges, &circumstances, &self.database, &mut table, self.progress)?;
+        self.progress.say("rows");
+        self.rows(ranges, &gathered, &mut table, &mut report)?;
+        self.elsewhere(&gathered, &mut table)?;
+        let counted = match &self.outputs {
+            Some(outputs) => {
+                self.progress.say("outputs");
+                outputs.read(&mut table, self.wanted.limit, self.progress)?
+            }
+            None => Counted::new(0),
+        };
+        if self.database.pruned_until()? != pruned_until {
+            return Err(Fault::Pruned);
+        }
+        self.judge(&table, &counted, suspects, &mut report);
+        report.outputs = counted.outputs;
+        report.events = counted.sums;
+        report.foreign = counted.foreign;
+        report.former += counted.former;
+        report.findings.merge(counted.nowhere);
+        Ok(report)
+    }
+
+    fn rows(
+        &self,
+        ranges: &[ScanRange],
+        gathered: &Gathered,
+        table: &mut Table,
+        report: &mut Report,
+    ) -> Result<(), Failure> {
+        let Some(times) = gathered.times else { return Ok(()) };
+        self.database.payment_rows(ranges, times, |row| {
+            match table.note_row(row.partition, row.offset, row.seen) {
+                Placed::Outside => {}
+                Placed::Former => report.former += 1,
+                Placed::Nowhere => {
+                    report.findings.push(row.partition, row.offset, "a row, but the log has no record there");
+                }
+                Placed::Here => {
+                    if let Some((currency, millionths)) = row.amount {
+                        report.rows.add(&currency, millionths);
+                    }
+                }
+            }
+        })
+    }
+
+    /// Records whose id nobody has claimed and that are not in the tables: if their claim may have been dropped,
+    /// another record may have the id.
+    fn elsewhere(&self, gathered: &Gathered, table: &mut Table) -> Result<(), Failure> {
+        let is_open = |table: &mut Table, partition, offset| {
+            table
+                .entry(partition, offset)
+                .is_some_and(|e| e.circumstances.is_prunable && e.found.metadata.count == 0)
+        };
+        let open: Vec<&(Partition, Offset, Uuid)> =
+            gathered.unclaimed.iter().filter(|(p, o, _)| is_open(table, *p, *o)).collect();
+        if open.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<Uuid> = open.iter().map(|(_, _, id)| *id).collect();
+        let written: std::collections::HashSet<Uuid> = self.database.written_ids(&ids)?.into_iter().collect();
+        for (partition, offset, id) in open {
+            if let Some(entry) = table.entry(*partition, *offset) {
+                entry.circumstances.is_elsewhere = written.contains(id);
+            }
+        }
+        Ok(())
+    }
+
+    fn judge(&self, table: &Table, counted: &Counted, suspects: &mut Suspects, report: &mut Report) {
+        for (partition, offset, entry) in table.iter() {
+            let is_cut_off = |topic| counted.is_cut_off(topic, partition, offset, entry.key);
+            let verdict = judge(entry, self.settings.kafka.publish, is_cut_off);
+            report.records += 1;
+            *report.outcomes.entry(verdict.outcome).or_default() += 1;
+            report.untold += u64::from(verdict.untold);
+            if verdict.outcome == Outcome::Written {
+                let currency = std::str::from_utf8(&entry.currency).unwrap_or_default();
+                report.log.add(currency, i128::from(entry.amount).saturating_mul(100));
+            }
+            if verdict.wrongs.is_empty() || suspects.take(partition, offset, entry, &verdict) {
+                continue;
+            }
+            for wrong in &verdict.wrongs {
+                report.findings.push(partition, offset, wrong.to_string());
+            }
+        }
+    }
+
+    fn resolve(&self, suspects: Suspects, report: &mut Report) -> Result<(), Failure> {
+        if suspects.is_empty() {
+            return Ok(());
+        }
+        self.progress.say("a closer look");
+        let mut identified: HashMap<(Partition, Offset), Identified> = HashMap::new();
+        for (partition, offset, message_id, timestamp) in
+            log::identify(&self.scanner, &suspects.places(), &self.rules)?
+        {
+            identified.insert((partition, offset), Identified { message_id, timestamp });
+        }
+        let ids: Vec<Uuid> = identified.values().map(|i| i.message_id).collect();
+        let owners = self.database.claims(&ids)?.into_iter().map(|(id, claimed)| {
+            (Uuid::from_bytes(id), (claimed.owner, from_postgres_timestamp(claimed.created_at_us)))
+        });
+        suspects.resolve(
+            &identified,
+            &owners.collect(),
+            self.settings.idempotency.window,
+            &mut report.allowed,
+            &mut report.findings,
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,296 @@
+//! What the comparison asks of the database: short statements for claims, one stream of rows a slice.
+
+use std::collections::HashMap;
+use std::error::Error as StdError;
+use std::pin::pin;
+
+use futures_util::TryStreamExt;
+use tokio::runtime::Handle;
+use tokio_postgres::types::{FromSql, ToSql, Type};
+use tokio_postgres::{Client, Row};
+use uuid::Uuid;
+
+use super::cut::Skip;
+use super::hash;
+use super::sums::numeric_millionths;
+use super::table::RowSeen;
+use crate::batch::Owner;
+use crate::cli::Failure;
+use crate::columns::postgres_timestamp;
+use crate::kafka::scan::ScanRange;
+use crate::postgres::{Endpoint, describe};
+use crate::record::{NextOffset, Offset, Partition, TimestampMs};
+
+/// Read-only: what looks at a database by mistake does no harm. Joins of whole months like memory.
+const SESSION: &str = "SET default_transaction_read_only = on; SET work_mem = '64MB'";
+/// A row's time may differ from its record's by rounding alone.
+const TIME_SLACK_MS: i64 = 1_000;
+
+/// A field as the server sent it.
+struct Raw<'a>(Option<&'a [u8]>);
+
+impl<'a> FromSql<'a> for Raw<'a> {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
+        Ok(Self(Some(raw)))
+    }
+
+    fn from_sql_null(_: &Type) -> Result<Self, Box<dyn StdError + Sync + Send>> {
+        Ok(Self(None))
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+}
+
+/// Writes columns of a row as a binary COPY would have them. They come back as they went in, because the binary
+/// format has one form for each value.
+pub(crate) fn encode(
+    row: &Row,
+    columns: std::ops::Range<usize>,
+    out: &mut Vec<u8>,
+) -> Result<(), tokio_postgres::Error> {
+    out.clear();
+    out.extend_from_slice(&(columns.len() as i16).to_be_bytes());
+    for column in columns {
+        match row.try_get::<_, Raw<'_>>(column)?.0 {
+            Some(bytes) => {
+                out.extend_from_slice(&(bytes.len() as i32).to_be_bytes());
+                out.extend_from_slice(bytes);
+            }
+            None => out.extend_from_slice(&(-1_i32).to_be_bytes()),
+        }
+    }
+    Ok(())
+}
+
+/// Whether a column is null.
+pub(crate) fn is_null(row: &Row, column: usize) -> Result<bool, tokio_postgres::Error> {
+    Ok(row.try_get::<_, Raw<'_>>(column)?.0.is_none())
+}
+
+/// The claim of a message id.
+#[derive(Clone, Copy, Debug)]
+pub struct Claimed {
+    /// The record that claimed it, and its payload.
+    pub owner: Owner,
+    /// Microseconds since 2000: the timestamp of that record.
+    pub created_at_us: i64,
+}
+
+impl Claimed {
+    /// Whether it is the claim that a record of this time makes.
+    pub fn is_of(&self, timestamp: TimestampMs) -> bool {
+        self.created_at_us == postgres_timestamp(timestamp)
+    }
+}
+
+/// One row of each payment table, joined.
+pub struct PaymentRow {
+    /// Where the record stands.
+    pub partition: Partition,
+    /// Where the record stands.
+    pub offset: Offset,
+    /// As hashes.
+    pub seen: RowSeen,
+    /// Currency and amount in millionths, of `payment_core`.
+    pub amount: Option<(String, i128)>,
+}
+
+/// The columns of the payment tables, joined: 7 of metadata, 7 of core, 4 of notes.
+pub(crate) const PAYMENT_COLUMNS: &str = "\
+    m.payment_id, m.created_at, m.updated_at, m.version, m.message_id, m.source_partition, m.source_offset,
+    c.payment_id, c.created_at, c.cust_id, c.amount, c.currency, c.status, c.type,
+    n.payment_id, n.created_at, n.external_ref_id, n.comment";
+/// Of the records in the ranges $1 (partitions), $2 (from), $3 (to).
+pub(crate) const PAYMENT_TABLES: &str = "\
+    unnest($1::integer[], $2::bigint[], $3::bigint[]) AS r (partition, first, past)
+    JOIN payment_writer.payment_metadata m
+        ON m.source_partition = r.partition AND m.source_offset >= r.first AND m.source_offset < r.past
+    LEFT JOIN payment_writer.payment_core c ON c.payment_id = m.payment_id AND c.created_at = m.created_at
+    LEFT JOIN payment_writer.payment_notes n ON n.payment_id = m.payment_id AND n.created_at = m.created_at";
+
+/// Ranges as three arrays.
+pub(crate) fn arrays(ranges: &[ScanRange]) -> (Vec<i32>, Vec<i64>, Vec<i64>) {
+    (
+        ranges.iter().map(|r| r.partition.0).collect(),
+        ranges.iter().map(|r| r.from.0).collect(),
+        ranges.iter().map(|r| r.to.0).collect(),
+    )
+}
+
+/// A read-only session, asked from a thread that may block.
+pub struct Database {
+    runtime: Handle,
+    client: Client,
+}
+
+/// For `map_err`: what was being done when the database failed.
+fn failed(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> Failure {
+    move |error| Failure::failed(format!("{doing}: {}", describe(&error)))
+}
+
+impl Database {
+    /// Opens a session.
+    pub fn open(runtime: &Handle, endpoint: &Endpoint) -> Result<Self, Failure> {
+        let client = runtime.block_on(async {
+            let (client, _) = endpoint.connect().await.map_err(|e| Failure::failed(e.to_string()))?;
+            client.batch_execute(SESSION).await.map_err(failed("setting up the session"))?;
+            Ok::<_, Failure>(client)
+        })?;
+        Ok(Self { runtime: runtime.clone(), client })
+    }
+
+    /// The session itself.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Who has claimed these ids.
+    pub fn claims(&self, ids: &[Uuid]) -> Result<HashMap<[u8; 16], Claimed>, Failure> {
+        let mut found = HashMap::with_capacity(ids.len());
+        if ids.is_empty() {
+            return Ok(found);
+        }
+        let rows = self
+            .runtime
+            .block_on(self.client.query(
+                "SELECT message_id, source_partition, source_offset, payload_hash, created_at
+                 FROM payment_writer.idempotency WHERE message_id = ANY ($1)",
+                &[&ids],
+            ))
+            .map_err(failed("looking up who has claimed message ids"))?;
+        let broken = failed("reading claims");
+        for row in rows {
+            let id: Uuid = row.try_get(0).map_err(&broken)?;
+            let owner = Owner {
+                partition: Partition(row.try_get(1).map_err(&broken)?),
+                offset: Offset(row.try_get(2).map_err(&broken)?),
+                payload_hash: row.try_get(3).map_err(&broken)?,
+            };
+            let Raw(time) = row.try_get(4).map_err(&broken)?;
+            let created_at_us =
+                time.and_then(|t| t.try_into().ok()).map(i64::from_be_bytes).unwrap_or_default();
+            found.insert(id.into_bytes(), Claimed { owner, created_at_us });
+        }
+        Ok(found)
+    }
+
+    /// Those of these ids that stand in a row of some payment, claimed or not. Reads the table from end to end.
+    pub fn written_ids(&self, ids: &[Uuid]) -> Result<Vec<Uuid>, Failure> {
+        let rows = self
+            .runtime
+            .block_on(self.client.query(
+                "SELECT DISTINCT m.message_id FROM payment_writer.payment_metadata m
+                 JOIN unnest($1::uuid[]) AS wanted (message_id) USING (message_id)",
+                &[&ids],
+            ))
+            .map_err(failed("looking for message ids in payment_metadata"))?;
+        rows.iter().map(|row| row.try_get(0).map_err(failed("reading message ids"))).collect()
+    }
+
+    /// Claims of records up to this time may have been dropped with their generation.
+    pub fn pruned_until(&self) -> Result<Option<TimestampMs>, Failure> {
+        self.one(
+            "SELECT ceil(extract(epoch FROM max(youngest_record)) * 1000)::bigint
+             FROM payment_writer.idempotency_generation WHERE state IN ('retired', 'detached', 'dropped')",
+            "reading which claims were dropped",
+        )
+    }
+
+    /// Rows of records before this time may have been detached with their month.
+    pub fn archived_before(&self, months: u32) -> Result<Option<TimestampMs>, Failure> {
+        self.one(
+            &format!(
+                "SELECT (extract(epoch FROM (date_trunc('month', now() AT TIME ZONE 'UTC')
+                     - make_interval(months => {months})) AT TIME ZONE 'UTC') * 1000)::bigint"
+            ),
+            "asking for the oldest month",
+        )
+    }
+
+    fn one(&self, query: &str, doing: &'static str) -> Result<Option<TimestampMs>, Failure> {
+        let row = self.runtime.block_on(self.client.query_one(query, &[])).map_err(failed(doing))?;
+        Ok(row.try_get::<_, Option<i64>>(0).map_err(failed(doing))?.map(TimestampMs))
+    }
+
+    /// What persons gave up in this topic.
+    pub fn skips(&self, topic_id: Uuid) -> Result<Vec<Skip>, Failure> {
+        const DOING: &str = "reading cursor_audit";
+        let rows = self
+            .runtime
+            .block_on(self.client.query(
+                "SELECT partition, (before->>'applied')::bigint, (before->>'published')::bigint,
+                     (after->>'applied')::bigint
+                 FROM payment_writer.cursor_audit
+                 WHERE topic_id = $1 AND command LIKE 'cursors skip%' AND partition IS NOT NULL
+                     AND after->>'applied' IS NOT NULL",
+                &[&topic_id],
+            ))
+            .map_err(failed(DOING))?;
+        let broken = failed(DOING);
+        rows.iter()
+            .map(|row| {
+                Ok(Skip {
+                    partition: Partition(row.try_get(0).map_err(&broken)?),
+                    applied: row.try_get::<_, Option<i64>>(1).map_err(&broken)?.map(NextOffset),
+                    published: row.try_get::<_, Option<i64>>(2).map_err(&broken)?.map(NextOffset),
+                    to: NextOffset(row.try_get(3).map_err(&broken)?),
+                })
+            })
+            .collect()
+    }
+
+    /// Hands every row of these ranges whose time is in `times` to `each`: one statement, and so one snapshot.
+    pub fn payment_rows(
+        &self,
+        ranges: &[ScanRange],
+        times: (TimestampMs, TimestampMs),
+        mut each: impl FnMut(PaymentRow),
+    ) -> Result<(), Failure> {
+        // Months outside these times are not read.
+        let query = format!(
+            "SELECT {PAYMENT_COLUMNS} FROM {PAYMENT_TABLES}
+             WHERE m.created_at BETWEEN to_timestamp($4::bigint / 1000) AND to_timestamp($5::bigint / 1000)"
+        );
+        let (partitions, from, to) = arrays(ranges);
+        let first = times.0.0.saturating_sub(TIME_SLACK_MS);
+        let last = times.1.0.saturating_add(TIME_SLACK_MS);
+        let parameters: [&(dyn ToSql + Sync); 5] = [&partitions, &from, &to, &first, &last];
+        self.runtime
+            .block_on(async {
+                let rows = self.client.query_raw(&query, parameters).await?;
+                let mut rows = pin!(rows);
+                let mut buffer = Vec::with_capacity(512);
+                while let Some(row) = rows.try_next().await? {
+                    each(payment_row(&row, &mut buffer)?);
+                }
+                Ok(())
+            })
+            .map_err(failed("reading the payment tables"))
+    }
+}
+
+fn payment_row(row: &Row, buffer: &mut Vec<u8>) -> Result<PaymentRow, tokio_postgres::Error> {
+    encode(row, 0..7, buffer)?;
+    let metadata = hash::row(buffer);
+    let mut amount = None;
+    let mut core = None;
+    if !is_null(row, 7)? {
+        encode(row, 7..14, buffer)?;
+        core = Some(hash::row(buffer));
+        let millionths = row.try_get::<_, Raw<'_>>(10)?.0.and_then(numeric_millionths);
+        amount = Some((row.try_get::<_, String>(11)?, millionths.unwrap_or_default()));
+    }
+    let mut notes = None;
+    if !is_null(row, 14)? {
+        encode(row, 14..18, buffer)?;
+        notes = Some(hash::row(buffer));
+    }
+    Ok(PaymentRow {
+        partition: Partition(row.try_get(5)?),
+        offset: Offset(row.try_get(6)?),
+        seen: RowSeen { metadata, core, notes },
+        amount,
+    })
+}

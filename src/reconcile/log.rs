@@ -1,0 +1,254 @@
+//! The first pass over a slice: every record of the log, parsed by the daemon's own rules, and who has its id.
+
+use std::ops::ControlFlow;
+
+use uuid::Uuid;
+
+use super::cut::Exempt;
+use super::database::{Claimed, Database};
+use super::hash;
+use super::sums::numeric_millionths;
+use super::table::{Claim, Entry, Hashes, Notes, Table};
+use super::{Fault, Progress};
+use crate::batch::{Batch, PaymentView};
+use crate::cli::Failure;
+use crate::kafka::librdkafka::NativeRecord;
+use crate::kafka::scan::{ScanRange, Scanner};
+use crate::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use crate::wire::{self, Rules};
+
+/// Records that are parsed and looked up at once.
+const CHUNK_RECORDS_MAX: usize = 5_000;
+/// Or so many bytes of them.
+const CHUNK_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Records of a slice whose id nobody has claimed. Each is kept with its id, to be looked for in the tables.
+const UNCLAIMED_MAX: usize = 1_000_000;
+
+/// What is the same for all slices.
+pub(super) struct Circumstances<'a> {
+    /// The daemon's rules.
+    pub rules: &'a Rules,
+    /// What persons gave up.
+    pub exempt: &'a Exempt,
+    /// See [`Database::pruned_until`].
+    pub pruned_until: Option<TimestampMs>,
+    /// See [`Database::archived_before`].
+    pub archived_before: Option<TimestampMs>,
+}
+
+/// What the pass leaves besides the table.
+#[derive(Default)]
+pub(super) struct Gathered {
+    /// Earliest and latest timestamp that a row of these records may have.
+    pub times: Option<(TimestampMs, TimestampMs)>,
+    /// Valid records whose id nobody has claimed, with the id.
+    pub unclaimed: Vec<(Partition, Offset, Uuid)>,
+}
+
+/// Reads the log's part of a slice into the table.
+pub(super) fn read(
+    scanner: &Scanner,
+    ranges: &[ScanRange],
+    circumstances: &Circumstances<'_>,
+    database: &Database,
+    table: &mut Table,
+    progress: &Progress,
+) -> Result<Gathered, Fault> {
+    let mut gathered = Gathered::default();
+    let mut source = SourceBatch::new();
+    let mut failure: Option<Failure> = None;
+    let mut flush = |source: &mut SourceBatch, table: &mut Table| {
+        let taken = std::mem::take(source);
+        progress.advance(taken.len() as u64);
+        match settle(taken, circumstances, database, table, &mut gathered) {
+            Ok(emptied) => {
+                *source = emptied;
+                ControlFlow::Continue(())
+            }
+            Err(error) => {
+                failure = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    };
+    let read = scanner.read(ranges, |message| {
+        let record = NativeRecord::of(message);
+        source.push(
+            record.partition(),
+            record.offset(),
+            record.timestamp(),
+            record.key(),
+            record.value(),
+            record.headers(),
+        );
+        if source.len() >= CHUNK_RECORDS_MAX || source.bytes() >= CHUNK_BYTES_MAX {
+            return flush(&mut source, table);
+        }
+        ControlFlow::Continue(())
+    });
+    let flow = match read {
+        Ok(ControlFlow::Continue(())) if !source.is_empty() => Ok(flush(&mut source, table)),
+        other => other,
+    };
+    if let Some(failure) = failure {
+        return Err(failure.into());
+    }
+    // Broken off only by the failure above.
+    let _ = flow.map_err(|e| Fault::Scan(e.to_string()))?;
+    Ok(gathered)
+}
+
+fn settle(
+    source: SourceBatch,
+    circumstances: &Circumstances<'_>,
+    database: &Database,
+    table: &mut Table,
+    gathered: &mut Gathered,
+) -> Result<SourceBatch, Failure> {
+    // Only what it encodes is used: nothing is claimed, and so no progress is named.
+    let batch = Batch::assemble(source, Vec::new(), circumstances.rules);
+    let ids: Vec<Uuid> = (0..batch.len())
+        .filter_map(|i| batch.payment_view(i))
+        .map(|p| Uuid::from_bytes(p.message_id))
+        .collect();
+    let claims = database.claims(&ids)?;
+    for index in 0..batch.len() {
+        let Some(view) = batch.published_view(index) else { continue };
+        let (partition, offset) = (view.record.partition, view.record.offset);
+        let mut notes = Notes {
+            is_given_up: circumstances.exempt.is_given_up(partition, offset),
+            is_rewound: circumstances.exempt.is_rewound(partition, offset),
+            ..Notes::default()
+        };
+        let mut hashes =
+            Hashes { letter: hash::dead_letter(view.record.key, view.record.value), ..Hashes::default() };
+        if let Some(timestamp) = view.record.timestamp
+            && (wire::TIMESTAMP_MIN..=wire::TIMESTAMP_MAX).contains(&timestamp)
+        {
+            let (first, last) = gathered.times.unwrap_or((timestamp, timestamp));
+            gathered.times = Some((first.min(timestamp), last.max(timestamp)));
+        }
+        let mut entry = match (batch.payment_view(index), view.refusal) {
+            (Some(payment), _) => {
+                hashes.metadata = hash::row(payment.metadata);
+                hashes.core = hash::row(payment.core);
+                hashes.notes = payment.notes.map_or(0, hash::row);
+                hashes.read = hash::message(view.record.key, Some(view.read_event));
+                hashes.email =
+                    view.email_event.map_or(0, |value| hash::message(view.record.key, Some(value)));
+                notes.is_prunable =
+                    circumstances.pruned_until.is_some_and(|until| payment.timestamp <= until);
+                notes.is_archived =
+                    circumstances.archived_before.is_some_and(|before| payment.timestamp < before);
+                let claim = claim(partition, offset, &payment, claims.get(&payment.message_id), &mut notes);
+                if claim == Claim::Nobody {
+                    if gathered.unclaimed.len() >= UNCLAIMED_MAX {
+                        return Err(Failure::failed(format!(
+                            "partition {partition}, offset {offset}: more than {UNCLAIMED_MAX} records before it have \
+                             message ids that nobody has claimed; compare fewer at once (--partition, \
+                             --from-offset, --since, or a smaller --memory)"
+                        )));
+                    }
+                    gathered.unclaimed.push((partition, offset, Uuid::from_bytes(payment.message_id)));
+                }
+                let mut entry = Entry::new(claim, notes, hashes);
+                (entry.amount, entry.currency) = amount(payment.core);
+                entry
+            }
+            (None, Some(refusal)) => Entry::new(Claim::Refused(refusal.reason), notes, hashes),
+            (None, None) => continue,
+        };
+        entry.key = view.record.key.filter(|key| !key.is_empty()).map(hash::java_partition_hash);
+        table.push(partition, offset, entry);
+    }
+    let mut source = batch.into_source();
+    source.clear();
+    Ok(source)
+}
+
+fn claim(
+    partition: Partition,
+    offset: Offset,
+    payment: &PaymentView<'_>,
+    claimed: Option<&Claimed>,
+    notes: &mut Notes,
+) -> Claim {
+    let Some(claimed) = claimed else { return Claim::Nobody };
+    let owner = &claimed.owner;
+    if owner.partition == partition && owner.offset == offset {
+        notes.is_claim_wrong =
+            owner.payload_hash != payment.payload_hash || !claimed.is_of(payment.timestamp);
+        return Claim::Own;
+    }
+    notes.is_owned_later = owner.partition == partition && owner.offset > offset;
+    if owner.payload_hash == payment.payload_hash { Claim::Same } else { Claim::Other }
+}
+
+/// Amount and currency of a row of `payment_core`, its fourth and fifth column.
+fn amount(row: &[u8]) -> (u64, [u8; 3]) {
+    let mut rest = row.get(2..).unwrap_or_default();
+    let mut fields = std::iter::from_fn(|| {
+        let (len, after) = rest.split_first_chunk::<4>()?;
+        let (field, after) = after.split_at_checked(usize::try_from(i32::from_be_bytes(*len)).ok()?)?;
+        rest = after;
+        Some(field)
+    })
+    .skip(3);
+    let millionths = fields.next().and_then(numeric_millionths).unwrap_or_default();
+    let currency = fields.next().and_then(|c| c.try_into().ok()).unwrap_or_default();
+    (u64::try_from(millionths / 100).unwrap_or_default(), currency)
+}
+
+/// The ids and times of single records, for what is to be looked at more closely.
+pub(super) fn identify(
+    scanner: &Scanner,
+    places: &[(Partition, Offset)],
+    rules: &Rules,
+) -> Result<Vec<(Partition, Offset, Uuid, TimestampMs)>, Fault> {
+    let mut ranges: Vec<ScanRange> = Vec::new();
+    for (partition, offset) in places {
+        match ranges.iter_mut().find(|r| r.partition == *partition) {
+            Some(range) => {
+                range.from = range.from.min(NextOffset(offset.0));
+                range.to = range.to.max(offset.next());
+            }
+            None => ranges.push(ScanRange {
+                partition: *partition,
+                from: NextOffset(offset.0),
+                to: offset.next(),
+            }),
+        }
+    }
+    let wanted: std::collections::HashSet<(Partition, Offset)> = places.iter().copied().collect();
+    let mut found = Vec::with_capacity(places.len());
+    let mut one = SourceBatch::new();
+    // Never broken off.
+    let _ = scanner
+        .read(&ranges, |message| {
+            let record = NativeRecord::of(message);
+            if wanted.contains(&(record.partition(), record.offset())) {
+                one.clear();
+                one.push(
+                    record.partition(),
+                    record.offset(),
+                    record.timestamp(),
+                    record.key(),
+                    record.value(),
+                    record.headers(),
+                );
+                if let Some(view) = one.get(0)
+                    && let Ok(payment) = wire::parse(&view, rules)
+                {
+                    found.push((
+                        view.partition,
+                        view.offset,
+                        payment.message_id.to_uuid(),
+                        payment.created_at,
+                    ));
+                }
+            }
+            ControlFlow::Continue(())
+        })
+        .map_err(|e| Fault::Scan(e.to_string()))?;
+    Ok(found)
+}

@@ -1,0 +1,237 @@
+//! The last pass over a slice: every event and dead letter whose `source` is one of its records.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::report::Findings;
+use super::sums::Sums;
+use super::table::{Placed, Table};
+use super::{Fault, Progress, hash, judge};
+use crate::cli::Failure;
+use crate::config::KafkaSettings;
+use crate::kafka::librdkafka::NativeRecord;
+use crate::kafka::scan::{ScanRange, Scanner};
+use crate::kafka::stable::stable_ends;
+use crate::payment::Amount;
+use crate::publication::OutputTopic;
+use crate::record::{NextOffset, Offset, Partition};
+use crate::wire::Reason;
+
+/// One output topic, and how far it is read.
+struct Topic {
+    output: OutputTopic,
+    scanner: Scanner,
+    /// Every partition's end, as it was after the cursors were read.
+    ends: Vec<(Partition, NextOffset)>,
+}
+
+/// The output topics.
+pub(super) struct Outputs {
+    topics: Vec<Topic>,
+    prefix: String,
+}
+
+/// What the pass over a slice counts.
+pub(super) struct Counted {
+    /// Outputs of the slice's records, by [`OutputTopic::index`].
+    pub outputs: [u64; 3],
+    /// Amounts in the read events.
+    pub sums: Sums,
+    /// Outputs whose `source` is none of this topic.
+    pub foreign: u64,
+    /// Outputs of records that the log lost, whose offsets were used again.
+    pub former: u64,
+    /// Sources in the slice at which the log has no record.
+    pub nowhere: Findings,
+    /// The first source offset by output, source partition and output partition, where the output partition
+    /// has lost its beginning: absent where nothing is left.
+    cut: Cut,
+}
+
+#[derive(Default)]
+struct Cut {
+    partitions: [Vec<bool>; 3],
+    first: HashMap<(usize, i32, i32), i64>,
+}
+
+impl Counted {
+    /// Nothing yet; at most `limit` findings are named.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            outputs: [0; 3],
+            sums: Sums::default(),
+            foreign: 0,
+            former: 0,
+            nowhere: Findings::new(limit),
+            cut: Cut::default(),
+        }
+    }
+
+    /// Whether the output of this record may have left its topic. Outputs of one partition's records are in the
+    /// order of their offsets in each output partition, and a topic loses its oldest records first.
+    pub fn is_cut_off(
+        &self,
+        topic: OutputTopic,
+        partition: Partition,
+        offset: Offset,
+        key: Option<u32>,
+    ) -> bool {
+        let Some(cut) = self.cut.partitions.get(topic.index()).filter(|cut| !cut.is_empty()) else {
+            return false;
+        };
+        let may_be = |at: usize| {
+            cut.get(at).copied().unwrap_or_default()
+                && i32::try_from(at)
+                    .ok()
+                    .and_then(|at| self.cut.first.get(&(topic.index(), partition.0, at)))
+                    .is_none_or(|first| offset.0 < *first)
+        };
+        match key {
+            Some(key) => may_be(key as usize % cut.len()),
+            None => (0..cut.len()).any(may_be),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Money<'m> {
+    #[serde(borrow)]
+    amount: &'m RawValue,
+    currency: String,
+}
+
+impl Outputs {
+    /// Finds out how far the outputs must be read. To be asked after the cursors were read: what the group's
+    /// offset covers was committed with it.
+    pub fn open(kafka: &KafkaSettings, topic_id: uuid::Uuid) -> Result<Self, Failure> {
+        let failed = |e: &dyn std::fmt::Display| Failure::failed(format!("an output: {e}"));
+        let mut topics = Vec::new();
+        for (output, name) in [
+            (OutputTopic::Read, &kafka.read_topic),
+            (OutputTopic::Email, &kafka.email_topic),
+            (OutputTopic::DeadLetter, &kafka.dead_letter_topic),
+        ] {
+            let scanner = Scanner::new(kafka, name).map_err(|e| failed(&e))?;
+            let (_, partitions) = scanner.describe().map_err(|e| failed(&e))?;
+            let ends = stable_ends(kafka, name, &partitions).map_err(|e| failed(&e))?;
+            topics.push(Topic { output, scanner, ends: partitions.into_iter().zip(ends).collect() });
+        }
+        Ok(Self { topics, prefix: format!("{:08x}", topic_id.as_fields().0) })
+    }
+
+    /// Records in the outputs, at most.
+    pub fn len(&self) -> u64 {
+        self.topics.iter().flat_map(|t| &t.ends).map(|(_, end)| end.0.unsigned_abs()).sum()
+    }
+
+    /// Notes every output of the table's records.
+    pub fn read(&self, table: &mut Table, limit: usize, progress: &Progress) -> Result<Counted, Fault> {
+        let mut counted = Counted::new(limit);
+        for topic in &self.topics {
+            self.read_topic(topic, table, &mut counted, progress)?;
+        }
+        Ok(counted)
+    }
+
+    fn read_topic(
+        &self,
+        topic: &Topic,
+        table: &mut Table,
+        counted: &mut Counted,
+        progress: &Progress,
+    ) -> Result<(), Fault> {
+        let scan = |e: crate::kafka::scan::ScanError| Fault::Scan(e.to_string());
+        let partitions: Vec<Partition> = topic.ends.iter().map(|(partition, _)| *partition).collect();
+        let starts: Vec<NextOffset> =
+            topic.scanner.bounds(&partitions).map_err(scan)?.iter().map(|b| b.start).collect();
+        let index = topic.output.index();
+        if let Some(cut) = counted.cut.partitions.get_mut(index)
+            && starts.iter().any(|start| start.0 > 0)
+        {
+            *cut = starts.iter().map(|start| start.0 > 0).collect();
+        }
+        let ranges: Vec<ScanRange> = topic
+            .ends
+            .iter()
+            .zip(starts)
+            .map(|((partition, to), from)| ScanRange { partition: *partition, from, to: *to })
+            .collect();
+        let mut seen = 0_u64;
+        // Never broken off.
+        let _ = topic
+            .scanner
+            .read(&ranges, |message| {
+                seen += 1;
+                if seen.is_multiple_of(1_000) {
+                    progress.advance(1_000);
+                }
+                self.note(topic, &NativeRecord::of(message), table, counted);
+                ControlFlow::Continue(())
+            })
+            .map_err(scan)?;
+        progress.advance(seen % 1_000);
+        Ok(())
+    }
+
+    fn note(&self, topic: &Topic, record: &NativeRecord<'_>, table: &mut Table, counted: &mut Counted) {
+        let (mut source, mut reason, mut digest) = (None, None, None);
+        for (name, value) in record.headers() {
+            match name {
+                b"source" => source = value,
+                b"dlq-reason" => reason = value,
+                b"dlq-value-sha256" => digest = value,
+                _ => {}
+            }
+        }
+        let Some((partition, offset)) = source.and_then(|source| source_place(source, &self.prefix)) else {
+            counted.foreign += 1;
+            return;
+        };
+        let index = topic.output.index();
+        if counted.cut.partitions.get(index).is_some_and(|cut| !cut.is_empty()) {
+            counted.cut.first.entry((index, partition.0, record.partition().0)).or_insert(offset.0);
+        }
+        let (key, value) = (record.key(), record.value());
+        let (hash, reason) = if topic.output == OutputTopic::DeadLetter {
+            let stands_for = digest.filter(|_| value.is_none());
+            let reason = reason.and_then(|r| Reason::ALL.into_iter().find(|k| k.as_str().as_bytes() == r));
+            (hash::message(key, stands_for.or(value)), reason)
+        } else {
+            (hash::message(key, value), None)
+        };
+        match table.note_output(partition, offset, topic.output, hash, reason) {
+            Placed::Outside => {}
+            Placed::Nowhere => {
+                let what = format!("{}, but the log has no record there", judge::output_name(topic.output));
+                counted.nowhere.push(partition, offset, what);
+            }
+            Placed::Former => counted.former += 1,
+            Placed::Here => {
+                if let Some(count) = counted.outputs.get_mut(index) {
+                    *count += 1;
+                }
+                if topic.output == OutputTopic::Read
+                    && let Some(Ok(money)) = value.map(serde_json::from_slice::<Money<'_>>)
+                    && let Ok(amount) = Amount::parse(money.amount.get())
+                {
+                    counted
+                        .sums
+                        .add(&money.currency, i128::try_from(amount.millionths()).unwrap_or_default());
+                }
+            }
+        }
+    }
+}
+
+/// Partition and offset of a `source` of this topic.
+pub(crate) fn source_place(source: &[u8], prefix: &str) -> Option<(Partition, Offset)> {
+    let mut parts = std::str::from_utf8(source).ok()?.split('/');
+    let (topic, partition, offset) = (parts.next()?, parts.next()?, parts.next()?);
+    if topic != prefix || parts.next().is_some() {
+        return None;
+    }
+    Some((Partition(partition.parse().ok()?), Offset(offset.parse().ok()?)))
+}

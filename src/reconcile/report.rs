@@ -1,0 +1,224 @@
+//! What a comparison found.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::judge::Outcome;
+use super::sums::Sums;
+use crate::record::{NextOffset, Offset, Partition};
+
+/// One thing about one record, in words that quote nothing of it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Finding {
+    /// Where the record stands.
+    pub partition: Partition,
+    /// Where the record stands.
+    pub offset: Offset,
+    /// What is the matter.
+    pub what: String,
+}
+
+/// Findings, of which only so many are named.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Findings {
+    /// The first ones.
+    pub named: Vec<Finding>,
+    /// All of them.
+    pub count: u64,
+    limit: usize,
+}
+
+impl Findings {
+    /// None yet.
+    pub fn new(limit: usize) -> Self {
+        Self { named: Vec::new(), count: 0, limit }
+    }
+
+    /// Adds one.
+    pub fn push(&mut self, partition: Partition, offset: Offset, what: impl Into<String>) {
+        self.count += 1;
+        if self.named.len() < self.limit {
+            self.named.push(Finding { partition, offset, what: what.into() });
+        }
+    }
+
+    /// Adds others.
+    pub fn merge(&mut self, other: Self) {
+        self.count += other.count;
+        let room = self.limit.saturating_sub(self.named.len());
+        self.named.extend(other.named.into_iter().take(room));
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// As JSON.
+    pub fn json(&self) -> Value {
+        let named = self.named.iter();
+        let named: Vec<Value> = named
+            .map(|f| json!({ "partition": f.partition.0, "offset": f.offset.0, "what": f.what }))
+            .collect();
+        json!({ "count": self.count, "named": named })
+    }
+}
+
+/// What was compared of one partition.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Compared {
+    /// The partition.
+    pub partition: Partition,
+    /// First offset.
+    pub from: NextOffset,
+    /// The offset after the last one.
+    pub to: NextOffset,
+}
+
+/// The result of a comparison.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Report {
+    /// Name of the input topic.
+    pub topic: String,
+    /// The group whose work it is.
+    pub group_id: String,
+    /// Where the rows are, without a password.
+    pub database: String,
+    /// Whether outputs were compared.
+    pub publishes: bool,
+    /// What was compared, by partition.
+    pub compared: Vec<Compared>,
+    /// Partitions that are halted or in doubt; compared up to where they were settled.
+    pub halted: u64,
+    /// Slices that were needed to stay within the bound of memory.
+    pub slices: usize,
+    /// Records.
+    pub records: u64,
+    /// Records by outcome.
+    pub outcomes: BTreeMap<Outcome, u64>,
+    /// Payments that should have been written, by the log.
+    pub log: Sums,
+    /// Payments in the tables.
+    pub rows: Sums,
+    /// Payments in the read events.
+    pub events: Sums,
+    /// Outputs of these records: read events, e-mail events, dead letters.
+    pub outputs: [u64; 3],
+    /// Outputs that name another topic as their source, or none.
+    pub foreign: u64,
+    /// Rows and outputs of records that the log lost, whose offsets were used again.
+    pub former: u64,
+    /// Outputs that are not there, where the topic has lost its beginning.
+    pub untold: u64,
+    /// What is wrong.
+    pub findings: Findings,
+    /// What is out of the ordinary and allowed: ids that another database or the database's own rules decided
+    /// otherwise.
+    pub allowed: Findings,
+}
+
+impl Report {
+    /// Nothing compared yet.
+    pub fn new(topic: &str, group_id: &str, database: String, publishes: bool, limit: usize) -> Self {
+        Self {
+            topic: topic.to_owned(),
+            group_id: group_id.to_owned(),
+            database,
+            publishes,
+            compared: Vec::new(),
+            halted: 0,
+            slices: 0,
+            records: 0,
+            outcomes: BTreeMap::new(),
+            log: Sums::default(),
+            rows: Sums::default(),
+            events: Sums::default(),
+            outputs: [0; 3],
+            foreign: 0,
+            former: 0,
+            untold: 0,
+            findings: Findings::new(limit),
+            allowed: Findings::new(limit),
+        }
+    }
+
+    /// Adds what a slice found.
+    pub fn add(&mut self, slice: Self) {
+        self.records += slice.records;
+        for (outcome, count) in slice.outcomes {
+            *self.outcomes.entry(outcome).or_default() += count;
+        }
+        self.log.merge(&slice.log);
+        self.rows.merge(&slice.rows);
+        self.events.merge(&slice.events);
+        for (sum, count) in self.outputs.iter_mut().zip(slice.outputs) {
+            *sum += count;
+        }
+        // Every slice reads all outputs, and meets the same strangers.
+        self.foreign = self.foreign.max(slice.foreign);
+        self.former += slice.former;
+        self.untold += slice.untold;
+        self.findings.merge(slice.findings);
+        self.allowed.merge(slice.allowed);
+    }
+
+    /// Whether every record has exactly its one outcome.
+    pub fn is_fine(&self) -> bool {
+        self.findings.is_empty()
+    }
+
+    /// The currencies that occur anywhere.
+    pub fn currencies(&self) -> Vec<&str> {
+        let all = self.log.currencies().chain(self.rows.currencies()).chain(self.events.currencies());
+        all.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// As one object.
+    pub fn json(&self) -> Value {
+        let sum = |sums: &Sums, currency: &str| {
+            let sum = sums.of(currency);
+            json!({ "count": sum.count, "sum": sum.text() })
+        };
+        let currencies: serde_json::Map<String, Value> = self
+            .currencies()
+            .into_iter()
+            .map(|currency| {
+                let events = self.publishes.then(|| sum(&self.events, currency));
+                let of = json!({
+                    "log": sum(&self.log, currency),
+                    "rows": sum(&self.rows, currency),
+                    "read_events": events,
+                });
+                (currency.to_owned(), of)
+            })
+            .collect();
+        let compared: Vec<Value> = self
+            .compared
+            .iter()
+            .map(|c| json!({ "partition": c.partition.0, "from": c.from.0, "to": c.to.0 }))
+            .collect();
+        let outcomes: serde_json::Map<String, Value> =
+            self.outcomes.iter().map(|(outcome, count)| (outcome.to_string(), json!(count))).collect();
+        let [read, email, letters] = self.outputs;
+        json!({
+            "is_fine": self.is_fine(),
+            "topic": self.topic,
+            "group": self.group_id,
+            "database": self.database,
+            "partitions": compared,
+            "partitions_halted": self.halted,
+            "slices": self.slices,
+            "records": self.records,
+            "outcomes": outcomes,
+            "currencies": currencies,
+            "outputs": self.publishes.then(|| json!({
+                "read": read, "email": email, "dead_letter": letters,
+                "foreign": self.foreign, "beyond_retention": self.untold,
+            })),
+            "of_lost_records": self.former,
+            "findings": self.findings.json(),
+            "allowed": self.allowed.json(),
+        })
+    }
+}
