@@ -17,6 +17,8 @@ mod outcomes;
 mod poison;
 mod protocol;
 mod rebalance;
+mod rebuild;
+mod reconcile;
 mod schema;
 mod security;
 mod servers;

@@ -1,0 +1,216 @@
+//! A second database from the log, equal to the first, and the whole way to its taking over.
+
+use serde_json::{Value, json};
+
+use crate::reconcile::{is_fine, texts};
+use crate::support::{
+    Finished, Flow, Load, Member, Message, PATIENCE, Payment, Scope, Servers, uuid_v4, wait_until_within,
+};
+
+const LANES: (&str, &str) = ("PAYMENT_WRITER__LANES", "1");
+
+fn member() -> Member {
+    Member::new("a").soon_forgotten()
+}
+
+fn second_name(scope: &Scope<'_>) -> String {
+    format!("{}_second", scope.database)
+}
+
+/// Makes an empty database beside the scope's, and returns its URL.
+fn second_database(scope: &Scope<'_>) -> String {
+    let name = second_name(scope);
+    scope.on_server(&[format!("CREATE DATABASE \"{name}\" OWNER payment_writer")]);
+    scope.servers.postgres_url(&name)
+}
+
+fn rebuild(scope: &Scope<'_>, into: &str, arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
+    let into = [("PAYMENT_WRITER_REBUILD_INTO", into)];
+    scope.command_with(&[&["rebuild", "--json"], arguments].concat(), &[&into, settings].concat())
+}
+
+#[track_caller]
+fn says(finished: &Finished, code: i32) -> Value {
+    assert_eq!(finished.code, Some(code), "{finished:?}");
+    serde_json::from_str(&finished.stdout).unwrap_or_else(|_| panic!("no JSON: {finished:?}"))
+}
+
+fn outputs(scope: &Scope<'_>) -> usize {
+    [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic]
+        .map(|t| scope.read_all(t).len())
+        .iter()
+        .sum()
+}
+
+#[test]
+fn a_database_rebuilt_beside_the_daemon_is_equal_and_takes_over_without_an_event_twice() {
+    // GIVEN a daemon at work
+    let mut scope = Scope::new(Servers::shared(), "rebuild_walk");
+    scope.prepare(4, 2);
+    scope.produce(&scope.input_topic, Load::new(81).take(300));
+    let mut daemon = member().start(&scope);
+    let flow = Flow::start(&scope, Load::new(82), 5);
+    wait_until_within(PATIENCE, "payments are written", || scope.count("payment_core") > 100);
+
+    // WHEN a second database is rebuilt beside it, dying once on the way
+    let into = second_database(&scope);
+    let dying = [LANES, ("PAYMENT_WRITER_FAILPOINT", "after_postgres_commit:1")];
+    assert_eq!(rebuild(&scope, &into, &[], &dying).code, None);
+    let said = says(&rebuild(&scope, &into, &[], &[]), 0);
+
+    // THEN the two are equal, as far as both have written
+    assert_eq!((&said["is_equal"], &said["allowed"]["count"]), (&json!(true), &json!(0)), "{said:#}");
+    assert!(said["equal"].as_u64().unwrap() > 100, "{said:#}");
+    drop(flow.end());
+    scope.wait_until_caught_up();
+
+    // WHEN all is stopped, the rest is rebuilt, and the settings lead to the second database
+    daemon.drains();
+    let first_rows = scope.count("payment_core");
+    let said = says(&rebuild(&scope, &into, &[], &[]), 0);
+    assert_eq!(said["equal"], first_rows, "{said:#}");
+    let sent = outputs(&scope);
+    scope.database = second_name(&scope);
+    // THEN it is not taken for the group's by itself
+    member().refuses(&scope, &["run"], "--adopt-database");
+    // AND with a person's word it is, and nothing is sent again
+    let mut adopting = member().run(&scope, &["run", "--until-caught-up", "--adopt-database"]);
+    assert_eq!(adopting.wait().code(), Some(0), "{}", adopting.log());
+    assert_eq!(outputs(&scope), sent);
+
+    // WHEN new records come
+    scope.produce(&scope.input_topic, Load::new(83).take(60));
+    member().catch_up(&scope);
+    // THEN they are written and published, once, as all before them
+    scope.assert_exactly_once();
+    assert!(outputs(&scope) > sent);
+    is_fine(&scope, &[]);
+}
+
+#[test]
+fn what_the_order_of_writing_decides_is_listed_and_is_no_difference() {
+    // GIVEN ids on two partitions, written first where they have the higher offsets
+    let mut scope = Scope::new(Servers::shared(), "rebuild_twins");
+    scope.prepare(2, 2);
+    let ids = 500..510;
+    let at = |message: Message, partition| message.partition(partition);
+    let filler = (0..20).map(|seed| at(Payment::new(uuid_v4(600 + seed), 3).message(), 1));
+    scope.produce(&scope.input_topic, filler);
+    scope
+        .produce(&scope.input_topic, ids.clone().map(|seed| at(Payment::new(uuid_v4(seed), 3).message(), 1)));
+    member().catch_up(&scope);
+    // A duplicate each, and of every other one a conflict.
+    let twin = |seed: u64| Payment::new(uuid_v4(seed), 3).amount(if seed % 2 == 0 { "10.50" } else { "11" });
+    scope.produce(&scope.input_topic, ids.map(|seed| at(twin(seed).message(), 0)));
+    member().catch_up(&scope);
+    scope.assert_exactly_once();
+    assert_eq!(is_fine(&scope, &[])["allowed"]["count"], 0);
+    // AND a record that this database once refused
+    scope.execute(
+        "SET search_path = payment_writer;
+         DELETE FROM payment_core WHERE payment_id IN (SELECT payment_id FROM payment_metadata WHERE source_offset = 15);
+         DELETE FROM payment_metadata WHERE source_offset = 15;
+         DELETE FROM idempotency WHERE source_offset = 15;",
+    );
+    let refused = Message::new("3", "").header("source", scope.source(1, 15));
+    scope.produce(&scope.dead_letter_topic, [refused.header("dlq-reason", "rejected_by_database")]);
+
+    // WHEN it is rebuilt by a lane that takes both partitions together
+    let into = second_database(&scope);
+    let together = [LANES, ("PAYMENT_WRITER__BATCH__LINGER", "3s")];
+    let said = says(&rebuild(&scope, &into, &[], &together), 0);
+
+    // THEN the lower offsets have won, and both sides of each are listed
+    let allowed = texts(&said["allowed"]);
+    assert_eq!(allowed.len(), 10 + 10 + 1, "{allowed:#?}");
+    let in_second =
+        "0/3: its message id stands on several records: in the first database it is partition 1, offset 23's";
+    let in_first = "1/23: its message id stands on several records: in the second database it is partition 0, offset 3's";
+    let once_refused = "1/15: once refused by the first database, and dead-lettered";
+    for expected in [in_second, in_first, once_refused] {
+        assert!(allowed.iter().any(|text| text == expected), "{expected} is not in {allowed:#?}");
+    }
+
+    // WHEN the second database has taken over
+    scope.database = second_name(&scope);
+    let mut adopting = member().run(&scope, &["run", "--until-caught-up", "--adopt-database"]);
+    assert_eq!(adopting.wait().code(), Some(0), "{}", adopting.log());
+    // THEN rows and events of these ids belong to different records, and that is said and is no finding
+    let (_, said) = crate::reconcile::reconcile_with(&scope, &[], &[]);
+    let allowed = texts(&said["allowed"]);
+    assert_eq!(allowed.len(), 20, "{said:#}");
+    let twin = "1/22: its message id stands on several records: the rows are those of partition 0, offset 2";
+    assert!(allowed.iter().any(|text| text == twin), "{allowed:#?}");
+    // But for the dead letter that was made by hand: that record has its events, too.
+    assert_eq!(texts(&said["findings"]), ["1/15: a dead letter, though it should be written"]);
+}
+
+#[test]
+fn a_difference_is_named_and_the_wrong_database_is_refused() {
+    // GIVEN a database and its rebuild
+    let scope = Scope::new(Servers::shared(), "rebuild_harms");
+    scope.prepare(3, 2);
+    scope.produce(
+        &scope.input_topic,
+        (0..12).map(|seed| Payment::new(uuid_v4(seed), 4).message().partition(1)),
+    );
+    member().catch_up(&scope);
+    let (cursors, sent) = (scope.cursors(), outputs(&scope));
+
+    // WHEN it is to be rebuilt into itself, or into somebody's database
+    let own = scope.postgres_url();
+    for arguments in [&[][..], &["--compare-only"]] {
+        let refused = rebuild(&scope, &own, arguments, &[]);
+        assert_eq!(refused.code, Some(2), "{refused:?}");
+        assert!(refused.stderr.contains("that the group writes to"), "{refused:?}");
+    }
+    let others = Scope::new(Servers::shared(), "rebuild_others");
+    others.command(&["migrate"]).succeeds();
+    others.execute(
+        "INSERT INTO payment_writer.payment_metadata VALUES (gen_random_uuid(), now(), now(), 1, gen_random_uuid(), 0, 0)",
+    );
+    let refused = rebuild(&scope, &others.postgres_url(), &[], &[]);
+    assert_eq!((refused.code, refused.stderr.contains("must be empty")), (Some(2), true), "{refused:?}");
+    assert_eq!(scope.command(&["rebuild"]).code, Some(2));
+    let into = second_database(&scope);
+    assert_eq!(rebuild(&scope, &into, &["--compare-only"], &[]).code, Some(1));
+
+    // THEN nothing was written, and where it is right nothing is sent
+    assert_eq!(others.count("source_cursor"), 0);
+    assert_eq!(says(&rebuild(&scope, &into, &[], &[]), 0)["equal"], 12);
+    assert_eq!((scope.cursors(), outputs(&scope)), (cursors, sent));
+
+    // WHEN either database is harmed
+    let mut second = Scope::new(Servers::shared(), "rebuild_second");
+    second.database = second_name(&scope);
+    let of = |offset: i64| {
+        format!("(SELECT payment_id FROM payment_writer.payment_metadata WHERE source_offset = {offset})")
+    };
+    second.execute(&format!(
+        "UPDATE payment_writer.payment_core SET amount = 1 WHERE payment_id IN {};
+         DELETE FROM payment_writer.payment_core WHERE payment_id IN {};
+         DELETE FROM payment_writer.idempotency WHERE source_offset IN (4, 5);
+         DELETE FROM payment_writer.payment_metadata WHERE source_offset = 5;
+         INSERT INTO payment_writer.payment_metadata SELECT * FROM payment_writer.payment_metadata WHERE source_offset = 6",
+        of(2),
+        of(3)
+    ));
+    scope.execute(
+        "DELETE FROM payment_writer.payment_metadata WHERE source_offset = 7;
+         DELETE FROM payment_writer.idempotency WHERE source_offset = 7",
+    );
+
+    // THEN each difference is named
+    let said = says(&rebuild(&scope, &into, &["--compare-only"], &[]), 1);
+    assert_eq!(
+        texts(&said["findings"]),
+        [
+            "1/2: its rows are not the same in both databases",
+            "1/3: its rows are not the same in both databases",
+            "1/4: its message id is not claimed alike in both databases",
+            "1/5: its rows are missing in the second database",
+            "1/6: its rows are in the second database only",
+            "1/7: its rows are in the second database only",
+        ]
+    );
+}

@@ -1,0 +1,431 @@
+//! `reconcile` is worth something only if it passes what is right, also beside a working daemon, and names what
+//! is wrong by its place.
+
+use std::collections::BTreeSet;
+
+use rdkafka::admin::AdminOptions;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use serde_json::{Value, json};
+
+use crate::support::{
+    Check, Finished, Flow, Load, Member, Message, PATIENCE, Payment, Scope, Servers, block_on, uuid_v4,
+    wait_until_within,
+};
+
+fn member() -> Member {
+    Member::new("a").soon_forgotten()
+}
+
+/// Runs it, and returns what it says as JSON.
+#[track_caller]
+pub fn reconcile_with(
+    scope: &Scope<'_>,
+    arguments: &[&str],
+    settings: &[(&str, &str)],
+) -> (Option<i32>, Value) {
+    let Finished { code, stdout, stderr } =
+        scope.command_with(&[&["reconcile", "--json"], arguments].concat(), settings);
+    let said = serde_json::from_str(&stdout).unwrap_or_else(|_| panic!("no JSON: {stdout}{stderr}"));
+    (code, said)
+}
+
+#[track_caller]
+pub fn is_fine(scope: &Scope<'_>, arguments: &[&str]) -> Value {
+    let (code, said) = reconcile_with(scope, arguments, &[]);
+    assert_eq!((code, &said["findings"]["count"]), (Some(0), &json!(0)), "{said:#}");
+    said
+}
+
+/// What is wrong, as `partition/offset: what`.
+#[track_caller]
+fn findings_with(scope: &Scope<'_>, settings: &[(&str, &str)]) -> Vec<String> {
+    let (code, said) = reconcile_with(scope, &[], settings);
+    assert_eq!(code, Some(1), "{said:#}");
+    texts(&said["findings"])
+}
+
+pub fn texts(findings: &Value) -> Vec<String> {
+    let text = |f: &Value| format!("{}/{}: {}", f["partition"], f["offset"], f["what"].as_str().unwrap());
+    findings["named"].as_array().unwrap().iter().map(text).collect()
+}
+
+fn payment(seed: u64, account: i64) -> Payment {
+    Payment::new(uuid_v4(seed), account)
+}
+
+/// Records of every outcome, written and published.
+fn settled(name: &str) -> Scope<'static> {
+    let scope = Scope::new(Servers::shared(), name);
+    scope.prepare(3, 2);
+    let noted = payment(1, 5).more(r#","comment":"zażółć","externalRefId":"r-1""#);
+    let records = vec![
+        noted.message(),
+        payment(2, 6).status(0).message(),
+        noted.message(),
+        noted.clone().amount("10.51").message(),
+        Message::new("5", "{}"),
+        payment(3, 7).message().header("correlation-id", "c-1"),
+    ];
+    for (record, partition) in records.into_iter().zip([0, 0, 0, 0, 0, 1]) {
+        scope.produce(&scope.input_topic, [record.partition(partition)]);
+    }
+    member().catch_up(&scope);
+    scope
+}
+
+#[test]
+fn a_healthy_system_is_found_right_whatever_the_memory_and_the_sums_are_exact() {
+    // GIVEN records of all outcomes, ids on several partitions, and amounts of every size
+    let scope = Scope::new(Servers::shared(), "reconcile_fine");
+    scope.prepare(4, 3);
+    scope.spread(Load::new(71).take(400), &[0, 1, 2]);
+    member().catch_up(&scope);
+    let outcomes = scope.assert_exactly_once();
+    let large = [
+        ("CLF", "99999999999999.9999"),
+        ("CLF", "0.0001"),
+        ("KWD", "99999999999999.999"),
+        ("KWD", "0.001"),
+        ("KWD", "0.001"),
+        ("JPY", "99999999999999"),
+        ("JPY", "1"),
+    ];
+    let payments = large.iter().zip(1_000..).map(|((currency, amount), seed)| {
+        payment(seed, 90).currency(currency).amount(amount).message().partition(3)
+    });
+    scope.produce(&scope.input_topic, payments);
+    // What is left out of its dead letter, and what has no key.
+    scope.produce(&scope.input_topic, [Message::new("1", "x".repeat(600 * 1024)).partition(3)]);
+    let keyless = Message { key: None, ..payment(2_000, 90).message() };
+    scope.produce_in_transaction(&scope.input_topic, [keyless.clone().partition(3)], false);
+    scope.produce_in_transaction(&scope.input_topic, [keyless.partition(3)], true);
+    member().catch_up(&scope);
+
+    // WHEN it is compared
+    let said = is_fine(&scope, &[]);
+
+    // THEN every record is counted, as an independent check counts them
+    let count = |outcome: &str| {
+        let outcomes = said["outcomes"].as_object().unwrap();
+        let counts = outcomes.iter().filter(|(name, _)| name.starts_with(outcome));
+        counts.map(|(_, count)| count.as_u64().unwrap()).sum::<u64>() as usize
+    };
+    assert_eq!(said["records"], 400 + 7 + 2);
+    assert_eq!(
+        (count("written"), count("duplicate"), count("dead-lettered")),
+        (outcomes.written + 7, outcomes.duplicates, outcomes.dead_letters + 2)
+    );
+    assert_eq!(said["outcomes"]["dead-lettered: too_large"], 1);
+    assert_eq!(said["outcomes"]["dead-lettered: key_mismatch"], 1);
+    // AND money by currency, to the last digit, in all three places
+    for (currency, payments, sum) in
+        [("CLF", 2, "100000000000000"), ("KWD", 3, "100000000000000.001"), ("JPY", 2, "100000000000000")]
+    {
+        let expected = json!({ "count": payments, "sum": sum });
+        let found = &said["currencies"][currency];
+        assert_eq!((&found["log"], &found["rows"], &found["read_events"]), (&expected, &expected, &expected));
+    }
+    let eur: String = scope.sql(
+        "SELECT trim_scale(sum(amount))::text FROM payment_writer.payment_core WHERE currency = 'EUR'",
+        &[],
+    )[0]
+    .get(0);
+    assert_eq!(said["currencies"]["EUR"]["log"]["sum"], eur);
+
+    // AND with little memory it takes many passes and says the same
+    let mut in_slices = is_fine(&scope, &["--memory", "4KiB"]);
+    assert!(in_slices["slices"].as_u64().unwrap() > 5, "{in_slices:#}");
+    in_slices["slices"] = said["slices"].clone();
+    assert_eq!(in_slices, said);
+
+    // AND ranges are what they say
+    let part = is_fine(&scope, &["--partition", "1", "--from-offset", "10", "--to-offset", "30"]);
+    assert_eq!((&part["records"], part["partitions"].as_array().unwrap().len()), (&json!(20), 1));
+    let old = is_fine(&scope, &["--partition", "3", "--until", "2025-01-01T00:00:00Z"]);
+    let young = is_fine(&scope, &["--partition", "3", "--since", "2025-01-01T00:00:00Z"]);
+    assert_eq!((&old["records"], &young["records"]), (&json!(7), &json!(1 + 1)), "{old:#} {young:#}");
+    assert_eq!(is_fine(&scope, &["--since", "2090-01-01T00:00:00Z"])["records"], 0);
+    let shown = scope.command(&["reconcile"]).succeeds().stdout;
+    assert!(shown.contains("all is right") && shown.contains("100000000000000.001"), "{shown}");
+    for (arguments, words) in [
+        (&["--from-offset", "1"][..], "--partition"),
+        (&["--partition", "0", "--partition", "1", "--to-offset", "1"], "exactly one --partition"),
+        (&["--partition", "9"], "no partition 9"),
+        (&["--since", "yesterday"], "2026-03-01T00:00:00Z"),
+    ] {
+        let refused = scope.command(&[&["reconcile"], arguments].concat());
+        assert_eq!(refused.code, Some(2), "{refused:?}");
+        assert!(refused.stderr.contains(words), "{refused:?}");
+    }
+}
+
+#[test]
+fn beside_a_working_daemon_there_is_no_false_alarm() {
+    // GIVEN a daemon that works, and records that keep coming
+    let scope = Scope::new(Servers::shared(), "reconcile_beside");
+    scope.prepare(4, 2);
+    let mut daemon = member().start(&scope);
+    let flow = Flow::start(&scope, Load::new(72), 10);
+    wait_until_within(PATIENCE, "payments are written", || scope.count("payment_core") > 100);
+
+    // WHEN it is compared again and again
+    let mut compared = Vec::new();
+    for memory in ["256MiB", "64KiB", "256MiB", "32KiB"] {
+        let said = is_fine(&scope, &["--memory", memory]);
+        compared.push(said["records"].as_u64().unwrap());
+    }
+
+    // THEN each time it finds more, and nothing wrong
+    assert!(compared[0] > 0 && compared.windows(2).all(|w| w[0] <= w[1]), "{compared:?}");
+    drop(flow.end());
+    scope.wait_until_caught_up();
+    daemon.drains();
+    let all: i64 = is_fine(&scope, &[])["records"].as_i64().unwrap();
+    assert_eq!(all, scope.ends().values().sum::<i64>(), "all that is settled is compared");
+}
+
+#[test]
+fn each_harm_to_the_tables_is_named_by_partition_and_offset() {
+    let scope = settled("reconcile_rows");
+    is_fine(&scope, &[]);
+    let lost = "no row in payment_metadata";
+    let join = "(SELECT payment_id FROM payment_metadata WHERE source_offset = 1)";
+    for (harm, expected) in [
+        (format!("DELETE FROM payment_core WHERE payment_id IN {join}"), vec!["0/1: no row in payment_core"]),
+        (
+            "INSERT INTO payment_metadata SELECT * FROM payment_metadata WHERE source_offset = 1".to_owned(),
+            vec!["0/1: its rows are there more than once (2 in a join of the tables)"],
+        ),
+        (
+            format!("INSERT INTO payment_core SELECT * FROM payment_core WHERE payment_id IN {join}"),
+            vec!["0/1: its rows are there more than once (2 in a join of the tables)"],
+        ),
+        (
+            format!("UPDATE payment_core SET amount = amount + 0.000001 WHERE payment_id IN {join}"),
+            vec!["0/1: its row in payment_core is not what the record says"],
+        ),
+        (
+            format!("UPDATE payment_core SET type = 'VSA' WHERE payment_id IN {join}"),
+            vec!["0/1: its row in payment_core is not what the record says"],
+        ),
+        (
+            "UPDATE payment_metadata SET version = 2 WHERE source_partition = 1".to_owned(),
+            vec!["1/0: its row in payment_metadata is not what the record says"],
+        ),
+        ("DELETE FROM payment_notes".to_owned(), vec!["0/0: no row in payment_notes"]),
+        (
+            "UPDATE payment_notes SET comment = comment || ' '".to_owned(),
+            vec!["0/0: its row in payment_notes is not what the record says"],
+        ),
+        // A claim without rows.
+        ("DELETE FROM payment_metadata WHERE source_partition = 1".to_owned(), vec![lost]),
+        (
+            "UPDATE idempotency SET payload_hash = payload_hash + 1 WHERE source_partition = 1".to_owned(),
+            vec!["1/0: its row in idempotency is not what the record says"],
+        ),
+        (
+            "DELETE FROM idempotency WHERE source_partition = 1".to_owned(),
+            vec!["1/0: written, but its message id is not in idempotency"],
+        ),
+        // Rows of a record that is none, and of one that was dead-lettered.
+        (
+            "UPDATE payment_metadata SET source_offset = 4 WHERE source_offset = 1".to_owned(),
+            vec![
+                "0/1: no row in payment_metadata",
+                "0/4: a row in payment_core, though it should be dead-lettered: missing_field",
+                "0/4: a row in payment_metadata, though it should be dead-lettered: missing_field",
+            ],
+        ),
+    ] {
+        let tables = ["payment_core", "payment_metadata", "payment_notes", "idempotency_g1"];
+        let each = |f: &dyn Fn(&str) -> String| tables.map(f).concat();
+        scope.execute(&each(&|t| format!("CREATE TABLE kept_{t} AS TABLE payment_writer.{t};")));
+        scope.execute(&format!("SET search_path = payment_writer; {harm}"));
+
+        let found = findings_with(&scope, &[]);
+
+        if expected == [lost] {
+            assert_eq!(found, ["1/0: no row in payment_metadata"], "{harm}");
+        } else {
+            assert_eq!(found, expected, "{harm}");
+        }
+        scope.execute(&each(&|t| {
+            format!("TRUNCATE payment_writer.{t}; INSERT INTO payment_writer.{t} TABLE kept_{t}; DROP TABLE kept_{t};")
+        }));
+    }
+    is_fine(&scope, &[]);
+}
+
+#[test]
+fn each_harm_to_the_outputs_is_named_by_partition_and_offset() {
+    let scope = settled("reconcile_outputs");
+    is_fine(&scope, &[]);
+    // GIVEN copies of the outputs, each with another harm done to it
+    let copy = |name: &str, topic: &str, harm: &dyn Fn(Vec<Message>) -> Vec<Message>| {
+        let copy = format!("{topic}_{name}");
+        scope.create_topic(&copy, 2);
+        let records = scope.read_all(topic).into_iter().map(|r| Message {
+            key: r.key,
+            value: r.value,
+            headers: r.headers,
+            timestamp_ms: None,
+            partition: Some(r.partition),
+        });
+        scope.produce(&copy, harm(records.collect()));
+        copy
+    };
+    let of = |offset: &'static str| {
+        move |m: &Message| {
+            m.headers.iter().any(|(n, v)| n == "source" && v.as_deref().unwrap().ends_with(offset.as_bytes()))
+        }
+    };
+    let without =
+        |offset: &'static str| move |all: Vec<Message>| all.into_iter().filter(|m| !of(offset)(m)).collect();
+    let doubled = |offset: &'static str| {
+        move |all: Vec<Message>| {
+            let again: Vec<Message> = all.iter().filter(|m| of(offset)(m)).cloned().collect();
+            [all, again].concat()
+        }
+    };
+    let changed = |offset: &'static str, from: &'static str, to: &'static str| {
+        move |mut all: Vec<Message>| {
+            for message in all.iter_mut().filter(|m| of(offset)(m)) {
+                let text = String::from_utf8(message.value.take().unwrap()).unwrap();
+                assert!(text.contains(from), "{text}");
+                message.value = Some(text.replace(from, to).into_bytes());
+            }
+            all
+        }
+    };
+    let relabelled = |offset: &'static str, name: &'static str, value: &'static str| {
+        move |mut all: Vec<Message>| {
+            for message in all.iter_mut().filter(|m| of(offset)(m)) {
+                for header in message.headers.iter_mut().filter(|(n, _)| n == name) {
+                    header.1 = Some(value.into());
+                }
+            }
+            all
+        }
+    };
+    let source = scope.source(0, 2);
+    let duplicate_source: &'static str = source.leak();
+    let (read, email, dead) = (&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic);
+    for (setting, topic, expected) in [
+        ("READ", copy("without", read, &without("/0/1")), "0/1: no read event"),
+        ("READ", copy("twice", read, &doubled("/0/1")), "0/1: 2 times a read event"),
+        (
+            "READ",
+            copy("changed", read, &changed("/1/0", "10.5", "10.51")),
+            "1/0: its read event is not what the record says",
+        ),
+        (
+            "READ",
+            copy("moved", read, &relabelled("/0/1", "source", duplicate_source)),
+            "0/1: no read event; 0/2: a read event, though it should be duplicate",
+        ),
+        ("EMAIL", copy("without", email, &without("/1/0")), "1/0: no e-mail event"),
+        ("EMAIL", copy("twice", email, &doubled("/1/0")), "1/0: 2 times a e-mail event"),
+        ("DEAD_LETTER", copy("without", dead, &without("/0/4")), "0/4: no dead letter"),
+        ("DEAD_LETTER", copy("twice", dead, &doubled("/0/3")), "0/3: 2 times a dead letter"),
+        (
+            "DEAD_LETTER",
+            copy("reason", dead, &relabelled("/0/4", "dlq-reason", "invalid_field")),
+            "0/4: dead-lettered as invalid_field, not as missing_field",
+        ),
+        (
+            "DEAD_LETTER",
+            copy("changed", dead, &changed("/0/3", "10.51", "10.52")),
+            "0/3: its dead letter is not what the record says",
+        ),
+    ] {
+        // WHEN that copy is taken for the output
+        let setting = format!("PAYMENT_WRITER__KAFKA__{setting}_TOPIC");
+        let found = findings_with(&scope, &[(&setting, &topic)]);
+        // THEN exactly that is found
+        assert_eq!(found.join("; "), expected, "{topic}");
+    }
+
+    // WHEN an event is sent again by hand, another names a record that never was, and some are not ours
+    let event = scope.read_all(read).into_iter().find(|r| r.header("source").ends_with("/1/0")).unwrap();
+    let again = |source: &str| Message::new("7", event.value.clone().unwrap()).header("source", source);
+    let topic_id = scope.topic_id_text();
+    scope.produce(
+        read,
+        [
+            again(&format!("{topic_id}/1/0")),
+            again("00000000/1/0"),
+            again("?"),
+            again(&format!("{topic_id}/1/700")),
+        ],
+    );
+
+    // THEN what is beyond the cursors or not ours is no finding
+    let (_, said) = reconcile_with(&scope, &[], &[]);
+    assert_eq!(texts(&said["findings"]), ["1/0: 2 times a read event"]);
+    assert_eq!(said["outputs"]["foreign"], 2);
+    let shown = scope.command(&["reconcile", "--limit", "0"]);
+    assert!(shown.stdout.contains("and 1 more") && shown.stderr.contains("1 of 6"), "{shown:?}");
+}
+
+#[test]
+fn what_is_gone_for_a_reason_is_no_finding() {
+    // GIVEN records that a person gave up, behind and before others
+    let scope = settled("reconcile_reasons");
+    scope.spread(Load::new(73).take(30), &[0, 1, 2]);
+    scope.move_group_offset(2, 6, "");
+    let skip = ["cursors", "skip", "--partition", "2", "--to", "6", "--apply", "--reason", "a test"];
+    scope.command(&skip).succeeds();
+    member().catch_up(&scope);
+    let said = is_fine(&scope, &[]);
+    assert_eq!(said["outcomes"]["given up"], 6, "{said:#}");
+    assert_eq!(Check::of(&scope).given_up(2, 0..6).holds().given_up, 6);
+
+    // WHEN claims are gone with their generation
+    scope.execute(
+        "INSERT INTO payment_writer.idempotency_generation (generation, leaf, state, youngest_record)
+         VALUES (99, 'gone', 'dropped', '2024-03-01'); DELETE FROM payment_writer.idempotency",
+    );
+    // THEN the rows say what was written; but only of records that are old enough
+    let (_, said) = reconcile_with(&scope, &[], &[]);
+    let old: BTreeSet<String> = ["0/0", "0/1", "0/2", "0/3", "1/0"].map(str::to_owned).into();
+    let named: BTreeSet<String> =
+        texts(&said["findings"]).iter().map(|t| t.split(':').next().unwrap().to_owned()).collect();
+    assert!(named.is_disjoint(&old) && !named.is_empty(), "{said:#}");
+    scope.execute(
+        "UPDATE payment_writer.idempotency_generation SET youngest_record = now() WHERE generation = 99",
+    );
+    is_fine(&scope, &[]);
+
+    // WHEN the read topic loses its beginning
+    let mut list = TopicPartitionList::new();
+    for partition in [0, 1] {
+        list.add_partition_offset(&scope.read_topic, partition, Offset::End).unwrap();
+    }
+    block_on(scope.admin().delete_records(&list, &AdminOptions::new())).unwrap();
+    // THEN it cannot be told what was in it, and that is said
+    let said = is_fine(&scope, &[]);
+    assert_eq!(said["outputs"]["read"], 0);
+    assert!(said["outputs"]["beyond_retention"].as_u64().unwrap() > 0, "{said:#}");
+    // AND what came after is asked for again
+    scope.produce(&scope.input_topic, [payment(400, 5).message().partition(0)]);
+    member().catch_up(&scope);
+    assert_eq!(is_fine(&scope, &[])["outputs"]["read"], 1);
+}
+
+#[test]
+fn a_database_of_others_is_not_compared() {
+    let scope = settled("reconcile_strangers");
+    let group = format!("{}_other", scope.group_id);
+    let refused = scope.command_with(&["reconcile"], &[("PAYMENT_WRITER__KAFKA__GROUP_ID", &group)]);
+    assert_eq!(refused.code, Some(3), "{refused:?}");
+    assert!(refused.stderr.contains("bound to group"), "{refused:?}");
+    // Rows without events, by a group of its own: nothing is asked of the outputs.
+    let rows_only = Scope::new(Servers::shared(), "reconcile_rows_only");
+    rows_only.create_topic(&rows_only.input_topic, 2);
+    rows_only.command(&["migrate"]).succeeds();
+    rows_only.produce(&rows_only.input_topic, Load::new(74).take(60));
+    let publish = [("PAYMENT_WRITER__KAFKA__PUBLISH", "false")];
+    member().with("KAFKA__PUBLISH", "false").catch_up(&rows_only);
+    let (code, said) = reconcile_with(&rows_only, &[], &publish);
+    assert_eq!((code, &said["records"]), (Some(0), &json!(60)), "{said:#}");
+}
