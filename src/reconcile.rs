@@ -16,7 +16,7 @@ mod sums;
 mod suspects;
 mod table;
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 
 use indicatif::ProgressBar;
 use tokio::runtime::Handle;
@@ -27,7 +27,7 @@ use self::database::Database;
 use self::judge::{Outcome, judge};
 use self::log::{Circumstances, Gathered};
 use self::outputs::{Counted, Outputs};
-use self::suspects::{Identified, Suspects};
+use self::suspects::{Evidence, Identified, Suspects};
 use self::table::{ENTRY_BYTES, Placed, Table};
 use crate::binding::{self, BindingError};
 use crate::cli::Failure;
@@ -65,6 +65,8 @@ pub struct Wanted {
     pub memory_bytes: usize,
     /// Findings that are named.
     pub limit: usize,
+    /// Whether to look for rows that belong to no payment.
+    pub looks_for_orphans: bool,
 }
 
 /// How far a comparison is, for whoever waits.
@@ -197,6 +199,10 @@ impl<'a> Comparison<'a> {
             report.add(self.slice_with_tries(slice, &mut suspects)?);
         }
         self.resolve(suspects, &mut report)?;
+        if self.wanted.looks_for_orphans {
+            self.progress.say("orphans");
+            report.orphans = Some(self.database.orphans(self.archived_before)?);
+        }
         report.findings.named.sort();
         report.allowed.named.sort();
         Ok(report)
@@ -354,7 +360,7 @@ impl<'a> Comparison<'a> {
             return Ok(());
         }
         let ids: Vec<Uuid> = open.iter().map(|(_, _, id)| *id).collect();
-        let written: std::collections::HashSet<Uuid> = self.database.written_ids(&ids)?.into_iter().collect();
+        let written: HashSet<Uuid> = self.database.written_ids(&ids)?.into_iter().collect();
         for (partition, offset, id) in open {
             if let Some(entry) = table.entry(*partition, *offset) {
                 entry.circumstances.is_elsewhere = written.contains(id);
@@ -388,23 +394,26 @@ impl<'a> Comparison<'a> {
             return Ok(());
         }
         self.progress.say("a closer look");
-        let mut identified: HashMap<(Partition, Offset), Identified> = HashMap::new();
+        let mut evidence = Evidence::default();
         for (partition, offset, message_id, timestamp) in
             log::identify(&self.scanner, &suspects.places(), &self.rules)?
         {
-            identified.insert((partition, offset), Identified { message_id, timestamp });
+            evidence.identified.insert((partition, offset), Identified { message_id, timestamp });
         }
-        let ids: Vec<Uuid> = identified.values().map(|i| i.message_id).collect();
-        let owners = self.database.claims(&ids)?.into_iter().map(|(id, claimed)| {
-            (Uuid::from_bytes(id), (claimed.owner, from_postgres_timestamp(claimed.created_at_us)))
-        });
-        suspects.resolve(
-            &identified,
-            &owners.collect(),
-            self.settings.idempotency.window,
-            &mut report.allowed,
-            &mut report.findings,
-        );
+        let ids: HashSet<Uuid> = evidence.identified.values().map(|i| i.message_id).collect();
+        let claims = self.database.claims(&ids.iter().copied().collect::<Vec<_>>())?;
+        evidence.owners = claims
+            .into_iter()
+            .map(|(id, claimed)| {
+                let owned_at = from_postgres_timestamp(claimed.created_at_us);
+                (Uuid::from_bytes(id), (claimed.owner, owned_at))
+            })
+            .collect();
+        if let Some(outputs) = &self.outputs {
+            evidence.senders = outputs.senders(&ids)?;
+        }
+        let window = self.settings.idempotency.window;
+        suspects.resolve(&evidence, window, &mut report.allowed, &mut report.findings);
         Ok(())
     }
 }

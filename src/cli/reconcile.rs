@@ -56,6 +56,10 @@ pub struct ReconcileArgs {
     /// How many findings are named; the others are counted
     #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = limit)]
     pub limit: usize,
+    /// Look as well for rows of payment_core, payment_notes and idempotency that belong to no row of
+    /// payment_metadata, whatever the range; reads these tables from end to end
+    #[arg(long)]
+    pub orphans: bool,
     /// As one JSON object
     #[arg(long)]
     pub json: bool,
@@ -94,6 +98,7 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Failur
         until: args.until,
         memory_bytes: args.memory,
         limit: args.limit,
+        looks_for_orphans: args.orphans,
     };
     let runtime = super::large_runtime()?;
     let bar = progress_bar();
@@ -110,7 +115,9 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Failur
     if report.is_fine() {
         return Ok(());
     }
-    Err(Failure::failed(format!("{} of {} records' outcomes are off", report.findings.count, report.records)))
+    let orphans: u64 = report.orphans.iter().flatten().sum();
+    let count = report.findings.count.saturating_add(orphans);
+    Err(Failure::failed(format!("{count} things are off, in {} records", report.records)))
 }
 
 /// A bar on a terminal, nothing elsewhere.
@@ -205,6 +212,11 @@ fn describe(report: &Report) -> String {
             report.allowed.count
         ));
         described(&report.allowed, &mut text);
+    }
+    for (table, count) in
+        ["payment_core", "payment_notes", "idempotency"].iter().zip(report.orphans.into_iter().flatten())
+    {
+        text.push(format!("rows of {table} without payment_metadata: {count}"));
     }
     if report.is_fine() {
         text.push("\nall is right: every record has exactly its one outcome".to_owned());

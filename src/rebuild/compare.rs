@@ -21,7 +21,7 @@ use crate::config::Settings;
 use crate::kafka::librdkafka::NativeRecord;
 use crate::kafka::scan::{ScanRange, Scanner};
 use crate::postgres::describe;
-use crate::reconcile::database::{Database, PAYMENT_COLUMNS, PAYMENT_TABLES, arrays, encode, is_null};
+use crate::reconcile::database::{Database, PAYMENT_COLUMNS, arrays, encode, is_null, payment_tables};
 use crate::reconcile::{Exempt, Findings, Progress};
 use crate::record::{NextOffset, Offset, Partition, TimestampMs};
 use crate::settlement::View;
@@ -182,8 +182,9 @@ async fn stream(client: &Client, ranges: &[ScanRange]) -> Result<RowStream, toki
     let query = format!(
         "SELECT {PAYMENT_COLUMNS},
              i.message_id, i.source_partition, i.source_offset, i.payload_hash, i.created_at
-         FROM {PAYMENT_TABLES} LEFT JOIN payment_writer.idempotency i ON i.message_id = m.message_id
-         ORDER BY m.source_partition, m.source_offset, m.payment_id"
+         FROM {} LEFT JOIN payment_writer.idempotency i ON i.message_id = m.message_id
+         ORDER BY m.source_partition, m.source_offset, m.payment_id",
+        payment_tables(false)
     );
     client.query_raw(&query, parameters).await
 }

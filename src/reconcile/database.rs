@@ -102,13 +102,28 @@ pub(crate) const PAYMENT_COLUMNS: &str = "\
     m.payment_id, m.created_at, m.updated_at, m.version, m.message_id, m.source_partition, m.source_offset,
     c.payment_id, c.created_at, c.cust_id, c.amount, c.currency, c.status, c.type,
     n.payment_id, n.created_at, n.external_ref_id, n.comment";
-/// Of the records in the ranges $1 (partitions), $2 (from), $3 (to).
-pub(crate) const PAYMENT_TABLES: &str = "\
-    unnest($1::integer[], $2::bigint[], $3::bigint[]) AS r (partition, first, past)
-    JOIN payment_writer.payment_metadata m
-        ON m.source_partition = r.partition AND m.source_offset >= r.first AND m.source_offset < r.past
-    LEFT JOIN payment_writer.payment_core c ON c.payment_id = m.payment_id AND c.created_at = m.created_at
-    LEFT JOIN payment_writer.payment_notes n ON n.payment_id = m.payment_id AND n.created_at = m.created_at";
+/// The payment tables, joined: of the records in the ranges $1 (partitions), $2 (from), $3 (to). With `timed`,
+/// only rows whose time lies between $4 and $5 (ms), said of each table, because months outside are then not read.
+pub(crate) fn payment_tables(timed: bool) -> String {
+    let between = |table: &str| match timed {
+        true => format!(
+            "AND {table}.created_at BETWEEN to_timestamp($4::bigint / 1000) AND to_timestamp($5::bigint / 1000)"
+        ),
+        false => String::new(),
+    };
+    format!(
+        "unnest($1::integer[], $2::bigint[], $3::bigint[]) AS r (partition, first, past)
+         JOIN payment_writer.payment_metadata m ON m.source_partition = r.partition
+             AND m.source_offset >= r.first AND m.source_offset < r.past {}
+         LEFT JOIN payment_writer.payment_core c
+             ON c.payment_id = m.payment_id AND c.created_at = m.created_at {}
+         LEFT JOIN payment_writer.payment_notes n
+             ON n.payment_id = m.payment_id AND n.created_at = m.created_at {}",
+        between("m"),
+        between("c"),
+        between("n")
+    )
+}
 
 /// Ranges as three arrays.
 pub(crate) fn arrays(ranges: &[ScanRange]) -> (Vec<i32>, Vec<i64>, Vec<i64>) {
@@ -214,6 +229,34 @@ impl Database {
         Ok(row.try_get::<_, Option<i64>>(0).map_err(failed(doing))?.map(TimestampMs))
     }
 
+    /// Rows that belong to nothing: of `payment_core`, of `payment_notes`, of `idempotency`, each without a row of
+    /// `payment_metadata`. Reads the tables from end to end.
+    pub fn orphans(&self, archived_before: Option<TimestampMs>) -> Result<[u64; 3], Failure> {
+        const DOING: &str = "looking for rows that belong to nothing";
+        let of_payments = |table: &str| {
+            format!(
+                "SELECT count(*) FROM payment_writer.{table} t WHERE NOT EXISTS (
+                     SELECT FROM payment_writer.payment_metadata m
+                     WHERE m.payment_id = t.payment_id AND m.created_at = t.created_at)"
+            )
+        };
+        let archived_before = archived_before.map_or(0, |before| before.0);
+        let of_claims = format!(
+            "SELECT count(*) FROM payment_writer.idempotency t
+             WHERE t.created_at >= to_timestamp({archived_before} / 1000) AND NOT EXISTS (
+                 SELECT FROM payment_writer.payment_metadata m
+                 WHERE m.message_id = t.message_id AND m.source_partition = t.source_partition
+                     AND m.source_offset = t.source_offset)"
+        );
+        let mut counts = [0; 3];
+        let queries = [of_payments("payment_core"), of_payments("payment_notes"), of_claims];
+        for (count, query) in counts.iter_mut().zip(queries) {
+            let row = self.runtime.block_on(self.client.query_one(&query, &[])).map_err(failed(DOING))?;
+            *count = row.try_get::<_, i64>(0).map_err(failed(DOING))?.unsigned_abs();
+        }
+        Ok(counts)
+    }
+
     /// What persons gave up in this topic.
     pub fn skips(&self, topic_id: Uuid) -> Result<Vec<Skip>, Failure> {
         const DOING: &str = "reading cursor_audit";
@@ -248,11 +291,7 @@ impl Database {
         times: (TimestampMs, TimestampMs),
         mut each: impl FnMut(PaymentRow),
     ) -> Result<(), Failure> {
-        // Months outside these times are not read.
-        let query = format!(
-            "SELECT {PAYMENT_COLUMNS} FROM {PAYMENT_TABLES}
-             WHERE m.created_at BETWEEN to_timestamp($4::bigint / 1000) AND to_timestamp($5::bigint / 1000)"
-        );
+        let query = format!("SELECT {PAYMENT_COLUMNS} FROM {}", payment_tables(true));
         let (partitions, from, to) = arrays(ranges);
         let first = times.0.0.saturating_sub(TIME_SLACK_MS);
         let last = times.1.0.saturating_add(TIME_SLACK_MS);

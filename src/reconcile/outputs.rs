@@ -1,10 +1,11 @@
 //! The last pass over a slice: every event and dead letter whose `source` is one of its records.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use uuid::Uuid;
 
 use super::report::Findings;
 use super::sums::Sums;
@@ -15,7 +16,7 @@ use crate::config::KafkaSettings;
 use crate::kafka::librdkafka::NativeRecord;
 use crate::kafka::scan::{ScanRange, Scanner};
 use crate::kafka::stable::stable_ends;
-use crate::payment::Amount;
+use crate::payment::{Amount, MessageId};
 use crate::publication::OutputTopic;
 use crate::record::{NextOffset, Offset, Partition};
 use crate::wire::Reason;
@@ -97,6 +98,12 @@ impl Counted {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Named {
+    message_id: String,
+}
+
+#[derive(Deserialize)]
 struct Money<'m> {
     #[serde(borrow)]
     amount: &'m RawValue,
@@ -106,7 +113,7 @@ struct Money<'m> {
 impl Outputs {
     /// Finds out how far the outputs must be read. To be asked after the cursors were read: what the group's
     /// offset covers was committed with it.
-    pub fn open(kafka: &KafkaSettings, topic_id: uuid::Uuid) -> Result<Self, Failure> {
+    pub fn open(kafka: &KafkaSettings, topic_id: Uuid) -> Result<Self, Failure> {
         let failed = |e: &dyn std::fmt::Display| Failure::failed(format!("an output: {e}"));
         let mut topics = Vec::new();
         for (output, name) in [
@@ -136,6 +143,34 @@ impl Outputs {
         Ok(counted)
     }
 
+    /// The records that have a read event with one of these message ids, wherever they stand.
+    pub fn senders(&self, ids: &HashSet<Uuid>) -> Result<HashMap<Uuid, Vec<(Partition, Offset)>>, Fault> {
+        let mut found: HashMap<Uuid, Vec<(Partition, Offset)>> = HashMap::new();
+        for topic in self.topics.iter().filter(|t| t.output == OutputTopic::Read) {
+            // Never broken off.
+            let _ = topic
+                .scanner
+                .read(&ranges(topic)?, |message| {
+                    let record = NativeRecord::of(message);
+                    let source = record.headers().filter(|(name, _)| *name == b"source").last();
+                    let place = source.and_then(|(_, value)| source_place(value?, &self.prefix));
+                    let named = record.value().and_then(|v| serde_json::from_slice::<Named>(v).ok());
+                    if let (Some(place), Some(named)) = (place, named)
+                        && let Ok(parsed) = MessageId::parse(&named.message_id)
+                        && ids.contains(&parsed.id.to_uuid())
+                    {
+                        let places = found.entry(parsed.id.to_uuid()).or_default();
+                        if !places.contains(&place) {
+                            places.push(place);
+                        }
+                    }
+                    ControlFlow::Continue(())
+                })
+                .map_err(|e| Fault::Scan(e.to_string()))?;
+        }
+        Ok(found)
+    }
+
     fn read_topic(
         &self,
         topic: &Topic,
@@ -143,22 +178,13 @@ impl Outputs {
         counted: &mut Counted,
         progress: &Progress,
     ) -> Result<(), Fault> {
-        let scan = |e: crate::kafka::scan::ScanError| Fault::Scan(e.to_string());
-        let partitions: Vec<Partition> = topic.ends.iter().map(|(partition, _)| *partition).collect();
-        let starts: Vec<NextOffset> =
-            topic.scanner.bounds(&partitions).map_err(scan)?.iter().map(|b| b.start).collect();
+        let ranges = ranges(topic)?;
         let index = topic.output.index();
         if let Some(cut) = counted.cut.partitions.get_mut(index)
-            && starts.iter().any(|start| start.0 > 0)
+            && ranges.iter().any(|range| range.from.0 > 0)
         {
-            *cut = starts.iter().map(|start| start.0 > 0).collect();
+            *cut = ranges.iter().map(|range| range.from.0 > 0).collect();
         }
-        let ranges: Vec<ScanRange> = topic
-            .ends
-            .iter()
-            .zip(starts)
-            .map(|((partition, to), from)| ScanRange { partition: *partition, from, to: *to })
-            .collect();
         let mut seen = 0_u64;
         // Never broken off.
         let _ = topic
@@ -171,7 +197,7 @@ impl Outputs {
                 self.note(topic, &NativeRecord::of(message), table, counted);
                 ControlFlow::Continue(())
             })
-            .map_err(scan)?;
+            .map_err(|e| Fault::Scan(e.to_string()))?;
         progress.advance(seen % 1_000);
         Ok(())
     }
@@ -224,6 +250,16 @@ impl Outputs {
             }
         }
     }
+}
+
+/// What there is of a topic, up to where it is to be read.
+fn ranges(topic: &Topic) -> Result<Vec<ScanRange>, Fault> {
+    let partitions: Vec<Partition> = topic.ends.iter().map(|(partition, _)| *partition).collect();
+    let bounds = topic.scanner.bounds(&partitions).map_err(|e| Fault::Scan(e.to_string()))?;
+    let ends = topic.ends.iter().zip(bounds);
+    Ok(ends
+        .map(|((partition, to), bounds)| ScanRange { partition: *partition, from: bounds.start, to: *to })
+        .collect())
 }
 
 /// Partition and offset of a `source` of this topic.

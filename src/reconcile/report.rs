@@ -111,6 +111,9 @@ pub struct Report {
     pub former: u64,
     /// Outputs that are not there, where the topic has lost its beginning.
     pub untold: u64,
+    /// Rows without a row of `payment_metadata`, if they were looked for: of `payment_core`, `payment_notes`,
+    /// `idempotency`.
+    pub orphans: Option<[u64; 3]>,
     /// What is wrong.
     pub findings: Findings,
     /// What is out of the ordinary and allowed: ids that another database or the database's own rules decided
@@ -138,6 +141,7 @@ impl Report {
             foreign: 0,
             former: 0,
             untold: 0,
+            orphans: None,
             findings: Findings::new(limit),
             allowed: Findings::new(limit),
         }
@@ -165,7 +169,7 @@ impl Report {
 
     /// Whether every record has exactly its one outcome.
     pub fn is_fine(&self) -> bool {
-        self.findings.is_empty()
+        self.findings.is_empty() && self.orphans.is_none_or(|counts| counts == [0; 3])
     }
 
     /// The currencies that occur anywhere.
@@ -217,6 +221,9 @@ impl Report {
                 "foreign": self.foreign, "beyond_retention": self.untold,
             })),
             "of_lost_records": self.former,
+            "orphans": self.orphans.map(|[core, notes, claims]| json!({
+                "payment_core": core, "payment_notes": notes, "idempotency": claims,
+            })),
             "findings": self.findings.json(),
             "allowed": self.allowed.json(),
         })

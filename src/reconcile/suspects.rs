@@ -2,7 +2,7 @@
 //! that was restored, replaced or rebuilt. Where one id stands on several records, another of them may have won
 //! there; a duplicate may have come when its original was already forgotten. Pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -11,25 +11,21 @@ use super::judge::{Outcome, Verdict, Wrong};
 use super::report::Findings;
 use super::table::Entry;
 use crate::batch::Owner;
-use crate::publication::OutputTopic;
 use crate::record::{Offset, Partition, TimestampMs};
 use crate::wire::Reason;
 
 /// Kept in all, whatever the number of slices; beyond it they count as wrong.
 const SUSPECTS_MAX: usize = 100_000;
 
+type Place = (Partition, Offset);
+
 /// A record that is wrong in a way that an earlier database may explain.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Suspect {
-    /// Where it stands.
-    pub partition: Partition,
-    /// Where it stands.
-    pub offset: Offset,
+    place: Place,
     wrongs: Vec<Wrong>,
-    /// It has its rows, and no event.
-    is_silent_winner: bool,
-    /// It has all of its events once, and no row.
-    is_sender: bool,
+    /// It has its rows, its dead letter as refused by the database, and no event.
+    was_refused: bool,
 }
 
 /// What one more look at the log and the claims tells of a suspect.
@@ -39,6 +35,17 @@ pub struct Identified {
     pub message_id: Uuid,
     /// Its timestamp.
     pub timestamp: TimestampMs,
+}
+
+/// What is known of the message ids that suspects have.
+#[derive(Default)]
+pub struct Evidence {
+    /// The suspects themselves.
+    pub identified: HashMap<Place, Identified>,
+    /// Who has claimed an id, and the timestamp of that record.
+    pub owners: HashMap<Uuid, (Owner, TimestampMs)>,
+    /// The records that have a read event with this id, wherever they stand.
+    pub senders: HashMap<Uuid, Vec<Place>>,
 }
 
 /// All of them.
@@ -56,40 +63,32 @@ impl Suspects {
         if self.0.len() >= SUSPECTS_MAX || !verdict.wrongs.iter().all(is_explicable) {
             return false;
         }
-        let output = |topic| entry.found.output(topic);
-        let (read, email) = (output(OutputTopic::Read), output(OutputTopic::Email));
-        let differs = OutputTopic::ALL.iter().any(|topic| output(*topic).differs);
+        let [read, email, letter] = entry.found.outputs;
+        if entry.found.outputs.iter().any(|seen| seen.differs) || letter.count > 1 {
+            return false;
+        }
+        let is_letter_due_to_database =
+            matches!(entry.found.reason, Some(Reason::MessageIdConflict | Reason::RejectedByDatabase));
+        if letter.count == 1 && !is_letter_due_to_database {
+            return false;
+        }
+        let is_silent = read.count == 0 && email.count == 0;
+        let is_sender = read.count == 1 && email.count == u8::from(entry.expected.email != 0);
         let is_written = verdict.outcome == Outcome::Written;
-        let is_silent_winner = is_written && read.count == 0 && email.count == 0 && !differs;
-        let is_due = u8::from(entry.expected.email != 0);
-        let is_sender = !is_written && read.count == 1 && email.count == is_due && !differs;
-        let has_letter = output(OutputTopic::DeadLetter).count == 1 && !differs;
-        if is_written && !is_silent_winner {
+        if !is_silent && (is_written || !is_sender) {
             return false;
         }
-        // Without events on the wrong record there must at least be a letter of the time before.
-        let is_letter_only = !is_written && !is_sender && read.count == 0 && email.count == 0;
-        if !is_silent_winner && !is_sender && !is_letter_only || output(OutputTopic::DeadLetter).count > 1 {
-            return false;
-        }
-        if has_letter
-            && !matches!(entry.found.reason, Some(Reason::MessageIdConflict | Reason::RejectedByDatabase))
-        {
-            return false;
-        }
-        self.0.push(Suspect {
-            partition,
-            offset,
-            wrongs: verdict.wrongs.clone(),
-            is_silent_winner,
-            is_sender,
-        });
+        let was_refused = is_written
+            && is_silent
+            && letter.count == 1
+            && entry.found.reason == Some(Reason::RejectedByDatabase);
+        self.0.push(Suspect { place: (partition, offset), wrongs: verdict.wrongs.clone(), was_refused });
         true
     }
 
     /// Where they stand.
-    pub fn places(&self) -> Vec<(Partition, Offset)> {
-        self.0.iter().map(|s| (s.partition, s.offset)).collect()
+    pub fn places(&self) -> Vec<Place> {
+        self.0.iter().map(|s| s.place).collect()
     }
 
     /// Whether there is none.
@@ -100,94 +99,146 @@ impl Suspects {
     /// Sorts them into what is allowed and what is wrong.
     pub fn resolve(
         self,
-        identified: &HashMap<(Partition, Offset), Identified>,
-        owners: &HashMap<Uuid, (Owner, TimestampMs)>,
+        evidence: &Evidence,
         window: Duration,
         allowed: &mut Findings,
         findings: &mut Findings,
     ) {
-        let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
-        let mut by_id: BTreeMap<Option<Uuid>, Vec<Suspect>> = BTreeMap::new();
         for suspect in self.0 {
-            let id = identified.get(&(suspect.partition, suspect.offset)).map(|i| i.message_id);
-            by_id.entry(id).or_default().push(suspect);
-        }
-        for (id, members) in by_id {
-            let owner = id.and_then(|id| owners.get(&id));
-            let Some((owner, owned_at)) = owner else {
-                wrong(&members, findings);
-                continue;
-            };
-            let winner = members
-                .iter()
-                .find(|s| s.is_silent_winner && (s.partition, s.offset) == (owner.partition, owner.offset));
-            let mut senders = members.iter().filter(|s| s.is_sender);
-            match (winner, senders.next(), senders.next()) {
-                // One has the rows, another one the events.
-                (Some(winner), Some(sender), None) => {
-                    let (winner, sender) = (winner.clone(), sender.clone());
-                    for member in &members {
-                        let what = if *member == winner {
-                            format!(
-                                "its message id stands on several records: the rows are its own, the events those of \
-                                 partition {}, offset {}",
-                                sender.partition, sender.offset
-                            )
-                        } else {
-                            format!(
-                                "its message id stands on several records: the rows are those of partition {}, offset {}",
-                                winner.partition, winner.offset
-                            )
-                        };
-                        allowed.push(member.partition, member.offset, what);
+            let (partition, offset) = suspect.place;
+            match suspect.explanation(evidence, window) {
+                Some(what) => allowed.push(partition, offset, what),
+                None => {
+                    for wrong in &suspect.wrongs {
+                        findings.push(partition, offset, wrong.to_string());
                     }
                 }
-                // It was refused when it first came, and accepted when it was written again.
-                (Some(winner), None, _) if winner.was_refused() && members.len() == 1 => {
-                    allowed.push(
-                        winner.partition,
-                        winner.offset,
-                        "once refused by the database, written since: it has its dead letter and no events",
-                    );
-                }
-                // Its own claim was dropped long before; the database that has the rows now never forgot it.
-                (None, Some(_), _)
-                    if members.iter().all(|s| {
-                        identified.get(&(s.partition, s.offset)).is_some_and(|i| {
-                            i.timestamp.0.saturating_sub(owned_at.0).saturating_abs() > window_ms
-                        })
-                    }) =>
-                {
-                    for member in &members {
-                        allowed.push(
-                            member.partition,
-                            member.offset,
-                            format!(
-                                "a duplicate of partition {}, offset {}, further apart than idempotency.window: \
-                                 written and sent by an earlier database",
-                                owner.partition, owner.offset
-                            ),
-                        );
-                    }
-                }
-                _ => wrong(&members, findings),
             }
         }
     }
 }
 
 impl Suspect {
-    /// Whether its dead letter is of the database's refusal: all that is wrong is that it has no events, and that
-    /// letter.
-    fn was_refused(&self) -> bool {
-        self.wrongs.contains(&Wrong::ExtraOutput(OutputTopic::DeadLetter, Outcome::Written))
+    fn explanation(&self, evidence: &Evidence, window: Duration) -> Option<String> {
+        let Identified { message_id, timestamp } = evidence.identified.get(&self.place)?;
+        let (owner, owned_at) = evidence.owners.get(message_id)?;
+        let owner = (owner.partition, owner.offset);
+        let senders = evidence.senders.get(message_id).map(Vec::as_slice).unwrap_or_default();
+        match senders {
+            // It was refused when it first came, and accepted when it was written again.
+            [] if self.was_refused && self.place == owner => Some(
+                "once refused by the database, written since: it has its dead letter and no events"
+                    .to_owned(),
+            ),
+            // One record has the rows, another one the events.
+            [sender] if *sender != owner => {
+                let ((p, o), what) = if self.place == owner {
+                    (*sender, "the rows are its own, the events those")
+                } else {
+                    (owner, "the rows are those")
+                };
+                Some(format!("its message id stands on several records: {what} of partition {p}, offset {o}"))
+            }
+            // Its own claim was dropped long before; the database that has the rows now never forgot the id.
+            _ if senders.contains(&self.place) && self.place != owner => {
+                let apart_ms = timestamp.0.saturating_sub(owned_at.0).unsigned_abs();
+                (u128::from(apart_ms) > window.as_millis()).then(|| {
+                    format!(
+                        "a duplicate of partition {}, offset {}, further apart than idempotency.window: written \
+                         and sent by an earlier database",
+                        owner.0, owner.1
+                    )
+                })
+            }
+            _ => None,
+        }
     }
 }
 
-fn wrong(members: &[Suspect], findings: &mut Findings) {
-    for member in members {
-        for wrong in &member.wrongs {
-            findings.push(member.partition, member.offset, wrong.to_string());
+#[cfg(test)]
+mod tests {
+    use super::super::table::{Claim, Hashes, Notes};
+    use super::super::{judge::judge, table::Seen};
+    use super::*;
+
+    const ONE: Seen = Seen { count: 1, differs: false };
+    const WINDOW: Duration = Duration::from_secs(100);
+    const ID: Uuid = Uuid::from_u128(7);
+
+    fn place(offset: i64) -> Place {
+        (Partition(0), Offset(offset))
+    }
+
+    /// A record that has rows and no events, and one that has events and no rows.
+    fn entries() -> [Entry; 2] {
+        let hashes = Hashes { metadata: 1, core: 2, notes: 0, read: 4, email: 5, letter: 6 };
+        let mut winner = Entry::new(Claim::Own, Notes::default(), hashes);
+        (winner.found.metadata, winner.found.core) = (ONE, ONE);
+        let mut sender = Entry::new(Claim::Same, Notes::default(), hashes);
+        (sender.found.outputs[0], sender.found.outputs[1]) = (ONE, ONE);
+        [winner, sender]
+    }
+
+    fn evidence(senders: Vec<Place>, apart_ms: i64) -> Evidence {
+        let owner = Owner { partition: Partition(0), offset: Offset(1), payload_hash: 0 };
+        let identified = |ms| Identified { message_id: ID, timestamp: TimestampMs(ms) };
+        Evidence {
+            identified: [(place(1), identified(0)), (place(2), identified(apart_ms))].into(),
+            owners: [(ID, (owner, TimestampMs(0)))].into(),
+            senders: [(ID, senders)].into(),
+        }
+    }
+
+    fn resolved(entries: [(Place, &Entry); 2], evidence: &Evidence) -> (u64, u64) {
+        let (mut suspects, mut allowed, mut findings) =
+            (Suspects::default(), Findings::new(9), Findings::new(9));
+        for ((partition, offset), entry) in entries {
+            let verdict = judge(entry, true, |_| false);
+            if !verdict.wrongs.is_empty() && !suspects.take(partition, offset, entry, &verdict) {
+                findings.push(partition, offset, "wrong");
+            }
+        }
+        suspects.resolve(evidence, WINDOW, &mut allowed, &mut findings);
+        (allowed.count, findings.count)
+    }
+
+    #[test]
+    fn rows_of_one_record_and_events_of_another_are_allowed_for_one_id_only() {
+        let [winner, sender] = entries();
+        let both = [(place(1), &winner), (place(2), &sender)];
+        assert_eq!(resolved(both, &evidence(vec![place(2)], 0)), (2, 0));
+        // Two records with events, or none: then something was sent twice, or not at all.
+        let wrongs_of_both = 2 + 2;
+        assert_eq!(resolved(both, &evidence(vec![place(2), place(3)], 0)), (0, wrongs_of_both));
+        assert_eq!(resolved(both, &evidence(vec![], 0)), (0, wrongs_of_both));
+        // Of another id.
+        let mut other = evidence(vec![place(2)], 0);
+        other.senders = [(Uuid::from_u128(8), vec![place(2)])].into();
+        assert_eq!(resolved(both, &other), (0, wrongs_of_both));
+    }
+
+    #[test]
+    fn a_duplicate_may_have_been_sent_only_if_it_is_further_away_than_the_window() {
+        let [mut original, sender] = entries();
+        (original.found.outputs[0], original.found.outputs[1]) = (ONE, ONE);
+        let both = [(place(1), &original), (place(2), &sender)];
+        let senders = vec![place(1), place(2)];
+        assert_eq!(resolved(both, &evidence(senders.clone(), 100_001)), (1, 0));
+        assert_eq!(resolved(both, &evidence(senders, 100_000)), (0, 2));
+    }
+
+    #[test]
+    fn events_that_differ_or_come_twice_are_never_explained() {
+        let [winner, sender] = entries();
+        for harm in [
+            |e: &mut Entry| e.found.outputs[0].differs = true,
+            |e: &mut Entry| e.found.outputs[0].count = 2,
+            |e: &mut Entry| e.found.outputs[1].count = 0,
+        ] {
+            let mut harmed = sender.clone();
+            harm(&mut harmed);
+            let both = [(place(1), &winner), (place(2), &harmed)];
+            assert_eq!(resolved(both, &evidence(vec![place(2)], 0)), (1, 1));
         }
     }
 }

@@ -100,7 +100,9 @@ fn what_the_order_of_writing_decides_is_listed_and_is_no_difference() {
         .produce(&scope.input_topic, ids.clone().map(|seed| at(Payment::new(uuid_v4(seed), 3).message(), 1)));
     member().catch_up(&scope);
     // A duplicate each, and of every other one a conflict.
-    let twin = |seed: u64| Payment::new(uuid_v4(seed), 3).amount(if seed % 2 == 0 { "10.50" } else { "11" });
+    let twin = |seed: u64| {
+        Payment::new(uuid_v4(seed), 3).amount(if seed.is_multiple_of(2) { "10.50" } else { "11" })
+    };
     scope.produce(&scope.input_topic, ids.map(|seed| at(twin(seed).message(), 0)));
     member().catch_up(&scope);
     scope.assert_exactly_once();

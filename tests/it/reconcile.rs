@@ -188,7 +188,6 @@ fn beside_a_working_daemon_there_is_no_false_alarm() {
 fn each_harm_to_the_tables_is_named_by_partition_and_offset() {
     let scope = settled("reconcile_rows");
     is_fine(&scope, &[]);
-    let lost = "no row in payment_metadata";
     let join = "(SELECT payment_id FROM payment_metadata WHERE source_offset = 1)";
     for (harm, expected) in [
         (format!("DELETE FROM payment_core WHERE payment_id IN {join}"), vec!["0/1: no row in payment_core"]),
@@ -218,7 +217,10 @@ fn each_harm_to_the_tables_is_named_by_partition_and_offset() {
             vec!["0/0: its row in payment_notes is not what the record says"],
         ),
         // A claim without rows.
-        ("DELETE FROM payment_metadata WHERE source_partition = 1".to_owned(), vec![lost]),
+        (
+            "DELETE FROM payment_metadata WHERE source_partition = 1".to_owned(),
+            vec!["1/0: no row in payment_metadata"],
+        ),
         (
             "UPDATE idempotency SET payload_hash = payload_hash + 1 WHERE source_partition = 1".to_owned(),
             vec!["1/0: its row in idempotency is not what the record says"],
@@ -242,18 +244,25 @@ fn each_harm_to_the_tables_is_named_by_partition_and_offset() {
         scope.execute(&each(&|t| format!("CREATE TABLE kept_{t} AS TABLE payment_writer.{t};")));
         scope.execute(&format!("SET search_path = payment_writer; {harm}"));
 
-        let found = findings_with(&scope, &[]);
+        assert_eq!(findings_with(&scope, &[]), expected, "{harm}");
 
-        if expected == [lost] {
-            assert_eq!(found, ["1/0: no row in payment_metadata"], "{harm}");
-        } else {
-            assert_eq!(found, expected, "{harm}");
-        }
         scope.execute(&each(&|t| {
             format!("TRUNCATE payment_writer.{t}; INSERT INTO payment_writer.{t} TABLE kept_{t}; DROP TABLE kept_{t};")
         }));
     }
+    is_fine(&scope, &["--orphans"]);
+
+    // AND rows that belong to nothing are counted, if that is asked for
+    scope.execute(
+        "SET search_path = payment_writer;
+         INSERT INTO payment_core SELECT gen_random_uuid(), created_at, cust_id, amount, currency, status, type FROM payment_core;
+         INSERT INTO payment_notes SELECT gen_random_uuid(), created_at, 'x', NULL FROM payment_notes;
+         INSERT INTO idempotency_g1 VALUES (gen_random_uuid(), 7, 7, now(), 0)",
+    );
     is_fine(&scope, &[]);
+    let (code, said) = reconcile_with(&scope, &["--orphans"], &[]);
+    assert_eq!(code, Some(1));
+    assert_eq!(said["orphans"], json!({ "payment_core": 3, "payment_notes": 1, "idempotency": 1 }));
 }
 
 #[test]
@@ -364,7 +373,10 @@ fn each_harm_to_the_outputs_is_named_by_partition_and_offset() {
     assert_eq!(texts(&said["findings"]), ["1/0: 2 times a read event"]);
     assert_eq!(said["outputs"]["foreign"], 2);
     let shown = scope.command(&["reconcile", "--limit", "0"]);
-    assert!(shown.stdout.contains("and 1 more") && shown.stderr.contains("1 of 6"), "{shown:?}");
+    assert!(
+        shown.stdout.contains("and 1 more") && shown.stderr.contains("1 things are off, in 6 records"),
+        "{shown:?}"
+    );
 }
 
 #[test]
