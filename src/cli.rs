@@ -256,6 +256,39 @@ mod tests {
         check(&Cli::command());
     }
 
+    /// The words of a command line, quotes taken away, as far as the documentation uses them.
+    fn words(line: &str) -> Vec<String> {
+        let parts = line.split('"').enumerate();
+        parts
+            .flat_map(|(index, part)| match index % 2 {
+                0 => part.split_whitespace().map(str::to_owned).collect(),
+                _ => vec![part.to_owned()],
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_command_in_the_documentation_exists() {
+        let mut count = 0;
+        for page in [
+            include_str!("../README.md"),
+            include_str!("../docs/operations.md"),
+            include_str!("../docs/recovery.md"),
+        ] {
+            // Every other part is a block of code.
+            for block in page.split("```").skip(1).step_by(2) {
+                for line in block.lines().map(str::trim).filter(|l| l.starts_with("payment-writer ")) {
+                    let line = line.split(" #").next().unwrap_or_default();
+                    if let Err(error) = Cli::try_parse_from(words(line)) {
+                        panic!("{line}: {error}");
+                    }
+                    count += 1;
+                }
+            }
+        }
+        assert!(count > 20, "{count}");
+    }
+
     #[test]
     fn the_settings_file_can_be_named_before_and_after_the_command() {
         for line in [["--config", "x.toml", "check-config"], ["check-config", "--config", "x.toml"]] {

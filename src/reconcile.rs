@@ -16,7 +16,7 @@ mod sums;
 mod suspects;
 mod table;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use indicatif::ProgressBar;
 use tokio::runtime::Handle;
@@ -27,13 +27,13 @@ use self::database::Database;
 use self::judge::{Outcome, judge};
 use self::log::{Circumstances, Gathered};
 use self::outputs::{Counted, Outputs};
-use self::suspects::{Evidence, Identified, Suspects};
+use self::suspects::{Evidence, Identified, Place, Suspects};
 use self::table::{ENTRY_BYTES, Placed, Table};
 use crate::binding::{self, BindingError};
 use crate::cli::Failure;
 use crate::columns::from_postgres_timestamp;
 use crate::config::Settings;
-use crate::cursor::{Decision, Mode};
+use crate::cursor::{Decision, LogBounds, Mode};
 use crate::daemon::rules;
 use crate::kafka::scan::{ScanRange, Scanner};
 use crate::record::{NextOffset, Offset, Partition, TimestampMs};
@@ -394,12 +394,7 @@ impl<'a> Comparison<'a> {
             return Ok(());
         }
         self.progress.say("a closer look");
-        let mut evidence = Evidence::default();
-        for (partition, offset, message_id, timestamp) in
-            log::identify(&self.scanner, &suspects.places(), &self.rules)?
-        {
-            evidence.identified.insert((partition, offset), Identified { message_id, timestamp });
-        }
+        let mut evidence = Evidence { identified: self.identify(&suspects.places())?, ..Evidence::default() };
         let ids: HashSet<Uuid> = evidence.identified.values().map(|i| i.message_id).collect();
         let claims = self.database.claims(&ids.iter().copied().collect::<Vec<_>>())?;
         evidence.owners = claims
@@ -411,9 +406,42 @@ impl<'a> Comparison<'a> {
             .collect();
         if let Some(outputs) = &self.outputs {
             evidence.senders = outputs.senders(&ids)?;
+            self.verify_senders(&mut evidence)?;
         }
         let window = self.settings.idempotency.window;
         suspects.resolve(&evidence, window, &mut report.allowed, &mut report.findings);
+        Ok(())
+    }
+    fn identify(&self, places: &[Place]) -> Result<HashMap<Place, Identified>, Failure> {
+        let found = log::identify(&self.scanner, places, &self.rules)?;
+        Ok(found
+            .into_iter()
+            .map(|(partition, offset, message_id, timestamp)| {
+                ((partition, offset), Identified { message_id, timestamp })
+            })
+            .collect())
+    }
+
+    /// An event counts only for a record that has its message id, unless that record has left the log.
+    fn verify_senders(&self, evidence: &mut Evidence) -> Result<(), Failure> {
+        let (_, partitions) = self.scanner.describe().map_err(|e| Failure::failed(e.to_string()))?;
+        let bounds = self.scanner.bounds(&partitions).map_err(|e| Failure::failed(e.to_string()))?;
+        let bounds: HashMap<Partition, LogBounds> = partitions.into_iter().zip(bounds).collect();
+        let (mut there, mut gone) = (Vec::new(), HashSet::new());
+        // A source may be anything that somebody wrote by hand.
+        for (partition, offset) in evidence.senders.values().flatten() {
+            match bounds.get(partition) {
+                Some(log) if log.start.is_past(*offset) => {
+                    gone.insert((*partition, *offset));
+                }
+                Some(log) if log.end.is_past(*offset) => there.push((*partition, *offset)),
+                _ => {}
+            }
+        }
+        let found = self.identify(&there)?;
+        for (id, senders) in &mut evidence.senders {
+            senders.retain(|s| gone.contains(s) || found.get(s).is_some_and(|i| i.message_id == *id));
+        }
         Ok(())
     }
 }

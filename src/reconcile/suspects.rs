@@ -17,7 +17,8 @@ use crate::wire::Reason;
 /// Kept in all, whatever the number of slices; beyond it they count as wrong.
 const SUSPECTS_MAX: usize = 100_000;
 
-type Place = (Partition, Offset);
+/// Where a record stands.
+pub type Place = (Partition, Offset);
 
 /// A record that is wrong in a way that an earlier database may explain.
 #[derive(Clone, PartialEq, Eq, Debug)]

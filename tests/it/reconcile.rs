@@ -441,3 +441,59 @@ fn a_database_of_others_is_not_compared() {
     let (code, said) = reconcile_with(&rows_only, &[], &publish);
     assert_eq!((code, &said["records"]), (Some(0), &json!(60)), "{said:#}");
 }
+
+#[test]
+fn after_each_recovery_all_is_right_again() {
+    // GIVEN a backup from the middle of the history
+    let mut scope = Scope::new(Servers::shared(), "reconcile_recoveries");
+    scope.prepare(3, 2);
+    let mut load = Load::new(75);
+    scope.produce(&scope.input_topic, load.take(80));
+    member().catch_up(&scope);
+    scope.back_up_database();
+    scope.produce(&scope.input_topic, load.take(80));
+    member().catch_up(&scope);
+    assert_eq!(is_fine(&scope, &[])["records"], 160);
+
+    // WHEN it is restored
+    scope.restore_database();
+    // THEN it is right as far as it goes, and in whole when the rows have come again
+    assert_eq!(is_fine(&scope, &[])["records"], 80);
+    member().catch_up(&scope);
+    assert_eq!(is_fine(&scope, &[])["records"], 160);
+
+    // WHEN the group's offsets are lost after a clean stop
+    scope.delete_group_when_empty();
+    scope.produce(&scope.input_topic, load.take(20));
+    // THEN the database's copy of them serves
+    assert_eq!(is_fine(&scope, &[])["records"], 160);
+    member().catch_up(&scope);
+    assert_eq!(is_fine(&scope, &["--orphans"])["records"], 180);
+
+    // WHEN an empty database takes the place of the old one
+    scope.recreate_database();
+    scope.command(&["migrate"]).succeeds();
+    // THEN it is not compared before it is the group's
+    let refused = scope.command(&["reconcile"]);
+    assert_eq!((refused.code, refused.stderr.contains("--adopt-database")), (Some(3), true), "{refused:?}");
+    let mut adopting = member().run(&scope, &["run", "--until-caught-up", "--adopt-database"]);
+    assert_eq!(adopting.wait().code(), Some(0), "{}", adopting.log());
+    assert_eq!(is_fine(&scope, &["--orphans"])["records"], 180);
+
+    // WHEN the topic is made again, and a new group begins with a new database
+    scope.delete_topic(&scope.input_topic);
+    wait_until_within(PATIENCE, "the topic is made again", || {
+        std::panic::catch_unwind(|| scope.create_topic(&scope.input_topic, 3)).is_ok()
+    });
+    assert_eq!(scope.command(&["reconcile"]).code, Some(3));
+    let sent = scope.read_all(&scope.read_topic).len();
+    scope.group_id = format!("{}_new", scope.group_id);
+    scope.recreate_database();
+    scope.command(&["migrate"]).succeeds();
+    scope.produce(&scope.input_topic, load.take(30));
+    member().catch_up(&scope);
+    // THEN its records are right, and the old events are those of another topic
+    let said = is_fine(&scope, &["--orphans"]);
+    assert_eq!(said["records"], 30);
+    assert!(said["outputs"]["foreign"].as_u64().unwrap() as usize >= sent, "{said:#}");
+}
