@@ -124,17 +124,19 @@ pub fn outcome(entry: &Entry, publishes: bool) -> Outcome {
         return Outcome::GivenUp;
     }
     let has_row = found.metadata.count > 0;
+    // Such a record claims no id, so that its replay, a later record of the same id, can be written.
+    let is_rejected = publishes && !has_row && found.reason == Some(Reason::RejectedByDatabase);
     match entry.claim {
         Claim::Refused(reason) => Outcome::DeadLetter(reason),
         Claim::Own => Outcome::Written,
         // Its own claim went with its generation, and a later record claimed the id again.
         Claim::Same | Claim::Other if notes.is_prunable && has_row => Outcome::Written,
+        Claim::Same | Claim::Other | Claim::Nobody if is_rejected => {
+            Outcome::DeadLetter(Reason::RejectedByDatabase)
+        }
         Claim::Same => Outcome::Duplicate,
         Claim::Other => Outcome::DeadLetter(Reason::MessageIdConflict),
         Claim::Nobody if has_row => Outcome::Written,
-        Claim::Nobody if publishes && found.reason == Some(Reason::RejectedByDatabase) => {
-            Outcome::DeadLetter(Reason::RejectedByDatabase)
-        }
         Claim::Nobody if notes.is_prunable && notes.is_elsewhere => match found.reason {
             Some(Reason::MessageIdConflict) => Outcome::DeadLetter(Reason::MessageIdConflict),
             _ => Outcome::Duplicate,
@@ -165,7 +167,12 @@ pub fn judge(entry: &Entry, publishes: bool, is_cut_off: impl Fn(OutputTopic) ->
     if notes.is_claim_wrong {
         wrongs.push(Wrong::ClaimDiffers);
     }
-    if notes.is_owned_later && !is_written && !notes.is_given_up && !notes.is_prunable {
+    // Without dead letters it cannot be told whether the database refused it when it came.
+    let is_excused = notes.is_given_up
+        || notes.is_prunable
+        || !publishes
+        || outcome == Outcome::DeadLetter(Reason::RejectedByDatabase);
+    if notes.is_owned_later && !is_written && !is_excused {
         wrongs.push(Wrong::OwnedLater);
     }
     rows(entry, outcome, wrongs);
@@ -342,6 +349,13 @@ mod tests {
         }
         let elsewhere = Notes { is_elsewhere: true, ..pruned };
         assert_eq!(wrongs(&Entry::new(Claim::Nobody, elsewhere, hashes())), []);
+        // Refused by the database, and its replay was written.
+        let mut replayed = letter(Claim::Same, Reason::RejectedByDatabase);
+        replayed.circumstances.is_owned_later = true;
+        assert_eq!(wrongs(&replayed), []);
+        let mut overtaken = Entry::new(Claim::Same, Notes::default(), hashes());
+        overtaken.circumstances.is_owned_later = true;
+        assert_eq!(wrongs(&overtaken), [Wrong::OwnedLater]);
         let given_up = Notes { is_given_up: true, ..Notes::default() };
         assert_eq!(
             judge(&Entry::new(Claim::Nobody, given_up, hashes()), true, |_| false).outcome,

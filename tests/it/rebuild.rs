@@ -119,7 +119,7 @@ fn what_the_order_of_writing_decides_is_listed_and_is_no_difference() {
 
     // WHEN it is rebuilt by a lane that takes both partitions together
     let into = second_database(&scope);
-    let together = [LANES, ("PAYMENT_WRITER__BATCH__LINGER", "3s")];
+    let together = [LANES, ("PAYMENT_WRITER__BATCH__LINGER", "6s")];
     let said = says(&rebuild(&scope, &into, &[], &together), 0);
 
     // THEN the lower offsets have won, and both sides of each are listed
