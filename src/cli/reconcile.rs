@@ -117,7 +117,7 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Failur
     }
     let orphans: u64 = report.orphans.iter().flatten().sum();
     let count = report.findings.count.saturating_add(orphans);
-    Err(Failure::failed(format!("{count} things are off, in {} records", report.records)))
+    Err(Failure::failed(format!("findings: {count}, in {} records", report.records)))
 }
 
 /// A bar on a terminal, nothing elsewhere.

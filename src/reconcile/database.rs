@@ -23,8 +23,6 @@ use crate::record::{NextOffset, Offset, Partition, TimestampMs};
 
 /// Read-only: what looks at a database by mistake does no harm. Joins of whole months like memory.
 const SESSION: &str = "SET default_transaction_read_only = on; SET work_mem = '64MB'";
-/// A row's time may differ from its record's by rounding alone.
-const TIME_SLACK_MS: i64 = 1_000;
 
 /// A field as the server sent it.
 struct Raw<'a>(Option<&'a [u8]>);
@@ -103,13 +101,16 @@ pub(crate) const PAYMENT_COLUMNS: &str = "\
     c.payment_id, c.created_at, c.cust_id, c.amount, c.currency, c.status, c.type,
     n.payment_id, n.created_at, n.external_ref_id, n.comment";
 /// The payment tables, joined: of the records in the ranges $1 (partitions), $2 (from), $3 (to). With `timed`,
-/// only rows whose time lies between $4 and $5 (ms), said of each table, because months outside are then not read.
+/// only the months from that of $4 to that of $5 (ms), said of each table, because the others are then not read.
 pub(crate) fn payment_tables(timed: bool) -> String {
-    let between = |table: &str| match timed {
+    let between = |table: &str| {
+        match timed {
         true => format!(
-            "AND {table}.created_at BETWEEN to_timestamp($4::bigint / 1000) AND to_timestamp($5::bigint / 1000)"
+            "AND {table}.created_at >= date_trunc('month', to_timestamp($4::bigint / 1000))
+             AND {table}.created_at < date_trunc('month', to_timestamp($5::bigint / 1000)) + interval '1 month'"
         ),
         false => String::new(),
+    }
     };
     format!(
         "unnest($1::integer[], $2::bigint[], $3::bigint[]) AS r (partition, first, past)
@@ -284,7 +285,8 @@ impl Database {
             .collect()
     }
 
-    /// Hands every row of these ranges whose time is in `times` to `each`: one statement, and so one snapshot.
+    /// Hands every row of these ranges in the months from the first to the last of `times` to `each`: one statement,
+    /// and so one snapshot.
     pub fn payment_rows(
         &self,
         ranges: &[ScanRange],
@@ -293,8 +295,7 @@ impl Database {
     ) -> Result<(), Failure> {
         let query = format!("SELECT {PAYMENT_COLUMNS} FROM {}", payment_tables(true));
         let (partitions, from, to) = arrays(ranges);
-        let first = times.0.0.saturating_sub(TIME_SLACK_MS);
-        let last = times.1.0.saturating_add(TIME_SLACK_MS);
+        let (first, last) = (times.0.0, times.1.0);
         let parameters: [&(dyn ToSql + Sync); 5] = [&partitions, &from, &to, &first, &last];
         self.runtime
             .block_on(async {

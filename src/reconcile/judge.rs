@@ -67,8 +67,16 @@ pub enum Wrong {
     OtherReason(Option<Reason>, Reason),
 }
 
-/// What an output of this topic is called.
-pub fn output_name(topic: OutputTopic) -> &'static str {
+/// An output of this topic, with its article.
+pub fn an_output(topic: OutputTopic) -> &'static str {
+    match topic {
+        OutputTopic::Read => "a read event",
+        OutputTopic::Email => "an e-mail event",
+        OutputTopic::DeadLetter => "a dead letter",
+    }
+}
+
+fn output_name(topic: OutputTopic) -> &'static str {
     match topic {
         OutputTopic::Read => "read event",
         OutputTopic::Email => "e-mail event",
@@ -91,9 +99,11 @@ impl fmt::Display for Wrong {
             }
             Self::NoOutput(topic) => write!(f, "no {}", output_name(*topic)),
             Self::ExtraOutput(topic, outcome) => {
-                write!(f, "a {}, though it should be {outcome}", output_name(*topic))
+                write!(f, "{}, though it should be {outcome}", an_output(*topic))
             }
-            Self::OutputTwice(topic, count) => write!(f, "{count} times a {}", output_name(*topic)),
+            Self::OutputTwice(topic, count) => {
+                write!(f, "its {} is there {count} times", output_name(*topic))
+            }
             Self::OutputDiffers(topic) => {
                 write!(f, "its {} is not what the record says", output_name(*topic))
             }

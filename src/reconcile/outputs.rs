@@ -231,7 +231,7 @@ impl Outputs {
         match table.note_output(partition, offset, topic.output, hash, reason) {
             Placed::Outside => {}
             Placed::Nowhere => {
-                let what = format!("{}, but the log has no record there", judge::output_name(topic.output));
+                let what = format!("{}, but the log has no record there", judge::an_output(topic.output));
                 counted.nowhere.push(partition, offset, what);
             }
             Placed::Former => counted.former += 1,
