@@ -240,7 +240,7 @@ impl<'a> Comparison<'a> {
             match view.decision(index, &mode) {
                 Some(Decision::Stop(doubt)) => return Err(Failure::person_must_decide(doubt.to_string())),
                 Some(Decision::Halt(_)) => report.halted += 1,
-                Some(Decision::Go(_)) | None => {}
+                Some(Decision::Go(_) | Decision::Prove { .. }) | None => {}
             }
             if !wanted.partitions.is_empty() && !wanted.partitions.contains(&known.partition) {
                 continue;

@@ -7,5 +7,5 @@ pub mod orphans;
 pub mod peek;
 pub mod publisher;
 pub mod scan;
-pub mod tails;
 pub mod stable;
+pub mod tails;

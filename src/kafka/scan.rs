@@ -50,7 +50,7 @@ impl ScanRange {
     }
 }
 
-/// A reader of one topic's records.
+/// A reader of one topic's committed records.
 pub struct Scanner {
     consumer: BaseConsumer<QuietLog>,
     topic: String,
@@ -59,20 +59,11 @@ pub struct Scanner {
 impl Scanner {
     /// A reader of `topic`. Asks nothing of the broker yet.
     pub fn new(kafka: &KafkaSettings, topic: &str) -> Result<Self, ScanError> {
-        Self::isolated(kafka, topic, "read_committed")
-    }
-
-    /// A reader that also sees what open transactions have written, and to which the end is the high watermark.
-    pub fn uncommitted(kafka: &KafkaSettings, topic: &str) -> Result<Self, ScanError> {
-        Self::isolated(kafka, topic, "read_uncommitted")
-    }
-
-    fn isolated(kafka: &KafkaSettings, topic: &str, isolation: &str) -> Result<Self, ScanError> {
         let mut config = base_client_config(kafka);
         config
             // The client library wants a group, though it is never joined: the one for which there are rights.
             .set("group.id", &kafka.group_id)
-            .set("isolation.level", isolation)
+            .set("isolation.level", "read_committed")
             .set("enable.partition.eof", "true")
             .set("enable.auto.commit", "false")
             .set("auto.offset.reset", "error")
@@ -121,7 +112,7 @@ impl Scanner {
         positions_at(&self.consumer, &self.topic, partitions, time).map_err(|e| self.error(e))
     }
 
-    /// Hands every record of `ranges` to `each`, in the order of offsets within a partition, until
+    /// Hands every committed record of `ranges` to `each`, in the order of offsets within a partition, until
     /// all are read or `each` breaks. What is beyond a partition's last stable offset is not waited for.
     ///
     /// # Errors

@@ -15,11 +15,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use rdkafka::message::{BorrowedMessage, Headers, Message};
+use rdkafka::message::{BorrowedMessage, Message};
 use uuid::Uuid;
 
+use super::librdkafka::NativeRecord;
 use super::peek::{Peeked, peek};
 use super::scan::{ScanError, ScanRange, Scanner};
+use super::stable::stable_ends;
 use crate::config::KafkaSettings;
 use crate::cursor::{LogBounds, Proof};
 use crate::daemon::consumer_config;
@@ -33,9 +35,6 @@ const STEP_GROWTH: i64 = 4;
 /// A search that has read so many records, or lasted so long, is given up.
 const RECORDS_MAX: u64 = 20_000_000;
 const SEARCH_MAX: Duration = Duration::from_secs(180);
-/// Transactions that are open when the search begins are waited for; a broker ends abandoned ones.
-const OPEN_TRANSACTIONS_MAX: Duration = Duration::from_secs(60);
-const OPEN_TRANSACTIONS_TICK: Duration = Duration::from_millis(200);
 const PEEK_MAX: Duration = Duration::from_secs(20);
 /// How far a record's timestamp may lie ahead of the broker's clock (`log.message.timestamp.after.max.ms`).
 const STAMPED_AHEAD_MS: i64 = 3_600_000;
@@ -190,18 +189,9 @@ fn wanted(
 /// The partitions of an output, once the transactions that are open now have ended.
 fn regions(kafka: &KafkaSettings, scanner: &Scanner) -> Result<Vec<Region>, ScanError> {
     let (_, partitions) = scanner.describe()?;
-    let written = Scanner::uncommitted(kafka, scanner.topic())?.bounds(&partitions)?;
-    let deadline = Instant::now() + OPEN_TRANSACTIONS_MAX;
-    let bounds = loop {
-        let bounds = scanner.bounds(&partitions)?;
-        if bounds.iter().zip(&written).all(|(stable, written)| stable.end >= written.end) {
-            break bounds;
-        }
-        if Instant::now() > deadline {
-            return Err(scanner.error("a transaction is open for too long: it cannot be told what was sent"));
-        }
-        std::thread::sleep(OPEN_TRANSACTIONS_TICK);
-    };
+    let ends = stable_ends(kafka, scanner.topic(), &partitions).map_err(|e| scanner.error(e))?;
+    let starts = scanner.bounds(&partitions)?;
+    let bounds = starts.into_iter().zip(ends).map(|(bounds, end)| LogBounds { end, ..bounds });
     let region = |(partition, bounds): (Partition, LogBounds)| Region {
         partition,
         bounds,
@@ -247,11 +237,11 @@ fn note(
     wanted: &mut BTreeMap<Partition, Wanted>,
     passed: &mut BTreeSet<(i32, Partition)>,
 ) {
-    let Some(headers) = message.headers() else { return };
-    let source = headers
-        .iter()
-        .filter(|header| header.key == Source::HEADER)
-        .filter_map(|header| Source::parse(header.value?))
+    // Dead letters carry whatever headers their records came with.
+    let source = NativeRecord::of(message)
+        .headers()
+        .filter(|(name, _)| *name == Source::HEADER.as_bytes())
+        .filter_map(|(_, value)| Source::parse(value?))
         .find(|source| source.topic_id_prefix == prefix);
     let Some(source) = source else { return };
     let Some(wanted) = wanted.get_mut(&source.partition) else { return };

@@ -106,7 +106,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::cursor::{CursorRow, LogBounds, Mark};
+    use crate::cursor::{CursorRow, LogBounds, Mark, Proof};
 
     fn range(partition: i32, from: i64, to: i64) -> ScanRange {
         ScanRange { partition: Partition(partition), from: NextOffset(from), to: NextOffset(to) }
@@ -126,7 +126,7 @@ mod tests {
             settled: None,
         });
         let bounds = LogBounds { start: NextOffset(0), end: NextOffset(1_000) };
-        (Known { partition: Partition(0), group, row, bounds }, identity)
+        (Known { partition: Partition(0), group, row, bounds, proof: Proof::Impossible }, identity)
     }
 
     #[test]
