@@ -182,7 +182,7 @@ impl Database {
 
 /// A constraint of the model's database: some payments it takes never, whatever else has their id.
 pub fn refuses(message_id: Uuid, cust_id: i64) -> bool {
-    message_id.as_u128() % 3 == 0 && cust_id == 2
+    message_id.as_u128().is_multiple_of(3) && cust_id == 2
 }
 
 /// Rows of a binary COPY; a null is an empty field.
@@ -349,7 +349,7 @@ impl World {
             txn_count: 0,
             outputs: Vec::new(),
             emitted: BTreeSet::new(),
-            is_tail_removed: seed % 3 == 0,
+            is_tail_removed: seed.is_multiple_of(3),
             broker_down_until: None,
             end_lag: 0,
             db: Database::empty(0xdb),
