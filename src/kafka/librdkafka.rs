@@ -8,6 +8,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
@@ -338,6 +339,9 @@ impl Drop for GroupMetadata {
     }
 }
 
+/// How long the taker of reports looks for more of them before it asks whether it is still needed.
+const REPORTS_SLICE: Duration = Duration::from_millis(5);
+
 /// A transactional producer with the calls that cost least.
 pub struct TxnProducer<C: ClientContext + 'static> {
     producer: BaseProducer<QuietContext<C>>,
@@ -523,9 +527,24 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
     }
 
     /// `abort_transaction`; a retriable error means that the same call continues it.
+    ///
+    /// It throws away what was not sent yet and waits until somebody has taken the reports of that. It does
+    /// not take them itself, so without a thread that does it would wait for `timeout` and fail.
     pub fn abort(&self, timeout: Duration) -> Result<(), NativeError> {
-        // SAFETY: the client is live.
-        NativeError::check(unsafe { sys::rd_kafka_abort_transaction(self.native(), millis(timeout)) })
+        let (producer, is_done) = (&self.producer, AtomicBool::new(false));
+        let take_reports = || {
+            while !is_done.load(Ordering::Acquire) {
+                producer.poll(REPORTS_SLICE);
+            }
+        };
+        std::thread::scope(|scope| {
+            // Without one more thread it takes longer, and no more than that.
+            let _ = std::thread::Builder::new().name("reports".to_owned()).spawn_scoped(scope, take_reports);
+            // SAFETY: the client is live.
+            let aborted = unsafe { sys::rd_kafka_abort_transaction(self.native(), millis(timeout)) };
+            is_done.store(true, Ordering::Release);
+            NativeError::check(aborted)
+        })
     }
 }
 

@@ -23,3 +23,4 @@ mod schema;
 mod security;
 mod servers;
 mod support;
+mod transactions;

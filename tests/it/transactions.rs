@@ -1,0 +1,48 @@
+//! What the daemon relies on in the client's transactions, asked of a real broker.
+
+use std::time::Duration;
+
+use payment_writer::kafka::librdkafka::{QuietContext, TxnProducer};
+use rdkafka::ClientContext;
+use rdkafka::producer::BaseProducer;
+
+use crate::support::{DEADLINE, Scope, Servers};
+
+struct Quiet;
+
+impl ClientContext for Quiet {}
+
+#[test]
+fn a_transaction_with_unsent_messages_is_aborted_and_the_next_one_commits() {
+    // GIVEN an open transaction whose messages still wait in the client, as when the group has just refused
+    // its offsets
+    let scope = Scope::new(Servers::shared(), "abort");
+    scope.create_topic(&scope.read_topic, 2);
+    let mut config = scope.client_config();
+    config
+        .set("transactional.id", &scope.group_id)
+        .set("linger.ms", "5000")
+        .set("delivery.report.only.error", "true");
+    let producer: BaseProducer<QuietContext<Quiet>> =
+        config.create_with_context(QuietContext(Quiet)).unwrap();
+    let producer = TxnProducer::new(producer, &[&scope.read_topic]);
+    producer.init(DEADLINE).unwrap();
+    producer.begin().unwrap();
+    for _ in 0..10 {
+        producer.produce(0, Some(b"57"), Some(b"aborted"), std::iter::empty()).unwrap();
+    }
+
+    // WHEN it is aborted
+    let aborted = producer.abort(Duration::from_secs(20));
+
+    // THEN that succeeds, instead of waiting for the reports of what was thrown away until its time is over
+    aborted.unwrap();
+
+    // AND the same producer goes on
+    producer.begin().unwrap();
+    producer.produce(0, Some(b"57"), Some(b"committed"), std::iter::empty()).unwrap();
+    while !producer.flush(Duration::from_millis(100)) {}
+    producer.commit(DEADLINE).unwrap();
+    let received = scope.read_all(&scope.read_topic);
+    assert_eq!(received.iter().map(|r| r.value.as_deref().unwrap()).collect::<Vec<_>>(), [b"committed"]);
+}
