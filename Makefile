@@ -26,6 +26,13 @@ bench-idempotency: ## what a claim costs as the idempotency table grows to 100 m
 test-faults: ## of these, kills at named steps, outages and rebalances alone
 	cargo test --locked --features failpoints --test it -- crash:: outages:: rebalance::
 
+.PHONY: chaos
+# Words for the suite from CYCLES, SEED, BROKERS, FAULTS, INSTANCES and REPORT; without any, CI's share.
+CHAOS_WORDS = $(foreach word,cycles seed brokers faults instances report,$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z)))) $(if $(KEEP_GOING),--keep-going)
+chaos: ## faults under load: CYCLES=100 SEED=1 BROKERS=3 FAULTS=zombie,disk-full REPORT=FILE; without CYCLES the share that CI runs
+	@dev/servers install
+	cargo test --locked --features failpoints --test chaos -- $(CHAOS_WORDS)
+
 dev-up: ## start a local Kafka and Postgres that stay, and print the settings that reach them
 	@dev/servers up
 

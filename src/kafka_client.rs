@@ -31,7 +31,10 @@ pub fn client_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> C
     config
         .set("client.id", "payment-writer")
         // A broker that vanished without a word is noticed also where nothing is sent.
-        .set("socket.keepalive.enable", "true");
+        .set("socket.keepalive.enable", "true")
+        // The library waits up to 10 s before it tries a broker again, and it has to be found twice or
+        // three times (as a broker, as a coordinator) before records flow again.
+        .set("reconnect.backoff.max.ms", "2000");
     for (name, value) in defaults {
         config.set(*name, *value);
     }

@@ -563,6 +563,13 @@ pub fn topic_id<C: ConsumerContext>(
     topic: &str,
     timeout: Duration,
 ) -> Result<(uuid::Uuid, usize), NativeError> {
+    // While no broker can be reached, an admin request looks for one again at every change of a connection,
+    // and is itself what changes it: two of the client's threads then keep a core busy. So a plain question
+    // goes first.
+    consumer.fetch_metadata(Some(topic), timeout).map_err(|error| {
+        let code = sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__TRANSPORT;
+        NativeError::plain(code, &format!("no broker answers: {error}"))
+    })?;
     let name = c_string(topic);
     let mut names = [name.as_ptr()];
     let client = consumer.client().native_ptr();

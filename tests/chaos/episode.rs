@@ -1,6 +1,7 @@
 //! One history: topics and a database of its own, instances, adversarial load; faults happen to it one
 //! after the other, and in between it is asked whether every record has its one outcome.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,18 @@ impl Lab {
         let proxy = Proxy::to(servers.postgres_port());
         let has_small_disk = servers.small_disk().is_some();
         Lab { servers, proxy, has_small_disk }
+    }
+
+    /// Copies what the servers said to a place where it stays.
+    pub fn keep_logs(&self, number: u64) -> PathBuf {
+        let kept =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("chaos-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&kept).unwrap();
+        for file in std::fs::read_dir(self.servers.dir().join("data/logs")).unwrap() {
+            let path = file.unwrap().path();
+            std::fs::copy(&path, kept.join(path.file_name().unwrap())).unwrap();
+        }
+        kept
     }
 }
 

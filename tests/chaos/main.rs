@@ -21,7 +21,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use rand::SeedableRng;
@@ -77,6 +77,9 @@ struct Arguments {
     /// Goes on with a new episode after a failure
     #[arg(long)]
     keep_going: bool,
+    /// After a failure, leaves the servers running for this many seconds, for a look at them
+    #[arg(long, value_name = "SECONDS")]
+    linger: Option<u64>,
     /// What `cargo test` hands to all tests alike
     #[arg(hide = true)]
     filter: Vec<String>,
@@ -235,6 +238,15 @@ fn main() -> ExitCode {
         }));
         if let Err(panic) = outcome {
             run.record_failure(setup, arguments.brokers, &*panic);
+            let kept = lab.keep_logs(run.next_seed);
+            eprintln!(
+                "the servers' logs are in {}; the servers in {}",
+                kept.display(),
+                lab.servers.dir().display()
+            );
+            if let Some(seconds) = arguments.linger {
+                std::thread::sleep(Duration::from_secs(seconds));
+            }
             if !arguments.keep_going {
                 break;
             }
