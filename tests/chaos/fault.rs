@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-use crate::episode::{SESSION_TIMEOUT, Stage};
+use crate::episode::{Lab, SESSION_TIMEOUT, Stage};
 
 /// One kind of fault.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum)]
@@ -124,6 +124,13 @@ impl Fault {
             at = at.saturating_sub(weight);
             is_it
         })
+    }
+
+    /// A single broker that was killed and comes back at once is the leader of its partitions, then of
+    /// none, then of all again; what Kafka 4.3 has to finish of transactions in between it drops.
+    pub fn may_spoil(self, lab: &Lab) -> bool {
+        matches!(self, Fault::BrokerKill | Fault::BrokerStop | Fault::BrokerPause)
+            && lab.servers.brokers() < 3
     }
 
     /// The longest that records may take to flow again, and which setting says so if it is not the rule.

@@ -141,6 +141,7 @@ impl Progress {
             fault_ms: 0,
             recovery_ms: 0,
             checked: None,
+            is_spoilt: false,
             failure: Some(text.lines().take(40).collect::<Vec<_>>().join("\n")),
         });
     }
@@ -176,10 +177,13 @@ fn run_cycle(episode: &mut Episode<'_>, seed: u64, run: &Progress, random: &mut 
     let fault = run.fault;
     episode.history.push(format!("seed {seed}: {}", fault.name()));
     let began_at = Instant::now();
+    let markers_dropped = episode.lab.markers_dropped();
     let done = inject::inject(fault, episode, random);
     let fault_ms = done.ended_at.saturating_duration_since(began_at).as_millis();
+    let is_spoilt = fault.may_spoil(episode.lab) && episode.lab.markers_dropped() > markers_dropped;
     let (recovery, checked) = match done.verdict {
         Some((recovery, checked)) => (recovery, Some(checked)),
+        None if is_spoilt => (Duration::ZERO, None),
         None => (episode.recover(done.ended_at), None),
     };
     if recovery > fault.recovery_max().0 {
@@ -200,9 +204,10 @@ fn run_cycle(episode: &mut Episode<'_>, seed: u64, run: &Progress, random: &mut 
         fault_ms,
         recovery_ms: recovery.as_millis(),
         checked,
+        is_spoilt,
         failure: None,
     };
-    (cycle, checked.is_some())
+    (cycle, checked.is_some() || is_spoilt)
 }
 
 fn main() -> ExitCode {

@@ -9,6 +9,8 @@ use serde::Serialize;
 
 use crate::fault::Fault;
 
+const SPOILT: &str = "the broker itself dropped transaction markers";
+
 /// What was looked at by a check, counted.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Checked {
@@ -35,7 +37,10 @@ pub struct Cycle {
     pub recovery_ms: u128,
     /// None: not looked at after this cycle, but after a later one of its episode.
     pub checked: Option<Checked>,
-    /// What was wrong, in its first line.
+    /// The broker, alone and killed, dropped markers of transactions that it had decided to commit or abort,
+    /// because it took their partitions for deleted. Nothing can be asked of what follows.
+    pub is_spoilt: bool,
+    /// What was wrong, in its first lines.
     pub failure: Option<String>,
 }
 
@@ -50,6 +55,10 @@ impl Cycle {
             return;
         }
         let seconds = |ms: u128| Duration::from_millis(u64::try_from(ms).unwrap()).as_secs_f64();
+        if self.is_spoilt {
+            println!("seed {:<7} {:<28} given up: {SPOILT}", self.seed, self.fault.name());
+            return;
+        }
         let checked = self.checked.map_or(String::new(), |c| {
             format!("  [{} records, {} events: each its one outcome]", c.records, c.events)
         });
@@ -93,7 +102,7 @@ pub fn conclude(cycles: &[Cycle], skipped: &[String]) -> bool {
     let mut late = 0;
     for (fault, cycles) in &by_fault {
         let mut recoveries: Vec<u128> =
-            cycles.iter().filter(|c| c.failure.is_none()).map(|c| c.recovery_ms).collect();
+            cycles.iter().filter(|c| c.failure.is_none() && !c.is_spoilt).map(|c| c.recovery_ms).collect();
         recoveries.sort_unstable();
         let (limit, setting) = fault.recovery_max();
         let median = recoveries.get(recoveries.len() / 2).copied().unwrap_or_default();
@@ -110,6 +119,10 @@ pub fn conclude(cycles: &[Cycle], skipped: &[String]) -> bool {
             limit.as_secs(),
             if over > 0 { format!("  {over} LATE") } else { String::new() },
         );
+    }
+    let spoilt = cycles.iter().filter(|c| c.is_spoilt).count();
+    if spoilt > 0 {
+        println!("given up: {spoilt} episodes, at a cycle where {SPOILT}");
     }
     for line in skipped {
         println!("not tried: {line}");

@@ -24,7 +24,10 @@ pub struct Watch {
 impl Watch {
     pub fn over(scope: &Scope<'_>, partitions: i32) -> Watch {
         let mut config = scope.client_config();
-        config.set("group.id", &scope.group_id).set("topic.metadata.refresh.interval.ms", "2000");
+        config
+            .set("group.id", &scope.group_id)
+            .set("topic.metadata.refresh.interval.ms", "2000")
+            .set("reconnect.backoff.max.ms", "500");
         Watch { consumer: config.create().unwrap(), topic: scope.input_topic.clone(), partitions }
     }
 

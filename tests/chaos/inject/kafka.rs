@@ -10,7 +10,7 @@ use crate::episode::{Episode, INPUT_PARTITIONS};
 use crate::support::{Act, PATIENCE, wait_until_within};
 
 /// As `dev/servers` sets it for both of the brokers' own topics.
-const COORDINATORS: i32 = 10;
+const COORDINATORS: u32 = 10;
 
 /// With three brokers the others go on without this one: recovery is counted from its death. One alone is
 /// started again first.
@@ -64,10 +64,11 @@ fn leader_dies(
     episode: &mut Episode<'_>,
     random: &mut ChaCha8Rng,
     topic: &str,
-    partition: i32,
+    partition: u32,
     who: &str,
 ) -> Done {
     let mut leader = 0;
+    let partition = i32::try_from(partition).unwrap();
     wait_until_within(PATIENCE, &format!("{topic} {partition} has a leader"), || {
         leader = episode.watch.leader(topic, partition).map_or(0, |(leader, _)| leader);
         leader > 0
@@ -76,7 +77,7 @@ fn leader_dies(
 }
 
 pub fn leader_kill(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
-    let partition = random.random_range(0..INPUT_PARTITIONS);
+    let partition = random.random_range(0..INPUT_PARTITIONS.unsigned_abs());
     let topic = episode.scope.input_topic.clone();
     leader_dies(episode, random, &topic, partition, &format!(", leader of input {partition}"))
 }
@@ -94,7 +95,7 @@ pub fn transaction_coordinator_kill(episode: &mut Episode<'_>, random: &mut ChaC
 }
 
 /// Who coordinates is who leads this partition of the brokers' own topic: Java's hash of the name.
-fn coordinator_partition(name: &str) -> i32 {
+fn coordinator_partition(name: &str) -> u32 {
     let hash = name.bytes().fold(0_i32, |hash, byte| hash.wrapping_mul(31).wrapping_add(i32::from(byte)));
-    (hash & i32::MAX) % COORDINATORS
+    hash.unsigned_abs() % COORDINATORS
 }
