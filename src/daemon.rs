@@ -162,34 +162,29 @@ struct Found {
     partitions: usize,
 }
 
-/// Fenced a second time within this, there is somebody else.
-const FENCED_TWICE_WITHIN: Duration = Duration::from_secs(300);
-
 /// Runs until `stop` is set, until caught up, or until it cannot go on.
 ///
 /// # Errors
-/// See [`RunError`]. Being fenced is one of them, except once after the broker was away.
+/// See [`RunError`]. Being fenced is one of them, except once after each time that the broker was away: who
+/// is fenced again without that has a namesake.
 pub async fn run(
     settings: &Settings,
     options: RunOptions,
     board: Arc<Board>,
     stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
-    let mut rejoined_at: Option<Instant> = None;
     loop {
         let ended = run_as_member(settings, options, Arc::clone(&board), stop.clone()).await;
         let Err(RunError::Identity(IdentityDoubt::InstanceTaken { instance_id })) = &ended else {
             return ended;
         };
-        let is_first = rejoined_at.is_none_or(|at| at.elapsed() > FENCED_TWICE_WITHIN);
-        if !is_first || !board.was_fenced_after_loss() || *stop.borrow() {
+        if !board.was_fenced_after_loss() || *stop.borrow() {
             return ended;
         }
         tracing::warn!(
             instance = instance_id,
             "fenced just after the broker was away, perhaps by a request of its own: joining once more"
         );
-        rejoined_at = Some(Instant::now());
         board.left();
     }
 }

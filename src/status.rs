@@ -139,10 +139,9 @@ impl Board {
         self.state().was_fenced_after_loss
     }
 
-    /// The process is no member any more, and joins again.
+    /// The process is no member any more, and joins again. A loss of the broker explains one fencing.
     pub fn left(&self) {
-        let mut state = self.state();
-        *state = State { broker_lost_at: state.broker_lost_at, ..State::default() };
+        *self.state() = State::default();
     }
 
     /// Counts records that were settled.
@@ -268,5 +267,30 @@ impl Board {
             missing.insert("group", "not joined yet".to_owned());
         }
         missing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SUSPICION: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn each_loss_of_the_broker_explains_one_fencing() {
+        let board = Board::default();
+        board.fenced(SUSPICION);
+        assert!(!board.was_fenced_after_loss(), "nothing was lost");
+
+        // However soon after each other, as with a broker that dies twice within minutes.
+        for _ in 0..3 {
+            board.broker_lost();
+            board.fenced(SUSPICION);
+            assert!(board.was_fenced_after_loss());
+            board.left();
+        }
+
+        board.fenced(SUSPICION);
+        assert!(!board.was_fenced_after_loss(), "nothing was lost since: there is a namesake");
     }
 }

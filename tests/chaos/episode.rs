@@ -14,7 +14,7 @@ use crate::load::{Adversary, Flow};
 use crate::proxy::Proxy;
 use crate::report::Checked;
 use crate::support::{Check, Daemon, Member, Scope, Servers, wait_until_within};
-use crate::watch::{Watch, has_reached};
+use crate::watch::{Offsets, Watch, has_reached};
 
 pub const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Whoever is not over it by now is stuck: longer than every time limit there is.
@@ -24,6 +24,8 @@ const CYCLES_AN_EPISODE: u64 = 20;
 pub const INPUT_PARTITIONS: i32 = 6;
 pub const OUTPUT_PARTITIONS: i32 = 2;
 const MARKERS_DROPPED: &str = "these partitions are likely deleted already and hence can be skipped";
+/// So many new records have to arrive, and to be written and published, before a fault is over.
+const RECORDS_SINCE: i64 = 20;
 const LOG_LINES_TOLD: usize = 30;
 /// About 80 a second: a machine with two cores that others use, too, has to keep up with it.
 const RECORDS_A_TICK: usize = 2;
@@ -217,7 +219,8 @@ impl<'l> Episode<'l> {
         }
     }
 
-    /// Waits until all that was there at the fault's end is written and published; says how long it took.
+    /// Waits until records flow again: all that was there at the fault's end, and the first that came after
+    /// it, is written and published. Says how long it took.
     pub fn recover(&mut self, ended_at: Instant) -> Duration {
         let patience = |episode: &mut Self, state: &str| {
             let waited = ended_at.elapsed();
@@ -225,9 +228,13 @@ impl<'l> Episode<'l> {
             episode.assert_alive();
             std::thread::sleep(Duration::from_millis(40));
         };
+        let sum = |ends: &Offsets| ends.values().sum::<i64>();
+        let mut first = None;
+        // Records that came after the fault's end belong to it: what stood still has nothing left to do.
         let ends = loop {
             match self.watch.ends() {
-                Some(ends) => break ends,
+                Some(ends) if sum(&ends) >= *first.get_or_insert(sum(&ends)) + RECORDS_SINCE => break ends,
+                Some(_) => patience(self, "no records come"),
                 None => patience(self, "the brokers do not tell the log's ends"),
             }
         };

@@ -40,6 +40,9 @@ pub fn offsets_moved_back(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) ->
     Done::at(ended_at, detail)
 }
 
+/// Records of a topic that was made again, fewer than a partition of the old one had.
+const STRANGERS: i64 = 15;
+
 fn make_again(scope: &Scope<'_>, topic: &str, partitions: i32) {
     // It is gone only some time after it was deleted.
     wait_until("the topic is made again", || {
@@ -89,6 +92,11 @@ fn message_ids(records: &[Received]) -> HashSet<Uuid> {
 
 /// Doubt about identity: all daemons stop for a person, and nothing of the new topic is written or sent.
 pub fn input_recreated(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
+    let is_old = |episode: &Episode<'_>| {
+        let committed = episode.watch.committed().unwrap_or_default();
+        (0..INPUT_PARTITIONS).all(|partition| committed.get(&partition).is_some_and(|at| *at > STRANGERS))
+    };
+    wait_until_within(PATIENCE, "more was read than the new topic will have", || is_old(episode));
     // What is in flight stays in flight.
     episode.flow.pause();
     let scope = &episode.scope;
@@ -98,8 +106,9 @@ pub fn input_recreated(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Do
     std::thread::sleep(Duration::from_millis(random.random_range(0..3_000)));
     make_again(scope, &scope.input_topic, INPUT_PARTITIONS);
     let ended_at = Instant::now();
-    // Fewer than were read of the old one.
-    let strangers = (0..15).map(|n| Payment::new(Uuid::from_u128(0x5742_0000 + n), 7).message());
+    // Records at offsets that were read of the old one already would be taken for its: a known limit.
+    let strangers = (0..STRANGERS.unsigned_abs()).map(u128::from);
+    let strangers = strangers.map(|n| Payment::new(Uuid::from_u128(0x5742_0000 + n), 7).message());
     scope.produce(&scope.input_topic, strangers.map(|message| Message { timestamp_ms: None, ..message }));
 
     for instance in &mut episode.instances {
