@@ -14,7 +14,7 @@ help: ## list these commands
 demo: ## start Kafka and Postgres, write 200,000 payments, check and show every outcome, clean up
 	@dev/demo
 
-test: lint ## everything CI runs: format, lints, then unit, property and integration tests
+test: lint ## everything CI runs: format, lints, unit, property and integration tests, a share of the fault suite
 	dev/servers install
 	cargo test --locked --features failpoints
 

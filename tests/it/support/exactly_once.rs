@@ -334,7 +334,15 @@ impl Scope<'_> {
     pub fn ends(&self) -> BTreeMap<i32, i64> {
         let consumer = self.inquirer();
         let list = self.partitions(&consumer);
-        let end = |partition| consumer.fetch_watermarks(&self.input_topic, partition, DEADLINE).unwrap().1;
+        let began = Instant::now();
+        let end = |partition| loop {
+            match consumer.fetch_watermarks(&self.input_topic, partition, DEADLINE) {
+                Ok((_, end)) => break end,
+                // A leader that has just changed is not known to everybody yet.
+                Err(error) => assert!(began.elapsed() < DEADLINE, "asking for the input's ends: {error}"),
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        };
         list.elements().iter().map(|e| (e.partition(), end(e.partition()))).collect()
     }
 

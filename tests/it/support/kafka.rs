@@ -206,10 +206,15 @@ impl Scope<'_> {
             .set("isolation.level", "read_uncommitted")
             .create()
             .unwrap();
-        let end = |consumer: &BaseConsumer, partition| {
-            consumer.fetch_watermarks(topic, partition, DEADLINE).unwrap().1
-        };
         let begin = Instant::now();
+        let end = |consumer: &BaseConsumer, partition| loop {
+            match consumer.fetch_watermarks(topic, partition, DEADLINE) {
+                Ok((_, end)) => break end,
+                // A leader that has just changed is not known to everybody yet.
+                Err(error) => assert!(begin.elapsed() < DEADLINE, "asking for the end of {topic}: {error}"),
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        };
         for &partition in partitions {
             while end(committed, partition) < end(&uncommitted, partition) && begin.elapsed() < MARKERS_MAX {
                 std::thread::sleep(Duration::from_millis(20));
