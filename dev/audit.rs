@@ -880,10 +880,10 @@ impl Audit {
                 let fate = match (record.refused, winners.get(&record.message_id)) {
                     (Some(reason), _) => Fate::DeadLettered(reason),
                     (None, Some(&(p, o, _))) if (p, o) == (partition, record.offset) => Fate::Written,
-                    // What the database itself refused may have a twin with another payload that it took.
-                    (None, Some(&(_, _, payload)))
+                    // What the database itself refused may have a twin that it took, then or later.
+                    (None, Some(&(p, o, _)))
                         if record.found.reason == Some(Reason::RejectedByDatabase)
-                            && payload != record.payload =>
+                            && (p != partition || o > record.offset) =>
                     {
                         Fate::DeadLettered(Reason::RejectedByDatabase)
                     }

@@ -410,6 +410,10 @@ impl Batch {
             };
             let Entry::Valid(candidate) = &place.entry else { continue };
             *fate = match answer.owners.get(&candidate.message_id) {
+                // The id was free when this record came: only the database can have refused it.
+                Some(owner) if owner.partition == place.partition && place.offset < owner.offset => {
+                    Fate::Rejected(None)
+                }
                 Some(owner) => against_owner(place, candidate, owner),
                 // Valid, below the cursor, and nobody owns its id: the database had refused it.
                 None => Fate::Rejected(None),

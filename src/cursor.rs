@@ -106,8 +106,8 @@ pub enum Proof {
     NotAsked,
     /// Of records from here on nothing was sent; everything before that is due was.
     Sent(NextOffset),
-    /// They cannot tell.
-    Impossible,
+    /// They cannot tell how far: of records up to here something was sent, perhaps of later ones as well.
+    Unclear(NextOffset),
 }
 
 /// Everything known of one partition at the moment of its assignment.
@@ -212,6 +212,7 @@ impl Doubt {
                  --partition {partition} --to {end}"
             ),
             Self::MovedForward { committed, applied, published } => {
+                let first = applied.max(published);
                 let unless = if published < applied {
                     format!(
                         " (if no events of records from {published} on were sent: --published {published})"
@@ -222,14 +223,14 @@ impl Doubt {
                 format!(
                     "partition {partition}: the group's offset was moved by hand to {committed}, over records \
                      from {applied} that were never written; to write them: payment-writer cursors accept \
-                     --partition {partition} --published {applied}{unless}; to give them up: payment-writer \
+                     --partition {partition} --published {first}{unless}; to give them up: payment-writer \
                      cursors skip --partition {partition} --to {committed}"
                 )
             }
             Self::Unproved { from, to } => format!(
                 "partition {partition}: the group's offset is gone or was set by other hands, and the outputs do \
-                 not tell whether the events of records {from} to {to} were sent; if none was: payment-writer cursors \
-                 accept --partition {partition} --published {from}; if all were: --published {to}"
+                 not tell whether the events of records from {from} on were sent; if none was: payment-writer cursors \
+                 accept --partition {partition} --published {from}; if all up to {to} were: --published {to}"
             ),
         }
     }
@@ -397,23 +398,22 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
             Ok((bounds.start, bounds.start, k))
         }
         (Some(row), None) => {
-            if let Some(k) = committed.filter(|k| *k > row.applied) {
-                let published = row.published.unwrap_or(bounds.start).min(row.applied);
-                return Err(Doubt::MovedForward { committed: k, applied: row.applied, published }.into());
-            }
             let from = row.published.unwrap_or(bounds.start);
-            match (known.proof, row.published) {
-                // A copy may be older than what was sent, as in a database that was restored: the outputs know.
-                (Proof::NotAsked, _) => Err(Hold::Prove { from }),
-                (Proof::Sent(sent), _) => {
-                    let gate = sent.max(from);
-                    Ok((row.applied.min(gate), row.applied, gate))
+            // A copy may be older than what was sent, as in a database that was restored: the outputs know.
+            let seen = match known.proof {
+                Proof::NotAsked => return Err(Hold::Prove { from }),
+                Proof::Sent(seen) | Proof::Unclear(seen) => seen.max(from),
+            };
+            if let Some(k) = committed.filter(|k| *k > row.applied && *k > seen) {
+                let doubt = Doubt::MovedForward { committed: k, applied: row.applied, published: seen };
+                return Err(doubt.into());
+            }
+            match known.proof {
+                Proof::Unclear(_) if seen > from || row.published.is_none_or(|p| p < row.applied) => {
+                    Err(Doubt::Unproved { from: seen, to: row.applied.max(seen) }.into())
                 }
-                // `published` may be beyond `applied` after a restore: what was sent is known then.
-                (Proof::Impossible, Some(published)) if published >= row.applied => {
-                    Ok((row.applied, row.applied, published))
-                }
-                (Proof::Impossible, _) => Err(Doubt::Unproved { from, to: row.applied }.into()),
+                // `published` may be beyond `applied` after a restore.
+                _ => Ok((row.applied.min(seen), row.applied, seen)),
             }
         }
         (None, None) => match committed.filter(|k| *k > bounds.start) {
@@ -421,7 +421,16 @@ fn publishing(known: &Known, is_marked: bool) -> Result<(NextOffset, NextOffset,
                 let start = bounds.start;
                 Err(Doubt::MovedForward { committed: k, applied: start, published: start }.into())
             }
-            None => Ok((bounds.start, bounds.start, bounds.start)),
+            // A new group with a new database; or everything was lost, and the outputs remember.
+            None => match known.proof {
+                Proof::NotAsked => Err(Hold::Prove { from: bounds.start }),
+                Proof::Unclear(seen) if seen > bounds.start => {
+                    Err(Doubt::Unproved { from: seen, to: seen }.into())
+                }
+                Proof::Sent(seen) | Proof::Unclear(seen) => {
+                    Ok((bounds.start, bounds.start, seen.max(bounds.start)))
+                }
+            },
         },
     }
 }

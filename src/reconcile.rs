@@ -24,7 +24,7 @@ use uuid::Uuid;
 
 use self::cut::{settled_up_to, slices};
 use self::database::Database;
-use self::judge::{Outcome, judge};
+use self::judge::{Outcome, judge, refused_by_other_settings};
 use self::log::{Circumstances, Gathered};
 use self::outputs::{Counted, Outputs};
 use self::suspects::{Evidence, Identified, Place, Suspects};
@@ -188,7 +188,8 @@ impl<'a> Comparison<'a> {
     fn compare(self, view: &View) -> Result<Report, Failure> {
         let mut report = self.empty();
         let ranges = self.ranges(view, &mut report)?;
-        let offsets_max = i64::try_from(self.wanted.memory_bytes / ENTRY_BYTES).unwrap_or(i64::MAX);
+        let offsets_max = (self.wanted.memory_bytes / ENTRY_BYTES).min(log::UNCLAIMED_MAX);
+        let offsets_max = i64::try_from(offsets_max).unwrap_or(i64::MAX);
         let slices = slices(&ranges, offsets_max);
         report.slices = slices.len();
         let offsets: i64 = ranges.iter().map(|r| r.to.0.saturating_sub(r.from.0)).sum();
@@ -380,7 +381,15 @@ impl<'a> Comparison<'a> {
                 let currency = std::str::from_utf8(&entry.currency).unwrap_or_default();
                 report.log.add(currency, i128::from(entry.amount).saturating_mul(100));
             }
-            if verdict.wrongs.is_empty() || suspects.take(partition, offset, entry, &verdict) {
+            if verdict.wrongs.is_empty() {
+                if let Some(reason) = refused_by_other_settings(entry, self.settings.kafka.publish) {
+                    let text =
+                        format!("dead-lettered as {}; by the present settings it is valid", reason.as_str());
+                    report.allowed.push(partition, offset, text);
+                }
+                continue;
+            }
+            if suspects.take(partition, offset, entry, &verdict) {
                 continue;
             }
             for wrong in &verdict.wrongs {

@@ -147,7 +147,7 @@ pub async fn view(settings: &Settings) -> Result<View, Failure> {
             row,
             bounds,
             // A lane asks the outputs; here only what it cannot settle by itself is of interest.
-            proof: Proof::Impossible,
+            proof: Proof::Unclear(NextOffset(0)),
         })
         .collect();
     Ok(View { identity, known, topic })
@@ -194,8 +194,11 @@ pub async fn plan(
             "offset {target} is not in the log of partition {partition}, which has {start} to {end}"
         )));
     }
+    // Of a database that was restored, more is known to be sent than is written.
+    let sent_max = known.row.as_ref().and_then(|row| row.published).max(Some(applied));
     if let Settlement::Accept { published } = settlement
-        && published > applied
+        && !matches!(doubt, Doubt::Unproved { .. })
+        && Some(published) > sent_max
     {
         return Err(Failure::usage(format!(
             "records from {applied} on are not written yet, their events cannot have been sent; to give them up, \

@@ -212,3 +212,13 @@ fn what_the_database_refused_claims_nothing_and_its_twins_are_decided_anew() {
     assert_eq!(rows.core.bytes, batch.rows_at(&[1]).core.bytes);
     assert_eq!(rows.metadata.bytes, batch.rows_at(&[1]).metadata.bytes);
 }
+
+#[test]
+fn a_refused_record_stays_refused_when_a_later_one_of_its_partition_was_taken() {
+    // GIVEN records of one id: the first was refused, the second written, all below the cursor now
+    let again = batch(9, &[(0, 4, 1, 10), (0, 5, 1, 10), (0, 6, 1, 99), (1, 3, 1, 10)]);
+    let owners = HashMap::from([(id(1), owner(&again, 1, 0, 5))]);
+    // THEN only what came after the owner, or to another partition, is measured by it
+    let fates = again.decide(&Answer { owners }, &Refused::default()).0;
+    assert_eq!(fates, [Fate::Rejected(None), Fate::WrittenBefore, CONFLICT, Fate::Duplicate]);
+}

@@ -208,7 +208,7 @@ fn describe(report: &Report) -> String {
     }
     if !report.allowed.is_empty() {
         text.push(format!(
-            "\ndecided otherwise by an earlier database, as the contract allows: {}",
+            "\ndecided otherwise by an earlier database or by other settings, as the contract allows: {}",
             report.allowed.count
         ));
         described(&report.allowed, &mut text);

@@ -27,7 +27,7 @@ fn row(applied: i64, published: Option<i64>) -> Option<CursorRow> {
 
 fn known(group: Option<GroupOffset>, row: Option<CursorRow>, start: i64, end: i64) -> Known {
     let bounds = LogBounds { start: NextOffset(start), end: NextOffset(end) };
-    Known { partition: Partition(3), group, row, bounds, proof: Proof::Impossible }
+    Known { partition: Partition(3), group, row, bounds, proof: Proof::Unclear(NextOffset(0)) }
 }
 
 /// The log holds 2 to 100.
@@ -121,9 +121,11 @@ fn lost_group_offsets_that_nobody_knows_halt_the_partition() {
 
 #[test]
 fn a_group_offset_moved_over_unwritten_records_halts_the_partition() {
-    for (published, known) in [(None, 2), (Some(6), 6), (Some(7), 7), (Some(9), 7)] {
+    for (published, known) in [(None, 2), (Some(6), 6), (Some(7), 7)] {
         assert_eq!(decided(unmarked(8), row(7, published)), moved_forward(8, 7, known));
     }
+    // Below what was published it was moved back, however little of that the database still has.
+    assert_eq!(decided(unmarked(8), row(7, Some(9))), go(7, 7, 9, true, false));
 }
 
 #[test]
@@ -327,6 +329,32 @@ fn without_a_group_offset_the_outputs_are_asked_and_believed() {
     ));
     // What a person or a marked offset says needs no proof.
     assert_eq!(proved(marked(7), row(7, Some(7)), Proof::NotAsked), go(7, 7, 7, false, false));
-    assert_eq!(proved(None, None, Proof::NotAsked), go(2, 2, 2, true, true));
     assert_eq!(proved(unmarked(8), row(7, Some(7)), sent(7)), moved_forward(8, 7, 7));
+    // An offset beyond the rows was moved forward only if it is beyond what was sent, too.
+    assert_eq!(proved(unmarked(8), row(7, Some(7)), sent(9)), go(7, 7, 9, true, true));
+    assert_eq!(proved(unmarked(8), row(6, Some(9)), sent(9)), go(6, 6, 9, true, false));
+    assert_eq!(proved(marked(8), row(6, Some(9)), sent(9)), go(6, 6, 9, true, false));
+}
+
+#[test]
+fn with_nothing_left_but_the_outputs_they_decide() {
+    let proved = |proof| decide(&Known { proof, ..known(None, None, 2, 100) }, &HERE, &PUBLISHES);
+    assert_eq!(proved(Proof::NotAsked), Decision::Prove { from: NextOffset(2) });
+    assert_eq!(proved(Proof::Sent(NextOffset(2))), go(2, 2, 2, true, true));
+    assert_eq!(proved(Proof::Sent(NextOffset(50))), go(2, 2, 50, true, true));
+    assert_eq!(proved(Proof::Unclear(NextOffset(2))), go(2, 2, 2, true, true));
+    assert_eq!(proved(Proof::Unclear(NextOffset(50))), unproved(50, 50));
+}
+
+#[test]
+fn outputs_that_do_not_tell_all_are_not_contradicted() {
+    let unclear = |row, seen| {
+        let proof = Proof::Unclear(NextOffset(seen));
+        decide(&Known { proof, ..known(None, row, 2, 100) }, &HERE, &PUBLISHES)
+    };
+    // Nothing speaks against the database's copy.
+    assert_eq!(unclear(row(9, Some(9)), 9), go(9, 9, 9, true, false));
+    // More was sent than the copy knows: how much more, a person has to find out.
+    assert_eq!(unclear(row(9, Some(9)), 20), unproved(20, 20));
+    assert_eq!(unclear(row(9, Some(6)), 8), unproved(8, 9));
 }

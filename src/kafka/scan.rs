@@ -13,10 +13,10 @@ use uuid::Uuid;
 
 use super::group::{QuietLog, REQUEST_TIMEOUT};
 use super::librdkafka::topic_id;
-use super::log::{bounds_of, positions_at};
+use super::log::{bounds_of, listed, positions_at};
 use crate::config::KafkaSettings;
 use crate::cursor::LogBounds;
-use crate::disposition::{FailureClass, class_of_kafka};
+use crate::disposition::{FailureClass, class_of_kafka, is_refusal};
 use crate::kafka_client::base_client_config;
 use crate::record::{NextOffset, Partition, TimestampMs};
 
@@ -30,6 +30,14 @@ const POLL: Duration = Duration::from_millis(100);
 pub struct ScanError {
     topic: String,
     reason: String,
+    is_refusal: bool,
+}
+
+impl ScanError {
+    /// Whether the brokers refuse this principal.
+    pub fn is_refusal(&self) -> bool {
+        self.is_refusal
+    }
 }
 
 /// Records `from` up to, but not including, `to`.
@@ -76,6 +84,7 @@ impl Scanner {
         let consumer = BaseConsumer::from_config_and_context(&config, QuietLog).map_err(|e| ScanError {
             topic: topic.to_owned(),
             reason: format!("creating a consumer: {e}"),
+            is_refusal: false,
         })?;
         Ok(Self { consumer, topic: topic.to_owned() })
     }
@@ -87,7 +96,7 @@ impl Scanner {
 
     /// An error about this topic.
     pub(super) fn error(&self, reason: impl ToString) -> ScanError {
-        ScanError { topic: self.topic.clone(), reason: reason.to_string() }
+        ScanError { topic: self.topic.clone(), reason: reason.to_string(), is_refusal: false }
     }
 
     /// The topic's id, and all its partitions.
@@ -163,11 +172,19 @@ impl Scanner {
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     heard_at = Instant::now();
-                    self.done(open, partition)?;
+                    // A leader that has just taken over may not know yet how far the log goes.
+                    let ends = listed(&self.consumer, &self.topic, &[Partition(partition)], KafkaOffset::End)
+                        .map_err(|e| self.error(e))?;
+                    if ends.first() >= open.get(&partition) {
+                        self.done(open, partition)?;
+                    }
                 }
                 // Brokers that are away are waited for, with a limit.
                 Some(Err(error)) if is_passing(&error) => {}
-                Some(Err(error)) => return Err(self.error(error)),
+                Some(Err(error)) => {
+                    let is_refusal = error.rdkafka_error_code().is_some_and(is_refusal);
+                    return Err(ScanError { is_refusal, ..self.error(error) });
+                }
                 None => {}
             }
             if heard_at.elapsed() > STALL_MAX {

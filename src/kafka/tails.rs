@@ -6,7 +6,7 @@
 //! between it and the group's lost offset had no outputs. The search goes backward, in growing steps, and ends
 //! in each output partition where nothing later than the position in question can lie before:
 //!
-//! - at an output of a record before that position, because outputs of one input partition are in order;
+//! - at any output of a record of that input partition, because they are in order;
 //! - at outputs that are older than the record at that position. Brokers refuse records stamped more than an
 //!   hour ahead, so the record was in the log, at the earliest, an hour before its timestamp;
 //! - at the start, if nothing was removed there.
@@ -68,7 +68,8 @@ struct Region {
     low: NextOffset,
     /// Nothing before this matters.
     floor: NextOffset,
-    /// Input partitions of which an output of a record before their `from` was seen here.
+    /// Input partitions of which an output was seen here: read backward, the first step that has one has the
+    /// latest.
     passed: BTreeSet<Partition>,
 }
 
@@ -93,8 +94,28 @@ impl Region {
 /// Searches the outputs for what was sent of these partitions' records at or after these positions.
 ///
 /// # Errors
-/// When a topic cannot be read; the search may be tried again.
+/// When a topic cannot be read; the search may be tried again. Outputs that this principal may not read cannot
+/// tell anything, and are no error.
 pub fn search(
+    kafka: &KafkaSettings,
+    topic_id: Uuid,
+    positions: &[(Partition, NextOffset)],
+) -> Result<Vec<Proved>, ScanError> {
+    match search_outputs(kafka, topic_id, positions) {
+        Err(error) if error.is_refusal() => {
+            tracing::warn!(%error, "the outputs may not be read: they cannot tell what was sent");
+            let unclear = |(partition, from): &(Partition, NextOffset)| Proved {
+                partition: *partition,
+                from: *from,
+                proof: Proof::Unclear(*from),
+            };
+            Ok(positions.iter().map(unclear).collect())
+        }
+        other => other,
+    }
+}
+
+fn search_outputs(
     kafka: &KafkaSettings,
     topic_id: Uuid,
     positions: &[(Partition, NextOffset)],
@@ -148,7 +169,8 @@ pub fn search(
         "searched the outputs for what was sent"
     );
     let searched = wanted.iter().map(|(partition, w)| {
-        let proof = if inconclusive.contains(partition) { Proof::Impossible } else { Proof::Sent(w.sent) };
+        let is_unclear = inconclusive.contains(partition);
+        let proof = if is_unclear { Proof::Unclear(w.sent) } else { Proof::Sent(w.sent) };
         Proved { partition: *partition, from: w.from, proof }
     });
     Ok(searched.chain(at_end).collect())
@@ -177,7 +199,11 @@ fn wanted(
                 at_end.push(Proved { partition: *partition, from: *from, proof: Proof::Sent(*from) });
                 continue;
             }
-            Some(Peeked::Record(Some(at))) => Some(TimestampMs(at.0 - STAMPED_AHEAD_MS - CLOCK_SKEW_MS)),
+            // Never later than now, however far ahead the record is stamped.
+            Some(Peeked::Record(Some(at))) => {
+                let at = at.0.min(jiff::Timestamp::now().as_millisecond());
+                Some(TimestampMs(at - STAMPED_AHEAD_MS - CLOCK_SKEW_MS))
+            }
             // Nothing is known: all that is there is read.
             _ => None,
         };
@@ -245,10 +271,10 @@ fn note(
         .find(|source| source.topic_id_prefix == prefix);
     let Some(source) = source else { return };
     let Some(wanted) = wanted.get_mut(&source.partition) else { return };
+    passed.insert((message.partition(), source.partition));
     if wanted.from.is_past(source.offset) {
         let sent_at = message.timestamp().to_millis().map(TimestampMs);
         wanted.last_before = wanted.last_before.max(sent_at);
-        passed.insert((message.partition(), source.partition));
     } else {
         wanted.sent = wanted.sent.max(source.offset.next());
     }

@@ -39,6 +39,8 @@ const IDLE_COPY_AFTER: Duration = Duration::from_secs(1);
 const IDLE_COMPARE_AFTER: Duration = Duration::from_secs(5);
 /// What is in flight when partitions are revoked may take this long to finish.
 const REVOKE_GRACE: Duration = Duration::from_secs(8);
+/// Of partitions that are lost already hardly anything can be finished; the group waits for nothing.
+const LOST_GRACE: Duration = Duration::from_secs(1);
 /// Written batches that wait for their Kafka transaction.
 const PENDING_MAX: usize = 2;
 /// A batch smaller than this part of the largest waits until the one before it is published, and grows.
@@ -608,8 +610,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 }
                 event = events.recv(), if give_up_at.is_none() => {
                     let event = event.unwrap_or(LaneEvent::Drain);
-                    if matches!(event, LaneEvent::Revoked { .. }) {
-                        give_up_at = Some(Instant::now() + REVOKE_GRACE);
+                    if let LaneEvent::Revoked { is_lost, .. } = &event {
+                        let grace = if *is_lost { LOST_GRACE } else { REVOKE_GRACE };
+                        give_up_at = Some(Instant::now() + grace);
                     }
                     let is_drain = matches!(event, LaneEvent::Drain);
                     inbox.push_back(event);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::ports::{Ledger, Log, PublishFailure};
+use super::ports::{Ledger, Log, LogFailure, PublishFailure};
 use super::{Lane, Live, Slot};
 use crate::cursor::{CursorRow, Decision, Doubt, IdentityDoubt, Known, Proof, Start, decide};
 use crate::disposition::FailureClass;
@@ -18,7 +18,9 @@ use crate::record::{NextOffset, Partition};
 const BEYOND_END_PATIENCE: Duration = Duration::from_secs(30);
 const BEYOND_END_TICK: Duration = Duration::from_secs(1);
 /// A search through the outputs is asked this often whether it is done.
-const PROVING_TICK: Duration = Duration::from_millis(200);
+const PROVING_TICK: Duration = Duration::from_millis(50);
+/// A search that failed is tried again after this time.
+const PROVING_RETRY: Duration = Duration::from_secs(5);
 /// A halted partition is looked at again this often: a person may have settled it.
 const HALTED_TICK: Duration = Duration::from_secs(5);
 
@@ -72,7 +74,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 bounds,
                 // Asked once: the outputs tell nothing else the next time.
                 proof: match self.slots.get(partition) {
-                    Some(Slot::Halted { doubt: Doubt::Unproved { .. }, .. }) => Proof::Impossible,
+                    Some(Slot::Halted { doubt: Doubt::Unproved { from, .. }, .. }) => Proof::Unclear(*from),
                     _ => Proof::NotAsked,
                 },
             };
@@ -109,7 +111,16 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         let positions: Vec<_> = wanted.iter().map(|(known, from)| (known.partition, *from)).collect();
         let told = match self.log.prove(&positions).await {
             Ok(told) => told.unwrap_or_default(),
-            Err(failure) => return self.log_failed("asking the outputs what was sent", failure),
+            Err(LogFailure::Identity(doubt)) => return Err(doubt),
+            Err(LogFailure::Failed { message, .. }) => {
+                // The other partitions of this lane have no part in it.
+                tracing::warn!(reason = message, "the outputs could not be searched, trying again");
+                let again_at = Instant::now() + PROVING_RETRY;
+                for (known, _) in wanted {
+                    self.slots.insert(known.partition, Slot::Proving { again_at });
+                }
+                return Ok(());
+            }
         };
         let again_at = Instant::now() + PROVING_TICK;
         for (mut known, from) in wanted {

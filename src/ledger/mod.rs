@@ -490,8 +490,16 @@ impl Ledger for PgLedger {
             // confuse the driver (tokio-postgres takes the answers to their Syncs for unexpected).
             drop(session);
             session = self.take_session().await?;
+            let began = Instant::now();
             let work = write_sifted(&mut session, &topic_id, batch, &moves, &mut self.refusals);
-            written = limited_to(SIFT_TIMEOUT, "finding the rows that the database refuses", work).await;
+            let doing = "finding the rows that the database refuses (a smaller batch.max_payments helps)";
+            written = limited_to(SIFT_TIMEOUT, doing, work).await.map_err(|failure| match failure.sqlstate {
+                // The next try would take as long: somebody has to know.
+                None if began.elapsed() >= SIFT_TIMEOUT => {
+                    LedgerFailure { class: FailureClass::Systemic, ..failure }
+                }
+                _ => failure,
+            });
         } else if let Ok((fates, ..)) = &written {
             let rows = fates.0.iter().filter(|fate| **fate == Fate::Written).count();
             self.refusals.note(Instant::now(), rows, 0);

@@ -13,13 +13,15 @@ use crate::disposition::{FailureClass, SQLSTATE_CURSOR_MOVED, SqlState};
 use crate::lane::ports::LedgerFailure;
 use crate::schema::locks::{self, LockKey};
 
-/// Settings of a lane's session. The planner is kept from the two plans that are cheap on the empty tables
+/// Settings of a lane's session. A transaction has a limit of its own where the server knows one (from Postgres 17):
+/// longer than finding refused rows may take, and no longer. The planner is kept from the two plans that are cheap on the empty tables
 /// they may be planned on, and ruinous on full ones.
 const SETTINGS: &str = "
     SET statement_timeout = '45s';
     SET lock_timeout = '30s';
     SET enable_nestloop = off;
     SET enable_seqscan = off;
+    SELECT set_config('transaction_timeout', '360s', false) FROM pg_settings WHERE name = 'transaction_timeout';
 ";
 
 const CURSORS: &str = "

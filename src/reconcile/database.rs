@@ -22,7 +22,9 @@ use crate::postgres::{Endpoint, describe};
 use crate::record::{NextOffset, Offset, Partition, TimestampMs};
 
 /// Read-only: what looks at a database by mistake does no harm. Joins of whole months like memory.
-const SESSION: &str = "SET default_transaction_read_only = on; SET work_mem = '64MB'";
+/// The server waits for as long as we look at something else between two rows; a sort of ours may take minutes.
+const SESSION: &str =
+    "SET default_transaction_read_only = on; SET work_mem = '64MB'; SET tcp_user_timeout = 0";
 
 /// A field as the server sent it.
 struct Raw<'a>(Option<&'a [u8]>);

@@ -127,6 +127,22 @@ pub struct Verdict {
     pub untold: u8,
 }
 
+/// A record that is valid by the present settings, and has the dead letter of one that breaks a rule, and nothing
+/// else: the settings were others when it came. It claimed no id, so its replay may have been written since.
+pub fn refused_by_other_settings(entry: &Entry, publishes: bool) -> Option<Reason> {
+    let found = &entry.found;
+    let is_valid_now = !matches!(entry.claim, Claim::Refused(_) | Claim::Own);
+    let is_alone = found.metadata.count == 0
+        && found.output(OutputTopic::Read).count == 0
+        && found.output(OutputTopic::DeadLetter).count == 1;
+    found.reason.filter(|reason| {
+        publishes
+            && is_valid_now
+            && is_alone
+            && !matches!(reason, Reason::MessageIdConflict | Reason::RejectedByDatabase)
+    })
+}
+
 /// What should have become of the record, by the log, the claims and, where claims may be gone, the rows.
 pub fn outcome(entry: &Entry, publishes: bool) -> Outcome {
     let (found, notes) = (&entry.found, &entry.circumstances);
@@ -136,6 +152,9 @@ pub fn outcome(entry: &Entry, publishes: bool) -> Outcome {
     let has_row = found.metadata.count > 0;
     // Such a record claims no id, so that its replay, a later record of the same id, can be written.
     let is_rejected = publishes && !has_row && found.reason == Some(Reason::RejectedByDatabase);
+    if let Some(reason) = refused_by_other_settings(entry, publishes) {
+        return Outcome::DeadLetter(reason);
+    }
     match entry.claim {
         Claim::Refused(reason) => Outcome::DeadLetter(reason),
         Claim::Own => Outcome::Written,
@@ -181,7 +200,8 @@ pub fn judge(entry: &Entry, publishes: bool, is_cut_off: impl Fn(OutputTopic) ->
     let is_excused = notes.is_given_up
         || notes.is_prunable
         || !publishes
-        || outcome == Outcome::DeadLetter(Reason::RejectedByDatabase);
+        || outcome == Outcome::DeadLetter(Reason::RejectedByDatabase)
+        || refused_by_other_settings(entry, publishes).is_some();
     if notes.is_owned_later && !is_written && !is_excused {
         wrongs.push(Wrong::OwnedLater);
     }

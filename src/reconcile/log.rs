@@ -22,7 +22,7 @@ const CHUNK_RECORDS_MAX: usize = 5_000;
 /// Or so many bytes of them.
 const CHUNK_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Records of a slice whose id nobody has claimed. Each is kept with its id, to be looked for in the tables.
-const UNCLAIMED_MAX: usize = 1_000_000;
+pub(super) const UNCLAIMED_MAX: usize = 2_000_000;
 
 /// What is the same for all slices.
 pub(super) struct Circumstances<'a> {

@@ -116,8 +116,8 @@ pub struct Report {
     pub orphans: Option<[u64; 3]>,
     /// What is wrong.
     pub findings: Findings,
-    /// What is out of the ordinary and allowed: ids that another database or the database's own rules decided
-    /// otherwise.
+    /// What is out of the ordinary and allowed: what another database, the database's own rules or
+    /// earlier settings decided otherwise.
     pub allowed: Findings,
 }
 

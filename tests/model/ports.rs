@@ -211,7 +211,7 @@ impl Log for ModelLog {
                 let impossible = |(partition, from): &(Partition, NextOffset)| Proved {
                     partition: *partition,
                     from: *from,
-                    proof: Proof::Impossible,
+                    proof: Proof::Unclear(*from),
                 };
                 Some(wanted.iter().map(impossible).collect())
             } else {
