@@ -342,15 +342,18 @@ impl Drop for Episode<'_> {
         self.lab.proxy.set_open(true);
         if std::thread::panicking() {
             eprintln!("--- what was done in this episode ---\n{}", self.history.join("\n"));
-            return;
         }
         if self.setup.stage == Stage::SmallDisk {
             self.instances.clear();
-            let database = &self.scope.database;
-            self.scope.on_server(&[
-                format!("DROP DATABASE IF EXISTS \"{database}\" WITH (FORCE)"),
-                "DROP TABLESPACE small".to_owned(),
-            ]);
+            let scope = &self.scope;
+            let leave = || {
+                scope.on_server(&[
+                    format!("DROP DATABASE IF EXISTS \"{}\" WITH (FORCE)", scope.database),
+                    "DROP TABLESPACE small".to_owned(),
+                ]);
+            };
+            // On a thread of its own: a second panic in this one would end the process.
+            let _ = std::thread::scope(|threads| threads.spawn(leave).join());
         }
     }
 }

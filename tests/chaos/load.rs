@@ -166,7 +166,9 @@ impl Flow {
                     }
                     wanted => {
                         if !shared.is_idle.load(Ordering::Acquire) {
-                            flush(&producer);
+                            if !flush(&producer) {
+                                producer = client(&config);
+                            }
                             shared.is_idle.store(true, Ordering::Release);
                         }
                         if wanted == STOPS {
@@ -226,8 +228,11 @@ fn send(producer: &BaseProducer, topic: &str, message: &Message) {
     let _ = producer.send(record);
 }
 
-fn flush(producer: &BaseProducer) {
-    if let Err(error) = producer.flush(FLUSH_MAX) {
-        eprintln!("the load's own client did not deliver the rest: {error}");
+/// False: the client did not get over what happened to its broker, and never will.
+fn flush(producer: &BaseProducer) -> bool {
+    let flushed = producer.flush(FLUSH_MAX);
+    if let Err(error) = &flushed {
+        eprintln!("the load's own client did not deliver the rest, another one goes on: {error}");
     }
+    flushed.is_ok()
 }
