@@ -29,17 +29,6 @@ pub enum Fate {
     Rejected(Option<SqlState>),
 }
 
-impl Fate {
-    /// Why it is a dead letter, if it is one.
-    pub fn reason(&self) -> Option<Reason> {
-        match self {
-            Self::Written | Self::WrittenBefore | Self::Duplicate => None,
-            Self::DeadLetter(reason) => Some(*reason),
-            Self::Rejected(_) => Some(Reason::RejectedByDatabase),
-        }
-    }
-}
-
 /// The five characters of a SQLSTATE (PostgreSQL manual, appendix A).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SqlState([u8; 5]);

@@ -81,13 +81,8 @@ impl Region {
     /// Whether no output of this input partition at or after its `from` can lie before what was read.
     fn is_conclusive(&self, partition: Partition) -> bool {
         // At a start above 0 something was removed, perhaps what was looked for.
-        let is_whole = self.floor > self.bounds.start || self.bounds.start.0 == 0 || self.is_empty();
+        let is_whole = self.floor > self.bounds.start || self.bounds.start.0 == 0;
         self.passed.contains(&partition) || (self.low <= self.floor && is_whole)
-    }
-
-    /// Nothing lies between its start and its end, and nothing was there since the floor.
-    fn is_empty(&self) -> bool {
-        self.bounds.start >= self.bounds.end && self.bounds.end.0 == 0
     }
 }
 
@@ -134,12 +129,9 @@ fn search_outputs(
         let mut step = STEP_MIN;
         loop {
             raise_floors(&scanner, &mut regions, &wanted)?;
-            let ranges = next_ranges(&mut regions, &wanted, step);
+            is_given_up = read > RECORDS_MAX || began.elapsed() > SEARCH_MAX;
+            let ranges = next_ranges(&mut regions, &wanted, step, is_given_up);
             if ranges.is_empty() {
-                break;
-            }
-            if read > RECORDS_MAX || began.elapsed() > SEARCH_MAX {
-                is_given_up = true;
                 break;
             }
             let mut passed: BTreeSet<(i32, Partition)> = BTreeSet::new();
@@ -245,9 +237,18 @@ fn raise_floors(
     Ok(())
 }
 
-/// The next step backward of every region that is not done.
-fn next_ranges(regions: &mut [Region], wanted: &BTreeMap<Partition, Wanted>, step: i64) -> Vec<ScanRange> {
+/// The next step backward of every region that is not done. What is returned counts as read; so nothing is, once
+/// the search is given up.
+fn next_ranges(
+    regions: &mut [Region],
+    wanted: &BTreeMap<Partition, Wanted>,
+    step: i64,
+    is_given_up: bool,
+) -> Vec<ScanRange> {
     let mut ranges = Vec::new();
+    if is_given_up {
+        return ranges;
+    }
     for region in regions.iter_mut().filter(|region| !region.is_done(wanted)) {
         let from = NextOffset(region.low.0.saturating_sub(step)).max(region.floor).max(region.bounds.start);
         ranges.push(ScanRange { partition: region.partition, from, to: region.low });
@@ -333,12 +334,23 @@ mod tests {
         let mut regions = [region(0, 100, 30, 100)];
         let mut read = Vec::new();
         loop {
-            let ranges = next_ranges(&mut regions, &wanted, 40);
+            let ranges = next_ranges(&mut regions, &wanted, 40, false);
             if ranges.is_empty() {
                 break;
             }
             read.extend(ranges.iter().map(|r| (r.from.0, r.to.0)));
         }
         assert_eq!(read, [(60, 100), (30, 60)]);
+    }
+
+    #[test]
+    fn a_search_that_is_given_up_does_not_count_as_done() {
+        let wanted = BTreeMap::from([(Partition(7), wanted(None, None))]);
+        // One step more would have reached the floor.
+        let mut regions = [region(0, 100, 30, 60)];
+        assert!(next_ranges(&mut regions, &wanted, 40, true).is_empty());
+        assert!(!regions[0].is_conclusive(Partition(7)));
+        assert!(!next_ranges(&mut regions, &wanted, 40, false).is_empty());
+        assert!(regions[0].is_conclusive(Partition(7)));
     }
 }

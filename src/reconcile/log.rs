@@ -73,14 +73,7 @@ pub(super) fn read(
     };
     let read = scanner.read(ranges, |message| {
         let record = NativeRecord::of(message);
-        source.push(
-            record.partition(),
-            record.offset(),
-            record.timestamp(),
-            record.key(),
-            record.value(),
-            record.headers(),
-        );
+        push(&mut source, &record);
         if source.len() >= CHUNK_RECORDS_MAX || source.bytes() >= CHUNK_BYTES_MAX {
             return flush(&mut source, table);
         }
@@ -96,6 +89,11 @@ pub(super) fn read(
     // Broken off only by the failure above.
     let _ = flow.map_err(|e| Fault::Scan(e.to_string()))?;
     Ok(gathered)
+}
+
+fn push(into: &mut SourceBatch, record: &NativeRecord<'_>) {
+    let (partition, offset, timestamp) = (record.partition(), record.offset(), record.timestamp());
+    into.push(partition, offset, timestamp, record.key(), record.value(), record.headers());
 }
 
 fn settle(
@@ -228,14 +226,7 @@ pub(super) fn identify(
             let record = NativeRecord::of(message);
             if wanted.contains(&(record.partition(), record.offset())) {
                 one.clear();
-                one.push(
-                    record.partition(),
-                    record.offset(),
-                    record.timestamp(),
-                    record.key(),
-                    record.value(),
-                    record.headers(),
-                );
+                push(&mut one, &record);
                 if let Some(view) = one.get(0)
                     && let Ok(payment) = wire::parse(&view, rules)
                 {

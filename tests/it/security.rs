@@ -56,6 +56,13 @@ fn missing(daemon: &Daemon) -> String {
     daemon.get("/readyz").map_or(String::new(), |reply| reply.body)
 }
 
+/// Gives the user of the secure listener another password.
+fn set_password(servers: &Servers, password: &str) {
+    let user = ["--entity-type", "users", "--entity-name", "writer"];
+    let changed = ["--add-config", &format!("SCRAM-SHA-512=[password={password}]")];
+    servers.kafka_tool(&[&["kafka.admin.ConfigCommand", "--alter"], &user[..], &changed[..]].concat());
+}
+
 /// The rights that the README names, to a principal that has none.
 fn grant_rights(scope: &Scope<'_>, instance: &str) {
     let principal = "User:writer";
@@ -126,28 +133,10 @@ fn certificates_passwords_and_rights_are_asked_for_and_whoever_lacks_one_waits_a
     ));
 
     // WHEN the password is wrong
-    servers.kafka_tool(&[
-        "kafka.admin.ConfigCommand",
-        "--alter",
-        "--entity-type",
-        "users",
-        "--entity-name",
-        "writer",
-        "--add-config",
-        "SCRAM-SHA-512=[password=another]",
-    ]);
+    set_password(&servers, "another");
     let mut daemon = waits(&member, "uthentication failed");
     // AND then right, but no right is granted, THEN it tells what is missing, and goes on by itself with each
-    servers.kafka_tool(&[
-        "kafka.admin.ConfigCommand",
-        "--alter",
-        "--entity-type",
-        "users",
-        "--entity-name",
-        "writer",
-        "--add-config",
-        "SCRAM-SHA-512=[password=sesame]",
-    ]);
+    set_password(&servers, "sesame");
     wait_until_within(PATIENCE, "rights are missing", || missing(&daemon).contains("uthorization failed"));
     assert!(daemon.is_running());
     grant_rights(&scope, "a");
