@@ -74,6 +74,11 @@ impl<'b> RowWriter<'b> {
         self.bigint(postgres_timestamp(value))
     }
 
+    /// `date`, as days since 2000-01-01.
+    pub fn date(&mut self, days: i32) -> &mut Self {
+        self.integer(days)
+    }
+
     /// `text`, or null.
     pub fn text(&mut self, value: Option<&str>) -> &mut Self {
         match value {

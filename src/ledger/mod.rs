@@ -3,6 +3,7 @@
 //! Statements are pipelined: the driver sends them as they are asked for and answers in order. Each
 //! lane keeps one session, prepared once; any error ends the session, and the next call opens another.
 
+mod claims;
 mod generations;
 mod session;
 mod sift;
@@ -17,9 +18,10 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{CopyInSink, Statement};
 use uuid::Uuid;
 
+use self::claims::{Claiming, claim};
 use self::generations::OlderGeneration;
 use self::session::{Failed, Session};
-use crate::batch::{Answer, Batch, Claim, Fates, Owner, Refused, Rows, TableRows};
+use crate::batch::{Answer, Batch, Fates, Owner, Refused, Rows, TableRows};
 use crate::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timestamp, postgres_timestamp};
 use crate::cursor::{CursorRow, Identity};
 use crate::disposition::{FailureClass, Fate, Refusals};
@@ -46,12 +48,21 @@ pub struct PgLedger {
     /// A lock was waited for in vain: whoever holds it may be a process that hangs.
     was_locked_out: bool,
     refusals: Refusals,
+    claiming: Claiming,
 }
 
 impl PgLedger {
     /// A ledger that takes its session from `pool` when it is first used.
     pub fn new(pool: Pool, topic: String, identity: Identity) -> Self {
-        Self { pool, topic, identity, session: None, was_locked_out: false, refusals: Refusals::default() }
+        Self {
+            pool,
+            topic,
+            identity,
+            session: None,
+            was_locked_out: false,
+            refusals: Refusals::default(),
+            claiming: Claiming::default(),
+        }
     }
 
     /// The present session, or a new one. It is put back only after a success: whatever fails, or is
@@ -128,67 +139,6 @@ async fn move_cursors(session: &Session, topic_id: &Uuid, moves: &Moves) -> Resu
     let parameters: [&(dyn ToSql + Sync); 6] =
         [topic_id, &moves.partitions, &moves.seen, &moves.applied, &moves.published, &moves.timestamps];
     session.client.query(&session.move_cursors, &parameters).await?;
-    Ok(())
-}
-
-/// The ids of a batch as the claim takes them.
-struct Claims {
-    ids: ArrayParam,
-    offsets: ArrayParam,
-    hashes: ArrayParam,
-    timestamps: ArrayParam,
-    partitions: ArrayParam,
-    count: usize,
-}
-
-impl Claims {
-    fn new(from: impl Iterator<Item = Claim>, count_max: usize) -> Self {
-        let mut claims = Self {
-            ids: ArrayParam::with_capacity(count_max, 16),
-            offsets: ArrayParam::with_capacity(count_max, 8),
-            hashes: ArrayParam::with_capacity(count_max, 8),
-            timestamps: ArrayParam::with_capacity(count_max, 8),
-            partitions: ArrayParam::with_capacity(count_max, 4),
-            count: 0,
-        };
-        for claim in from {
-            claims.ids.push(&claim.message_id);
-            claims.offsets.push(&claim.offset.0.to_be_bytes());
-            claims.hashes.push(&claim.payload_hash.to_be_bytes());
-            claims.timestamps.push(&postgres_timestamp(claim.timestamp).to_be_bytes());
-            claims.partitions.push(&claim.partition.0.to_be_bytes());
-            claims.count += 1;
-        }
-        claims
-    }
-}
-
-/// Claims what can be claimed; adds the owners of what could not.
-async fn claim(
-    session: &mut Session,
-    leaf: i64,
-    claims: &Claims,
-    taken: &mut HashMap<[u8; 16], Owner>,
-) -> Result<(), Failed> {
-    if claims.count == 0 {
-        return Ok(());
-    }
-    let statement = session.claim_into(leaf).await?;
-    let rows = session
-        .client
-        .query(
-            &statement,
-            &[&claims.ids, &claims.offsets, &claims.hashes, &claims.timestamps, &claims.partitions],
-        )
-        .await?;
-    let unclaimed: Vec<Uuid> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-    if let Some(ids) = array(unclaimed.iter().map(|id| *id.as_bytes())) {
-        // A statement of its own: its snapshot sees the owners that were committed meanwhile.
-        owners(session, leaf, &ids, taken).await?;
-        if unclaimed.iter().any(|id| !taken.contains_key(id.as_bytes())) {
-            return Err(Failed::unexpected("an id was taken, but its owner is not to be seen".to_owned()));
-        }
-    }
     Ok(())
 }
 
@@ -296,6 +246,8 @@ async fn copy_in_turn(session: &Session, rows: &TableRows) -> Result<(), Failed>
 struct Begun {
     /// The generation that claims go to.
     current: i64,
+    /// UTC date by the database's clock, as days since 2000-01-01.
+    today: i32,
     /// Owners as far as they are known.
     answer: Answer,
     stats: WriteStats,
@@ -324,7 +276,7 @@ async fn begin(
     session.forget_all_but(|g| g == current || older.iter().any(|o| o.number == g));
     let mut stats = WriteStats::default();
     let answer = look_up(session, batch, current, &older, &mut stats).await?;
-    Ok(Begun { current, answer, stats, at })
+    Ok(Begun { current, today: generations.try_get(4)?, answer, stats, at })
 }
 
 async fn commit(
@@ -347,12 +299,13 @@ async fn write_whole(
     topic_id: &Uuid,
     batch: &Batch,
     moves: &Moves,
+    claiming: &mut Claiming,
 ) -> Result<(Fates, Answer, WriteStats), Failed> {
     let mut begun = begin(session, topic_id, batch, moves).await?;
     let none = Refused::default();
-    let free = batch.claims(&none).filter(|c| !begun.answer.owners.contains_key(&c.message_id));
-    let claims = Claims::new(free, batch.claims_max());
-    claim(session, begun.current, &claims, &mut begun.answer.owners).await?;
+    let mut claims = Vec::with_capacity(batch.claims_max());
+    claims.extend(batch.claims(&none).filter(|c| !begun.answer.owners.contains_key(&c.message_id)));
+    claiming.claim(session, &mut begun, claims).await?;
     let fates = batch.decide(&begun.answer, &none);
     begun.stats.claim = begun.at.elapsed();
     copy_at_once(session, &batch.rows(&fates)).await?;
@@ -483,8 +436,11 @@ impl Ledger for PgLedger {
         let mut session = self.take_session().await?;
         let moves = Moves::new(moves);
         let topic_id = self.identity.topic_id;
-        let mut written =
-            limited("writing a batch", write_whole(&mut session, &topic_id, batch, &moves)).await;
+        let mut written = limited(
+            "writing a batch",
+            write_whole(&mut session, &topic_id, batch, &moves, &mut self.claiming),
+        )
+        .await;
         if written.as_ref().is_err_and(|failure| failure.class == FailureClass::Record) {
             // Of the old session nothing more can be asked: the COPYs that were sent behind the refused one
             // confuse the driver (tokio-postgres takes the answers to their Syncs for unexpected).

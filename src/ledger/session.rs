@@ -76,7 +76,7 @@ fn claim_sql(generation: i64) -> String {
             INSERT INTO payment_writer.idempotency_g{generation}
                 (message_id, source_offset, payload_hash, created_at, source_partition, date)
             SELECT message_id, source_offset, payload_hash, created_at, source_partition,
-                (now() AT TIME ZONE 'UTC')::date
+                (SELECT (now() AT TIME ZONE 'UTC')::date)
             FROM input
             ON CONFLICT (message_id) DO NOTHING
             RETURNING message_id
@@ -186,6 +186,7 @@ pub(super) struct Session {
     pub copy_metadata: Statement,
     pub copy_notes: Statement,
     claim: Option<(i64, Statement)>,
+    copy_claims: Option<(i64, Statement)>,
     owners: Vec<(i64, Statement)>,
 }
 
@@ -213,7 +214,7 @@ impl Session {
                 client
                     .prepare(
                         "SELECT current_generation, older_generations, older_v7_time_max, \
-                         older_other_time_max
+                         older_other_time_max, (now() AT TIME ZONE 'UTC')::date - date '2000-01-01'
                          FROM payment_writer.idempotency_current",
                     )
                     .await?,
@@ -254,6 +255,7 @@ impl Session {
                 copy_metadata,
                 copy_notes,
                 claim: None,
+                copy_claims: None,
                 owners: Vec::new(),
             }),
             Ok(Err(doubt)) => Err(LedgerFailure {
@@ -296,15 +298,37 @@ impl Session {
         self.owners.retain(|(generation, _)| live(*generation));
     }
 
-    /// The statement that claims into this generation.
+    /// The statement that claims into this generation row by row.
     pub(super) async fn claim_into(&mut self, generation: i64) -> Result<Statement, Failed> {
-        match &self.claim {
-            Some((prepared, statement)) if *prepared == generation => Ok(statement.clone()),
-            _ => {
-                let statement = self.client.prepare(&claim_sql(generation)).await?;
-                self.claim = Some((generation, statement.clone()));
-                Ok(statement)
-            }
+        prepared(&self.client, &mut self.claim, generation, || claim_sql(generation)).await
+    }
+
+    /// The COPY that claims into this generation.
+    pub(super) async fn copy_into(&mut self, generation: i64) -> Result<Statement, Failed> {
+        let sql = || {
+            format!(
+                "COPY payment_writer.idempotency_g{generation}
+                 (message_id, source_offset, payload_hash, created_at, source_partition, date)
+                 FROM STDIN (FORMAT binary)"
+            )
+        };
+        prepared(&self.client, &mut self.copy_claims, generation, sql).await
+    }
+}
+
+/// A statement on the current generation's table, prepared once for each generation.
+async fn prepared(
+    client: &ClientWrapper,
+    slot: &mut Option<(i64, Statement)>,
+    generation: i64,
+    sql: impl FnOnce() -> String,
+) -> Result<Statement, Failed> {
+    match slot {
+        Some((of, statement)) if *of == generation => Ok(statement.clone()),
+        _ => {
+            let statement = client.prepare(&sql()).await?;
+            *slot = Some((generation, statement.clone()));
+            Ok(statement)
         }
     }
 }

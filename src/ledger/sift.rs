@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use super::session::{Failed, Session};
-use super::{Begun, Claims, claim, copy_in_turn};
+use super::{Begun, claim, copy_in_turn};
 use crate::batch::{Batch, Claim, Refused};
 use crate::disposition::{FailureClass, Refusals, SqlState};
 use crate::failpoint;
@@ -82,9 +82,8 @@ async fn attempt(
     begun: &mut Begun,
     part: &[Claim],
 ) -> Result<(), Failed> {
-    let claims = Claims::new(part.iter().copied(), part.len());
     let owners = &mut begun.answer.owners;
-    claim(session, begun.current, &claims, owners).await?;
+    claim(session, begun.current, part, owners).await?;
     let mut written: Vec<u32> =
         part.iter().filter(|c| !owners.contains_key(&c.message_id)).map(|c| c.index).collect();
     written.sort_unstable();
