@@ -172,6 +172,17 @@ pub struct Batch {
     lookups: Vec<u32>,
 }
 
+/// The vector inside, unless something still reads it.
+fn emptied(bytes: Bytes) -> Vec<u8> {
+    bytes.try_into_mut().map_or_else(
+        |_| Vec::new(),
+        |mut bytes| {
+            bytes.clear();
+            bytes.into()
+        },
+    )
+}
+
 fn position(buffer: &[u8]) -> u32 {
     buffer.len() as u32
 }
@@ -180,7 +191,25 @@ fn part<'b>(buffer: &'b [u8], range: &Range<u32>) -> &'b [u8] {
     buffer.get(range.start as usize..range.end as usize).unwrap_or_default()
 }
 
-#[derive(Default)]
+/// The memory of a batch that is done with, for the next one: a steady stream of batches neither asks the
+/// allocator for large blocks nor touches fresh pages.
+#[derive(Debug, Default)]
+pub struct Memory {
+    source: SourceBatch,
+    places: Vec<Place>,
+    candidates: Vec<u32>,
+    lookups: Vec<u32>,
+    encoder: Encoder,
+}
+
+impl Memory {
+    /// The part that records are taken into; it is empty.
+    pub fn take_source(&mut self) -> SourceBatch {
+        std::mem::take(&mut self.source)
+    }
+}
+
+#[derive(Debug, Default)]
 struct Encoder {
     core: Vec<u8>,
     metadata: Vec<u8>,
@@ -248,9 +277,19 @@ impl Encoder {
 
 impl Batch {
     /// Parses and encodes `source`. `progress` names every partition of the batch, in any order.
-    pub fn assemble(source: SourceBatch, mut progress: Vec<Progress>, rules: &Rules) -> Self {
+    pub fn assemble(source: SourceBatch, progress: Vec<Progress>, rules: &Rules) -> Self {
+        Self::assemble_in(Memory::default(), source, progress, rules)
+    }
+
+    /// As [`assemble`](Self::assemble), in the memory of an earlier batch.
+    pub fn assemble_in(
+        memory: Memory,
+        source: SourceBatch,
+        mut progress: Vec<Progress>,
+        rules: &Rules,
+    ) -> Self {
         progress.sort_unstable_by_key(|p| p.partition);
-        let mut encoder = Encoder::default();
+        let Memory { mut encoder, mut places, mut candidates, lookups, .. } = memory;
         // Sizes of a usual row or event; an estimate that saves growing step by step.
         let records = source.len();
         encoder.core.reserve(records * 108);
@@ -258,7 +297,8 @@ impl Batch {
         encoder.notes.reserve(records * 80);
         encoder.read_events.reserve(records * 320);
         encoder.email_events.reserve(records * 220);
-        let mut places = Vec::with_capacity(records);
+        places.reserve(records);
+        candidates.reserve(records);
         for record in source.iter() {
             let entry = match wire::parse(&record, rules) {
                 Ok(payment) => Entry::Valid(encoder.encode(&payment, &record, rules)),
@@ -276,8 +316,8 @@ impl Batch {
             notes_count: encoder.notes_count,
             read_events: encoder.read_events,
             email_events: encoder.email_events,
-            candidates: Vec::with_capacity(records),
-            lookups: Vec::new(),
+            candidates,
+            lookups,
         };
         batch.sort_candidates();
         batch
@@ -497,9 +537,24 @@ impl Batch {
         self.source.iter().step_by(step).filter_map(|r| r.timestamp)
     }
 
-    /// Gives the records' memory back for the next batch.
-    pub fn into_source(self) -> SourceBatch {
-        self.source
+    /// Gives the memory back for the next batch, emptied.
+    pub fn into_memory(self) -> Memory {
+        let Self { mut source, mut places, mut candidates, mut lookups, .. } = self;
+        source.clear();
+        places.clear();
+        candidates.clear();
+        lookups.clear();
+        let mut encoder = Encoder {
+            core: emptied(self.core),
+            metadata: emptied(self.metadata),
+            notes: emptied(self.notes),
+            notes_count: 0,
+            read_events: self.read_events,
+            email_events: self.email_events,
+        };
+        encoder.read_events.clear();
+        encoder.email_events.clear();
+        Memory { source, places, candidates, lookups, encoder }
     }
 }
 

@@ -104,17 +104,9 @@ impl Intake {
         std::mem::take(&mut self.disturbed)
     }
 
-    /// Takes everything: the records, and the ends met after them.
-    pub fn take(&mut self) -> (SourceBatch, BTreeMap<Partition, NextOffset>) {
-        (std::mem::take(&mut self.source), std::mem::take(&mut self.ends))
-    }
-
-    /// Gives back memory to fill again.
-    pub fn reuse(&mut self, mut source: SourceBatch) {
-        if self.source.is_empty() && source.bytes() <= self.bytes_max.saturating_mul(2) {
-            source.clear();
-            self.source = source;
-        }
+    /// Takes everything: the records, and the ends met after them. Goes on with `empty`.
+    pub fn take(&mut self, empty: SourceBatch) -> (SourceBatch, BTreeMap<Partition, NextOffset>) {
+        (std::mem::replace(&mut self.source, empty), std::mem::take(&mut self.ends))
     }
 
     /// Forgets everything, and wants nothing more.
@@ -181,7 +173,7 @@ mod tests {
         push(&mut intake, 1, 2);
         push(&mut intake, 2, 2);
         assert_eq!(offsets(&intake), [(2, 0), (2, 1), (2, 2)]);
-        assert!(intake.take().1.is_empty());
+        assert!(intake.take(SourceBatch::new()).1.is_empty());
     }
 
     #[test]

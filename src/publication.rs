@@ -198,6 +198,11 @@ impl Publication {
         self.batch.as_ref()
     }
 
+    /// Gives the batch back, once nothing is to be published of it any more.
+    pub fn into_batch(self) -> Option<Batch> {
+        self.batch
+    }
+
     /// The fates of the records behind it.
     pub fn fates(&self) -> &Fates {
         &self.fates

@@ -105,6 +105,8 @@ fn serve(settings: &PublisherSettings, receiver: &jobs::Receiver<Job>) {
                     Some(producer) => publish(producer, settings, &steps, &publication, &group),
                     None => Err(PublishFailure::Unknown("the producer is not initialised".to_owned())),
                 };
+                // Before the answer: the lane uses the batch's memory again.
+                drop(publication);
                 let _ = reply.send(outcome);
             }
         }

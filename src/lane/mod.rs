@@ -21,7 +21,7 @@ use self::breaker::Breaker;
 use self::ports::{
     CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, RevokeDone, WriteStats,
 };
-use crate::batch::{Answer, Batch, Fates, Progress};
+use crate::batch::{Answer, Batch, Fates, Memory, Progress};
 use crate::cursor::{Doubt, Identity, IdentityDoubt, Mode};
 use crate::disposition::FailureClass;
 use crate::intake::Intake;
@@ -110,6 +110,8 @@ pub struct Lane<L: Log, D: Ledger> {
     intake_since: Option<Instant>,
     writing: Option<Batch>,
     pending: VecDeque<Arc<Publication>>,
+    /// Of the batch that was settled last.
+    spare: Option<Memory>,
     /// False after a session broke: the cursors are compared before the next write.
     is_session_checked: bool,
     /// False until transactions of a former producer are settled.
@@ -146,6 +148,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             intake_since: None,
             writing: None,
             pending: VecDeque::new(),
+            spare: None,
             is_session_checked: false,
             is_producer_ready: false,
             database: Breaker::new("database", index),
@@ -220,7 +223,10 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             let deadline = Instant::now() + REVOKE_GRACE;
             while let Some(publication) = self.pending.front().cloned() {
                 match tokio::time::timeout_at(deadline, self.log.publish(&publication)).await {
-                    Ok(Ok(sent)) => self.published(&publication, sent),
+                    Ok(Ok(sent)) => {
+                        drop(publication);
+                        self.published(sent);
+                    }
                     Ok(Err(PublishFailure::Identity(doubt))) => return Err(doubt),
                     Ok(Err(PublishFailure::Aborted { .. } | PublishFailure::Fenced(_))) => break,
                     Ok(Err(PublishFailure::Unknown(_))) | Err(_) => {
@@ -461,7 +467,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
         let began = Instant::now();
         self.intake_since = None;
-        let (source, ends) = self.intake.take();
+        let mut memory = self.spare.take().unwrap_or_default();
+        let (source, ends) = self.intake.take(memory.take_source());
         let mut progress: BTreeMap<Partition, Progress> = BTreeMap::new();
         for record in source.iter() {
             let next = record.offset.next();
@@ -491,7 +498,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         if progress.is_empty() {
             return;
         }
-        let batch = Batch::assemble(source, progress.into_values().collect(), &self.settings.rules);
+        let progress = progress.into_values().collect();
+        let batch = Batch::assemble_in(memory, source, progress, &self.settings.rules);
         self.metrics.phase(LanePhase::Assembling, began.elapsed());
         self.metrics.batch(batch.len(), batch.source_bytes());
         self.writing = Some(batch);
@@ -559,8 +567,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             self.reset("what was in flight did not finish before partitions had to go");
             return Ok(());
         };
-        if let (Some(publication), Some(sent)) = (publication, sent) {
-            self.after_publish(&publication, sent)?;
+        drop(publication);
+        if let Some(sent) = sent {
+            self.after_publish(sent)?;
         }
         if let Some(written) = written {
             self.after_write(written, &moves)?;
@@ -658,7 +667,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         if spans.is_empty() {
             self.metrics.outcomes(&fates);
             self.board.settled(&fates.0);
-            self.intake.reuse(batch.into_source());
+            self.spare = Some(batch.into_memory());
         } else {
             let emits = self.settings.mode.publishes;
             self.pending.push_back(Arc::new(Publication::of_batch(batch, fates, spans, emits)));
@@ -666,9 +675,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         Ok(())
     }
 
-    fn after_publish(&mut self, publication: &Arc<Publication>, sent: Sent) -> Result<(), IdentityDoubt> {
+    fn after_publish(&mut self, sent: Sent) -> Result<(), IdentityDoubt> {
         match sent {
-            Ok(sent) => self.published(publication, sent),
+            Ok(sent) => self.published(sent),
             Err(PublishFailure::Aborted { class, message }) => {
                 self.broker_failed(class, "publishing a batch", &message);
             }
@@ -683,18 +692,22 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         Ok(())
     }
 
-    fn published(&mut self, publication: &Arc<Publication>, (proof, counts): (Published, OutputCounts)) {
+    /// The first of the pending publications is committed.
+    fn published(&mut self, (proof, counts): (Published, OutputCounts)) {
         self.broker_up();
-        self.pending.pop_front();
         for (partition, position) in proof.positions() {
             if let Some(Slot::Live(live)) = self.slots.get_mut(partition) {
                 live.committed = live.committed.max(*position);
             }
         }
-        self.metrics.outcomes(publication.fates());
-        self.board.settled(&publication.fates().0);
         self.metrics.outputs(&counts);
-        self.metrics.latency(publication.batch());
+        if let Some(publication) = self.pending.pop_front() {
+            self.metrics.outcomes(publication.fates());
+            self.board.settled(&publication.fates().0);
+            self.metrics.latency(publication.batch());
+            let batch = Arc::into_inner(publication).and_then(Publication::into_batch);
+            self.spare = batch.map(Batch::into_memory).or_else(|| self.spare.take());
+        }
         self.report_positions();
     }
 
@@ -810,7 +823,10 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 break;
             }
             match self.log.publish(&publication).await {
-                Ok(sent) => self.published(&publication, sent),
+                Ok(sent) => {
+                    drop(publication);
+                    self.published(sent);
+                }
                 Err(PublishFailure::Identity(doubt)) => return Err(doubt),
                 Err(PublishFailure::Aborted { class, message }) => {
                     self.broker_failed(class, "publishing a batch", &message);

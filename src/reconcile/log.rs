@@ -159,9 +159,7 @@ fn settle(
         entry.key = view.record.key.filter(|key| !key.is_empty()).map(hash::java_partition_hash);
         table.push(partition, offset, entry);
     }
-    let mut source = batch.into_source();
-    source.clear();
-    Ok(source)
+    Ok(batch.into_memory().take_source())
 }
 
 fn claim(
