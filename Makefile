@@ -3,7 +3,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 # Integration tests mostly wait for servers, so more of them than cores run side by side.
 export RUST_TEST_THREADS ?= 4
 
-SCRIPTS := .ci/run dev/bench-idempotency dev/demo dev/install dev/measure dev/servers
+SCRIPTS := .ci/run dev/bench dev/bench-idempotency dev/demo dev/install dev/servers
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test dev-up dev-down dev-clean fmt lint build clean
@@ -17,6 +17,16 @@ demo: ## start Kafka and Postgres, write 200,000 payments, check and show every 
 test: lint ## everything CI runs: format, lints, unit, property and integration tests, a share of the fault suite
 	dev/servers install
 	cargo test --locked --features failpoints
+
+.PHONY: bench bench-latency
+# Words for the benchmarks; without any, their defaults.
+BENCH_WORDS = $(foreach word,cases repeat count json,$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z))))
+LATENCY_WORDS = $(foreach word,rates seconds json,$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z))))
+bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=1000000 JSON=FILE
+	@dev/bench throughput $(BENCH_WORDS)
+
+bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 JSON=FILE
+	@dev/bench latency $(LATENCY_WORDS)
 
 .PHONY: bench-idempotency
 bench-idempotency: ## what a claim costs as the idempotency table grows to 100 million ids; half an hour

@@ -1,0 +1,418 @@
+//! What the servers can do at most: each third of a payment's way by itself, with the daemon's own client
+//! settings, as many threads or sessions as it has lanes, and everything made before the clock starts.
+
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::{SinkExt, future};
+use payment_writer::batch::{Batch, Fates, Progress, Refused};
+use payment_writer::columns::{COPY_HEADER, COPY_TRAILER, RowWriter};
+use payment_writer::config::Settings;
+use payment_writer::daemon::{consumer_config, rules, transactional_config};
+use payment_writer::disposition::Fate;
+use payment_writer::housekeeping::generations::{self, State};
+use payment_writer::kafka::group::QuietLog;
+use payment_writer::kafka::librdkafka::{NativeError, QuietContext, TxnProducer};
+use payment_writer::publication::{Publication, Span};
+use payment_writer::record::{NextOffset, Partition, SourceBatch};
+use payment_writer::schema::months;
+use payment_writer::wire::Rules;
+use rdkafka::Offset;
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::producer::BaseProducer;
+use rdkafka::types::RDKafkaErrorCode;
+use tokio_postgres::{Client, CopyInSink, Statement};
+use uuid::Uuid;
+
+use crate::Outcome;
+use crate::processes::{Meter, own_cpu_seconds};
+use crate::reader::Reader;
+use crate::site::{Servers, Site, failed};
+use crate::throughput::{PRODUCE_LIMIT, settle};
+
+/// Records of a batch: the default of `batch.max_payments`.
+const BATCH: usize = 10_000;
+/// All batches are in memory before the clock starts, at something like 1.5 KB a payment.
+const PAYMENTS_MAX: u64 = 1_000_000;
+const LIMIT: Duration = Duration::from_secs(300);
+const TRANSACTION_LIMIT: Duration = Duration::from_secs(20);
+const SLICE: Duration = Duration::from_millis(50);
+const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
+
+/// The ceilings by name, in the order in which they are taken.
+pub const NAMES: [&str; 3] = ["consume alone", "copy alone", "produce alone"];
+
+/// One ceiling, measured once.
+#[derive(Clone, Debug)]
+pub struct Ceiling {
+    pub name: &'static str,
+    pub payments: u64,
+    pub seconds: f64,
+    /// CPU seconds of the broker, of Postgres, and of this process, which does the daemon's part.
+    pub cpu: [f64; 3],
+}
+
+/// Times `work`, and counts what it costs.
+fn metered<T>(
+    servers: &Servers,
+    name: &'static str,
+    payments: u64,
+    work: impl FnOnce() -> Outcome<(T, f64)>,
+) -> Outcome<(T, Ceiling)> {
+    let own = own_cpu_seconds();
+    let meter = Meter::start(vec![&servers.broker, &servers.postgres]);
+    let (made, seconds) = work()?;
+    let used = meter.read();
+    let cpu = [used[0], used[1], own_cpu_seconds() - own];
+    Ok((made, Ceiling { name, payments, seconds, cpu }))
+}
+
+/// Measures all of them once.
+pub fn measure(servers: &Servers, count: u64, seed: u64) -> Outcome<Vec<Ceiling>> {
+    let site = Site::create(servers)?;
+    let settings = site.settings()?;
+    let count = count.min(PAYMENTS_MAX);
+    let words = ["--ids", "v7", "--count", &count.to_string(), "--seed", &seed.to_string()];
+    site.produce(&words)?.finish(PRODUCE_LIMIT)?;
+
+    settle(servers)?;
+    let read = metered(servers, NAMES[0], count, || consume(&settings, count, |(), _| {}));
+    let (_, consumed) = read?;
+
+    // Once more, now to keep them.
+    let (kept, _) = consume(&settings, count, keep)?;
+    let rules = rules(&settings);
+    let lanes: Vec<Vec<Batch>> =
+        kept.into_iter().map(|lane: Lane| lane.batches(&rules)).collect::<Outcome<_>>()?;
+
+    let rows: Vec<Vec<[Bytes; 4]>> = lanes.iter().map(|lane| lane.iter().map(copied).collect()).collect();
+    let (sessions, statements) = sessions(&site, lanes.len())?;
+    settle(servers)?;
+    let (_, copied) = metered(servers, NAMES[1], count, || copy(servers, sessions, &statements, rows))?;
+
+    let publications: Vec<Vec<Publication>> =
+        lanes.into_iter().map(|lane| lane.into_iter().map(published).collect()).collect();
+    settle(servers)?;
+    let producers: Vec<Producing> =
+        (0..publications.len()).map(|lane| producer(&settings, lane)).collect::<Outcome<_>>()?;
+    let (_, produced) = metered(servers, NAMES[2], count, || produce(&settings, producers, &publications))?;
+    Ok(vec![consumed, copied, produced])
+}
+
+/// Reads the input topic from its start until `count` records were taken; with the seconds that it took.
+fn consume<T: Send + Default>(
+    settings: &Settings,
+    count: u64,
+    take: impl Fn(&mut T, &payment_writer::kafka::librdkafka::NativeRecord<'_>) + Sync,
+) -> Outcome<(Vec<T>, f64)> {
+    let kafka = &settings.kafka;
+    let from = Offset::Offset(0);
+    let reader = Reader::new(&consumer_config(kafka), &kafka.input_topic, from, settings.lanes)?;
+    let (taken, is_over) = (AtomicU64::new(0), AtomicBool::new(false));
+    let states = (0..settings.lanes).map(|_| T::default()).collect();
+    let ended = std::sync::OnceLock::new();
+    let began = Instant::now();
+    let states = reader.read(LIMIT, states, &is_over, |state, record| {
+        take(state, &record);
+        if taken.fetch_add(1, Ordering::Relaxed) + 1 == count {
+            let _ = ended.set(began.elapsed());
+            is_over.store(true, Ordering::Release);
+        }
+    })?;
+    let took = ended.get().copied().unwrap_or_else(|| began.elapsed());
+    Ok((states, took.as_secs_f64()))
+}
+
+/// Records of one lane, cut into batches.
+#[derive(Default)]
+struct Lane {
+    full: Vec<SourceBatch>,
+    filling: SourceBatch,
+}
+
+fn keep(lane: &mut Lane, record: &payment_writer::kafka::librdkafka::NativeRecord<'_>) {
+    lane.filling.push(
+        record.partition(),
+        record.offset(),
+        record.timestamp(),
+        record.key(),
+        record.value(),
+        record.headers(),
+    );
+    if lane.filling.len() == BATCH {
+        lane.full.push(std::mem::take(&mut lane.filling));
+    }
+}
+
+impl Lane {
+    fn batches(self, rules: &Rules) -> Outcome<Vec<Batch>> {
+        let Self { mut full, filling } = self;
+        if !filling.is_empty() {
+            full.push(filling);
+        }
+        full.into_iter()
+            .map(|source| {
+                let mut reached = std::collections::BTreeMap::new();
+                for record in source.iter() {
+                    reached.insert(record.partition, record.offset.next());
+                }
+                let progress = reached.into_iter().map(|(partition, reached)| Progress {
+                    partition,
+                    seen: NextOffset(0),
+                    reached,
+                    timestamp: None,
+                });
+                let batch = Batch::assemble(source, progress.collect(), rules);
+                // The generator makes valid payments only: each of them is written.
+                match batch.claims_max() == batch.len() {
+                    true => Ok(batch),
+                    false => Err("a payment that was made is not valid".to_owned()),
+                }
+            })
+            .collect()
+    }
+}
+
+fn all_written(batch: &Batch) -> Fates {
+    Fates(vec![Fate::Written; batch.len()])
+}
+
+/// Milliseconds of a day.
+const DAY_MS: i64 = 24 * 60 * 60 * 1_000;
+/// Days from 1970-01-01 to 2000-01-01, where Postgres begins to count.
+const POSTGRES_EPOCH_DAYS: i64 = 10_957;
+
+/// A whole binary COPY of each of the four tables.
+fn copied(batch: &Batch) -> [Bytes; 4] {
+    let rows = batch.rows(&all_written(batch));
+    let whole = |rows: &[u8]| Bytes::from([COPY_HEADER, rows, COPY_TRAILER].concat());
+    let mut claims = Vec::with_capacity(batch.claims_max() * 90);
+    for claim in batch.claims(&Refused::default()) {
+        let day = claim.timestamp.0.div_euclid(DAY_MS) - POSTGRES_EPOCH_DAYS;
+        RowWriter::start(&mut claims, 6)
+            .uuid(&claim.message_id)
+            .bigint(claim.offset.0)
+            .bigint(claim.payload_hash)
+            .timestamptz(claim.timestamp)
+            .integer(claim.partition.0)
+            // A date travels as an integer: days since 2000-01-01.
+            .integer(i32::try_from(day).unwrap_or_default());
+    }
+    [whole(&claims), whole(&rows.core.bytes), whole(&rows.metadata.bytes), whole(&rows.notes.bytes)]
+}
+
+type Sessions = Vec<(Client, tokio::task::JoinHandle<()>)>;
+
+/// Sessions, and the statements of the four COPYs.
+fn sessions(site: &Site<'_>, count: usize) -> Outcome<(Sessions, [String; 4])> {
+    let leaf = site.servers.connected(&site.url, async |client| {
+        // The daemon does so before its first row; without them all rows go to the default partitions.
+        months::make_months_ahead(client).await.map_err(failed("making months"))?;
+        let all = generations::list(client).await.map_err(failed("reading generations"))?;
+        let current = all.into_iter().find(|generation| generation.state == State::Current);
+        current.map(|generation| generation.leaf).ok_or_else(|| "there is no current generation".to_owned())
+    })?;
+    let statement = |table: &str, columns: &str| {
+        format!("COPY payment_writer.{table} ({columns}) FROM STDIN (FORMAT binary)")
+    };
+    let statements = [
+        statement(&leaf, "message_id, source_offset, payload_hash, created_at, source_partition, date"),
+        statement("payment_core", "payment_id, created_at, cust_id, amount, currency, status, type"),
+        statement(
+            "payment_metadata",
+            "payment_id, created_at, updated_at, version, message_id, source_partition, source_offset",
+        ),
+        statement("payment_notes", "payment_id, created_at, external_ref_id, comment"),
+    ];
+    let sessions = site
+        .servers
+        .runtime
+        .block_on(future::try_join_all((0..count).map(|_| payment_writer::postgres::connect(&site.url))));
+    Ok((sessions.map_err(failed("connecting to Postgres"))?, statements))
+}
+
+async fn copy_batch(
+    client: &Client,
+    statements: &[Statement],
+    batch: [Bytes; 4],
+) -> Result<(), tokio_postgres::Error> {
+    client.batch_execute("BEGIN").await?;
+    // In one round trip, as the daemon's three.
+    future::try_join_all(statements.iter().zip(batch).map(|(statement, rows)| async move {
+        let sink: CopyInSink<Bytes> = client.copy_in(statement).await?;
+        let mut sink = std::pin::pin!(sink);
+        sink.send(rows).await?;
+        sink.finish().await
+    }))
+    .await?;
+    client.batch_execute("COMMIT").await
+}
+
+fn copy(
+    servers: &Servers,
+    sessions: Sessions,
+    statements: &[String; 4],
+    lanes: Vec<Vec<[Bytes; 4]>>,
+) -> Outcome<((), f64)> {
+    servers.runtime.block_on(async {
+        let mut ready = Vec::new();
+        for (client, driver) in sessions {
+            let prepared = future::try_join_all(statements.iter().map(|sql| client.prepare(sql)));
+            ready.push((prepared.await.map_err(failed("preparing COPY"))?, client, driver));
+        }
+        let began = Instant::now();
+        let work: Vec<_> = ready
+            .into_iter()
+            .zip(lanes)
+            .map(|((statements, client, _driver), batches)| {
+                tokio::spawn(async move {
+                    for batch in batches {
+                        copy_batch(&client, &statements, batch).await?;
+                    }
+                    Ok::<(), tokio_postgres::Error>(())
+                })
+            })
+            .collect();
+        let all = tokio::time::timeout(LIMIT, future::try_join_all(work));
+        let all = all.await.map_err(|_| format!("copying took longer than {} s", LIMIT.as_secs()))?;
+        let took = began.elapsed().as_secs_f64();
+        for outcome in all.map_err(failed("copying"))? {
+            outcome.map_err(|error| format!("copying: {}", payment_writer::postgres::describe(&error)))?;
+        }
+        Ok(((), took))
+    })
+}
+
+fn published(batch: Batch) -> Publication {
+    let fates = all_written(&batch);
+    let span = |p: &Progress| Span { partition: p.partition, gate: NextOffset(0), commit: p.reached };
+    let spans = batch.progress().iter().map(span).collect();
+    Publication::of_batch(batch, fates, spans, true)
+}
+
+type Producing = TxnProducer<QuietLog>;
+
+/// The producer that the daemon's lane would have, ready to begin.
+fn producer(settings: &Settings, lane: usize) -> Outcome<Producing> {
+    let kafka = &settings.kafka;
+    let config = transactional_config(kafka, lane);
+    let native: BaseProducer<QuietContext<QuietLog>> =
+        BaseProducer::from_config_and_context(&config, QuietContext(QuietLog))
+            .map_err(failed("making a producer"))?;
+    let topics = [&kafka.read_topic, &kafka.email_topic, &kafka.dead_letter_topic].map(String::as_str);
+    let producer = TxnProducer::new(native, &topics);
+    for topic in topics {
+        let client = producer.inner().client();
+        client.fetch_metadata(Some(topic), TRANSACTION_LIMIT).map_err(failed("asking for a topic"))?;
+    }
+    producer.init(TRANSACTION_LIMIT).map_err(failed("init_transactions"))?;
+    Ok(producer)
+}
+
+fn produce_batch(
+    producer: &Producing,
+    settings: &Settings,
+    publication: &Publication,
+) -> Result<(), NativeError> {
+    let deadline = Instant::now() + TRANSACTION_LIMIT;
+    producer.begin()?;
+    publication.for_each_output(&settings.kafka.input_topic, Uuid::nil(), |output| {
+        loop {
+            let headers = output.headers.iter().copied();
+            match producer.produce(output.topic.index(), output.key, output.value, headers) {
+                Err(error) if error.code == RDKafkaErrorCode::QueueFull && Instant::now() < deadline => {
+                    producer.flush(SLICE);
+                }
+                other => return other,
+            }
+        }
+    })?;
+    // As the daemon's publisher does: commit_transaction would wait in steps of 100 ms.
+    let mut slice = Duration::from_millis(1);
+    while !producer.flush(slice) && Instant::now() < deadline {
+        slice = (slice * 2).min(FLUSH_SLICE_MAX);
+    }
+    producer.commit(TRANSACTION_LIMIT)
+}
+
+fn produce(settings: &Settings, producers: Vec<Producing>, lanes: &[Vec<Publication>]) -> Outcome<((), f64)> {
+    let start = Barrier::new(producers.len() + 1);
+    std::thread::scope(|scope| {
+        let start = &start;
+        let work: Vec<_> = producers
+            .into_iter()
+            .zip(lanes)
+            .map(|(producer, batches)| {
+                scope.spawn(move || {
+                    start.wait();
+                    let outcome =
+                        batches.iter().try_for_each(|batch| produce_batch(&producer, settings, batch));
+                    // Before the client is dropped, which takes its time.
+                    (outcome, Instant::now())
+                })
+            })
+            .collect();
+        start.wait();
+        let began = Instant::now();
+        let mut last = began;
+        for lane in work {
+            let (outcome, ended) = lane.join().map_err(|_| "a producing thread died".to_owned())?;
+            outcome.map_err(failed("producing in a transaction"))?;
+            last = last.max(ended);
+        }
+        Ok(((), (last - began).as_secs_f64()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use payment_writer::record::{Headers, TimestampMs};
+
+    use super::*;
+
+    #[test]
+    fn a_batch_becomes_four_copies_of_as_many_rows() {
+        let mut lane = Lane::default();
+        for n in 0..3 {
+            let value = format!(
+                r#"{{"messageId":"0197b2a4-5f0e-7c3a-9d1e-2f4b8c6d7e{n:02x}","amount":1,"status":2,"currency":"EUR","custId":7,"type":"BWI"}}"#
+            );
+            lane.filling.push(
+                Partition(4),
+                payment_writer::record::Offset(n),
+                Some(TimestampMs(1_751_050_608_500)),
+                Some(b"7"),
+                Some(value.as_bytes()),
+                Headers::NONE.iter(),
+            );
+        }
+        let batches = lane.batches(&Rules::default()).unwrap();
+        let [claims, core, _, notes] = copied(&batches[0]);
+        // Header, trailer, and three rows of 2 + 6 * 4 + (16 + 8 + 8 + 8 + 4 + 4) bytes.
+        assert_eq!(claims.len(), 21 + 3 * 74);
+        assert!(core.len() > 21 && notes.len() == 21);
+        let mut sent = 0;
+        let publication = published(batches.into_iter().next().unwrap());
+        let counts = publication.for_each_output::<()>("in", Uuid::nil(), |_| {
+            sent += 1;
+            Ok(())
+        });
+        assert_eq!((sent, counts.unwrap().by_topic), (6, [3, 3, 0]));
+    }
+
+    #[test]
+    fn a_record_that_is_no_payment_is_told() {
+        let mut lane = Lane::default();
+        lane.filling.push(
+            Partition(0),
+            payment_writer::record::Offset(0),
+            None,
+            None,
+            Some(b"{}"),
+            Headers::NONE.iter(),
+        );
+        assert!(lane.batches(&Rules::default()).is_err());
+    }
+}

@@ -1,0 +1,335 @@
+//! Latency as a consumer of the read topic sees it: from the input record's timestamp, which is the event's
+//! `createdAt`, to the moment at which a `read_committed` consumer has the event.
+
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use clap::Parser;
+use rdkafka::{ClientConfig, Offset};
+use serde_json::json;
+
+use crate::daemon::Daemon;
+use crate::processes::{Meter, own_cpu_seconds, reaped_cpu_seconds};
+use crate::reader::Reader;
+use crate::report::{self, Lines};
+use crate::row;
+use crate::site::{Servers, Site};
+use crate::stats::Histogram;
+use crate::{Outcome, ServersArguments};
+
+/// Events are waited for this long after the last record was sent: a daemon that does not keep up works off
+/// its backlog in this time, or is said not to have kept up.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(120);
+const FETCH_LIMIT: Duration = Duration::from_secs(30);
+const TICK: Duration = Duration::from_millis(20);
+
+/// `bench latency`
+#[derive(Parser)]
+pub struct Arguments {
+    #[command(flatten)]
+    servers: ServersArguments,
+    /// Records a second
+    #[arg(long, value_delimiter = ',', default_values_t = [100, 1_000, 10_000, 50_000])]
+    rates: Vec<u64>,
+    /// Seconds at each rate
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3_600))]
+    seconds: u64,
+    /// Seconds at 1,000 a second before that, which are left out
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3_600))]
+    warm_up: u64,
+    /// Message ids
+    #[arg(long, default_value = "v7", value_parser = ["v4", "v7"])]
+    ids: String,
+}
+
+/// Milliseconds since 1970 of a time as events have it: `2026-01-02T03:04:05.678Z`, in years from 1970 on.
+fn parse_time(text: &[u8]) -> Option<i64> {
+    let digits = |range: std::ops::Range<usize>| {
+        text.get(range)?.iter().try_fold(0, |number: i64, byte| {
+            byte.is_ascii_digit().then(|| number * 10 + i64::from(byte - b'0'))
+        })
+    };
+    let (year, month, day) = (digits(0..4)?, digits(5..7)?, digits(8..10)?);
+    let (hours, minutes, seconds, ms) = (digits(11..13)?, digits(14..16)?, digits(17..19)?, digits(20..23)?);
+    let is_laid_out = [(4, b'-'), (7, b'-'), (10, b'T'), (13, b':'), (16, b':'), (19, b'.'), (23, b'Z')]
+        .iter()
+        .all(|(at, byte)| text.get(*at) == Some(byte));
+    if !is_laid_out || !(1..=12).contains(&month) {
+        return None;
+    }
+    // Days of the proleptic Gregorian calendar, with years that begin in March.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = year * 365 + year / 4 - year / 100 + year / 400 + (month * 153 + 2) / 5 + day - 1 - 719_468;
+    Some((((days * 24 + hours) * 60 + minutes) * 60 + seconds) * 1_000 + ms)
+}
+
+/// The record's timestamp, out of a read event; without making anything of the rest.
+fn created_at(event: &[u8]) -> Option<i64> {
+    const NAME: &[u8] = b"\"createdAt\":\"";
+    // Behind two ids: nothing before it can hold this text.
+    let at = event.windows(NAME.len()).position(|window| window == NAME)?;
+    parse_time(event.get(at + NAME.len()..)?.get(..24)?)
+}
+
+fn now_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
+
+/// What the probe's thread and the others share.
+#[derive(Default)]
+struct Probe {
+    /// Events of records from this moment on count.
+    since: AtomicI64,
+    seen: AtomicU64,
+    is_over: AtomicBool,
+    odd: AtomicU64,
+    histogram: Mutex<Option<Histogram>>,
+}
+
+impl Probe {
+    fn take(&self, event: &[u8]) {
+        let Some(created) = created_at(event) else {
+            self.odd.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
+        if created < self.since.load(Ordering::Acquire) {
+            return;
+        }
+        let mut histogram = self.histogram.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(histogram) = histogram.as_mut() {
+            histogram.add(now_ms() - created);
+        }
+        self.seen.fetch_add(1, Ordering::Release);
+    }
+
+    /// Begins anew with the records that are sent from now on.
+    fn begin(&self) {
+        let mut histogram = self.histogram.lock().unwrap_or_else(PoisonError::into_inner);
+        *histogram = Some(Histogram::new());
+        self.since.store(now_ms(), Ordering::Release);
+        self.seen.store(0, Ordering::Release);
+    }
+
+    fn finish(&self) -> Histogram {
+        let mut histogram = self.histogram.lock().unwrap_or_else(PoisonError::into_inner);
+        histogram.take().unwrap_or_else(Histogram::new)
+    }
+}
+
+/// The consumer of the events, told to be quick.
+fn probe_config(brokers: &str) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config
+        .set("bootstrap.servers", brokers)
+        .set("group.id", "bench-latency-probe")
+        .set("enable.auto.commit", "false")
+        .set("isolation.level", "read_committed")
+        .set("fetch.wait.max.ms", "10")
+        .set("fetch.queue.backoff.ms", "20");
+    config
+}
+
+/// What came of one rate.
+struct Rate {
+    wanted: u64,
+    sent: u64,
+    sent_per_second: f64,
+    latencies: Histogram,
+    /// Seconds after the last record until its event was seen; `None`: it was waited for in vain.
+    behind: Option<f64>,
+    /// CPU as a share of one core: daemon, broker, Postgres, probe, load generator.
+    cores: [f64; 5],
+    others: f64,
+}
+
+const SHARES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)];
+const WHO: [&str; 5] = ["daemon", "broker", "postgres", "probe", "load"];
+
+fn measure(
+    site: &Site<'_>,
+    daemon: &mut Daemon,
+    probe: &Probe,
+    arguments: &Arguments,
+    wanted: u64,
+    seconds: u64,
+) -> Outcome<Rate> {
+    let (rate, duration) = (wanted.to_string(), format!("{seconds}s"));
+    let pids = [daemon.id()];
+    let meter = Meter::start(vec![&pids, &site.servers.broker, &site.servers.postgres]);
+    let (own, reaped, began) = (own_cpu_seconds(), reaped_cpu_seconds(), Instant::now());
+    probe.begin();
+    let sending = site.produce(&["--ids", &arguments.ids, "--rate", &rate, "--duration", &duration])?;
+    let sent = sending.finish(Duration::from_secs(seconds) + CATCH_UP_LIMIT)?;
+    let took = began.elapsed().as_secs_f64();
+    let used = meter.read();
+    let (probe_used, load_used) = (own_cpu_seconds() - own, reaped_cpu_seconds() - reaped);
+    let others = meter.share_of_others(used.iter().sum::<f64>() + probe_used + load_used);
+    let ended = Instant::now();
+    let behind = loop {
+        if probe.seen.load(Ordering::Acquire) >= sent.records {
+            break Some(ended.elapsed().as_secs_f64());
+        }
+        if ended.elapsed() > CATCH_UP_LIMIT {
+            break None;
+        }
+        if probe.is_over.load(Ordering::Acquire) {
+            return Err("the probe has ended".to_owned());
+        }
+        daemon.check_alive()?;
+        std::thread::sleep(TICK);
+    };
+    let cores = [used[0], used[1], used[2], probe_used, load_used].map(|seconds| seconds / took);
+    let latencies = probe.finish();
+    let (sent, sent_per_second) = (sent.records, sent.records_per_second);
+    Ok(Rate { wanted, sent, sent_per_second, latencies, behind, cores, others })
+}
+
+/// `bench latency`
+pub fn run(arguments: &Arguments) -> Outcome<()> {
+    let mut lines = Lines::new(arguments.servers.json.as_deref())?;
+    let servers = Servers::find(&arguments.servers)?;
+    let site = Site::create(&servers)?;
+    let mut daemon = Daemon::start(&site, 0, &[])?;
+    let kafka = site.settings()?.kafka;
+    let reader =
+        Reader::new(&probe_config(&kafka.bootstrap_servers), &kafka.read_topic, Offset::Offset(0), 1)?;
+    let began = Instant::now();
+    while !daemon.progress()?.is_fetching {
+        if began.elapsed() > FETCH_LIMIT {
+            return Err(daemon.complain("the daemon does not begin to fetch"));
+        }
+        std::thread::sleep(TICK);
+    }
+    // No more than all rates take, each with its time to catch up.
+    let rates = arguments.rates.len() as u64 + 1;
+    let limit = Duration::from_secs(rates * (arguments.seconds + 10) + arguments.warm_up)
+        + 2 * CATCH_UP_LIMIT * u32::try_from(rates).unwrap_or(u32::MAX);
+    let probe = Probe::default();
+    let measured = std::thread::scope(|scope| {
+        let reading = scope.spawn(|| {
+            let outcome = reader.read(limit, vec![()], &probe.is_over, |(), record| {
+                probe.take(record.value().unwrap_or_default());
+            });
+            probe.is_over.store(true, Ordering::Release);
+            outcome
+        });
+        let measured = (|| {
+            eprintln!("bench: warming up for {} s", arguments.warm_up);
+            measure(&site, &mut daemon, &probe, arguments, 1_000, arguments.warm_up)?;
+            let mut measured = Vec::new();
+            for wanted in &arguments.rates {
+                eprintln!("bench: {wanted}/s for {} s", arguments.seconds);
+                let rate = measure(&site, &mut daemon, &probe, arguments, *wanted, arguments.seconds)?;
+                lines.add(json_line(&rate))?;
+                measured.push(rate);
+            }
+            Ok(measured)
+        })();
+        probe.is_over.store(true, Ordering::Release);
+        // Why the probe ended early says more than that it did.
+        let read = reading.join().map_err(|_| "the probe's thread died".to_owned())?;
+        read.and(measured)
+    })?;
+    daemon.stop()?;
+    let odd = probe.odd.load(Ordering::Relaxed);
+    if odd > 0 {
+        return Err(format!("{odd} read events have no time that could be read"));
+    }
+    print(&measured);
+    lines.finish();
+    Ok(())
+}
+
+fn ms(rate: &Rate, share: f64) -> Option<u64> {
+    rate.latencies.at(share)
+}
+
+fn json_line(rate: &Rate) -> serde_json::Value {
+    let latency: serde_json::Map<_, _> =
+        SHARES.iter().map(|(name, share)| ((*name).to_owned(), json!(ms(rate, *share)))).collect();
+    let cpu: serde_json::Map<_, _> = WHO
+        .iter()
+        .zip(rate.cores)
+        .map(|(name, share)| ((*name).to_owned(), json!((share * 1_000.0).round() / 10.0)))
+        .collect();
+    json!({
+        "benchmark": "latency", "rate": rate.wanted, "sent_per_s": rate.sent_per_second.round(), "sent": rate.sent,
+        "events": rate.latencies.total(), "caught_up_after_s": rate.behind, "latency_ms": latency,
+        "cpu_percent_of_one_core": cpu, "cpu_share_of_others": (rate.others * 1_000.0).round() / 1_000.0,
+    })
+}
+
+fn print(rates: &[Rate]) {
+    let mut rows = vec![row!["rate", "sent/s", "events"]];
+    rows[0].extend(SHARES.iter().map(|(name, _)| format!("{name} ms")));
+    rows[0].push("caught up after".to_owned());
+    for rate in rates {
+        let mut row = row![rate.wanted, format!("{:.0}", rate.sent_per_second), rate.latencies.total()];
+        row.extend(
+            SHARES.iter().map(|(_, share)| ms(rate, *share).map_or("-".to_owned(), |ms| ms.to_string())),
+        );
+        row.push(rate.behind.map_or("never".to_owned(), |seconds| format!("{seconds:.1} s")));
+        rows.push(row);
+    }
+    report::print("From the record's timestamp to the visible read event", &rows);
+    let mut rows = vec![row!["rate"]];
+    rows[0].extend(WHO.iter().map(|who| format!("{who} %")));
+    rows[0].push("others %".to_owned());
+    for rate in rates {
+        let mut row = row![rate.wanted];
+        row.extend(rate.cores.iter().map(|share| format!("{:.1}", share * 100.0)));
+        row.push(format!("{:.1}", rate.others * 100.0));
+        rows.push(row);
+    }
+    report::print("CPU in percent of one core; others: of the whole machine", &rows);
+}
+
+#[cfg(test)]
+mod tests {
+    use payment_writer::record::TimestampMs;
+    use payment_writer::wire::write_iso8601_ms;
+
+    use super::*;
+
+    #[test]
+    fn times_are_read_as_the_daemon_writes_them() {
+        // Leap days, ends of years and of February, and whatever lies between.
+        let mut times = vec![0, 951_782_400_000, 951_868_799_999, 1_767_225_599_999, 1_767_225_600_000];
+        times.extend((0..2_000).map(|n| n * 1_234_567_891));
+        for ms in times {
+            let mut text = Vec::new();
+            write_iso8601_ms(TimestampMs(ms), &mut text);
+            assert_eq!(parse_time(&text), Some(ms), "{}", String::from_utf8_lossy(&text));
+        }
+    }
+
+    #[test]
+    fn other_texts_are_no_times() {
+        for text in ["", "2026-01-02T03:04:05.678", "2026-01-02 03:04:05.678Z", "2026-13-02T03:04:05.678Z"] {
+            assert_eq!(parse_time(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_time_is_found_in_an_event() {
+        let event = br#"{"messageId":"x","id":"y","createdAt":"1970-01-01T00:00:01.500Z","updatedAt":"?"}"#;
+        assert_eq!(created_at(event), Some(1_500));
+        assert_eq!(created_at(b"{}"), None);
+    }
+
+    #[test]
+    fn a_probe_counts_what_came_after_it_began() {
+        let probe = Probe::default();
+        probe.begin();
+        probe.take(br#"{"createdAt":"1970-01-01T00:00:01.500Z"}"#);
+        assert_eq!(probe.seen.load(Ordering::Acquire), 0);
+        let mut event = br#"{"createdAt":""#.to_vec();
+        write_iso8601_ms(TimestampMs(now_ms() + 1), &mut event);
+        event.push(b'"');
+        probe.take(&event);
+        probe.take(b"nonsense");
+        assert_eq!((probe.seen.load(Ordering::Acquire), probe.odd.load(Ordering::Relaxed)), (1, 1));
+        assert_eq!(probe.finish().total(), 1);
+    }
+}

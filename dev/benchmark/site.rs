@@ -1,0 +1,288 @@
+//! A database, topics and a consumer group of their own, and the program's commands on them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use payment_writer::config::Settings;
+use payment_writer::kafka_client::base_client_config;
+use rdkafka::admin::{AdminClient, AdminOptions};
+use rdkafka::client::DefaultClientContext;
+use serde::Deserialize;
+use tokio::runtime::Runtime;
+use tokio_postgres::Client;
+
+use crate::processes::Guarded;
+use crate::{Outcome, ServersArguments};
+
+/// A command that takes longer has got stuck.
+const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+const REQUEST_LIMIT: Duration = Duration::from_secs(30);
+
+/// The servers, and a place to put files.
+pub struct Servers {
+    pub runtime: Runtime,
+    pub broker: Vec<u32>,
+    pub postgres: Vec<u32>,
+    admin_url: String,
+    writer_url: String,
+    program: PathBuf,
+    folder: PathBuf,
+    sites: AtomicU32,
+    logs: AtomicU32,
+}
+
+fn variable(name: &str) -> Outcome<String> {
+    std::env::var(name).map_err(|_| format!("{name} is not set: eval \"$(dev/servers env --dir DIR)\""))
+}
+
+/// Process ids that `dev/servers` keeps, each with its start time behind it.
+fn recorded(folder: &Path, name: &str) -> Option<u32> {
+    let text = std::fs::read_to_string(folder.join(format!("{name}.pid"))).ok()?;
+    text.split_ascii_whitespace().next()?.parse().ok()
+}
+
+/// The same server and role, another database.
+fn with_database(url: &str, database: &str) -> Option<String> {
+    let (server, _) = url.rsplit_once('/')?;
+    Some(format!("{server}/{database}"))
+}
+
+pub fn failed<E: std::fmt::Display>(doing: &str) -> impl Fn(E) -> String {
+    move |error| format!("{doing}: {error}")
+}
+
+impl Servers {
+    pub fn find(arguments: &ServersArguments) -> Outcome<Self> {
+        let folder = &arguments.servers;
+        let broker: Vec<u32> = (1..=9).filter_map(|n| recorded(folder, &format!("kafka-{n}"))).collect();
+        let postgres: Vec<u32> = recorded(folder, "postgres").into_iter().collect();
+        if broker.is_empty() || postgres.is_empty() {
+            return Err(format!("no servers run in {}: dev/servers up --dir", folder.display()));
+        }
+        let own = std::env::current_exe().map_err(failed("finding this program"))?;
+        let program = own.with_file_name("payment-writer");
+        if !program.exists() {
+            return Err(format!("{} is not built", program.display()));
+        }
+        let logs = folder.join("bench");
+        std::fs::create_dir_all(&logs).map_err(failed("making a folder"))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .map_err(failed("making a runtime"))?;
+        Ok(Self {
+            runtime,
+            broker,
+            postgres,
+            admin_url: variable("DEV_POSTGRES_ADMIN_URL")?,
+            writer_url: variable("PAYMENT_WRITER__POSTGRES__URL")?,
+            program,
+            folder: logs,
+            sites: AtomicU32::new(0),
+            logs: AtomicU32::new(0),
+        })
+    }
+
+    /// Runs work on a connection to `url`.
+    pub fn connected<T>(
+        &self,
+        url: &str,
+        work: impl AsyncFnOnce(&mut Client) -> Result<T, String>,
+    ) -> Outcome<T> {
+        self.runtime.block_on(async {
+            let (mut client, _driver) =
+                payment_writer::postgres::connect(url).await.map_err(failed("connecting to Postgres"))?;
+            work(&mut client).await
+        })
+    }
+
+    /// Runs statements as the superuser.
+    pub fn administer(&self, statements: &[&str]) -> Outcome<()> {
+        self.connected(&self.admin_url, async |client| {
+            for statement in statements {
+                client.batch_execute(statement).await.map_err(|error| {
+                    format!("{statement}: {}", payment_writer::postgres::describe(&error))
+                })?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Transactions committed in a database, as the server has counted them so far.
+    pub fn transactions(&self, database: &str) -> Outcome<i64> {
+        self.connected(&self.admin_url, async |client| {
+            let statement = "SELECT xact_commit FROM pg_stat_database WHERE datname = $1";
+            let row =
+                client.query_one(statement, &[&database]).await.map_err(failed("asking for transactions"))?;
+            Ok(row.get(0))
+        })
+    }
+}
+
+/// What `produce` says of what it sent.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Sent {
+    pub records: u64,
+    pub records_per_second: f64,
+    pub expected: Expected,
+}
+
+/// The outcomes that the records must have.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Expected {
+    pub written: u64,
+    pub duplicates: u64,
+    pub dead_letters: u64,
+}
+
+/// A place to run the daemon in that nothing else has touched. Dropped, it is removed.
+pub struct Site<'a> {
+    pub servers: &'a Servers,
+    /// Name of the database and the group, and the beginning of the topics' names.
+    pub name: String,
+    pub url: String,
+}
+
+impl<'a> Site<'a> {
+    /// Makes the database with its schema, and the topics.
+    pub fn create(servers: &'a Servers) -> Outcome<Self> {
+        let name = format!("bench_{}", servers.sites.fetch_add(1, Ordering::Relaxed) + 1);
+        let url = with_database(&servers.writer_url, &name)
+            .ok_or("PAYMENT_WRITER__POSTGRES__URL has no database")?;
+        servers.administer(&[&format!("CREATE DATABASE {name} OWNER payment_writer")])?;
+        let site = Self { servers, name, url };
+        site.run(&["migrate"])?;
+        site.run(&["topics", "create"])?;
+        Ok(site)
+    }
+
+    fn topic(&self, what: &str) -> String {
+        format!("{}_{what}", self.name)
+    }
+
+    /// The settings of this site, as the environment gives them. All others are the shipped ones.
+    fn variables(&self) -> BTreeMap<String, String> {
+        [
+            ("KAFKA__GROUP_ID", self.name.clone()),
+            ("KAFKA__INSTANCE_ID", "bench-0".to_owned()),
+            ("KAFKA__INPUT_TOPIC", self.topic("input")),
+            ("KAFKA__READ_TOPIC", self.topic("read")),
+            ("KAFKA__EMAIL_TOPIC", self.topic("email")),
+            ("KAFKA__DEAD_LETTER_TOPIC", self.topic("dlq")),
+            ("POSTGRES__URL", self.url.clone()),
+            ("ADMIN__LISTEN", "127.0.0.1:0".to_owned()),
+            ("LOG__LEVEL", "warn".to_owned()),
+        ]
+        .into_iter()
+        .map(|(name, value)| (format!("PAYMENT_WRITER__{name}"), value))
+        .collect()
+    }
+
+    /// The same settings for this very process.
+    pub fn settings(&self) -> Outcome<Settings> {
+        let mut variables: BTreeMap<String, String> =
+            std::env::vars().filter(|(name, _)| name.starts_with("PAYMENT_WRITER__")).collect();
+        variables.extend(self.variables());
+        let variables = variables.into_iter().map(|(name, value)| (name.into(), value.into()));
+        Settings::load_from(None, Path::new(payment_writer::config::DEFAULT_PATH), variables)
+            .map(|loaded| loaded.settings)
+            .map_err(failed("settings"))
+    }
+
+    /// Starts one of the program's commands; `more` are further settings, in the environment's spelling.
+    pub fn start(&self, arguments: &[&str], more: &[(&str, &str)]) -> Outcome<Guarded> {
+        let log = self.file("log");
+        let mut command = Command::new(&self.servers.program);
+        command.args(arguments).envs(self.variables());
+        command.envs(more.iter().map(|(name, value)| (format!("PAYMENT_WRITER__{name}"), value)));
+        Guarded::spawn(&format!("payment-writer {}", arguments.join(" ")), &mut command, &log)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Outcome<()> {
+        let mut command = self.start(arguments, &[])?;
+        command.succeed(COMMAND_LIMIT)?;
+        let _ = std::fs::remove_file(&command.log);
+        Ok(())
+    }
+
+    /// A name that no other file has.
+    fn file(&self, extension: &str) -> PathBuf {
+        let number = self.servers.logs.fetch_add(1, Ordering::Relaxed);
+        self.servers.folder.join(format!("{number}.{extension}"))
+    }
+
+    /// Starts to send records; [`Sending::finish`] says what was sent.
+    pub fn produce(&self, arguments: &[&str]) -> Outcome<Sending> {
+        let report = self.file("json");
+        let path = report.to_string_lossy().into_owned();
+        let mut words = vec!["produce", "--report", &path];
+        words.extend_from_slice(arguments);
+        Ok(Sending { process: self.start(&words, &[])?, report })
+    }
+}
+
+impl Drop for Site<'_> {
+    fn drop(&mut self) {
+        let warn = |outcome: Outcome<()>| {
+            if let Err(message) = outcome {
+                eprintln!("bench: warning: removing {}: {message}", self.name);
+            }
+        };
+        warn(self.servers.administer(&[&format!("DROP DATABASE {} WITH (FORCE)", self.name)]));
+        warn(self.settings().and_then(|settings| {
+            let kafka = &settings.kafka;
+            let admin: AdminClient<DefaultClientContext> =
+                base_client_config(kafka).create().map_err(failed("making a Kafka client"))?;
+            let topics =
+                [&kafka.input_topic, &kafka.read_topic, &kafka.email_topic, &kafka.dead_letter_topic];
+            let topics = topics.map(String::as_str);
+            let options = AdminOptions::new().request_timeout(Some(REQUEST_LIMIT));
+            let deleted = self.servers.runtime.block_on(admin.delete_topics(&topics, &options));
+            deleted.map(drop).map_err(failed("deleting topics"))
+        }));
+    }
+}
+
+/// Records on their way into the input topic.
+pub struct Sending {
+    pub process: Guarded,
+    report: PathBuf,
+}
+
+impl Sending {
+    /// Waits until all are sent.
+    pub fn finish(mut self, limit: Duration) -> Outcome<Sent> {
+        self.process.succeed(limit)?;
+        let text = std::fs::read_to_string(&self.report).map_err(failed("reading produce's report"))?;
+        let sent = serde_json::from_str(&text).map_err(failed("reading produce's report"))?;
+        let _ = std::fs::remove_file(&self.report);
+        let _ = std::fs::remove_file(&self.process.log);
+        Ok(sent)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_database_of_the_same_server() {
+        assert_eq!(
+            with_database("postgres://a:b@127.0.0.1:5/payment_writer", "bench_1").as_deref(),
+            Some("postgres://a:b@127.0.0.1:5/bench_1")
+        );
+        assert_eq!(with_database("nonsense", "bench_1"), None);
+    }
+
+    #[test]
+    fn a_recorded_process_is_the_first_word() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("kafka-1.pid"), "4711 999\n").unwrap();
+        assert_eq!(recorded(folder.path(), "kafka-1"), Some(4711));
+        assert_eq!(recorded(folder.path(), "kafka-2"), None);
+    }
+}
