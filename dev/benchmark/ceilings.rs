@@ -16,12 +16,12 @@ use payment_writer::housekeeping::generations::{self, State};
 use payment_writer::kafka::group::QuietLog;
 use payment_writer::kafka::librdkafka::{NativeError, QuietContext, TxnProducer};
 use payment_writer::publication::{Publication, Span};
-use payment_writer::record::{NextOffset, Partition, SourceBatch};
+use payment_writer::record::{NextOffset, SourceBatch};
 use payment_writer::schema::months;
 use payment_writer::wire::Rules;
 use rdkafka::Offset;
 use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::producer::BaseProducer;
+use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use tokio_postgres::{Client, CopyInSink, Statement};
 use uuid::Uuid;
@@ -368,7 +368,7 @@ fn produce(settings: &Settings, producers: Vec<Producing>, lanes: &[Vec<Publicat
 
 #[cfg(test)]
 mod tests {
-    use payment_writer::record::{Headers, TimestampMs};
+    use payment_writer::record::{Headers, Partition, TimestampMs};
 
     use super::*;
 

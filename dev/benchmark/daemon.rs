@@ -38,9 +38,10 @@ impl Progress {
         self.written + self.redelivered + self.duplicates + self.dead_letters
     }
 
+    /// Of several instances: whether all of them are fetching, and what they have settled together.
     pub fn plus(self, other: Self) -> Self {
         Self {
-            is_fetching: self.is_fetching || other.is_fetching,
+            is_fetching: self.is_fetching && other.is_fetching,
             written: self.written + other.written,
             redelivered: self.redelivered + other.redelivered,
             duplicates: self.duplicates + other.duplicates,

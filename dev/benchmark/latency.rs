@@ -222,7 +222,13 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
                 eprintln!("bench: {wanted}/s for {} s", arguments.seconds);
                 let rate = measure(&site, &mut daemon, &probe, arguments, *wanted, arguments.seconds)?;
                 lines.add(json_line(&rate))?;
+                let is_caught_up = rate.behind.is_some();
                 measured.push(rate);
+                if !is_caught_up {
+                    // What comes next would wait behind what is left of it.
+                    eprintln!("bench: {wanted}/s is more than the daemon can do here: the rest is left out");
+                    break;
+                }
             }
             Ok(measured)
         })();
@@ -255,7 +261,8 @@ fn json_line(rate: &Rate) -> serde_json::Value {
         .collect();
     json!({
         "benchmark": "latency", "rate": rate.wanted, "sent_per_s": rate.sent_per_second.round(), "sent": rate.sent,
-        "events": rate.latencies.total(), "caught_up_after_s": rate.behind, "latency_ms": latency,
+        "events": rate.latencies.total(), "latency_ms": latency,
+        "caught_up_after_s": rate.behind.map(|seconds| (seconds * 1_000.0).round() / 1_000.0),
         "cpu_percent_of_one_core": cpu, "cpu_share_of_others": (rate.others * 1_000.0).round() / 1_000.0,
     })
 }

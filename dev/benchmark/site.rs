@@ -112,14 +112,28 @@ impl Servers {
         })
     }
 
-    /// Transactions committed in a database, as the server has counted them so far.
-    pub fn transactions(&self, database: &str) -> Outcome<i64> {
-        self.connected(&self.admin_url, async |client| {
-            let statement = "SELECT xact_commit FROM pg_stat_database WHERE datname = $1";
-            let row =
-                client.query_one(statement, &[&database]).await.map_err(failed("asking for transactions"))?;
-            Ok(row.get(0))
-        })
+    /// A session that counts a database's transactions, from another database so that its own do not count.
+    pub fn counter(&self, database: &str) -> Outcome<Counter<'_>> {
+        let connect = payment_writer::postgres::connect(&self.admin_url);
+        let (client, _driver) = self.runtime.block_on(connect).map_err(failed("connecting to Postgres"))?;
+        Ok(Counter { runtime: &self.runtime, client, database: database.to_owned() })
+    }
+}
+
+/// Asks for the transactions of one database.
+pub struct Counter<'a> {
+    runtime: &'a Runtime,
+    client: Client,
+    database: String,
+}
+
+impl Counter<'_> {
+    /// Transactions committed, as the server has counted them so far: sessions tell it once a second, and when
+    /// they end.
+    pub fn transactions(&self) -> Outcome<i64> {
+        let statement = "SELECT xact_commit FROM pg_stat_database WHERE datname = $1";
+        let row = self.runtime.block_on(self.client.query_one(statement, &[&self.database]));
+        Ok(row.map_err(failed("asking for transactions"))?.get(0))
     }
 }
 

@@ -26,9 +26,12 @@ impl Spread {
 }
 
 impl fmt::Display for Spread {
-    /// The median, and in brackets the extremes, with the decimals asked for.
+    /// The median, and in brackets the extremes if they differ, with the decimals asked for.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let decimals = f.precision().unwrap_or(0);
+        if self.min == self.max {
+            return write!(f, "{:.*}", decimals, self.median);
+        }
         write!(f, "{:.*} ({:.*}..{:.*})", decimals, self.median, decimals, self.min, decimals, self.max)
     }
 }
@@ -82,6 +85,7 @@ mod tests {
         assert_eq!(Spread::of([3.0, 1.0, 2.0]), Some(Spread { min: 1.0, median: 2.0, max: 3.0 }));
         assert_eq!(Spread::of([4.0, 1.0, 2.0, 3.0]).unwrap().median, 2.5);
         assert_eq!(format!("{:.1}", Spread::of([1.0, 2.25, 4.0]).unwrap()), "2.2 (1.0..4.0)");
+        assert_eq!(format!("{:.0}", Spread::of([7.0]).unwrap()), "7");
     }
 
     #[test]

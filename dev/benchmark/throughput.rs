@@ -11,7 +11,7 @@ use crate::daemon::{Daemon, Metrics, Progress};
 use crate::processes::{Meter, resident_max};
 use crate::report::{self, Lines};
 use crate::row;
-use crate::site::{Sent, Servers, Site, failed};
+use crate::site::{Counter, Sent, Servers, Site, failed};
 use crate::stats::Spread;
 use crate::{Outcome, ServersArguments};
 
@@ -150,8 +150,10 @@ fn chosen(names: &[String]) -> Outcome<Vec<Case>> {
 #[derive(Clone, Debug)]
 struct Run {
     records: u64,
+    /// Records settled in the time that is measured, and that time.
+    timed: u64,
     seconds: f64,
-    /// CPU seconds of the daemons, the broker and Postgres.
+    /// CPU seconds of the daemons, the broker and Postgres, for all records.
     cpu: [f64; 3],
     others: f64,
     resident_max: u64,
@@ -165,7 +167,7 @@ const KAFKA_STEPS: [&str; 4] = ["produce", "offsets", "deliver", "commit"];
 
 impl Run {
     fn rate(&self) -> f64 {
-        self.records as f64 / self.seconds
+        self.timed as f64 / self.seconds
     }
 
     fn micros(&self, part: usize) -> f64 {
@@ -207,7 +209,8 @@ impl Run {
             PHASES.iter().map(|phase| ((*phase).to_owned(), rounded(self.phase_ms(phase), 3))).collect();
         json!({
             "benchmark": "throughput", "case": case.name, "run": round, "instances": case.instances,
-            "records": self.records, "seconds": rounded(self.seconds, 3), "records_per_s": rounded(self.rate(), 0),
+            "records": self.records, "records_timed": self.timed, "seconds": rounded(self.seconds, 3),
+            "records_per_s": rounded(self.rate(), 0),
             "cpu_us_per_record": {
                 "daemon": rounded(self.micros(0), 3), "broker": rounded(self.micros(1), 3),
                 "postgres": rounded(self.micros(2), 3), "all": rounded(self.micros_of_all(), 3),
@@ -251,7 +254,8 @@ fn sent(site: &Site<'_>, words: &[&str], count: u64, seed: u64) -> Outcome<Sent>
 }
 
 fn progress(daemons: &mut [Daemon]) -> Outcome<Progress> {
-    daemons.iter_mut().try_fold(Progress::default(), |sum, daemon| Ok(sum.plus(daemon.progress()?)))
+    let none = Progress { is_fetching: true, ..Progress::default() };
+    daemons.iter_mut().try_fold(none, |sum, daemon| Ok(sum.plus(daemon.progress()?)))
 }
 
 fn metrics(daemons: &mut [Daemon]) -> Outcome<Metrics> {
@@ -264,22 +268,45 @@ fn pause(left: u64, per_second: f64) -> Duration {
     rest.clamp(LOOK_MIN, LOOK_MAX)
 }
 
-/// From the first moment at which a partition is fetched to the one at which every record is settled.
-fn drained(daemons: &mut [Daemon], records: u64) -> Outcome<(f64, Progress, Metrics)> {
+/// How a drain went.
+struct Drained {
+    /// Records that were settled in this time.
+    records: u64,
+    seconds: f64,
+    /// What had come of all records at its end.
+    reached: Progress,
+    /// What the daemons and the database said at its beginning.
+    metrics: Metrics,
+    transactions: i64,
+}
+
+/// From the first moment at which every instance fetches some partition to the one at which every record is
+/// settled.
+fn drained(daemons: &mut [Daemon], counter: &Counter<'_>, records: u64) -> Outcome<Drained> {
     let began = Instant::now();
-    while !progress(daemons)?.is_fetching {
+    let before = loop {
+        let now = progress(daemons)?;
+        if now.settled() >= records {
+            return Err(format!(
+                "all {records} records were settled before every instance had a share of them"
+            ));
+        }
+        if now.is_fetching {
+            break now.settled();
+        }
         if began.elapsed() > STALL_LIMIT {
             return Err(daemons[0].complain("the daemon does not begin to fetch"));
         }
         std::thread::sleep(LOOK_FIRST);
-    }
+    };
     let began = Instant::now();
-    let before = metrics(daemons)?;
+    let (transactions, metrics) = (counter.transactions()?, metrics(daemons)?);
     let (mut settled, mut settled_at) = (0, began);
     loop {
         let now = progress(daemons)?;
         if now.settled() >= records {
-            return Ok((began.elapsed().as_secs_f64(), now, before));
+            let seconds = began.elapsed().as_secs_f64();
+            return Ok(Drained { records: records - before, seconds, reached: now, metrics, transactions });
         }
         if now.settled() > settled {
             (settled, settled_at) = (now.settled(), Instant::now());
@@ -287,7 +314,7 @@ fn drained(daemons: &mut [Daemon], records: u64) -> Outcome<(f64, Progress, Metr
             let message = format!("the daemon is stuck at {settled} of {records} records");
             return Err(daemons[0].complain(&message));
         }
-        let per_second = now.settled() as f64 / began.elapsed().as_secs_f64();
+        let per_second = now.settled().saturating_sub(before) as f64 / began.elapsed().as_secs_f64();
         std::thread::sleep(pause(records - now.settled(), per_second));
     }
 }
@@ -297,27 +324,29 @@ fn measure(site: &Site<'_>, case: &Case, count: u64, seed: u64) -> Outcome<Run> 
     let servers = site.servers;
     let sent = sent(site, &case.words, count, seed)?;
     settle(servers)?;
-    let transactions_before = servers.transactions(&site.name)?;
+    let counter = servers.counter(&site.name)?;
     let servers_meter = Meter::start(vec![&servers.broker, &servers.postgres]);
     let mut daemons =
         (0..case.instances).map(|n| Daemon::start(site, n, &case.settings)).collect::<Outcome<Vec<_>>>()?;
-    let (seconds, reached, before) = drained(&mut daemons, sent.records)?;
+    let drained = drained(&mut daemons, &counter, sent.records)?;
     let pids: Vec<u32> = daemons.iter().map(Daemon::id).collect();
     let daemon_cpu = crate::processes::cpu_seconds(&pids);
     let servers_cpu = servers_meter.read();
     let cpu = [daemon_cpu, servers_cpu[0], servers_cpu[1]];
     let others = servers_meter.share_of_others(cpu.iter().sum());
     let resident_max = pids.iter().filter_map(|pid| resident_max(*pid)).sum();
-    let metrics = metrics(&mut daemons)?.since(&before);
+    let metrics = metrics(&mut daemons)?.since(&drained.metrics);
     daemons.into_iter().try_for_each(Daemon::stop)?;
     // Sessions that have ended have told the server all that they counted.
-    let postgres_transactions = servers.transactions(&site.name)? - transactions_before;
+    let postgres_transactions = counter.transactions()? - drained.transactions;
+    let reached = drained.reached;
     let expected = &sent.expected;
     let found = (reached.written + reached.redelivered, reached.duplicates, reached.dead_letters);
     if found != (expected.written, expected.duplicates, expected.dead_letters) {
         return Err(format!("written, duplicates, dead letters: {found:?} instead of {expected:?}"));
     }
-    Ok(Run { records: sent.records, seconds, cpu, others, resident_max, postgres_transactions, metrics })
+    let (records, timed, seconds) = (sent.records, drained.records, drained.seconds);
+    Ok(Run { records, timed, seconds, cpu, others, resident_max, postgres_transactions, metrics })
 }
 
 /// Fills the current generation with random ids, on the server. The index is built afterwards: that is several
