@@ -15,8 +15,11 @@ use rdkafka::{ClientConfig, ClientContext, TopicPartitionList};
 
 use super::group::{Group, QuietLog, REQUEST_TIMEOUT};
 
-/// How often the group is looked at. What is nobody's at two looks in a row is nobody's for good.
-const TICK: Duration = Duration::from_secs(10);
+/// How often the group is looked at.
+const TICK: Duration = Duration::from_secs(5);
+/// What is nobody's still after this time is nobody's for good: between the two rounds of a rebalance members
+/// ask again at once.
+const SECOND_LOOK: Duration = Duration::from_secs(3);
 /// How long a visit may wait for the group to let it in.
 const VISIT_MAX: Duration = Duration::from_secs(60);
 
@@ -37,7 +40,7 @@ pub struct Membership {
 pub async fn watch(group: &Group, membership: &Membership) {
     let mut was_orphaned = false;
     loop {
-        tokio::time::sleep(TICK).await;
+        tokio::time::sleep(if was_orphaned { SECOND_LOOK } else { TICK }).await;
         let (asked, member) = (group.clone(), membership.clone());
         let look = tokio::task::spawn_blocking(move || look(&asked, &member)).await;
         let Ok(Ok(Some(look))) = look else {

@@ -17,6 +17,8 @@ use crate::support::{Check, Daemon, Member, Scope, Servers, wait_until_within};
 use crate::watch::{Offsets, Watch, has_reached};
 
 pub const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// A recovery that takes so long is asked whether it can come to an end at all.
+const SPOILT_ASKED_AFTER: Duration = Duration::from_secs(20);
 /// Whoever is not over it by now is stuck: longer than every time limit there is.
 const STUCK_AFTER: Duration = Duration::from_secs(150);
 /// This many seeds in a row share an episode, so that a seed alone says in which one it belongs.
@@ -222,34 +224,53 @@ impl<'l> Episode<'l> {
     /// Waits until records flow again: all that was there at the fault's end, and the first that came after
     /// it, is written and published. Says how long it took.
     pub fn recover(&mut self, ended_at: Instant) -> Duration {
-        let patience = |episode: &mut Self, state: &str| {
+        self.recover_unless(ended_at, || false).expect("nothing spoils it")
+    }
+
+    /// As [`recover`](Self::recover); none if `is_spoilt` turns true while it takes long.
+    pub fn recover_unless(&mut self, ended_at: Instant, is_spoilt: impl Fn() -> bool) -> Option<Duration> {
+        let mut ask_at = SPOILT_ASKED_AFTER;
+        let mut is_given_up = |episode: &mut Self, state: &str| {
             let waited = ended_at.elapsed();
+            if waited >= ask_at {
+                ask_at = waited + SPOILT_ASKED_AFTER;
+                if is_spoilt() {
+                    return true;
+                }
+            }
             assert!(waited < STUCK_AFTER, "STUCK: after {waited:?} {state}");
             episode.assert_alive();
             std::thread::sleep(Duration::from_millis(40));
+            false
         };
         let sum = |ends: &Offsets| ends.values().sum::<i64>();
         let mut first = None;
         // Records that came after the fault's end belong to it: what stood still has nothing left to do.
         let ends = loop {
-            match self.watch.ends() {
+            let state = match self.watch.ends() {
                 Some(ends) if sum(&ends) >= *first.get_or_insert(sum(&ends)) + RECORDS_SINCE => break ends,
-                Some(_) => patience(self, "no records come"),
-                None => patience(self, "the brokers do not tell the log's ends"),
+                Some(_) => "no records come",
+                None => "the brokers do not tell the log's ends",
+            };
+            if is_given_up(self, state) {
+                return None;
             }
         };
         loop {
             let committed = self.watch.committed().unwrap_or_default();
-            if has_reached(&committed, &ends) {
+            let state = if has_reached(&committed, &ends) {
                 // The first moment at which it was seen is not made later by the second question.
                 let seen_at = ended_at.elapsed();
                 let applied = self.watch.applied(&self.scope).unwrap_or_default();
                 if has_reached(&applied, &ends) {
-                    return seen_at;
+                    return Some(seen_at);
                 }
-                patience(self, &format!("applied is {applied:?}, the ends were {ends:?}"));
+                format!("applied is {applied:?}, the ends were {ends:?}")
             } else {
-                patience(self, &format!("the group is at {committed:?}, the ends were {ends:?}"));
+                format!("the group is at {committed:?}, the ends were {ends:?}")
+            };
+            if is_given_up(self, &state) {
+                return None;
             }
         }
     }

@@ -180,11 +180,16 @@ fn run_cycle(episode: &mut Episode<'_>, seed: u64, run: &Progress, random: &mut 
     let markers_dropped = episode.lab.markers_dropped();
     let done = inject::inject(fault, episode, random);
     let fault_ms = done.ended_at.saturating_duration_since(began_at).as_millis();
-    let is_spoilt = fault.may_spoil(episode.lab) && episode.lab.markers_dropped() > markers_dropped;
-    let (recovery, checked) = match done.verdict {
-        Some((recovery, checked)) => (recovery, Some(checked)),
-        None if is_spoilt => (Duration::ZERO, None),
-        None => (episode.recover(done.ended_at), None),
+    let lab = episode.lab;
+    let is_spoilt = || fault.may_spoil(lab) && lab.markers_dropped() > markers_dropped;
+    let (recovery, checked, is_spoilt) = match done.verdict {
+        Some((recovery, checked)) => (recovery, Some(checked), is_spoilt()),
+        None if is_spoilt() => (Duration::ZERO, None, true),
+        // A broker that was paused for longer than its own session drops them a moment after it woke up.
+        None => match episode.recover_unless(done.ended_at, is_spoilt) {
+            Some(recovery) => (recovery, None, false),
+            None => (Duration::ZERO, None, true),
+        },
     };
     if recovery > fault.recovery_max().0 {
         episode.tell_logs();
