@@ -1,6 +1,9 @@
 //! What one message costs on its way from bytes to bytes. Inputs are fixed; times are per message.
 #![allow(missing_docs)]
 
+#[path = "../src/allocator.rs"]
+mod allocator;
+
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};

@@ -3,6 +3,9 @@
 //! Prints a table and one JSON line. `make bench-idempotency` starts the servers for it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::indexing_slicing)]
 
+#[path = "../src/allocator.rs"]
+mod allocator;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};

@@ -11,7 +11,6 @@
 )]
 
 pub mod admin;
-mod allocator;
 pub mod batch;
 pub mod binding;
 pub mod cli;

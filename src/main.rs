@@ -1,5 +1,7 @@
 //! The program: parse the command line, do it, exit.
 
+mod allocator;
+
 use std::process::ExitCode;
 
 use clap::Parser;
