@@ -42,6 +42,7 @@ use crate::wire::Rules;
 
 pub(crate) use self::cut::Exempt;
 pub(crate) use self::outputs::source_place;
+pub use self::hash::java_partition_hash;
 pub use self::report::{Compared, Finding, Findings, Report};
 pub use self::sums::{Sum, Sums};
 
