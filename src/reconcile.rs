@@ -41,8 +41,8 @@ use crate::settlement::{self, View};
 use crate::wire::Rules;
 
 pub(crate) use self::cut::Exempt;
-pub(crate) use self::outputs::source_place;
 pub use self::hash::java_partition_hash;
+pub(crate) use self::outputs::source_place;
 pub use self::report::{Compared, Finding, Findings, Report};
 pub use self::sums::{Sum, Sums};
 
