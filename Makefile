@@ -32,6 +32,12 @@ bench-latency: ## from a record to its read event at steady rates: RATES=100,100
 bench-idempotency: ## what a claim costs as the idempotency table grows to 100 million ids; half an hour
 	@dev/bench-idempotency
 
+.PHONY: bench-micro
+bench-micro: ## what the daemon's own code costs: parsing, encoding, batches, cursors, allocations; five minutes
+	@dev/install
+	cargo bench --locked --bench wire --bench batch
+	cargo bench --locked --bench allocations
+
 .PHONY: test-faults
 test-faults: ## of these, kills at named steps, outages and rebalances alone
 	cargo test --locked --features failpoints --test it -- crash:: outages:: rebalance::

@@ -48,6 +48,23 @@ fn wire(c: &mut Criterion) {
             b.iter(|| parse(black_box(&record), &rules).is_ok())
         });
         let mut out = Vec::with_capacity(4_096);
+        if let Ok(payment) = parse(&record, &rules) {
+            let id = payment.payment_id();
+            group.bench_function(format!("read event/{name}"), |b| {
+                b.iter(|| {
+                    out.clear();
+                    encode_read_event(black_box(&payment), id, &mut out);
+                    out.len()
+                });
+            });
+            group.bench_function(format!("e-mail event/{name}"), |b| {
+                b.iter(|| {
+                    out.clear();
+                    encode_email_event(black_box(&payment), id, &mut out);
+                    out.len()
+                });
+            });
+        }
         group.bench_function(format!("parse, hash, id and events/{name}"), |b| {
             b.iter(|| {
                 out.clear();
@@ -58,5 +75,9 @@ fn wire(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, wire);
+criterion_group! {
+    name = benches;
+    config = Criterion::default().nresamples(10_000);
+    targets = wire
+}
 criterion_main!(benches);
