@@ -475,16 +475,22 @@ impl Batch {
             };
         }
         let written = self.places.iter().zip(&fates.0).filter(|(_, fate)| **fate == Fate::Written);
-        self.copied_rows(written.map(|(place, _)| place))
+        self.copied_rows(count, written.map(|(place, _)| place))
     }
 
     /// The rows of the records at these places alone.
     pub fn rows_at(&self, indices: &[u32]) -> TableRows {
-        self.copied_rows(indices.iter().filter_map(|index| self.places.get(*index as usize)))
+        self.copied_rows(indices.len(), indices.iter().filter_map(|index| self.places.get(*index as usize)))
     }
 
-    fn copied_rows<'b>(&'b self, places: impl Iterator<Item = &'b Place>) -> TableRows {
-        let (mut core, mut metadata, mut notes) = (Vec::new(), Vec::new(), Vec::new());
+    /// Rows of `count_max` of the batch's payments at most.
+    fn copied_rows<'b>(&'b self, count_max: usize, places: impl Iterator<Item = &'b Place>) -> TableRows {
+        // As much of the whole as there are rows of it, and a bit: rows differ in length.
+        let room = |whole: &Bytes| {
+            let share = whole.len().saturating_mul(count_max) / self.places.len().max(1);
+            Vec::with_capacity(whole.len().min(share + share / 8))
+        };
+        let (mut core, mut metadata, mut notes) = (room(&self.core), room(&self.metadata), room(&self.notes));
         let (mut count, mut notes_count) = (0, 0);
         for place in places {
             let Entry::Valid(candidate) = &place.entry else { continue };
