@@ -29,6 +29,8 @@ const POLL: Duration = Duration::from_millis(100);
 /// A fencing this soon after the broker was away may be by an earlier request of our own: one that was sent
 /// to the dying broker, or whose answer was lost, and that gave our place to a member that nobody is.
 const OWN_FENCING_WITHIN: Duration = Duration::from_secs(60);
+/// A process that is not stopped polls this often. One that was stopped may have been replaced meanwhile.
+const AWAKE_WITHIN: Duration = Duration::from_secs(3);
 /// A client that is not polled otherwise is listened to for so long.
 const LISTEN: Duration = Duration::from_millis(50);
 /// Limit of one request to the broker.
@@ -77,9 +79,14 @@ struct Shared {
     board: Arc<Board>,
     ended: watch::Sender<Option<MemberEnd>>,
     is_closing: AtomicBool,
+    polled_at: Mutex<Instant>,
 }
 
 impl Shared {
+    fn polled_at(&self) -> MutexGuard<'_, Instant> {
+        self.polled_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn assigned(&self) -> MutexGuard<'_, BTreeMap<Partition, bool>> {
         self.assigned.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -204,6 +211,13 @@ impl Shared {
         let kind = if is_lost { "lost" } else { "revoked" };
         if is_lost {
             self.board.member(false);
+            // A broker that hangs breaks no connection: it is missed when the session is over, and may still
+            // do with our requests what it likes once it wakes up. Not so if it was us who slept, or if we were
+            // fenced to begin with.
+            let is_awake = self.polled_at().elapsed() < AWAKE_WITHIN;
+            if is_awake && consumer.client().fatal_error().is_none() {
+                self.board.broker_lost();
+            }
         }
         if !self.is_closing.load(Ordering::Acquire) {
             tracing::info!(partitions = partitions.len(), kind, "revoked");
@@ -276,6 +290,7 @@ impl Group {
             board,
             ended,
             is_closing: AtomicBool::new(false),
+            polled_at: Mutex::new(Instant::now()),
         });
         let consumer = config.create_with_context(GroupContext(Arc::clone(&shared)))?;
         let group = Self { consumer: Arc::new(consumer), shared, thread: Arc::new(OnceLock::new()) };
@@ -415,6 +430,7 @@ impl Group {
 
 fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
     while !shared.is_closing.load(Ordering::Acquire) {
+        *shared.polled_at() = Instant::now();
         match consumer.poll(POLL) {
             None => {}
             Some(Ok(message)) => {
