@@ -34,7 +34,10 @@ pub fn client_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> C
         .set("socket.keepalive.enable", "true")
         // The library waits up to 10 s before it tries a broker again, and it has to be found twice or
         // three times (as a broker, as a coordinator) before records flow again.
-        .set("reconnect.backoff.max.ms", "2000");
+        .set("reconnect.backoff.max.ms", "2000")
+        // A broker that was fenced for a moment answers that the cluster has no brokers at all. The library then
+        // forgets the last one that it knew, and looks for others after five minutes.
+        .set("metadata.recovery.rebootstrap.trigger.ms", "5000");
     for (name, value) in defaults {
         config.set(*name, *value);
     }

@@ -109,7 +109,7 @@ impl fmt::Debug for KafkaProperties {
 }
 
 /// What a mistyped name is most likely to have meant.
-const COMMON: [&str; 47] = [
+const COMMON: [&str; 48] = [
     "broker.address.family",
     "broker.address.ttl",
     "client.id",
@@ -131,6 +131,7 @@ const COMMON: [&str; 47] = [
     "message.max.bytes",
     "message.timeout.ms",
     "metadata.max.age.ms",
+    "metadata.recovery.rebootstrap.trigger.ms",
     "queue.buffering.max.kbytes",
     "queue.buffering.max.messages",
     "queued.max.messages.kbytes",

@@ -121,26 +121,10 @@ fn init(settings: &PublisherSettings, slot: &mut Option<TxnProducer<QuietLog>>) 
         *slot = Some(TxnProducer::new(native, &names));
     }
     let Some(producer) = slot.as_ref() else { return Ok(()) };
-    if settings.publishes {
-        // A message produced before its topic's metadata is known can abort the transaction.
-        for topic in &settings.outputs {
-            let metadata =
-                producer.inner().client().fetch_metadata(Some(topic), METADATA_TIMEOUT).map_err(|e| {
-                    LogFailure::Failed {
-                        class: e.rdkafka_error_code().map_or(FailureClass::Passing, class_of_kafka),
-                        message: format!("asking for output topic {topic}: {e}"),
-                    }
-                })?;
-            if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
-                return Err(LogFailure::Failed {
-                    class: FailureClass::Systemic,
-                    message: format!(
-                        "output topic {topic} does not exist or cannot be used; payment-writer topics create \
-                         makes it"
-                    ),
-                });
-            }
-        }
+    if let Err(failure) = outputs_exist(settings, producer) {
+        // Or it is asked for ever, though it may be the client that knows no broker any more.
+        *slot = None;
+        return Err(failure);
     }
     producer.init(INIT_TIMEOUT).map_err(|error| {
         if !error.is_retriable {
@@ -151,6 +135,28 @@ fn init(settings: &PublisherSettings, slot: &mut Option<TxnProducer<QuietLog>>) 
             message: format!("init_transactions: {error}"),
         }
     })
+}
+
+/// A message produced before its topic's metadata is known can abort the transaction.
+fn outputs_exist(settings: &PublisherSettings, producer: &TxnProducer<QuietLog>) -> Result<(), LogFailure> {
+    for topic in settings.outputs.iter().filter(|_| settings.publishes) {
+        let metadata =
+            producer.inner().client().fetch_metadata(Some(topic), METADATA_TIMEOUT).map_err(|e| {
+                LogFailure::Failed {
+                    class: e.rdkafka_error_code().map_or(FailureClass::Passing, class_of_kafka),
+                    message: format!("asking for output topic {topic}: {e}"),
+                }
+            })?;
+        if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
+            return Err(LogFailure::Failed {
+                class: FailureClass::Systemic,
+                message: format!(
+                    "output topic {topic} does not exist or cannot be used; payment-writer topics create makes it"
+                ),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// What went wrong inside a transaction that is still open.
