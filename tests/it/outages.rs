@@ -191,3 +191,40 @@ fn a_database_that_reads_and_does_not_write_is_waited_for_without_a_word_a_try()
     daemon.drains();
     scope.assert_exactly_once();
 }
+
+/// A broker that hangs breaks no connection. When it wakes up it is fenced for a moment, knows of no broker, and does
+/// with old requests what it likes. Nothing is on its way meanwhile: a broker alone may drop the markers of
+/// transactions then (known limits).
+#[test]
+fn a_broker_that_hangs_for_longer_than_its_own_session_is_found_again() {
+    // GIVEN two daemons that have nothing left to do
+    let servers = Servers::own();
+    let scope = Scope::new(&servers, "hung_broker");
+    scope.prepare(6, 2);
+    let mut load = Load::new(33);
+    let member = |name| {
+        Member::new(name)
+            .with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "6000")
+            .with("KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", "1000")
+    };
+    let mut daemons = [member("a").start(&scope), member("b").start(&scope)];
+    let lost = |daemon: &Daemon| daemon.metric("payment_writer_rebalances_total", "kind=\"lost\"");
+    for round in 1..=3 {
+        scope.produce(&scope.input_topic, load.take(100));
+        scope.wait_until_caught_up();
+        // WHEN the broker hangs until both have lost their places, and its controller has lost the broker
+        servers.kafka(Act::Pause);
+        wait_until_within(PATIENCE, "both have lost their places", || {
+            daemons.iter().all(|daemon| lost(daemon) >= f64::from(round))
+        });
+        std::thread::sleep(std::time::Duration::from_secs(4));
+        servers.kafka(Act::Resume);
+        // THEN neither takes the other, or its own former self, for a namesake
+    }
+    scope.produce(&scope.input_topic, load.take(100));
+    scope.wait_until_caught_up();
+    for daemon in &mut daemons {
+        daemon.drains();
+    }
+    scope.assert_exactly_once();
+}
