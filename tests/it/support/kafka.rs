@@ -109,7 +109,9 @@ impl Scope<'_> {
             .set("bootstrap.servers", self.servers.bootstrap_servers())
             // Where the Java clients put a key.
             .set("partitioner", "murmur2_random")
-            .set("retry.backoff.ms", "20");
+            .set("retry.backoff.ms", "20")
+            // As the daemon's: a broker that hung tells for a moment that there is none.
+            .set("metadata.recovery.rebootstrap.trigger.ms", "5000");
         config
     }
 
