@@ -11,8 +11,9 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use payment_writer::batch::{Answer, Batch, Progress, Refused};
-use payment_writer::columns::RowWriter;
+use payment_writer::batch::{
+    Answer, Batch, Progress, Refused, write_core_row, write_metadata_row, write_notes_row,
+};
 use payment_writer::cursor::{CursorRow, GroupOffset, Identity, Known, LogBounds, Mark, Mode, Proof, decide};
 use payment_writer::publication::{Publication, Span};
 use payment_writer::record::NextOffset;
@@ -43,14 +44,7 @@ fn columns(c: &mut Criterion) {
         b.iter(|| {
             out.clear();
             let payment = black_box(&payment);
-            RowWriter::start(&mut out, 7)
-                .uuid(id.as_bytes())
-                .timestamptz(payment.created_at)
-                .bigint(payment.cust_id)
-                .numeric_millionths(payment.amount.millionths())
-                .text(Some(payment.currency.code()))
-                .smallint(payment.status.code())
-                .text(Some(&payment.payment_type));
+            write_core_row(payment, id, &mut out);
             out.len()
         });
     });
@@ -58,14 +52,7 @@ fn columns(c: &mut Criterion) {
         b.iter(|| {
             out.clear();
             let payment = black_box(&payment);
-            RowWriter::start(&mut out, 7)
-                .uuid(id.as_bytes())
-                .timestamptz(payment.created_at)
-                .timestamptz(payment.created_at)
-                .integer(1)
-                .uuid(payment.message_id.as_bytes())
-                .integer(record.partition.0)
-                .bigint(record.offset.0);
+            write_metadata_row(payment, id, &record, &mut out);
             out.len()
         });
     });
@@ -73,11 +60,7 @@ fn columns(c: &mut Criterion) {
         b.iter(|| {
             out.clear();
             let payment = black_box(&payment);
-            RowWriter::start(&mut out, 4)
-                .uuid(id.as_bytes())
-                .timestamptz(payment.created_at)
-                .text(payment.external_ref_id.as_deref())
-                .text(payment.comment.as_deref());
+            write_notes_row(payment, id, &mut out);
             out.len()
         });
     });

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use bytes::Bytes;
+use uuid::Uuid;
 
 use crate::columns::RowWriter;
 use crate::disposition::{Fate, SqlState};
@@ -94,6 +95,56 @@ pub struct Claim {
     pub payload_hash: i64,
     /// Its timestamp.
     pub timestamp: TimestampMs,
+}
+
+impl Claim {
+    /// Bytes of a row: six columns with their lengths.
+    pub const ROW_BYTES: usize = 74;
+
+    /// Appends its row of `idempotency`, as COPY takes it into (message_id, source_offset, payload_hash, created_at,
+    /// source_partition, date). `today` is the UTC date of the claim, as days since 2000-01-01.
+    pub fn write_row(&self, today: i32, out: &mut Vec<u8>) {
+        RowWriter::start(out, 6)
+            .uuid(&self.message_id)
+            .bigint(self.offset.0)
+            .bigint(self.payload_hash)
+            .timestamptz(self.timestamp)
+            .integer(self.partition.0)
+            .date(today);
+    }
+}
+
+/// Appends a payment's row of `payment_core`, as COPY takes it. `id` is [`Payment::payment_id`].
+pub fn write_core_row(payment: &Payment<'_>, id: Uuid, out: &mut Vec<u8>) {
+    RowWriter::start(out, 7)
+        .uuid(id.as_bytes())
+        .timestamptz(payment.created_at)
+        .bigint(payment.cust_id)
+        .numeric_millionths(payment.amount.millionths())
+        .text(Some(payment.currency.code()))
+        .smallint(payment.status.code())
+        .text(Some(&payment.payment_type));
+}
+
+/// Appends its row of `payment_metadata`, with the place of its record.
+pub fn write_metadata_row(payment: &Payment<'_>, id: Uuid, record: &RecordView<'_>, out: &mut Vec<u8>) {
+    RowWriter::start(out, 7)
+        .uuid(id.as_bytes())
+        .timestamptz(payment.created_at)
+        .timestamptz(payment.created_at)
+        .integer(1)
+        .uuid(payment.message_id.as_bytes())
+        .integer(record.partition.0)
+        .bigint(record.offset.0);
+}
+
+/// Appends its row of `payment_notes`; to be called only if there is something to note.
+pub fn write_notes_row(payment: &Payment<'_>, id: Uuid, out: &mut Vec<u8>) {
+    RowWriter::start(out, 4)
+        .uuid(id.as_bytes())
+        .timestamptz(payment.created_at)
+        .text(payment.external_ref_id.as_deref())
+        .text(payment.comment.as_deref());
 }
 
 /// What the database said to the batch's ids.
@@ -225,32 +276,14 @@ impl Encoder {
         let message_id = *payment.message_id.as_bytes();
         let id = payment.payment_id();
         let from = position(&self.core);
-        RowWriter::start(&mut self.core, 7)
-            .uuid(id.as_bytes())
-            .timestamptz(created_at)
-            .bigint(payment.cust_id)
-            .numeric_millionths(payment.amount.millionths())
-            .text(Some(payment.currency.code()))
-            .smallint(payment.status.code())
-            .text(Some(&payment.payment_type));
+        write_core_row(payment, id, &mut self.core);
         let core = from..position(&self.core);
         let from = position(&self.metadata);
-        RowWriter::start(&mut self.metadata, 7)
-            .uuid(id.as_bytes())
-            .timestamptz(created_at)
-            .timestamptz(created_at)
-            .integer(1)
-            .uuid(&message_id)
-            .integer(record.partition.0)
-            .bigint(record.offset.0);
+        write_metadata_row(payment, id, record, &mut self.metadata);
         let metadata = from..position(&self.metadata);
         let from = position(&self.notes);
         if payment.external_ref_id.is_some() || payment.comment.is_some() {
-            RowWriter::start(&mut self.notes, 4)
-                .uuid(id.as_bytes())
-                .timestamptz(created_at)
-                .text(payment.external_ref_id.as_deref())
-                .text(payment.comment.as_deref());
+            write_notes_row(payment, id, &mut self.notes);
             self.notes_count += 1;
         }
         let notes = from..position(&self.notes);

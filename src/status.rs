@@ -108,7 +108,7 @@ impl Board {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The connection to the broker broke.
+    /// The connection to the broker broke, or the broker was not heard of for a session's time.
     pub fn broker_lost(&self) {
         self.state().broker_lost_at = Some(Instant::now());
     }

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{SinkExt, future};
-use payment_writer::batch::{Batch, Fates, Progress, Refused};
-use payment_writer::columns::{COPY_HEADER, COPY_TRAILER, RowWriter};
+use payment_writer::batch::{Batch, Claim, Fates, Progress, Refused};
+use payment_writer::columns::{COPY_HEADER, COPY_TRAILER};
 use payment_writer::config::Settings;
 use payment_writer::daemon::{consumer_config, rules, transactional_config};
 use payment_writer::disposition::Fate;
@@ -188,17 +188,10 @@ const POSTGRES_EPOCH_DAYS: i64 = 10_957;
 fn copied(batch: &Batch) -> [Bytes; 4] {
     let rows = batch.rows(&all_written(batch));
     let whole = |rows: &[u8]| Bytes::from([COPY_HEADER, rows, COPY_TRAILER].concat());
-    let mut claims = Vec::with_capacity(batch.claims_max() * 90);
+    let mut claims = Vec::with_capacity(batch.claims_max() * Claim::ROW_BYTES);
     for claim in batch.claims(&Refused::default()) {
         let day = claim.timestamp.0.div_euclid(DAY_MS) - POSTGRES_EPOCH_DAYS;
-        RowWriter::start(&mut claims, 6)
-            .uuid(&claim.message_id)
-            .bigint(claim.offset.0)
-            .bigint(claim.payload_hash)
-            .timestamptz(claim.timestamp)
-            .integer(claim.partition.0)
-            // A date travels as an integer: days since 2000-01-01.
-            .integer(i32::try_from(day).unwrap_or_default());
+        claim.write_row(i32::try_from(day).unwrap_or_default(), &mut claims);
     }
     [whole(&claims), whole(&rows.core.bytes), whole(&rows.metadata.bytes), whole(&rows.notes.bytes)]
 }

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::session::{Failed, Session};
 use super::{Begun, array, copy, owners};
 use crate::batch::{Claim, Owner, Rows};
-use crate::columns::{ArrayParam, RowWriter, postgres_timestamp};
+use crate::columns::{ArrayParam, postgres_timestamp};
 
 /// unique_violation
 const SQLSTATE_UNIQUE: &str = "23505";
@@ -43,39 +43,31 @@ impl Claiming {
     ) -> Result<(), Failed> {
         let known = begun.answer.owners.len();
         self.ask_first = self.ask_first.saturating_sub(1);
-        if claims.len() >= COPY_MIN {
-            if self.ask_first == 0 && copied(session, begun, &claims).await? {
-                return Ok(());
-            }
-            self.ask(session, begun, &mut claims).await?;
-            if copied(session, begun, &claims).await? {
-                self.note(begun.answer.owners.len() > known);
-                return Ok(());
-            }
+        let is_worth_a_copy = claims.len() >= COPY_MIN;
+        if !is_worth_a_copy || !self.copy_what_is_free(session, begun, &mut claims).await? {
+            claim(session, begun.current, &claims, &mut begun.answer.owners).await?;
         }
-        claim(session, begun.current, &claims, &mut begun.answer.owners).await?;
-        self.note(begun.answer.owners.len() > known);
+        if begun.answer.owners.len() > known {
+            self.ask_first = ASK_FIRST;
+        }
         Ok(())
     }
 
-    fn note(&mut self, has_met_owners: bool) {
-        if has_met_owners {
-            self.ask_first = ASK_FIRST;
-        }
-    }
-
-    /// Leaves the claims whose ids nobody owns.
-    async fn ask(
+    /// The first two ways. False if neither would do: then `claims` are still to be claimed.
+    async fn copy_what_is_free(
         &self,
         session: &mut Session,
         begun: &mut Begun,
         claims: &mut Vec<Claim>,
-    ) -> Result<(), Failed> {
+    ) -> Result<bool, Failed> {
+        if self.ask_first == 0 && copied(session, begun, claims).await? {
+            return Ok(true);
+        }
         if let Some(ids) = array(claims.iter().map(|claim| claim.message_id)) {
             owners(session, begun.current, &ids, &mut begun.answer.owners).await?;
             claims.retain(|claim| !begun.answer.owners.contains_key(&claim.message_id));
         }
-        Ok(())
+        copied(session, begun, claims).await
     }
 }
 
@@ -85,15 +77,9 @@ async fn copied(session: &mut Session, begun: &Begun, claims: &[Claim]) -> Resul
         return Ok(true);
     }
     let statement = session.copy_into(begun.current).await?;
-    let mut bytes = Vec::with_capacity(claims.len() * 74);
+    let mut bytes = Vec::with_capacity(claims.len() * Claim::ROW_BYTES);
     for claim in claims {
-        RowWriter::start(&mut bytes, 6)
-            .uuid(&claim.message_id)
-            .bigint(claim.offset.0)
-            .bigint(claim.payload_hash)
-            .timestamptz(claim.timestamp)
-            .integer(claim.partition.0)
-            .date(begun.today);
+        claim.write_row(begun.today, &mut bytes);
     }
     let rows = Rows { bytes: bytes.into(), count: claims.len() };
     let savepoint = session.client.batch_execute("SAVEPOINT claims").map_err(Failed::from);
