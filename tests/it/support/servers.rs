@@ -223,6 +223,8 @@ fn try_dev_servers(dir: &Path, arguments: &[&str]) -> Result<String, String> {
         .args(arguments)
         .arg("--dir")
         .arg(dir)
+        // A broker that lives for minutes would spend more on compiling itself than on its work.
+        .env("KAFKA_JVM", "light")
         .stdin(Stdio::null())
         .output()
         .unwrap();
