@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -22,6 +22,8 @@ const REMEMBERED_MAX: usize = 2_000;
 const RECENT: usize = 30;
 const ACCOUNTS: i64 = 80;
 const FLUSH_MAX: Duration = Duration::from_secs(60);
+/// A client that delivers nothing for so long has not got over what happened to its broker.
+const DELIVERY_MAX: Duration = Duration::from_secs(40);
 
 #[derive(Clone)]
 struct Sent {
@@ -156,11 +158,14 @@ impl Flow {
         config.set("enable.idempotence", "true");
         let thread = std::thread::spawn(move || {
             let mut producer = client(&config);
+            let mut delivered_at = Instant::now();
             loop {
+                let waiting = producer.in_flight_count();
+                let mut added = 0;
                 match shared.wanted.load(Ordering::Acquire) {
                     RUNS => {
                         for _ in 0..per_tick {
-                            send(&producer, &topic, &adversary.next());
+                            added += i32::from(send(&producer, &topic, &adversary.next()));
                         }
                         producer.poll(Duration::ZERO);
                     }
@@ -178,8 +183,12 @@ impl Flow {
                 }
                 // A client that lost its broker under load may not get over it. What counts is the log:
                 // what did not arrive there is no record, and every check reads the log.
-                if producer.client().fatal_error().is_some() {
+                if producer.in_flight_count() < waiting + added || producer.in_flight_count() == 0 {
+                    delivered_at = Instant::now();
+                }
+                if producer.client().fatal_error().is_some() || delivered_at.elapsed() > DELIVERY_MAX {
                     producer = client(&config);
+                    delivered_at = Instant::now();
                 }
                 std::thread::sleep(TICK);
             }
@@ -215,7 +224,8 @@ fn client(config: &ClientConfig) -> BaseProducer {
     config.create().unwrap()
 }
 
-fn send(producer: &BaseProducer, topic: &str, message: &Message) {
+/// Whether the client has taken it.
+fn send(producer: &BaseProducer, topic: &str, message: &Message) -> bool {
     let mut headers = OwnedHeaders::new();
     for (key, value) in &message.headers {
         headers = headers.insert(Header { key, value: value.as_ref() });
@@ -225,7 +235,7 @@ fn send(producer: &BaseProducer, topic: &str, message: &Message) {
     record.payload = message.value.as_deref();
     record.partition = message.partition;
     // Refused, as by a full queue: then it was never sent.
-    let _ = producer.send(record);
+    producer.send(record).is_ok()
 }
 
 /// False: the client did not get over what happened to its broker, and never will.
