@@ -49,9 +49,9 @@ pub struct Arguments {
     /// Payments of a run
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1_000..=100_000_000))]
     count: u64,
-    /// Payments of the first run, which is left out; default: as many as of the others
-    #[arg(long)]
-    warm_up: Option<u64>,
+    /// Runs of the first case beforehand that are left out: a broker that has just started compiles itself
+    #[arg(long, default_value_t = 3)]
+    warm_up: u64,
     /// Leave out what the servers alone can do
     #[arg(long)]
     no_ceilings: bool,
@@ -400,7 +400,9 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
     let count = arguments.count;
 
     eprintln!("bench: warming up");
-    measure(&Site::create(&servers)?, &cases[0], arguments.warm_up.unwrap_or(count), 1)?;
+    for _ in 0..arguments.warm_up {
+        measure(&Site::create(&servers)?, &cases[0], count, 1)?;
+    }
     // Databases with a big table serve all cases of their size, and every run of those.
     let mut tables: Vec<(u64, Site<'_>)> = Vec::new();
     for case in cases.iter().filter(|case| case.table_millions > 0) {
