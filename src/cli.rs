@@ -174,9 +174,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Config(ConfigCommand::Show(args)) => return show_config::show_config(&loaded, &args),
         _ => loaded.settings,
     };
-    logging::init(&settings.log).map_err(|error| Failure::failed(error.to_string()))?;
+    let log = logging::init(&settings.log).map_err(|error| Failure::failed(error.to_string()))?;
     match cli.command {
-        Command::Run(args) => run::run(settings, &args),
+        Command::Run(args) => run::run(settings, &args, log),
         Command::Migrate(args) => migrate::migrate(&settings, &args),
         Command::Topics(TopicsCommand::Create(args)) => topics::create(&settings, &args),
         Command::Cursors(command) => cursors::cursors(&settings, &command),

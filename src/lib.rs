@@ -39,4 +39,5 @@ pub mod record;
 pub mod schema;
 pub mod settlement;
 pub mod status;
+pub mod trace;
 pub mod wire;
