@@ -24,5 +24,6 @@ mod schema;
 mod security;
 mod servers;
 mod support;
+mod top;
 mod traces;
 mod transactions;
