@@ -324,7 +324,7 @@ impl Lane {
         let publish = async {
             match pending.as_ref() {
                 Some(publication) => {
-                    let (published, counts) = log.publish(publication).await.unwrap();
+                    let (published, counts, _) = log.publish(publication).await.unwrap();
                     // Every payment is fresh: one that was not written has no read event.
                     assert_eq!(counts.by_topic[OutputTopic::Read.index()], publication.len() as u64);
                     Some(published)

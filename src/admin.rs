@@ -1,10 +1,10 @@
-//! The admin server: `/metrics`, `/livez`, `/readyz`, `/status`.
+//! The admin server: `/metrics`, `/livez`, `/readyz`, `/status`, `/log-level`.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::extract::State;
+use axum::extract::{ConnectInfo, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -14,7 +14,8 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 
-use crate::metrics::{BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now};
+use crate::logging::Log;
+use crate::metrics::{BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now, scraped};
 use crate::record::Partition;
 use crate::status::{Board, Phase};
 
@@ -24,18 +25,20 @@ struct Shared {
     /// Partitions whose lag was once shown: after a revocation it is shown as 0, not as it last was.
     lagging: Arc<Mutex<BTreeSet<Partition>>>,
     metrics: PrometheusHandle,
+    process: metrics_process::Collector,
+    log: Arc<Log>,
     version: &'static str,
 }
 
 /// Installs the recorder of this process's metrics.
-pub fn install_metrics(version: &'static str) -> Result<PrometheusHandle, BuildError> {
+pub fn install_metrics(version: &'static str, group: &str) -> Result<PrometheusHandle, BuildError> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)?
         .set_buckets_for_metric(Matcher::Suffix("_records".to_owned()), &RECORDS_BUCKETS)?
         .set_buckets_for_metric(Matcher::Suffix("_bytes".to_owned()), &BYTES_BUCKETS)?
         .install_recorder()?;
     describe();
-    gauge!("payment_writer_build_info", "version" => version).set(1.0);
+    gauge!("payment_writer_build_info", "version" => version, "group" => group.to_owned()).set(1.0);
     Ok(handle)
 }
 
@@ -44,6 +47,7 @@ pub async fn serve(
     address: SocketAddr,
     board: Arc<Board>,
     metrics: PrometheusHandle,
+    log: Arc<Log>,
     version: &'static str,
 ) -> std::io::Result<SocketAddr> {
     let listener = TcpListener::bind(address).await?;
@@ -57,14 +61,17 @@ pub async fn serve(
             upkeep.run_upkeep();
         }
     });
+    let process = metrics_process::Collector::default();
     let router = Router::new()
         .route("/metrics", get(render_metrics))
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/status", get(status))
-        .with_state(Shared { board, lagging: Arc::default(), metrics, version });
+        .route("/log-level", get(log_level).put(set_log_level))
+        .with_state(Shared { board, lagging: Arc::default(), metrics, process, log, version });
     tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router).await {
+        let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        if let Err(error) = axum::serve(listener, service).await {
             tracing::error!(%error, "the admin server ended");
         }
     });
@@ -87,15 +94,19 @@ async fn render_metrics(State(shared): State<Shared>) -> Response {
         });
         lagging.extend(partitions.keys());
     }
+    let mut oldest_ms = 0;
     for (partition, status) in partitions {
         let partition = partition.to_string();
         if let Some(lag) = status.lag() {
             gauge!("payment_writer_lag_records", "partition" => partition.clone()).set(lag as f64);
         }
         if let Some(ms) = status.lag_ms(now) {
+            oldest_ms = ms.max(oldest_ms);
             gauge!("payment_writer_lag_seconds", "partition" => partition).set(ms as f64 / 1_000.0);
         }
     }
+    scraped(shared.board.missing().is_empty(), oldest_ms);
+    shared.process.collect();
     let text = shared.metrics.render();
     ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
@@ -132,6 +143,13 @@ async fn status(State(shared): State<Shared>) -> Response {
         );
     }
     let totals = shared.board.totals();
+    let problems: Vec<Value> = shared
+        .log
+        .problems()
+        .all()
+        .into_iter()
+        .map(|p| json!({ "at": p.at.to_string(), "level": p.level, "message": p.message }))
+        .collect();
     Json(json!({
         "build": { "version": shared.version },
         "breaker": if missing.is_empty() { "closed" } else { "open" },
@@ -143,6 +161,59 @@ async fn status(State(shared): State<Shared>) -> Response {
             "redelivered": totals.redelivered,
         },
         "partitions": partitions,
+        "recent_problems": problems,
     }))
     .into_response()
+}
+
+/// The port may be open to whoever scrapes; what changes the process is for those who are on its machine.
+fn is_from_here(caller: SocketAddr) -> bool {
+    caller.ip().to_canonical().is_loopback()
+}
+
+fn refused() -> Response {
+    (StatusCode::FORBIDDEN, "the log's level is told to and changed by loopback callers only\n")
+        .into_response()
+}
+
+async fn log_level(State(shared): State<Shared>, ConnectInfo(caller): ConnectInfo<SocketAddr>) -> Response {
+    if !is_from_here(caller) {
+        return refused();
+    }
+    format!("{}\n", shared.log.level()).into_response()
+}
+
+async fn set_log_level(
+    State(shared): State<Shared>,
+    ConnectInfo(caller): ConnectInfo<SocketAddr>,
+    level: String,
+) -> Response {
+    if !is_from_here(caller) {
+        return refused();
+    }
+    match shared.log.set_level(&level) {
+        Ok(()) => format!("{}\n", shared.log.level()).into_response(),
+        Err(reason) => (StatusCode::BAD_REQUEST, format!("{reason}\n")).into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_machine_itself_may_ask_for_the_logs_level() {
+        for (caller, expected) in [
+            ("127.0.0.1:5", true),
+            ("127.8.0.1:5", true),
+            ("[::1]:5", true),
+            ("[::ffff:127.0.0.1]:5", true),
+            ("10.0.0.1:5", false),
+            ("[::ffff:10.0.0.1]:5", false),
+            ("[fe80::1]:5", false),
+        ] {
+            assert_eq!(is_from_here(caller.parse().unwrap()), expected, "{caller}");
+        }
+        assert_eq!(refused().status(), StatusCode::FORBIDDEN);
+    }
 }

@@ -184,6 +184,35 @@ impl Refused {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Fates(pub Vec<Fate>);
 
+/// How many records of a batch met which fate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Outcomes {
+    /// Written now.
+    pub written: u64,
+    /// Written in an earlier try.
+    pub redelivered: u64,
+    /// Duplicates.
+    pub duplicate: u64,
+    /// Dead letters, for whatever reason.
+    pub dead_lettered: u64,
+}
+
+impl Outcomes {
+    /// Counts them.
+    pub fn of(fates: &Fates) -> Self {
+        let mut outcomes = Self::default();
+        for fate in &fates.0 {
+            *match fate {
+                Fate::Written => &mut outcomes.written,
+                Fate::WrittenBefore => &mut outcomes.redelivered,
+                Fate::Duplicate => &mut outcomes.duplicate,
+                Fate::DeadLetter(_) | Fate::Rejected(_) => &mut outcomes.dead_lettered,
+            } += 1;
+        }
+        outcomes
+    }
+}
+
 /// Rows of one table, ready for a binary COPY without header and trailer.
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
@@ -568,6 +597,11 @@ impl Batch {
             }),
             Entry::Refused(_) => None,
         }
+    }
+
+    /// The records as they came.
+    pub fn source(&self) -> &SourceBatch {
+        &self.source
     }
 
     /// Timestamps of about `count` records spread evenly over the batch.

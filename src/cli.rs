@@ -13,6 +13,7 @@ mod run;
 mod show_config;
 mod status;
 mod stop;
+mod top;
 mod topics;
 
 use std::path::PathBuf;
@@ -31,6 +32,7 @@ pub use reconcile::ReconcileArgs;
 pub use run::RunArgs;
 pub use show_config::ShowConfigArgs;
 pub use status::StatusArgs;
+pub use top::TopArgs;
 pub use topics::CreateTopicsArgs;
 
 use crate::config::{ConfigError, Settings};
@@ -43,6 +45,7 @@ Examples:
   payment-writer migrate                          make or update the tables
   payment-writer prune --dry-run                  which old message ids would go, and why others stay
   payment-writer run                              write payments until told to stop
+  payment-writer top                              watch it at work
   payment-writer dlq list --since 1d              which dead letters came in the last day, and why
   payment-writer reconcile                        is all that was received in the tables and the outputs, once?
   payment-writer produce --count 200000           send payments to try it out
@@ -88,6 +91,8 @@ pub enum Command {
     Rebuild(RebuildArgs),
     /// What is known of a message id: whether it was written, by which record, and published
     Status(StatusArgs),
+    /// Watch daemons on a terminal: throughput, lag by partition, time by phase, what is missing
+    Top(TopArgs),
     /// Check the settings without connecting to anything
     CheckConfig,
     /// Look at the settings
@@ -174,9 +179,9 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Config(ConfigCommand::Show(args)) => return show_config::show_config(&loaded, &args),
         _ => loaded.settings,
     };
-    logging::init(&settings.log).map_err(|error| Failure::failed(error.to_string()))?;
+    let log = logging::init(&settings.log).map_err(|error| Failure::failed(error.to_string()))?;
     match cli.command {
-        Command::Run(args) => run::run(settings, &args),
+        Command::Run(args) => run::run(settings, &args, log),
         Command::Migrate(args) => migrate::migrate(&settings, &args),
         Command::Topics(TopicsCommand::Create(args)) => topics::create(&settings, &args),
         Command::Cursors(command) => cursors::cursors(&settings, &command),
@@ -186,6 +191,7 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Rebuild(args) => rebuild::rebuild(&settings, &args),
         Command::Status(args) => status::status(&settings, &args),
         Command::Produce(args) => produce::produce(&settings, &args),
+        Command::Top(args) => top::top(&settings, &args),
         // Done above, before logging began.
         Command::CheckConfig | Command::Config(_) => Ok(()),
     }

@@ -125,6 +125,17 @@ pub struct Known {
     pub proof: Proof,
 }
 
+impl Known {
+    /// The lowest of the cursors, for people to look at: what lies before it was certainly dealt with.
+    pub fn unpublished_from(&self) -> NextOffset {
+        let row = self.row.as_ref();
+        // An offset that other hands set proves nothing.
+        let group = self.group.as_ref().filter(|group| group.mark().is_some());
+        let cursors = [group.map(|g| g.position), row.map(|r| r.applied), row.and_then(|r| r.published)];
+        cursors.into_iter().flatten().min().unwrap_or(self.bounds.start)
+    }
+}
+
 /// How the daemon runs, as far as it matters here.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Mode {
@@ -195,6 +206,16 @@ impl Doubt {
             Self::BeyondEnd { .. } => "beyond_end",
             Self::MovedForward { .. } => "moved_forward",
             Self::Unproved { .. } => "unproved_events",
+        }
+    }
+
+    /// The first record, or place, that is in doubt.
+    pub fn first_in_doubt(&self) -> NextOffset {
+        match self {
+            Self::LogGap { needed, .. } => *needed,
+            Self::BeyondEnd { position, .. } => *position,
+            Self::MovedForward { applied, .. } => *applied,
+            Self::Unproved { from, .. } => *from,
         }
     }
 

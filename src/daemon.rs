@@ -18,7 +18,7 @@ use crate::cursor::{Identity, IdentityDoubt, Mode};
 use crate::disposition::{FailureClass, class_of_sqlstate};
 use crate::housekeeping::schedule;
 use crate::kafka::group::{Group, MemberEnd, Seat};
-use crate::kafka::librdkafka::topic_id;
+use crate::kafka::librdkafka::{topic_id, topic_retention};
 use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
 use crate::kafka::orphans::{self, Membership};
 use crate::kafka::publisher::PublisherSettings;
@@ -27,17 +27,21 @@ use crate::lane::breaker::Breaker;
 use crate::lane::ports::LaneEvent;
 use crate::lane::{Lane, LaneSettings};
 use crate::ledger::PgLedger;
+use crate::metrics;
 use crate::payment::Status;
 use crate::postgres::Endpoint;
 use crate::record::{NextOffset, Partition};
 use crate::schema::months::{self, Obstacle};
 use crate::schema::{self, SchemaError};
 use crate::status::{Board, Dependency, Phase};
+use crate::trace::BatchTracer;
 use crate::wire::Rules;
 
 /// The topic's id is asked for this often: the client library goes on over a re-created topic
 /// (librdkafka #3255).
 const TOPIC_CHECK: Duration = Duration::from_secs(5);
+/// The input topic's retention is asked for this often.
+const RETENTION_CHECK: Duration = Duration::from_secs(60);
 /// How often the log's ends are asked for, for lag.
 const ENDS_TICK: Duration = Duration::from_secs(2);
 const CAUGHT_UP_TICK: Duration = Duration::from_millis(100);
@@ -171,10 +175,11 @@ pub async fn run(
     settings: &Settings,
     options: RunOptions,
     board: Arc<Board>,
+    tracer: Option<&Arc<BatchTracer>>,
     stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     loop {
-        let ended = run_as_member(settings, options, Arc::clone(&board), stop.clone()).await;
+        let ended = run_as_member(settings, options, Arc::clone(&board), tracer, stop.clone()).await;
         let Err(RunError::Identity(IdentityDoubt::InstanceTaken { instance_id })) = &ended else {
             return ended;
         };
@@ -193,10 +198,11 @@ async fn run_as_member(
     settings: &Settings,
     options: RunOptions,
     board: Arc<Board>,
+    tracer: Option<&Arc<BatchTracer>>,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     let start = tokio::select! {
-        started = start(settings, options, &board) => started?,
+        started = start(settings, options, &board, tracer) => started?,
         _ = stop.wait_for(|stop| *stop) => return Ok(()),
     };
     start.supervise(settings, options, stop).await
@@ -213,7 +219,12 @@ struct Running {
     board: Arc<Board>,
 }
 
-async fn start(settings: &Settings, options: RunOptions, board: &Arc<Board>) -> Result<Running, RunError> {
+async fn start(
+    settings: &Settings,
+    options: RunOptions,
+    board: &Arc<Board>,
+    tracer: Option<&Arc<BatchTracer>>,
+) -> Result<Running, RunError> {
     let kafka = &settings.kafka;
     let endpoint = settings.postgres.url.endpoint();
     let database_id = database_ready(endpoint, board).await?;
@@ -278,11 +289,13 @@ async fn start(settings: &Settings, options: RunOptions, board: &Arc<Board>) -> 
         let lane_settings = LaneSettings {
             index,
             rules: Arc::clone(&rules),
+            input_topic: kafka.input_topic.clone(),
             identity: identity.clone(),
             mode: Mode { publishes: kafka.publish, adopts_database: options.adopt_database },
             batch_payments_max: settings.batch.max_payments,
             batch_bytes_max: settings.batch.max_bytes.bytes(),
             linger: settings.batch.linger,
+            tracer: tracer.cloned(),
         };
         lanes.spawn(Lane::new(lane_settings, log, ledger, receiver, Arc::clone(board)).run());
     }
@@ -365,6 +378,7 @@ async fn broker_ready(group: &Group, board: &Board) -> Result<Found, RunError> {
             Ok(Ok(found)) => {
                 breaker.succeeded();
                 board.probed(None, Some(Dependency::Up));
+                metrics::input_partitions(found.partitions);
                 return Ok(found);
             }
             Ok(Err(message)) => {
@@ -494,6 +508,7 @@ impl Running {
             }
             () = orphans::watch(&self.group, &membership) => Ok(()),
             () = watch_ends(&self.group, &self.board) => Ok(()),
+            () = watch_retention(&self.group) => Ok(()),
             () = watch_database(settings.postgres.url.endpoint(), &self.board) => Ok(()),
             () = schedule::run(settings) => Ok(()),
             caught_up = catch_up(&self.group, &self.board, self.found.partitions, options) => caught_up,
@@ -574,7 +589,10 @@ async fn watch_topic(group: &Group, expected: Uuid, suspicion: &Notify, board: &
             Ok(Ok((found, _))) if found != expected => {
                 return IdentityDoubt::OtherTopic { marked: expected, found };
             }
-            Ok(Ok(_)) => board.probed(None, Some(Dependency::Up)),
+            Ok(Ok((_, partitions))) => {
+                board.probed(None, Some(Dependency::Up));
+                metrics::input_partitions(partitions);
+            }
             Ok(Err(error)) => {
                 board.probed(None, Some(Dependency::Down(format!("asking for the input topic: {error}"))));
             }
@@ -599,10 +617,29 @@ async fn watch_ends(group: &Group, board: &Board) {
         });
         match answer.await {
             Ok(Ok(ends)) => {
-                board.ends(ends.into_iter());
+                board.ends(metrics::now(), ends.into_iter());
                 board.probed(None, Some(Dependency::Up));
             }
             Ok(Err(error)) => board.probed(None, Some(Dependency::Down(error.to_string()))),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Keeps the input topic's retention in the metrics, for alerts on what is about to be lost. Without the right
+/// to ask, the metric is absent. Never returns.
+async fn watch_retention(group: &Group) {
+    let mut tick = interval(RETENTION_CHECK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let asked = group.clone();
+        let answer = tokio::task::spawn_blocking(move || {
+            topic_retention(asked.consumer(), asked.topic(), REQUEST_TIMEOUT)
+        });
+        match answer.await {
+            Ok(Ok(retention)) => metrics::input_retention(retention),
+            Ok(Err(error)) => tracing::debug!(%error, "the input topic's retention is not told"),
             Err(_) => {}
         }
     }

@@ -39,4 +39,6 @@ pub mod record;
 pub mod schema;
 pub mod settlement;
 pub mod status;
+pub mod top;
+pub mod trace;
 pub mod wire;

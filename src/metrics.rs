@@ -1,5 +1,7 @@
 //! Metrics: per batch, labels from small fixed sets, units in the names.
 
+mod memory;
+
 use std::time::Duration;
 
 use metrics::{
@@ -7,8 +9,8 @@ use metrics::{
     histogram,
 };
 
-use crate::batch::{Batch, Fates};
-use crate::disposition::{Fate, SQLSTATE_CLASSES, sqlstate_label};
+use crate::batch::{Batch, Outcomes};
+use crate::disposition::{FailureClass, SQLSTATE_CLASSES, sqlstate_label};
 use crate::lane::ports::WriteStats;
 use crate::publication::{OutputCounts, OutputTopic};
 use crate::record::TimestampMs;
@@ -103,7 +105,33 @@ pub fn describe() {
     describe_gauge!(
         "payment_writer_lag_seconds",
         Unit::Seconds,
-        "Age of the last written record of a partition with lag; 0 when caught up"
+        "Age of a partition's oldest record that is not yet published, as far as known; 0 when caught up"
+    );
+    describe_gauge!(
+        "payment_writer_oldest_pending_seconds",
+        Unit::Seconds,
+        "Age of this process's oldest record that is not yet published, as far as known; 0 when caught up"
+    );
+    describe_gauge!("payment_writer_ready", "1 while /readyz answers 200");
+    describe_gauge!(
+        "payment_writer_breaker_open",
+        "1 while a lane backs off from a dependency that does not do what it is asked"
+    );
+    describe_counter!("payment_writer_kafka_errors_total", "Kafka requests of lanes that failed, by class");
+    describe_gauge!("payment_writer_input_partitions", "Partitions of the input topic, as last asked");
+    describe_gauge!(
+        "payment_writer_input_retention_seconds",
+        Unit::Seconds,
+        "Retention by time of the input topic, as last asked; +Inf when unlimited"
+    );
+    describe_counter!(
+        "payment_writer_replayed_records_total",
+        "Input records that carry dlq-replays; each counts once when it is settled"
+    );
+    describe_gauge!(
+        "payment_writer_memory_limit_bytes",
+        Unit::Bytes,
+        "What this process may use: the lowest limit of its control groups, or the machine's memory"
     );
     describe_counter!(
         "payment_writer_claims_older_total",
@@ -144,7 +172,8 @@ pub fn describe() {
         "payment_writer_default_partition_rows",
         "Rows in the payment tables' default partitions, counted up to 100,000 for each"
     );
-    describe_gauge!("payment_writer_build_info", "1, with the version as label");
+    describe_gauge!("payment_writer_build_info", "1, with version and group as labels");
+    metrics_process::Collector::default().describe();
     begin_at_zero();
 }
 
@@ -160,6 +189,50 @@ fn begin_at_zero() {
     for kind in ["assigned", "revoked", "lost"] {
         counter!("payment_writer_rebalances_total", "kind" => kind).increment(0);
     }
+    for name in ["written", "redelivered", "duplicate", "dead_lettered"] {
+        outcome(name).increment(0);
+    }
+    for topic in OutputTopic::ALL {
+        published(topic).increment(0);
+    }
+    for class in FailureClass::ALL {
+        kafka_errors(class).increment(0);
+    }
+    for name in [
+        "payment_writer_replayed_records_total",
+        "payment_writer_generation_rotations_total",
+        "payment_writer_generations_dropped_total",
+    ] {
+        counter!(name).increment(0);
+    }
+}
+
+fn published(topic: OutputTopic) -> Counter {
+    counter!("payment_writer_published_total", "topic" => topic.label())
+}
+
+fn kafka_errors(class: FailureClass) -> Counter {
+    counter!("payment_writer_kafka_errors_total", "class" => class.as_str())
+}
+
+/// Sets what is worked out when somebody asks: what this process is and may use.
+pub fn scraped(is_ready: bool, oldest_pending_ms: i64) {
+    gauge!("payment_writer_ready").set(f64::from(u8::from(is_ready)));
+    gauge!("payment_writer_oldest_pending_seconds").set(oldest_pending_ms as f64 / 1_000.0);
+    if let Some(bytes) = memory::limit_bytes() {
+        gauge!("payment_writer_memory_limit_bytes").set(bytes as f64);
+    }
+}
+
+/// Partitions of the input topic, as the broker just said.
+pub fn input_partitions(count: usize) {
+    gauge!("payment_writer_input_partitions").set(count as f64);
+}
+
+/// Retention of the input topic, as the broker just said; `None`: unlimited.
+pub fn input_retention(retention: Option<Duration>) {
+    let seconds = retention.map_or(f64::INFINITY, |retention| retention.as_secs_f64());
+    gauge!("payment_writer_input_retention_seconds").set(seconds);
 }
 
 /// The handles of one lane.
@@ -184,6 +257,9 @@ pub struct LaneMetrics {
     resets: Counter,
     database_up: Gauge,
     broker_up: Gauge,
+    database_breaker: Gauge,
+    broker_breaker: Gauge,
+    replayed: Counter,
 }
 
 fn outcome(name: &'static str) -> Counter {
@@ -197,13 +273,18 @@ impl LaneMetrics {
         let step = |step: &'static str| histogram!("payment_writer_database_step_seconds", "step" => step);
         let older = |probe: &'static str| counter!("payment_writer_claims_older_total", "probe" => probe);
         let gauge_of = |name: &'static str| gauge!(name, "lane" => lane.clone());
+        let breaker_of = |dependency: &'static str| {
+            let gauge =
+                gauge!("payment_writer_breaker_open", "dependency" => dependency, "lane" => lane.clone());
+            gauge.set(0.0);
+            gauge
+        };
         Self {
             written: outcome("written"),
             redelivered: outcome("redelivered"),
             duplicate: outcome("duplicate"),
             dead_lettered: outcome("dead_lettered"),
-            published: OutputTopic::ALL
-                .map(|t| counter!("payment_writer_published_total", "topic" => t.label())),
+            published: OutputTopic::ALL.map(published),
             batches: counter!("payment_writer_batches_total", "lane" => lane.clone()),
             batch_records: histogram!("payment_writer_batch_records"),
             batch_bytes: histogram!("payment_writer_batch_bytes"),
@@ -219,6 +300,9 @@ impl LaneMetrics {
             resets: counter!("payment_writer_lane_resets_total", "lane" => lane.clone()),
             database_up: gauge_of("payment_writer_database_up"),
             broker_up: gauge_of("payment_writer_broker_up"),
+            database_breaker: breaker_of("database"),
+            broker_breaker: breaker_of("broker"),
+            replayed: counter!("payment_writer_replayed_records_total"),
         }
     }
 
@@ -236,11 +320,24 @@ impl LaneMetrics {
     /// Whether the broker answers.
     pub fn broker_up(&self, is_up: bool) {
         self.broker_up.set(f64::from(u8::from(is_up)));
+        self.broker_breaker.set(f64::from(u8::from(!is_up)));
+    }
+
+    /// The lane has nothing to ask for any more: it backs off from nothing.
+    pub fn at_rest(&self) {
+        self.database_breaker.set(0.0);
+        self.broker_breaker.set(0.0);
+    }
+
+    /// A Kafka request failed.
+    pub fn kafka_error(&self, class: FailureClass) {
+        kafka_errors(class).increment(1);
     }
 
     /// Whether the database answers.
     pub fn database_up(&self, is_up: bool) {
         self.database_up.set(f64::from(u8::from(is_up)));
+        self.database_breaker.set(f64::from(u8::from(!is_up)));
     }
 
     /// A database error; none means that the connection broke without one.
@@ -272,21 +369,17 @@ impl LaneMetrics {
         self.spared.increment(times.claims_spared);
     }
 
+    /// Settled records that had been dead letters before.
+    pub fn replayed(&self, count: usize) {
+        self.replayed.increment(count as u64);
+    }
+
     /// Records that were settled.
-    pub fn outcomes(&self, fates: &Fates) {
-        let (mut written, mut redelivered, mut duplicate, mut dead) = (0, 0, 0, 0);
-        for fate in &fates.0 {
-            match fate {
-                Fate::Written => written += 1,
-                Fate::WrittenBefore => redelivered += 1,
-                Fate::Duplicate => duplicate += 1,
-                Fate::DeadLetter(_) | Fate::Rejected(_) => dead += 1,
-            }
-        }
-        self.written.increment(written);
-        self.redelivered.increment(redelivered);
-        self.duplicate.increment(duplicate);
-        self.dead_lettered.increment(dead);
+    pub fn outcomes(&self, outcomes: &Outcomes) {
+        self.written.increment(outcomes.written);
+        self.redelivered.increment(outcomes.redelivered);
+        self.duplicate.increment(outcomes.duplicate);
+        self.dead_lettered.increment(outcomes.dead_lettered);
     }
 
     /// Messages of a committed Kafka transaction.
@@ -413,11 +506,12 @@ impl Default for KafkaSteps {
     }
 }
 
-/// Runs a step and records how long it took; a step that failed counts as well.
-pub fn timed<T>(histogram: &Histogram, step: impl FnOnce() -> T) -> T {
+/// Runs a step and notes how long it took; a step that failed counts as well.
+pub fn timed<T>(histogram: &Histogram, took: &mut Duration, step: impl FnOnce() -> T) -> T {
     let began = std::time::Instant::now();
     let outcome = step();
-    histogram.record(began.elapsed().as_secs_f64());
+    *took = began.elapsed();
+    histogram.record(took.as_secs_f64());
     outcome
 }
 

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::batch::{Batch, Fates, PublishedView};
 use crate::cursor::{Identity, Mark};
 use crate::disposition::Fate;
-use crate::record::{NextOffset, Offset, Partition};
+use crate::record::{NextOffset, Offset, Partition, RecordView};
 use crate::wire::Reason;
 
 /// The topics that the daemon writes.
@@ -54,6 +54,12 @@ pub struct Source {
 }
 
 impl Source {
+    /// Of a record of the topic with this id.
+    pub fn new(topic_id: Uuid, partition: Partition, offset: Offset) -> Self {
+        // First 8 hex digits of the id: its leading 32 bits.
+        Self { topic_id_prefix: topic_id.as_fields().0, partition, offset }
+    }
+
     /// The header's name.
     pub const HEADER: &'static str = "source";
 
@@ -134,6 +140,17 @@ pub struct Publication {
     fates: Fates,
     spans: Vec<Span>,
     emits: bool,
+}
+
+/// A record that goes to the dead letters, for the log.
+#[derive(Clone, Debug)]
+pub struct DeadLetter<'a> {
+    /// The record; nothing of its key and value may be logged.
+    pub record: RecordView<'a>,
+    /// Why.
+    pub reason: Reason,
+    /// The field and the rule in words, never a value.
+    pub detail: Cow<'a, str>,
 }
 
 /// Counts of what a publication holds, for the metrics.
@@ -225,6 +242,21 @@ impl Publication {
         self.spans.iter().find(|s| s.partition == partition).map_or(NextOffset(i64::MAX), |s| s.gate)
     }
 
+    /// The records that go to the dead letters with this publication.
+    pub fn dead_letters(&self) -> impl Iterator<Item = DeadLetter<'_>> {
+        self.fates.0.iter().enumerate().filter_map(|(index, fate)| {
+            if !matches!(fate, Fate::DeadLetter(_) | Fate::Rejected(_)) {
+                return None;
+            }
+            let view = self.batch.as_ref()?.published_view(index)?;
+            if self.gate(view.record.partition).is_past(view.record.offset) {
+                return None;
+            }
+            let (reason, detail) = why_dead(&view, fate)?;
+            Some(DeadLetter { record: view.record, reason, detail })
+        })
+    }
+
     /// Hands every output to `send`, in the order of the records: account order is offset order.
     pub fn for_each_output<E>(
         &self,
@@ -256,28 +288,39 @@ impl Publication {
             let _ = write!(scratch.source, "{source}");
             match fate {
                 Fate::Written | Fate::WrittenBefore => events(&view, &scratch, &mut counts, &mut send)?,
-                Fate::DeadLetter(reason) => {
-                    let detail = match (view.refusal, reason) {
-                        (Some(refusal), _) => Cow::Borrowed(&*refusal.detail),
-                        (None, Reason::MessageIdConflict) => {
-                            "messageId: seen on another record with another payload".into()
-                        }
-                        (None, _) => "".into(),
-                    };
-                    dead_letter(&view, *reason, &detail, topic, &mut scratch, &mut counts, &mut send)?;
-                }
-                Fate::Rejected(sqlstate) => {
-                    let detail: Cow<'_, str> = match sqlstate {
-                        Some(code) => format!("the database refused this row: SQLSTATE {code}").into(),
-                        None => "the database refused this row in an earlier try".into(),
-                    };
-                    let reason = Reason::RejectedByDatabase;
-                    dead_letter(&view, reason, &detail, topic, &mut scratch, &mut counts, &mut send)?;
+                Fate::DeadLetter(_) | Fate::Rejected(_) => {
+                    if let Some((reason, detail)) = why_dead(&view, fate) {
+                        dead_letter(&view, reason, &detail, topic, &mut scratch, &mut counts, &mut send)?;
+                    }
                 }
                 Fate::Duplicate => {}
             }
         }
         Ok(counts)
+    }
+}
+
+/// Reason and detail of a dead letter; the detail names the field and the rule, never a value.
+fn why_dead<'b>(view: &PublishedView<'b>, fate: &Fate) -> Option<(Reason, Cow<'b, str>)> {
+    match fate {
+        Fate::DeadLetter(reason) => {
+            let detail = match (view.refusal, reason) {
+                (Some(refusal), _) => Cow::Borrowed(&*refusal.detail),
+                (None, Reason::MessageIdConflict) => {
+                    "messageId: seen on another record with another payload".into()
+                }
+                (None, _) => "".into(),
+            };
+            Some((*reason, detail))
+        }
+        Fate::Rejected(sqlstate) => {
+            let detail = match sqlstate {
+                Some(code) => format!("the database refused this row: SQLSTATE {code}").into(),
+                None => "the database refused this row in an earlier try".into(),
+            };
+            Some((Reason::RejectedByDatabase, detail))
+        }
+        Fate::Written | Fate::WrittenBefore | Fate::Duplicate => None,
     }
 }
 

@@ -201,7 +201,7 @@ async fn run(rebuilding: &Settings, view: &View, progress: &Progress) -> Result<
     let options = RunOptions { until_caught_up: true, adopt_database: false };
     progress.say("rebuilding");
     let ended = tokio::select! {
-        ended = daemon::run(rebuilding, options, Arc::clone(&board), stopped.clone()) => ended,
+        ended = daemon::run(rebuilding, options, Arc::clone(&board), None, stopped.clone()) => ended,
         () = show(&board, view, progress) => Ok(()),
     };
     let is_stopped = *stopped.borrow();

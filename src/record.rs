@@ -205,6 +205,14 @@ impl SourceBatch {
         self.bytes.len()
     }
 
+    /// Records that bear a header of this name.
+    pub fn count_with_header(&self, name: &[u8]) -> usize {
+        if self.headers.is_empty() {
+            return 0;
+        }
+        self.iter().filter(|record| record.headers.iter().any(|(found, _)| found == name)).count()
+    }
+
     /// Empties the batch and keeps its memory for the next one.
     pub fn clear(&mut self) {
         self.bytes.clear();

@@ -1,12 +1,12 @@
 //! What the daemon knows of itself, for `/status`, `/readyz` and the metrics.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::batch::Outcomes;
 use crate::cursor::Doubt;
-use crate::disposition::Fate;
 use crate::record::{NextOffset, Partition, TimestampMs};
 
 /// What a partition is doing.
@@ -33,11 +33,26 @@ pub struct PartitionStatus {
     pub applied_timestamp: Option<TimestampMs>,
     /// The last stable offset, as last asked.
     pub end: Option<NextOffset>,
+    /// When the published position was last seen at the end, by the wall clock.
+    pub caught_up_at: Option<TimestampMs>,
+    /// Of each batch in hand, where it ends and the timestamp of its first record.
+    in_hand: VecDeque<(NextOffset, TimestampMs)>,
 }
+
+/// Batches of one partition in hand: one that is written and those that wait for their Kafka transaction.
+const IN_HAND_MAX: usize = 4;
 
 impl PartitionStatus {
     fn opening() -> Self {
-        Self { phase: Phase::Opening, applied: None, published: None, applied_timestamp: None, end: None }
+        Self {
+            phase: Phase::Opening,
+            applied: None,
+            published: None,
+            applied_timestamp: None,
+            end: None,
+            caught_up_at: None,
+            in_hand: VecDeque::new(),
+        }
     }
 
     /// Records between the published position and the end.
@@ -45,11 +60,23 @@ impl PartitionStatus {
         Some((self.end?.0 - self.published?.0).max(0))
     }
 
-    /// Age of the last written record while there is lag; 0 when caught up. Milliseconds.
+    /// Age of the oldest record that is not published yet, in milliseconds; 0 when caught up. By that record's
+    /// timestamp while it is in hand. Else it came after the last written record, and after the moment at which
+    /// the partition was last seen caught up: the shorter of the two. `None`: neither is known.
     pub fn lag_ms(&self, now: TimestampMs) -> Option<i64> {
-        match self.lag()? {
-            0 => Some(0),
-            _ => self.applied_timestamp.map(|at| (now.0 - at.0).max(0)),
+        if self.lag()? == 0 {
+            return Some(0);
+        }
+        let oldest = match self.in_hand.front() {
+            Some((_, at)) => Some(*at),
+            None => self.applied_timestamp.max(self.caught_up_at),
+        };
+        oldest.map(|at| (now.0 - at.0).max(0))
+    }
+
+    fn note_caught_up(&mut self, now: TimestampMs) {
+        if self.lag() == Some(0) {
+            self.caught_up_at = Some(now);
         }
     }
 }
@@ -145,20 +172,11 @@ impl Board {
     }
 
     /// Counts records that were settled.
-    pub fn settled(&self, fates: &[Fate]) {
-        let (mut written, mut redelivered, mut duplicates, mut dead_letters) = (0, 0, 0, 0);
-        for fate in fates {
-            match fate {
-                Fate::Written => written += 1,
-                Fate::WrittenBefore => redelivered += 1,
-                Fate::Duplicate => duplicates += 1,
-                Fate::DeadLetter(_) | Fate::Rejected(_) => dead_letters += 1,
-            }
-        }
-        self.written.fetch_add(written, Ordering::Relaxed);
-        self.redelivered.fetch_add(redelivered, Ordering::Relaxed);
-        self.duplicates.fetch_add(duplicates, Ordering::Relaxed);
-        self.dead_letters.fetch_add(dead_letters, Ordering::Relaxed);
+    pub fn settled(&self, outcomes: &Outcomes) {
+        self.written.fetch_add(outcomes.written, Ordering::Relaxed);
+        self.redelivered.fetch_add(outcomes.redelivered, Ordering::Relaxed);
+        self.duplicates.fetch_add(outcomes.duplicate, Ordering::Relaxed);
+        self.dead_letters.fetch_add(outcomes.dead_lettered, Ordering::Relaxed);
     }
 
     /// Records settled since the start.
@@ -173,8 +191,30 @@ impl Board {
 
     /// A partition was assigned or is being opened again.
     pub fn opening(&self, partition: Partition) {
-        self.state().partitions.entry(partition).or_insert_with(PartitionStatus::opening).phase =
-            Phase::Opening;
+        let mut state = self.state();
+        let status = state.partitions.entry(partition).or_insert_with(PartitionStatus::opening);
+        status.phase = Phase::Opening;
+        status.in_hand.clear();
+    }
+
+    /// What was found of a partition that is being opened: where what may be unpublished begins, and the end.
+    pub fn found(&self, partition: Partition, unpublished_from: NextOffset, end: NextOffset) {
+        if let Some(status) = self.state().partitions.get_mut(&partition) {
+            status.published = Some(unpublished_from);
+            status.end = Some(end);
+        }
+    }
+
+    /// A batch was cut: of its partitions where it ends, and the timestamp of the first record.
+    pub fn taken(&self, parts: impl Iterator<Item = (Partition, NextOffset, TimestampMs)>) {
+        let mut state = self.state();
+        for (partition, reached, at) in parts {
+            if let Some(status) = state.partitions.get_mut(&partition)
+                && status.in_hand.len() < IN_HAND_MAX
+            {
+                status.in_hand.push_back((reached, at));
+            }
+        }
     }
 
     /// A partition is no longer ours.
@@ -200,15 +240,19 @@ impl Board {
             status.applied = Some(applied);
             status.published = Some(published);
             status.applied_timestamp = timestamp.or(status.applied_timestamp);
+            while status.in_hand.front().is_some_and(|(reached, _)| *reached <= published) {
+                status.in_hand.pop_front();
+            }
         }
     }
 
     /// Ends of the log as just asked.
-    pub fn ends(&self, ends: impl Iterator<Item = (Partition, NextOffset)>) {
+    pub fn ends(&self, now: TimestampMs, ends: impl Iterator<Item = (Partition, NextOffset)>) {
         let mut state = self.state();
         for (partition, end) in ends {
             if let Some(status) = state.partitions.get_mut(&partition) {
                 status.end = Some(end);
+                status.note_caught_up(now);
             }
         }
     }
@@ -275,6 +319,54 @@ mod tests {
     use super::*;
 
     const SUSPICION: Duration = Duration::from_secs(60);
+
+    fn lag_ms(board: &Board, now: i64) -> Option<i64> {
+        board.partitions().get(&Partition(0)).unwrap().lag_ms(TimestampMs(now))
+    }
+
+    #[test]
+    fn lag_in_time_is_that_of_the_oldest_record_as_far_as_it_is_known() {
+        let board = Board::default();
+        let at = |offset| NextOffset(offset);
+        let p = Partition(0);
+        let ends = |now, end| board.ends(TimestampMs(now), [(p, at(end))].into_iter());
+        let positions = |published, last: Option<i64>| {
+            let last = last.map(TimestampMs);
+            board.positions([(p, at(published), at(published), last)].into_iter());
+        };
+
+        // Nothing is known before the cursors were read; then there is lag, but of what age is not known.
+        board.opening(p);
+        assert_eq!(lag_ms(&board, 1_000), None);
+        board.found(p, at(0), at(10));
+        assert_eq!(board.partitions()[&p].lag(), Some(10));
+        assert_eq!(lag_ms(&board, 1_000), None);
+
+        // Nothing was written ever, and the first records are in hand.
+        positions(0, None);
+        board.taken([(p, at(4), TimestampMs(200))].into_iter());
+        board.taken([(p, at(8), TimestampMs(300))].into_iter());
+        assert_eq!(lag_ms(&board, 1_000), Some(800));
+        positions(4, Some(290));
+        assert_eq!(lag_ms(&board, 1_000), Some(700));
+
+        // What remains is not fetched yet: it is no older than the last written.
+        positions(8, Some(350));
+        assert_eq!(lag_ms(&board, 1_000), Some(650));
+
+        // Caught up, and at rest for long: a new record is not as old as the last one.
+        positions(10, Some(400));
+        assert_eq!(lag_ms(&board, 1_000), Some(0));
+        ends(90_000, 10);
+        ends(92_000, 11);
+        assert_eq!(lag_ms(&board, 92_500), Some(2_500));
+
+        // What a lane forgets is no longer in hand.
+        board.taken([(p, at(11), TimestampMs(500))].into_iter());
+        assert_eq!(lag_ms(&board, 92_500), Some(92_000));
+        board.opening(p);
+        assert_eq!(lag_ms(&board, 92_500), Some(2_500));
+    }
 
     #[test]
     fn each_loss_of_the_broker_explains_one_fencing() {

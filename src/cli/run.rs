@@ -14,7 +14,9 @@ use super::Failure;
 use crate::admin;
 use crate::config::Settings;
 use crate::daemon::{self, RunError, RunOptions};
+use crate::logging::Log;
 use crate::status::{Board, PartitionStatus};
+use crate::trace::BatchTracer;
 
 const AFTER_HELP: &str = "\
 SIGTERM and SIGINT drain: what is in flight is finished within shutdown.timeout, published and
@@ -53,22 +55,25 @@ impl From<RunError> for Failure {
 }
 
 /// Runs until a signal, until caught up, or until a person must decide.
-pub fn run(settings: Settings, args: &RunArgs) -> Result<(), Failure> {
+pub fn run(settings: Settings, args: &RunArgs, log: Log) -> Result<(), Failure> {
     let runtime = super::large_runtime()?;
-    let outcome = runtime.block_on(serve(&settings, args));
+    let outcome = runtime.block_on(serve(&settings, args, Arc::new(log)));
     // Not waited for: a request to a broker that is away may still block its thread.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(settings: &Settings, args: &RunArgs) -> Result<(), Failure> {
+async fn serve(settings: &Settings, args: &RunArgs, log: Arc<Log>) -> Result<(), Failure> {
     let options = RunOptions { until_caught_up: args.until_caught_up, adopt_database: args.adopt_database };
     let version = super::version();
-    let metrics = admin::install_metrics(version)
+    let metrics = admin::install_metrics(version, &settings.kafka.group_id)
         .map_err(|error| Failure::failed(format!("cannot set up the metrics: {error}")))?;
+    let tracer =
+        BatchTracer::from_settings(settings, version).map_err(|error| Failure::usage(error.to_string()))?;
     let board = Arc::new(Board::default());
-    let address =
-        admin::serve(settings.admin.listen, Arc::clone(&board), metrics, version).await.map_err(|error| {
+    let address = admin::serve(settings.admin.listen, Arc::clone(&board), metrics, log, version)
+        .await
+        .map_err(|error| {
             Failure::failed(format!("admin.listen: cannot listen on {}: {error}", settings.admin.listen))
         })?;
     tracing::info!(%address, "the admin server listens");
@@ -87,7 +92,11 @@ async fn serve(settings: &Settings, args: &RunArgs) -> Result<(), Failure> {
     });
     let began = Instant::now();
     let progress = args.progress.then(|| tokio::spawn(show_progress(Arc::clone(&board))));
-    let outcome = daemon::run(settings, options, Arc::clone(&board), stopped).await;
+    let outcome = daemon::run(settings, options, Arc::clone(&board), tracer.as_ref(), stopped).await;
+    if let Some(tracer) = tracer {
+        // Its time is bounded; a collector that is away is no reason not to end.
+        let _ = tokio::task::spawn_blocking(move || tracer.shutdown()).await;
+    }
     if let Some(progress) = progress {
         progress.abort();
         let line = summary(&board, began.elapsed());

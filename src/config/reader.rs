@@ -68,6 +68,18 @@ impl<'a> Raw<'a> {
             .ok_or_else(|| format!("must be a whole number from {low} to {high}"))
     }
 
+    pub(super) fn number(&self, low: f64, high: f64) -> Result<f64, Rule> {
+        let value = match self.kind {
+            ValueKind::Float(value) => Some(*value),
+            ValueKind::I64(value) => i32::try_from(*value).ok().map(f64::from),
+            ValueKind::String(text) if self.from_environment => text.trim().parse().ok(),
+            _ => None,
+        };
+        value
+            .filter(|value| (low..=high).contains(value))
+            .ok_or_else(|| format!("must be a number from {low} to {high}"))
+    }
+
     pub(super) fn duration(&self, low: Duration, high: Duration) -> Result<Duration, Rule> {
         let value = match self.kind {
             ValueKind::String(text) => duration::parse(text),

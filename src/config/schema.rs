@@ -7,6 +7,7 @@ use config::{Map, Value, ValueKind};
 pub(super) enum Fallback {
     Text(&'static str),
     Integer(i64),
+    Number(f64),
     Boolean(bool),
     Texts(&'static [&'static str]),
     Integers(&'static [i64]),
@@ -38,7 +39,7 @@ const fn secret(key: &'static str, fallback: Fallback) -> Spec {
 pub(super) const PROPERTIES: &str = "kafka.properties";
 
 /// All settings, in the order in which they are shown.
-pub(super) const SETTINGS: [Spec; 25] = [
+pub(super) const SETTINGS: [Spec; 27] = [
     plain("kafka.bootstrap_servers", Fallback::Text("127.0.0.1:9092")),
     plain("kafka.group_id", Fallback::Text("payment-writer")),
     plain("kafka.instance_id", Fallback::HostName),
@@ -64,6 +65,8 @@ pub(super) const SETTINGS: [Spec; 25] = [
     plain("shutdown.timeout", Fallback::Text("30s")),
     plain("log.format", Fallback::Text("text")),
     plain("log.level", Fallback::Text("info")),
+    plain("tracing.otlp_endpoint", Fallback::Text("")),
+    plain("tracing.sample_ratio", Fallback::Number(0.01)),
 ];
 
 /// The setting of that name.
@@ -100,6 +103,7 @@ pub(super) fn defaults() -> Map<String, Value> {
         let kind = match spec.fallback {
             Fallback::Text(text) => ValueKind::from(text),
             Fallback::Integer(number) => ValueKind::from(number),
+            Fallback::Number(number) => ValueKind::from(number),
             Fallback::Boolean(value) => ValueKind::from(value),
             Fallback::Texts(texts) => ValueKind::from(texts.to_vec()),
             Fallback::Integers(numbers) => ValueKind::from(numbers.to_vec()),

@@ -34,6 +34,8 @@ pub struct Settings {
     pub shutdown: ShutdownSettings,
     /// `[log]`
     pub log: LogSettings,
+    /// `[tracing]`
+    pub tracing: TracingSettings,
 }
 
 /// `[kafka]`
@@ -134,6 +136,15 @@ pub struct LogSettings {
     pub level: String,
 }
 
+/// `[tracing]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct TracingSettings {
+    /// Base address of an OTLP collector; `None`: no traces.
+    pub otlp_endpoint: Option<String>,
+    /// Share of the batches that are traced, 0 to 1.
+    pub sample_ratio: f64,
+}
+
 /// `log.format`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -161,6 +172,7 @@ impl Settings {
         let timeout =
             r.read("shutdown.timeout", |raw| raw.duration(Duration::from_secs(1), Duration::from_secs(600)));
         let log = LogSettings::read(r);
+        let tracing = TracingSettings::read(r);
         if let (Some(batch), Some(payment)) = (&batch, &payment)
             && batch.max_bytes < payment.max_bytes
         {
@@ -180,6 +192,7 @@ impl Settings {
             admin: AdminSettings { listen: listen? },
             shutdown: ShutdownSettings { timeout: timeout? },
             log: log?,
+            tracing: tracing?,
         })
     }
 }
@@ -272,22 +285,52 @@ impl LogSettings {
         });
         let level = r.read("log.level", |raw| {
             let text = raw.text()?.trim();
-            let known = !text.is_empty() && tracing_subscriber::EnvFilter::try_new(text).is_ok();
             let rule = "must be error, warn, info, debug or trace, or directives like info,librdkafka=debug";
-            if known && !is_mistyped_level(text) { Ok(text.to_owned()) } else { Err(rule.to_owned()) }
+            log_filter(text).map(|()| text.to_owned()).map_err(|_| rule.to_owned())
         });
         Some(Self { format: format?, level: level? })
     }
 }
 
-/// The filter takes any word that is not a level for the name of a target, and then logs nothing.
-fn is_mistyped_level(text: &str) -> bool {
+impl TracingSettings {
+    fn read(r: &mut Reader) -> Option<Self> {
+        let otlp_endpoint = r.read("tracing.otlp_endpoint", |raw| {
+            let text = raw.text()?.trim();
+            if text.is_empty() {
+                return Ok(None);
+            }
+            let is_base =
+                text.strip_prefix("http://").is_some_and(|rest| is_host_and_port(rest.trim_end_matches('/')));
+            if is_base {
+                Ok(Some(text.to_owned()))
+            } else {
+                Err("must be http://host:port of an OTLP collector, or empty".to_owned())
+            }
+        });
+        let sample_ratio = r.read("tracing.sample_ratio", |raw| raw.number(0.0, 1.0));
+        Some(Self { otlp_endpoint: otlp_endpoint?, sample_ratio: sample_ratio? })
+    }
+}
+
+/// Whether `text` is a filter of the log, as `log.level` takes it.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn log_filter(text: &str) -> Result<(), String> {
+    if text.is_empty() {
+        return Err("empty: a level or directives are wanted".to_owned());
+    }
+    tracing_subscriber::EnvFilter::try_new(text).map_err(|error| error.to_string())?;
+    // The filter takes any word that is not a level for the name of a target, and then logs nothing.
     let levels = ["off", "error", "warn", "info", "debug", "trace"];
-    text.split(',').any(|directive| {
-        let directive = directive.trim();
+    let mistyped = text.split(',').map(str::trim).find(|directive| {
         !directive.contains(['=', '[', ':'])
             && !levels.iter().any(|level| level.eq_ignore_ascii_case(directive))
-    })
+    });
+    match mistyped {
+        Some(word) => Err(format!("{word:?} is no level: off, error, warn, info, debug or trace")),
+        None => Ok(()),
+    }
 }
 
 fn count(raw: &Raw<'_>, low: i64, high: i64) -> Result<usize, Rule> {
@@ -306,24 +349,26 @@ fn name(raw: &Raw<'_>, chars_max: usize) -> Result<String, Rule> {
     }
 }
 
-fn servers(raw: &Raw<'_>) -> Result<String, Rule> {
-    let rule = || "must be host:port, or several between commas".to_owned();
-    let items: Vec<&str> = raw.text()?.split(',').map(str::trim).collect();
-    for item in &items {
-        let (host, port) = item.rsplit_once(':').ok_or_else(rule)?;
-        let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-        let legal = match bare {
-            Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
-            None => {
-                !host.is_empty()
-                    && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
-            }
-        };
-        if !legal || !port.parse::<u16>().is_ok_and(|port| port > 0) {
-            return Err(rule());
+fn is_host_and_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else { return false };
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+    let is_host = match bare {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => {
+            !host.is_empty()
+                && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
         }
+    };
+    is_host && port.parse::<u16>().is_ok_and(|port| port > 0)
+}
+
+fn servers(raw: &Raw<'_>) -> Result<String, Rule> {
+    let items: Vec<&str> = raw.text()?.split(',').map(str::trim).collect();
+    if items.iter().all(|item| is_host_and_port(item)) {
+        Ok(items.join(","))
+    } else {
+        Err("must be host:port, or several between commas".to_owned())
     }
-    Ok(items.join(","))
 }
 
 fn socket_address(raw: &Raw<'_>) -> Result<SocketAddr, Rule> {

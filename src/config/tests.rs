@@ -38,6 +38,7 @@ fn without_file_and_environment_the_defaults_apply() {
     assert_eq!(s.admin.listen.to_string(), "127.0.0.1:9464");
     assert_eq!(s.shutdown.timeout, Duration::from_secs(30));
     assert_eq!((s.log.format, s.log.level.as_str()), (LogFormat::Text, "info"));
+    assert_eq!(s.tracing, TracingSettings { otlp_endpoint: None, sample_ratio: 0.01 });
 }
 
 #[test]
@@ -103,6 +104,20 @@ fn lists_numbers_and_flags_can_be_given_by_environment() {
     assert_eq!(s.lanes, 8);
     assert_eq!(s.batch.max_bytes.bytes(), 1 << 20);
     assert_eq!(s.idempotency.prune_schedule, None);
+    let traces = |endpoint: &str, ratio: &str| {
+        let names = ["PAYMENT_WRITER__TRACING__OTLP_ENDPOINT", "PAYMENT_WRITER__TRACING__SAMPLE_RATIO"];
+        load("", &[(names[0], endpoint), (names[1], ratio)]).map(|loaded| loaded.settings.tracing)
+    };
+    let tracing = traces("http://collector:4318/", "1").unwrap();
+    assert_eq!(
+        (tracing.otlp_endpoint.as_deref(), tracing.sample_ratio),
+        (Some("http://collector:4318/"), 1.0)
+    );
+    for (endpoint, ratio) in
+        [("https://c:4318", "1"), ("c:4318", "1"), ("http://c", "1"), ("", "1.1"), ("", "nan")]
+    {
+        assert!(traces(endpoint, ratio).is_err(), "{endpoint} {ratio}");
+    }
     assert!(load("[email]\nstatuses = []", &[]).unwrap().settings.email.statuses.is_empty());
 }
 

@@ -20,6 +20,7 @@ use crate::cursor::IdentityDoubt;
 use crate::disposition::is_refusal;
 use crate::failpoint;
 use crate::lane::ports::{LaneEvent, RevokeDone};
+use crate::logging::RateLimited;
 use crate::record::{NextOffset, Partition};
 use crate::status::Board;
 
@@ -174,7 +175,10 @@ impl ConsumerContext for GroupContext {
             }
             other => {
                 let code: RDKafkaErrorCode = other.into();
-                tracing::warn!(%code, "a rebalance failed, the client joins again");
+                static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+                if let Some(suppressed) = LIMIT.pass() {
+                    tracing::warn!(%code, suppressed, "a rebalance failed, the client joins again");
+                }
             }
         }
     }
@@ -437,7 +441,16 @@ fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
                 // Cannot happen while partitions are attached before they are assigned; if it does, the
                 // partition is taken up again, so that no record is passed over.
                 let partition = Partition(rdkafka::Message::partition(&message));
-                tracing::warn!(partition = partition.0, "a record missed its lane's queue, taken up again");
+                static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+                if let Some(suppressed) = LIMIT.pass() {
+                    tracing::warn!(
+                        topic = shared.topic,
+                        partition = partition.0,
+                        offset = rdkafka::Message::offset(&message),
+                        suppressed,
+                        "a record missed its lane's queue, taken up again"
+                    );
+                }
                 drop(message);
                 restart(consumer, shared, partition);
             }

@@ -1,7 +1,7 @@
 //! The one place with `unsafe`: the calls of librdkafka that the `rdkafka` crate does not offer.
 //!
 //! Batch consumption from a queue of our own, transactional produce without an allocation per
-//! message, topic ids (`DescribeTopics`), and the generation inside the consumer's group metadata.
+//! message, topic ids (`DescribeTopics`) and retention (`DescribeConfigs`), and the generation inside the consumer's group metadata.
 //! Everything that leaves this module is safe to call; each block says why it is sound.
 #![allow(unsafe_code)]
 
@@ -635,5 +635,102 @@ unsafe fn described(event: *mut sys::rd_kafka_event_t) -> Result<(uuid::Uuid, us
         let high = sys::rd_kafka_Uuid_most_significant_bits(id) as u64;
         let low = sys::rd_kafka_Uuid_least_significant_bits(id) as u64;
         Ok((uuid::Uuid::from_u64_pair(high, low), partitions))
+    }
+}
+
+/// `retention.ms` of a topic (`DescribeConfigs`); `None`: unlimited. Needs the right to describe its settings.
+///
+/// # Errors
+/// As the broker or the client says, also when that right is missing.
+pub fn topic_retention<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    timeout: Duration,
+) -> Result<Option<Duration>, NativeError> {
+    // As for the topic's id: a plain question goes first.
+    consumer.fetch_metadata(Some(topic), timeout).map_err(|error| {
+        let code = sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__TRANSPORT;
+        NativeError::plain(code, &format!("no broker answers: {error}"))
+    })?;
+    let name = c_string(topic);
+    let client = consumer.client().native_ptr();
+    // SAFETY: every object made here is destroyed here, and what is read lives inside the event until
+    // the event is destroyed at the end.
+    unsafe {
+        let queue = sys::rd_kafka_queue_new(client);
+        let resource = sys::rd_kafka_ConfigResource_new(
+            sys::rd_kafka_ResourceType_t::RD_KAFKA_RESOURCE_TOPIC,
+            name.as_ptr(),
+        );
+        let mut resources = [resource];
+        let options = sys::rd_kafka_AdminOptions_new(
+            client,
+            sys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBECONFIGS,
+        );
+        let mut reason: [c_char; 256] = [0; 256];
+        sys::rd_kafka_AdminOptions_set_request_timeout(
+            options,
+            millis(timeout),
+            reason.as_mut_ptr(),
+            reason.len(),
+        );
+        sys::rd_kafka_DescribeConfigs(client, resources.as_mut_ptr(), resources.len(), options, queue);
+        let event = sys::rd_kafka_queue_poll(queue, millis(timeout + Duration::from_secs(1)));
+        let outcome = retention(event);
+        if !event.is_null() {
+            sys::rd_kafka_event_destroy(event);
+        }
+        sys::rd_kafka_AdminOptions_destroy(options);
+        sys::rd_kafka_ConfigResource_destroy(resource);
+        sys::rd_kafka_queue_destroy(queue);
+        outcome
+    }
+}
+
+unsafe fn retention(event: *mut sys::rd_kafka_event_t) -> Result<Option<Duration>, NativeError> {
+    use sys::rd_kafka_resp_err_t as code;
+    if event.is_null() {
+        return Err(NativeError::plain(code::RD_KAFKA_RESP_ERR__TIMED_OUT, "no answer to DescribeConfigs"));
+    }
+    let told_nothing =
+        || NativeError::plain(code::RD_KAFKA_RESP_ERR__BAD_MSG, "DescribeConfigs told no retention");
+    // SAFETY: the event is live; null results are checked, and arrays are read within their counts.
+    unsafe {
+        let error = sys::rd_kafka_event_error(event);
+        if error != code::RD_KAFKA_RESP_ERR_NO_ERROR {
+            return Err(NativeError::plain(error, "DescribeConfigs failed"));
+        }
+        let result = sys::rd_kafka_event_DescribeConfigs_result(event);
+        let mut count = 0;
+        let resources = if result.is_null() {
+            ptr::null_mut()
+        } else {
+            sys::rd_kafka_DescribeConfigs_result_resources(result, &mut count)
+        };
+        if resources.is_null() || count == 0 {
+            return Err(told_nothing());
+        }
+        let error = sys::rd_kafka_ConfigResource_error(*resources);
+        if error != code::RD_KAFKA_RESP_ERR_NO_ERROR {
+            return Err(NativeError::plain(error, "the topic's settings cannot be described"));
+        }
+        let mut count = 0;
+        let entries = sys::rd_kafka_ConfigResource_configs(*resources, &mut count);
+        if entries.is_null() {
+            return Err(told_nothing());
+        }
+        for index in 0..count {
+            let entry = *entries.add(index);
+            let (name, value) =
+                (sys::rd_kafka_ConfigEntry_name(entry), sys::rd_kafka_ConfigEntry_value(entry));
+            if name.is_null() || value.is_null() || CStr::from_ptr(name).to_bytes() != b"retention.ms" {
+                continue;
+            }
+            let ms = CStr::from_ptr(value).to_str().ok().and_then(|text| text.parse::<i64>().ok());
+            let ms = ms.ok_or_else(told_nothing)?;
+            // -1: unlimited.
+            return Ok(u64::try_from(ms).ok().map(Duration::from_millis));
+        }
+        Err(told_nothing())
     }
 }

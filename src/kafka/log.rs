@@ -19,7 +19,7 @@ use crate::config::KafkaSettings;
 use crate::cursor::{GroupOffset, IdentityDoubt, LogBounds};
 use crate::disposition::{FailureClass, class_of_kafka};
 use crate::intake::Intake;
-use crate::lane::ports::{Log, LogFailure, Proved, PublishFailure};
+use crate::lane::ports::{Log, LogFailure, Proved, PublishFailure, PublishTimes};
 use crate::publication::{OutputCounts, Publication, Published};
 use crate::record::{NextOffset, Partition, TimestampMs};
 
@@ -296,7 +296,7 @@ impl Log for KafkaLog {
                         intake.end(partition, NextOffset(position));
                     }
                     QueueItem::Failed { partition, code } => {
-                        tracing::debug!(target: "librdkafka", ?partition, %code, "fetch");
+                        tracing::debug!(target: "librdkafka", partition = partition.map(|p| p.0), %code, "fetch");
                         suspicion.notify_one();
                         if let Some(partition) = partition {
                             intake.disturb(partition);
@@ -320,7 +320,7 @@ impl Log for KafkaLog {
     async fn publish(
         &mut self,
         publication: &Arc<Publication>,
-    ) -> Result<(Published, OutputCounts), PublishFailure> {
+    ) -> Result<(Published, OutputCounts, PublishTimes), PublishFailure> {
         if self.is_in_doubt {
             return Err(PublishFailure::Unknown("an earlier transaction was given up".to_owned()));
         }

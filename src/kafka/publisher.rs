@@ -18,7 +18,7 @@ use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer};
 use crate::cursor::Identity;
 use crate::disposition::{FailureClass, class_of_kafka};
 use crate::failpoint;
-use crate::lane::ports::{LogFailure, PublishFailure};
+use crate::lane::ports::{LogFailure, PublishFailure, PublishTimes};
 use crate::metrics::{KafkaSteps, timed};
 use crate::publication::{OutputCounts, Publication, Published};
 
@@ -36,7 +36,7 @@ const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
 /// The lane waits this long for an answer before it abandons the thread.
 pub(super) const WATCHDOG: Duration = Duration::from_secs(25);
 
-type PublishReply = Result<(Published, OutputCounts), PublishFailure>;
+type PublishReply = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
 
 enum Job {
     Init(oneshot::Sender<Result<(), LogFailure>>),
@@ -177,12 +177,13 @@ fn publish(
     if let Err(error) = producer.begin() {
         return Err(PublishFailure::Unknown(format!("begin_transaction: {error}")));
     }
-    match fill(producer, settings, steps, publication, group, deadline) {
+    let mut times = PublishTimes::default();
+    match fill(producer, settings, steps, &mut times, publication, group, deadline) {
         Ok(counts) => {
             failpoint::hit("before_kafka_commit");
-            timed(&steps.commit, || commit(producer, deadline))?;
+            timed(&steps.commit, &mut times.commit, || commit(producer, deadline))?;
             failpoint::hit("after_kafka_commit");
-            Ok((publication.committed(), counts))
+            Ok((publication.committed(), counts, times))
         }
         Err(broken) => Err(abort(producer, broken)),
     }
@@ -192,15 +193,19 @@ fn fill(
     producer: &TxnProducer<QuietLog>,
     settings: &PublisherSettings,
     steps: &KafkaSteps,
+    times: &mut PublishTimes,
     publication: &Publication,
     group: &GroupMetadata,
     deadline: Instant,
 ) -> Result<OutputCounts, Broken> {
-    let counts = timed(&steps.produce, || produce(producer, settings, publication, deadline))?;
+    let counts =
+        timed(&steps.produce, &mut times.produce, || produce(producer, settings, publication, deadline))?;
     failpoint::hit("after_produce");
-    timed(&steps.offsets, || send_offsets(producer, settings, publication, group, deadline))?;
+    timed(&steps.offsets, &mut times.offsets, || {
+        send_offsets(producer, settings, publication, group, deadline)
+    })?;
     failpoint::hit("after_send_offsets");
-    timed(&steps.deliver, || deliver(producer, deadline))?;
+    timed(&steps.deliver, &mut times.deliver, || deliver(producer, deadline))?;
     Ok(counts)
 }
 

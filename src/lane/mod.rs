@@ -8,6 +8,7 @@
 pub mod breaker;
 mod opening;
 pub mod ports;
+mod told;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::pin::pin;
@@ -19,16 +20,19 @@ use tokio::time::{Instant, sleep_until};
 
 use self::breaker::Breaker;
 use self::ports::{
-    CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, RevokeDone, WriteStats,
+    CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, PublishTimes, RevokeDone, WriteStats,
 };
-use crate::batch::{Answer, Batch, Fates, Memory, Progress};
+use crate::batch::{Answer, Batch, Fates, Memory, Outcomes, Progress};
 use crate::cursor::{Doubt, Identity, IdentityDoubt, Mode};
 use crate::disposition::FailureClass;
+use crate::dlq::letter::REPLAYS_HEADER;
 use crate::intake::Intake;
+use crate::logging::RateLimited;
 use crate::metrics::{LaneMetrics, LanePhase};
 use crate::publication::{OutputCounts, Publication, Published, Span};
 use crate::record::{NextOffset, Partition, TimestampMs};
 use crate::status::{Board, Dependency};
+use crate::trace::{BatchTrace, BatchTracer};
 use crate::wire::Rules;
 
 /// Without records, the lane looks around this often.
@@ -53,6 +57,8 @@ pub struct LaneSettings {
     pub index: usize,
     /// Rules of valid messages.
     pub rules: Arc<Rules>,
+    /// The input topic's name, for the log.
+    pub input_topic: String,
     /// Topic and database.
     pub identity: Identity,
     /// How the daemon runs.
@@ -63,6 +69,8 @@ pub struct LaneSettings {
     pub batch_bytes_max: usize,
     /// How long the first record of a batch waits for others.
     pub linger: Duration,
+    /// Traces some batches; `None`: none.
+    pub tracer: Option<Arc<BatchTracer>>,
 }
 
 /// Positions of a partition that is being written and published.
@@ -95,7 +103,16 @@ enum Slot {
 }
 
 type Written = Result<(Fates, Answer, WriteStats), LedgerFailure>;
-type Sent = Result<(Published, OutputCounts), PublishFailure>;
+type Sent = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
+
+/// A written batch that waits for its Kafka transaction.
+struct Pending {
+    publication: Arc<Publication>,
+    trace: Option<Box<BatchTrace>>,
+}
+
+/// Of what a lane says when it begins anew: it can be told to again and again.
+static RESETS: RateLimited = RateLimited::new(10, Duration::from_secs(60));
 
 /// One lane over a log and a ledger.
 pub struct Lane<L: Log, D: Ledger> {
@@ -109,7 +126,9 @@ pub struct Lane<L: Log, D: Ledger> {
     intake: Intake,
     intake_since: Option<Instant>,
     writing: Option<Batch>,
-    pending: VecDeque<Arc<Publication>>,
+    /// Of the batch that is being written, if it is traced.
+    trace: Option<Box<BatchTrace>>,
+    pending: VecDeque<Pending>,
     /// Of the batch that was settled last.
     spare: Option<Memory>,
     /// False after a session broke: the cursors are compared before the next write.
@@ -147,6 +166,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             intake,
             intake_since: None,
             writing: None,
+            trace: None,
             pending: VecDeque::new(),
             spare: None,
             is_session_checked: false,
@@ -221,7 +241,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     ) -> Result<(), IdentityDoubt> {
         if !is_lost && self.is_producer_ready {
             let deadline = Instant::now() + REVOKE_GRACE;
-            while let Some(publication) = self.pending.front().cloned() {
+            while let Some(publication) = self.first_pending() {
                 match tokio::time::timeout_at(deadline, self.log.publish(&publication)).await {
                     Ok(Ok(sent)) => {
                         drop(publication);
@@ -255,6 +275,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             // Nothing to ask for any more: what this lane last heard is no news of either.
             self.board.database(self.settings.index, Dependency::Unknown);
             self.board.broker(self.settings.index, Dependency::Unknown);
+            self.metrics.at_rest();
         }
         self.note_assigned();
         done.finish();
@@ -268,11 +289,14 @@ impl<L: Log, D: Ledger> Lane<L, D> {
 
     /// Forgets all that is held; every partition is taken up anew from its cursors.
     fn reset(&mut self, reason: &str) {
-        let lane = self.settings.index;
-        tracing::info!(lane, reason, "reading the cursors of all partitions again");
+        if let Some(suppressed) = RESETS.pass() {
+            let lane = self.settings.index;
+            tracing::info!(lane, reason, suppressed, "reading the cursors of all partitions again");
+        }
         self.metrics.reset();
         self.writing = None;
-        self.pending.clear();
+        let traces = self.trace.take().into_iter().chain(self.pending.drain(..).filter_map(|p| p.trace));
+        traces.for_each(|trace| trace.dropped(reason));
         self.intake.clear();
         self.intake_since = None;
         for (partition, slot) in &mut self.slots {
@@ -306,6 +330,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             reason = message,
             "waiting for the group's next generation"
         );
+        self.metrics.kafka_error(FailureClass::Fenced);
         self.broker.delay();
     }
 
@@ -323,6 +348,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             None => (class, message),
         };
         self.broker.failed(class, doing, message);
+        self.metrics.kafka_error(class);
         self.metrics.broker_up(false);
         let down = Dependency::Down(format!("{doing}: {message} ({})", class.as_str()));
         self.board.broker(self.settings.index, down);
@@ -352,11 +378,15 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
         match failure.class {
             FailureClass::Fenced => {
-                tracing::warn!(
-                    lane = self.settings.index,
-                    detail = %failure.message,
-                    "a cursor is not where this lane left it: another writer was there"
-                );
+                static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+                if let Some(suppressed) = LIMIT.pass() {
+                    tracing::warn!(
+                        lane = self.settings.index,
+                        detail = %failure.message,
+                        suppressed,
+                        "a cursor is not where this lane left it: another writer was there"
+                    );
+                }
                 self.reset("a cursor was moved by another writer");
                 self.database.delay();
             }
@@ -373,6 +403,10 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     // ---- collecting --------------------------------------------------------------------------
+
+    fn first_pending(&self) -> Option<Arc<Publication>> {
+        self.pending.front().map(|pending| Arc::clone(&pending.publication))
+    }
 
     fn can_publish(&self) -> bool {
         !self.pending.is_empty() && self.is_producer_ready && self.broker.is_due()
@@ -470,6 +504,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         let mut memory = self.spare.take().unwrap_or_default();
         let (source, ends) = self.intake.take(memory.take_source());
         let mut progress: BTreeMap<Partition, Progress> = BTreeMap::new();
+        let mut oldest: Vec<(Partition, TimestampMs)> = Vec::new();
         for record in source.iter() {
             let next = record.offset.next();
             let stamp = Some(record.timestamp);
@@ -478,6 +513,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 known.timestamp = stamp;
             } else if let Some(Slot::Live(live)) = self.slots.get(&record.partition) {
                 let partition = record.partition;
+                oldest.extend(record.timestamp.map(|at| (partition, at)));
                 progress.insert(
                     partition,
                     Progress { partition, seen: live.applied, reached: next, timestamp: stamp },
@@ -498,9 +534,13 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         if progress.is_empty() {
             return;
         }
+        self.board.taken(oldest.into_iter().filter_map(|(p, at)| Some((p, progress.get(&p)?.reached, at))));
         let progress = progress.into_values().collect();
         let batch = Batch::assemble_in(memory, source, progress, &self.settings.rules);
-        self.metrics.phase(LanePhase::Assembling, began.elapsed());
+        let assembling = began.elapsed();
+        self.metrics.phase(LanePhase::Assembling, assembling);
+        let tracer = self.settings.tracer.as_ref().filter(|tracer| tracer.samples());
+        self.trace = tracer.map(|tracer| tracer.begin(self.settings.index, &batch, assembling));
         self.metrics.batch(batch.len(), batch.source_bytes());
         self.writing = Some(batch);
     }
@@ -559,7 +599,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             Some(batch) if writes => self.moves(batch.progress()),
             _ => Vec::new(),
         };
-        let publication = self.pending.front().filter(|_| publishes).cloned();
+        let publication = self.first_pending().filter(|_| publishes);
         let Some((written, sent)) = self.write_and_publish(writes, &moves, publication.as_ref()).await else {
             // Partitions are being taken away, and what is in flight does not finish.
             self.is_producer_ready &= publication.is_none();
@@ -585,13 +625,17 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         moves: &[CursorMove],
         publication: Option<&Arc<Publication>>,
     ) -> Option<(Option<Written>, Option<Sent>)> {
-        let Self { ledger, log, writing, events, inbox, metrics, .. } = self;
+        let Self { ledger, log, writing, trace, pending, events, inbox, metrics, .. } = self;
+        let pending_trace = pending.front_mut().and_then(|pending| pending.trace.as_mut());
         let write = async {
             match writing {
                 Some(batch) if writes => {
                     let began = Instant::now();
                     let written = ledger.write(batch, moves).await;
                     metrics.phase(LanePhase::Database, began.elapsed());
+                    if let Some(trace) = trace {
+                        trace.database_ended();
+                    }
                     Some(written)
                 }
                 _ => None,
@@ -603,6 +647,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                     let began = Instant::now();
                     let sent = log.publish(publication).await;
                     metrics.phase(LanePhase::Kafka, began.elapsed());
+                    if let Some(trace) = pending_trace {
+                        trace.kafka_ended();
+                    }
                     Some(sent)
                 }
                 None => None,
@@ -637,13 +684,22 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     fn after_write(&mut self, written: Written, moves: &[CursorMove]) -> Result<(), IdentityDoubt> {
         let (fates, _, times) = match written {
             Ok(written) => written,
-            Err(failure) => return self.ledger_failed("writing a batch", failure),
+            Err(failure) => {
+                if let Some(trace) = &self.trace {
+                    trace.failed("database", failure.class.as_str());
+                }
+                return self.ledger_failed("writing a batch", failure);
+            }
         };
         self.database_up();
         self.wrote_at = Instant::now();
         self.compared_at = self.wrote_at;
         self.metrics.write_stats(&times);
         let Some(batch) = self.writing.take() else { return Ok(()) };
+        let mut trace = self.trace.take();
+        if let Some(trace) = &mut trace {
+            trace.written(&times);
+        }
         for moved in moves {
             if let Some(Slot::Live(live)) = self.slots.get_mut(&moved.partition) {
                 live.applied = live.applied.max(moved.applied);
@@ -665,12 +721,12 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
         self.report_positions();
         if spans.is_empty() {
-            self.metrics.outcomes(&fates);
-            self.board.settled(&fates.0);
+            self.settled(&batch, &fates, trace);
             self.spare = Some(batch.into_memory());
         } else {
             let emits = self.settings.mode.publishes;
-            self.pending.push_back(Arc::new(Publication::of_batch(batch, fates, spans, emits)));
+            let publication = Arc::new(Publication::of_batch(batch, fates, spans, emits));
+            self.pending.push_back(Pending { publication, trace });
         }
         Ok(())
     }
@@ -679,6 +735,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         match sent {
             Ok(sent) => self.published(sent),
             Err(PublishFailure::Aborted { class, message }) => {
+                if let Some(trace) = self.pending.front().and_then(|pending| pending.trace.as_ref()) {
+                    trace.failed("kafka", class.as_str());
+                }
                 self.broker_failed(class, "publishing a batch", &message);
             }
             Err(PublishFailure::Fenced(message)) => self.fenced(&message),
@@ -693,7 +752,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     /// The first of the pending publications is committed.
-    fn published(&mut self, (proof, counts): (Published, OutputCounts)) {
+    fn published(&mut self, (proof, counts, times): (Published, OutputCounts, PublishTimes)) {
         self.broker_up();
         for (partition, position) in proof.positions() {
             if let Some(Slot::Live(live)) = self.slots.get_mut(partition) {
@@ -701,14 +760,32 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             }
         }
         self.metrics.outputs(&counts);
-        if let Some(publication) = self.pending.pop_front() {
-            self.metrics.outcomes(publication.fates());
-            self.board.settled(&publication.fates().0);
+        if let Some(Pending { publication, mut trace }) = self.pending.pop_front() {
+            if let Some(trace) = &mut trace {
+                trace.published(&times);
+            }
+            let trace_id = trace.as_ref().map(|trace| trace.id());
+            let LaneSettings { input_topic, identity, .. } = &self.settings;
+            told::dead_letters(input_topic, identity.topic_id, &publication, trace_id.as_deref());
+            if let Some(batch) = publication.batch() {
+                self.settled(batch, publication.fates(), trace);
+            }
             self.metrics.latency(publication.batch());
             let batch = Arc::into_inner(publication).and_then(Publication::into_batch);
             self.spare = batch.map(Batch::into_memory).or_else(|| self.spare.take());
         }
         self.report_positions();
+    }
+
+    /// Every record of the batch has its outcome.
+    fn settled(&self, batch: &Batch, fates: &Fates, trace: Option<Box<BatchTrace>>) {
+        let outcomes = Outcomes::of(fates);
+        self.metrics.outcomes(&outcomes);
+        self.metrics.replayed(batch.source().count_with_header(REPLAYS_HEADER));
+        self.board.settled(&outcomes);
+        if let Some(trace) = trace {
+            trace.settled(&outcomes);
+        }
     }
 
     fn report_positions(&self) {
@@ -766,10 +843,14 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 }
             }
         } else if !as_seen {
-            tracing::warn!(
-                lane = self.settings.index,
-                "the database's cursors are not where this lane left them, as after a failover or a restore"
-            );
+            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+            if let Some(suppressed) = LIMIT.pass() {
+                tracing::warn!(
+                    lane = self.settings.index,
+                    suppressed,
+                    "the database's cursors are not where this lane left them, as after a failover or a restore"
+                );
+            }
             self.reset("the database's cursors differ");
             self.is_session_checked = true;
             return Ok(false);
@@ -818,7 +899,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
 
     /// Publishes what is written, notes it in the database, and is done.
     async fn drain(&mut self) -> Result<(), IdentityDoubt> {
-        while let Some(publication) = self.pending.front().cloned() {
+        while let Some(publication) = self.first_pending() {
             if !self.is_producer_ready {
                 break;
             }

@@ -7,10 +7,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::ports::{Ledger, Log, LogFailure, PublishFailure};
-use super::{Lane, Live, Slot};
+use super::{Lane, LaneSettings, Live, Slot, told};
 use crate::cursor::{CursorRow, Decision, Doubt, IdentityDoubt, Known, Proof, Start, decide};
 use crate::disposition::FailureClass;
 use crate::failpoint;
+use crate::logging::RateLimited;
 use crate::publication::{Publication, Span};
 use crate::record::{NextOffset, Partition};
 
@@ -78,6 +79,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                     _ => Proof::NotAsked,
                 },
             };
+            self.board.found(*partition, known.unpublished_from(), bounds.end);
             match self.decide(&known) {
                 Decision::Go(start) => starts.push((known, start)),
                 Decision::Prove { from } => to_prove.push((known, from)),
@@ -114,7 +116,16 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             Err(LogFailure::Identity(doubt)) => return Err(doubt),
             Err(LogFailure::Failed { message, .. }) => {
                 // The other partitions of this lane have no part in it.
-                tracing::warn!(reason = message, "the outputs could not be searched, trying again");
+                static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
+                if let Some(suppressed) = LIMIT.pass() {
+                    let lane = self.settings.index;
+                    tracing::warn!(
+                        lane,
+                        error = message,
+                        suppressed,
+                        "the outputs could not be searched, trying again"
+                    );
+                }
                 let again_at = Instant::now() + PROVING_RETRY;
                 for (known, _) in wanted {
                     self.slots.insert(known.partition, Slot::Proving { again_at });
@@ -131,6 +142,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             };
             known.proof = proved.proof;
             tracing::info!(
+                lane = self.settings.index,
+                topic = self.settings.input_topic,
                 partition = partition.0,
                 from = from.0,
                 proof = ?proved.proof,
@@ -163,12 +176,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             }
         }
         if !matches!(slot, Some(Slot::Halted { doubt: known, .. }) if *known == doubt) {
-            tracing::error!(
-                partition = partition.0,
-                doubt = doubt.label(),
-                advice = doubt.advice(partition),
-                "partition halted, the others go on"
-            );
+            let LaneSettings { index, input_topic, identity, .. } = &self.settings;
+            told::halted(*index, input_topic, identity.topic_id, partition, &doubt);
             self.board.halted(partition, doubt.clone());
         }
         self.slots.insert(partition, Slot::Halted { doubt, again_at: now + HALTED_TICK });

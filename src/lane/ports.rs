@@ -166,7 +166,7 @@ pub trait Log {
     fn publish(
         &mut self,
         publication: &Arc<Publication>,
-    ) -> impl Future<Output = Result<(Published, OutputCounts), PublishFailure>>;
+    ) -> impl Future<Output = Result<(Published, OutputCounts, PublishTimes), PublishFailure>>;
 
     /// Replaces the producer; when it returns, no transaction of the old one is open.
     fn renew(&mut self) -> impl Future<Output = Result<(), LogFailure>>;
@@ -200,6 +200,19 @@ pub struct WriteStats {
     pub claims_probed: u64,
     /// Claims whose id cannot be in any of the older generations.
     pub claims_spared: u64,
+}
+
+/// How long the steps of a Kafka transaction took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PublishTimes {
+    /// Handing the messages to the client.
+    pub produce: Duration,
+    /// The group's offsets.
+    pub offsets: Duration,
+    /// Waiting for what is left of the messages to arrive.
+    pub deliver: Duration,
+    /// The commit.
+    pub commit: Duration,
 }
 
 /// The database, as one lane sees it. Each call opens a new session when the last one broke.

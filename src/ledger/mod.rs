@@ -27,6 +27,7 @@ use crate::cursor::{CursorRow, Identity};
 use crate::disposition::{FailureClass, Fate, Refusals};
 use crate::failpoint;
 use crate::lane::ports::{CursorMove, Ledger, LedgerFailure, WriteStats};
+use crate::logging::RateLimited;
 use crate::record::{NextOffset, Offset, Partition};
 use crate::wire;
 
@@ -327,11 +328,15 @@ async fn write_sifted(
     let fates = batch.decide(&begun.answer, &sifted.refused);
     let written = commit(session, begun, fates).await?;
     refusals.note(Instant::now(), sifted.rows, sifted.refused.len());
-    if !sifted.refused.is_empty() {
+    static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+    if !sifted.refused.is_empty()
+        && let Some(suppressed) = LIMIT.pass()
+    {
         tracing::warn!(
             refused = sifted.refused.len(),
             rows = sifted.rows,
             tries = sifted.tries,
+            suppressed,
             "the database refused rows of a batch: they go to the dead letters, all others are written"
         );
     }

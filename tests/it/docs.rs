@@ -1,7 +1,13 @@
 //! What the documentation says of the tests.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+
+use crate::support::metrics_page;
 
 fn sources(folder: &str) -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(folder);
@@ -28,4 +34,64 @@ fn every_test_that_the_guarantees_name_exists() {
         assert!(has(&text.unwrap()), "docs/guarantees.md names {name}, which is not there");
     }
     assert!(named > 30, "{named} tests are named");
+}
+
+/// Notes what is described, and nothing else.
+#[derive(Default)]
+struct Describing(Mutex<BTreeMap<String, (&'static str, Option<Unit>)>>);
+
+impl Describing {
+    fn note(&self, key: &KeyName, kind: &'static str, unit: Option<Unit>, text: &SharedString) {
+        assert!(!text.is_empty(), "{}", key.as_str());
+        let before = self.0.lock().unwrap().insert(key.as_str().to_owned(), (kind, unit));
+        assert!(before.is_none(), "{} is described twice", key.as_str());
+    }
+}
+
+impl Recorder for Describing {
+    fn describe_counter(&self, key: KeyName, unit: Option<Unit>, text: SharedString) {
+        self.note(&key, "counter", unit, &text);
+    }
+    fn describe_gauge(&self, key: KeyName, unit: Option<Unit>, text: SharedString) {
+        self.note(&key, "gauge", unit, &text);
+    }
+    fn describe_histogram(&self, key: KeyName, unit: Option<Unit>, text: SharedString) {
+        self.note(&key, "histogram", unit, &text);
+    }
+    fn register_counter(&self, _: &Key, _: &Metadata<'_>) -> Counter {
+        Counter::noop()
+    }
+    fn register_gauge(&self, _: &Key, _: &Metadata<'_>) -> Gauge {
+        Gauge::noop()
+    }
+    fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
+        Histogram::noop()
+    }
+}
+
+#[test]
+fn the_page_of_metrics_and_the_program_name_the_same_ones() {
+    let described = Describing::default();
+    metrics::with_local_recorder(&described, payment_writer::metrics::describe);
+    let described = described.0.into_inner().unwrap();
+    let page = metrics_page();
+    let names = |known: Vec<&String>| known.into_iter().cloned().collect::<BTreeSet<_>>();
+    assert_eq!(names(page.keys().collect()), names(described.keys().collect()));
+    for (name, entry) in &page {
+        let (kind, unit) = &described[name];
+        assert_eq!(entry.kind, *kind, "{name}");
+        // The last word of a name is its unit, but for totals.
+        let in_name = name.trim_end_matches("_total").rsplit('_').next().unwrap();
+        if matches!(in_name, "seconds" | "bytes") {
+            assert!(entry.unit.starts_with(in_name), "{name} is in {}", entry.unit);
+            let expected = if in_name == "seconds" { Unit::Seconds } else { Unit::Bytes };
+            assert_eq!(*unit, Some(expected), "{name}");
+        }
+        assert_eq!(name.ends_with("_total"), *kind == "counter", "{name}");
+        assert!(!entry.meaning.is_empty(), "{name}");
+    }
+    // What the process itself says is named by the library.
+    assert!(
+        page.keys().filter(|name| !name.starts_with("payment_writer_")).all(|n| n.starts_with("process_"))
+    );
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use crate::support::{AT_MS, Daemon, Message, Payment, Scope, uuid_v4, wait_until};
+use crate::support::{AT_MS, Daemon, Message, Payment, Scope, metrics_page, uuid_v4, wait_until};
 
 fn json(daemon: &Daemon, path: &str) -> Option<(u16, Value)> {
     let reply = daemon.get(path)?;
@@ -145,8 +145,34 @@ fn metrics_and_status_say_what_became_of_the_records() {
     ] {
         assert!(names.contains(format!("payment_writer_{name}").as_str()), "{name} is not among {names:?}");
     }
-    let foreign: Vec<_> = names.iter().filter(|name| !name.starts_with("payment_writer_")).collect();
-    assert!(foreign.is_empty(), "{foreign:?}");
+    // AND each of them stands in the documentation, with its labels and, where these are few, their values
+    let page = metrics_page();
+    for (name, labels, _) in &samples {
+        let family = ["_bucket", "_sum", "_count"].iter().find_map(|end| {
+            let family = name.strip_suffix(end)?;
+            page.get(family).filter(|entry| entry.kind == "histogram")
+        });
+        let entry = page.get(name).or(family).unwrap_or_else(|| panic!("{name} is not in docs/metrics.md"));
+        for (label, value) in labels.iter().filter(|(label, _)| *label != "le") {
+            assert!(entry.labels.contains(&format!("`{label}`")), "{name} has a label {label}");
+            let is_any = ["lane", "partition", "version", "group"].contains(&label.as_str());
+            assert!(is_any || entry.labels.contains(&format!("`{value}`")), "{name} has {label}={value}");
+        }
+    }
+    for (name, expected) in [
+        ("input_partitions", 3.0),
+        ("ready", 1.0),
+        ("breaker_open", 0.0),
+        ("oldest_pending_seconds", 0.0),
+        ("replayed_records_total", 0.0),
+    ] {
+        assert_eq!(count(name, ""), expected, "{name}");
+    }
+    wait_until("the broker told the topic's retention", || count("input_retention_seconds", "") > 3_600.0);
+    assert!(count("memory_limit_bytes", "") > 1e8);
+    assert!(daemon.metric("process_resident_memory_bytes", "") > 1e6);
+    assert!(daemon.metric("process_open_fds", "") > 10.0);
+    assert!(count("build_info", &format!(r#"group="{}""#, scope.group_id)) == 1.0);
     let mut values: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for (_, labels, _) in &samples {
         for (label, value) in labels {
@@ -156,6 +182,9 @@ fn metrics_and_status_say_what_became_of_the_records() {
     let labels: BTreeSet<&str> = values.keys().copied().collect();
     let allowed = BTreeSet::from([
         "age",
+        "class",
+        "dependency",
+        "group",
         "kind",
         "lane",
         "le",
@@ -228,10 +257,73 @@ fn lag_is_told_in_records_and_seconds_of_what_waits() {
     let years_ago = 365.0 * 86_400.0;
     assert!(status["partitions"]["0"]["lag_seconds"].as_f64().unwrap() > years_ago);
     assert!(daemon.metric("payment_writer_lag_seconds", "") > years_ago);
+    assert!(daemon.metric("payment_writer_oldest_pending_seconds", "") > years_ago);
 
     // AND that it is gone when they are written
     crate::support::block_on(lock.batch_execute("COMMIT")).unwrap();
     wait_until("no lag", || daemon.metric("payment_writer_lag_records", r#"partition="0""#) == 0.0);
     assert_eq!(daemon.metric("payment_writer_lag_seconds", ""), 0.0);
     assert_eq!(scope.count("payment_core"), 11);
+}
+
+#[test]
+fn lag_is_known_of_a_partition_of_which_nothing_was_ever_written() {
+    // GIVEN a lock that keeps the database from being written, and a daemon that has just begun
+    let scope = Scope::ready("first_lag", 1, 1);
+    let lock = scope.connect();
+    crate::support::block_on(lock.batch_execute("BEGIN; LOCK TABLE payment_writer.payment_core")).unwrap();
+    let daemon = scope.daemon(&["run"]);
+    daemon.wait_until_ready();
+
+    // WHEN the first records come, with a date long past
+    scope.produce(&scope.input_topic, (1..4).map(|seed| Payment::new(uuid_v4(seed), 31).message()));
+
+    // THEN their number and age are told
+    wait_until("3 records of lag", || daemon.metric("payment_writer_lag_records", "") == 3.0);
+    wait_until("their age", || daemon.metric("payment_writer_lag_seconds", "") > 365.0 * 86_400.0);
+    crate::support::block_on(lock.batch_execute("COMMIT")).unwrap();
+    wait_until("no lag", || daemon.metric("payment_writer_lag_records", "") == 0.0);
+    assert_eq!(daemon.metric("payment_writer_oldest_pending_seconds", ""), 0.0);
+}
+
+#[test]
+fn the_logs_level_is_told_and_changed_while_the_daemon_runs() {
+    // GIVEN a daemon that logs errors alone
+    let scope = Scope::ready("log_level", 1, 1);
+    let daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__LOG__LEVEL", "error")]);
+    daemon.wait_until_ready();
+    let level = || daemon.get("/log-level").unwrap().body;
+    let mut sent = 0.0;
+    let mut send_bad_record = || {
+        scope.produce(&scope.input_topic, [Message::new("1", "{}").timestamp_ms(AT_MS)]);
+        sent += 1.0;
+        wait_until("it is settled", || daemon.metric("payment_writer_records_total", "") == sent);
+    };
+    let told = || daemon.log().matches("a record is a dead letter").count();
+    assert_eq!(level(), "error\n");
+    send_bad_record();
+    assert_eq!(told(), 0);
+
+    // WHEN a filter makes no sense, it is refused with the reason
+    for (bad, why) in [("inof", "no level"), ("payment_writer=loud", "invalid"), ("", "empty")] {
+        let reply = daemon.put("/log-level", bad).unwrap();
+        assert_eq!(reply.status, 400, "{bad}");
+        assert!(reply.body.contains(why), "{bad}: {}", reply.body);
+    }
+    assert_eq!(level(), "error\n");
+
+    // WHEN it makes sense, it takes effect, and back
+    assert_eq!(daemon.put("/log-level", "warn,payment_writer::lane=info\n").unwrap().status, 200);
+    assert_eq!(level(), "warn,payment_writer::lane=info\n");
+    send_bad_record();
+    wait_until("it is told", || told() == 1);
+    assert_eq!(daemon.put("/log-level", "off").unwrap().status, 200);
+    send_bad_record();
+    assert_eq!(told(), 1);
+
+    // AND each change is told, at whatever level
+    let log = daemon.log();
+    for change in ["from=error to=\"warn,payment_writer::lane=info\"", "to=\"off\""] {
+        assert!(log.contains(change), "{change} is not in\n{log}");
+    }
 }

@@ -188,11 +188,13 @@ impl Driver {
             LaneSettings {
                 index: 0,
                 rules: Arc::new(Rules { payment_bytes_max: PAYMENT_BYTES_MAX, ..Rules::default() }),
+                input_topic: "payment_writer_topic".to_owned(),
                 identity: Identity { topic_id: world.topic_id, database_id: world.db.id },
                 mode: Mode { publishes: self.setup.publishes, adopts_database: self.adopts_database },
                 batch_payments_max: self.setup.batch_payments_max,
                 batch_bytes_max: 1_000_000,
                 linger: self.setup.linger,
+                tracer: None,
             }
         };
         self.new_generation();

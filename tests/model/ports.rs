@@ -11,7 +11,7 @@ use payment_writer::cursor::{CursorRow, GroupOffset, Identity, IdentityDoubt, Lo
 use payment_writer::disposition::FailureClass;
 use payment_writer::intake::Intake;
 use payment_writer::lane::ports::{
-    CursorMove, Ledger, LedgerFailure, Log, LogFailure, Proved, PublishFailure, WriteStats,
+    CursorMove, Ledger, LedgerFailure, Log, LogFailure, Proved, PublishFailure, PublishTimes, WriteStats,
 };
 use payment_writer::publication::{OutputCounts, Publication, Published, Source};
 use payment_writer::record::{NextOffset, Offset, Partition};
@@ -31,7 +31,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// A hanging database transaction.
 const LEDGER_TIMEOUT: Duration = Duration::from_secs(60);
 
-type Sent = Result<(Published, OutputCounts), PublishFailure>;
+type Sent = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
 
 /// The cluster as one lane sees it.
 pub struct ModelLog {
@@ -465,7 +465,7 @@ impl Thread {
             let is_committed = answer.await.unwrap_or(false);
             let fault = self.shared.point(self.who, "commit reply").await;
             return match (is_committed, fault) {
-                (true, Fault::None) => Ok((publication.committed(), counts)),
+                (true, Fault::None) => Ok((publication.committed(), counts, PublishTimes::default())),
                 _ => unknown("commit: no answer"),
             };
         }
@@ -484,7 +484,7 @@ impl Thread {
         if !is_committed || fault != Fault::None || reply != Fault::None {
             return unknown("commit: fenced, or the answer was lost");
         }
-        Ok((publication.committed(), counts))
+        Ok((publication.committed(), counts, PublishTimes::default()))
     }
 }
 

@@ -146,10 +146,21 @@ impl Daemon {
 
     /// Asks its admin port; `None` while nobody answers there.
     pub fn get(&self, path: &str) -> Option<Reply> {
+        self.ask("GET", path, "")
+    }
+
+    /// As [`Daemon::get`], with something to set.
+    pub fn put(&self, path: &str, body: &str) -> Option<Reply> {
+        self.ask("PUT", path, body)
+    }
+
+    fn ask(&self, method: &str, path: &str, body: &str) -> Option<Reply> {
         let mut stream = TcpStream::connect_timeout(&self.admin, Duration::from_secs(1)).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
         // HTTP/1.0: the answer comes in one piece and ends with the connection.
-        stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").as_bytes()).ok()?;
+        let head =
+            format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all(format!("{head}{body}").as_bytes()).ok()?;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).ok()?;
         let answer = String::from_utf8_lossy(&answer);

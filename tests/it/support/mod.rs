@@ -19,6 +19,7 @@ mod exactly_once;
 mod kafka;
 mod load;
 mod member;
+mod pages;
 mod payments;
 mod servers;
 
@@ -29,6 +30,7 @@ pub use exactly_once::{Check, Outcomes, PATIENCE, Remade};
 pub use kafka::{Message, Received};
 pub use load::{Flow, Load};
 pub use member::Member;
+pub use pages::{MetricEntry, metrics_page, rows};
 pub use payments::{AT_ISO, AT_MS, Payment, payment_id, ulid, uuid_v4, uuid_v7};
 pub use servers::{Act, Scope, Servers, block_on};
 

@@ -1,0 +1,97 @@
+//! `top`: a live view of daemons.
+
+use std::io::IsTerminal;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{Failure, output};
+use crate::config::Settings;
+use crate::top::{self, Page, Source};
+
+const AFTER_HELP: &str = "\
+It asks the admin ports alone, and changes nothing. One sign a partition: a dot is caught up, a bar is one power
+of ten of records for each step, X is halted, ? is not known yet. Database and Kafka overlap: shares may add up
+to more than 100 %. q, Esc or Ctrl-C quit.
+
+Examples:
+  payment-writer top
+  payment-writer top --url http://10.0.0.1:9464 --url http://10.0.0.2:9464
+  payment-writer top --once";
+
+const INTERVAL_MIN: Duration = Duration::from_millis(100);
+const INTERVAL_MAX: Duration = Duration::from_secs(60);
+
+/// `top`
+#[derive(Clone, Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct TopArgs {
+    /// Admin port of a daemon; may be given for each of several. Default: as in admin.listen
+    #[arg(long = "url", value_name = "URL")]
+    pub urls: Vec<String>,
+    /// How often to look, 100ms to 1m
+    #[arg(long, default_value = "1s", value_parser = interval)]
+    pub interval: Duration,
+    /// Print one page as text, of two looks that far apart, and end
+    #[arg(long)]
+    pub once: bool,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = super::duration(text)?;
+    if (INTERVAL_MIN..=INTERVAL_MAX).contains(&interval) {
+        Ok(interval)
+    } else {
+        Err("a duration from 100ms to 1m".to_owned())
+    }
+}
+
+/// Where a daemon with these settings can be asked from this machine.
+fn own_url(listen: SocketAddr) -> String {
+    let ip = match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    format!("http://{}", SocketAddr::new(ip, listen.port()))
+}
+
+/// Shows a page, or one after the other.
+pub fn top(settings: &Settings, args: &TopArgs) -> Result<(), Failure> {
+    let urls = if args.urls.is_empty() { vec![own_url(settings.admin.listen)] } else { args.urls.clone() };
+    let sources: Vec<Source> = urls.iter().map(|url| Source::new(url)).collect();
+    let first: Vec<_> = sources.iter().map(Source::fetch).collect();
+    if let Some(Err(error)) = first.iter().find(|_| first.iter().all(Result::is_err)) {
+        return Err(Failure::failed(error.to_string()));
+    }
+    if args.once {
+        std::thread::sleep(args.interval);
+        let second: Vec<_> = sources.iter().map(Source::fetch).collect();
+        let looks = sources.iter().zip(&first).zip(&second);
+        let page = Page::of(looks.map(|((source, a), b)| (source.url.as_str(), a.as_ref().ok(), b)));
+        return output::print(&top::plain(&page));
+    }
+    if !std::io::stdout().is_terminal() {
+        return Err(Failure::usage("top draws on a terminal, and stdout is none; --once prints a page"));
+    }
+    top::run(sources, first, args.interval)
+        .map_err(|error| Failure::failed(format!("the terminal cannot be used: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_listens_everywhere_is_asked_on_the_loopback() {
+        for (listen, url) in [
+            ("127.0.0.1:9464", "http://127.0.0.1:9464"),
+            ("0.0.0.0:1", "http://127.0.0.1:1"),
+            ("[::]:1", "http://[::1]:1"),
+            ("10.1.2.3:4", "http://10.1.2.3:4"),
+        ] {
+            assert_eq!(own_url(listen.parse().unwrap()), url);
+        }
+    }
+}

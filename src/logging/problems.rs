@@ -1,0 +1,117 @@
+//! The last warnings and errors, for `/status`: what somebody who looks now would otherwise search the log for.
+
+use std::collections::VecDeque;
+use std::fmt::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::layer::{Context, Layer};
+
+/// So many are kept.
+pub const PROBLEMS_MAX: usize = 20;
+/// A longer line is cut.
+const CHARS_MAX: usize = 600;
+
+/// One line of the log.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Problem {
+    /// When it was logged.
+    pub at: jiff::Timestamp,
+    /// `WARN` or `ERROR`.
+    pub level: &'static str,
+    /// The message with its fields, as in the log: nothing of a payment's contents.
+    pub message: String,
+}
+
+/// The last warnings and errors that the log's level let through.
+#[derive(Default)]
+pub struct Problems(Mutex<VecDeque<Problem>>);
+
+impl Problems {
+    /// The oldest first.
+    pub fn all(&self) -> Vec<Problem> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    fn push(&self, problem: Problem) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() >= PROBLEMS_MAX {
+            kept.pop_front();
+        }
+        kept.push_back(problem);
+    }
+}
+
+/// The part of the log that keeps them.
+pub(super) struct Keeper(Arc<Problems>);
+
+impl Keeper {
+    pub(super) fn new(problems: Arc<Problems>) -> Self {
+        Self(problems)
+    }
+}
+
+impl<S: Subscriber> Layer<S> for Keeper {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let level = match *event.metadata().level() {
+            Level::ERROR => "ERROR",
+            Level::WARN => "WARN",
+            _ => return,
+        };
+        let mut line = Line::default();
+        event.record(&mut line);
+        let message = format!("{}{}", line.message, line.fields);
+        let message = match message.char_indices().nth(CHARS_MAX) {
+            Some((end, _)) => format!("{}…", message.get(..end).unwrap_or_default()),
+            None => message,
+        };
+        self.0.push(Problem { at: jiff::Timestamp::now(), level, message });
+    }
+}
+
+#[derive(Default)]
+struct Line {
+    message: String,
+    fields: String,
+}
+
+impl Visit for Line {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.record_debug(field, &format_args!("{value}"));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        // Writing to a String cannot fail.
+        let _ = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            // What the `log` crate says of its place.
+            name if name.starts_with("log.") => Ok(()),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tracing_subscriber::layer::SubscriberExt;
+
+    #[test]
+    fn the_last_warnings_and_errors_are_kept_and_nothing_else() {
+        let problems = Arc::new(Problems::default());
+        let subscriber = tracing_subscriber::registry().with(Keeper::new(Arc::clone(&problems)));
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!("not this");
+            for number in 0..30 {
+                tracing::warn!(number, reason = "why", "it failed");
+            }
+            tracing::error!(text = "x".repeat(5_000), "long");
+        });
+        let kept = problems.all();
+        assert_eq!(kept.len(), PROBLEMS_MAX);
+        assert_eq!((kept[0].level, kept[0].message.as_str()), ("WARN", "it failed number=11 reason=why"));
+        let last = kept.last().unwrap();
+        assert_eq!((last.level, last.message.chars().count()), ("ERROR", CHARS_MAX + 1));
+    }
+}

@@ -1,0 +1,67 @@
+//! A bound on log lines that can repeat.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lets so many lines through in so much time, and counts the others. One for each place that logs: a `static`.
+#[derive(Debug)]
+pub struct RateLimited {
+    lines_max: u32,
+    per: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    since: Option<Instant>,
+    lines: u32,
+    suppressed: u64,
+}
+
+impl RateLimited {
+    /// At most `lines_max` lines within `per`.
+    pub const fn new(lines_max: u32, per: Duration) -> Self {
+        let state = State { since: None, lines: 0, suppressed: 0 };
+        Self { lines_max, per, state: Mutex::new(state) }
+    }
+
+    /// Whether a line may be written now; if so, how many were not since the last one.
+    pub fn pass(&self) -> Option<u64> {
+        self.pass_at(Instant::now())
+    }
+
+    /// Counts lines that were not even asked for.
+    pub fn suppress(&self, count: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.suppressed = state.suppressed.saturating_add(count);
+    }
+
+    fn pass_at(&self, now: Instant) -> Option<u64> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.since.is_none_or(|since| now.saturating_duration_since(since) >= self.per) {
+            state.since = Some(now);
+            state.lines = 0;
+        }
+        if state.lines >= self.lines_max {
+            state.suppressed = state.suppressed.saturating_add(1);
+            return None;
+        }
+        state.lines += 1;
+        Some(std::mem::take(&mut state.suppressed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_repeats_is_bounded_and_what_was_left_out_is_told() {
+        static LIMIT: RateLimited = RateLimited::new(2, Duration::from_secs(10));
+        let begin = Instant::now();
+        let at = |seconds| LIMIT.pass_at(begin + Duration::from_secs(seconds));
+        assert_eq!((at(0), at(1), at(2), at(9)), (Some(0), Some(0), None, None));
+        assert_eq!((at(10), at(11), at(12)), (Some(2), Some(0), None));
+        assert_eq!(at(60), Some(1));
+    }
+}

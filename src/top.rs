@@ -1,0 +1,10 @@
+//! `top`: what daemons do just now, from their admin ports: rates, lag, phases, what is missing.
+
+mod fetch;
+mod page;
+mod samples;
+mod screen;
+
+pub use fetch::{FetchError, Instance, Source};
+pub use page::Page;
+pub use screen::{plain, run};

@@ -1,0 +1,183 @@
+//! What is shown, worked out from two looks at each daemon: pure.
+
+use super::fetch::{FetchError, Instance, Problem};
+use super::samples::quantile;
+
+const OUTCOMES: [&str; 4] = ["written", "redelivered", "duplicate", "dead_lettered"];
+const PHASES: [&str; 4] = ["waiting", "assembling", "database", "kafka"];
+
+/// One daemon.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Row {
+    pub(super) url: String,
+    /// Version and group; empty if it does not answer.
+    pub(super) what: String,
+    /// What is missing, or why it does not answer; empty while it is ready.
+    pub(super) trouble: String,
+    pub(super) breakers: Vec<String>,
+    pub(super) partitions: usize,
+    pub(super) memory_bytes: f64,
+    pub(super) memory_limit_bytes: f64,
+    pub(super) fds: f64,
+    pub(super) threads: f64,
+}
+
+/// One partition.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Lag {
+    pub(super) partition: i64,
+    pub(super) records: Option<i64>,
+    pub(super) seconds: Option<f64>,
+    pub(super) state: String,
+}
+
+/// Everything that is shown.
+#[derive(Clone, Debug, Default)]
+pub struct Page {
+    pub(super) rows: Vec<Row>,
+    /// By outcome: a second, and since the start.
+    pub(super) outcomes: Vec<(&'static str, f64, f64)>,
+    /// Transactions a second.
+    pub(super) database_rate: f64,
+    pub(super) kafka_rate: f64,
+    pub(super) batch_records: f64,
+    /// Errors a second.
+    pub(super) database_errors: f64,
+    pub(super) kafka_errors: f64,
+    /// Share of the lanes' time by phase; database and Kafka overlap.
+    pub(super) phases: Vec<(&'static str, f64)>,
+    /// Upper bounds of latency from record to event, in seconds: half, 99 %.
+    pub(super) latency: [Option<f64>; 2],
+    /// By partition.
+    pub(super) lags: Vec<Lag>,
+    pub(super) oldest_seconds: f64,
+    /// The oldest first.
+    pub(super) problems: Vec<Problem>,
+}
+
+/// One daemon's address with two looks at it: the one before, if there was one, and the last.
+pub type Looks<'a> = (&'a str, Option<&'a Instance>, &'a Result<Instance, FetchError>);
+
+impl Page {
+    /// Works it out from what each daemon said.
+    pub fn of<'a>(looks: impl Iterator<Item = Looks<'a>>) -> Self {
+        let mut page = Self {
+            outcomes: OUTCOMES.map(|name| (name, 0.0, 0.0)).to_vec(),
+            phases: PHASES.map(|name| (name, 0.0)).to_vec(),
+            ..Self::default()
+        };
+        let mut lanes = 0;
+        let (mut batches, mut records) = (0.0, 0.0);
+        let (mut buckets_before, mut buckets_after) = (Vec::new(), Vec::new());
+        for (url, before, now) in looks {
+            let now = match now {
+                Ok(now) => now,
+                Err(error) => {
+                    page.rows.push(Row {
+                        url: url.to_owned(),
+                        trouble: format!("does not answer: {}", error.reason),
+                        ..Row::default()
+                    });
+                    continue;
+                }
+            };
+            page.rows.push(row(url, now));
+            lanes += now.samples.count("payment_writer_database_up");
+            for (partition, lag) in &now.status.partitions {
+                page.lags.push(Lag {
+                    partition: partition.parse().unwrap_or_default(),
+                    records: lag.lag_records,
+                    seconds: lag.lag_seconds,
+                    state: lag.state.clone(),
+                });
+            }
+            let oldest = now.samples.max("payment_writer_oldest_pending_seconds").unwrap_or_default();
+            page.oldest_seconds = page.oldest_seconds.max(oldest);
+            page.problems.extend(now.status.recent_problems.iter().cloned());
+            for (name, _, total) in &mut page.outcomes {
+                *total += now.samples.sum("payment_writer_records_total", &[("outcome", name)]);
+            }
+            let Some(before) = before else { continue };
+            let seconds = now.at.saturating_duration_since(before.at).as_secs_f64().max(0.001);
+            // A daemon that was started anew counts from 0 again.
+            let rate = |name: &str, labels: &[(&str, &str)]| {
+                (now.samples.sum(name, labels) - before.samples.sum(name, labels)).max(0.0) / seconds
+            };
+            for (name, a_second, _) in &mut page.outcomes {
+                *a_second += rate("payment_writer_records_total", &[("outcome", name)]);
+            }
+            for (name, share) in &mut page.phases {
+                *share += rate("payment_writer_phase_seconds_sum", &[("phase", name)]);
+            }
+            let commits = [("step", "commit")];
+            page.database_rate += rate("payment_writer_database_step_seconds_count", &commits);
+            page.kafka_rate += rate("payment_writer_kafka_step_seconds_count", &commits);
+            page.database_errors += rate("payment_writer_database_errors_total", &[]);
+            page.kafka_errors += rate("payment_writer_kafka_errors_total", &[]);
+            batches += rate("payment_writer_batch_records_count", &[]);
+            records += rate("payment_writer_batch_records_sum", &[]);
+            add(&mut buckets_before, before.samples.buckets("payment_writer_end_to_end_seconds"));
+            add(&mut buckets_after, now.samples.buckets("payment_writer_end_to_end_seconds"));
+        }
+        for (_, share) in &mut page.phases {
+            *share /= (lanes.max(1)) as f64;
+        }
+        page.batch_records = if batches > 0.0 { records / batches } else { 0.0 };
+        page.latency = [0.5, 0.99].map(|share| quantile(&buckets_before, &buckets_after, share));
+        page.lags.sort_by_key(|lag| lag.partition);
+        page.problems.sort();
+        page
+    }
+
+    /// The partitions that are furthest behind, the worst first; none that is caught up.
+    pub(super) fn worst(&self, count: usize) -> Vec<&Lag> {
+        let is_behind = |lag: &&Lag| lag.records.is_none_or(|r| r > 0) || lag.state != "live";
+        let mut worst: Vec<&Lag> = self.lags.iter().filter(is_behind).collect();
+        worst.sort_by(|a, b| {
+            let key = |lag: &Lag| (lag.state == "halted", lag.records.unwrap_or(i64::MAX));
+            key(b).cmp(&key(a)).then(a.partition.cmp(&b.partition))
+        });
+        worst.truncate(count);
+        worst
+    }
+}
+
+fn row(url: &str, now: &Instance) -> Row {
+    let group = now.samples.by_label("payment_writer_build_info", "group");
+    let group = group.first().map_or("", |(group, _)| group.as_str());
+    let missing: Vec<String> =
+        now.status.missing.iter().map(|(name, why)| format!("{name} is missing: {why}")).collect();
+    let mut breakers: Vec<String> = now
+        .samples
+        .by_label("payment_writer_breaker_open", "dependency")
+        .into_iter()
+        .filter(|(_, open)| *open > 0.0)
+        .map(|(dependency, _)| dependency)
+        .collect();
+    breakers.sort();
+    breakers.dedup();
+    Row {
+        url: url.to_owned(),
+        what: format!("{} group {group}", now.status.build.version),
+        trouble: missing.join("; "),
+        breakers,
+        partitions: now.status.partitions.len(),
+        memory_bytes: now.samples.sum("process_resident_memory_bytes", &[]),
+        memory_limit_bytes: now.samples.sum("payment_writer_memory_limit_bytes", &[]),
+        fds: now.samples.sum("process_open_fds", &[]),
+        threads: now.samples.sum("process_threads", &[]),
+    }
+}
+
+/// Adds the counts of histograms with the same bounds.
+fn add(sums: &mut Vec<(f64, f64)>, buckets: Vec<(f64, f64)>) {
+    if sums.is_empty() {
+        *sums = buckets;
+        return;
+    }
+    for (bound, count) in buckets {
+        if let Some((_, sum)) = sums.iter_mut().find(|(b, _)| *b == bound) {
+            *sum += count;
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Traces: one span a batch that is sampled, its phases as spans below it, and links to the payments' own traces.
+//!
+//! Spans go to an OTLP collector over HTTP, from a thread of the OpenTelemetry SDK and through its bounded queue:
+//! neither a slow collector nor one that is away holds anything up. Without a collector in the settings there is no
+//! [`BatchTracer`], and a batch costs the look at an `Option`.
+
+mod exporter;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use opentelemetry::propagation::{Extractor, TextMapPropagator};
+use opentelemetry::trace::{
+    Link, Span, SpanBuilder, SpanContext, SpanKind, Status, TraceContextExt, Tracer, TracerProvider,
+};
+use opentelemetry::{Context, KeyValue};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::{
+    BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, SpanExporter,
+};
+
+use crate::batch::{Batch, Outcomes};
+use crate::config::Settings;
+use crate::lane::ports::{PublishTimes, WriteStats};
+use crate::record::{Headers, Partition};
+
+/// Spans that wait for the exporter; what comes beyond them is dropped.
+const QUEUE_MAX: usize = 2_048;
+/// Spans in one request.
+const EXPORT_MAX: usize = 512;
+/// How long spans wait for others.
+const EXPORT_DELAY: Duration = Duration::from_secs(2);
+/// How long the collector may take for one request.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the last spans may take at the end of the process.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Links of one span: the first payments of the batch that bring a trace context.
+pub const LINKS_MAX: usize = 32;
+
+/// Traces could not be set up.
+#[derive(Debug, thiserror::Error)]
+#[error("tracing.otlp_endpoint: {0}")]
+pub struct TraceError(String);
+
+/// Makes the spans of batches. One for the process.
+pub struct BatchTracer {
+    provider: SdkTracerProvider,
+    tracer: SdkTracer,
+    sample_ratio: f64,
+    group_id: String,
+    input_topic: String,
+}
+
+impl BatchTracer {
+    /// As the settings say; `None`: traces are off.
+    ///
+    /// # Errors
+    /// The endpoint cannot be used.
+    pub fn from_settings(settings: &Settings, version: &str) -> Result<Option<Arc<Self>>, TraceError> {
+        let Some(endpoint) = &settings.tracing.otlp_endpoint else { return Ok(None) };
+        let exporter =
+            exporter::otlp(endpoint, EXPORT_TIMEOUT).map_err(|error| TraceError(error.to_string()))?;
+        Ok(Some(Arc::new(Self::new(exporter, settings, version))))
+    }
+
+    /// A tracer whose spans go to `exporter`.
+    fn new(exporter: impl SpanExporter + 'static, settings: &Settings, version: &str) -> Self {
+        let config = BatchConfigBuilder::default()
+            .with_max_queue_size(QUEUE_MAX)
+            .with_max_export_batch_size(EXPORT_MAX)
+            .with_scheduled_delay(EXPORT_DELAY)
+            .build();
+        let kafka = &settings.kafka;
+        let resource = Resource::builder_empty()
+            .with_service_name("payment-writer")
+            .with_attributes([
+                KeyValue::new("service.version", version.to_owned()),
+                KeyValue::new("service.instance.id", kafka.instance_id.clone()),
+            ])
+            .build();
+        let provider = SdkTracerProvider::builder()
+            .with_span_processor(BatchSpanProcessor::builder(exporter).with_batch_config(config).build())
+            // Which batch is sampled is decided before anything is made for it.
+            .with_sampler(Sampler::AlwaysOn)
+            .with_max_links_per_span(LINKS_MAX as u32)
+            .with_resource(resource)
+            .build();
+        Self {
+            tracer: provider.tracer("payment-writer"),
+            provider,
+            sample_ratio: settings.tracing.sample_ratio,
+            group_id: kafka.group_id.clone(),
+            input_topic: kafka.input_topic.clone(),
+        }
+    }
+
+    /// Whether the next batch is to be traced.
+    pub fn samples(&self) -> bool {
+        rand::random::<f64>() < self.sample_ratio
+    }
+
+    /// Begins the trace of a batch that was just assembled, which took so long.
+    pub fn begin(self: &Arc<Self>, lane: usize, batch: &Batch, assembling: Duration) -> Box<BatchTrace> {
+        let now = SystemTime::now();
+        let began = now.checked_sub(assembling).unwrap_or(now);
+        let root = SpanBuilder::from_name(format!("process {}", self.input_topic))
+            .with_kind(SpanKind::Consumer)
+            .with_start_time(began)
+            .with_links(links(batch))
+            .with_attributes([
+                // OpenTelemetry's semantic conventions for messaging, as far as they have a name for it.
+                KeyValue::new("messaging.system", "kafka"),
+                KeyValue::new("messaging.operation.name", "process"),
+                KeyValue::new("messaging.operation.type", "process"),
+                KeyValue::new("messaging.destination.name", self.input_topic.clone()),
+                KeyValue::new("messaging.consumer.group.name", self.group_id.clone()),
+                KeyValue::new("messaging.batch.message_count", batch.len() as i64),
+                KeyValue::new("payment_writer.lane", lane as i64),
+                KeyValue::new("payment_writer.bytes", batch.source_bytes() as i64),
+                KeyValue::new("payment_writer.partitions", batch.progress().len() as i64),
+            ]);
+        let root = self.tracer.build_with_context(root, &Context::new());
+        let trace = BatchTrace {
+            tracer: Arc::clone(self),
+            context: Context::new().with_span(root),
+            database_ended: None,
+            kafka_ended: None,
+        };
+        trace.step(&trace.context, "assemble", began, assembling);
+        Box::new(trace)
+    }
+
+    /// Sends what is left, within two seconds. Blocks.
+    pub fn shutdown(&self) {
+        // An exporter that fails has said so itself.
+        let _ = self.provider.shutdown_with_timeout(SHUTDOWN_TIMEOUT);
+    }
+}
+
+/// The spans of one batch on its way. Dropped, the batch's span ends as it is.
+pub struct BatchTrace {
+    tracer: Arc<BatchTracer>,
+    context: Context,
+    database_ended: Option<SystemTime>,
+    kafka_ended: Option<SystemTime>,
+}
+
+impl BatchTrace {
+    /// The trace's id: 32 hex digits.
+    pub fn id(&self) -> String {
+        self.context.span().span_context().trace_id().to_string()
+    }
+
+    /// The Postgres transaction came to its end just now.
+    pub fn database_ended(&mut self) {
+        self.database_ended = Some(SystemTime::now());
+    }
+
+    /// The Kafka transaction came to its end just now.
+    pub fn kafka_ended(&mut self) {
+        self.kafka_ended = Some(SystemTime::now());
+    }
+
+    /// The rows are committed.
+    pub fn written(&mut self, stats: &WriteStats) {
+        let ended = self.database_ended.take().unwrap_or_else(SystemTime::now);
+        self.phase(
+            "database",
+            ended,
+            &[("claim", stats.claim), ("copy", stats.copy), ("commit", stats.commit)],
+        );
+    }
+
+    /// The events are committed.
+    pub fn published(&mut self, times: &PublishTimes) {
+        let ended = self.kafka_ended.take().unwrap_or_else(SystemTime::now);
+        let steps = [
+            ("produce", times.produce),
+            ("offsets", times.offsets),
+            ("deliver", times.deliver),
+            ("commit", times.commit),
+        ];
+        self.phase("kafka", ended, &steps);
+    }
+
+    /// A try of a phase failed; there will be another.
+    pub fn failed(&self, phase: &'static str, class: &'static str) {
+        let attributes =
+            vec![KeyValue::new("payment_writer.phase", phase), KeyValue::new("error.type", class)];
+        self.context.span().add_event("failed, tried again", attributes);
+    }
+
+    /// Every record has its outcome: the end of the batch.
+    pub fn settled(self, outcomes: &Outcomes) {
+        let span = self.context.span();
+        for (name, count) in [
+            ("payment_writer.written", outcomes.written),
+            ("payment_writer.redelivered", outcomes.redelivered),
+            ("payment_writer.duplicates", outcomes.duplicate),
+            ("payment_writer.dead_letters", outcomes.dead_lettered),
+        ] {
+            span.set_attribute(KeyValue::new(name, i64::try_from(count).unwrap_or(i64::MAX)));
+        }
+        span.end();
+    }
+
+    /// The batch was dropped; its records come again in others.
+    pub fn dropped(self, reason: &str) {
+        self.context.span().set_status(Status::error(reason.to_owned()));
+        self.context.span().end();
+    }
+
+    /// A phase that ended then, and the steps that filled it one after the other.
+    fn phase(&self, name: &'static str, ended: SystemTime, steps: &[(&'static str, Duration)]) {
+        let took = steps.iter().map(|(_, took)| *took).sum();
+        let began = ended.checked_sub(took).unwrap_or(ended);
+        let span = SpanBuilder::from_name(name).with_start_time(began);
+        let span = self.tracer.tracer.build_with_context(span, &self.context);
+        let context = Context::new().with_remote_span_context(span.span_context().clone());
+        let mut at = began;
+        for (name, took) in steps {
+            self.step(&context, name, at, *took);
+            at += *took;
+        }
+        let mut span = span;
+        span.end_with_timestamp(ended);
+    }
+
+    fn step(&self, parent: &Context, name: &'static str, began: SystemTime, took: Duration) {
+        let span = SpanBuilder::from_name(name).with_start_time(began);
+        self.tracer.tracer.build_with_context(span, parent).end_with_timestamp(began + took);
+    }
+}
+
+struct OwnHeaders<'a>(Headers<'a>);
+
+impl Extractor for OwnHeaders<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        let (_, value) = self.0.iter().find(|(name, _)| *name == key.as_bytes())?;
+        std::str::from_utf8(value?).ok()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.iter().filter_map(|(name, _)| std::str::from_utf8(name).ok()).collect()
+    }
+}
+
+/// The trace contexts (W3C) of the batch's first records that bring one, with the places of these records.
+fn links(batch: &Batch) -> Vec<Link> {
+    let propagator = TraceContextPropagator::new();
+    let context_of = |headers| -> SpanContext {
+        let context = propagator.extract_with_context(&Context::new(), &OwnHeaders(headers));
+        context.span().span_context().clone()
+    };
+    let linked = batch.source().iter().filter(|record| !record.headers.is_empty()).filter_map(|record| {
+        let context = Some(context_of(record.headers)).filter(SpanContext::is_valid)?;
+        let Partition(partition) = record.partition;
+        let place = vec![
+            KeyValue::new("messaging.destination.partition.id", partition.to_string()),
+            KeyValue::new("messaging.kafka.offset", record.offset.0),
+        ];
+        Some(Link::new(context, place, 0))
+    });
+    linked.take(LINKS_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests;

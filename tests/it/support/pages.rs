@@ -1,0 +1,39 @@
+//! Pages of the documentation that say what the program says.
+
+use std::collections::BTreeMap;
+
+/// A metric, as docs/metrics.md has it.
+#[derive(Clone, Debug)]
+pub struct MetricEntry {
+    pub kind: String,
+    pub unit: String,
+    /// Labels with their values as text.
+    pub labels: String,
+    pub meaning: String,
+}
+
+/// The cells of a table's rows; each row begins with a name in backticks.
+pub fn rows(page: &str) -> impl Iterator<Item = Vec<String>> {
+    page.lines().filter(|line| line.starts_with("| `")).map(|line| {
+        let cells = line.trim_matches('|').split('|');
+        cells.map(|cell| cell.trim().to_owned()).collect()
+    })
+}
+
+/// docs/metrics.md, by name.
+pub fn metrics_page() -> BTreeMap<String, MetricEntry> {
+    let mut page = BTreeMap::new();
+    for row in rows(include_str!("../../../docs/metrics.md")) {
+        let [name, kind, unit, labels, meaning, _] = &row[..] else { panic!("{row:?}") };
+        let entry = MetricEntry {
+            kind: kind.clone(),
+            unit: unit.clone(),
+            labels: labels.clone(),
+            meaning: meaning.clone(),
+        };
+        let name = name.trim_matches('`').to_owned();
+        assert!(page.insert(name.clone(), entry).is_none(), "{name} stands there twice");
+    }
+    assert!(page.len() > 40, "{}", page.len());
+    page
+}
