@@ -3,7 +3,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 # Integration tests mostly wait for servers, so more of them than cores run side by side.
 export RUST_TEST_THREADS ?= 4
 
-SCRIPTS := .ci/run dev/bench dev/bench-idempotency dev/demo dev/install dev/servers
+SCRIPTS := .ci/run dev/bench dev/bench-idempotency dev/demo dev/install dev/observe dev/processes dev/servers
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test dev-up dev-down dev-clean fmt lint build clean
@@ -54,6 +54,15 @@ chaos: ## faults under load: CYCLES=100 SEED=1 BROKERS=3 FAULTS=zombie,disk-full
 	@dev/servers install
 	cargo test --locked --features failpoints --test chaos -- $(CHAOS_WORDS)
 
+.PHONY: observe test-observe
+observe: ## Prometheus, Alertmanager and exporters beside a daemon under load: RATE=200 FASTER=60; until Ctrl-C
+	@dev/observe run $(if $(FASTER),--faster $(FASTER))
+
+test-observe: ## of the tests, those of dashboard, alerts, runbooks and compose, on the live system too
+	dev/servers install
+	dev/observe install
+	cargo test --locked --features failpoints --test observe
+
 dev-up: ## start a local Kafka and Postgres that stay, and print the settings that reach them
 	@dev/servers up
 
@@ -78,5 +87,6 @@ build: ## build the release binary, target/release/payment-writer
 	cargo build --locked --release
 
 clean: ## remove everything that was built, fetched or started here
+	@dev/observe destroy
 	@dev/servers uninstall
 	cargo clean

@@ -105,7 +105,7 @@ async fn render_metrics(State(shared): State<Shared>) -> Response {
             gauge!("payment_writer_lag_seconds", "partition" => partition).set(ms as f64 / 1_000.0);
         }
     }
-    scraped(shared.board.missing().is_empty(), oldest_ms);
+    scraped(&shared.board.missing(), oldest_ms);
     shared.process.collect();
     let text = shared.metrics.render();
     ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()

@@ -2,6 +2,7 @@
 
 mod memory;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use metrics::{
@@ -114,6 +115,10 @@ pub fn describe() {
     );
     describe_gauge!("payment_writer_ready", "1 while /readyz answers 200");
     describe_gauge!(
+        "payment_writer_missing",
+        "1 while /readyz names the database, the broker or the group as missing"
+    );
+    describe_gauge!(
         "payment_writer_breaker_open",
         "1 while a lane backs off from a dependency that does not do what it is asked"
     );
@@ -216,8 +221,11 @@ fn kafka_errors(class: FailureClass) -> Counter {
 }
 
 /// Sets what is worked out when somebody asks: what this process is and may use.
-pub fn scraped(is_ready: bool, oldest_pending_ms: i64) {
-    gauge!("payment_writer_ready").set(f64::from(u8::from(is_ready)));
+pub fn scraped(missing: &BTreeMap<&'static str, String>, oldest_pending_ms: i64) {
+    gauge!("payment_writer_ready").set(f64::from(u8::from(missing.is_empty())));
+    for what in ["database", "broker", "group"] {
+        gauge!("payment_writer_missing", "what" => what).set(f64::from(u8::from(missing.contains_key(what))));
+    }
     gauge!("payment_writer_oldest_pending_seconds").set(oldest_pending_ms as f64 / 1_000.0);
     if let Some(bytes) = memory::limit_bytes() {
         gauge!("payment_writer_memory_limit_bytes").set(bytes as f64);

@@ -35,6 +35,8 @@ fn readiness_names_what_is_missing_until_nothing_is() {
     assert_eq!(daemon.get("/livez").unwrap().status, 200);
     let status = json(&daemon, "/status").unwrap().1;
     assert_eq!(status["breaker"], "open");
+    let is_missing = |what: &str| daemon.metric("payment_writer_missing", &format!("what=\"{what}\""));
+    assert_eq!((is_missing("database"), is_missing("group")), (1.0, 1.0));
     scope.command(&["migrate"]).succeeds();
     wait_until("the database is fine, the topic is missing", || {
         missing(&daemon).is_some_and(|missing| !missing.contains(&"database".to_owned()))
@@ -47,6 +49,7 @@ fn readiness_names_what_is_missing_until_nothing_is() {
 
     // AND it goes on by itself
     assert_eq!(missing(&daemon), Some(vec![]));
+    assert_eq!(["database", "broker", "group"].map(is_missing), [0.0; 3]);
     scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
     wait_until("the payment is written", || scope.count("payment_core") == 1);
     assert!(daemon.is_running());
@@ -162,6 +165,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
     for (name, expected) in [
         ("input_partitions", 3.0),
         ("ready", 1.0),
+        ("missing", 0.0),
         ("breaker_open", 0.0),
         ("oldest_pending_seconds", 0.0),
         ("replayed_records_total", 0.0),
@@ -197,6 +201,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
         "step",
         "topic",
         "version",
+        "what",
     ]);
     assert!(labels.is_subset(&allowed), "{labels:?}");
     for (label, found) in &values {

@@ -56,9 +56,13 @@ impl Scope<'_> {
 
     /// As [`Scope::daemon`], with further settings, by their names in the environment.
     pub fn daemon_with(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Daemon {
-        let admin = free_address();
+        self.daemon_at(free_address(), arguments, settings)
+    }
+
+    /// As [`Scope::daemon_with`], its admin port this one.
+    pub fn daemon_at(&self, admin: SocketAddr, arguments: &[&str], settings: &[(&str, &str)]) -> Daemon {
         let log = self.dir.join(format!("daemon-{}.log", admin.port()));
-        let output = File::create(&log).unwrap();
+        let output = File::options().create(true).append(true).open(&log).unwrap();
         let child = self
             .program(arguments, &[])
             // Two daemons on one machine are two members, unless a test says otherwise.

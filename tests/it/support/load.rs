@@ -18,17 +18,28 @@ pub struct Load {
     random: ChaCha8Rng,
     sent: Vec<(u64, String, u64, i64)>,
     has_bad_records: bool,
+    has_good_records: bool,
 }
 
 impl Load {
     /// The same records for the same seed.
     pub fn new(seed: u64) -> Load {
-        Load { random: ChaCha8Rng::seed_from_u64(seed), sent: Vec::new(), has_bad_records: true }
+        Load {
+            random: ChaCha8Rng::seed_from_u64(seed),
+            sent: Vec::new(),
+            has_bad_records: true,
+            has_good_records: true,
+        }
     }
 
     /// Only records that are written or duplicates.
     pub fn without_bad_records(seed: u64) -> Load {
         Load { has_bad_records: false, ..Load::new(seed) }
+    }
+
+    /// Only records that break the rules.
+    pub fn of_bad_records(seed: u64) -> Load {
+        Load { has_good_records: false, ..Load::new(seed) }
     }
 
     /// The next `count` records, keyed by their account.
@@ -38,6 +49,9 @@ impl Load {
 
     fn next(&mut self) -> Message {
         let kind = self.random.random_range(0..100);
+        if !self.has_good_records {
+            return Message::new("57", "{}");
+        }
         if !self.sent.is_empty() && kind < 10 {
             let earlier = self.random.random_range(0..self.sent.len());
             let (account, id, cents, status) = self.sent[earlier].clone();

@@ -189,6 +189,13 @@ impl Servers {
         url.trim_end_matches('/').rsplit_once(':').unwrap().1.parse().unwrap()
     }
 
+    /// The connection of the role that sees statistics of `database`.
+    pub fn postgres_monitor_url(&self, database: &str) -> String {
+        let url = self.postgres_admin_url(database).replace("//postgres:postgres@", "//monitor:monitor@");
+        // The exporter's client wants TLS unless told otherwise.
+        format!("{url}?sslmode=disable")
+    }
+
     /// The connection of the role that owns `database`.
     pub fn postgres_url(&self, database: &str) -> String {
         self.postgres_admin_url(database).replace("//postgres:postgres@", "//payment_writer:payment_writer@")

@@ -1,0 +1,102 @@
+//! Three faults, one after the other, as Prometheus and Alertmanager see them. The rules are those that ship, with
+//! an hour lasting a minute; that the real windows do what they should is proved by promtool.
+
+use std::time::Instant;
+
+use crate::site::Site;
+use crate::support::{Act, Daemon, Flow, Load, Scope, Servers};
+
+/// Tickets that remember for hours, of the rules' own: the three days' budget that an outage used up.
+const LONG_MEMORY: [&str; 1] = ["PaymentWriterBudgetBurnLong"];
+
+/// What none of the three faults causes.
+const NEVER: [&str; 4] = [
+    "PaymentWriterPartitionsHalted",
+    "PaymentWriterPartitionsAdded",
+    "PaymentWriterRetentionAtRisk",
+    "PaymentWriterAbsent",
+];
+
+fn start(scope: &Scope<'_>, instance_id: &str) -> Daemon {
+    scope.daemon_with(&["run"], &[("PAYMENT_WRITER__KAFKA__INSTANCE_ID", instance_id)])
+}
+
+/// The same instance once more, at the same address.
+fn restart(scope: &Scope<'_>, instance_id: &str, mut former: Daemon) -> Daemon {
+    former.drains();
+    scope.daemon_at(former.admin, &["run"], &[("PAYMENT_WRITER__KAFKA__INSTANCE_ID", instance_id)])
+}
+
+fn never_fired(site: &Site, since: Instant, others: &[&str]) {
+    site.never_fired(since, &[&NEVER, others].concat());
+}
+
+#[test]
+fn the_dashboard_has_data_and_each_fault_its_own_alert_until_it_is_mended() {
+    // GIVEN two daemons under a steady load, and all that looks at them
+    let servers = Servers::own();
+    let scope = Scope::new(&servers, "observed");
+    scope.prepare(8, 2);
+    let (a, b) = (start(&scope, "a"), start(&scope, "b"));
+    a.wait_until_ready();
+    b.wait_until_ready();
+    let flow = Flow::start(&scope, Load::without_bad_records(71), 3);
+    let site = Site::start(&scope, &[&a, &b]);
+    site.wait_for_series("up == 1", 6);
+    site.wait_for_series("payment_writer_partitions_assigned > 0", 4);
+
+    // THEN every query has data, and nothing fires
+    site.dashboard_has_data(false);
+    site.wait_until_clear(&[]);
+
+    // WHEN the database is away, THEN that is the one page of it
+    let since = Instant::now();
+    servers.postgres(Act::Immediate);
+    site.wait_for_pages(
+        &["PaymentWriterDatabaseAway"],
+        &["PaymentWriterNotReady", "PaymentWriterLagGrowing"],
+    );
+    site.wait_for_series(r#"ALERTS{alertname="PaymentWriterDatabaseAway",alertstate="firing"}"#, 2);
+    // AND all is over soon after it is back
+    servers.postgres(Act::Start);
+    site.wait_until_clear(&LONG_MEMORY);
+    never_fired(&site, since, &["PaymentWriterBrokerAway", "PaymentWriterDeadLetter.*"]);
+
+    // WHEN the broker is away, also for so long that the partitions are lost with the session
+    let since = Instant::now();
+    servers.kafka(Act::Kill);
+    site.wait_for_pages(
+        &["PaymentWriterBrokerAway"],
+        &["PaymentWriterNotReady", "PaymentWriterNoPartitionsAssigned"],
+    );
+    site.wait_for_series(r#"ALERTS{alertname="PaymentWriterBrokerAway",alertstate="firing"}"#, 2);
+    servers.kafka(Act::Start);
+    site.wait_until_clear(&LONG_MEMORY);
+    never_fired(&site, since, &["PaymentWriterDatabaseAway", "PaymentWriterDeadLetter.*"]);
+
+    // WHEN rows come that the database refuses, and many records that break the rules
+    let since = Instant::now();
+    scope.execute(
+        "ALTER TABLE payment_writer.payment_core ADD CONSTRAINT no_13 CHECK (cust_id <> 13) NOT VALID",
+    );
+    let bad = Flow::start(&scope, Load::of_bad_records(72), 1);
+    site.wait_for_series(
+        r#"count by (reason) (ALERTS{alertname="PaymentWriterDeadLetters",alertstate="firing"})"#,
+        2,
+    );
+    site.wait_for_pages(&["PaymentWriterDeadLetterShare"], &["PaymentWriterDeadLetters"]);
+    // THEN what the dashboard shows of faults has data, with a restart among it
+    let b = restart(&scope, "b", b);
+    site.wait_for_series(
+        "changes(process_start_time_seconds[30s]) > 0 and on (instance) payment_writer_ready > 0",
+        1,
+    );
+    site.dashboard_has_data(true);
+    // AND all is over when none come any more
+    drop(bad.end());
+    scope.execute("ALTER TABLE payment_writer.payment_core DROP CONSTRAINT no_13");
+    site.wait_until_clear(&LONG_MEMORY);
+    never_fired(&site, since, &["PaymentWriterDatabaseAway", "PaymentWriterBrokerAway"]);
+    drop(flow.end());
+    drop((a, b));
+}

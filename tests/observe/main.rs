@@ -1,0 +1,9 @@
+//! The operators' tools: that dashboard, rules, runbooks and compose file are sound, and what they show and say of
+//! live daemons under load, with the programs that Debian packages.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod checks;
+mod faults;
+mod site;
+#[path = "../it/support/mod.rs"]
+mod support;
