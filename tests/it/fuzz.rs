@@ -252,7 +252,9 @@ fn any_bytes_lead_to_one_outcome_and_none_of_them_to_the_log() {
     let places = scope.produce(&scope.input_topic, (0..RECORDS).map(|_| fuzzer.message()));
 
     // WHEN a daemon that says all it can drains them
-    let daemon = scope.drain_with(&[("PAYMENT_WRITER__LOG__LEVEL", "debug")]);
+    let wordy =
+        [("PAYMENT_WRITER__LOG__LEVEL", "debug"), ("PAYMENT_WRITER__KAFKA__PROPERTIES__DEBUG", "cgrp,fetch")];
+    let daemon = scope.drain_with(&wordy);
 
     // THEN each record was written, or dead-lettered, or is a duplicate, and the daemon counted the same
     let all: BTreeSet<(i32, i64)> = places.into_iter().collect();
