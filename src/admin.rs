@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::extract::{ConnectInfo, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, State};
 use axum::http::StatusCode;
+use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -18,6 +19,9 @@ use crate::logging::Log;
 use crate::metrics::{BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now, scraped};
 use crate::record::Partition;
 use crate::status::{Board, Phase};
+
+/// A filter of the log is a line.
+const BODY_BYTES_MAX: usize = 1_024;
 
 #[derive(Clone)]
 struct Shared {
@@ -62,13 +66,7 @@ pub async fn serve(
         }
     });
     let process = metrics_process::Collector::default();
-    let router = Router::new()
-        .route("/metrics", get(render_metrics))
-        .route("/livez", get(|| async { "ok\n" }))
-        .route("/readyz", get(ready))
-        .route("/status", get(status))
-        .route("/log-level", get(log_level).put(set_log_level))
-        .with_state(Shared { board, lagging: Arc::default(), metrics, process, log, version });
+    let router = router(Shared { board, lagging: Arc::default(), metrics, process, log, version });
     tokio::spawn(async move {
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
         if let Err(error) = axum::serve(listener, service).await {
@@ -78,7 +76,26 @@ pub async fn serve(
     Ok(bound)
 }
 
+fn router(shared: Shared) -> Router {
+    Router::new()
+        .route("/metrics", get(render_metrics))
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/status", get(status))
+        .route("/log-level", get(log_level).put(set_log_level))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(shared)
+}
+
 async fn render_metrics(State(shared): State<Shared>) -> Response {
+    // What the kernel tells of the process stands in files: not for a thread that others wait for.
+    match tokio::task::spawn_blocking(move || scrape(&shared)).await {
+        Ok(text) => ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
+fn scrape(shared: &Shared) -> String {
     let now = now();
     let partitions = shared.board.partitions();
     {
@@ -94,21 +111,17 @@ async fn render_metrics(State(shared): State<Shared>) -> Response {
         });
         lagging.extend(partitions.keys());
     }
-    let mut oldest_ms = 0;
     for (partition, status) in partitions {
         let partition = partition.to_string();
         if let Some(lag) = status.lag() {
             gauge!("payment_writer_lag_records", "partition" => partition.clone()).set(lag as f64);
         }
-        if let Some(ms) = status.lag_ms(now) {
-            oldest_ms = ms.max(oldest_ms);
-            gauge!("payment_writer_lag_seconds", "partition" => partition).set(ms as f64 / 1_000.0);
-        }
+        let seconds = status.lag_ms(now) as f64 / 1_000.0;
+        gauge!("payment_writer_lag_seconds", "partition" => partition).set(seconds);
     }
-    scraped(&shared.board.missing(), oldest_ms);
+    scraped(&shared.board.missing(), shared.board.oldest_pending_ms(now));
     shared.process.collect();
-    let text = shared.metrics.render();
-    ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+    shared.metrics.render()
 }
 
 async fn ready(State(shared): State<Shared>) -> Response {
@@ -136,9 +149,10 @@ async fn status(State(shared): State<Shared>) -> Response {
                 "halted": doubt,
                 "applied": status.applied.map(|o| o.0),
                 "published": status.published.map(|o| o.0),
+                "unpublished_from": status.unpublished_from.map(|o| o.0),
                 "end": status.end.map(|o| o.0),
                 "lag_records": status.lag(),
-                "lag_seconds": status.lag_ms(now).map(|ms| ms as f64 / 1_000.0),
+                "lag_seconds": status.lag_ms(now) as f64 / 1_000.0,
             }),
         );
     }
@@ -171,26 +185,28 @@ fn is_from_here(caller: SocketAddr) -> bool {
     caller.ip().to_canonical().is_loopback()
 }
 
-fn refused() -> Response {
-    (StatusCode::FORBIDDEN, "the log's level is told to and changed by loopback callers only\n")
-        .into_response()
+/// The caller is on this machine. Stands before what reads the body: a stranger's is not read.
+struct FromHere;
+
+impl<S: Send + Sync> FromRequestParts<S> for FromHere {
+    type Rejection = (StatusCode, &'static str);
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Self::Rejection> {
+        match ConnectInfo::<SocketAddr>::from_request_parts(parts, state).await {
+            Ok(ConnectInfo(caller)) if is_from_here(caller) => Ok(Self),
+            _ => Err((
+                StatusCode::FORBIDDEN,
+                "the log's level is told to and changed by loopback callers only\n",
+            )),
+        }
+    }
 }
 
-async fn log_level(State(shared): State<Shared>, ConnectInfo(caller): ConnectInfo<SocketAddr>) -> Response {
-    if !is_from_here(caller) {
-        return refused();
-    }
-    format!("{}\n", shared.log.level()).into_response()
+async fn log_level(_: FromHere, State(shared): State<Shared>) -> String {
+    format!("{}\n", shared.log.level())
 }
 
-async fn set_log_level(
-    State(shared): State<Shared>,
-    ConnectInfo(caller): ConnectInfo<SocketAddr>,
-    level: String,
-) -> Response {
-    if !is_from_here(caller) {
-        return refused();
-    }
+async fn set_log_level(_: FromHere, State(shared): State<Shared>, level: String) -> Response {
     match shared.log.set_level(&level) {
         Ok(()) => format!("{}\n", shared.log.level()).into_response(),
         Err(reason) => (StatusCode::BAD_REQUEST, format!("{reason}\n")).into_response(),
@@ -200,6 +216,10 @@ async fn set_log_level(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::extract::connect_info::MockConnectInfo;
+    use std::time::Duration;
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::TcpStream;
 
     #[test]
     fn only_the_machine_itself_may_ask_for_the_logs_level() {
@@ -214,6 +234,46 @@ mod tests {
         ] {
             assert_eq!(is_from_here(caller.parse().unwrap()), expected, "{caller}");
         }
-        assert_eq!(refused().status(), StatusCode::FORBIDDEN);
+    }
+
+    /// The first line of the answer.
+    async fn ask(address: SocketAddr, head: &str, body: &str) -> String {
+        let mut stream = BufReader::new(TcpStream::connect(address).await.unwrap());
+        let request = format!("{head} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
+        stream.write_all(format!("{request}Content-Length: 5\r\n\r\n{body}").as_bytes()).await.unwrap();
+        let mut line = String::new();
+        let answer = tokio::time::timeout(Duration::from_secs(30), stream.read_line(&mut line));
+        answer.await.unwrap().unwrap();
+        line.trim_end().to_owned()
+    }
+
+    #[tokio::test]
+    async fn whoever_is_not_on_this_machine_is_refused_before_a_body_is_read() {
+        for (caller, expected, level) in
+            [("10.0.0.1:5", "HTTP/1.1 403 Forbidden", "info"), ("127.0.0.1:5", "HTTP/1.1 200 OK", "debug")]
+        {
+            let (log, _filter) = Log::new("info").unwrap();
+            let shared = Shared {
+                board: Arc::default(),
+                lagging: Arc::default(),
+                metrics: PrometheusBuilder::new().build_recorder().handle(),
+                process: metrics_process::Collector::default(),
+                log: Arc::new(log),
+                version: "1",
+            };
+            let log = Arc::clone(&shared.log);
+            let caller: SocketAddr = caller.parse().unwrap();
+            let router = router(shared).layer(MockConnectInfo(caller));
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let server = tokio::spawn(async move { axum::serve(listener, router).await });
+
+            assert_eq!(ask(address, "GET /log-level", "     ").await, expected, "{caller}");
+            // Who is refused is so without a word of the body.
+            let body = if expected.contains("403") { "" } else { "debug" };
+            assert_eq!(ask(address, "PUT /log-level", body).await, expected, "{caller}");
+            assert_eq!(log.level(), level, "{caller}");
+            server.abort();
+        }
     }
 }

@@ -179,6 +179,7 @@ pub async fn run(
     stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     loop {
+        board.waits(metrics::now());
         let ended = run_as_member(settings, options, Arc::clone(&board), tracer, stop.clone()).await;
         let Err(RunError::Identity(IdentityDoubt::InstanceTaken { instance_id })) = &ended else {
             return ended;
@@ -190,7 +191,7 @@ pub async fn run(
             instance = instance_id,
             "fenced just after the broker was away, perhaps by a request of its own: joining once more"
         );
-        board.left();
+        board.left(metrics::now());
     }
 }
 
@@ -227,6 +228,9 @@ async fn start(
 ) -> Result<Running, RunError> {
     let kafka = &settings.kafka;
     let endpoint = settings.postgres.url.endpoint();
+    for dependency in ["database", "broker"] {
+        metrics::breaker_at_start(dependency, false);
+    }
     let database_id = database_ready(endpoint, board).await?;
     let (mut receivers, mut seats) = (Vec::new(), Vec::new());
     for _ in 0..settings.lanes {
@@ -343,6 +347,7 @@ async fn database_ready(endpoint: &Endpoint, board: &Board) -> Result<Uuid, RunE
         match tried.await {
             Ok(Ok(id)) => {
                 breaker.succeeded();
+                metrics::breaker_at_start("database", false);
                 board.probed(Some(Dependency::Up), None);
                 return Ok(id);
             }
@@ -351,6 +356,7 @@ async fn database_ready(endpoint: &Endpoint, board: &Board) -> Result<Uuid, RunE
                 let class =
                     sqlstate.as_deref().map_or(FailureClass::Passing, |code| class_of_sqlstate(code, None));
                 breaker.failed(class, "asking the database who it is", &message);
+                metrics::breaker_at_start("database", true);
                 board.probed(Some(Dependency::Down(message)), None);
             }
         }
@@ -377,6 +383,7 @@ async fn broker_ready(group: &Group, board: &Board) -> Result<Found, RunError> {
         match answer {
             Ok(Ok(found)) => {
                 breaker.succeeded();
+                metrics::breaker_at_start("broker", false);
                 board.probed(None, Some(Dependency::Up));
                 metrics::input_partitions(found.partitions);
                 return Ok(found);
@@ -387,6 +394,7 @@ async fn broker_ready(group: &Group, board: &Board) -> Result<Found, RunError> {
                 let class = if refusal.is_some() { FailureClass::Systemic } else { FailureClass::Passing };
                 let message = refusal.unwrap_or(message);
                 breaker.failed(class, "asking for the input topic", &message);
+                metrics::breaker_at_start("broker", true);
                 board.probed(None, Some(Dependency::Down(message)));
             }
             Err(error) => return Err(RunError::Failed(format!("asking for the input topic: {error}"))),
@@ -416,6 +424,7 @@ async fn bind(
                 match binding::bind(&mut client, &wanted, options.adopt_database).await {
                     Ok(()) => {
                         breaker.succeeded();
+                        metrics::breaker_at_start("database", false);
                         board.probed(Some(Dependency::Up), None);
                         return Ok(());
                     }
@@ -426,6 +435,7 @@ async fn bind(
             Err(error) => error.to_string(),
         };
         breaker.failed(FailureClass::Passing, "binding the database to the group", &message);
+        metrics::breaker_at_start("database", true);
         board.probed(Some(Dependency::Down(message)), None);
         sleep_until(breaker.due_at()).await;
     }
@@ -612,12 +622,14 @@ async fn watch_ends(group: &Group, board: &Board) {
             continue;
         }
         let asked = group.clone();
+        // From before the answer: what came since is not in it.
+        let asked_at = metrics::now();
         let answer = tokio::task::spawn_blocking(move || {
             log_ends(&asked, &partitions).map(|ends| partitions.into_iter().zip(ends).collect::<Vec<_>>())
         });
         match answer.await {
             Ok(Ok(ends)) => {
-                board.ends(metrics::now(), ends.into_iter());
+                board.ends(asked_at, ends.into_iter());
                 board.probed(None, Some(Dependency::Up));
             }
             Ok(Err(error)) => board.probed(None, Some(Dependency::Down(error.to_string()))),

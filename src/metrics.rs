@@ -97,21 +97,24 @@ pub fn describe() {
         "payment_writer_lane_resets_total",
         "Times that a lane dropped what it held and read its cursors again"
     );
-    describe_gauge!("payment_writer_database_up", "1 while the database answers a lane");
-    describe_gauge!("payment_writer_broker_up", "1 while the broker answers a lane");
+    describe_gauge!(
+        "payment_writer_database_up",
+        "1 while the database answers a lane, or it has no partitions"
+    );
+    describe_gauge!("payment_writer_broker_up", "1 while the broker answers a lane, or it has no partitions");
     describe_gauge!(
         "payment_writer_lag_records",
-        "Records between the published position and the end of an assigned partition"
+        "Records between what is written and published, and the end of an assigned partition"
     );
     describe_gauge!(
         "payment_writer_lag_seconds",
         Unit::Seconds,
-        "Age of a partition's oldest record that is not yet published, as far as known; 0 when caught up"
+        "Age of a partition's oldest record not yet written and published, as far as known; 0 when caught up"
     );
     describe_gauge!(
         "payment_writer_oldest_pending_seconds",
         Unit::Seconds,
-        "Age of this process's oldest record that is not yet published, as far as known; 0 when caught up"
+        "Age of this process's oldest record not yet written and published, as far as known; 0 when caught up"
     );
     describe_gauge!("payment_writer_ready", "1 while /readyz answers 200");
     describe_gauge!(
@@ -227,9 +230,15 @@ pub fn scraped(missing: &BTreeMap<&'static str, String>, oldest_pending_ms: i64)
         gauge!("payment_writer_missing", "what" => what).set(f64::from(u8::from(missing.contains_key(what))));
     }
     gauge!("payment_writer_oldest_pending_seconds").set(oldest_pending_ms as f64 / 1_000.0);
-    if let Some(bytes) = memory::limit_bytes() {
+    if let Some(bytes) = memory::recent_limit_bytes() {
         gauge!("payment_writer_memory_limit_bytes").set(bytes as f64);
     }
+}
+
+/// Whether the process backs off at its start, before there are lanes: told as if it were the first of them.
+pub fn breaker_at_start(dependency: &'static str, is_open: bool) {
+    gauge!("payment_writer_breaker_open", "dependency" => dependency, "lane" => "0")
+        .set(f64::from(u8::from(is_open)));
 }
 
 /// Partitions of the input topic, as the broker just said.
@@ -281,13 +290,8 @@ impl LaneMetrics {
         let step = |step: &'static str| histogram!("payment_writer_database_step_seconds", "step" => step);
         let older = |probe: &'static str| counter!("payment_writer_claims_older_total", "probe" => probe);
         let gauge_of = |name: &'static str| gauge!(name, "lane" => lane.clone());
-        let breaker_of = |dependency: &'static str| {
-            let gauge =
-                gauge!("payment_writer_breaker_open", "dependency" => dependency, "lane" => lane.clone());
-            gauge.set(0.0);
-            gauge
-        };
-        Self {
+        let breaker_of = |dependency: &'static str| gauge!("payment_writer_breaker_open", "dependency" => dependency, "lane" => lane.clone());
+        let lane = Self {
             written: outcome("written"),
             redelivered: outcome("redelivered"),
             duplicate: outcome("duplicate"),
@@ -311,7 +315,9 @@ impl LaneMetrics {
             database_breaker: breaker_of("database"),
             broker_breaker: breaker_of("broker"),
             replayed: counter!("payment_writer_replayed_records_total"),
-        }
+        };
+        lane.at_rest();
+        lane
     }
 
     /// Partitions of this lane.
@@ -331,10 +337,10 @@ impl LaneMetrics {
         self.broker_breaker.set(f64::from(u8::from(!is_up)));
     }
 
-    /// The lane has nothing to ask for any more: it backs off from nothing.
+    /// The lane has nothing to ask for: it knows nothing against either, and backs off from nothing.
     pub fn at_rest(&self) {
-        self.database_breaker.set(0.0);
-        self.broker_breaker.set(0.0);
+        self.database_up(true);
+        self.broker_up(true);
     }
 
     /// A Kafka request failed.

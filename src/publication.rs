@@ -242,13 +242,14 @@ impl Publication {
         self.spans.iter().find(|s| s.partition == partition).map_or(NextOffset(i64::MAX), |s| s.gate)
     }
 
-    /// The records that go to the dead letters with this publication.
+    /// The records that go to the dead letters with this publication; none of a daemon that writes rows only.
     pub fn dead_letters(&self) -> impl Iterator<Item = DeadLetter<'_>> {
-        self.fates.0.iter().enumerate().filter_map(|(index, fate)| {
+        let batch = self.batch.as_ref().filter(|_| self.emits);
+        self.fates.0.iter().enumerate().filter_map(move |(index, fate)| {
             if !matches!(fate, Fate::DeadLetter(_) | Fate::Rejected(_)) {
                 return None;
             }
-            let view = self.batch.as_ref()?.published_view(index)?;
+            let view = batch?.published_view(index)?;
             if self.gate(view.record.partition).is_past(view.record.offset) {
                 return None;
             }

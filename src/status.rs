@@ -29,12 +29,19 @@ pub struct PartitionStatus {
     pub applied: Option<NextOffset>,
     /// Next offset to publish.
     pub published: Option<NextOffset>,
-    /// Timestamp of the last record written.
+    /// The lowest of the cursors, while the partition is being opened or is halted.
+    pub unpublished_from: Option<NextOffset>,
+    /// Timestamp of the last record written, no later than the moment at which this was noted: a clock that is
+    /// ahead must not hide how long records wait.
     pub applied_timestamp: Option<TimestampMs>,
+    /// That timestamp as the record bears it.
+    stamped: Option<TimestampMs>,
     /// The last stable offset, as last asked.
     pub end: Option<NextOffset>,
-    /// When the published position was last seen at the end, by the wall clock.
+    /// When everything up to the end was last seen written and published, by the wall clock.
     pub caught_up_at: Option<TimestampMs>,
+    /// When it was assigned, by the wall clock.
+    pub assigned_at: TimestampMs,
     /// Of each batch in hand, where it ends and the timestamp of its first record.
     in_hand: VecDeque<(NextOffset, TimestampMs)>,
 }
@@ -43,35 +50,53 @@ pub struct PartitionStatus {
 const IN_HAND_MAX: usize = 4;
 
 impl PartitionStatus {
-    fn opening() -> Self {
+    fn opening(now: TimestampMs) -> Self {
         Self {
             phase: Phase::Opening,
             applied: None,
             published: None,
+            unpublished_from: None,
             applied_timestamp: None,
+            stamped: None,
             end: None,
             caught_up_at: None,
+            assigned_at: now,
             in_hand: VecDeque::new(),
         }
     }
 
-    /// Records between the published position and the end.
-    pub fn lag(&self) -> Option<i64> {
-        Some((self.end?.0 - self.published?.0).max(0))
+    /// What lies before it is written and published.
+    fn done_to(&self) -> Option<NextOffset> {
+        // In a database that was restored, rows have yet to reach what was published.
+        self.unpublished_from.or_else(|| Some(self.applied?.min(self.published?)))
     }
 
-    /// Age of the oldest record that is not published yet, in milliseconds; 0 when caught up. By that record's
-    /// timestamp while it is in hand. Else it came after the last written record, and after the moment at which
-    /// the partition was last seen caught up: the shorter of the two. `None`: neither is known.
-    pub fn lag_ms(&self, now: TimestampMs) -> Option<i64> {
-        if self.lag()? == 0 {
-            return Some(0);
+    /// Records between what is written and published, and the end.
+    pub fn lag(&self) -> Option<i64> {
+        Some((self.end?.0 - self.done_to()?.0).max(0))
+    }
+
+    /// Age of the oldest record that is not yet written and published, in milliseconds; 0 when caught up. By that
+    /// record's timestamp while it is in hand. Else it came after the last written record, and after the moment at
+    /// which the partition was last seen caught up: the shorter of the two. If neither is known, not even whether
+    /// there is such a record, it is the time since the partition was assigned.
+    pub fn lag_ms(&self, now: TimestampMs) -> i64 {
+        if self.lag() == Some(0) {
+            return 0;
         }
         let oldest = match self.in_hand.front() {
-            Some((_, at)) => Some(*at),
-            None => self.applied_timestamp.max(self.caught_up_at),
+            Some((_, at)) => *at,
+            None => self.applied_timestamp.max(self.caught_up_at).unwrap_or(self.assigned_at),
         };
-        oldest.map(|at| (now.0 - at.0).max(0))
+        (now.0 - oldest.0).max(0)
+    }
+
+    fn note_written(&mut self, now: TimestampMs, timestamp: Option<TimestampMs>) {
+        // What was noted before stays: `now` is later each time.
+        if timestamp.is_some() && timestamp != self.stamped {
+            self.stamped = timestamp;
+            self.applied_timestamp = timestamp.map(|at| at.min(now));
+        }
     }
 
     fn note_caught_up(&mut self, now: TimestampMs) {
@@ -99,9 +124,23 @@ struct State {
     lanes: BTreeMap<usize, (Dependency, Dependency)>,
     start: (Dependency, Dependency),
     is_member: bool,
+    /// While the process is no member: since when, or since when the oldest record waits that it had before.
+    waiting_since: Option<TimestampMs>,
     broker_lost_at: Option<Instant>,
     broker_refusal: Option<(Instant, String)>,
     was_fenced_after_loss: bool,
+}
+
+impl State {
+    fn oldest_pending_ms(&self, now: TimestampMs) -> i64 {
+        let waited = self.waiting_since.map(|since| now.0 - since.0);
+        let lags = self.partitions.values().map(|status| status.lag_ms(now));
+        lags.chain(waited).max().unwrap_or(0).max(0)
+    }
+
+    fn waits(&mut self, now: TimestampMs) {
+        self.waiting_since = Some(TimestampMs(now.0 - self.oldest_pending_ms(now)));
+    }
 }
 
 /// A refused connection is tried again all the time, after pauses of up to ten seconds.
@@ -166,9 +205,22 @@ impl Board {
         self.state().was_fenced_after_loss
     }
 
+    /// The process is no member yet, or begins anew: it knows of no record, and may be the only one there is.
+    pub fn waits(&self, now: TimestampMs) {
+        self.state().waits(now);
+    }
+
     /// The process is no member any more, and joins again. A loss of the broker explains one fencing.
-    pub fn left(&self) {
-        *self.state() = State::default();
+    pub fn left(&self, now: TimestampMs) {
+        let mut state = self.state();
+        state.waits(now);
+        *state = State { waiting_since: state.waiting_since, ..State::default() };
+    }
+
+    /// Age of this process's oldest record that is not yet written and published, as far as known, in milliseconds.
+    /// A process that is no member counts for how long, or how old the oldest was that it had.
+    pub fn oldest_pending_ms(&self, now: TimestampMs) -> i64 {
+        self.state().oldest_pending_ms(now)
     }
 
     /// Counts records that were settled.
@@ -190,29 +242,39 @@ impl Board {
     }
 
     /// A partition was assigned or is being opened again.
-    pub fn opening(&self, partition: Partition) {
+    pub fn opening(&self, now: TimestampMs, partition: Partition) {
         let mut state = self.state();
-        let status = state.partitions.entry(partition).or_insert_with(PartitionStatus::opening);
+        let status = state.partitions.entry(partition).or_insert_with(|| PartitionStatus::opening(now));
         status.phase = Phase::Opening;
         status.in_hand.clear();
     }
 
-    /// What was found of a partition that is being opened: where what may be unpublished begins, and the end.
-    pub fn found(&self, partition: Partition, unpublished_from: NextOffset, end: NextOffset) {
+    /// What was found of a partition that is being opened: where what may be unpublished begins, the end, and the
+    /// timestamp of the last record written. `now` is from before the end was asked for.
+    pub fn found(
+        &self,
+        now: TimestampMs,
+        partition: Partition,
+        unpublished_from: NextOffset,
+        end: NextOffset,
+        last: Option<TimestampMs>,
+    ) {
         if let Some(status) = self.state().partitions.get_mut(&partition) {
-            status.published = Some(unpublished_from);
+            status.unpublished_from = Some(unpublished_from);
             status.end = Some(end);
+            status.note_written(now, last);
+            status.note_caught_up(now);
         }
     }
 
     /// A batch was cut: of its partitions where it ends, and the timestamp of the first record.
-    pub fn taken(&self, parts: impl Iterator<Item = (Partition, NextOffset, TimestampMs)>) {
+    pub fn taken(&self, now: TimestampMs, parts: impl Iterator<Item = (Partition, NextOffset, TimestampMs)>) {
         let mut state = self.state();
         for (partition, reached, at) in parts {
             if let Some(status) = state.partitions.get_mut(&partition)
                 && status.in_hand.len() < IN_HAND_MAX
             {
-                status.in_hand.push_back((reached, at));
+                status.in_hand.push_back((reached, at.min(now)));
             }
         }
     }
@@ -224,29 +286,33 @@ impl Board {
 
     /// A partition is halted.
     pub fn halted(&self, partition: Partition, doubt: Doubt) {
-        self.state().partitions.entry(partition).or_insert_with(PartitionStatus::opening).phase =
-            Phase::Halted(doubt);
+        if let Some(status) = self.state().partitions.get_mut(&partition) {
+            status.phase = Phase::Halted(doubt);
+        }
     }
 
     /// Positions of live partitions.
     pub fn positions(
         &self,
+        now: TimestampMs,
         positions: impl Iterator<Item = (Partition, NextOffset, NextOffset, Option<TimestampMs>)>,
     ) {
         let mut state = self.state();
         for (partition, applied, published, timestamp) in positions {
-            let status = state.partitions.entry(partition).or_insert_with(PartitionStatus::opening);
+            let Some(status) = state.partitions.get_mut(&partition) else { continue };
             status.phase = Phase::Live;
             status.applied = Some(applied);
             status.published = Some(published);
-            status.applied_timestamp = timestamp.or(status.applied_timestamp);
-            while status.in_hand.front().is_some_and(|(reached, _)| *reached <= published) {
+            status.unpublished_from = None;
+            status.note_written(now, timestamp);
+            let done_to = applied.min(published);
+            while status.in_hand.front().is_some_and(|(reached, _)| *reached <= done_to) {
                 status.in_hand.pop_front();
             }
         }
     }
 
-    /// Ends of the log as just asked.
+    /// Ends of the log; `now` is from before they were asked for.
     pub fn ends(&self, now: TimestampMs, ends: impl Iterator<Item = (Partition, NextOffset)>) {
         let mut state = self.state();
         for (partition, end) in ends {
@@ -283,9 +349,15 @@ impl Board {
         }
     }
 
-    /// The group was joined.
-    pub fn member(&self, is_member: bool) {
-        self.state().is_member = is_member;
+    /// The group was joined, or the place in it was lost.
+    pub fn member(&self, now: TimestampMs, is_member: bool) {
+        let mut state = self.state();
+        state.is_member = is_member;
+        if is_member {
+            state.waiting_since = None;
+        } else {
+            state.waits(now);
+        }
     }
 
     /// What keeps the daemon from being ready; empty when it is.
@@ -320,52 +392,133 @@ mod tests {
 
     const SUSPICION: Duration = Duration::from_secs(60);
 
-    fn lag_ms(board: &Board, now: i64) -> Option<i64> {
+    fn lag_ms(board: &Board, now: i64) -> i64 {
         board.partitions().get(&Partition(0)).unwrap().lag_ms(TimestampMs(now))
     }
+
+    fn at(offset: i64) -> NextOffset {
+        NextOffset(offset)
+    }
+
+    const P: Partition = Partition(0);
 
     #[test]
     fn lag_in_time_is_that_of_the_oldest_record_as_far_as_it_is_known() {
         let board = Board::default();
-        let at = |offset| NextOffset(offset);
-        let p = Partition(0);
-        let ends = |now, end| board.ends(TimestampMs(now), [(p, at(end))].into_iter());
+        let ends = |now, end| board.ends(TimestampMs(now), [(P, at(end))].into_iter());
         let positions = |published, last: Option<i64>| {
             let last = last.map(TimestampMs);
-            board.positions([(p, at(published), at(published), last)].into_iter());
+            board.positions(TimestampMs(1_000), [(P, at(published), at(published), last)].into_iter());
         };
+        let taken =
+            |end, stamp| board.taken(TimestampMs(1_000), [(P, at(end), TimestampMs(stamp))].into_iter());
 
         // Nothing is known before the cursors were read; then there is lag, but of what age is not known.
-        board.opening(p);
-        assert_eq!(lag_ms(&board, 1_000), None);
-        board.found(p, at(0), at(10));
-        assert_eq!(board.partitions()[&p].lag(), Some(10));
-        assert_eq!(lag_ms(&board, 1_000), None);
+        board.opening(TimestampMs(100), P);
+        assert_eq!(lag_ms(&board, 1_000), 900);
+        board.found(TimestampMs(150), P, at(0), at(10), None);
+        let status = board.partitions()[&P].clone();
+        assert_eq!((status.lag(), status.published), (Some(10), None), "a lowest cursor is no position");
+        assert_eq!(lag_ms(&board, 1_000), 900);
 
         // Nothing was written ever, and the first records are in hand.
         positions(0, None);
-        board.taken([(p, at(4), TimestampMs(200))].into_iter());
-        board.taken([(p, at(8), TimestampMs(300))].into_iter());
-        assert_eq!(lag_ms(&board, 1_000), Some(800));
+        taken(4, 200);
+        taken(8, 300);
+        assert_eq!(lag_ms(&board, 1_000), 800);
         positions(4, Some(290));
-        assert_eq!(lag_ms(&board, 1_000), Some(700));
+        assert_eq!(lag_ms(&board, 1_000), 700);
 
         // What remains is not fetched yet: it is no older than the last written.
         positions(8, Some(350));
-        assert_eq!(lag_ms(&board, 1_000), Some(650));
+        assert_eq!(lag_ms(&board, 1_000), 650);
 
         // Caught up, and at rest for long: a new record is not as old as the last one.
         positions(10, Some(400));
-        assert_eq!(lag_ms(&board, 1_000), Some(0));
+        assert_eq!(lag_ms(&board, 1_000), 0);
         ends(90_000, 10);
         ends(92_000, 11);
-        assert_eq!(lag_ms(&board, 92_500), Some(2_500));
+        assert_eq!(lag_ms(&board, 92_500), 2_500);
 
         // What a lane forgets is no longer in hand.
-        board.taken([(p, at(11), TimestampMs(500))].into_iter());
-        assert_eq!(lag_ms(&board, 92_500), Some(92_000));
-        board.opening(p);
-        assert_eq!(lag_ms(&board, 92_500), Some(2_500));
+        taken(11, 500);
+        assert_eq!(lag_ms(&board, 92_500), 92_000);
+        board.opening(TimestampMs(92_400), P);
+        assert_eq!(lag_ms(&board, 92_500), 2_500);
+    }
+
+    #[test]
+    fn a_partition_that_does_not_go_on_grows_older_from_the_start() {
+        // Its cursors cannot be read, or it is halted where it was taken up.
+        let board = Board::default();
+        board.opening(TimestampMs(1_000), P);
+        assert_eq!((lag_ms(&board, 1_000), lag_ms(&board, 61_000)), (0, 60_000));
+        board.found(TimestampMs(62_000), P, at(3), at(8), Some(TimestampMs(500)));
+        board.halted(P, Doubt::LogGap { needed: at(3), log_start: at(5) });
+        assert_eq!(board.partitions()[&P].lag(), Some(5));
+        assert_eq!(lag_ms(&board, 62_500), 62_000);
+
+        // A partition that went away is a new one when it comes back.
+        board.revoked(P);
+        board.opening(TimestampMs(70_000), P);
+        assert_eq!(lag_ms(&board, 70_500), 500);
+    }
+
+    #[test]
+    fn what_is_written_again_in_a_restored_database_is_lag() {
+        let board = Board::default();
+        let positions = |applied| {
+            let last = Some(TimestampMs(700));
+            board.positions(TimestampMs(1_000), [(P, at(applied), at(10), last)].into_iter());
+        };
+        board.opening(TimestampMs(100), P);
+        board.found(TimestampMs(100), P, at(2), at(10), None);
+        positions(2);
+        board.taken(TimestampMs(1_000), [(P, at(6), TimestampMs(300))].into_iter());
+        positions(2);
+        assert_eq!((board.partitions()[&P].lag(), lag_ms(&board, 1_000)), (Some(8), 700));
+        positions(6);
+        assert_eq!((board.partitions()[&P].lag(), lag_ms(&board, 1_000)), (Some(4), 300));
+        positions(10);
+        assert_eq!(lag_ms(&board, 1_000), 0);
+    }
+
+    #[test]
+    fn a_clock_that_is_ahead_hides_no_lag() {
+        let board = Board::default();
+        let ahead = Some(TimestampMs(3_600_000));
+        board.opening(TimestampMs(0), P);
+        board.found(TimestampMs(1_000), P, at(0), at(9), ahead);
+        assert_eq!(lag_ms(&board, 5_000), 4_000);
+        let positions = |now, last| board.positions(TimestampMs(now), [(P, at(4), at(4), last)].into_iter());
+        positions(6_000, ahead);
+        assert_eq!(lag_ms(&board, 7_000), 6_000, "the same record is noted once");
+        positions(8_000, Some(TimestampMs(3_600_001)));
+        assert_eq!(lag_ms(&board, 9_000), 1_000);
+        board.taken(TimestampMs(10_000), [(P, at(9), TimestampMs(3_600_002))].into_iter());
+        assert_eq!(lag_ms(&board, 12_000), 2_000);
+    }
+
+    #[test]
+    fn a_process_that_is_no_member_counts_for_how_long() {
+        let board = Board::default();
+        let oldest = |now| board.oldest_pending_ms(TimestampMs(now));
+        board.waits(TimestampMs(1_000));
+        assert_eq!(oldest(31_000), 30_000);
+        board.member(TimestampMs(40_000), true);
+        assert_eq!(oldest(50_000), 0, "one of many, and without a partition");
+
+        // What it has grows old, also when its place is lost with it.
+        board.opening(TimestampMs(60_000), P);
+        assert_eq!(oldest(61_000), 1_000);
+        board.member(TimestampMs(65_000), false);
+        board.revoked(P);
+        assert_eq!(oldest(70_000), 10_000);
+        board.left(TimestampMs(70_000));
+        board.waits(TimestampMs(71_000));
+        assert_eq!(oldest(72_000), 12_000);
+        board.member(TimestampMs(73_000), true);
+        assert_eq!(oldest(74_000), 0);
     }
 
     #[test]
@@ -379,7 +532,7 @@ mod tests {
             board.broker_lost();
             board.fenced(SUSPICION);
             assert!(board.was_fenced_after_loss());
-            board.left();
+            board.left(TimestampMs(1));
         }
 
         board.fenced(SUSPICION);

@@ -233,16 +233,25 @@ impl BatchTrace {
     }
 }
 
-struct OwnHeaders<'a>(Headers<'a>);
+/// The one header that is read for a link. `tracestate` is not: it is free text, and whose traces these are need not be
+/// told what a producer writes there.
+const PARENT_HEADER: &str = "traceparent";
+/// A longer one is none: those of today have 55 bytes.
+const PARENT_BYTES_MAX: usize = 128;
 
-impl Extractor for OwnHeaders<'_> {
+struct Parent<'a>(Headers<'a>);
+
+impl Extractor for Parent<'_> {
     fn get(&self, key: &str) -> Option<&str> {
-        let (_, value) = self.0.iter().find(|(name, _)| *name == key.as_bytes())?;
-        std::str::from_utf8(value?).ok()
+        if key != PARENT_HEADER {
+            return None;
+        }
+        let (_, value) = self.0.iter().find(|(name, _)| *name == PARENT_HEADER.as_bytes())?;
+        std::str::from_utf8(value.filter(|value| value.len() <= PARENT_BYTES_MAX)?).ok()
     }
 
     fn keys(&self) -> Vec<&str> {
-        self.0.iter().filter_map(|(name, _)| std::str::from_utf8(name).ok()).collect()
+        vec![PARENT_HEADER]
     }
 }
 
@@ -250,7 +259,7 @@ impl Extractor for OwnHeaders<'_> {
 fn links(batch: &Batch) -> Vec<Link> {
     let propagator = TraceContextPropagator::new();
     let context_of = |headers| -> SpanContext {
-        let context = propagator.extract_with_context(&Context::new(), &OwnHeaders(headers));
+        let context = propagator.extract_with_context(&Context::new(), &Parent(headers));
         context.span().span_context().clone()
     };
     let linked = batch.source().iter().filter(|record| !record.headers.is_empty()).filter_map(|record| {

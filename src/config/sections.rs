@@ -320,12 +320,14 @@ pub fn log_filter(text: &str) -> Result<(), String> {
     if text.is_empty() {
         return Err("empty: a level or directives are wanted".to_owned());
     }
+    if text.contains('[') {
+        return Err("no spans and fields in brackets: a level, or a target and its level".to_owned());
+    }
     tracing_subscriber::EnvFilter::try_new(text).map_err(|error| error.to_string())?;
     // The filter takes any word that is not a level for the name of a target, and then logs nothing.
     let levels = ["off", "error", "warn", "info", "debug", "trace"];
     let mistyped = text.split(',').map(str::trim).find(|directive| {
-        !directive.contains(['=', '[', ':'])
-            && !levels.iter().any(|level| level.eq_ignore_ascii_case(directive))
+        !directive.contains(['=', ':']) && !levels.iter().any(|level| level.eq_ignore_ascii_case(directive))
     });
     match mistyped {
         Some(word) => Err(format!("{word:?} is no level: off, error, warn, info, debug or trace")),

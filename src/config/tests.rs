@@ -264,3 +264,14 @@ fn the_same_setting_twice_in_the_environment_is_an_error() {
     let text = problems("", &[("PAYMENT_WRITER__LANES", "1"), ("PAYMENT_WRITER__lanes", "2")]);
     assert!(text.contains("setting lanes is given by two environment variables"), "{text}");
 }
+
+#[test]
+fn a_filter_of_the_log_names_levels_and_targets_and_no_spans() {
+    use super::sections::log_filter;
+    for good in ["info", "WARN", "off,payment_writer=debug", "info,payment_writer::lane=trace"] {
+        assert_eq!(log_filter(good), Ok(()), "{good}");
+    }
+    for bad in ["", "inof", "info,[span]=debug", "payment_writer[{field=\"a.*\"}]=trace"] {
+        assert!(log_filter(bad).is_err(), "{bad}");
+    }
+}

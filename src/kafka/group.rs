@@ -186,9 +186,12 @@ impl ConsumerContext for GroupContext {
 
 impl Shared {
     fn assign(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
-        tracing::info!(partitions = partitions.len(), "assigned");
+        static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
+        if let Some(suppressed) = LIMIT.pass() {
+            tracing::info!(partitions = partitions.len(), suppressed, "assigned");
+        }
         metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
-        self.board.member(true);
+        self.board.member(crate::metrics::now(), true);
         {
             let mut assigned = self.assigned();
             for partition in partitions {
@@ -214,7 +217,7 @@ impl Shared {
         let is_lost = consumer.assignment_lost();
         let kind = if is_lost { "lost" } else { "revoked" };
         if is_lost {
-            self.board.member(false);
+            self.board.member(crate::metrics::now(), false);
             // A broker that hangs breaks no connection: it is missed when the session is over, and may still
             // do with our requests what it likes once it wakes up. Not so if it was us who slept, or if we were
             // fenced to begin with.
@@ -223,8 +226,11 @@ impl Shared {
                 self.board.broker_lost();
             }
         }
-        if !self.is_closing.load(Ordering::Acquire) {
-            tracing::info!(partitions = partitions.len(), kind, "revoked");
+        static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
+        if !self.is_closing.load(Ordering::Acquire)
+            && let Some(suppressed) = LIMIT.pass()
+        {
+            tracing::info!(partitions = partitions.len(), kind, suppressed, "revoked");
         }
         metrics::counter!("payment_writer_rebalances_total", "kind" => kind).increment(1);
         let count = Arc::new((Mutex::new(0), Condvar::new()));

@@ -662,6 +662,11 @@ pub fn topic_retention<C: ConsumerContext>(
             sys::rd_kafka_ResourceType_t::RD_KAFKA_RESOURCE_TOPIC,
             name.as_ptr(),
         );
+        if resource.is_null() {
+            sys::rd_kafka_queue_destroy(queue);
+            let code = sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__INVALID_ARG;
+            return Err(NativeError::plain(code, "this is no name of a topic"));
+        }
         let mut resources = [resource];
         let options = sys::rd_kafka_AdminOptions_new(
             client,

@@ -28,7 +28,7 @@ use crate::disposition::FailureClass;
 use crate::dlq::letter::REPLAYS_HEADER;
 use crate::intake::Intake;
 use crate::logging::RateLimited;
-use crate::metrics::{LaneMetrics, LanePhase};
+use crate::metrics::{self, LaneMetrics, LanePhase};
 use crate::publication::{OutputCounts, Publication, Published, Span};
 use crate::record::{NextOffset, Partition, TimestampMs};
 use crate::status::{Board, Dependency};
@@ -217,9 +217,11 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             match event {
                 LaneEvent::Assigned(partitions) => {
                     for partition in partitions {
-                        self.board.opening(partition);
+                        self.board.opening(metrics::now(), partition);
                         self.slots.insert(partition, Slot::Opening);
                     }
+                    // Also while nothing can be asked of them.
+                    self.note_assigned();
                 }
                 LaneEvent::Revoked { partitions, is_lost, done } => {
                     self.revoke(&partitions, is_lost, done).await?;
@@ -248,8 +250,21 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                         self.published(sent);
                     }
                     Ok(Err(PublishFailure::Identity(doubt))) => return Err(doubt),
-                    Ok(Err(PublishFailure::Aborted { .. } | PublishFailure::Fenced(_))) => break,
-                    Ok(Err(PublishFailure::Unknown(_))) | Err(_) => {
+                    Ok(Err(PublishFailure::Aborted { class, .. })) => {
+                        self.metrics.kafka_error(class);
+                        break;
+                    }
+                    Ok(Err(PublishFailure::Fenced(_))) => {
+                        self.metrics.kafka_error(FailureClass::Fenced);
+                        break;
+                    }
+                    Ok(Err(PublishFailure::Unknown(_))) => {
+                        self.metrics.kafka_error(FailureClass::Passing);
+                        self.is_producer_ready = false;
+                        break;
+                    }
+                    // The grace is over: it may still be committed.
+                    Err(_) => {
                         self.is_producer_ready = false;
                         break;
                     }
@@ -302,7 +317,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         for (partition, slot) in &mut self.slots {
             if matches!(slot, Slot::Live(_)) {
                 *slot = Slot::Opening;
-                self.board.opening(*partition);
+                self.board.opening(metrics::now(), *partition);
             }
         }
     }
@@ -534,7 +549,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         if progress.is_empty() {
             return;
         }
-        self.board.taken(oldest.into_iter().filter_map(|(p, at)| Some((p, progress.get(&p)?.reached, at))));
+        let oldest = oldest.into_iter().filter_map(|(p, at)| Some((p, progress.get(&p)?.reached, at)));
+        self.board.taken(metrics::now(), oldest);
         let progress = progress.into_values().collect();
         let batch = Batch::assemble_in(memory, source, progress, &self.settings.rules);
         let assembling = began.elapsed();
@@ -789,10 +805,11 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     fn report_positions(&self) {
-        self.board.positions(self.slots.iter().filter_map(|(partition, slot)| match slot {
+        let live = self.slots.iter().filter_map(|(partition, slot)| match slot {
             Slot::Live(live) => Some((*partition, live.applied, live.committed, live.timestamp)),
             _ => None,
-        }));
+        });
+        self.board.positions(metrics::now(), live);
     }
 
     /// Compares the cursors with what this lane believes, as in each new session. True: go on writing.
@@ -913,7 +930,14 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                     self.broker_failed(class, "publishing a batch", &message);
                     sleep_until(self.broker.due_at()).await;
                 }
-                Err(PublishFailure::Fenced(_) | PublishFailure::Unknown(_)) => break,
+                Err(PublishFailure::Fenced(_)) => {
+                    self.metrics.kafka_error(FailureClass::Fenced);
+                    break;
+                }
+                Err(PublishFailure::Unknown(_)) => {
+                    self.metrics.kafka_error(FailureClass::Passing);
+                    break;
+                }
             }
         }
         if self.pending.is_empty() {

@@ -12,6 +12,7 @@ use crate::cursor::{CursorRow, Decision, Doubt, IdentityDoubt, Known, Proof, Sta
 use crate::disposition::FailureClass;
 use crate::failpoint;
 use crate::logging::RateLimited;
+use crate::metrics;
 use crate::publication::{Publication, Span};
 use crate::record::{NextOffset, Partition};
 
@@ -57,6 +58,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             Ok(offsets) => offsets,
             Err(failure) => return self.log_failed("reading the group's offsets", failure),
         };
+        let asked_at = metrics::now();
         let bounds = match self.log.bounds(partitions).await {
             Ok(bounds) => bounds,
             Err(failure) => return self.log_failed("reading the log's bounds", failure),
@@ -79,7 +81,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                     _ => Proof::NotAsked,
                 },
             };
-            self.board.found(*partition, known.unpublished_from(), bounds.end);
+            let last = known.row.as_ref().and_then(|row| row.applied_timestamp);
+            self.board.found(asked_at, *partition, known.unpublished_from(), bounds.end, last);
             match self.decide(&known) {
                 Decision::Go(start) => starts.push((known, start)),
                 Decision::Prove { from } => to_prove.push((known, from)),
@@ -175,11 +178,15 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 return Ok(());
             }
         }
-        if !matches!(slot, Some(Slot::Halted { doubt: known, .. }) if *known == doubt) {
+        // The ends of a doubt move with the log; that is no other doubt.
+        let is_same = |known: &Doubt| {
+            known.label() == doubt.label() && known.first_in_doubt() == doubt.first_in_doubt()
+        };
+        if !matches!(slot, Some(Slot::Halted { doubt: known, .. }) if is_same(known)) {
             let LaneSettings { index, input_topic, identity, .. } = &self.settings;
             told::halted(*index, input_topic, identity.topic_id, partition, &doubt);
-            self.board.halted(partition, doubt.clone());
         }
+        self.board.halted(partition, doubt.clone());
         self.slots.insert(partition, Slot::Halted { doubt, again_at: now + HALTED_TICK });
         match self.log.stop(&[partition]).await {
             Ok(()) => Ok(()),

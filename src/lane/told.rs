@@ -10,28 +10,34 @@ use crate::publication::{DeadLetter, Publication, Source};
 use crate::record::{Partition, RecordView};
 use crate::wire::Reason;
 
-/// Dead letters are counted in the metrics and stand in their topic; the log names some of a flood.
-static DEAD_LETTERS: RateLimited = RateLimited::new(10, Duration::from_secs(10));
-/// A record's own header is repeated in the log if it is no longer than this, and printable.
+/// Dead letters are counted in the metrics and stand in their topic; the log names some of a flood. Payments apart:
+/// what bad records leave of a common bound would be nothing.
+static PAYMENTS: RateLimited = RateLimited::new(10, Duration::from_secs(10));
+static RECORDS: RateLimited = RateLimited::new(10, Duration::from_secs(10));
+/// A record's own header is repeated in the log if it is no longer than this, and looks like an id.
 const HEADER_BYTES_MAX: usize = 128;
 
 fn header<'a>(record: &RecordView<'a>, name: &str) -> Option<&'a str> {
     let (_, value) = record.headers.iter().find(|(found, _)| *found == name.as_bytes())?;
     let text = std::str::from_utf8(value?).ok()?;
-    let is_plain = text.len() <= HEADER_BYTES_MAX && text.bytes().all(|b| b.is_ascii_graphic());
-    (is_plain && !text.is_empty()).then_some(text)
+    let is_of_an_id = |b: u8| b.is_ascii_alphanumeric() || b"._:/+=-".contains(&b);
+    let is_id = (1..=HEADER_BYTES_MAX).contains(&text.len()) && text.bytes().all(is_of_an_id);
+    is_id.then_some(text)
 }
 
 /// Names the records of a publication that went to the dead letters.
 pub(super) fn dead_letters(topic: &str, topic_id: Uuid, publication: &Publication, trace_id: Option<&str>) {
-    let mut letters = publication.dead_letters();
-    while let Some(letter) = letters.next() {
-        let Some(suppressed) = DEAD_LETTERS.pass() else {
-            DEAD_LETTERS.suppress(letters.count() as u64);
-            return;
-        };
-        tell(topic, topic_id, &letter, trace_id, suppressed);
+    for letter in publication.dead_letters() {
+        let limit = if is_a_payment(letter.reason) { &PAYMENTS } else { &RECORDS };
+        if let Some(suppressed) = limit.pass() {
+            tell(topic, topic_id, &letter, trace_id, suppressed);
+        }
     }
+}
+
+/// Somebody's payment is not written although the message is in order.
+fn is_a_payment(reason: Reason) -> bool {
+    matches!(reason, Reason::MessageIdConflict | Reason::RejectedByDatabase)
 }
 
 fn tell(topic: &str, topic_id: Uuid, letter: &DeadLetter<'_>, trace_id: Option<&str>, suppressed: u64) {
@@ -55,10 +61,10 @@ fn tell(topic: &str, topic_id: Uuid, letter: &DeadLetter<'_>, trace_id: Option<&
             )
         };
     }
-    match letter.reason {
-        // Somebody's payment is not written although the message is in order.
-        Reason::MessageIdConflict | Reason::RejectedByDatabase => line!(warn, "a payment is a dead letter"),
-        _ => line!(info, "a record is a dead letter"),
+    if is_a_payment(letter.reason) {
+        line!(warn, "a payment is a dead letter");
+    } else {
+        line!(info, "a record is a dead letter");
     }
 }
 

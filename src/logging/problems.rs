@@ -12,6 +12,9 @@ use tracing_subscriber::layer::{Context, Layer};
 pub const PROBLEMS_MAX: usize = 20;
 /// A longer line is cut.
 const CHARS_MAX: usize = 600;
+/// What producers chose. The log may be read by those whose it is; `/status` answers everybody. A line's `source`
+/// leads to the record all the same.
+const LEFT_OUT: [&str; 2] = ["correlation_id", "traceparent"];
 
 /// One line of the log.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -20,7 +23,8 @@ pub struct Problem {
     pub at: jiff::Timestamp,
     /// `WARN` or `ERROR`.
     pub level: &'static str,
-    /// The message with its fields, as in the log: nothing of a payment's contents.
+    /// The message with its fields, as in the log: nothing of a payment's contents, nor what its producer put into
+    /// headers. One line without control characters.
     pub message: String,
 }
 
@@ -61,7 +65,7 @@ impl<S: Subscriber> Layer<S> for Keeper {
         };
         let mut line = Line::default();
         event.record(&mut line);
-        let message = format!("{}{}", line.message, line.fields);
+        let message = format!("{}{}", line.message, line.fields).replace(char::is_control, "\u{fffd}");
         let message = match message.char_indices().nth(CHARS_MAX) {
             Some((end, _)) => format!("{}…", message.get(..end).unwrap_or_default()),
             None => message,
@@ -86,7 +90,7 @@ impl Visit for Line {
         let _ = match field.name() {
             "message" => write!(self.message, "{value:?}"),
             // What the `log` crate says of its place.
-            name if name.starts_with("log.") => Ok(()),
+            name if name.starts_with("log.") || LEFT_OUT.contains(&name) => Ok(()),
             name => write!(self.fields, " {name}={value:?}"),
         };
     }
@@ -106,11 +110,18 @@ mod tests {
             for number in 0..30 {
                 tracing::warn!(number, reason = "why", "it failed");
             }
+            tracing::warn!(
+                source = "s/1/2",
+                correlation_id = "c-1",
+                traceparent = "00-",
+                "one\n\u{1b}[31mtwo"
+            );
             tracing::error!(text = "x".repeat(5_000), "long");
         });
         let kept = problems.all();
         assert_eq!(kept.len(), PROBLEMS_MAX);
-        assert_eq!((kept[0].level, kept[0].message.as_str()), ("WARN", "it failed number=11 reason=why"));
+        assert_eq!((kept[0].level, kept[0].message.as_str()), ("WARN", "it failed number=12 reason=why"));
+        assert_eq!(kept[PROBLEMS_MAX - 2].message, "one\u{fffd}\u{fffd}[31mtwo source=s/1/2");
         let last = kept.last().unwrap();
         assert_eq!((last.level, last.message.chars().count()), ("ERROR", CHARS_MAX + 1));
     }

@@ -3,7 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lets so many lines through in so much time, and counts the others. One for each place that logs: a `static`.
+/// Lets so many lines through in so much time, and counts the others. One for each place that logs, mostly a
+/// `static`.
 #[derive(Debug)]
 pub struct RateLimited {
     lines_max: u32,
@@ -27,27 +28,27 @@ impl RateLimited {
 
     /// Whether a line may be written now; if so, how many were not since the last one.
     pub fn pass(&self) -> Option<u64> {
-        self.pass_at(Instant::now())
+        self.pass_at(Instant::now(), false)
     }
 
-    /// Counts lines that were not even asked for.
-    pub fn suppress(&self, count: u64) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.suppressed = state.suppressed.saturating_add(count);
+    /// As [`pass`](Self::pass), for a line that was left out and is still worth telling. It counts once, however
+    /// often it is tried, and not when it is told at last.
+    pub fn pass_late(&self) -> Option<u64> {
+        self.pass_at(Instant::now(), true)
     }
 
-    fn pass_at(&self, now: Instant) -> Option<u64> {
+    fn pass_at(&self, now: Instant, is_late: bool) -> Option<u64> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.since.is_none_or(|since| now.saturating_duration_since(since) >= self.per) {
             state.since = Some(now);
             state.lines = 0;
         }
         if state.lines >= self.lines_max {
-            state.suppressed = state.suppressed.saturating_add(1);
+            state.suppressed = state.suppressed.saturating_add(u64::from(!is_late));
             return None;
         }
         state.lines += 1;
-        Some(std::mem::take(&mut state.suppressed))
+        Some(std::mem::take(&mut state.suppressed).saturating_sub(u64::from(is_late)))
     }
 }
 
@@ -59,9 +60,12 @@ mod tests {
     fn what_repeats_is_bounded_and_what_was_left_out_is_told() {
         static LIMIT: RateLimited = RateLimited::new(2, Duration::from_secs(10));
         let begin = Instant::now();
-        let at = |seconds| LIMIT.pass_at(begin + Duration::from_secs(seconds));
+        let at = |seconds| LIMIT.pass_at(begin + Duration::from_secs(seconds), false);
+        let late = |seconds| LIMIT.pass_at(begin + Duration::from_secs(seconds), true);
         assert_eq!((at(0), at(1), at(2), at(9)), (Some(0), Some(0), None, None));
         assert_eq!((at(10), at(11), at(12)), (Some(2), Some(0), None));
         assert_eq!(at(60), Some(1));
+        assert_eq!((at(61), at(62), at(63), late(64), late(65)), (Some(0), None, None, None, None));
+        assert_eq!(late(70), Some(1), "one was told at last, the other is left out");
     }
 }

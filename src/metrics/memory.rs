@@ -2,10 +2,29 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Where control groups are mounted: version 2, or version 1's memory controller.
 const V2: &str = "/sys/fs/cgroup";
 const V1: &str = "/sys/fs/cgroup/memory";
+
+/// It changes seldom, and stands in many files.
+const READ_EVERY: Duration = Duration::from_secs(60);
+
+/// As [`limit_bytes`], read at most a minute ago.
+pub fn recent_limit_bytes() -> Option<u64> {
+    static READ: Mutex<Option<(Instant, Option<u64>)>> = Mutex::new(None);
+    let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
+    match *read {
+        Some((at, bytes)) if at.elapsed() < READ_EVERY => bytes,
+        _ => {
+            let bytes = limit_bytes();
+            *read = Some((Instant::now(), bytes));
+            bytes
+        }
+    }
+}
 
 /// Bytes: the lowest limit of the process's control groups, or the machine's memory if that is less.
 pub fn limit_bytes() -> Option<u64> {

@@ -255,6 +255,9 @@ fn below_the_gate_nothing_is_sent() {
     assert_eq!(sources(&input().publication(&[1], 4, true)), ["0a1b2c3d/1/4", "0a1b2c3d/1/5"]);
     // A daemon that writes rows only.
     assert_eq!(sources(&input().publication(&[0, 1], 0, false)), [""; 0]);
+    // AND what the log names as a dead letter is one.
+    let named = |gate, emits| input().publication(&[0, 1], gate, emits).dead_letters().count();
+    assert_eq!((named(0, true), named(5, true), named(0, false)), (2, 1, 0));
 }
 
 #[test]

@@ -23,9 +23,18 @@ pub struct FetchError {
 /// A daemon's admin port.
 #[derive(Clone)]
 pub struct Source {
-    /// `http://host:port`
+    /// `http://host:port`, for people: without user and password.
     pub url: String,
+    address: String,
     agent: ureq::Agent,
+}
+
+/// An address without what stands before an `@`.
+fn without_user(address: &str) -> String {
+    let Some((scheme, rest)) = address.split_once("://") else { return address.to_owned() };
+    let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    format!("{scheme}://{host}{path}")
 }
 
 /// `/status`, as far as it is shown.
@@ -69,10 +78,11 @@ pub struct Instance {
 impl Source {
     /// The admin port at `url`, such as `http://127.0.0.1:9464`; `http://` may be left out.
     pub fn new(url: &str) -> Self {
-        let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let address = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let address = address.trim_end_matches('/').to_owned();
         let agent =
             ureq::Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().new_agent();
-        Self { url: url.trim_end_matches('/').to_owned(), agent }
+        Self { url: without_user(&address), address, agent }
     }
 
     /// Asks for everything.
@@ -90,12 +100,13 @@ impl Source {
         let text = |mut answer: ureq::http::Response<ureq::Body>| {
             answer.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_string()
         };
-        let answer = self.agent.get(format!("{}{path}", self.url)).call();
+        let answer = self.agent.get(format!("{}{path}", self.address)).call();
         answer.and_then(text).map_err(|error| self.failed(&format!("{path}: {error}")))
     }
 
     fn failed(&self, reason: &str) -> FetchError {
-        FetchError { url: self.url.clone(), reason: reason.to_owned() }
+        let reason = reason.replace(&self.address, &self.url).replace(char::is_control, "\u{fffd}");
+        FetchError { url: self.url.clone(), reason }
     }
 }
 
@@ -104,5 +115,24 @@ impl Instance {
     pub(super) fn of(at: Instant, metrics: &str, status: &str) -> Self {
         let status = serde_json::from_str(status).unwrap();
         Self { at, samples: Samples::parse(metrics), status }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn user_and_password_of_an_address_are_not_shown() {
+        for (given, shown) in [
+            ("http://me:pass@127.0.0.1:1/", "http://127.0.0.1:1"),
+            ("me:pass@host:1", "http://host:1"),
+            ("https://a@b@host/x@y", "https://host/x@y"),
+            ("127.0.0.1:9464", "http://127.0.0.1:9464"),
+        ] {
+            assert_eq!(Source::new(given).url, shown);
+        }
+        let failed = Source::new("http://me:pass@127.0.0.1:1").fetch().unwrap_err().to_string();
+        assert!(!failed.contains("pass@"), "{failed}");
     }
 }

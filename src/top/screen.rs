@@ -26,8 +26,18 @@ struct Section {
     lines: Vec<Line<'static>>,
 }
 
-fn section(title: impl Into<String>, lines: Vec<Line<'static>>) -> Section {
+/// Everything that is shown passes here: nothing that a daemon says may steer the terminal.
+fn section(title: impl Into<String>, mut lines: Vec<Line<'static>>) -> Section {
+    for span in lines.iter_mut().flat_map(|line| &mut line.spans) {
+        if span.content.contains(char::is_control) {
+            span.content = span.content.replace(char::is_control, "\u{fffd}").into();
+        }
+    }
     Section { title: title.into(), lines }
+}
+
+fn daemons(page: &Page) -> Section {
+    section("payment-writer top, q to quit", page.rows.iter().flat_map(daemon).collect())
 }
 
 /// A number for people: 12, 1.2k, 3.4M.
@@ -191,9 +201,7 @@ pub fn plain(page: &Page) -> String {
             text.push('\n');
         }
     };
-    for row in &page.rows {
-        add(&daemon(row), "");
-    }
+    add(&daemons(page).lines, "");
     for section in [throughput(page), time(page), lag(page), problems(page)] {
         add(&[Line::from(section.title)], "");
         add(&section.lines, "  ");
@@ -207,7 +215,7 @@ fn height(section: &Section) -> Constraint {
 }
 
 fn draw(frame: &mut Frame<'_>, page: &Page) {
-    let daemons = section("payment-writer top, q to quit", page.rows.iter().flat_map(daemon).collect());
+    let daemons = daemons(page);
     let (throughput, time, lag, problems) = (throughput(page), time(page), lag(page), problems(page));
     let areas = Layout::vertical([height(&daemons), height(&throughput), height(&lag), Constraint::Min(3)]);
     let [top, middle, lags, rest] = areas.areas(frame.area());
@@ -340,6 +348,24 @@ mod tests {
             "03:04:05 WARN  does not answer dependency=database",
         ] {
             assert!(text.contains(expected), "{expected:?} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn what_a_daemon_says_does_not_steer_the_terminal() {
+        let status = STATUS
+            .replace("connection refused", r"re\u001b[31mfused\r\n")
+            .replace("does not answer", r"does\u001b[2Jnot\u0007")
+            .replace("opening", r"open\u009bing");
+        let metrics = metrics(1, 1).replace("group=\"payments\"", "group=\"pay\u{1b}ments\"");
+        let now = Ok(Instance::of(Instant::now(), &metrics, &status));
+        let page = Page::of([("http://one:1", None, &now)].into_iter());
+        let text = plain(&page);
+        assert!(text.contains("group pay\u{fffd}ments") && text.contains("re\u{fffd}[31mfused"), "{text}");
+        let mut terminal = Terminal::new(TestBackend::new(120, 40)).unwrap();
+        terminal.draw(|frame| draw(frame, &page)).unwrap();
+        for shown in [text, terminal.backend().to_string()] {
+            assert!(!shown.contains(|c: char| c.is_control() && c != '\n'), "{shown:?}");
         }
     }
 

@@ -1,6 +1,6 @@
 //! The way to the collector: OTLP, protobuf over HTTP.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
@@ -9,8 +9,14 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 
+use crate::logging::RateLimited;
+
 /// A collector answers with a few bytes; more is not read.
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
+
+/// A collector that comes and goes is told of so often.
+const LINES_MAX: u32 = 5;
+const LINES_PER: Duration = Duration::from_secs(60);
 
 /// An exporter to the collector whose base address is `endpoint`.
 pub(super) fn otlp(
@@ -23,49 +29,95 @@ pub(super) fn otlp(
         .proxy(None)
         .build()
         .new_agent();
+    let cause = Arc::default();
     let exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_http()
-        .with_http_client(Client(agent))
+        .with_http_client(Client { agent, cause: Arc::clone(&cause) })
         .with_protocol(Protocol::HttpBinary)
         .with_endpoint(format!("{}/v1/traces", endpoint.trim_end_matches('/')))
         .with_timeout(timeout)
         .build()?;
-    Ok(Told { exporter, fails: AtomicBool::new(false) })
+    Ok(Told { exporter, cause, limit: RateLimited::new(LINES_MAX, LINES_PER), failing: Mutex::default() })
 }
+
+/// Why the last request failed; the exporter itself says only that one did.
+type Cause = Arc<Mutex<Option<String>>>;
 
 /// Blocks, on the one thread that the SDK keeps for this.
 #[derive(Debug)]
-struct Client(ureq::Agent);
+struct Client {
+    agent: ureq::Agent,
+    cause: Cause,
+}
 
-#[async_trait::async_trait]
-impl HttpClient for Client {
-    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+impl Client {
+    fn ask(&self, request: Request<Bytes>) -> Result<Response<Bytes>, ureq::Error> {
         let (parts, body) = request.into_parts();
-        let answer = self.0.run(Request::from_parts(parts, &*body))?;
+        let answer = self.agent.run(Request::from_parts(parts, &*body))?;
         let (parts, mut body) = answer.into_parts();
         let body = body.with_config().limit(ANSWER_BYTES_MAX).read_to_vec()?;
         Ok(Response::from_parts(parts, body.into()))
     }
 }
 
-/// Says when exporting begins to fail and when it works again, and no more.
+#[async_trait::async_trait]
+impl HttpClient for Client {
+    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        let answer = self.ask(request);
+        let cause = match &answer {
+            Ok(answer) if answer.status().is_success() => None,
+            Ok(answer) => Some(format!("the collector answers {}", answer.status())),
+            // The only one that repeats the address.
+            Err(ureq::Error::BadUri(_)) => Some("the collector's address cannot be used".to_owned()),
+            Err(error) => Some(error.to_string()),
+        };
+        *self.cause.lock().unwrap_or_else(PoisonError::into_inner) = cause;
+        Ok(answer?)
+    }
+}
+
+/// Says when exporting begins to fail, and why, and when it works again; of a collector that comes and goes not each
+/// time.
 #[derive(Debug)]
 pub(super) struct Told<E> {
     exporter: E,
-    fails: AtomicBool,
+    cause: Cause,
+    limit: RateLimited,
+    /// Whether a line says that it fails; `None`: it works.
+    failing: Mutex<Option<bool>>,
+}
+
+impl<E> Told<E> {
+    fn tell(&self, outcome: &OTelSdkResult) {
+        let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Err(error) = outcome else {
+            if failing.take() == Some(true) {
+                tracing::info!("spans are exported again");
+            }
+            return;
+        };
+        let suppressed = match *failing {
+            Some(true) => return,
+            Some(false) => self.limit.pass_late(),
+            None => self.limit.pass(),
+        };
+        *failing = Some(suppressed.is_some());
+        if let Some(suppressed) = suppressed {
+            let cause = self.cause.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let cause = cause.unwrap_or_else(|| error.to_string());
+            tracing::warn!(
+                error = cause,
+                suppressed,
+                "spans cannot be exported and are dropped; nothing waits for them"
+            );
+        }
+    }
 }
 
 impl<E: SpanExporter> SpanExporter for Told<E> {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let outcome = self.exporter.export(batch).await;
-        let did_fail = self.fails.swap(outcome.is_err(), Ordering::Relaxed);
-        match &outcome {
-            Err(error) if !did_fail => {
-                tracing::warn!(%error, "spans cannot be exported and are dropped; nothing waits for them");
-            }
-            Ok(()) if did_fail => tracing::info!("spans are exported again"),
-            _ => {}
-        }
+        self.tell(&outcome);
         outcome
     }
 

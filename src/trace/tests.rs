@@ -45,7 +45,12 @@ fn spans(exporter: &InMemorySpanExporter, tracer: &BatchTracer) -> Vec<SpanData>
 fn a_batch_is_a_span_with_its_phases_below_it_and_links_to_the_payments_traces() {
     let exporter = InMemorySpanExporter::default();
     let tracer = tracer(&exporter);
-    let batch = batch(&[(b"other", None), (b"traceparent", Some(PARENT.as_bytes()))], 100);
+    let headers: [(&[u8], Option<&[u8]>); 3] = [
+        (b"other", None),
+        (b"traceparent", Some(PARENT.as_bytes())),
+        (b"tracestate", Some(b"vendor=secret")),
+    ];
+    let batch = batch(&headers, 100);
 
     let mut trace = tracer.begin(1, &batch, Duration::from_millis(5));
     let ms = Duration::from_millis;
@@ -64,6 +69,7 @@ fn a_batch_is_a_span_with_its_phases_below_it_and_links_to_the_payments_traces()
     assert_eq!(root.span_kind, SpanKind::Consumer);
     assert_eq!(root.links.len(), LINKS_MAX);
     assert_eq!(root.links[0].span_context.trace_id().to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
+    assert_eq!(root.links[0].span_context.trace_state().header(), "", "free text of the producer's");
     assert_eq!(root.events.len(), 1);
     let attribute =
         |key: &str| root.attributes.iter().find(|a| a.key.as_str() == key).map(|a| a.value.to_string());
@@ -98,7 +104,14 @@ fn a_batch_is_a_span_with_its_phases_below_it_and_links_to_the_payments_traces()
 fn what_is_no_trace_context_is_no_link_and_a_dropped_batch_says_so() {
     let exporter = InMemorySpanExporter::default();
     let tracer = tracer(&exporter);
-    for odd in [&b""[..], b"00-ab", b"\xff\xfe", b"00-00000000000000000000000000000000-00f067aa0ba902b7-01"] {
+    let long = [PARENT.as_bytes(), &[b' '; 128]].concat();
+    for odd in [
+        &b""[..],
+        &long[..],
+        b"00-ab",
+        b"\xff\xfe",
+        b"00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+    ] {
         assert!(links(&batch(&[(b"traceparent", Some(odd))], 1)).is_empty(), "{odd:?}");
     }
     tracer.begin(0, &batch(&[], 1), Duration::ZERO).dropped("a reason");

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use crate::support::{AT_MS, Daemon, Message, Payment, Scope, metrics_page, uuid_v4, wait_until};
+use crate::support::{AT_MS, Daemon, Member, Message, Payment, Scope, metrics_page, uuid_v4, wait_until};
 
 fn json(daemon: &Daemon, path: &str) -> Option<(u16, Value)> {
     let reply = daemon.get(path)?;
@@ -82,7 +82,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
     let mut sent: Vec<Message> = (0..50).map(|seed| payment(seed).message()).collect();
     sent.extend((0..7).map(|seed| payment(seed).message()));
     sent.extend((0..3).map(|seed| payment(seed).amount("11").message()));
-    sent.extend((50..60).map(|seed| payment(seed).status(0).message()));
+    sent.extend((50..60).map(|seed| payment(seed).status(0).message().header("dlq-replays", "1")));
     sent.extend((0..4).map(|_| Message::new("1", "{}").timestamp_ms(AT_MS)));
     sent.push(Message::new("1", "no json").timestamp_ms(AT_MS));
     let places = scope.produce(&scope.input_topic, sent.clone());
@@ -168,7 +168,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
         ("missing", 0.0),
         ("breaker_open", 0.0),
         ("oldest_pending_seconds", 0.0),
-        ("replayed_records_total", 0.0),
+        ("replayed_records_total", 10.0),
     ] {
         assert_eq!(count(name, ""), expected, "{name}");
     }
@@ -232,6 +232,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
             assert_eq!(found[position], end, "{position} of partition {partition}: {found}");
         }
         assert_eq!(found["state"], "live");
+        assert!(found["unpublished_from"].is_null(), "{found}");
         assert_eq!(found["lag_records"], 0);
         assert_eq!(found["lag_seconds"], 0.0);
     }
@@ -298,24 +299,40 @@ fn the_logs_level_is_told_and_changed_while_the_daemon_runs() {
     let daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__LOG__LEVEL", "error")]);
     daemon.wait_until_ready();
     let level = || daemon.get("/log-level").unwrap().body;
-    let mut sent = 0.0;
-    let mut send_bad_record = || {
-        scope.produce(&scope.input_topic, [Message::new("1", "{}").timestamp_ms(AT_MS)]);
-        sent += 1.0;
-        wait_until("it is settled", || daemon.metric("payment_writer_records_total", "") == sent);
+    let sent = std::cell::Cell::new(0.0);
+    let settle = |message: Message| {
+        scope.produce(&scope.input_topic, [message]);
+        sent.set(sent.get() + 1.0);
+        wait_until("it is settled", || daemon.metric("payment_writer_records_total", "") == sent.get());
     };
+    let send_bad_record = || settle(Message::new("1", "{}").timestamp_ms(AT_MS));
     let told = || daemon.log().matches("a record is a dead letter").count();
     assert_eq!(level(), "error\n");
     send_bad_record();
     assert_eq!(told(), 0);
 
     // WHEN a filter makes no sense, it is refused with the reason
-    for (bad, why) in [("inof", "no level"), ("payment_writer=loud", "error parsing"), ("", "empty")] {
+    for (bad, why) in [
+        ("inof", "no level"),
+        ("payment_writer=loud", "error parsing"),
+        ("info,[span{field=x}]=debug", "brackets"),
+        ("", "empty"),
+    ] {
         let reply = daemon.put("/log-level", bad).unwrap();
         assert_eq!(reply.status, 400, "{bad}");
         assert!(reply.body.contains(why), "{bad}: {}", reply.body);
     }
+    assert_eq!(daemon.put("/log-level", &"a=info,".repeat(200)).unwrap().status, 413);
     assert_eq!(level(), "error\n");
+
+    // WHEN it asks for all that there is, nothing of a payment is told
+    assert_eq!(daemon.put("/log-level", "debug,tokio_postgres::query=trace").unwrap().status, 200);
+    let id = uuid_v4(7);
+    settle(Payment::new(id, 31).message());
+    let log = daemon.log();
+    let says = |line: &str| line.contains("tokio_postgres") && !line.contains("level was changed");
+    assert!(!log.contains(&id.to_string()) && !log.lines().any(says), "{log}");
+    assert_eq!(daemon.put("/log-level", "error").unwrap().status, 200);
 
     // WHEN it makes sense, it takes effect, and back
     assert_eq!(daemon.put("/log-level", "warn,payment_writer::lane=info\n").unwrap().status, 200);
@@ -331,4 +348,57 @@ fn the_logs_level_is_told_and_changed_while_the_daemon_runs() {
     for change in ["from=error to=\"warn,payment_writer::lane=info\"", "to=\"off\""] {
         assert!(log.contains(change), "{change} is not in\n{log}");
     }
+}
+
+#[test]
+fn lag_is_told_through_an_outage_of_the_database_and_a_restart_in_it() {
+    // GIVEN a daemon that has caught up, on a topic whose records stay for ever
+    let scope = Scope::new(crate::support::Servers::shared(), "lag_outage");
+    scope.create_topic_with(&scope.input_topic, 1, &[("retention.ms", "-1")]);
+    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
+        scope.create_topic(topic, 1);
+    }
+    scope.command(&["migrate"]).succeeds();
+    let member = Member::new("a").soon_forgotten().with("LANES", "1");
+    let mut daemon = member.start(&scope);
+    let payment = |seed| Message { timestamp_ms: None, ..Payment::new(uuid_v4(seed), 31).message() };
+    scope.produce(&scope.input_topic, [payment(1)]);
+    wait_until("the payment is written", || scope.count("payment_core") == 1);
+    wait_until("the broker told that retention is unlimited", || {
+        daemon.metric("payment_writer_input_retention_seconds", "") == f64::INFINITY
+    });
+    let pending = |daemon: &Daemon| daemon.metric("payment_writer_oldest_pending_seconds", "");
+    let open = |daemon: &Daemon, dependency: &str| {
+        let label = format!("dependency=\"{dependency}\"");
+        daemon.metric("payment_writer_breaker_open", &label)
+    };
+    wait_until("it has caught up", || pending(&daemon) == 0.0);
+    assert_eq!((open(&daemon, "database"), open(&daemon, "broker")), (0.0, 0.0));
+
+    // WHEN nobody may connect to the database any more, and records wait
+    let database = &scope.database;
+    scope.on_server(&[format!("ALTER DATABASE \"{database}\" ALLOW_CONNECTIONS false")]);
+    scope.cut_connections();
+    scope.produce(&scope.input_topic, [payment(2), payment(3)]);
+
+    // THEN it says so, and how long
+    wait_until("the breaker is open", || open(&daemon, "database") == 1.0);
+    wait_until("they grow old", || pending(&daemon) > 0.5);
+    assert_eq!(daemon.metric("payment_writer_database_up", ""), 0.0);
+    assert_eq!(open(&daemon, "broker"), 0.0);
+
+    // AND so does one that was started meanwhile, and knows of no record yet
+    daemon.kill();
+    let daemon = member.start(&scope);
+    wait_until("the breaker is open", || open(&daemon, "database") == 1.0);
+    wait_until("they grow old", || pending(&daemon) > 0.5);
+
+    // WHEN the database is back, all of it is gone
+    scope.on_server(&[format!("ALTER DATABASE \"{database}\" ALLOW_CONNECTIONS true")]);
+    wait_until("the payments are written", || scope.count("payment_core") == 3);
+    wait_until("nothing is pending", || {
+        daemon.metric("payment_writer_partitions_assigned", "") == 1.0 && pending(&daemon) == 0.0
+    });
+    assert_eq!(open(&daemon, "database"), 0.0);
+    assert_eq!(daemon.metric("payment_writer_database_up", ""), 1.0);
 }

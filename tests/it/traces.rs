@@ -1,9 +1,12 @@
 //! Traces, as a collector of somebody else's receives them.
 
-use std::io::{BufRead, BufReader, Write};
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::JoinHandle;
 
 use serde_json::Value;
 
@@ -72,6 +75,80 @@ impl Drop for Collector {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Where a collector should be, and is none.
+struct NoCollector {
+    address: SocketAddr,
+    /// What was sent, each once: a request that is tried again is the same.
+    exports: Arc<Mutex<BTreeSet<Vec<u8>>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl NoCollector {
+    /// Takes every connection, and answers 503, or never.
+    fn start(answers: bool) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let exports = Arc::new(Mutex::new(BTreeSet::new()));
+        let noted = Arc::clone(&exports);
+        let thread = std::thread::spawn(move || {
+            let mut kept = Vec::new();
+            for connection in listener.incoming() {
+                let mut connection = connection.unwrap();
+                // The end: nobody else sends nothing.
+                let Some(body) = request(&connection) else { return };
+                noted.lock().unwrap().insert(body);
+                if answers {
+                    let answer =
+                        "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+                    let _ = connection.write_all(answer.as_bytes());
+                } else {
+                    kept.push(connection);
+                }
+            }
+        });
+        Self { address, exports, thread: Some(thread) }
+    }
+
+    fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    fn exports(&self) -> usize {
+        self.exports.lock().unwrap().len()
+    }
+}
+
+impl Drop for NoCollector {
+    /// The port is free afterwards.
+    fn drop(&mut self) {
+        let _ = TcpStream::connect(self.address);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// The body of a request; `None` if there was none.
+fn request(connection: &TcpStream) -> Option<Vec<u8>> {
+    let mut reader = BufReader::new(connection);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).ok()? == 0 {
+            return None;
+        }
+        if line.trim().is_empty() {
+            break;
+        }
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("content-length")
+        {
+            length = value.trim().parse().ok()?;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    Some(body)
 }
 
 /// An attribute as OTLP's JSON has it: a list of keys, each with a value named by its type.
@@ -155,13 +232,11 @@ fn a_collector_receives_a_batch_with_its_phases_and_the_links_to_its_payments() 
 
 #[test]
 fn a_collector_that_is_away_holds_nothing_up_and_is_told_of_once() {
-    // GIVEN nobody where the collector should be
-    let port = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap().port()
-    };
+    // GIVEN somebody who refuses all, where the collector should be
+    let nobody = NoCollector::start(true);
+    let port = nobody.address.port();
     let scope = Scope::ready("traces_away", 1, 1);
-    let daemon = traced(&scope, &format!("http://127.0.0.1:{port}"), &[]);
+    let daemon = traced(&scope, &nobody.endpoint(), &[]);
     daemon.wait_until_ready();
 
     // WHEN payments come, they are written all the same, and the log says once that spans are lost
@@ -172,16 +247,16 @@ fn a_collector_that_is_away_holds_nothing_up_and_is_told_of_once() {
         scope.produce(&scope.input_topic, [Payment::new(uuid_v4(seed), 31).message()]);
         wait_until("it is written", || scope.count("payment_core") == seed as i64);
     };
-    wait_until("it is told", || {
+    // One export comes after the other: with the third, two have failed.
+    wait_until("it was tried in vain three times", || {
         pay();
-        told() > 0
+        nobody.exports() >= 3
     });
-    for _ in 0..5 {
-        pay();
-    }
     assert_eq!(told(), 1);
+    assert!(daemon.log().contains("the collector answers 503"), "{}", daemon.log());
 
     // AND when the collector is there, spans arrive again, which is told once
+    drop(nobody);
     let mut collector = Collector::start(port);
     wait_until("a span arrives", || {
         pay();
@@ -189,4 +264,19 @@ fn a_collector_that_is_away_holds_nothing_up_and_is_told_of_once() {
     });
     wait_until("it is told", || daemon.log().contains("spans are exported again"));
     assert_eq!(told(), 1);
+}
+
+#[test]
+fn a_collector_that_never_answers_does_not_keep_the_daemon_from_ending() {
+    let silent = NoCollector::start(false);
+    let scope = Scope::ready("traces_silent", 1, 1);
+    let mut daemon = traced(&scope, &silent.endpoint(), &[]);
+    daemon.wait_until_ready();
+    scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
+    wait_until("its spans were sent", || silent.exports() > 0);
+
+    daemon.terminate();
+
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+    assert_eq!(scope.count("payment_core"), 1);
 }
