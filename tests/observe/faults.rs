@@ -43,7 +43,7 @@ fn the_dashboard_has_data_and_each_fault_its_own_alert_until_it_is_mended() {
     let flow = Flow::start(&scope, Load::without_bad_records(71), 3);
     let site = Site::start(&scope, &[&a, &b]);
     site.wait_for_series("up == 1", 6);
-    site.wait_for_series("payment_writer_partitions_assigned > 0", 4);
+    site.wait_for_series("sum(payment_writer_partitions_assigned) == 8", 1);
 
     // THEN every query has data, and nothing fires
     site.dashboard_has_data(false);
