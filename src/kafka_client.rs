@@ -36,7 +36,7 @@ pub fn client_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> C
         // three times (as a broker, as a coordinator) before records flow again.
         .set("reconnect.backoff.max.ms", "2000")
         // A broker that was fenced for a moment answers that the cluster has no brokers at all. The library then
-        // forgets the last one that it knew, and looks for others after five minutes.
+        // forgets the last one that it knew, and looks for others after five minutes, or never (`kafka::reminder`).
         .set("metadata.recovery.rebootstrap.trigger.ms", "5000");
     for (name, value) in defaults {
         config.set(*name, *value);

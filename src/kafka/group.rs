@@ -15,7 +15,8 @@ use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
 use rdkafka::{ClientConfig, ClientContext, Offset as KafkaOffset, TopicPartitionList};
 use tokio::sync::{mpsc, watch};
 
-use super::librdkafka::LaneQueue;
+use super::librdkafka::{LaneQueue, add_brokers};
+use super::reminder::Reminder;
 use crate::cursor::IdentityDoubt;
 use crate::disposition::is_refusal;
 use crate::failpoint;
@@ -74,12 +75,17 @@ pub enum MemberEnd {
 struct Shared {
     topic: String,
     instance_id: String,
+    bootstrap_servers: String,
     seats: Vec<Seat>,
     /// Assigned partitions; true once fetching was started.
     assigned: Mutex<BTreeMap<Partition, bool>>,
     board: Arc<Board>,
     ended: watch::Sender<Option<MemberEnd>>,
     is_closing: AtomicBool,
+    /// No broker can be reached, as the client says. The poll takes it.
+    all_brokers_down: AtomicBool,
+    /// Nothing was assigned yet, or all was lost.
+    is_out: AtomicBool,
     polled_at: Mutex<Instant>,
 }
 
@@ -121,6 +127,9 @@ impl ClientContext for GroupContext {
             Some(RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::AllBrokersDown)
         ) {
             self.0.board.broker_lost();
+        }
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+            self.0.all_brokers_down.store(true, Ordering::Release);
         }
         if error.rdkafka_error_code().is_some_and(is_refusal) {
             self.0.board.broker_refused(reason);
@@ -192,6 +201,7 @@ impl Shared {
         }
         metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
         self.board.member(crate::metrics::now(), true);
+        self.is_out.store(false, Ordering::Release);
         {
             let mut assigned = self.assigned();
             for partition in partitions {
@@ -218,6 +228,7 @@ impl Shared {
         let kind = if is_lost { "lost" } else { "revoked" };
         if is_lost {
             self.board.member(crate::metrics::now(), false);
+            self.is_out.store(true, Ordering::Release);
             // A broker that hangs breaks no connection: it is missed when the session is over, and may still
             // do with our requests what it likes once it wakes up. Not so if it was us who slept, or if we were
             // fenced to begin with.
@@ -295,11 +306,14 @@ impl Group {
         let shared = Arc::new(Shared {
             topic: topic.to_owned(),
             instance_id: instance_id.to_owned(),
+            bootstrap_servers: config.get("bootstrap.servers").unwrap_or_default().to_owned(),
             seats,
             assigned: Mutex::default(),
             board,
             ended,
             is_closing: AtomicBool::new(false),
+            all_brokers_down: AtomicBool::new(false),
+            is_out: AtomicBool::new(true),
             polled_at: Mutex::new(Instant::now()),
         });
         let consumer = config.create_with_context(GroupContext(Arc::clone(&shared)))?;
@@ -439,8 +453,22 @@ impl Group {
 }
 
 fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
+    let mut reminder = Reminder::default();
+    let mut was_out = true;
     while !shared.is_closing.load(Ordering::Acquire) {
         *shared.polled_at() = Instant::now();
+        let is_out = shared.is_out.load(Ordering::Acquire);
+        if was_out && !is_out {
+            reminder.settle();
+        }
+        was_out = is_out;
+        if shared.all_brokers_down.swap(false, Ordering::AcqRel) {
+            reminder.suspect(Instant::now());
+        }
+        if reminder.is_due(Instant::now(), is_out) {
+            tracing::debug!(target: "librdkafka", "the group's client is told of its brokers once more");
+            add_brokers(consumer.client(), &shared.bootstrap_servers);
+        }
         match consumer.poll(POLL) {
             None => {}
             Some(Ok(message)) => {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use rdkafka::client::Client;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::message::BorrowedMessage;
 use rdkafka::producer::{BaseProducer, Producer};
@@ -368,6 +369,8 @@ impl<C: ClientContext + 'static> rdkafka::producer::ProducerContext for QuietCon
 
 // SAFETY: topic handles belong to the client, which is thread safe; they are released in `drop`.
 unsafe impl<C: ClientContext> Send for TxnProducer<C> {}
+// SAFETY: as above; every call that is made of it may be made from any thread.
+unsafe impl<C: ClientContext> Sync for TxnProducer<C> {}
 
 /// One header of an output: name with a closing NUL, value.
 pub type OutputHeader<'a> = (&'a CStr, Option<&'a [u8]>);
@@ -555,6 +558,13 @@ impl<C: ClientContext> Drop for TxnProducer<C> {
             unsafe { sys::rd_kafka_topic_destroy(topic) }
         }
     }
+}
+
+/// Names brokers (as in `bootstrap.servers`) to a client that may have forgotten them all; those that it knows
+/// are left as they are. The client keeps the list for as long as it lives.
+pub fn add_brokers<C: ClientContext>(client: &Client<C>, servers: &str) {
+    // SAFETY: the client is live, and lets any thread call this; it copies the list, which is read up to its NUL.
+    unsafe { sys::rd_kafka_brokers_add(client.native_ptr(), c_string(servers).as_ptr()) };
 }
 
 /// The 128 bits of a topic's id, and its number of partitions, as the cluster knows them now.

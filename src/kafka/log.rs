@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use super::group::{Group, GroupContext, REQUEST_TIMEOUT};
 use super::librdkafka::{GroupMetadata, LaneQueue, QueueItem, topic_id};
-use super::publisher::{Publisher, PublisherSettings, WATCHDOG};
+use super::publisher::{Publisher, PublisherSettings};
 use super::scan::ScanError;
 use super::tails;
 use crate::config::KafkaSettings;
@@ -341,10 +341,10 @@ impl Log for KafkaLog {
         }
         self.is_in_doubt = true;
         let answer = publisher.publish(Arc::clone(publication), metadata);
-        let outcome = match tokio::time::timeout(WATCHDOG, answer).await {
-            Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) => Err(PublishFailure::Unknown("the publisher's thread is gone".to_owned())),
-            Err(_) => Err(PublishFailure::Unknown("the producer hangs and was abandoned".to_owned())),
+        let outcome = match publisher.answer(answer).await {
+            Some(Ok(outcome)) => outcome,
+            Some(Err(_)) => Err(PublishFailure::Unknown("the publisher's thread is gone".to_owned())),
+            None => Err(PublishFailure::Unknown("the producer hangs and was abandoned".to_owned())),
         };
         self.is_in_doubt = matches!(outcome, Err(PublishFailure::Unknown(_)));
         outcome
@@ -360,16 +360,16 @@ impl Log for KafkaLog {
             None => Publisher::spawn(self.settings.clone())
                 .map_err(|e| passing("starting the publisher's thread", e))?,
         };
-        match tokio::time::timeout(WATCHDOG, publisher.init()).await {
-            Ok(Ok(Ok(()))) => {
+        match publisher.answer(publisher.init()).await {
+            Some(Ok(Ok(()))) => {
                 self.publisher = Some(publisher);
                 Ok(())
             }
-            Ok(Ok(Err(failure))) => {
+            Some(Ok(Err(failure))) => {
                 self.publisher = Some(publisher);
                 Err(failure)
             }
-            Ok(Err(_)) | Err(_) => Err(LogFailure::passing("the producer does not answer and was abandoned")),
+            Some(Err(_)) | None => Err(LogFailure::passing("the producer does not answer and was abandoned")),
         }
     }
 }

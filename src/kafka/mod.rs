@@ -6,6 +6,7 @@ pub mod log;
 pub mod orphans;
 pub mod peek;
 pub mod publisher;
+mod reminder;
 pub mod scan;
 pub mod stable;
 pub mod tails;

@@ -3,8 +3,8 @@
 //! The client's transaction calls block, and one of them is known to hang past its own time limit
 //! (librdkafka #5456): the lane waits for an answer with a limit, and abandons the thread if none comes.
 
-use std::sync::Arc;
 use std::sync::mpsc as jobs;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::config::FromClientConfigAndContext;
@@ -14,7 +14,8 @@ use rdkafka::{ClientConfig, Offset as KafkaOffset, TopicPartitionList};
 use tokio::sync::oneshot;
 
 use super::group::QuietLog;
-use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer};
+use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer, add_brokers};
+use super::reminder::Reminder;
 use crate::cursor::Identity;
 use crate::disposition::{FailureClass, class_of_kafka};
 use crate::failpoint;
@@ -34,7 +35,9 @@ const SLICE: Duration = Duration::from_millis(50);
 const FLUSH_SLICE_MIN: Duration = Duration::from_millis(1);
 const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
 /// The lane waits this long for an answer before it abandons the thread.
-pub(super) const WATCHDOG: Duration = Duration::from_secs(25);
+const WATCHDOG: Duration = Duration::from_secs(25);
+/// How often it looks around meanwhile.
+const LOOK_AROUND: Duration = Duration::from_secs(1);
 
 type PublishReply = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
 
@@ -58,24 +61,78 @@ pub struct PublisherSettings {
     pub publishes: bool,
 }
 
+/// The thread's producer. Only the thread holds it for longer than the lock, so that no other has to wait until it
+/// is destroyed.
+#[derive(Clone, Default)]
+struct Slot(Arc<Mutex<Option<Arc<TxnProducer<QuietLog>>>>>);
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<TxnProducer<QuietLog>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn get(&self) -> Option<Arc<TxnProducer<QuietLog>>> {
+        self.lock().clone()
+    }
+
+    fn clear(&self) {
+        // Destroyed after the lock is released.
+        let producer = self.lock().take();
+        drop(producer);
+    }
+}
+
 /// Handle of the thread. Dropped, the thread ends as soon as its present call returns.
-pub struct Publisher(jobs::SyncSender<Job>);
+pub struct Publisher {
+    jobs: jobs::SyncSender<Job>,
+    slot: Slot,
+    bootstrap_servers: String,
+}
 
 impl Publisher {
     /// Starts the thread; nothing is asked of the broker yet.
     pub fn spawn(settings: PublisherSettings) -> std::io::Result<Self> {
         let (sender, receiver) = jobs::sync_channel(1);
+        let slot = Slot::default();
+        let held = slot.clone();
+        let bootstrap_servers = settings.config.get("bootstrap.servers").unwrap_or_default().to_owned();
         std::thread::Builder::new()
             .name("publisher".to_owned())
-            .spawn(move || serve(&settings, &receiver))?;
-        Ok(Self(sender))
+            .spawn(move || serve(&settings, &slot, &receiver))?;
+        Ok(Self { jobs: sender, slot: held, bootstrap_servers })
+    }
+
+    /// Waits for what the thread answers, no longer than the watchdog; None if it does not. Meanwhile the client is
+    /// told of its brokers, should it have forgotten them: its calls cannot be interrupted for that.
+    pub async fn answer<T>(
+        &self,
+        mut answer: oneshot::Receiver<T>,
+    ) -> Option<Result<T, oneshot::error::RecvError>> {
+        let deadline = Instant::now() + WATCHDOG;
+        let mut reminder = Reminder::default();
+        loop {
+            let now = Instant::now();
+            if now >= deadline {
+                return None;
+            }
+            if reminder.is_due(now, true)
+                && let Some(producer) = &*self.slot.lock()
+            {
+                tracing::debug!(target: "librdkafka", "a producer is told of its brokers once more");
+                add_brokers(producer.inner().client(), &self.bootstrap_servers);
+            }
+            let slice = LOOK_AROUND.min(deadline - now);
+            if let Ok(answered) = tokio::time::timeout(slice, &mut answer).await {
+                return Some(answered);
+            }
+        }
     }
 
     /// `init_transactions`, after the output topics are known to exist.
     pub fn init(&self) -> oneshot::Receiver<Result<(), LogFailure>> {
         let (reply, answer) = oneshot::channel();
         // A full or closed channel drops the reply, which the waiting side reads as a failure.
-        let _ = self.0.try_send(Job::Init(reply));
+        let _ = self.jobs.try_send(Job::Init(reply));
         answer
     }
 
@@ -86,22 +143,21 @@ impl Publisher {
         group: GroupMetadata,
     ) -> oneshot::Receiver<PublishReply> {
         let (reply, answer) = oneshot::channel();
-        let _ = self.0.try_send(Job::Publish(publication, group, reply));
+        let _ = self.jobs.try_send(Job::Publish(publication, group, reply));
         answer
     }
 }
 
-fn serve(settings: &PublisherSettings, receiver: &jobs::Receiver<Job>) {
+fn serve(settings: &PublisherSettings, slot: &Slot, receiver: &jobs::Receiver<Job>) {
     let steps = KafkaSteps::default();
-    let mut producer: Option<TxnProducer<QuietLog>> = None;
     while let Ok(job) = receiver.recv() {
         match job {
             Job::Init(reply) => {
-                let outcome = init(settings, &mut producer);
+                let outcome = init(settings, slot);
                 let _ = reply.send(outcome);
             }
             Job::Publish(publication, group, reply) => {
-                let outcome = match &producer {
+                let outcome = match &slot.get() {
                     Some(producer) => publish(producer, settings, &steps, &publication, &group),
                     None => Err(PublishFailure::Unknown("the producer is not initialised".to_owned())),
                 };
@@ -111,24 +167,26 @@ fn serve(settings: &PublisherSettings, receiver: &jobs::Receiver<Job>) {
             }
         }
     }
+    // Here, for whoever holds the slot as well would have to wait for it.
+    slot.clear();
 }
 
-fn init(settings: &PublisherSettings, slot: &mut Option<TxnProducer<QuietLog>>) -> Result<(), LogFailure> {
-    if slot.is_none() {
+fn init(settings: &PublisherSettings, slot: &Slot) -> Result<(), LogFailure> {
+    if slot.lock().is_none() {
         let native = BaseProducer::from_config_and_context(&settings.config, QuietContext(QuietLog))
             .map_err(|e| LogFailure::passing(format!("creating the producer: {e}")))?;
         let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
-        *slot = Some(TxnProducer::new(native, &names));
+        *slot.lock() = Some(Arc::new(TxnProducer::new(native, &names)));
     }
-    let Some(producer) = slot.as_ref() else { return Ok(()) };
-    if let Err(failure) = outputs_exist(settings, producer) {
+    let Some(producer) = slot.get() else { return Ok(()) };
+    if let Err(failure) = outputs_exist(settings, &producer) {
         // Or it is asked for ever, though it may be the client that knows no broker any more.
-        *slot = None;
+        slot.clear();
         return Err(failure);
     }
     producer.init(INIT_TIMEOUT).map_err(|error| {
         if !error.is_retriable {
-            *slot = None;
+            slot.clear();
         }
         LogFailure::Failed {
             class: class_of_kafka(error.code),

@@ -196,7 +196,6 @@ fn a_database_that_reads_and_does_not_write_is_waited_for_without_a_word_a_try()
 /// with old requests what it likes. Nothing is on its way meanwhile: a broker alone may drop the markers of
 /// transactions then (known limits).
 #[test]
-#[ignore = "failed in one of two runs since brokers of tests run with KAFKA_JVM=light; the cause is not known yet"]
 fn a_broker_that_hangs_for_longer_than_its_own_session_is_found_again() {
     // GIVEN two daemons that have nothing left to do
     let servers = Servers::own();
@@ -220,6 +219,7 @@ fn a_broker_that_hangs_for_longer_than_its_own_session_is_found_again() {
         });
         std::thread::sleep(std::time::Duration::from_secs(4));
         servers.kafka(Act::Resume);
+        scope.wait_for_brokers();
         // THEN neither takes the other, or its own former self, for a namesake
     }
     scope.produce(&scope.input_topic, load.take(100));

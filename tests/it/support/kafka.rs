@@ -235,6 +235,16 @@ impl Scope<'_> {
         Some((offset, partition.metadata().to_owned()))
     }
 
+    /// Waits until the cluster knows of brokers. One that hung tells clients meanwhile that there are none, and a
+    /// client may believe that for ever (librdkafka #5301): hence a new one for each question.
+    pub fn wait_for_brokers(&self) {
+        wait_until("the cluster knows of brokers", || {
+            let consumer: BaseConsumer = self.client_config().create().unwrap();
+            let metadata = consumer.fetch_metadata(Some(&self.input_topic), Duration::from_secs(2));
+            metadata.is_ok_and(|metadata| !metadata.brokers().is_empty())
+        });
+    }
+
     /// Waits until clients can see a topic that was just made.
     pub(super) fn wait_for_topic(&self, topic: &str, partitions: i32) {
         let consumer: BaseConsumer = self.client_config().create().unwrap();
