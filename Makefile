@@ -28,6 +28,10 @@ bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,l
 bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 JSON=FILE
 	@dev/bench latency $(LATENCY_WORDS)
 
+.PHONY: bench-size
+bench-size: ## bytes a payment in each table, index and topic, and in the WAL: COUNT=1000000 JSON=FILE
+	@dev/bench size $(foreach word,count json,$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z))))
+
 .PHONY: bench-idempotency
 bench-idempotency: ## what a claim costs as the idempotency table grows to 100 million ids; half an hour
 	@dev/bench-idempotency

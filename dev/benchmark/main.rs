@@ -10,6 +10,7 @@ mod processes;
 mod reader;
 mod report;
 mod site;
+mod size;
 mod stats;
 mod throughput;
 
@@ -34,6 +35,8 @@ enum Command {
     Throughput(throughput::Arguments),
     /// From a record's timestamp to its read event in a read_committed consumer, at steady rates
     Latency(latency::Arguments),
+    /// How many bytes payments take in each table and topic
+    Size(size::Arguments),
 }
 
 /// Where the servers are. Their addresses come from the environment, as `dev/servers env` prints them.
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
     let outcome = processes::end_children_on_signals().and_then(|()| match &arguments.command {
         Command::Throughput(arguments) => throughput::run(arguments),
         Command::Latency(arguments) => latency::run(arguments),
+        Command::Size(arguments) => size::run(arguments),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
