@@ -127,18 +127,22 @@ fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
     let told = complaints(&daemon) - begin;
     assert!(told <= 16, "{told} lines:\n{}", daemon.log());
 
-    // WHEN the broker dies under load
+    // WHEN the broker dies. Nothing is on its way meanwhile: a broker alone may drop the markers of transactions
+    // when it comes back (known limits). Under load brokers die in the fault suite, which knows that when it sees it.
+    let load = flow.end();
+    scope.wait_until_caught_up();
     servers.kafka(Act::Kill);
     misses(&daemon, "broker", "");
     servers.kafka(Act::Start);
+    let flow = Flow::start(&scope, load, 6);
     recovers(&daemon);
 
-    // WHEN both are gone
+    // WHEN both are gone, the broker when the lanes wait for the database
     let begin = complaints(&daemon);
-    servers.kafka(Act::Stop);
     servers.postgres(Act::Immediate);
-    misses(&daemon, "broker", "");
     misses(&daemon, "database", "");
+    servers.kafka(Act::Stop);
+    misses(&daemon, "broker", "");
     servers.postgres(Act::Start);
     servers.kafka(Act::Start);
     recovers(&daemon);
