@@ -42,10 +42,11 @@ async fn wal_position(client: &Client) -> Result<u64, String> {
     number(client, "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint").await
 }
 
-/// Bytes of a table or its indexes, all partitions and their out-of-line values together.
+/// Bytes of a table or its indexes: of the tables below it, with their out-of-line values.
 async fn tree(client: &Client, what: &str, table: &str) -> Result<u64, String> {
     let statement = format!(
-        "SELECT coalesce(sum({what}(relid)), 0)::bigint FROM pg_partition_tree('payment_writer.{table}') WHERE isleaf"
+        "SELECT coalesce(sum({what}(inhrelid)), 0)::bigint FROM pg_inherits
+         WHERE inhparent = 'payment_writer.{table}'::regclass"
     );
     number(client, &statement).await
 }
