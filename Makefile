@@ -16,6 +16,7 @@ demo: ## start Kafka and Postgres, write 200,000 payments, check and show every 
 
 test: lint ## everything CI runs: format, lints, unit, property and integration tests, a share of the fault suite
 	dev/servers install
+	dev/observe install
 	cargo test --locked --features failpoints
 
 .PHONY: bench bench-latency
