@@ -200,7 +200,7 @@ impl Shared {
             tracing::info!(partitions = partitions.len(), suppressed, "assigned");
         }
         metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
-        self.board.member(crate::metrics::now(), true);
+        self.board.assigned(crate::metrics::now(), partitions);
         self.is_out.store(false, Ordering::Release);
         {
             let mut assigned = self.assigned();
@@ -227,7 +227,7 @@ impl Shared {
         let is_lost = consumer.assignment_lost();
         let kind = if is_lost { "lost" } else { "revoked" };
         if is_lost {
-            self.board.member(crate::metrics::now(), false);
+            self.board.lost(crate::metrics::now());
             self.is_out.store(true, Ordering::Release);
             // A broker that hangs breaks no connection: it is missed when the session is over, and may still
             // do with our requests what it likes once it wakes up. Not so if it was us who slept, or if we were

@@ -85,8 +85,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             {
                 known.proof = last.proof;
             }
-            let last = known.row.as_ref().and_then(|row| row.applied_timestamp);
-            self.board.found(asked_at, *partition, known.unpublished_from(), bounds.end, last);
+            self.board.found(asked_at, &known);
             match self.decide(&known) {
                 Decision::Go(start) => starts.push((known, start)),
                 Decision::Prove { from } => to_prove.push((known, from)),
