@@ -793,7 +793,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             }
             let trace_id = trace.as_ref().map(|trace| trace.id());
             let LaneSettings { input_topic, identity, .. } = &self.settings;
-            told::dead_letters(input_topic, identity.topic_id, &publication, trace_id.as_deref());
+            told::dead_letters(input_topic, identity.topic_id, &publication, &counts, trace_id.as_deref());
             if let Some(batch) = publication.batch() {
                 self.settled(batch, publication.fates(), trace);
             }
