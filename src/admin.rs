@@ -29,6 +29,8 @@ struct Shared {
     /// Partitions whose lag was once shown: after a revocation it is shown as 0, not as it last was.
     lagging: Arc<Mutex<BTreeSet<Partition>>>,
     metrics: PrometheusHandle,
+    /// One scrape at a time.
+    scraping: Arc<tokio::sync::Mutex<()>>,
     process: metrics_process::Collector,
     log: Arc<Log>,
     version: &'static str,
@@ -66,7 +68,15 @@ pub async fn serve(
         }
     });
     let process = metrics_process::Collector::default();
-    let router = router(Shared { board, lagging: Arc::default(), metrics, process, log, version });
+    let router = router(Shared {
+        board,
+        lagging: Arc::default(),
+        metrics,
+        scraping: Arc::default(),
+        process,
+        log,
+        version,
+    });
     tokio::spawn(async move {
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
         if let Err(error) = axum::serve(listener, service).await {
@@ -88,8 +98,15 @@ fn router(shared: Shared) -> Router {
 }
 
 async fn render_metrics(State(shared): State<Shared>) -> Response {
+    // Who asks faster than it is answered waits here, and takes no further thread.
+    let turn = Arc::clone(&shared.scraping).lock_owned().await;
     // What the kernel tells of the process stands in files: not for a thread that others wait for.
-    match tokio::task::spawn_blocking(move || scrape(&shared)).await {
+    let scraped = tokio::task::spawn_blocking(move || {
+        // Not over for one who has hung up.
+        let _turn = turn;
+        scrape(&shared)
+    });
+    match scraped.await {
         Ok(text) => ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
@@ -257,6 +274,7 @@ mod tests {
                 board: Arc::default(),
                 lagging: Arc::default(),
                 metrics: PrometheusBuilder::new().build_recorder().handle(),
+                scraping: Arc::default(),
                 process: metrics_process::Collector::default(),
                 log: Arc::new(log),
                 version: "1",

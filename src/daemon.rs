@@ -192,6 +192,7 @@ pub async fn run(
             "fenced just after the broker was away, perhaps by a request of its own: joining once more"
         );
         board.left(metrics::now());
+        metrics::lanes_left(settings.lanes);
     }
 }
 

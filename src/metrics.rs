@@ -241,6 +241,11 @@ pub fn breaker_at_start(dependency: &'static str, is_open: bool) {
         .set(f64::from(u8::from(is_open)));
 }
 
+/// No lane has a partition any more: their gauges must not stay as they last were.
+pub fn lanes_left(lanes: usize) {
+    (0..lanes).map(LaneMetrics::new).for_each(drop);
+}
+
 /// Partitions of the input topic, as the broker just said.
 pub fn input_partitions(count: usize) {
     gauge!("payment_writer_input_partitions").set(count as f64);
@@ -284,7 +289,7 @@ fn outcome(name: &'static str) -> Counter {
 }
 
 impl LaneMetrics {
-    /// Handles for lane `index`.
+    /// Handles for lane `index`, which has no partitions.
     pub fn new(index: usize) -> Self {
         let lane = index.to_string();
         let step = |step: &'static str| histogram!("payment_writer_database_step_seconds", "step" => step);
@@ -316,6 +321,7 @@ impl LaneMetrics {
             broker_breaker: breaker_of("broker"),
             replayed: counter!("payment_writer_replayed_records_total"),
         };
+        lane.assigned(0, 0);
         lane.at_rest();
         lane
     }

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::batch::Outcomes;
-use crate::cursor::Doubt;
+use crate::cursor::{Doubt, Known};
 use crate::record::{NextOffset, Partition, TimestampMs};
 
 /// What a partition is doing.
@@ -81,7 +81,7 @@ impl PartitionStatus {
     /// which the partition was last seen caught up: the shorter of the two. If neither is known, not even whether
     /// there is such a record, it is the time since the partition was assigned.
     pub fn lag_ms(&self, now: TimestampMs) -> i64 {
-        if self.lag() == Some(0) {
+        if self.is_caught_up() {
             return 0;
         }
         let oldest = match self.in_hand.front() {
@@ -89,6 +89,12 @@ impl PartitionStatus {
             None => self.applied_timestamp.max(self.caught_up_at).unwrap_or(self.assigned_at),
         };
         (now.0 - oldest.0).max(0)
+    }
+
+    /// Of a cursor beyond the end nothing is left to do, and nothing that comes will be done.
+    fn is_caught_up(&self) -> bool {
+        let is_beyond_end = matches!(self.phase, Phase::Halted(Doubt::BeyondEnd { .. }));
+        self.lag() == Some(0) && !is_beyond_end
     }
 
     fn note_written(&mut self, now: TimestampMs, timestamp: Option<TimestampMs>) {
@@ -99,8 +105,16 @@ impl PartitionStatus {
         }
     }
 
+    /// Positions went back, as in a database that was restored: what was seen before them says nothing of how old
+    /// the records are that come again.
+    fn note_went_back(&mut self) {
+        self.caught_up_at = None;
+        self.applied_timestamp = None;
+        self.stamped = None;
+    }
+
     fn note_caught_up(&mut self, now: TimestampMs) {
-        if self.lag() == Some(0) {
+        if self.is_caught_up() {
             self.caught_up_at = Some(now);
         }
     }
@@ -124,7 +138,8 @@ struct State {
     lanes: BTreeMap<usize, (Dependency, Dependency)>,
     start: (Dependency, Dependency),
     is_member: bool,
-    /// While the process is no member: since when, or since when the oldest record waits that it had before.
+    /// While the process is no member, or knows nothing of its partitions yet: since when, or since when the oldest
+    /// record waits that it had before.
     waiting_since: Option<TimestampMs>,
     broker_lost_at: Option<Instant>,
     broker_refusal: Option<(Instant, String)>,
@@ -140,6 +155,13 @@ impl State {
 
     fn waits(&mut self, now: TimestampMs) {
         self.waiting_since = Some(TimestampMs(now.0 - self.oldest_pending_ms(now)));
+    }
+
+    /// A member's wait is over once it knows how far each of its partitions is.
+    fn note_known(&mut self) {
+        if self.is_member && self.partitions.values().all(|status| status.lag().is_some()) {
+            self.waiting_since = None;
+        }
     }
 }
 
@@ -241,7 +263,7 @@ impl Board {
         }
     }
 
-    /// A partition was assigned or is being opened again.
+    /// A partition is being opened, or opened again.
     pub fn opening(&self, now: TimestampMs, partition: Partition) {
         let mut state = self.state();
         let status = state.partitions.entry(partition).or_insert_with(|| PartitionStatus::opening(now));
@@ -249,22 +271,20 @@ impl Board {
         status.in_hand.clear();
     }
 
-    /// What was found of a partition that is being opened: where what may be unpublished begins, the end, and the
-    /// timestamp of the last record written. `now` is from before the end was asked for.
-    pub fn found(
-        &self,
-        now: TimestampMs,
-        partition: Partition,
-        unpublished_from: NextOffset,
-        end: NextOffset,
-        last: Option<TimestampMs>,
-    ) {
-        if let Some(status) = self.state().partitions.get_mut(&partition) {
-            status.unpublished_from = Some(unpublished_from);
-            status.end = Some(end);
-            status.note_written(now, last);
+    /// What was found of a partition that is being opened. `now` is from before the end was asked for.
+    pub fn found(&self, now: TimestampMs, known: &Known) {
+        let mut state = self.state();
+        if let Some(status) = state.partitions.get_mut(&known.partition) {
+            let row = known.row.as_ref();
+            if row.map(|row| row.applied) < status.applied {
+                status.note_went_back();
+            }
+            status.unpublished_from = Some(known.unpublished_from());
+            status.end = Some(known.bounds.end);
+            status.note_written(now, row.and_then(|row| row.applied_timestamp));
             status.note_caught_up(now);
         }
+        state.note_known();
     }
 
     /// A batch was cut: of its partitions where it ends, and the timestamp of the first record.
@@ -281,7 +301,9 @@ impl Board {
 
     /// A partition is no longer ours.
     pub fn revoked(&self, partition: Partition) {
-        self.state().partitions.remove(&partition);
+        let mut state = self.state();
+        state.partitions.remove(&partition);
+        state.note_known();
     }
 
     /// A partition is halted.
@@ -301,6 +323,10 @@ impl Board {
         for (partition, applied, published, timestamp) in positions {
             let Some(status) = state.partitions.get_mut(&partition) else { continue };
             status.phase = Phase::Live;
+            // Also where events are to be sent again that a person said were not.
+            if Some(applied.min(published)) < status.applied.min(status.published) {
+                status.note_went_back();
+            }
             status.applied = Some(applied);
             status.published = Some(published);
             status.unpublished_from = None;
@@ -349,15 +375,21 @@ impl Board {
         }
     }
 
-    /// The group was joined, or the place in it was lost.
-    pub fn member(&self, now: TimestampMs, is_member: bool) {
+    /// The process is a member and was given these partitions. Their lanes take them up later.
+    pub fn assigned(&self, now: TimestampMs, partitions: &[Partition]) {
         let mut state = self.state();
-        state.is_member = is_member;
-        if is_member {
-            state.waiting_since = None;
-        } else {
-            state.waits(now);
+        state.is_member = true;
+        for partition in partitions {
+            state.partitions.entry(*partition).or_insert_with(|| PartitionStatus::opening(now));
         }
+        state.note_known();
+    }
+
+    /// The place in the group was lost.
+    pub fn lost(&self, now: TimestampMs) {
+        let mut state = self.state();
+        state.is_member = false;
+        state.waits(now);
     }
 
     /// What keeps the daemon from being ready; empty when it is.
@@ -389,6 +421,7 @@ impl Board {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cursor::{CursorRow, LogBounds, Proof};
 
     const SUSPICION: Duration = Duration::from_secs(60);
 
@@ -401,6 +434,22 @@ mod tests {
     }
 
     const P: Partition = Partition(0);
+
+    /// As found of a partition with a row.
+    fn known(applied: i64, end: i64, last: Option<i64>) -> Known {
+        Known {
+            partition: P,
+            group: None,
+            row: Some(CursorRow {
+                applied: at(applied),
+                published: None,
+                applied_timestamp: last.map(TimestampMs),
+                settled: None,
+            }),
+            bounds: LogBounds { start: at(0), end: at(end) },
+            proof: Proof::NotAsked,
+        }
+    }
 
     #[test]
     fn lag_in_time_is_that_of_the_oldest_record_as_far_as_it_is_known() {
@@ -416,7 +465,7 @@ mod tests {
         // Nothing is known before the cursors were read; then there is lag, but of what age is not known.
         board.opening(TimestampMs(100), P);
         assert_eq!(lag_ms(&board, 1_000), 900);
-        board.found(TimestampMs(150), P, at(0), at(10), None);
+        board.found(TimestampMs(150), &known(0, 10, None));
         let status = board.partitions()[&P].clone();
         assert_eq!((status.lag(), status.published), (Some(10), None), "a lowest cursor is no position");
         assert_eq!(lag_ms(&board, 1_000), 900);
@@ -453,7 +502,7 @@ mod tests {
         let board = Board::default();
         board.opening(TimestampMs(1_000), P);
         assert_eq!((lag_ms(&board, 1_000), lag_ms(&board, 61_000)), (0, 60_000));
-        board.found(TimestampMs(62_000), P, at(3), at(8), Some(TimestampMs(500)));
+        board.found(TimestampMs(62_000), &known(3, 8, Some(500)));
         board.halted(P, Doubt::LogGap { needed: at(3), log_start: at(5) });
         assert_eq!(board.partitions()[&P].lag(), Some(5));
         assert_eq!(lag_ms(&board, 62_500), 62_000);
@@ -472,7 +521,7 @@ mod tests {
             board.positions(TimestampMs(1_000), [(P, at(applied), at(10), last)].into_iter());
         };
         board.opening(TimestampMs(100), P);
-        board.found(TimestampMs(100), P, at(2), at(10), None);
+        board.found(TimestampMs(100), &known(2, 10, None));
         positions(2);
         board.taken(TimestampMs(1_000), [(P, at(6), TimestampMs(300))].into_iter());
         positions(2);
@@ -488,7 +537,7 @@ mod tests {
         let board = Board::default();
         let ahead = Some(TimestampMs(3_600_000));
         board.opening(TimestampMs(0), P);
-        board.found(TimestampMs(1_000), P, at(0), at(9), ahead);
+        board.found(TimestampMs(1_000), &known(0, 9, Some(3_600_000)));
         assert_eq!(lag_ms(&board, 5_000), 4_000);
         let positions = |now, last| board.positions(TimestampMs(now), [(P, at(4), at(4), last)].into_iter());
         positions(6_000, ahead);
@@ -505,20 +554,61 @@ mod tests {
         let oldest = |now| board.oldest_pending_ms(TimestampMs(now));
         board.waits(TimestampMs(1_000));
         assert_eq!(oldest(31_000), 30_000);
-        board.member(TimestampMs(40_000), true);
+        board.assigned(TimestampMs(40_000), &[]);
         assert_eq!(oldest(50_000), 0, "one of many, and without a partition");
 
         // What it has grows old, also when its place is lost with it.
         board.opening(TimestampMs(60_000), P);
         assert_eq!(oldest(61_000), 1_000);
-        board.member(TimestampMs(65_000), false);
+        board.lost(TimestampMs(65_000));
         board.revoked(P);
         assert_eq!(oldest(70_000), 10_000);
         board.left(TimestampMs(70_000));
         board.waits(TimestampMs(71_000));
         assert_eq!(oldest(72_000), 12_000);
-        board.member(TimestampMs(73_000), true);
-        assert_eq!(oldest(74_000), 0);
+        board.assigned(TimestampMs(73_000), &[P]);
+        assert_eq!(oldest(74_000), 14_000, "what it was given is not known yet");
+        board.opening(TimestampMs(74_000), P);
+        board.ends(TimestampMs(74_000), [(P, at(9))].into_iter());
+        assert_eq!(oldest(75_000), 15_000);
+        board.found(TimestampMs(75_000), &known(8, 9, Some(74_500)));
+        assert_eq!(oldest(76_000), 1_500);
+    }
+
+    #[test]
+    fn a_cursor_beyond_the_end_is_not_caught_up_once_it_is_halted() {
+        let board = Board::default();
+        board.opening(TimestampMs(0), P);
+        board.found(TimestampMs(1_000), &known(20, 15, Some(500)));
+        assert_eq!(lag_ms(&board, 9_000), 0, "a leader may lag");
+        board.halted(P, Doubt::BeyondEnd { position: at(20), end: at(15) });
+        assert_eq!(lag_ms(&board, 9_000), 8_000);
+        board.found(TimestampMs(10_000), &known(20, 15, Some(500)));
+        board.ends(TimestampMs(11_000), [(P, at(16))].into_iter());
+        assert_eq!((lag_ms(&board, 12_000), board.oldest_pending_ms(TimestampMs(12_000))), (11_000, 11_000));
+    }
+
+    #[test]
+    fn what_was_caught_up_before_a_restore_is_no_news_of_what_comes_again() {
+        let board = Board::default();
+        let positions = |applied, last| {
+            let last = Some(TimestampMs(last));
+            board.positions(TimestampMs(60_000), [(P, at(applied), at(10), last)].into_iter());
+        };
+        board.opening(TimestampMs(100), P);
+        board.found(TimestampMs(100), &known(10, 10, Some(50)));
+        positions(10, 50);
+        board.ends(TimestampMs(60_000), [(P, at(10))].into_iter());
+        assert_eq!(lag_ms(&board, 61_000), 0);
+
+        // An older database, and an empty one.
+        board.opening(TimestampMs(61_000), P);
+        board.found(TimestampMs(61_000), &known(4, 10, Some(20)));
+        assert_eq!(lag_ms(&board, 61_000), 60_980);
+        positions(4, 20);
+        assert_eq!(lag_ms(&board, 61_000), 60_980);
+        board.found(TimestampMs(61_000), &Known { row: None, ..known(0, 10, None) });
+        assert_eq!(lag_ms(&board, 61_000), 60_900, "since it was assigned");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::generations::State;
 use super::horizon::Horizon;
 use super::{PassError, PassReport, current_horizon, generations, pass};
 use crate::config::{CronSchedule, Settings};
+use crate::logging::RateLimited;
 use crate::metrics::HousekeepingMetrics;
 use crate::schema::{SchemaError, doing, months};
 
@@ -99,8 +100,12 @@ impl Keeper {
     }
 
     fn complain(&mut self, message: String) {
-        if self.trouble.as_ref() != Some(&message) {
-            tracing::warn!(error = message, "housekeeping is held up, trying again");
+        // Two troubles may take turns.
+        static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(10 * 60));
+        if self.trouble.as_ref() != Some(&message)
+            && let Some(suppressed) = LIMIT.pass()
+        {
+            tracing::warn!(error = message, suppressed, "housekeeping is held up, trying again");
             self.trouble = Some(message);
         }
     }

@@ -200,7 +200,7 @@ impl Shared {
             tracing::info!(partitions = partitions.len(), suppressed, "assigned");
         }
         metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
-        self.board.member(crate::metrics::now(), true);
+        self.board.assigned(crate::metrics::now(), partitions);
         self.is_out.store(false, Ordering::Release);
         {
             let mut assigned = self.assigned();
@@ -210,7 +210,10 @@ impl Shared {
         }
         // Answers the group without fetching anything yet.
         if let Err(error) = consumer.incremental_assign(&TopicPartitionList::new()) {
-            tracing::warn!(%error, "the assignment was not taken");
+            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+            if let Some(suppressed) = LIMIT.pass() {
+                tracing::warn!(%error, suppressed, "the assignment was not taken");
+            }
         }
         if self.is_closing.load(Ordering::Acquire) {
             return;
@@ -227,7 +230,7 @@ impl Shared {
         let is_lost = consumer.assignment_lost();
         let kind = if is_lost { "lost" } else { "revoked" };
         if is_lost {
-            self.board.member(crate::metrics::now(), false);
+            self.board.lost(crate::metrics::now());
             self.is_out.store(true, Ordering::Release);
             // A broker that hangs breaks no connection: it is missed when the session is over, and may still
             // do with our requests what it likes once it wakes up. Not so if it was us who slept, or if we were
@@ -280,7 +283,10 @@ impl Shared {
         }
         failpoint::hit("before_revoked");
         if let Err(error) = consumer.incremental_unassign(&started) {
-            tracing::warn!(%error, "the revocation was not taken");
+            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+            if let Some(suppressed) = LIMIT.pass() {
+                tracing::warn!(%error, suppressed, "the revocation was not taken");
+            }
         }
     }
 }
@@ -517,7 +523,10 @@ fn restart(consumer: &BaseConsumer<GroupContext>, shared: &Shared, partition: Pa
             _ => return,
         }
         if let Err(error) = consumer.incremental_unassign(&list) {
-            tracing::warn!(%error, "unassigning a partition to take it up again");
+            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+            if let Some(suppressed) = LIMIT.pass() {
+                tracing::warn!(%error, suppressed, "unassigning a partition to take it up again");
+            }
         }
     }
     let Some(seat) = shared.seats.get(lane_of(partition, shared.seats.len())) else { return };

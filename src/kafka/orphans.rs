@@ -14,6 +14,7 @@ use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientConfig, ClientContext, TopicPartitionList};
 
 use super::group::{Group, QuietLog, REQUEST_TIMEOUT};
+use crate::logging::RateLimited;
 
 /// How often the group is looked at.
 const TICK: Duration = Duration::from_secs(5);
@@ -36,6 +37,10 @@ pub struct Membership {
     pub partitions: usize,
 }
 
+/// The group may be found so, and not be helped, again every few seconds.
+static FOUND: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+static FAILED: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+
 /// Looks at the group again and again; never returns.
 pub async fn watch(group: &Group, membership: &Membership) {
     let mut was_orphaned = false;
@@ -49,15 +54,20 @@ pub async fn watch(group: &Group, membership: &Membership) {
         };
         let is_orphaned = look.owned < membership.partitions;
         if is_orphaned && was_orphaned && look.is_ours_to_mend {
-            tracing::warn!(
-                owned = look.owned,
-                partitions = membership.partitions,
-                "the group has left partitions to nobody, making it deal them out again"
-            );
+            if let Some(suppressed) = FOUND.pass() {
+                tracing::warn!(
+                    owned = look.owned,
+                    partitions = membership.partitions,
+                    suppressed,
+                    "the group has left partitions to nobody, making it deal them out again"
+                );
+            }
             let (topic, member) = (group.topic().to_owned(), membership.clone());
             let visit = tokio::task::spawn_blocking(move || visit(&topic, &member)).await;
-            if let Ok(Err(error)) = visit {
-                tracing::warn!(%error, "the group could not be made to deal out its partitions");
+            if let Ok(Err(error)) = visit
+                && let Some(suppressed) = FAILED.pass()
+            {
+                tracing::warn!(%error, suppressed, "the group could not be made to deal out its partitions");
             }
         }
         was_orphaned = is_orphaned;

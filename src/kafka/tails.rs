@@ -26,6 +26,7 @@ use crate::config::KafkaSettings;
 use crate::cursor::{LogBounds, Proof};
 use crate::daemon::consumer_config;
 use crate::lane::ports::Proved;
+use crate::logging::RateLimited;
 use crate::publication::Source;
 use crate::record::{NextOffset, Partition, TimestampMs};
 
@@ -98,7 +99,14 @@ pub fn search(
 ) -> Result<Vec<Proved>, ScanError> {
     match search_outputs(kafka, topic_id, positions) {
         Err(error) if error.is_refusal() => {
-            tracing::warn!(%error, "the outputs may not be read: they cannot tell what was sent");
+            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+            if let Some(suppressed) = LIMIT.pass() {
+                tracing::warn!(
+                    %error,
+                    suppressed,
+                    "the outputs may not be read: they cannot tell what was sent"
+                );
+            }
             let unclear = |(partition, from): &(Partition, NextOffset)| Proved {
                 partition: *partition,
                 from: *from,
@@ -153,13 +161,17 @@ fn search_outputs(
             }
         }
     }
-    tracing::info!(
-        records = read,
-        partitions = wanted.len(),
-        given_up = is_given_up,
-        seconds = began.elapsed().as_secs_f64(),
-        "searched the outputs for what was sent"
-    );
+    static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
+    if let Some(suppressed) = LIMIT.pass() {
+        tracing::info!(
+            records = read,
+            partitions = wanted.len(),
+            given_up = is_given_up,
+            seconds = began.elapsed().as_secs_f64(),
+            suppressed,
+            "searched the outputs for what was sent"
+        );
+    }
     let searched = wanted.iter().map(|(partition, w)| {
         let is_unclear = inconclusive.contains(partition);
         let proof = if is_unclear { Proof::Unclear(w.sent) } else { Proof::Sent(w.sent) };

@@ -23,7 +23,7 @@ use self::ports::{
     CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, PublishTimes, RevokeDone, WriteStats,
 };
 use crate::batch::{Answer, Batch, Fates, Memory, Outcomes, Progress};
-use crate::cursor::{Doubt, Identity, IdentityDoubt, Mode};
+use crate::cursor::{Doubt, Identity, IdentityDoubt, Known, Mode};
 use crate::disposition::FailureClass;
 use crate::dlq::letter::REPLAYS_HEADER;
 use crate::intake::Intake;
@@ -93,13 +93,24 @@ enum Slot {
     /// Where to go on has to be found out.
     Opening,
     /// The cursor lies beyond the log's end; it may be a leader that lags.
-    BeyondEnd { since: Instant, again_at: Instant },
-    /// The outputs are asked which events were sent.
-    Proving { again_at: Instant },
+    BeyondEnd { since: Instant, known: Known, again_at: Instant },
+    /// The outputs are asked which events were sent; the doubt is that of a partition that was halted before.
+    Proving { again_at: Instant, halted: Option<Doubt> },
     /// Being written and published.
     Live(Live),
     /// Halted until a person settles it.
-    Halted { doubt: Doubt, again_at: Instant },
+    Halted { doubt: Doubt, known: Known, again_at: Instant },
+}
+
+impl Slot {
+    /// What it waits for a person with.
+    fn halted(&self) -> Option<&Doubt> {
+        match self {
+            Self::Halted { doubt, .. } => Some(doubt),
+            Self::Proving { halted, .. } => halted.as_ref(),
+            Self::Opening | Self::BeyondEnd { .. } | Self::Live(_) => None,
+        }
+    }
 }
 
 type Written = Result<(Fates, Answer, WriteStats), LedgerFailure>;
@@ -298,7 +309,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     fn note_assigned(&self) {
-        let halted = self.slots.values().filter(|s| matches!(s, Slot::Halted { .. })).count();
+        let halted = self.slots.values().filter(|slot| slot.halted().is_some()).count();
         self.metrics.assigned(self.slots.len(), halted);
     }
 
@@ -782,7 +793,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             }
             let trace_id = trace.as_ref().map(|trace| trace.id());
             let LaneSettings { input_topic, identity, .. } = &self.settings;
-            told::dead_letters(input_topic, identity.topic_id, &publication, trace_id.as_deref());
+            told::dead_letters(input_topic, identity.topic_id, &publication, &counts, trace_id.as_deref());
             if let Some(batch) = publication.batch() {
                 self.settled(batch, publication.fates(), trace);
             }

@@ -37,7 +37,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 Slot::Opening => true,
                 Slot::BeyondEnd { again_at, .. }
                 | Slot::Halted { again_at, .. }
-                | Slot::Proving { again_at } => *again_at <= now,
+                | Slot::Proving { again_at, .. } => *again_at <= now,
                 Slot::Live(_) => false,
             })
             .map(|(partition, _)| *partition)
@@ -70,23 +70,26 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         let mut to_prove: Vec<(Known, NextOffset)> = Vec::new();
         for partition in partitions {
             let Some(bounds) = bounds.get(partition).copied() else { continue };
-            let known = Known {
+            let mut known = Known {
                 partition: *partition,
                 group: offsets.remove(partition).flatten(),
                 row: rows.remove(partition).flatten(),
                 bounds,
-                // Asked once: the outputs tell nothing else the next time.
-                proof: match self.slots.get(partition) {
-                    Some(Slot::Halted { doubt: Doubt::Unproved { from, .. }, .. }) => Proof::Unclear(*from),
-                    _ => Proof::NotAsked,
-                },
+                proof: Proof::NotAsked,
             };
-            let last = known.row.as_ref().and_then(|row| row.applied_timestamp);
-            self.board.found(asked_at, *partition, known.unpublished_from(), bounds.end, last);
+            // Asked once: while the cursors stay, the outputs tell nothing else the next time.
+            if let Some(Slot::Halted { known: last, .. } | Slot::BeyondEnd { known: last, .. }) =
+                self.slots.get(partition)
+                && last.group == known.group
+                && last.row == known.row
+            {
+                known.proof = last.proof;
+            }
+            self.board.found(asked_at, &known);
             match self.decide(&known) {
                 Decision::Go(start) => starts.push((known, start)),
                 Decision::Prove { from } => to_prove.push((known, from)),
-                Decision::Halt(doubt) => self.doubt(*partition, doubt).await?,
+                Decision::Halt(doubt) => self.doubt(known, doubt).await?,
                 Decision::Stop(doubt) => return Err(doubt),
             }
         }
@@ -131,7 +134,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 }
                 let again_at = Instant::now() + PROVING_RETRY;
                 for (known, _) in wanted {
-                    self.slots.insert(known.partition, Slot::Proving { again_at });
+                    self.proving(known.partition, again_at);
                 }
                 return Ok(());
             }
@@ -140,21 +143,25 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         for (mut known, from) in wanted {
             let partition = known.partition;
             let Some(proved) = told.iter().find(|p| p.partition == partition && p.from == from) else {
-                self.slots.insert(partition, Slot::Proving { again_at });
+                self.proving(partition, again_at);
                 continue;
             };
             known.proof = proved.proof;
-            tracing::info!(
-                lane = self.settings.index,
-                topic = self.settings.input_topic,
-                partition = partition.0,
-                from = from.0,
-                proof = ?proved.proof,
-                "the group's offset is gone or was set by other hands: the outputs tell what was sent"
-            );
+            static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
+            if let Some(suppressed) = LIMIT.pass() {
+                tracing::info!(
+                    lane = self.settings.index,
+                    topic = self.settings.input_topic,
+                    partition = partition.0,
+                    from = from.0,
+                    proof = ?proved.proof,
+                    suppressed,
+                    "the group's offset is gone or was set by other hands: the outputs tell what was sent"
+                );
+            }
             match self.decide(&known) {
                 Decision::Go(start) => starts.push((known, start)),
-                Decision::Halt(doubt) => self.doubt(partition, doubt).await?,
+                Decision::Halt(doubt) => self.doubt(known, doubt).await?,
                 Decision::Stop(doubt) => return Err(doubt),
                 // Never asked again with an answer at hand.
                 Decision::Prove { .. } => {}
@@ -163,31 +170,44 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         Ok(())
     }
 
+    /// Waits for the outputs. A partition that was halted is so until they have told.
+    fn proving(&mut self, partition: Partition, again_at: Instant) {
+        let halted = match self.slots.remove(&partition) {
+            Some(Slot::Halted { doubt, .. }) => Some(doubt),
+            Some(Slot::Proving { halted, .. }) => halted,
+            _ => None,
+        };
+        self.slots.insert(partition, Slot::Proving { again_at, halted });
+    }
+
     /// Halts a partition, or waits a while for what may pass.
-    async fn doubt(&mut self, partition: Partition, doubt: Doubt) -> Result<(), IdentityDoubt> {
+    async fn doubt(&mut self, known: Known, doubt: Doubt) -> Result<(), IdentityDoubt> {
         let now = Instant::now();
+        let partition = known.partition;
         let slot = self.slots.get(&partition);
-        if let Doubt::BeyondEnd { .. } = doubt {
+        let halted = slot.and_then(Slot::halted);
+        if let Doubt::BeyondEnd { .. } = doubt
+            && halted.is_none()
+        {
             let since = match slot {
-                Some(Slot::BeyondEnd { since, .. }) => Some(*since),
-                Some(Slot::Halted { .. }) => None,
-                _ => Some(now),
+                Some(Slot::BeyondEnd { since, .. }) => *since,
+                _ => now,
             };
-            if let Some(since) = since.filter(|since| now - *since < BEYOND_END_PATIENCE) {
-                self.slots.insert(partition, Slot::BeyondEnd { since, again_at: now + BEYOND_END_TICK });
+            if now - since < BEYOND_END_PATIENCE {
+                let again_at = now + BEYOND_END_TICK;
+                self.slots.insert(partition, Slot::BeyondEnd { since, known, again_at });
                 return Ok(());
             }
         }
         // The ends of a doubt move with the log; that is no other doubt.
-        let is_same = |known: &Doubt| {
-            known.label() == doubt.label() && known.first_in_doubt() == doubt.first_in_doubt()
-        };
-        if !matches!(slot, Some(Slot::Halted { doubt: known, .. }) if is_same(known)) {
+        let is_same =
+            |last: &Doubt| last.label() == doubt.label() && last.first_in_doubt() == doubt.first_in_doubt();
+        if !halted.is_some_and(is_same) {
             let LaneSettings { index, input_topic, identity, .. } = &self.settings;
             told::halted(*index, input_topic, identity.topic_id, partition, &doubt);
         }
         self.board.halted(partition, doubt.clone());
-        self.slots.insert(partition, Slot::Halted { doubt, again_at: now + HALTED_TICK });
+        self.slots.insert(partition, Slot::Halted { doubt, known, again_at: now + HALTED_TICK });
         match self.log.stop(&[partition]).await {
             Ok(()) => Ok(()),
             Err(failure) => self.log_failed("stopping a halted partition", failure),

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::cursor::Doubt;
 use crate::logging::RateLimited;
-use crate::publication::{DeadLetter, Publication, Source};
+use crate::publication::{DeadLetter, OutputCounts, Publication, Source};
 use crate::record::{Partition, RecordView};
 use crate::wire::Reason;
 
@@ -25,13 +25,55 @@ fn header<'a>(record: &RecordView<'a>, name: &str) -> Option<&'a str> {
     is_id.then_some(text)
 }
 
-/// Names the records of a publication that went to the dead letters.
-pub(super) fn dead_letters(topic: &str, topic_id: Uuid, publication: &Publication, trace_id: Option<&str>) {
+/// Names the records of a publication that went to the dead letters; `counts` is what was sent of it.
+pub(super) fn dead_letters(
+    topic: &str,
+    topic_id: Uuid,
+    publication: &Publication,
+    counts: &OutputCounts,
+    trace_id: Option<&str>,
+) {
+    let count = |is_wanted: fn(Reason) -> bool| {
+        let counted = Reason::ALL.iter().zip(counts.by_reason).filter(|(reason, _)| is_wanted(**reason));
+        counted.map(|(_, count)| count).sum()
+    };
+    let mut payments = Untold { limit: &PAYMENTS, left: count(is_a_payment), is_refused: false };
+    let mut records = Untold { limit: &RECORDS, left: count(|r| !is_a_payment(r)), is_refused: false };
     for letter in publication.dead_letters() {
-        let limit = if is_a_payment(letter.reason) { &PAYMENTS } else { &RECORDS };
-        if let Some(suppressed) = limit.pass() {
+        let untold = if is_a_payment(letter.reason) { &mut payments } else { &mut records };
+        if let Some(suppressed) = untold.pass() {
             tell(topic, topic_id, &letter, trace_id, suppressed);
         }
+        // A flood is not worked through for lines that are left out.
+        if payments.is_done() && records.is_done() {
+            break;
+        }
+    }
+    payments.limit.leave_out(payments.left);
+    records.limit.leave_out(records.left);
+}
+
+/// Dead letters of a publication under one limit.
+struct Untold {
+    limit: &'static RateLimited,
+    /// So many it was not asked about.
+    left: u64,
+    is_refused: bool,
+}
+
+impl Untold {
+    fn pass(&mut self) -> Option<u64> {
+        if self.is_refused {
+            return None;
+        }
+        self.left = self.left.saturating_sub(1);
+        let passed = self.limit.pass();
+        self.is_refused = passed.is_none();
+        passed
+    }
+
+    fn is_done(&self) -> bool {
+        self.is_refused || self.left == 0
     }
 }
 

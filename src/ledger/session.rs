@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::cursor::{Identity, IdentityDoubt};
 use crate::disposition::{FailureClass, SQLSTATE_CURSOR_MOVED, SqlState};
 use crate::lane::ports::LedgerFailure;
+use crate::logging::RateLimited;
 use crate::schema::locks::{self, LockKey};
 
 /// Settings of a lane's session. A transaction has a limit of its own where the server knows one (from Postgres 17):
@@ -272,8 +273,11 @@ impl Session {
     /// lock was waited for.
     pub(super) async fn end_hung_sessions(&self) -> Result<(), Failed> {
         let ended: i64 = self.client.query_one(END_HUNG_SESSIONS, &[]).await?.try_get(0)?;
-        if ended > 0 {
-            tracing::warn!(ended, "ended sessions of processes that hung in a transaction");
+        static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+        if ended > 0
+            && let Some(suppressed) = LIMIT.pass()
+        {
+            tracing::warn!(ended, suppressed, "ended sessions of processes that hung in a transaction");
         }
         Ok(())
     }

@@ -37,6 +37,12 @@ impl RateLimited {
         self.pass_at(Instant::now(), true)
     }
 
+    /// Lines that were left out without a try each.
+    pub fn leave_out(&self, lines: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.suppressed = state.suppressed.saturating_add(lines);
+    }
+
     fn pass_at(&self, now: Instant, is_late: bool) -> Option<u64> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.since.is_none_or(|since| now.saturating_duration_since(since) >= self.per) {
@@ -67,5 +73,7 @@ mod tests {
         assert_eq!(at(60), Some(1));
         assert_eq!((at(61), at(62), at(63), late(64), late(65)), (Some(0), None, None, None, None));
         assert_eq!(late(70), Some(1), "one was told at last, the other is left out");
+        LIMIT.leave_out(7);
+        assert_eq!(at(80), Some(7));
     }
 }

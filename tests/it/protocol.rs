@@ -184,6 +184,62 @@ fn a_partition_in_doubt_halts_alone_until_a_person_settles_it_beside_the_running
 }
 
 #[test]
+fn a_partition_that_stays_in_doubt_is_told_of_once_and_searched_for_once() {
+    // GIVEN a written partition whose group offset was moved over records that are not
+    let scope = Scope::new(Servers::shared(), "told_once");
+    scope.prepare(1, 1);
+    let mut load = Load::new(21);
+    scope.spread(load.take(20), &[0]);
+    member().catch_up(&scope);
+    scope.spread(load.take(20), &[0]);
+    scope.move_group_offset(0, 33, "");
+    let mut daemon = member().start(&scope);
+    let halted = |daemon: &crate::support::Daemon| daemon.metric("payment_writer_partitions_halted", "");
+    wait_until_within(PATIENCE, "the partition is halted", || halted(&daemon) == 1.0);
+
+    // WHEN it has been looked at again, twice at least, and then twice with another row
+    let looks = || {
+        let query = "SELECT query_start::text FROM pg_stat_activity
+             WHERE datname = current_database() AND query LIKE '%FROM payment_writer.source_cursor c%LEFT JOIN%'
+                AND pid <> pg_backend_pid() ORDER BY backend_start LIMIT 1";
+        scope.sql(query, &[]).iter().map(|row| row.get::<_, String>(0)).next()
+    };
+    let mut seen = std::collections::BTreeSet::new();
+    wait_until_within(PATIENCE, "it was looked at again", || {
+        assert_eq!(halted(&daemon), 1.0);
+        seen.extend(looks());
+        seen.len() >= 4
+    });
+    let told = |text: &str| daemon.log().matches(text).count();
+    assert_eq!(told("searched the outputs for what was sent"), 1, "{}", daemon.log());
+    for published in [19, 18] {
+        let sql = format!("UPDATE payment_writer.source_cursor SET published = {published}");
+        scope.execute(&sql);
+        wait_until_within(PATIENCE, "the other row was seen", || {
+            assert_eq!(halted(&daemon), 1.0);
+            daemon.status()["partitions"]["0"]["unpublished_from"] == published
+        });
+    }
+    wait_until_within(PATIENCE, "the other rows were searched for", || {
+        assert_eq!(halted(&daemon), 1.0);
+        told("searched the outputs for what was sent") == 3
+    });
+
+    // THEN it is told of once, and halted all the time
+    assert_eq!(told("partition halted"), 1, "{}", daemon.log());
+    let doubt = daemon.status()["partitions"]["0"]["halted"]["doubt"].clone();
+    assert_eq!(doubt, "moved_forward");
+
+    // AND goes on as soon as a person has settled it
+    let accept = ["cursors", "accept", "--partition", "0", "--published", "20"];
+    scope.command(&[&accept[..], &["--apply", "--reason", "a test"]].concat()).succeeds();
+    scope.wait_until_caught_up();
+    wait_until_within(PATIENCE, "no partition is halted", || halted(&daemon) == 0.0);
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
 fn what_was_sent_is_proved_from_the_outputs_when_the_groups_offsets_are_lost() {
     // GIVEN partitions with a history, and a process that dies at a step of a batch
     let scope = Scope::new(Servers::shared(), "proved");
