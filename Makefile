@@ -6,6 +6,9 @@ export RUST_TEST_THREADS ?= 4
 SCRIPTS := .ci/run dev/bench dev/bench-idempotency dev/demo dev/install dev/observe dev/processes dev/servers
 
 .DEFAULT_GOAL := help
+# Of these words those that are given, as in COUNT=1000, as options of a command: --count 1000.
+options = $(foreach word,$(1),$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z))))
+
 .PHONY: help demo test dev-up dev-down dev-clean fmt lint build clean
 
 help: ## list these commands
@@ -14,24 +17,21 @@ help: ## list these commands
 demo: ## start Kafka and Postgres, write 200,000 payments, check and show every outcome, clean up
 	@dev/demo
 
-test: lint ## everything CI runs: format, lints, unit, property and integration tests, a share of the fault suite
+test: lint ## everything CI runs: format, lints, unit, property and integration tests, a share of the fault suite, alerts and dashboard live
 	dev/servers install
 	dev/observe install
 	cargo test --locked --features failpoints
 
 .PHONY: bench bench-latency
-# Words for the benchmarks; without any, their defaults.
-BENCH_WORDS = $(foreach word,cases repeat count json,$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z))))
-LATENCY_WORDS = $(foreach word,rates seconds json,$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z))))
 bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=1000000 JSON=FILE
-	@dev/bench throughput $(BENCH_WORDS)
+	@dev/bench throughput $(call options,cases repeat count json)
 
 bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 JSON=FILE
-	@dev/bench latency $(LATENCY_WORDS)
+	@dev/bench latency $(call options,rates seconds json)
 
 .PHONY: bench-size
 bench-size: ## bytes a payment in each table, index and topic, and in the WAL: COUNT=1000000 JSON=FILE
-	@dev/bench size $(foreach word,count json,$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z))))
+	@dev/bench size $(call options,count json)
 
 .PHONY: bench-idempotency
 bench-idempotency: ## what a claim costs as the idempotency table grows to 100 million ids; half an hour
@@ -53,8 +53,8 @@ test-faults: ## of these, kills at named steps, outages and rebalances alone
 	cargo test --locked --features failpoints --test it -- crash:: outages:: rebalance::
 
 .PHONY: chaos
-# Words for the suite from CYCLES, SEED, BROKERS, FAULTS, INSTANCES and REPORT; without any, CI's share.
-CHAOS_WORDS = $(foreach word,cycles seed brokers faults instances report,$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z)))) $(if $(KEEP_GOING),--keep-going)
+# Without any of them, CI's share.
+CHAOS_WORDS = $(call options,cycles seed brokers faults instances report) $(if $(KEEP_GOING),--keep-going)
 chaos: ## faults under load: CYCLES=100 SEED=1 BROKERS=3 FAULTS=zombie,disk-full REPORT=FILE; without CYCLES the share that CI runs
 	@dev/servers install
 	cargo test --locked --features failpoints --test chaos -- $(CHAOS_WORDS)
