@@ -76,9 +76,9 @@ fn is_partition(folder: &str, topic: &str) -> bool {
     number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Whether `dev/servers` lets a broker keep its logs below a folder of this name.
+/// Whether `dev/servers` lets a broker keep its logs in a folder of this name.
 fn holds_logs(folder: &str) -> bool {
-    folder == "data" || folder.starts_with("kafka-")
+    folder.starts_with("kafka-")
 }
 
 fn measure(site: &Site<'_>, folder: &Path, ids: &str, count: u64) -> Outcome<Sizes> {
@@ -149,11 +149,11 @@ mod tests {
     fn segments_of_one_topic_are_counted_wherever_the_broker_keeps_them() {
         let folder = tempfile::tempdir().unwrap();
         for (path, bytes) in [
-            ("data/kafka-1/bench_1_read-0/00.log", 10),
-            ("data/kafka-1/bench_1_read-19/00.log", 20),
-            ("data/kafka-1/bench_1_read-19/00.index", 400),
-            ("data/kafka-1/bench_1_read-more-1/00.log", 8_000),
-            ("data/kafka-1/bench_11_read-0/00.log", 16_000),
+            ("kafka-1/bench_1_read-0/00.log", 10),
+            ("kafka-1/bench_1_read-19/00.log", 20),
+            ("kafka-1/bench_1_read-19/00.index", 400),
+            ("kafka-1/bench_1_read-more-1/00.log", 8_000),
+            ("kafka-1/bench_11_read-0/00.log", 16_000),
             ("postgres/bench_1_read-0/00.log", 32_000),
         ] {
             let path = folder.path().join(path);
