@@ -385,6 +385,11 @@ impl Board {
         state.note_known();
     }
 
+    /// Whether something was assigned, if only nothing, and not lost since.
+    pub fn is_member(&self) -> bool {
+        self.state().is_member
+    }
+
     /// The place in the group was lost.
     pub fn lost(&self, now: TimestampMs) {
         let mut state = self.state();

@@ -84,8 +84,6 @@ struct Shared {
     is_closing: AtomicBool,
     /// No broker can be reached, as the client says. The poll takes it.
     all_brokers_down: AtomicBool,
-    /// Nothing was assigned yet, or all was lost.
-    is_out: AtomicBool,
     polled_at: Mutex<Instant>,
 }
 
@@ -201,7 +199,6 @@ impl Shared {
         }
         metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
         self.board.assigned(crate::metrics::now(), partitions);
-        self.is_out.store(false, Ordering::Release);
         {
             let mut assigned = self.assigned();
             for partition in partitions {
@@ -231,7 +228,6 @@ impl Shared {
         let kind = if is_lost { "lost" } else { "revoked" };
         if is_lost {
             self.board.lost(crate::metrics::now());
-            self.is_out.store(true, Ordering::Release);
             // A broker that hangs breaks no connection: it is missed when the session is over, and may still
             // do with our requests what it likes once it wakes up. Not so if it was us who slept, or if we were
             // fenced to begin with.
@@ -319,7 +315,6 @@ impl Group {
             ended,
             is_closing: AtomicBool::new(false),
             all_brokers_down: AtomicBool::new(false),
-            is_out: AtomicBool::new(true),
             polled_at: Mutex::new(Instant::now()),
         });
         let consumer = config.create_with_context(GroupContext(Arc::clone(&shared)))?;
@@ -463,7 +458,7 @@ fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
     let mut was_out = true;
     while !shared.is_closing.load(Ordering::Acquire) {
         *shared.polled_at() = Instant::now();
-        let is_out = shared.is_out.load(Ordering::Acquire);
+        let is_out = !shared.board.is_member();
         if was_out && !is_out {
             reminder.settle();
         }
