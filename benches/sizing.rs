@@ -37,7 +37,7 @@ use futures_util::future::{join, join_all};
 use payment_writer::batch::{Batch, Progress};
 use payment_writer::config::Settings;
 use payment_writer::cursor::{CursorRow, Identity};
-use payment_writer::daemon::{consumer_config, rules, transactional_config};
+use payment_writer::daemon::{consumer_config, rules};
 use payment_writer::kafka::group::{Group, Seat, lane_of};
 use payment_writer::kafka::librdkafka::topic_id;
 use payment_writer::kafka::log::KafkaLog;
@@ -399,17 +399,7 @@ impl Stand {
         let rules = Arc::new(rules(&settings));
         let mut stand = Self { lanes: Vec::new(), group };
         for (index, seat) in seats.into_iter().enumerate() {
-            let publisher = PublisherSettings {
-                config: transactional_config(&kafka, index),
-                input_topic: kafka.input_topic.clone(),
-                outputs: [
-                    kafka.read_topic.clone(),
-                    kafka.email_topic.clone(),
-                    kafka.dead_letter_topic.clone(),
-                ],
-                identity: world.identity.clone(),
-                publishes: true,
-            };
+            let publisher = PublisherSettings::of(&kafka, &world.identity, index);
             let suspicion = Arc::new(Notify::new());
             let mut log =
                 KafkaLog::new(stand.group.clone(), publisher, seat.overtaken, suspicion, Arc::clone(&kafka));

@@ -22,7 +22,7 @@ use crate::kafka::librdkafka::{topic_id, topic_retention};
 use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
 use crate::kafka::orphans::{self, Membership};
 use crate::kafka::publisher::PublisherSettings;
-use crate::kafka_client::{client_config_over, producer_config_over};
+use crate::kafka_client::client_config_over;
 use crate::lane::breaker::Breaker;
 use crate::lane::ports::LaneEvent;
 use crate::lane::{Lane, LaneSettings};
@@ -111,27 +111,6 @@ pub fn consumer_config(kafka: &KafkaSettings) -> ClientConfig {
         .set("isolation.level", "read_committed")
         .set("enable.partition.eof", "true")
         .set("allow.auto.create.topics", "false");
-    config
-}
-
-/// What `kafka.properties` may change of a lane's producer.
-const PRODUCER_DEFAULTS: [(&str, &str); 8] = [
-    ("transaction.timeout.ms", "15000"),
-    ("linger.ms", "20"),
-    ("batch.size", "900000"),
-    ("batch.num.messages", "20000"),
-    ("queue.buffering.max.messages", "200000"),
-    ("queue.buffering.max.kbytes", "65536"),
-    ("message.max.bytes", "4000000"),
-    ("retry.backoff.ms", "20"),
-];
-
-/// Configuration of a lane's producer.
-pub fn transactional_config(kafka: &KafkaSettings, lane: usize) -> ClientConfig {
-    let mut config = producer_config_over(kafka, &PRODUCER_DEFAULTS);
-    config
-        .set("transactional.id", format!("{}-{}-{lane}", kafka.group_id, kafka.instance_id))
-        .set("delivery.report.only.error", "true");
     config
 }
 
@@ -275,17 +254,7 @@ async fn start(
         let Some(seat) = seats.get(index) else { continue };
         let log = KafkaLog::new(
             group.clone(),
-            PublisherSettings {
-                config: transactional_config(kafka, index),
-                input_topic: kafka.input_topic.clone(),
-                outputs: [
-                    kafka.read_topic.clone(),
-                    kafka.email_topic.clone(),
-                    kafka.dead_letter_topic.clone(),
-                ],
-                identity: identity.clone(),
-                publishes: kafka.publish,
-            },
+            PublisherSettings::of(kafka, &identity, index),
             Arc::clone(&seat.overtaken),
             Arc::clone(&suspicion),
             Arc::clone(&shared_kafka),

@@ -79,7 +79,8 @@ mod tests {
     use std::path::Path;
 
     use crate::config::Settings;
-    use crate::daemon::{consumer_config, transactional_config};
+    use crate::daemon::consumer_config;
+    use crate::kafka::native::transactional_config;
 
     #[test]
     fn every_client_gets_the_passwords_of_the_settings_and_what_they_change() {

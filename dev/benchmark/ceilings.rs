@@ -10,19 +10,17 @@ use futures_util::{SinkExt, future};
 use payment_writer::batch::{Batch, Claim, Fates, Progress, Refused};
 use payment_writer::columns::{COPY_HEADER, COPY_TRAILER};
 use payment_writer::config::Settings;
-use payment_writer::daemon::{consumer_config, rules, transactional_config};
+use payment_writer::cursor::Identity;
+use payment_writer::daemon::{consumer_config, rules};
 use payment_writer::disposition::Fate;
 use payment_writer::housekeeping::generations::{self, State};
-use payment_writer::kafka::group::QuietLog;
-use payment_writer::kafka::librdkafka::{NativeError, QuietContext, TxnProducer};
+use payment_writer::kafka::direct::{DirectSettings, DirectTransactions};
+use payment_writer::kafka::publisher::{PublisherSettings, Transactions};
 use payment_writer::publication::{Publication, Span};
 use payment_writer::record::{NextOffset, SourceBatch};
 use payment_writer::schema::months;
 use payment_writer::wire::Rules;
 use rdkafka::Offset;
-use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::producer::{BaseProducer, Producer};
-use rdkafka::types::RDKafkaErrorCode;
 use tokio_postgres::{Client, CopyInSink, Statement};
 use uuid::Uuid;
 
@@ -37,9 +35,6 @@ const BATCH: usize = 10_000;
 /// All batches are in memory before the clock starts, at something like 1.5 KB a payment.
 const PAYMENTS_MAX: u64 = 1_000_000;
 const LIMIT: Duration = Duration::from_secs(300);
-const TRANSACTION_LIMIT: Duration = Duration::from_secs(20);
-const SLICE: Duration = Duration::from_millis(50);
-const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
 
 /// The ceilings by name, in the order in which they are taken.
 pub const NAMES: [&str; 3] = ["consume alone", "copy alone", "produce alone"];
@@ -95,9 +90,9 @@ pub fn measure(servers: &Servers, count: u64, seed: u64) -> Outcome<Vec<Ceiling>
     let publications: Vec<Vec<Publication>> =
         lanes.into_iter().map(|lane| lane.into_iter().map(published).collect()).collect();
     settle(servers)?;
-    let producers: Vec<Producing> =
+    let producers: Vec<DirectTransactions> =
         (0..publications.len()).map(|lane| producer(&settings, lane)).collect::<Outcome<_>>()?;
-    let (_, produced) = metered(servers, NAMES[2], count, || produce(&settings, producers, &publications))?;
+    let (_, produced) = metered(servers, NAMES[2], count, || produce(producers, &publications))?;
     Ok(vec![consumed, copied, produced])
 }
 
@@ -285,63 +280,28 @@ fn published(batch: Batch) -> Publication {
     Publication::of_batch(batch, fates, spans, true)
 }
 
-type Producing = TxnProducer<QuietLog>;
-
 /// The producer that the daemon's lane would have, ready to begin.
-fn producer(settings: &Settings, lane: usize) -> Outcome<Producing> {
+fn producer(settings: &Settings, lane: usize) -> Outcome<DirectTransactions> {
     let kafka = &settings.kafka;
-    let config = transactional_config(kafka, lane);
-    let native: BaseProducer<QuietContext<QuietLog>> =
-        BaseProducer::from_config_and_context(&config, QuietContext(QuietLog))
-            .map_err(failed("making a producer"))?;
-    let topics = [&kafka.read_topic, &kafka.email_topic, &kafka.dead_letter_topic].map(String::as_str);
-    let producer = TxnProducer::new(native, &topics);
-    for topic in topics {
-        let client = producer.inner().client();
-        client.fetch_metadata(Some(topic), TRANSACTION_LIMIT).map_err(failed("asking for a topic"))?;
-    }
-    producer.init(TRANSACTION_LIMIT).map_err(failed("init_transactions"))?;
+    let direct = DirectSettings::of(kafka, lane).map_err(failed("making a producer"))?;
+    // Nobody looks at the topic and the database that the events name.
+    let identity = Identity { topic_id: Uuid::nil(), database_id: Uuid::nil() };
+    let mut producer = DirectTransactions::new(direct, PublisherSettings::of(kafka, &identity, lane));
+    producer.init().map_err(failed("init_transactions"))?;
     Ok(producer)
 }
 
-fn produce_batch(
-    producer: &Producing,
-    settings: &Settings,
-    publication: &Publication,
-) -> Result<(), NativeError> {
-    let deadline = Instant::now() + TRANSACTION_LIMIT;
-    producer.begin()?;
-    publication.for_each_output(&settings.kafka.input_topic, Uuid::nil(), |output| {
-        loop {
-            let headers = output.headers.iter().copied();
-            match producer.produce(output.topic.index(), output.key, output.value, headers) {
-                Err(error) if error.code == RDKafkaErrorCode::QueueFull && Instant::now() < deadline => {
-                    producer.flush(SLICE);
-                }
-                other => return other,
-            }
-        }
-    })?;
-    // As the daemon's publisher does: commit_transaction would wait in steps of 100 ms.
-    let mut slice = Duration::from_millis(1);
-    while !producer.flush(slice) && Instant::now() < deadline {
-        slice = (slice * 2).min(FLUSH_SLICE_MAX);
-    }
-    producer.commit(TRANSACTION_LIMIT)
-}
-
-fn produce(settings: &Settings, producers: Vec<Producing>, lanes: &[Vec<Publication>]) -> Outcome<((), f64)> {
+fn produce(producers: Vec<DirectTransactions>, lanes: &[Vec<Publication>]) -> Outcome<((), f64)> {
     let start = Barrier::new(producers.len() + 1);
     std::thread::scope(|scope| {
         let start = &start;
         let work: Vec<_> = producers
             .into_iter()
             .zip(lanes)
-            .map(|(producer, batches)| {
+            .map(|(mut producer, batches)| {
                 scope.spawn(move || {
                     start.wait();
-                    let outcome =
-                        batches.iter().try_for_each(|batch| produce_batch(&producer, settings, batch));
+                    let outcome = batches.iter().try_for_each(|batch| producer.send_alone(batch));
                     // Before the client is dropped, which takes its time.
                     (outcome, Instant::now())
                 })

@@ -331,6 +331,18 @@ impl GroupMetadata {
         // SAFETY: the object is live.
         unsafe { sys::rd_kafka_consumer_group_metadata_generation_id(self.0) }
     }
+
+    /// What the group calls this member; empty when the consumer is none.
+    pub fn member_id(&self) -> String {
+        // SAFETY: the object is live, and its text with it.
+        unsafe {
+            let member_id = sys::rd_kafka_consumer_group_metadata_member_id(self.0);
+            if member_id.is_null() {
+                return String::new();
+            }
+            CStr::from_ptr(member_id).to_string_lossy().into_owned()
+        }
+    }
 }
 
 impl Drop for GroupMetadata {

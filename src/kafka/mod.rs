@@ -1,8 +1,10 @@
 //! The Kafka side: group membership and fetching, and the transactions that publish.
 
+pub mod direct;
 pub mod group;
 pub mod librdkafka;
 pub mod log;
+pub mod native;
 pub mod orphans;
 pub mod peek;
 pub mod publisher;

@@ -1,6 +1,7 @@
 //! The timestamps of single records: reads one record a partition, as a member of no group.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::time::{Duration, Instant};
 
 use rdkafka::config::FromClientConfigAndContext;
@@ -62,9 +63,16 @@ pub fn peek(
     while found.len() < positions.len() && Instant::now() < deadline {
         match consumer.poll(POLL) {
             Some(Ok(message)) => {
-                found
-                    .entry(Partition(message.partition()))
-                    .or_insert(Peeked::Record(message.timestamp().to_millis().map(TimestampMs)));
+                let partition = Partition(message.partition());
+                let record = Peeked::Record(message.timestamp().to_millis().map(TimestampMs));
+                if let Entry::Vacant(place) = found.entry(partition) {
+                    place.insert(record);
+                    // Or the client goes on to fetch its backlog for as long as another is waited for. That it throws
+                    // away what it has of this partition is just right.
+                    let mut done = TopicPartitionList::with_capacity(1);
+                    done.add_partition(topic, partition.0);
+                    consumer.pause(&done)?;
+                }
             }
             Some(Err(KafkaError::PartitionEOF(partition))) => {
                 found.entry(Partition(partition)).or_insert(Peeked::End);

@@ -1,56 +1,65 @@
 //! The transactional producer of one lane, on a thread of its own.
 //!
-//! The client's transaction calls block, and one of them is known to hang past its own time limit
-//! (librdkafka #5456): the lane waits for an answer with a limit, and abandons the thread if none comes.
+//! Transactions block, and one of librdkafka's calls is known to hang past its own time limit (librdkafka #5456): the
+//! lane waits for an answer with a limit, and abandons the thread if none comes.
 
+use std::sync::Arc;
 use std::sync::mpsc as jobs;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::producer::{BaseProducer, Producer};
-use rdkafka::types::RDKafkaErrorCode;
-use rdkafka::{ClientConfig, Offset as KafkaOffset, TopicPartitionList};
+use rdkafka::ClientConfig;
 use tokio::sync::oneshot;
 
-use super::group::QuietLog;
-use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer, add_brokers};
+use super::direct::{DirectSettings, DirectTransactions};
+use super::librdkafka::GroupMetadata;
+use super::native::{NativeTransactions, Slot, transactional_config};
 use super::reminder::Reminder;
+use crate::config::{KafkaSettings, ProducerChoice};
 use crate::cursor::Identity;
-use crate::disposition::{FailureClass, class_of_kafka};
-use crate::failpoint;
 use crate::lane::ports::{LogFailure, PublishFailure, PublishTimes};
-use crate::metrics::{KafkaSteps, timed};
 use crate::publication::{OutputCounts, Publication, Published};
 
 /// All of one transaction has to fit in here; the broker's own limit, `transaction.timeout.ms`, ends it too.
-const TRANSACTION_DEADLINE: Duration = Duration::from_secs(20);
-const INIT_TIMEOUT: Duration = Duration::from_secs(10);
-const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for room in the producer's queue before looking around; also the least that a call is given.
-const SLICE: Duration = Duration::from_millis(50);
-/// Deliveries are waited for in slices of a growing length. The client's threads are woken only when a flush
-/// begins, and a partition that the broker lets into the transaction after that waits for the next one: with
-/// slices of 50 ms a transaction of a few messages took 80.
-const FLUSH_SLICE_MIN: Duration = Duration::from_millis(1);
-const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
+pub(super) const TRANSACTION_DEADLINE: Duration = Duration::from_secs(20);
+/// Taking up a transactional id, and aborting a transaction.
+pub(super) const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The lane waits this long for an answer before it abandons the thread.
 const WATCHDOG: Duration = Duration::from_secs(25);
 /// How often it looks around meanwhile.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
 
-type PublishReply = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
+/// What became of a transaction.
+pub type PublishReply = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
+
+/// The transactions of one transactional id, one at a time. Calls block, each within its time limit.
+pub trait Transactions {
+    /// Takes up the transactional id: fences older producers of it and settles what they left open, after the
+    /// output topics are known to exist.
+    fn init(&mut self) -> Result<(), LogFailure>;
+
+    /// Runs one transaction.
+    fn publish(&mut self, publication: &Publication, group: &GroupMetadata) -> PublishReply;
+}
 
 enum Job {
     Init(oneshot::Sender<Result<(), LogFailure>>),
     Publish(Arc<Publication>, GroupMetadata, oneshot::Sender<PublishReply>),
 }
 
+/// Who speaks with the brokers.
+#[derive(Clone)]
+pub enum PublisherClient {
+    /// We ourselves.
+    Direct(DirectSettings),
+    /// librdkafka, with the producer's configuration.
+    Librdkafka(ClientConfig),
+}
+
 /// What the thread needs to know.
 #[derive(Clone)]
 pub struct PublisherSettings {
-    /// Producer configuration with its `transactional.id`.
-    pub config: ClientConfig,
+    /// The client, with its `transactional.id`.
+    pub client: PublisherClient,
     /// Input topic, for marks and dead letters.
     pub input_topic: String,
     /// Output topics in the order of `OutputTopic::ALL`.
@@ -61,48 +70,68 @@ pub struct PublisherSettings {
     pub publishes: bool,
 }
 
-/// The thread's producer. Only the thread holds it for longer than the lock, so that no other has to wait until it
-/// is destroyed.
-#[derive(Clone, Default)]
-struct Slot(Arc<Mutex<Option<Arc<TxnProducer<QuietLog>>>>>);
+/// `transactional.id` of a lane: one for each, the same after a restart.
+pub fn transactional_id(kafka: &KafkaSettings, lane: usize) -> String {
+    format!("{}-{}-{lane}", kafka.group_id, kafka.instance_id)
+}
 
-impl Slot {
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<TxnProducer<QuietLog>>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl PublisherClient {
+    /// The client of a lane, as the settings have it.
+    pub fn of(kafka: &KafkaSettings, lane: usize) -> Self {
+        match DirectSettings::of(kafka, lane) {
+            Ok(direct) if kafka.producer == ProducerChoice::Auto => Self::Direct(direct),
+            _ => Self::Librdkafka(transactional_config(kafka, lane)),
+        }
     }
+}
 
-    fn get(&self) -> Option<Arc<TxnProducer<QuietLog>>> {
-        self.lock().clone()
+impl PublisherSettings {
+    /// Those of a lane, as the settings have them.
+    pub fn of(kafka: &KafkaSettings, identity: &Identity, lane: usize) -> Self {
+        Self {
+            client: PublisherClient::of(kafka, lane),
+            input_topic: kafka.input_topic.clone(),
+            outputs: [kafka.read_topic.clone(), kafka.email_topic.clone(), kafka.dead_letter_topic.clone()],
+            identity: identity.clone(),
+            publishes: kafka.publish,
+        }
     }
+}
 
-    fn clear(&self) {
-        // Destroyed after the lock is released.
-        let producer = self.lock().take();
-        drop(producer);
-    }
+/// librdkafka's producer, if it is that, which may have to be told of its brokers.
+struct Reminded {
+    slot: Slot,
+    bootstrap_servers: String,
 }
 
 /// Handle of the thread. Dropped, the thread ends as soon as its present call returns.
 pub struct Publisher {
     jobs: jobs::SyncSender<Job>,
-    slot: Slot,
-    bootstrap_servers: String,
+    reminded: Option<Reminded>,
 }
 
 impl Publisher {
     /// Starts the thread; nothing is asked of the broker yet.
     pub fn spawn(settings: PublisherSettings) -> std::io::Result<Self> {
         let (sender, receiver) = jobs::sync_channel(1);
-        let slot = Slot::default();
-        let held = slot.clone();
-        let bootstrap_servers = settings.config.get("bootstrap.servers").unwrap_or_default().to_owned();
-        std::thread::Builder::new()
-            .name("publisher".to_owned())
-            .spawn(move || serve(&settings, &slot, &receiver))?;
-        Ok(Self { jobs: sender, slot: held, bootstrap_servers })
+        let thread = std::thread::Builder::new().name("publisher".to_owned());
+        let reminded = match settings.client.clone() {
+            PublisherClient::Direct(direct) => {
+                thread.spawn(move || serve(DirectTransactions::new(direct, settings), &receiver))?;
+                None
+            }
+            PublisherClient::Librdkafka(config) => {
+                let slot = Slot::default();
+                let bootstrap_servers = config.get("bootstrap.servers").unwrap_or_default().to_owned();
+                let held = slot.clone();
+                thread.spawn(move || serve(NativeTransactions::new(config, settings, slot), &receiver))?;
+                Some(Reminded { slot: held, bootstrap_servers })
+            }
+        };
+        Ok(Self { jobs: sender, reminded })
     }
 
-    /// Waits for what the thread answers, no longer than the watchdog; None if it does not. Meanwhile the client is
+    /// Waits for what the thread answers, no longer than the watchdog; None if it does not. Meanwhile librdkafka is
     /// told of its brokers, should it have forgotten them: its calls cannot be interrupted for that.
     pub async fn answer<T>(
         &self,
@@ -115,11 +144,10 @@ impl Publisher {
             if now >= deadline {
                 return None;
             }
-            if reminder.is_due(now, true)
-                && let Some(producer) = &*self.slot.lock()
+            if let Some(reminded) = &self.reminded
+                && reminder.is_due(now, true)
             {
-                tracing::debug!(target: "librdkafka", "a producer is told of its brokers once more");
-                add_brokers(producer.inner().client(), &self.bootstrap_servers);
+                reminded.slot.remind(&reminded.bootstrap_servers);
             }
             let slice = LOOK_AROUND.min(deadline - now);
             if let Ok(answered) = tokio::time::timeout(slice, &mut answer).await {
@@ -148,232 +176,19 @@ impl Publisher {
     }
 }
 
-fn serve(settings: &PublisherSettings, slot: &Slot, receiver: &jobs::Receiver<Job>) {
-    let steps = KafkaSteps::default();
+fn serve(mut transactions: impl Transactions, receiver: &jobs::Receiver<Job>) {
     while let Ok(job) = receiver.recv() {
         match job {
             Job::Init(reply) => {
-                let outcome = init(settings, slot);
+                let outcome = transactions.init();
                 let _ = reply.send(outcome);
             }
             Job::Publish(publication, group, reply) => {
-                let outcome = match &slot.get() {
-                    Some(producer) => publish(producer, settings, &steps, &publication, &group),
-                    None => Err(PublishFailure::Unknown("the producer is not initialised".to_owned())),
-                };
+                let outcome = transactions.publish(&publication, &group);
                 // Before the answer: the lane uses the batch's memory again.
                 drop(publication);
                 let _ = reply.send(outcome);
             }
         }
-    }
-    // Here, for whoever holds the slot as well would have to wait for it.
-    slot.clear();
-}
-
-fn init(settings: &PublisherSettings, slot: &Slot) -> Result<(), LogFailure> {
-    if slot.lock().is_none() {
-        let native = BaseProducer::from_config_and_context(&settings.config, QuietContext(QuietLog))
-            .map_err(|e| LogFailure::passing(format!("creating the producer: {e}")))?;
-        let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
-        *slot.lock() = Some(Arc::new(TxnProducer::new(native, &names)));
-    }
-    let Some(producer) = slot.get() else { return Ok(()) };
-    if let Err(failure) = outputs_exist(settings, &producer) {
-        // Or it is asked for ever, though it may be the client that knows no broker any more.
-        slot.clear();
-        return Err(failure);
-    }
-    producer.init(INIT_TIMEOUT).map_err(|error| {
-        if !error.is_retriable {
-            slot.clear();
-        }
-        LogFailure::Failed {
-            class: class_of_kafka(error.code),
-            message: format!("init_transactions: {error}"),
-        }
-    })
-}
-
-/// A message produced before its topic's metadata is known can abort the transaction.
-fn outputs_exist(settings: &PublisherSettings, producer: &TxnProducer<QuietLog>) -> Result<(), LogFailure> {
-    for topic in settings.outputs.iter().filter(|_| settings.publishes) {
-        let metadata =
-            producer.inner().client().fetch_metadata(Some(topic), METADATA_TIMEOUT).map_err(|e| {
-                LogFailure::Failed {
-                    class: e.rdkafka_error_code().map_or(FailureClass::Passing, class_of_kafka),
-                    message: format!("asking for output topic {topic}: {e}"),
-                }
-            })?;
-        if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
-            return Err(LogFailure::Failed {
-                class: FailureClass::Systemic,
-                message: format!(
-                    "output topic {topic} does not exist or cannot be used; payment-writer topics create makes it"
-                ),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// What went wrong inside a transaction that is still open.
-enum Broken {
-    Native(NativeError),
-    Late(&'static str),
-}
-
-fn publish(
-    producer: &TxnProducer<QuietLog>,
-    settings: &PublisherSettings,
-    steps: &KafkaSteps,
-    publication: &Publication,
-    group: &GroupMetadata,
-) -> PublishReply {
-    let deadline = Instant::now() + TRANSACTION_DEADLINE;
-    failpoint::hit("before_kafka_begin");
-    if let Err(error) = producer.begin() {
-        return Err(PublishFailure::Unknown(format!("begin_transaction: {error}")));
-    }
-    let mut times = PublishTimes::default();
-    match fill(producer, settings, steps, &mut times, publication, group, deadline) {
-        Ok(counts) => {
-            failpoint::hit("before_kafka_commit");
-            timed(&steps.commit, &mut times.commit, || commit(producer, deadline))?;
-            failpoint::hit("after_kafka_commit");
-            Ok((publication.committed(), counts, times))
-        }
-        Err(broken) => Err(abort(producer, broken)),
-    }
-}
-
-fn fill(
-    producer: &TxnProducer<QuietLog>,
-    settings: &PublisherSettings,
-    steps: &KafkaSteps,
-    times: &mut PublishTimes,
-    publication: &Publication,
-    group: &GroupMetadata,
-    deadline: Instant,
-) -> Result<OutputCounts, Broken> {
-    let counts =
-        timed(&steps.produce, &mut times.produce, || produce(producer, settings, publication, deadline))?;
-    failpoint::hit("after_produce");
-    timed(&steps.offsets, &mut times.offsets, || {
-        send_offsets(producer, settings, publication, group, deadline)
-    })?;
-    failpoint::hit("after_send_offsets");
-    timed(&steps.deliver, &mut times.deliver, || deliver(producer, deadline))?;
-    Ok(counts)
-}
-
-fn produce(
-    producer: &TxnProducer<QuietLog>,
-    settings: &PublisherSettings,
-    publication: &Publication,
-    deadline: Instant,
-) -> Result<OutputCounts, Broken> {
-    publication.for_each_output(&settings.input_topic, settings.identity.topic_id, |output| {
-        loop {
-            let produced = producer.produce(
-                output.topic.index(),
-                output.key,
-                output.value,
-                output.headers.iter().copied(),
-            );
-            match produced {
-                Err(error) if error.code == RDKafkaErrorCode::QueueFull => {
-                    if Instant::now() > deadline {
-                        return Err(Broken::Late("producing"));
-                    }
-                    producer.flush(SLICE);
-                }
-                other => return other.map_err(Broken::Native),
-            }
-        }
-    })
-}
-
-fn send_offsets(
-    producer: &TxnProducer<QuietLog>,
-    settings: &PublisherSettings,
-    publication: &Publication,
-    group: &GroupMetadata,
-    deadline: Instant,
-) -> Result<(), Broken> {
-    let mut offsets = TopicPartitionList::with_capacity(publication.spans().len());
-    for (partition, position, mark) in publication.offsets(&settings.identity) {
-        let mut element = offsets.add_partition(&settings.input_topic, partition.0);
-        element.set_metadata(mark);
-        if element.set_offset(KafkaOffset::Offset(position.0)).is_err() {
-            return Err(Broken::Late("an offset that cannot be represented"));
-        }
-    }
-    // The same call with the same arguments continues one that timed out.
-    while let Err(error) = producer.send_offsets(&offsets, group, remaining(deadline)) {
-        if !error.is_retriable || error.is_fatal || error.requires_abort {
-            return Err(Broken::Native(error));
-        }
-        if Instant::now() > deadline {
-            return Err(Broken::Late("send_offsets_to_transaction"));
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
-
-/// Waits until nothing is left to deliver. `commit_transaction` would do so in steps of 100 ms.
-fn deliver(producer: &TxnProducer<QuietLog>, deadline: Instant) -> Result<(), Broken> {
-    let mut slice = FLUSH_SLICE_MIN;
-    while !producer.flush(slice) {
-        if Instant::now() > deadline {
-            return Err(Broken::Late("waiting for deliveries"));
-        }
-        slice = (slice * 2).min(FLUSH_SLICE_MAX);
-    }
-    Ok(())
-}
-
-fn commit(producer: &TxnProducer<QuietLog>, deadline: Instant) -> Result<(), PublishFailure> {
-    loop {
-        match producer.commit(remaining(deadline)) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.requires_abort => return Err(abort(producer, Broken::Native(error))),
-            Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
-            Err(error) => {
-                return Err(PublishFailure::Unknown(format!("commit_transaction: {error}")));
-            }
-        }
-    }
-}
-
-fn remaining(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now()).max(SLICE)
-}
-
-/// Aborts the open transaction; only when that succeeded is it certain that nothing is visible.
-fn abort(producer: &TxnProducer<QuietLog>, broken: Broken) -> PublishFailure {
-    let (message, code) = match &broken {
-        Broken::Native(error) if error.is_fatal => {
-            return PublishFailure::Unknown(error.to_string());
-        }
-        Broken::Native(error) => (error.to_string(), Some(error.code)),
-        Broken::Late(doing) => (format!("no answer in time: {doing}"), None),
-    };
-    let deadline = Instant::now() + INIT_TIMEOUT;
-    loop {
-        match producer.abort(remaining(deadline)) {
-            Ok(()) => break,
-            Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
-            Err(error) => return PublishFailure::Unknown(format!("{message}; abort_transaction: {error}")),
-        }
-    }
-    match (code, code.map_or(FailureClass::Passing, class_of_kafka)) {
-        // Another producer has taken over: this one is of no more use, whatever the abort said.
-        (Some(RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::Fenced), _) => {
-            PublishFailure::Unknown(message)
-        }
-        (_, FailureClass::Fenced) => PublishFailure::Fenced(message),
-        (_, class) => PublishFailure::Aborted { class, message },
     }
 }

@@ -13,24 +13,22 @@ const STEPS_OF_A_BATCH: [&str; 7] = [
     "after_kafka_commit",
 ];
 
-fn small_batches() -> Member {
+pub fn small_batches() -> Member {
     Member::new("a").with("LANES", "1").with("BATCH__MAX_PAYMENTS", "40")
 }
 
 /// Kills at each step, the `hit`-th time that it is reached, with more than enough records waiting.
-fn kill_at_each_step(name: &str, hit: usize, seed: u64) {
+pub fn kill_at_each_step(scope: &Scope<'_>, member: &Member, hit: usize, mut load: Load) {
     // GIVEN a partition's worth of history, so that nothing but batches moves the cursors
-    let scope = Scope::new(Servers::shared(), name);
     scope.prepare(4, 2);
-    let (member, mut load) = (small_batches(), Load::new(seed));
     scope.produce(&scope.input_topic, load.take(60));
-    member.catch_up(&scope);
+    member.catch_up(scope);
     for step in STEPS_OF_A_BATCH {
         scope.produce(&scope.input_topic, load.take(150));
 
         // WHEN the process dies there, and is started again
-        member.die_at(&scope, &format!("{step}:{hit}"));
-        member.catch_up(&scope);
+        member.die_at(scope, &format!("{step}:{hit}"));
+        member.catch_up(scope);
 
         // THEN
         eprintln!("{step}:{hit}: {:?}", scope.assert_exactly_once());
@@ -39,13 +37,15 @@ fn kill_at_each_step(name: &str, hit: usize, seed: u64) {
 
 #[test]
 fn a_kill_at_any_step_of_the_first_batch_loses_and_doubles_nothing() {
-    kill_at_each_step("kill_first", 1, 1);
+    let scope = Scope::new(Servers::shared(), "kill_first");
+    kill_at_each_step(&scope, &small_batches(), 1, Load::new(1));
 }
 
 /// Here the Postgres transaction of a batch runs beside the Kafka transaction of the one before.
 #[test]
 fn a_kill_at_any_step_of_overlapping_batches_loses_and_doubles_nothing() {
-    kill_at_each_step("kill_overlap", 3, 2);
+    let scope = Scope::new(Servers::shared(), "kill_overlap");
+    kill_at_each_step(&scope, &small_batches(), 3, Load::new(2));
 }
 
 #[test]

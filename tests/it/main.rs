@@ -16,6 +16,7 @@ mod logs;
 mod outages;
 mod outcomes;
 mod poison;
+mod producers;
 mod protocol;
 mod rebalance;
 mod rebuild;
