@@ -16,7 +16,7 @@ use payment_writer::columns::RowWriter;
 use payment_writer::cursor::Identity;
 use payment_writer::publication::{Publication, Span};
 use payment_writer::record::SourceBatch;
-use payment_writer::wire::{Rules, encode_email_event, encode_read_event, parse};
+use payment_writer::wire::{EventTexts, Rules, encode_email_event, encode_read_event, parse};
 use serde_json::json;
 use support::{batch_of, duplicates};
 use tikv_jemallocator::Jemalloc;
@@ -145,8 +145,9 @@ fn encode(source: &SourceBatch, rules: &Rules, out: &mut Vec<u8>) -> i64 {
             .uuid(id.as_bytes())
             .numeric_millionths(payment.amount.millionths())
             .text(payment.comment.as_deref());
-        encode_read_event(&payment, id, out);
-        encode_email_event(&payment, id, out);
+        let texts = EventTexts::of(&payment, id);
+        encode_read_event(&payment, &texts, out);
+        encode_email_event(&payment, &texts, out);
         hashes ^= payment.payload_hash();
     }
     hashes

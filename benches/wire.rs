@@ -8,7 +8,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use payment_writer::record::{Offset, Partition, RecordView, SourceBatch, TimestampMs};
-use payment_writer::wire::{Rules, encode_email_event, encode_read_event, parse};
+use payment_writer::wire::{EventTexts, Rules, encode_email_event, encode_read_event, parse};
 
 /// 163 bytes, as most messages are.
 const PLAIN: &str = r#"{"messageId":"0197b2a4-5f0e-7c3a-9d1e-2f4b8c6d7e8f","amount":123131.21,"status":2,"currency":"EUR","custId":4711,"type":"BWI","comment":"Creating BWI trn in EUR"}"#;
@@ -29,9 +29,10 @@ fn batch(value: &str) -> SourceBatch {
 fn transform(record: &RecordView<'_>, rules: &Rules, out: &mut Vec<u8>) -> i64 {
     let Ok(payment) = parse(record, rules) else { return 0 };
     let payment_id = payment.payment_id();
-    encode_read_event(&payment, payment_id, out);
+    let texts = EventTexts::of(&payment, payment_id);
+    encode_read_event(&payment, &texts, out);
     if rules.sends_email(payment.status) {
-        encode_email_event(&payment, payment_id, out);
+        encode_email_event(&payment, &texts, out);
     }
     payment.payload_hash()
 }
@@ -53,14 +54,14 @@ fn wire(c: &mut Criterion) {
             group.bench_function(format!("read event/{name}"), |b| {
                 b.iter(|| {
                     out.clear();
-                    encode_read_event(black_box(&payment), id, &mut out);
+                    encode_read_event(black_box(&payment), &EventTexts::of(&payment, id), &mut out);
                     out.len()
                 });
             });
             group.bench_function(format!("e-mail event/{name}"), |b| {
                 b.iter(|| {
                     out.clear();
-                    encode_email_event(black_box(&payment), id, &mut out);
+                    encode_email_event(black_box(&payment), &EventTexts::of(&payment, id), &mut out);
                     out.len()
                 });
             });

@@ -317,11 +317,12 @@ impl Encoder {
         }
         let notes = from..position(&self.notes);
         let from = position(&self.read_events);
-        wire::encode_read_event(payment, id, &mut self.read_events);
+        let texts = wire::EventTexts::of(payment, id);
+        wire::encode_read_event(payment, &texts, &mut self.read_events);
         let read_event = from..position(&self.read_events);
         let from = position(&self.email_events);
         if rules.sends_email(payment.status) {
-            wire::encode_email_event(payment, id, &mut self.email_events);
+            wire::encode_email_event(payment, &texts, &mut self.email_events);
         }
         let email_event = from..position(&self.email_events);
         Candidate {

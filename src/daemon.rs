@@ -21,7 +21,7 @@ use crate::kafka::group::{Group, MemberEnd, Seat};
 use crate::kafka::librdkafka::{topic_id, topic_retention};
 use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
 use crate::kafka::orphans::{self, Membership};
-use crate::kafka::publisher::PublisherSettings;
+use crate::kafka::publisher::{self, PublisherSettings};
 use crate::kafka_client::client_config_over;
 use crate::lane::breaker::Breaker;
 use crate::lane::ports::LaneEvent;
@@ -286,6 +286,7 @@ async fn start(
         database_id = %identity.database_id,
         lanes = settings.lanes,
         publishes = kafka.publish,
+        producer = %publisher::described(kafka),
         "started"
     );
     let board = Arc::clone(board);

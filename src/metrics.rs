@@ -504,11 +504,11 @@ impl HousekeepingMetrics {
 /// Where the time of Kafka transactions goes.
 #[derive(Clone)]
 pub struct KafkaSteps {
-    /// Handing the messages to the client.
+    /// Writing the outputs into record batches, or handing them to librdkafka.
     pub produce: Histogram,
-    /// The group's offsets: two requests, to two coordinators.
+    /// The group's offsets.
     pub offsets: Histogram,
-    /// Waiting for what is left of the messages to arrive.
+    /// Sending the outputs until the brokers have answered.
     pub deliver: Histogram,
     /// The commit.
     pub commit: Histogram,

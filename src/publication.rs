@@ -177,6 +177,8 @@ impl Published {
 #[derive(Default)]
 struct Scratch {
     source: String,
+    /// How much of it is not the offset.
+    source_prefix: usize,
     partition: String,
     offset: String,
     timestamp: String,
@@ -279,14 +281,17 @@ impl Publication {
             let partition = view.record.partition;
             if gate.0 != partition {
                 gate = (partition, self.gate(partition));
+                scratch.source.clear();
+                // Writing to a String cannot fail.
+                let _ = write!(scratch.source, "{topic_id_prefix:08x}/{partition}/");
+                scratch.source_prefix = scratch.source.len();
             }
             if gate.1.is_past(view.record.offset) {
                 continue;
             }
-            scratch.source.clear();
-            // Writing to a String cannot fail.
-            let source = Source { topic_id_prefix, partition, offset: view.record.offset };
-            let _ = write!(scratch.source, "{source}");
+            // As `Source` writes it; all but the offset stays the same for many records.
+            scratch.source.truncate(scratch.source_prefix);
+            scratch.source.push_str(itoa::Buffer::new().format(view.record.offset.0));
             match fate {
                 Fate::Written | Fate::WrittenBefore => events(&view, &scratch, &mut counts, &mut send)?,
                 Fate::DeadLetter(_) | Fate::Rejected(_) => {

@@ -10,7 +10,7 @@ mod refusal;
 use std::borrow::Cow;
 use std::time::Duration;
 
-pub use events::{encode_email_event, encode_read_event, write_iso8601_ms};
+pub use events::{EventTexts, encode_email_event, encode_read_event, write_iso8601_ms};
 pub use refusal::{Reason, Refusal};
 
 use self::json::Value;

@@ -31,7 +31,7 @@ use crate::site::{Servers, Site, failed};
 use crate::throughput::{PRODUCE_LIMIT, settle};
 
 /// Records of a batch: the default of `batch.max_payments`.
-const BATCH: usize = 10_000;
+const BATCH: usize = 20_000;
 /// All batches are in memory before the clock starts, at something like 1.5 KB a payment.
 const PAYMENTS_MAX: u64 = 1_000_000;
 const LIMIT: Duration = Duration::from_secs(300);

@@ -26,8 +26,8 @@ fn without_file_and_environment_the_defaults_apply() {
     assert_eq!(s.kafka.dead_letter_topic, "payment_writer_topic.dlq");
     assert!(s.kafka.publish);
     assert_eq!(s.postgres.url, s.postgres.housekeeping_url);
-    assert_eq!((s.lanes, s.batch.max_payments), (2, 10_000));
-    assert_eq!(s.batch.max_bytes.bytes(), 8 << 20);
+    assert_eq!((s.lanes, s.batch.max_payments), (2, 20_000));
+    assert_eq!(s.batch.max_bytes.bytes(), 16 << 20);
     assert_eq!(s.batch.linger, Duration::from_millis(5));
     assert_eq!(s.payment.types, ["BWI", "VSA", "MSC"]);
     assert_eq!(s.payment.max_bytes.bytes(), 16_384);

@@ -216,6 +216,7 @@ pub const KAFKA_RULES: &[Rule<RDKafkaErrorCode>] = &[
             Code::InvalidProducerIdMapping,
             Code::UnknownProducerId,
             Code::OutOfOrderSequenceNumber,
+            Code::DuplicateSequenceNumber,
             Code::InvalidTransactionalState,
             Code::OperationNotAttempted,
         ],

@@ -75,6 +75,15 @@ pub fn transactional_id(kafka: &KafkaSettings, lane: usize) -> String {
     format!("{}-{}-{lane}", kafka.group_id, kafka.instance_id)
 }
 
+/// Who publishes by these settings, and if that is not the daemon itself, why: for the log.
+pub fn described(kafka: &KafkaSettings) -> String {
+    match DirectSettings::of(kafka, 0) {
+        _ if kafka.producer == ProducerChoice::Librdkafka => "librdkafka, as kafka.producer says".to_owned(),
+        Ok(_) => "direct".to_owned(),
+        Err(unsupported) => format!("librdkafka, for {} in kafka.properties", unsupported.property),
+    }
+}
+
 impl PublisherClient {
     /// The client of a lane, as the settings have it.
     pub fn of(kafka: &KafkaSettings, lane: usize) -> Self {

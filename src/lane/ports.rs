@@ -205,11 +205,11 @@ pub struct WriteStats {
 /// How long the steps of a Kafka transaction took.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PublishTimes {
-    /// Handing the messages to the client.
+    /// Writing the outputs into record batches, or handing them to librdkafka.
     pub produce: Duration,
     /// The group's offsets.
     pub offsets: Duration,
-    /// Waiting for what is left of the messages to arrive.
+    /// Sending the outputs until the brokers have answered.
     pub deliver: Duration,
     /// The commit.
     pub commit: Duration,

@@ -8,21 +8,34 @@ use crate::record::TimestampMs;
 /// Bytes of an event apart from its texts: names, punctuation, ids, numbers, times. An upper bound.
 const EVENT_BYTES: usize = 384;
 
-/// Appends the read event of a payment. `payment_id` is [`Payment::payment_id`], asked for because the rows and
-/// both events share it.
-pub fn encode_read_event(payment: &Payment<'_>, payment_id: Uuid, out: &mut Vec<u8>) {
+/// What both events of a payment have in common, as text.
+pub struct EventTexts {
+    payment_id: [u8; uuid::fmt::Hyphenated::LENGTH],
+    created_at: Iso8601,
+}
+
+impl EventTexts {
+    /// Those of a payment. `payment_id` is [`Payment::payment_id`], asked for because its rows share it.
+    pub fn of(payment: &Payment<'_>, payment_id: Uuid) -> Self {
+        let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
+        payment_id.as_hyphenated().encode_lower(&mut text);
+        Self { payment_id: text, created_at: Iso8601::of(payment.created_at) }
+    }
+}
+
+/// Appends the read event of a payment.
+pub fn encode_read_event(payment: &Payment<'_>, texts: &EventTexts, out: &mut Vec<u8>) {
     let comment = payment.comment.as_deref();
     out.reserve(EVENT_BYTES.saturating_add(comment.map_or(0, str::len)));
-    let time = Iso8601::of(payment.created_at);
     out.extend_from_slice(b"{\"messageId\":\"");
     // A UUID or ULID: nothing to escape.
     out.extend_from_slice(payment.message_id_text.as_bytes());
     out.extend_from_slice(b"\",\"id\":\"");
-    write_uuid(payment_id, out);
+    out.extend_from_slice(&texts.payment_id);
     out.extend_from_slice(b"\",\"createdAt\":\"");
-    out.extend_from_slice(&time.0);
+    out.extend_from_slice(&texts.created_at.0);
     out.extend_from_slice(b"\",\"updatedAt\":\"");
-    out.extend_from_slice(&time.0);
+    out.extend_from_slice(&texts.created_at.0);
     out.extend_from_slice(b"\",\"amount\":");
     payment.amount.write_to(out);
     out.extend_from_slice(b",\"status\":");
@@ -41,10 +54,10 @@ pub fn encode_read_event(payment: &Payment<'_>, payment_id: Uuid, out: &mut Vec<
 }
 
 /// Appends the e-mail event of a payment, as [`encode_read_event`].
-pub fn encode_email_event(payment: &Payment<'_>, payment_id: Uuid, out: &mut Vec<u8>) {
+pub fn encode_email_event(payment: &Payment<'_>, texts: &EventTexts, out: &mut Vec<u8>) {
     out.reserve(EVENT_BYTES);
     out.extend_from_slice(b"{\"id\":\"");
-    write_uuid(payment_id, out);
+    out.extend_from_slice(&texts.payment_id);
     out.extend_from_slice(b"\",\"messageId\":\"");
     out.extend_from_slice(payment.message_id_text.as_bytes());
     out.extend_from_slice(b"\",\"custId\":");
@@ -56,7 +69,7 @@ pub fn encode_email_event(payment: &Payment<'_>, payment_id: Uuid, out: &mut Vec
     out.extend_from_slice(b"\",\"type\":");
     write_string(&payment.payment_type, out);
     out.extend_from_slice(b",\"createdAt\":\"");
-    out.extend_from_slice(&Iso8601::of(payment.created_at).0);
+    out.extend_from_slice(&texts.created_at.0);
     out.extend_from_slice(b"\"}");
 }
 
@@ -64,11 +77,6 @@ pub fn encode_email_event(payment: &Payment<'_>, payment_id: Uuid, out: &mut Vec
 /// 9999 becomes the nearest one inside.
 pub fn write_iso8601_ms(time: TimestampMs, out: &mut Vec<u8>) {
     out.extend_from_slice(&Iso8601::of(time).0);
-}
-
-fn write_uuid(id: Uuid, out: &mut Vec<u8>) {
-    let mut buffer = [0; uuid::fmt::Hyphenated::LENGTH];
-    out.extend_from_slice(id.as_hyphenated().encode_lower(&mut buffer).as_bytes());
 }
 
 fn write_integer(value: impl itoa::Integer, out: &mut Vec<u8>) {

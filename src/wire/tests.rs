@@ -346,8 +346,8 @@ fn the_published_schemas_say_what_the_code_does() {
         &Rules::default(),
         |p| {
             let (mut read, mut email) = (Vec::new(), Vec::new());
-            encode_read_event(p, p.payment_id(), &mut read);
-            encode_email_event(p, p.payment_id(), &mut email);
+            encode_read_event(p, &EventTexts::of(p, p.payment_id()), &mut read);
+            encode_email_event(p, &EventTexts::of(p, p.payment_id()), &mut email);
             [read, email].map(|event| serde_json::from_slice::<serde_json::Value>(&event).unwrap())
         },
     );

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use kafka_protocol::messages::ApiKey;
 use payment_writer::batch::{Batch, Fates, Progress};
 use payment_writer::config::Settings;
 use payment_writer::cursor::Identity;
@@ -17,7 +18,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use uuid::Uuid;
 
 use crate::crash::{kill_at_each_step, small_batches};
-use crate::support::{Load, Member, Message, Payment, Scope, Servers, uuid_v4, wait_until};
+use crate::support::{KafkaProxy, Load, Lost, Member, Message, Payment, Scope, Servers, uuid_v4, wait_until};
 
 /// A cluster whose transactions are as they were before KIP-890: partitions join by a request, and a producer keeps
 /// its epoch.
@@ -25,6 +26,15 @@ fn older_transactions() -> Servers {
     let servers = Servers::own();
     let feature = ["downgrade", "--feature", "transaction.version=1"];
     servers.kafka_tool(&[&["FeatureCommand"], &feature[..]].concat());
+    // Brokers hear of it a little later, and a test of the newer way would prove nothing here.
+    let scope = Scope::new(&servers, "older");
+    scope.create_topics(1, 1);
+    wait_until("transactions are of the older kind", || {
+        let mut producer = producer(&scope);
+        producer.init().unwrap();
+        !producer.joins_by_itself()
+    });
+    drop(scope);
     servers
 }
 
@@ -40,6 +50,10 @@ fn with_older_transactions_a_kill_at_any_step_loses_and_doubles_nothing() {
     let servers = older_transactions();
     let scope = Scope::new(&servers, "kill_older");
     kill_at_each_step(&scope, &small_batches(), 2, Load::new(62));
+
+    // AND none that is lost on the way
+    let requests = [ApiKey::AddPartitionsToTxn, ApiKey::AddOffsetsToTxn];
+    whatever_is_lost_on_the_way_loses_and_doubles_nothing(&servers, &requests, 63);
 
     // AND what can go wrong in a transaction goes as well as with newer ones
     what_is_refused_is_aborted_and_the_same_producer_goes_on(&servers);
@@ -63,6 +77,34 @@ fn producer(scope: &Scope<'_>) -> DirectTransactions {
     let identity = Identity { topic_id: Uuid::nil(), database_id: Uuid::nil() };
     let direct = DirectSettings::of(&kafka, 0).unwrap();
     DirectTransactions::new(direct, PublisherSettings::of(&kafka, &identity, 0))
+}
+
+fn whatever_is_lost_on_the_way_loses_and_doubles_nothing(servers: &Servers, more: &[ApiKey], seed: u64) {
+    // GIVEN a daemon that reaches its broker by a network with accidents
+    let scope = Scope::new(servers, "lost");
+    scope.prepare(4, 2);
+    let proxy = KafkaProxy::to(servers.bootstrap_servers());
+    let member = small_batches().with("KAFKA__BOOTSTRAP_SERVERS", &proxy.address());
+    let mut load = Load::new(seed);
+    let requests = [ApiKey::InitProducerId, ApiKey::Produce, ApiKey::TxnOffsetCommit, ApiKey::EndTxn];
+    for api in requests.iter().chain(more) {
+        for lost in [Lost::Request, Lost::Answer] {
+            scope.produce(&scope.input_topic, load.take(60));
+
+            // WHEN one request of a transaction is lost, or the answer to it
+            proxy.lose(*api, lost);
+            member.catch_up(&scope);
+            assert!(proxy.has_lost(), "no {api:?} was made");
+
+            // THEN
+            eprintln!("{api:?}, {lost:?}: {:?}", scope.assert_exactly_once());
+        }
+    }
+}
+
+#[test]
+fn a_request_or_an_answer_that_is_lost_on_the_way_loses_and_doubles_nothing() {
+    whatever_is_lost_on_the_way_loses_and_doubles_nothing(Servers::shared(), &[], 64);
 }
 
 /// The outputs of payments of these accounts.
@@ -111,6 +153,9 @@ fn a_producer_that_was_succeeded_commits_nothing(servers: &Servers) {
 
     // THEN it has to find out, and none of it is to be seen
     assert!(matches!(refused, PublishFailure::Unknown(_)), "{refused}");
+    let is_fenced =
+        ["ProducerFenced", "InvalidProducerEpoch"].iter().any(|code| refused.to_string().contains(code));
+    assert!(is_fenced, "{refused}");
     second.send_alone(&publication(7..=9)).unwrap();
     let again = first.send_alone(&publication(4..=6)).unwrap_err();
     assert!(matches!(again, PublishFailure::Unknown(_)), "{again}");

@@ -1,6 +1,6 @@
 //! Where things are in the cluster: brokers, leaders of output partitions, coordinators; and connections to them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use kafka_protocol::error::ResponseError;
@@ -10,6 +10,7 @@ use kafka_protocol::protocol::StrBytes;
 
 use super::connection::{CallError, Connection, checked};
 use super::transport::Transport;
+use crate::disposition::FailureClass;
 
 /// Kafka's usual port, for a server that is named without one.
 const PORT: u16 = 9092;
@@ -32,14 +33,14 @@ pub enum Coordinated {
 pub struct Cluster {
     transport: Transport,
     client_id: StrBytes,
-    bootstrap: Vec<(String, u16)>,
+    bootstrap: VecDeque<(String, u16)>,
     brokers: HashMap<BrokerId, (String, u16)>,
     connections: HashMap<BrokerId, Connection>,
     coordinators: HashMap<Coordinated, BrokerId>,
 }
 
 /// Reads `host:port,host:port` as librdkafka does: a protocol in front is passed over, a port may be left out.
-fn servers(list: &str) -> Vec<(String, u16)> {
+fn servers(list: &str) -> VecDeque<(String, u16)> {
     let server = |text: &str| {
         let text = text.trim();
         let text = text.split_once("://").map_or(text, |(_, rest)| rest);
@@ -110,9 +111,9 @@ impl Cluster {
         let request = MetadataRequest::default()
             .with_topics(Some(topics.iter().map(topic).collect()))
             .with_allow_auto_topic_creation(false);
-        let answer = self.ask_anyone(deadline, |connection| {
-            let version = connection.version_of::<MetadataRequest>(VERSION_MAX)?;
-            connection.call(&request, version, deadline, DOING)
+        let answer = self.ask_anyone(deadline, |connection, until| {
+            let version = connection.version_of::<MetadataRequest>(4, VERSION_MAX)?;
+            connection.call(&request, version, until, DOING)
         })?;
         self.take_brokers(&answer);
         topics
@@ -150,37 +151,53 @@ impl Cluster {
         self.brokers = known;
     }
 
+    /// Asks one broker after the other, each for its share of the time: one that hangs, or a host that swallows
+    /// everything, must not keep us from those behind it.
     fn ask_anyone<T>(
         &mut self,
         deadline: Instant,
-        mut ask: impl FnMut(&mut Connection) -> Result<T, CallError>,
+        mut ask: impl FnMut(&mut Connection, Instant) -> Result<T, CallError>,
     ) -> Result<T, CallError> {
-        let mut last = CallError::late("looking for a broker");
         let mut known: Vec<_> = self.brokers.keys().copied().collect();
         // Those that are connected answer soonest.
         known.sort_unstable_by_key(|id| !self.connections.contains_key(id));
+        let mut untried = known.len() + self.bootstrap.len();
+        let mut share = || {
+            let now = Instant::now();
+            let left =
+                deadline.saturating_duration_since(now) / u32::try_from(untried.max(1)).unwrap_or(u32::MAX);
+            untried = untried.saturating_sub(1);
+            now + left.min(CONNECT_TIMEOUT)
+        };
+        let mut failed: Option<CallError> = None;
+        let mut note = |error: CallError| {
+            // What a person has to mend is told, whatever else went wrong.
+            let keeps = failed.as_ref().is_some_and(|f| f.class() == FailureClass::Systemic);
+            if !keeps {
+                failed = Some(error);
+            }
+        };
         for broker in known {
-            match self.connection(broker, deadline).and_then(&mut ask) {
+            let until = share();
+            match self.connection(broker, until).and_then(|connection| ask(connection, until)) {
                 Ok(answer) => return Ok(answer),
                 Err(error) => {
                     self.drop_connection(broker);
-                    last = error;
+                    note(error);
                 }
             }
-            if Instant::now() >= deadline {
-                return Err(last);
-            }
         }
-        for (host, port) in &self.bootstrap {
-            match self.open(host, *port, deadline).and_then(|mut connection| ask(&mut connection)) {
+        for _ in 0..self.bootstrap.len() {
+            let until = share();
+            let Some((host, port)) = self.bootstrap.front() else { break };
+            match self.open(host, *port, until).and_then(|mut connection| ask(&mut connection, until)) {
                 Ok(answer) => return Ok(answer),
-                Err(error) => last = error,
+                Err(error) => note(error),
             }
-            if Instant::now() >= deadline {
-                break;
-            }
+            // The next one to begin with, also the next time.
+            self.bootstrap.rotate_left(1);
         }
-        Err(last)
+        Err(failed.unwrap_or_else(|| CallError::late("looking for a broker")))
     }
 
     /// The coordinator of `what`, which is called `key`.
@@ -201,9 +218,9 @@ impl Cluster {
             Coordinated::Transaction => 1,
         };
         let request = FindCoordinatorRequest::default().with_key(key.clone()).with_key_type(key_type);
-        let answer = self.ask_anyone(deadline, |connection| {
-            let version = connection.version_of::<FindCoordinatorRequest>(VERSION_MAX)?;
-            connection.call(&request, version, deadline, DOING)
+        let answer = self.ask_anyone(deadline, |connection, until| {
+            let version = connection.version_of::<FindCoordinatorRequest>(1, VERSION_MAX)?;
+            connection.call(&request, version, until, DOING)
         })?;
         checked(DOING, answer.error_code)?;
         let broker = answer.node_id.0;
@@ -217,8 +234,13 @@ impl Cluster {
         Ok(broker)
     }
 
-    /// The coordinator has moved, or is away: the next request looks for it anew.
+    /// The coordinator has moved: the next request looks for it anew.
     pub fn forget_coordinator(&mut self, what: Coordinated) {
+        self.coordinators.remove(&what);
+    }
+
+    /// The coordinator is away, or answers no more: so is its connection.
+    pub fn drop_coordinator(&mut self, what: Coordinated) {
         if let Some(broker) = self.coordinators.remove(&what) {
             self.drop_connection(broker);
         }

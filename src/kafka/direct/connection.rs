@@ -19,6 +19,10 @@ use crate::disposition::{FailureClass, class_of_kafka};
 
 /// A longer answer is none of ours: they name partitions and hold codes.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// Memory for requests that is kept for the next one; those with records take more, and give it back.
+const OUT_BYTES_KEPT_MAX: usize = 1 << 20;
+/// Whatever lies between us and the broker may forget a connection that is not used, without a word to either.
+const IDLE_MAX: Duration = Duration::from_secs(120);
 /// Rounds of a SASL exchange; the longest that we know takes three.
 const SASL_ROUNDS_MAX: usize = 8;
 /// The feature that decides how partitions join a transaction (KIP-890).
@@ -53,6 +57,16 @@ pub enum CallError {
         /// The broker's error code.
         code: ResponseError,
     },
+    /// A batch of records was refused.
+    #[error("producing to output topic {topic}, partition {partition}: {code}")]
+    Output {
+        /// Its topic.
+        topic: String,
+        /// Its partition.
+        partition: usize,
+        /// The broker's error code.
+        code: ResponseError,
+    },
     /// The broker does not know us, for the reason that is given.
     #[error("authentication failed: {0}")]
     Stranger(String),
@@ -70,7 +84,7 @@ impl CallError {
     /// The broker's code, if it gave one.
     pub fn code(&self) -> Option<ResponseError> {
         match self {
-            Self::Refused { code, .. } | Self::Topic { code, .. } => Some(*code),
+            Self::Refused { code, .. } | Self::Topic { code, .. } | Self::Output { code, .. } => Some(*code),
             Self::Broken { .. } | Self::Stranger(_) | Self::Foreign(_) => None,
         }
     }
@@ -83,9 +97,11 @@ impl CallError {
                 FailureClass::Systemic
             }
             Self::Broken { .. } => FailureClass::Passing,
-            // librdkafka has no name for it.
-            Self::Refused { code: ResponseError::TransactionAbortable, .. } => FailureClass::Passing,
-            Self::Refused { code, .. } | Self::Topic { code, .. } => class_of_kafka(native(*code)),
+            Self::Refused { code, .. } | Self::Topic { code, .. } | Self::Output { code, .. } => match code {
+                // librdkafka has no name for it.
+                ResponseError::TransactionAbortable => FailureClass::Passing,
+                code => class_of_kafka(native(*code)),
+            },
             Self::Stranger(_) | Self::Foreign(_) => FailureClass::Systemic,
         }
     }
@@ -126,6 +142,7 @@ pub struct Connection {
     /// The broker ends the session some time after this.
     expires: Option<Instant>,
     out: BytesMut,
+    used_at: Instant,
 }
 
 impl Connection {
@@ -148,6 +165,7 @@ impl Connection {
             transaction_version: 0,
             expires: None,
             out: BytesMut::new(),
+            used_at: Instant::now(),
         };
         connection.ask_versions(deadline)?;
         connection.authenticate(transport, deadline)?;
@@ -211,7 +229,9 @@ impl Connection {
 
     /// Not to be used any more: closed by the broker, or soon to be.
     pub fn is_stale(&self) -> bool {
-        self.expires.is_some_and(|at| at <= Instant::now()) || self.stream.is_stale()
+        self.expires.is_some_and(|at| at <= Instant::now())
+            || self.used_at.elapsed() > IDLE_MAX
+            || self.stream.is_stale()
     }
 
     /// The cluster's way of transactions, as this broker knows it: from 2 on partitions join by themselves.
@@ -219,16 +239,16 @@ impl Connection {
         self.transaction_version
     }
 
-    /// The newest version of a request that the broker knows, up to `max`.
-    pub fn version_of<R: Request>(&self, max: i16) -> Result<i16, CallError> {
+    /// The newest version of a request that the broker knows, from `min` to `max`.
+    pub fn version_of<R: Request>(&self, min: i16, max: i16) -> Result<i16, CallError> {
         let known = self.versions.iter().find(|(key, _)| *key == R::KEY).map(|(_, range)| *range);
         let version = known.map_or(-1, |range| range.max.min(max));
-        if known.is_some_and(|range| range.min <= version) {
+        if known.is_some_and(|range| range.min.max(min) <= version) {
             return Ok(version);
         }
         let name = ApiKey::try_from(R::KEY).map_or_else(|()| R::KEY.to_string(), |key| format!("{key:?}"));
         Err(CallError::Foreign(match known {
-            Some(range) => format!("the broker knows {name} in the versions {range}, not in {max}"),
+            Some(range) => format!("the broker knows {name} in the versions {range}, not in {min}..{max}"),
             None => format!("the broker does not know {name}"),
         }))
     }
@@ -271,8 +291,11 @@ impl Connection {
             place.copy_from_slice(&length.to_be_bytes());
         }
         let broken = |error| CallError::Broken { doing, error };
-        self.stream.set_deadline(deadline).map_err(broken)?;
-        self.stream.write_all(&self.out).and_then(|()| self.stream.flush()).map_err(broken)?;
+        self.write(deadline).map_err(broken)?;
+        if self.out.capacity() > OUT_BYTES_KEPT_MAX {
+            self.out = BytesMut::new();
+        }
+        self.used_at = Instant::now();
         Ok(Sent { correlation_id: self.correlation_id, version, request: std::marker::PhantomData })
     }
 
@@ -302,10 +325,33 @@ impl Connection {
         R::Response::decode(&mut answer, sent.version).map_err(|e| foreign(doing, e))
     }
 
-    /// Time limits of a socket begin anew with each read; the deadline does not.
+    /// Time limits of a socket begin anew with each write; the deadline does not.
+    fn write(&mut self, deadline: Instant) -> io::Result<()> {
+        let mut written = 0;
+        while let Some(rest) = self.out.get(written..).filter(|rest| !rest.is_empty()) {
+            if Instant::now() >= deadline {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "a request could not be sent in time"));
+            }
+            self.stream.set_deadline(deadline)?;
+            match self.stream.write(rest) {
+                Ok(0) => {
+                    return Err(io::Error::new(io::ErrorKind::WriteZero, "the broker takes nothing more"));
+                }
+                Ok(count) => written += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.stream.flush()
+    }
+
+    /// As [`write`](Self::write).
     fn read(&mut self, into: &mut [u8], deadline: Instant) -> io::Result<()> {
         let mut filled = 0;
         while let Some(rest) = into.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            if Instant::now() >= deadline {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in time"));
+            }
             self.stream.set_deadline(deadline)?;
             match self.stream.read(rest) {
                 Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the broker hung up")),

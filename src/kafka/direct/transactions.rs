@@ -48,16 +48,22 @@ const SPARE_BYTES_MAX: usize = 32 << 20;
 /// Between two tries of the same request.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// For a second look at topics of which one seems to be missing.
+const MISSING_TIMEOUT: Duration = Duration::from_secs(2);
+/// An abort after a transaction that used up its time.
+const ABORT_TIMEOUT_MIN: Duration = Duration::from_secs(4);
+/// A coordinator that does not answer within this time is looked for anew: another may have taken its place.
+const TRY_TIMEOUT: Duration = Duration::from_secs(6);
 /// From this `transaction.version` on partitions join by themselves (KIP-890).
 const JOINING_BY_ITSELF: i16 = 2;
 
-/// The newest versions that are used, in transactions of the older and of the newer kind.
-const INIT_VERSION_MAX: i16 = 5;
-const ADD_PARTITIONS_VERSION_MAX: i16 = 3;
-const ADD_OFFSETS_VERSION_MAX: i16 = 4;
-const PRODUCE_VERSION_MAX: [i16; 2] = [11, 12];
-const OFFSETS_VERSION_MAX: [i16; 2] = [4, 5];
-const END_VERSION_MAX: [i16; 2] = [4, 5];
+/// The oldest and the newest versions that are used; two pairs: in transactions of the older and of the newer kind.
+const INIT_VERSIONS: [i16; 2] = [3, 5];
+const ADD_PARTITIONS_VERSIONS: [i16; 2] = [0, 3];
+const ADD_OFFSETS_VERSIONS: [i16; 2] = [0, 4];
+const PRODUCE_VERSIONS: [[i16; 2]; 2] = [[3, 11], [12, 12]];
+const OFFSETS_VERSIONS: [[i16; 2]; 2] = [[3, 4], [5, 5]];
+const END_VERSIONS: [[i16; 2]; 2] = [[0, 4], [5, 5]];
 
 /// What the producer is told once.
 #[derive(Clone)]
@@ -76,6 +82,8 @@ pub struct DirectSettings {
     pub group_id: String,
     /// `group.instance.id`
     pub instance_id: String,
+    /// Bytes of a batch of records, at most; one record alone may be longer.
+    pub batch_bytes_max: usize,
 }
 
 impl DirectSettings {
@@ -84,8 +92,11 @@ impl DirectSettings {
     /// # Errors
     /// If `kafka.properties` has something that only librdkafka knows.
     pub fn of(kafka: &KafkaSettings, lane: usize) -> Result<Self, Unsupported> {
-        let timeout =
-            kafka.properties.get("transaction.timeout.ms").and_then(|text| text.trim().parse().ok());
+        let number = |name| kafka.properties.get(name).and_then(|text| text.trim().parse::<u64>().ok());
+        let timeout = number("transaction.timeout.ms");
+        // Whoever set them smaller has topics that take no more.
+        let sizes = ["batch.size", "message.max.bytes"].map(|name| number(name).unwrap_or(u64::MAX));
+        let batch_bytes_max = sizes.into_iter().min().and_then(|bytes| usize::try_from(bytes).ok());
         Ok(Self {
             transport: Transport::of(kafka.properties.iter())?,
             client_id: kafka.properties.get("client.id").unwrap_or(env!("CARGO_PKG_NAME")).to_owned(),
@@ -94,6 +105,7 @@ impl DirectSettings {
             transaction_timeout: timeout.map_or(TRANSACTION_TIMEOUT, Duration::from_millis),
             group_id: kafka.group_id.clone(),
             instance_id: kafka.instance_id.clone(),
+            batch_bytes_max: batch_bytes_max.unwrap_or(usize::MAX).min(BATCH_BYTES_MAX),
         })
     }
 }
@@ -151,6 +163,7 @@ struct Producer {
 pub struct DirectTransactions {
     settings: PublisherSettings,
     transaction_timeout: Duration,
+    batch_bytes_max: usize,
     names: Names,
     cluster: Cluster,
     outputs: Vec<Vec<OutputPartition>>,
@@ -160,6 +173,14 @@ pub struct DirectTransactions {
     joins_by_itself: bool,
     /// The coordinator may know of the transaction that is under way.
     has_begun: bool,
+    /// It has said that it does.
+    has_joined: bool,
+    /// It was asked to commit it.
+    has_asked_to_commit: bool,
+    /// A request with outputs may still be on its way to a broker.
+    has_unanswered: bool,
+    /// An answer of a coordinator was lost: what was asked may have been done twice, or be done later.
+    was_broken: bool,
     sealed: VecDeque<Sealed>,
     spare: Vec<Vec<u8>>,
     keyless: usize,
@@ -233,20 +254,22 @@ impl DirectTransactions {
             return Err(PublishFailure::Unknown("the producer is not initialised".to_owned()));
         };
         failpoint::hit("before_kafka_begin");
-        self.has_begun = false;
+        (self.has_begun, self.has_joined, self.has_asked_to_commit) = (false, false, false);
+        self.has_unanswered = false;
         let mut times = PublishTimes::default();
         match self.fill(producer, &mut times, publication, group, deadline) {
             Ok(counts) => {
                 failpoint::hit("before_kafka_commit");
+                self.has_asked_to_commit = true;
                 let began = Instant::now();
                 let ended = self.end(producer, true, deadline);
                 times.commit = began.elapsed();
                 self.steps.commit.record(times.commit.as_secs_f64());
-                ended.map_err(|error| self.not_committed(producer, &error))?;
+                ended.map_err(|error| self.not_committed(producer, &error, deadline))?;
                 failpoint::hit("after_kafka_commit");
                 Ok((publication.committed(), counts, times))
             }
-            Err(error) => Err(self.abort(producer, &error)),
+            Err(error) => Err(self.abort(producer, &error, deadline)),
         }
     }
 
@@ -256,12 +279,17 @@ impl DirectTransactions {
             names: Names::of(&direct, &settings),
             settings,
             transaction_timeout: direct.transaction_timeout,
+            batch_bytes_max: direct.batch_bytes_max,
             cluster: Cluster::new(direct.transport, &direct.client_id, &direct.bootstrap_servers),
             outputs: OutputTopic::ALL.iter().map(|_| Vec::new()).collect(),
             leaders_at: None,
             producer: None,
             joins_by_itself: false,
             has_begun: false,
+            has_joined: false,
+            has_asked_to_commit: false,
+            has_unanswered: false,
+            was_broken: false,
             sealed: VecDeque::new(),
             spare: Vec::new(),
             keyless: 0,
@@ -269,8 +297,13 @@ impl DirectTransactions {
         }
     }
 
-    /// Of the two kinds of transactions, the version that goes with this one.
-    fn version(&self, versions: [i16; 2]) -> i16 {
+    /// Whether the cluster's transactions are those of KIP-890, as far as it was asked.
+    pub fn joins_by_itself(&self) -> bool {
+        self.joins_by_itself
+    }
+
+    /// Of the two kinds of transactions, the versions that go with this one.
+    fn versions(&self, versions: [[i16; 2]; 2]) -> [i16; 2] {
         let [older, newer] = versions;
         if self.joins_by_itself { newer } else { older }
     }
@@ -282,6 +315,11 @@ impl DirectTransactions {
             return Ok(());
         }
         let leaders = self.cluster.leaders(&self.names.outputs, deadline)?;
+        if self.outputs.iter().zip(&leaders).any(|(partitions, leaders)| leaders.len() < partitions.len()) {
+            // Numbers that are forgotten would begin anew in the same epoch, should the partitions come back, and
+            // brokers take records with numbers that they know for repeated ones.
+            self.producer = None;
+        }
         for (partitions, leaders) in self.outputs.iter_mut().zip(leaders) {
             partitions.resize_with(leaders.len(), OutputPartition::default);
             for (partition, leader) in partitions.iter_mut().zip(leaders) {
@@ -305,7 +343,7 @@ impl DirectTransactions {
             .with_producer_epoch(epoch);
         let what = Coordinated::Transaction;
         let answer =
-            self.ask(what, &request, INIT_VERSION_MAX, deadline, "taking a producer id", |a| a.error_code)?;
+            self.ask(what, &request, INIT_VERSIONS, deadline, "taking a producer id", |a| a.error_code)?;
         let coordinator = self.cluster.coordinator(what, &self.names.transactional_id, deadline)?;
         let connection = self.cluster.connection(coordinator, deadline)?;
         self.joins_by_itself = connection.transaction_version() >= JOINING_BY_ITSELF;
@@ -328,14 +366,15 @@ impl DirectTransactions {
         &mut self,
         what: Coordinated,
         request: &R,
-        version_max: i16,
+        versions: [i16; 2],
         deadline: Instant,
         doing: &'static str,
         code: impl Fn(&R::Response) -> i16,
     ) -> Result<R::Response, CallError> {
         let mut pause = Pause::new();
         loop {
-            let error = match self.ask_once(what, request, version_max, deadline, doing) {
+            let until = deadline.min(Instant::now() + TRY_TIMEOUT);
+            let error = match self.ask_once(what, request, versions, until, doing) {
                 Ok(answer) => match checked(doing, code(&answer)) {
                     Ok(()) => return Ok(answer),
                     Err(error) => error,
@@ -343,8 +382,11 @@ impl DirectTransactions {
                 Err(error) => error,
             };
             let is_broken = matches!(error, CallError::Broken { .. });
-            if is_broken || error.code().is_some_and(moved) {
-                self.cluster.forget_coordinator(what);
+            self.was_broken |= is_broken;
+            match error.code() {
+                Some(code) if !moved(code) => {}
+                Some(_) => self.cluster.forget_coordinator(what),
+                None => self.cluster.drop_coordinator(what),
             }
             let is_passing = match error.code() {
                 Some(code) => is_passing(code),
@@ -361,7 +403,7 @@ impl DirectTransactions {
         &mut self,
         what: Coordinated,
         request: &R,
-        version_max: i16,
+        [version_min, version_max]: [i16; 2],
         deadline: Instant,
         doing: &'static str,
     ) -> Result<R::Response, CallError> {
@@ -371,7 +413,7 @@ impl DirectTransactions {
         };
         let coordinator = self.cluster.coordinator(what, key, deadline)?;
         let connection = self.cluster.connection(coordinator, deadline)?;
-        let version = connection.version_of::<R>(version_max)?;
+        let version = connection.version_of::<R>(version_min, version_max)?;
         self.has_begun = true;
         connection.call(request, version, deadline, doing)
     }
@@ -387,6 +429,9 @@ impl DirectTransactions {
         deadline: Instant,
     ) -> Result<OutputCounts, CallError> {
         self.ask_leaders(deadline)?;
+        if self.producer.is_none() {
+            return Err(CallError::Foreign("an output topic has fewer partitions than before".to_owned()));
+        }
         let steps = self.steps.clone();
         let counts = timed(&steps.produce, &mut times.produce, || self.write(producer, publication))?;
         timed(&steps.deliver, &mut times.deliver, || {
@@ -417,9 +462,9 @@ impl DirectTransactions {
         }
         let (settings, topic_id) = (&self.settings, self.settings.identity.topic_id);
         let (outputs, sealed, spare) = (&mut self.outputs, &mut self.sealed, &mut self.spare);
-        let keyless = &mut self.keyless;
+        let (keyless, batch_bytes_max) = (&mut self.keyless, self.batch_bytes_max);
         let counts = publication.for_each_output(&settings.input_topic, topic_id, |output| {
-            place(outputs, sealed, spare, keyless, &stamp, output)
+            place(outputs, sealed, spare, keyless, batch_bytes_max, &stamp, output)
         })?;
         for (topic, partitions) in self.outputs.iter_mut().enumerate() {
             for (index, partition) in partitions.iter_mut().enumerate() {
@@ -454,11 +499,12 @@ impl DirectTransactions {
         let what = Coordinated::Transaction;
         // Where one partition is refused, the others were not attempted: the refusal counts.
         let not_attempted = ResponseError::OperationNotAttempted.code();
-        self.ask(what, &request, ADD_PARTITIONS_VERSION_MAX, deadline, DOING, |answer| {
+        self.ask(what, &request, ADD_PARTITIONS_VERSIONS, deadline, DOING, |answer| {
             let codes = answer.results_by_topic_v3_and_below.iter().flat_map(|t| &t.results_by_partition);
             let codes = codes.map(|p| p.partition_error_code).filter(|code| *code != 0);
             codes.min_by_key(|code| *code == not_attempted).unwrap_or(0)
         })?;
+        self.has_joined = true;
         Ok(())
     }
 
@@ -469,38 +515,19 @@ impl DirectTransactions {
     /// Sends all batches. Each request holds at most one batch of a partition; the next of the same partition goes
     /// when the answer is there, for their order is what their numbers tell the broker.
     fn deliver(&mut self, deadline: Instant) -> Result<(), CallError> {
-        const DOING: &str = "producing";
-        for partition in self.outputs.iter_mut().flatten() {
-            partition.sequence = partition.drafted;
-        }
         let mut pause = Pause::new();
         while !self.sealed.is_empty() {
             let requests = next_requests(&mut self.sealed);
-            let outcome = self.exchange(&requests, deadline);
-            let refused = match outcome {
-                Ok(refused) => refused,
-                Err(error) => {
-                    // An answer may still be on its way on any of them.
-                    for leader in requests.keys() {
-                        self.cluster.drop_connection(*leader);
-                    }
-                    self.leaders_at = None;
-                    return Err(error);
-                }
-            };
+            let refused = self.exchange(&requests, deadline)?;
             let mut again = Vec::new();
             for batch in requests.into_values().flatten() {
                 match refused.get(&(batch.topic, batch.partition)) {
-                    // An answer to a try before was lost.
-                    None | Some(ResponseError::DuplicateSequenceNumber) => self.reuse(batch.bytes),
+                    None => self.reuse(batch.bytes),
                     // The coordinator still has to do with the transaction before.
                     Some(ResponseError::ConcurrentTransactions) if Instant::now() < deadline => {
                         again.push(batch);
                     }
-                    Some(code) => {
-                        self.leaders_at = None;
-                        return Err(CallError::Refused { doing: DOING, code: *code });
-                    }
+                    Some(code) => return Err(self.refusal(&batch, *code)),
                 }
             }
             if !again.is_empty() {
@@ -508,7 +535,16 @@ impl DirectTransactions {
                 pause.wait();
             }
         }
+        // Not before: whatever fails until here leads to another epoch, or was never sent.
+        for partition in self.outputs.iter_mut().flatten() {
+            partition.sequence = partition.drafted;
+        }
         Ok(())
+    }
+
+    fn refusal(&self, batch: &Sealed, code: ResponseError) -> CallError {
+        let topic = self.names.outputs.get(batch.topic).map_or_else(String::new, StrBytes::to_string);
+        CallError::Output { topic, partition: batch.partition, code }
     }
 
     /// All requests out, then all answers in; the codes of what was refused.
@@ -518,24 +554,52 @@ impl DirectTransactions {
         deadline: Instant,
     ) -> Result<BTreeMap<(usize, usize), ResponseError>, CallError> {
         const DOING: &str = "producing";
-        let version_max = self.version(PRODUCE_VERSION_MAX);
+        let mut failed = None;
         let mut sent: Vec<(BrokerId, Sent<ProduceRequest>)> = Vec::with_capacity(requests.len());
         for (leader, batches) in requests {
-            let request = self.request_of(batches, deadline);
-            let connection = self.cluster.connection(*leader, deadline)?;
-            let version = connection.version_of::<ProduceRequest>(version_max)?;
-            self.has_begun = true;
-            sent.push((*leader, connection.send(&request, version, deadline, DOING)?));
-        }
-        let mut refused = BTreeMap::new();
-        for (leader, sent) in sent {
-            let answer = self.cluster.connection_in_use(leader)?.receive(sent, deadline, DOING)?;
-            let expected = requests.get(&leader).map_or(0, Vec::len);
-            if self.take_codes(&answer, &mut refused) != expected {
-                return Err(CallError::Foreign(format!("{DOING}: the answer is not about all partitions")));
+            match self.send_to(*leader, batches, deadline) {
+                Ok(request) => sent.push((*leader, request)),
+                Err(error) => {
+                    self.cluster.drop_connection(*leader);
+                    failed = Some(error);
+                    break;
+                }
             }
         }
-        Ok(refused)
+        // Of the others the answers are waited for also where one broker failed: an abort must not overtake what is
+        // still on its way to them.
+        let mut refused = BTreeMap::new();
+        for (leader, request) in sent {
+            let answer =
+                self.cluster.connection_in_use(leader).and_then(|c| c.receive(request, deadline, DOING));
+            let expected = requests.get(&leader).map_or(0, Vec::len);
+            let taken = answer.and_then(|answer| match self.take_codes(&answer, &mut refused) == expected {
+                true => Ok(()),
+                false => Err(CallError::Foreign(format!("{DOING}: the answer is not about all partitions"))),
+            });
+            if let Err(error) = taken {
+                self.has_unanswered = true;
+                self.cluster.drop_connection(leader);
+                failed.get_or_insert(error);
+            }
+        }
+        failed.map_or(Ok(refused), Err)
+    }
+
+    fn send_to(
+        &mut self,
+        leader: BrokerId,
+        batches: &[Sealed],
+        deadline: Instant,
+    ) -> Result<Sent<ProduceRequest>, CallError> {
+        let request = self.request_of(batches, deadline);
+        let [version_min, version_max] = self.versions(PRODUCE_VERSIONS);
+        let connection = self.cluster.connection(leader, deadline)?;
+        let version = connection.version_of::<ProduceRequest>(version_min, version_max)?;
+        self.has_begun = true;
+        let sent = connection.send(&request, version, deadline, "producing");
+        self.has_unanswered |= sent.is_err();
+        sent
     }
 
     fn request_of(&self, batches: &[Sealed], deadline: Instant) -> ProduceRequest {
@@ -603,7 +667,8 @@ impl DirectTransactions {
                 .with_producer_epoch(producer.epoch)
                 .with_group_id(GroupId::from(self.names.group_id.clone()));
             let what = Coordinated::Transaction;
-            self.ask(what, &request, ADD_OFFSETS_VERSION_MAX, deadline, DOING, |a| a.error_code)?;
+            self.ask(what, &request, ADD_OFFSETS_VERSIONS, deadline, DOING, |a| a.error_code)?;
+            self.has_joined = true;
         }
         let partitions = publication.offsets(&self.settings.identity).map(|(partition, position, mark)| {
             TxnOffsetCommitRequestPartition::default()
@@ -623,8 +688,8 @@ impl DirectTransactions {
             .with_member_id(StrBytes::from_string(group.member_id()))
             .with_group_instance_id(Some(self.names.instance_id.clone()))
             .with_topics(vec![topic]);
-        let version_max = self.version(OFFSETS_VERSION_MAX);
-        self.ask(Coordinated::Group, &request, version_max, deadline, DOING, |answer| {
+        let versions = self.versions(OFFSETS_VERSIONS);
+        self.ask(Coordinated::Group, &request, versions, deadline, DOING, |answer| {
             let codes = answer.topics.iter().flat_map(|t| &t.partitions).map(|p| p.error_code);
             codes.into_iter().find(|code| *code != 0).unwrap_or(0)
         })?;
@@ -639,21 +704,43 @@ impl DirectTransactions {
             .with_producer_id(ProducerId(producer.id))
             .with_producer_epoch(producer.epoch)
             .with_committed(is_commit);
-        let version_max = self.version(END_VERSION_MAX);
+        let versions = self.versions(END_VERSIONS);
+        self.was_broken = false;
         let answer =
-            self.ask(Coordinated::Transaction, &request, version_max, deadline, doing, |a| a.error_code)?;
-        if self.joins_by_itself {
+            self.ask(Coordinated::Transaction, &request, versions, deadline, doing, |a| a.error_code)?;
+        if self.joins_by_itself && answer.producer_id.0 >= 0 {
             self.take_up(Producer { id: answer.producer_id.0, epoch: answer.producer_epoch });
+        } else if self.joins_by_itself
+            // A request whose answer was lost may still lie somewhere, and would end the next transaction, too: it has
+            // the same epoch.
+            || (self.was_broken && is_commit && self.take_id(Some(producer), deadline).is_err())
+        {
+            self.producer = None;
         }
         Ok(())
     }
 
     /// The commit failed: only where the coordinator asks for it, it is certain that it did not take place.
-    fn not_committed(&mut self, producer: Producer, error: &CallError) -> PublishFailure {
+    fn not_committed(&mut self, producer: Producer, error: &CallError, deadline: Instant) -> PublishFailure {
         if error.code() == Some(ResponseError::TransactionAbortable) {
-            return self.abort(producer, error);
+            return self.abort(producer, error, deadline);
         }
         self.unknown(error.to_string())
+    }
+
+    /// A broker that has not yet heard of a partition says the same as all of them do of one that is gone.
+    fn missing(&mut self, error: &CallError) -> PublishFailure {
+        let (class, message) = match self.ask_leaders(Instant::now() + MISSING_TIMEOUT) {
+            Err(topic @ CallError::Topic { .. }) => (topic.class(), topic.to_string()),
+            Ok(()) | Err(_) => (FailureClass::Passing, error.to_string()),
+        };
+        self.leaders_at = None;
+        PublishFailure::Aborted { class, message }
+    }
+
+    /// Otherwise somebody has ended it, and perhaps by a commit.
+    fn was_never_there(&self) -> bool {
+        !self.joins_by_itself && !self.has_joined && !self.has_asked_to_commit
     }
 
     fn unknown(&mut self, message: String) -> PublishFailure {
@@ -662,19 +749,25 @@ impl DirectTransactions {
     }
 
     /// Aborts the open transaction; only when that succeeded is it certain that nothing is visible.
-    fn abort(&mut self, producer: Producer, error: &CallError) -> PublishFailure {
+    fn abort(&mut self, producer: Producer, error: &CallError, deadline: Instant) -> PublishFailure {
         self.leaders_at = None;
-        if error.code().is_some_and(is_fenced) {
+        // In older transactions an abort does not change the epoch, and a broker would take what comes late for a part of
+        // the next one; a new producer's markers fence it.
+        let may_come_late = self.has_unanswered && !self.joins_by_itself;
+        if self.producer.is_none() || may_come_late || error.code().is_some_and(is_fenced) {
             return self.unknown(error.to_string());
         }
         if self.has_begun {
-            let deadline = Instant::now() + INIT_TIMEOUT;
+            // The lane does not wait much longer.
+            let deadline = (Instant::now() + INIT_TIMEOUT).min(deadline + ABORT_TIMEOUT_MIN);
             let aborted = match self.end(producer, false, deadline) {
                 Ok(()) if self.joins_by_itself => Ok(()),
                 // Of some batches it is not known whether the broker has them, and so what number is next.
                 Ok(()) => self.take_id(Some(producer), deadline),
                 // Nothing had joined it yet, so there was none.
-                Err(error) if error.code() == Some(ResponseError::InvalidTxnState) => {
+                Err(error)
+                    if error.code() == Some(ResponseError::InvalidTxnState) && self.was_never_there() =>
+                {
                     self.take_id(Some(producer), deadline)
                 }
                 Err(error) => Err(error),
@@ -682,6 +775,11 @@ impl DirectTransactions {
             if let Err(failed) = aborted {
                 return self.unknown(format!("{error}; {failed}"));
             }
+        }
+        let missing = ResponseError::UnknownTopicOrPartition;
+        if matches!(error, CallError::Output { code, .. } | CallError::Refused { code, .. } if *code == missing)
+        {
+            return self.missing(error);
         }
         let message = error.to_string();
         match error.class() {
@@ -718,6 +816,7 @@ fn place(
     sealed: &mut VecDeque<Sealed>,
     spare: &mut Vec<Vec<u8>>,
     keyless: &mut usize,
+    batch_bytes_max: usize,
     stamp: &Stamp,
     output: &Output<'_>,
 ) -> Result<(), CallError> {
@@ -734,7 +833,7 @@ fn place(
         CallError::Refused { doing: "writing an output", code: ResponseError::UnknownTopicOrPartition };
     let Some(partition) = partitions.get_mut(index) else { return Err(unknown) };
     let bytes_max = RecordBatch::record_bytes_max(output.key, output.value, output.headers);
-    if !partition.batch.is_empty() && partition.batch.len() + bytes_max > BATCH_BYTES_MAX {
+    if !partition.batch.is_empty() && partition.batch.len() + bytes_max > batch_bytes_max {
         sealed.push_back(seal(partition, topic, index, stamp));
     }
     if partition.batch.is_empty() {

@@ -22,13 +22,13 @@ fn payment() -> Payment<'static> {
 
 fn read_event(payment: &Payment<'_>) -> String {
     let mut out = Vec::new();
-    encode_read_event(payment, payment.payment_id(), &mut out);
+    encode_read_event(payment, &EventTexts::of(payment, payment.payment_id()), &mut out);
     String::from_utf8(out).unwrap()
 }
 
 fn email_event(payment: &Payment<'_>) -> String {
     let mut out = Vec::new();
-    encode_email_event(payment, payment.payment_id(), &mut out);
+    encode_email_event(payment, &EventTexts::of(payment, payment.payment_id()), &mut out);
     String::from_utf8(out).unwrap()
 }
 
@@ -62,7 +62,7 @@ fn the_email_event_is_as_the_contract_writes_it() {
 #[test]
 fn events_are_appended_to_what_is_there() {
     let mut out = b"before".to_vec();
-    encode_email_event(&payment(), payment().payment_id(), &mut out);
+    encode_email_event(&payment(), &EventTexts::of(&payment(), payment().payment_id()), &mut out);
     assert!(out.starts_with(b"before{"));
 }
 

@@ -17,6 +17,7 @@
 mod daemon;
 mod exactly_once;
 mod kafka;
+mod kafka_proxy;
 mod load;
 mod member;
 mod pages;
@@ -28,6 +29,7 @@ use std::time::{Duration, Instant};
 pub use daemon::{Daemon, Finished, Reply};
 pub use exactly_once::{Check, Outcomes, PATIENCE, Remade};
 pub use kafka::{Message, Received};
+pub use kafka_proxy::{KafkaProxy, Lost};
 pub use load::{Flow, Load};
 pub use member::Member;
 pub use pages::{MetricEntry, metrics_page, rows};

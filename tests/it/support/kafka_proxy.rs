@@ -1,0 +1,125 @@
+//! A proxy in front of a broker that can lose one request, or the answer to it.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use bytes::{Buf, Bytes, BytesMut};
+use kafka_protocol::messages::{ApiKey, FindCoordinatorResponse, MetadataResponse, ResponseHeader};
+use kafka_protocol::protocol::{Decodable, Encodable, StrBytes};
+
+/// What is lost, and the connection with it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lost {
+    /// The broker never hears of it.
+    Request,
+    /// The broker does it, and nobody hears of that.
+    Answer,
+}
+
+type Trap = Arc<Mutex<Option<(ApiKey, Lost)>>>;
+
+/// Stands for the only broker of a cluster: answers that name the broker name it instead.
+pub struct KafkaProxy {
+    port: u16,
+    trap: Trap,
+}
+
+impl KafkaProxy {
+    /// A proxy to `broker`, host and port. It ends with the process.
+    pub fn to(broker: &str) -> KafkaProxy {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (trap, broker) = (Trap::default(), broker.to_owned());
+        let set = Arc::clone(&trap);
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let (broker, trap) = (broker.clone(), Arc::clone(&set));
+                // Whatever breaks is the end of this connection, as on a network.
+                thread::spawn(move || {
+                    TcpStream::connect(&broker).and_then(|b| serve(client, b, port, &trap))
+                });
+            }
+        });
+        KafkaProxy { port, trap }
+    }
+
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// The next request of this kind has this happen to it.
+    pub fn lose(&self, api: ApiKey, lost: Lost) {
+        *self.trap.lock().unwrap() = Some((api, lost));
+    }
+
+    /// Whether it has happened.
+    pub fn has_lost(&self) -> bool {
+        self.trap.lock().unwrap().is_none()
+    }
+}
+
+fn serve(mut client: TcpStream, mut broker: TcpStream, port: u16, trap: &Trap) -> io::Result<()> {
+    client.set_nodelay(true)?;
+    broker.set_nodelay(true)?;
+    loop {
+        let request = read_frame(&mut client)?;
+        let mut head = request.clone();
+        let (api, version) = (head.get_i16(), head.get_i16());
+        let api = ApiKey::try_from(api).map_err(|()| io::Error::other("an unknown request"))?;
+        let lost = trap.lock().unwrap().take_if(|(wanted, _)| *wanted == api).map(|(_, lost)| lost);
+        if lost == Some(Lost::Request) {
+            return Ok(());
+        }
+        write_frame(&mut broker, &request)?;
+        let answer = read_frame(&mut broker)?;
+        if lost == Some(Lost::Answer) {
+            return Ok(());
+        }
+        write_frame(&mut client, &named(answer, api, version, port)?)?;
+    }
+}
+
+fn read_frame(from: &mut TcpStream) -> io::Result<Bytes> {
+    let mut length = [0; 4];
+    from.read_exact(&mut length)?;
+    let mut frame = vec![0; u32::from_be_bytes(length) as usize];
+    from.read_exact(&mut frame)?;
+    Ok(frame.into())
+}
+
+fn write_frame(to: &mut TcpStream, frame: &[u8]) -> io::Result<()> {
+    to.write_all(&(frame.len() as u32).to_be_bytes())?;
+    to.write_all(frame)
+}
+
+/// The answer, the broker's port in it replaced by ours.
+fn named(answer: Bytes, api: ApiKey, version: i16, port: u16) -> io::Result<Bytes> {
+    let (mut rest, mut out) = (answer.clone(), BytesMut::new());
+    let header_version = api.response_header_version(version);
+    let renamed = (|| {
+        let header = ResponseHeader::decode(&mut rest, header_version)?;
+        header.encode(&mut out, header_version)?;
+        match api {
+            ApiKey::Metadata => {
+                let mut answer = MetadataResponse::decode(&mut rest, version)?;
+                answer.brokers.iter_mut().for_each(|broker| broker.port = i32::from(port));
+                answer.encode(&mut out, version)
+            }
+            ApiKey::FindCoordinator => {
+                let mut answer = FindCoordinatorResponse::decode(&mut rest, version)?;
+                answer.port = i32::from(port);
+                answer.host = StrBytes::from_static_str("127.0.0.1");
+                answer.coordinators.iter_mut().for_each(|found| found.port = i32::from(port));
+                answer.encode(&mut out, version)
+            }
+            _ => {
+                out = BytesMut::from(&answer[..]);
+                Ok(())
+            }
+        }
+    })();
+    renamed.map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(out.freeze())
+}
