@@ -1,9 +1,9 @@
 //! Claims message ids in `idempotency`, the cheapest way first.
 //!
-//! 1. COPY, and nothing is asked: most batches hold no id that was there before. If one does, the unique index
-//!    ends the COPY, a savepoint takes it back, and
+//! 1. COPY, and the index is asked for nothing but the ids that this lane has met lately: most batches hold no other
+//!    that was there before. If one does, the unique index ends the COPY, a savepoint takes it back, and
 //! 2. the index is asked which ids it has, in one scan of sorted ids, and COPY takes the others. A lane that met
-//!    a repeated id does so at once for a while. If another transaction brings one in between,
+//!    such a repeated id does so at once for a while. If another transaction brings one in between,
 //! 3. `INSERT ... ON CONFLICT DO NOTHING` does both in one, row by row. Small batches are claimed so from the start:
 //!    they are not worth a savepoint.
 //!
@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use futures_util::{TryFutureExt, future};
 use uuid::Uuid;
 
+use super::recent::Recent;
 use super::session::{Failed, Session};
 use super::{Begun, array, copy, owners};
 use crate::batch::{Claim, Owner, Rows};
@@ -23,7 +24,7 @@ use crate::columns::{ArrayParam, postgres_timestamp};
 const SQLSTATE_UNIQUE: &str = "23505";
 /// Fewer claims than these go by `INSERT ... ON CONFLICT` at once.
 const COPY_MIN: usize = 200;
-/// After a batch with a repeated id, the index is asked first in so many batches.
+/// After a batch with a repeated id that nobody had expected, the index is asked first in so many batches.
 const ASK_FIRST: u32 = 32;
 
 /// Which way was right lately.
@@ -31,6 +32,7 @@ const ASK_FIRST: u32 = 32;
 pub(super) struct Claiming {
     /// Batches for which the index is to be asked first.
     ask_first: u32,
+    recent: Recent,
 }
 
 impl Claiming {
@@ -43,10 +45,13 @@ impl Claiming {
     ) -> Result<(), Failed> {
         let known = begun.answer.owners.len();
         self.ask_first = self.ask_first.saturating_sub(1);
-        let is_worth_a_copy = claims.len() >= COPY_MIN;
-        if !is_worth_a_copy || !self.copy_what_is_free(session, begun, &mut claims).await? {
-            claim(session, begun.current, &claims, &mut begun.answer.owners).await?;
+        // In the order of the ids, as the claims are.
+        let suspects: Vec<[u8; 16]> =
+            claims.iter().map(|claim| claim.message_id).filter(|id| self.recent.meet(id)).collect();
+        if claims.len() >= COPY_MIN && self.copy_what_is_free(session, begun, &mut claims, &suspects).await? {
+            return Ok(());
         }
+        claim(session, begun.current, &claims, &mut begun.answer.owners).await?;
         if begun.answer.owners.len() > known {
             self.ask_first = ASK_FIRST;
         }
@@ -55,20 +60,42 @@ impl Claiming {
 
     /// The first two ways. False if neither would do: then `claims` are still to be claimed.
     async fn copy_what_is_free(
-        &self,
+        &mut self,
         session: &mut Session,
         begun: &mut Begun,
         claims: &mut Vec<Claim>,
+        suspects: &[[u8; 16]],
     ) -> Result<bool, Failed> {
-        if self.ask_first == 0 && copied(session, begun, claims).await? {
-            return Ok(true);
+        if self.ask_first == 0 {
+            sort_out(session, begun, claims, suspects.iter().copied()).await?;
+            if copied(session, begun, claims).await? {
+                return Ok(true);
+            }
+            self.ask_first = ASK_FIRST;
         }
-        if let Some(ids) = array(claims.iter().map(|claim| claim.message_id)) {
-            owners(session, begun.current, &ids, &mut begun.answer.owners).await?;
-            claims.retain(|claim| !begun.answer.owners.contains_key(&claim.message_id));
+        let ids: Vec<[u8; 16]> = claims.iter().map(|claim| claim.message_id).collect();
+        sort_out(session, begun, claims, ids.iter().copied()).await?;
+        let is_unexpected =
+            |id: &[u8; 16]| begun.answer.owners.contains_key(id) && suspects.binary_search(id).is_err();
+        if ids.iter().any(is_unexpected) {
+            self.ask_first = ASK_FIRST;
         }
         copied(session, begun, claims).await
     }
+}
+
+/// Asks the index for these ids, and leaves those out of `claims` that it has.
+async fn sort_out(
+    session: &mut Session,
+    begun: &mut Begun,
+    claims: &mut Vec<Claim>,
+    ids: impl Iterator<Item = [u8; 16]>,
+) -> Result<(), Failed> {
+    if let Some(ids) = array(ids) {
+        owners(session, begun.current, &ids, &mut begun.answer.owners).await?;
+        claims.retain(|claim| !begun.answer.owners.contains_key(&claim.message_id));
+    }
+    Ok(())
 }
 
 /// Claims all by COPY; false if one of the ids is taken, and then nothing was done.

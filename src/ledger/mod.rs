@@ -5,6 +5,7 @@
 
 mod claims;
 mod generations;
+mod recent;
 mod session;
 mod sift;
 
