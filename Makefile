@@ -85,7 +85,7 @@ lint: ## check format, lints, dependencies and scripts
 	cargo fmt --check
 	cargo clippy --locked --all-targets --features failpoints -- -D warnings
 	@if cargo deny --version >/dev/null 2>&1; then echo cargo deny check; cargo deny check; fi
-	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck $(SCRIPTS); fi
+	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck -S warning $(SCRIPTS); fi
 
 build: ## build the release binary, target/release/payment-writer
 	@dev/install
