@@ -75,22 +75,24 @@ pub fn transactional_id(kafka: &KafkaSettings, lane: usize) -> String {
     format!("{}-{}-{lane}", kafka.group_id, kafka.instance_id)
 }
 
+/// The settings of the daemon's own producer, or why librdkafka's has to publish.
+fn direct(kafka: &KafkaSettings, lane: usize) -> Result<DirectSettings, String> {
+    match kafka.producer {
+        ProducerChoice::Librdkafka => Err("as kafka.producer says".to_owned()),
+        ProducerChoice::Auto => DirectSettings::of(kafka, lane)
+            .map_err(|unsupported| format!("for {} in kafka.properties", unsupported.property)),
+    }
+}
+
 /// Who publishes by these settings, and if that is not the daemon itself, why: for the log.
 pub fn described(kafka: &KafkaSettings) -> String {
-    match DirectSettings::of(kafka, 0) {
-        _ if kafka.producer == ProducerChoice::Librdkafka => "librdkafka, as kafka.producer says".to_owned(),
-        Ok(_) => "direct".to_owned(),
-        Err(unsupported) => format!("librdkafka, for {} in kafka.properties", unsupported.property),
-    }
+    direct(kafka, 0).map_or_else(|why| format!("librdkafka, {why}"), |_| "direct".to_owned())
 }
 
 impl PublisherClient {
     /// The client of a lane, as the settings have it.
     pub fn of(kafka: &KafkaSettings, lane: usize) -> Self {
-        match DirectSettings::of(kafka, lane) {
-            Ok(direct) if kafka.producer == ProducerChoice::Auto => Self::Direct(direct),
-            _ => Self::Librdkafka(transactional_config(kafka, lane)),
-        }
+        direct(kafka, lane).map_or_else(|_| Self::Librdkafka(transactional_config(kafka, lane)), Self::Direct)
     }
 }
 
@@ -199,5 +201,55 @@ fn serve(mut transactions: impl Transactions, receiver: &jobs::Receiver<Job>) {
                 let _ = reply.send(outcome);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::Settings;
+
+    fn kafka(variables: &[(&str, &str)]) -> KafkaSettings {
+        let variables = variables
+            .iter()
+            .map(|(name, value)| (format!("PAYMENT_WRITER__KAFKA__{name}").into(), (*value).into()));
+        Settings::load_from(None, Path::new("nowhere.toml"), variables).unwrap().settings.kafka
+    }
+
+    #[test]
+    fn the_daemon_publishes_itself_unless_only_librdkafka_knows_how_or_it_was_chosen() {
+        for (variables, expected) in [
+            (&[][..], "direct"),
+            (&[("PROPERTIES__LINGER_MS", "5")], "direct"),
+            (
+                &[("PROPERTIES__COMPRESSION_TYPE", "lz4")],
+                "librdkafka, for compression.type in kafka.properties",
+            ),
+            (&[("PRODUCER", "librdkafka")], "librdkafka, as kafka.producer says"),
+        ] {
+            let kafka = kafka(variables);
+            assert_eq!(described(&kafka), expected);
+            let is_direct = matches!(PublisherClient::of(&kafka, 0), PublisherClient::Direct(_));
+            assert_eq!(is_direct, expected == "direct", "{expected}");
+        }
+    }
+
+    #[test]
+    fn smaller_batches_and_other_time_limits_are_kept() {
+        let defaults = direct(&kafka(&[]), 1).unwrap();
+        assert_eq!(defaults.transactional_id, format!("payment-writer-{}-1", defaults.instance_id));
+        assert_eq!(
+            (defaults.batch_bytes_max, defaults.transaction_timeout),
+            (900_000, Duration::from_secs(15))
+        );
+        let variables = [
+            ("PROPERTIES__BATCH_SIZE", "2000000"),
+            ("PROPERTIES__MESSAGE_MAX_BYTES", "200000"),
+            ("PROPERTIES__TRANSACTION_TIMEOUT_MS", "30000"),
+        ];
+        let set = direct(&kafka(&variables), 1).unwrap();
+        assert_eq!((set.batch_bytes_max, set.transaction_timeout), (200_000, Duration::from_secs(30)));
     }
 }
