@@ -16,6 +16,7 @@ use payment_writer::disposition::Fate;
 use payment_writer::housekeeping::generations::{self, State};
 use payment_writer::kafka::direct::{DirectSettings, DirectTransactions};
 use payment_writer::kafka::publisher::{PublisherSettings, Transactions};
+use payment_writer::ledger::COPY_CHUNK_BYTES;
 use payment_writer::publication::{Publication, Span};
 use payment_writer::record::{NextOffset, SourceBatch};
 use payment_writer::schema::months;
@@ -231,7 +232,10 @@ async fn copy_batch(
     future::try_join_all(statements.iter().zip(batch).map(|(statement, rows)| async move {
         let sink: CopyInSink<Bytes> = client.copy_in(statement).await?;
         let mut sink = std::pin::pin!(sink);
-        sink.send(rows).await?;
+        let mut rest = rows;
+        while !rest.is_empty() {
+            sink.feed(rest.split_to(rest.len().min(COPY_CHUNK_BYTES))).await?;
+        }
         sink.finish().await
     }))
     .await?;

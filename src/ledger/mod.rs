@@ -36,6 +36,9 @@ use crate::wire;
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 /// Finding the rows that the database refuses takes many tries, each with the server's own limits.
 const SIFT_TIMEOUT: Duration = Duration::from_secs(300);
+/// Rows travel to the server in messages of so many bytes. It reads a message to its end before it looks at it, so one of
+/// megabytes is in no cache any more when its rows are read.
+pub const COPY_CHUNK_BYTES: usize = 128 << 10;
 /// lock_not_available
 const SQLSTATE_LOCK_TIMEOUT: &str = "55P03";
 /// `timestamptz '-infinity'`, by which `move_cursors` is told that the last record has no timestamp.
@@ -215,7 +218,10 @@ async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(
     let sink: CopyInSink<Bytes> = session.client.copy_in(statement).await?;
     let mut sink = std::pin::pin!(sink);
     sink.feed(Bytes::from_static(COPY_HEADER)).await?;
-    sink.feed(rows.bytes.clone()).await?;
+    let mut rest = rows.bytes.clone();
+    while !rest.is_empty() {
+        sink.feed(rest.split_to(rest.len().min(COPY_CHUNK_BYTES))).await?;
+    }
     sink.feed(Bytes::from_static(COPY_TRAILER)).await?;
     failpoint::hit("before_copy_ends");
     let copied = sink.finish().await?;
