@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::{SinkExt, future};
+use futures_util::future;
 use payment_writer::batch::{Batch, Claim, Fates, Progress, Refused};
 use payment_writer::columns::{COPY_HEADER, COPY_TRAILER};
 use payment_writer::config::Settings;
@@ -16,7 +16,7 @@ use payment_writer::disposition::Fate;
 use payment_writer::housekeeping::generations::{self, State};
 use payment_writer::kafka::direct::{DirectSettings, DirectTransactions};
 use payment_writer::kafka::publisher::{PublisherSettings, Transactions};
-use payment_writer::ledger::COPY_CHUNK_BYTES;
+use payment_writer::ledger;
 use payment_writer::publication::{Publication, Span};
 use payment_writer::record::{NextOffset, SourceBatch};
 use payment_writer::schema::months;
@@ -232,10 +232,7 @@ async fn copy_batch(
     future::try_join_all(statements.iter().zip(batch).map(|(statement, rows)| async move {
         let sink: CopyInSink<Bytes> = client.copy_in(statement).await?;
         let mut sink = std::pin::pin!(sink);
-        let mut rest = rows;
-        while !rest.is_empty() {
-            sink.feed(rest.split_to(rest.len().min(COPY_CHUNK_BYTES))).await?;
-        }
+        ledger::feed(sink.as_mut(), rows).await?;
         sink.finish().await
     }))
     .await?;

@@ -10,6 +10,7 @@ mod session;
 mod sift;
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -38,7 +39,7 @@ const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 const SIFT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Rows travel to the server in messages of so many bytes. It reads a message to its end before it looks at it, so one of
 /// megabytes is in no cache any more when its rows are read.
-pub const COPY_CHUNK_BYTES: usize = 128 << 10;
+const COPY_CHUNK_BYTES: usize = 128 << 10;
 /// lock_not_available
 const SQLSTATE_LOCK_TIMEOUT: &str = "55P03";
 /// `timestamptz '-infinity'`, by which `move_cursors` is told that the last record has no timestamp.
@@ -211,6 +212,17 @@ async fn look_up(
     Ok(answer)
 }
 
+/// Hands bytes of a COPY over, in messages of the size that suits the server.
+pub async fn feed(
+    mut sink: Pin<&mut CopyInSink<Bytes>>,
+    mut bytes: Bytes,
+) -> Result<(), tokio_postgres::Error> {
+    while !bytes.is_empty() {
+        sink.feed(bytes.split_to(bytes.len().min(COPY_CHUNK_BYTES))).await?;
+    }
+    Ok(())
+}
+
 async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(), Failed> {
     if rows.count == 0 {
         return Ok(());
@@ -218,10 +230,7 @@ async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(
     let sink: CopyInSink<Bytes> = session.client.copy_in(statement).await?;
     let mut sink = std::pin::pin!(sink);
     sink.feed(Bytes::from_static(COPY_HEADER)).await?;
-    let mut rest = rows.bytes.clone();
-    while !rest.is_empty() {
-        sink.feed(rest.split_to(rest.len().min(COPY_CHUNK_BYTES))).await?;
-    }
+    feed(sink.as_mut(), rows.bytes.clone()).await?;
     sink.feed(Bytes::from_static(COPY_TRAILER)).await?;
     failpoint::hit("before_copy_ends");
     let copied = sink.finish().await?;
