@@ -2,25 +2,25 @@
 //!
 //! Blocking, like the thread that uses it. Any error ends the connection: the next request opens another.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use kafka_protocol::error::ResponseError;
 use kafka_protocol::messages::{
-    ApiKey, ApiVersionsRequest, RequestHeader, ResponseHeader, SaslAuthenticateRequest, SaslHandshakeRequest,
+    ApiKey, ApiVersionsRequest, ProduceRequest, RequestHeader, ResponseHeader, SaslAuthenticateRequest,
+    SaslHandshakeRequest,
 };
 use kafka_protocol::protocol::{Decodable, Encodable, HeaderVersion, Request, StrBytes, VersionRange};
 use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
 
+use super::produce;
 use super::sasl::Step;
 use super::transport::{Stream, Transport};
 use crate::disposition::{FailureClass, class_of_kafka};
 
 /// A longer answer is none of ours: they name partitions and hold codes.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
-/// Memory for requests that is kept for the next one; those with records take more, and give it back.
-const OUT_BYTES_KEPT_MAX: usize = 1 << 20;
 /// Whatever lies between us and the broker may forget a connection that is not used, without a word to either.
 const IDLE_MAX: Duration = Duration::from_secs(120);
 /// Rounds of a SASL exchange; the longest that we know takes three.
@@ -276,6 +276,24 @@ impl Connection {
         deadline: Instant,
         doing: &'static str,
     ) -> Result<Sent<R>, CallError> {
+        self.begin::<R>(version, doing)?;
+        request.encode(&mut self.out, version).map_err(|e| foreign(doing, e))?;
+        self.finish(&[], version, deadline, doing)
+    }
+
+    /// Sends records, straight from where they are.
+    pub fn send_records(
+        &mut self,
+        request: &ProduceRequest,
+        version: i16,
+        deadline: Instant,
+        doing: &'static str,
+    ) -> Result<Sent<ProduceRequest>, CallError> {
+        self.begin::<ProduceRequest>(version, doing)?;
+        self.finish(&produce::pieces(request, version), version, deadline, doing)
+    }
+
+    fn begin<R: Request>(&mut self, version: i16, doing: &str) -> Result<(), CallError> {
         self.correlation_id = self.correlation_id.wrapping_add(1);
         let header = RequestHeader::default()
             .with_request_api_key(R::KEY)
@@ -284,17 +302,23 @@ impl Connection {
             .with_client_id(Some(self.client_id.clone()));
         self.out.clear();
         self.out.extend_from_slice(&[0; 4]);
-        header.encode(&mut self.out, R::header_version(version)).map_err(|e| foreign(doing, e))?;
-        request.encode(&mut self.out, version).map_err(|e| foreign(doing, e))?;
-        let length = i32::try_from(self.out.len() - 4).map_err(|e| foreign(doing, e))?;
+        header.encode(&mut self.out, R::header_version(version)).map_err(|e| foreign(doing, e))
+    }
+
+    /// `pieces` are what follows on what is written.
+    fn finish<R: Request>(
+        &mut self,
+        pieces: &[Bytes],
+        version: i16,
+        deadline: Instant,
+        doing: &'static str,
+    ) -> Result<Sent<R>, CallError> {
+        let length = self.out.len() - 4 + pieces.iter().map(Bytes::len).sum::<usize>();
+        let length = i32::try_from(length).map_err(|e| foreign(doing, e))?;
         if let Some(place) = self.out.get_mut(..4) {
             place.copy_from_slice(&length.to_be_bytes());
         }
-        let broken = |error| CallError::Broken { doing, error };
-        self.write(deadline).map_err(broken)?;
-        if self.out.capacity() > OUT_BYTES_KEPT_MAX {
-            self.out = BytesMut::new();
-        }
+        self.write(pieces, deadline).map_err(|error| CallError::Broken { doing, error })?;
         self.used_at = Instant::now();
         Ok(Sent { correlation_id: self.correlation_id, version, request: std::marker::PhantomData })
     }
@@ -326,18 +350,20 @@ impl Connection {
     }
 
     /// Time limits of a socket begin anew with each write; the deadline does not.
-    fn write(&mut self, deadline: Instant) -> io::Result<()> {
-        let mut written = 0;
-        while let Some(rest) = self.out.get(written..).filter(|rest| !rest.is_empty()) {
+    fn write(&mut self, pieces: &[Bytes], deadline: Instant) -> io::Result<()> {
+        let all = std::iter::once(self.out.as_ref()).chain(pieces.iter().map(AsRef::as_ref));
+        let mut all: Vec<IoSlice<'_>> = all.filter(|piece| !piece.is_empty()).map(IoSlice::new).collect();
+        let mut rest = all.as_mut_slice();
+        while !rest.is_empty() {
             if Instant::now() >= deadline {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "a request could not be sent in time"));
             }
             self.stream.set_deadline(deadline)?;
-            match self.stream.write(rest) {
+            match self.stream.write_vectored(rest) {
                 Ok(0) => {
                     return Err(io::Error::new(io::ErrorKind::WriteZero, "the broker takes nothing more"));
                 }
-                Ok(count) => written += count,
+                Ok(count) => IoSlice::advance_slices(&mut rest, count),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }

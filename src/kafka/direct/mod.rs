@@ -5,10 +5,12 @@
 //! all partitions of a broker. Each transaction is settled before the next begins, so there are neither queues nor
 //! retries in the background: what fails is aborted, and the lane, which still has the batch, tries again.
 //!
-//! Messages are encoded and decoded by `kafka-protocol`, but for the record batches themselves.
+//! Messages are encoded and decoded by `kafka-protocol`, but for the record batches themselves and the requests that hold
+//! them.
 
 mod cluster;
 mod connection;
+mod produce;
 mod records;
 mod sasl;
 mod transactions;

@@ -597,7 +597,7 @@ impl DirectTransactions {
         let connection = self.cluster.connection(leader, deadline)?;
         let version = connection.version_of::<ProduceRequest>(version_min, version_max)?;
         self.has_begun = true;
-        let sent = connection.send(&request, version, deadline, "producing");
+        let sent = connection.send_records(&request, version, deadline, "producing");
         self.has_unanswered |= sent.is_err();
         sent
     }
