@@ -99,6 +99,11 @@ impl Intake {
         &self.source
     }
 
+    /// Whether a new start is needed.
+    pub fn is_disturbed(&self) -> bool {
+        !self.disturbed.is_empty()
+    }
+
     /// Takes the disturbed partitions.
     pub fn take_disturbed(&mut self) -> Vec<Partition> {
         std::mem::take(&mut self.disturbed)

@@ -100,10 +100,15 @@ impl BatchTracer {
         rand::random::<f64>() < self.sample_ratio
     }
 
-    /// Begins the trace of a batch that was just assembled, which took so long.
-    pub fn begin(self: &Arc<Self>, lane: usize, batch: &Batch, assembling: Duration) -> Box<BatchTrace> {
-        let now = SystemTime::now();
-        let began = now.checked_sub(assembling).unwrap_or(now);
+    /// Begins the trace of a batch whose assembling took so long and ended then.
+    pub fn begin(
+        self: &Arc<Self>,
+        lane: usize,
+        batch: &Batch,
+        assembling: Duration,
+        ended: SystemTime,
+    ) -> Box<BatchTrace> {
+        let began = ended.checked_sub(assembling).unwrap_or(ended);
         let root = SpanBuilder::from_name(format!("process {}", self.input_topic))
             .with_kind(SpanKind::Consumer)
             .with_start_time(began)

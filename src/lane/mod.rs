@@ -5,28 +5,31 @@
 //! next one. Whenever it is in doubt about where things stand, it forgets everything it holds and
 //! reads both cursors again ([`Lane::reset`]): there is one way to recover, and it is used often.
 
+mod assembly;
 pub mod breaker;
 mod opening;
 pub mod ports;
 mod told;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::maybe_done;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
+use self::assembly::{Assembled, Assembly};
 use self::breaker::Breaker;
 use self::ports::{
     CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, PublishTimes, RevokeDone, WriteStats,
 };
-use crate::batch::{Answer, Batch, Fates, Memory, Outcomes, Progress};
+use crate::batch::{Answer, Batch, Fates, Outcomes, Progress};
 use crate::cursor::{Doubt, Identity, IdentityDoubt, Known, Mode};
 use crate::disposition::FailureClass;
 use crate::dlq::letter::REPLAYS_HEADER;
-use crate::intake::Intake;
 use crate::logging::RateLimited;
 use crate::metrics::{self, LaneMetrics, LanePhase};
 use crate::publication::{OutputCounts, Publication, Published, Span};
@@ -47,8 +50,6 @@ const REVOKE_GRACE: Duration = Duration::from_secs(8);
 const LOST_GRACE: Duration = Duration::from_secs(1);
 /// Written batches that wait for their Kafka transaction.
 const PENDING_MAX: usize = 2;
-/// A batch smaller than this part of the largest waits until the one before it is published, and grows.
-const OVERLAP_DIVISOR: usize = 8;
 
 /// What a lane is told once.
 #[derive(Clone)]
@@ -134,14 +135,11 @@ pub struct Lane<L: Log, D: Ledger> {
     /// Events taken from the channel and not yet handled.
     inbox: VecDeque<LaneEvent>,
     slots: BTreeMap<Partition, Slot>,
-    intake: Intake,
-    intake_since: Option<Instant>,
+    assembly: Assembly,
     writing: Option<Batch>,
     /// Of the batch that is being written, if it is traced.
     trace: Option<Box<BatchTrace>>,
     pending: VecDeque<Pending>,
-    /// Of the batch that was settled last.
-    spare: Option<Memory>,
     /// False after a session broke: the cursors are compared before the next write.
     is_session_checked: bool,
     /// False until transactions of a former producer are settled.
@@ -165,7 +163,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         events: mpsc::Receiver<LaneEvent>,
         board: Arc<Board>,
     ) -> Self {
-        let intake = Intake::new(settings.batch_payments_max, settings.batch_bytes_max);
+        let assembly = Assembly::new(&settings);
         let index = settings.index;
         Self {
             settings,
@@ -174,12 +172,10 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             events,
             inbox: VecDeque::new(),
             slots: BTreeMap::new(),
-            intake,
-            intake_since: None,
+            assembly,
             writing: None,
             trace: None,
             pending: VecDeque::new(),
-            spare: None,
             is_session_checked: false,
             is_producer_ready: false,
             database: Breaker::new("database", index),
@@ -282,12 +278,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 }
             }
         }
-        if self.pending.is_empty() && self.writing.is_none() {
-            self.intake.forget(partitions);
-            if self.intake.is_empty() {
-                // Or the lane would go on to wait, in vain and without a pause, for what is overdue.
-                self.intake_since = None;
-            }
+        if self.pending.is_empty() && !self.has_batch() {
+            self.assembly.forget(partitions);
         } else {
             // A batch spans partitions: dropping it for one must not let the next commit past it for
             // another.
@@ -323,8 +315,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         self.writing = None;
         let traces = self.trace.take().into_iter().chain(self.pending.drain(..).filter_map(|p| p.trace));
         traces.for_each(|trace| trace.dropped(reason));
-        self.intake.clear();
-        self.intake_since = None;
+        self.assembly.clear();
         for (partition, slot) in &mut self.slots {
             if matches!(slot, Slot::Live(_)) {
                 *slot = Slot::Opening;
@@ -442,63 +433,70 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         self.pending.len() < PENDING_MAX && self.database.is_due()
     }
 
+    /// Whether a batch waits for the database, or will soon.
+    fn has_batch(&self) -> bool {
+        self.writing.is_some() || self.assembly.has_next()
+    }
+
     /// Fills the intake until there is a batch, something else to do, or nothing for a while.
     async fn collect(&mut self) {
-        if self.writing.is_some() || self.pending.len() >= PENDING_MAX {
-            if !(self.writing.is_some() && self.can_write() || self.can_publish()) {
+        if self.has_batch() || self.pending.len() >= PENDING_MAX {
+            if !(self.has_batch() && self.can_write() || self.can_publish()) {
                 self.wait_for_event(self.next_due()).await;
             }
-            return;
+        } else {
+            self.fill().await;
         }
-        let began = Instant::now();
-        loop {
-            let now = Instant::now();
-            let wait = if self.can_publish() {
-                Duration::ZERO
-            } else if let Some(since) = self.intake_since {
-                (since + self.settings.linger).saturating_duration_since(now)
-            } else {
-                self.next_due().saturating_duration_since(now)
-            };
-            let interrupted = {
-                let Self { log, intake, events, inbox, .. } = self;
-                tokio::select! {
-                    biased;
-                    event = events.recv() => {
-                        inbox.push_back(event.unwrap_or(LaneEvent::Drain));
-                        true
-                    }
-                    () = log.fetch(intake, wait) => false,
-                }
-            };
-            if !self.intake.is_empty() && self.intake_since.is_none() {
-                self.intake_since = Some(Instant::now());
-            }
-            let is_full = self.intake.room() == 0;
-            let is_over = self.intake_since.is_none_or(|since| since.elapsed() >= self.settings.linger);
-            if interrupted || is_full || is_over || self.can_publish() {
-                break;
-            }
-        }
-        self.metrics.phase(LanePhase::Waiting, began.elapsed());
-        let disturbed = self.intake.take_disturbed();
+        let disturbed = self.assembly.intake.take_disturbed();
         if !disturbed.is_empty() {
             self.reset("fetching failed, the positions have to be found out again");
             self.broker.delay();
         }
     }
 
+    async fn fill(&mut self) {
+        let began = Instant::now();
+        loop {
+            let now = Instant::now();
+            let wait = if self.can_publish() {
+                Duration::ZERO
+            } else {
+                let until = self.assembly.due_at().unwrap_or_else(|| self.next_due());
+                until.saturating_duration_since(now)
+            };
+            let interrupted = {
+                let Self { log, assembly, events, inbox, .. } = self;
+                tokio::select! {
+                    biased;
+                    event = events.recv() => {
+                        inbox.push_back(event.unwrap_or(LaneEvent::Drain));
+                        true
+                    }
+                    () = assembly.fetch(log, wait) => false,
+                }
+            };
+            let is_done = self.assembly.is_full() || self.assembly.is_over();
+            if interrupted || is_done || self.can_publish() {
+                break;
+            }
+        }
+        self.metrics.phase(LanePhase::Waiting, began.elapsed());
+    }
+
     /// The moment at which something may have to be done without an event or a record.
     fn next_due(&self) -> Instant {
         let now = Instant::now();
         let mut due = now + IDLE_TICK;
-        if self.writing.is_some() && self.pending.len() < PENDING_MAX {
+        let has_batch = self.has_batch();
+        if has_batch && self.pending.len() < PENDING_MAX {
             due = due.min(self.database.due_at());
         }
         if !self.pending.is_empty() || !self.is_producer_ready {
             due = due.min(self.broker.due_at());
-        } else if let Some(since) = self.intake_since {
-            due = due.min(since + self.settings.linger);
+        } else if let Some(due_at) = self.assembly.due_at()
+            && !has_batch
+        {
+            due = due.min(due_at);
         }
         due.max(now)
     }
@@ -514,60 +512,20 @@ impl<L: Log, D: Ledger> Lane<L, D> {
 
     // ---- writing and publishing --------------------------------------------------------------
 
-    fn cut_batch(&mut self) {
-        if self.writing.is_some() || self.intake.is_empty() {
+    async fn cut_batch(&mut self) {
+        if self.writing.is_some() {
             return;
         }
-        let is_full = self.intake.room() == 0;
-        let is_over = self.intake_since.is_none_or(|s| s.elapsed() >= self.settings.linger);
-        let is_large = self.intake.len() >= self.settings.batch_payments_max / OVERLAP_DIVISOR;
-        let is_wanted = if self.pending.is_empty() { is_full || is_over } else { is_full || is_large };
-        if !is_wanted {
-            return;
-        }
-        let began = Instant::now();
-        self.intake_since = None;
-        let mut memory = self.spare.take().unwrap_or_default();
-        let (source, ends) = self.intake.take(memory.take_source());
-        let mut progress: BTreeMap<Partition, Progress> = BTreeMap::new();
-        let mut oldest: Vec<(Partition, TimestampMs)> = Vec::new();
-        for record in source.iter() {
-            let next = record.offset.next();
-            let stamp = Some(record.timestamp);
-            if let Some(known) = progress.get_mut(&record.partition) {
-                known.reached = next;
-                known.timestamp = stamp;
-            } else if let Some(Slot::Live(live)) = self.slots.get(&record.partition) {
-                let partition = record.partition;
-                oldest.extend(record.timestamp.map(|at| (partition, at)));
-                progress.insert(
-                    partition,
-                    Progress { partition, seen: live.applied, reached: next, timestamp: stamp },
-                );
-            }
-        }
-        for (partition, end) in ends {
-            if let Some(Slot::Live(live)) = self.slots.get(&partition) {
-                let entry = progress.entry(partition).or_insert(Progress {
-                    partition,
-                    seen: live.applied,
-                    reached: end,
-                    timestamp: None,
-                });
-                entry.reached = entry.reached.max(end);
-            }
-        }
-        if progress.is_empty() {
-            return;
-        }
-        let oldest = oldest.into_iter().filter_map(|(p, at)| Some((p, progress.get(&p)?.reached, at)));
-        self.board.taken(metrics::now(), oldest);
-        let progress = progress.into_values().collect();
-        let batch = Batch::assemble_in(memory, source, progress, &self.settings.rules);
-        let assembling = began.elapsed();
-        self.metrics.phase(LanePhase::Assembling, assembling);
+        let Self { assembly, slots, pending, board, .. } = self;
+        let seen = |partition| match slots.get(&partition) {
+            Some(Slot::Live(live)) => Some(live.applied),
+            _ => None,
+        };
+        let Some(assembled) = assembly.take(pending.is_empty(), board, seen).await else { return };
+        self.metrics.phase(LanePhase::Assembling, assembled.took);
         let tracer = self.settings.tracer.as_ref().filter(|tracer| tracer.samples());
-        self.trace = tracer.map(|tracer| tracer.begin(self.settings.index, &batch, assembling));
+        let Assembled { batch, took, ended } = assembled;
+        self.trace = tracer.map(|tracer| tracer.begin(self.settings.index, &batch, took, ended));
         self.metrics.batch(batch.len(), batch.source_bytes());
         self.writing = Some(batch);
     }
@@ -609,7 +567,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     async fn advance(&mut self) -> Result<(), IdentityDoubt> {
-        self.cut_batch();
+        self.cut_batch().await;
         let writes = self.writing.is_some() && self.can_write();
         let publishes = self.can_publish();
         if writes && !self.is_session_checked && !self.check_session().await? {
@@ -617,7 +575,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
         if !writes && !publishes {
             self.copy_when_idle().await?;
-            if self.writing.is_some() || !self.pending.is_empty() || !self.intake.is_empty() {
+            if self.writing.is_some() || !self.pending.is_empty() || !self.assembly.is_empty() {
                 self.wait_for_event(self.next_due()).await;
             }
             return Ok(());
@@ -644,15 +602,22 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         Ok(())
     }
 
-    /// Runs the Postgres transaction of one batch beside the Kafka transaction of the one before.
-    /// `None`: partitions are to be revoked and neither finished within the grace.
+    /// Runs the Postgres transaction of one batch beside the Kafka transaction of the one before, and then makes the
+    /// next one. `None`: partitions are to be revoked and neither finished within the grace.
     async fn write_and_publish(
         &mut self,
         writes: bool,
         moves: &[CursorMove],
         publication: Option<&Arc<Publication>>,
     ) -> Option<(Option<Written>, Option<Sent>)> {
-        let Self { ledger, log, writing, trace, pending, events, inbox, metrics, .. } = self;
+        let Self {
+            ledger, log, writing, trace, pending, events, inbox, metrics, assembly, slots, board, ..
+        } = self;
+        // No more than three batches at any time.
+        let is_next_wanted = writes
+            && !assembly.has_next()
+            && pending.len() < PENDING_MAX
+            && writing.as_ref().is_some_and(|batch| assembly.is_large(batch.len()));
         let pending_trace = pending.front_mut().and_then(|pending| pending.trace.as_mut());
         let write = async {
             match writing {
@@ -682,29 +647,38 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 None => None,
             }
         };
-        let mut both = pin!(futures_util::future::join(write, publish));
-        let mut give_up_at = None;
-        loop {
-            tokio::select! {
-                biased;
-                outcome = &mut both => return Some(outcome),
-                () = sleep_until(give_up_at.unwrap_or_else(Instant::now)), if give_up_at.is_some() => {
-                    return None;
-                }
-                event = events.recv(), if give_up_at.is_none() => {
-                    let event = event.unwrap_or(LaneEvent::Drain);
-                    if let LaneEvent::Revoked { is_lost, .. } = &event {
-                        let grace = if *is_lost { LOST_GRACE } else { REVOKE_GRACE };
-                        give_up_at = Some(Instant::now() + grace);
-                    }
-                    let is_drain = matches!(event, LaneEvent::Drain);
-                    inbox.push_back(event);
-                    if is_drain {
-                        // Nothing follows a drain; what is in flight has its own time limits.
-                        return Some(both.await);
-                    }
+        // `applied` once what is being written is committed.
+        let seen = |partition| {
+            let Some(Slot::Live(live)) = slots.get(&partition) else { return None };
+            let moved = moves.iter().find(|moved| moved.partition == partition);
+            Some(moved.map_or(live.applied, |moved| live.applied.max(moved.applied)))
+        };
+        let mut given_up = pin!(given_up(events, inbox));
+        let mut write = pin!(maybe_done(write));
+        let sent = {
+            let mut publish = pin!(publish);
+            let mut is_written = false;
+            loop {
+                tokio::select! {
+                    biased;
+                    sent = &mut publish => break sent,
+                    () = &mut write, if !is_written => is_written = true,
+                    () = &mut given_up => return None,
                 }
             }
+        };
+        let prepare = async {
+            if is_next_wanted {
+                assembly.prepare(log, IDLE_TICK, board, seen).await;
+            }
+            // What is being written tells when it is enough.
+            future::pending().await
+        };
+        tokio::select! {
+            biased;
+            () = &mut write => Some((write.take_output().flatten(), sent)),
+            () = prepare => None,
+            () = given_up => None,
         }
     }
 
@@ -749,7 +723,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         self.report_positions();
         if spans.is_empty() {
             self.settled(&batch, &fates, trace);
-            self.spare = Some(batch.into_memory());
+            self.assembly.keep(batch.into_memory());
         } else {
             let emits = self.settings.mode.publishes;
             let publication = Arc::new(Publication::of_batch(batch, fates, spans, emits));
@@ -799,7 +773,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             }
             self.metrics.latency(publication.batch());
             let batch = Arc::into_inner(publication).and_then(Publication::into_batch);
-            self.spare = batch.map(Batch::into_memory).or_else(|| self.spare.take());
+            if let Some(batch) = batch {
+                self.assembly.keep(batch.into_memory());
+            }
         }
         self.report_positions();
     }
@@ -955,5 +931,26 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             self.copy_positions().await?;
         }
         Ok(())
+    }
+}
+
+/// Takes in what happens while something is in flight, and ends when that is to be given up.
+async fn given_up(events: &mut mpsc::Receiver<LaneEvent>, inbox: &mut VecDeque<LaneEvent>) {
+    loop {
+        let event = events.recv().await.unwrap_or(LaneEvent::Drain);
+        let grace = match &event {
+            LaneEvent::Assigned(_) => None,
+            LaneEvent::Revoked { is_lost: true, .. } => Some(LOST_GRACE),
+            LaneEvent::Revoked { is_lost: false, .. } => Some(REVOKE_GRACE),
+            LaneEvent::Drain => {
+                inbox.push_back(event);
+                // Nothing follows a drain; what is in flight has its own time limits.
+                return future::pending().await;
+            }
+        };
+        inbox.push_back(event);
+        if let Some(grace) = grace {
+            return sleep(grace).await;
+        }
     }
 }

@@ -52,7 +52,7 @@ fn a_batch_is_a_span_with_its_phases_below_it_and_links_to_the_payments_traces()
     ];
     let batch = batch(&headers, 100);
 
-    let mut trace = tracer.begin(1, &batch, Duration::from_millis(5));
+    let mut trace = tracer.begin(1, &batch, Duration::from_millis(5), SystemTime::now());
     let ms = Duration::from_millis;
     let stats = WriteStats { claim: ms(10), copy: ms(20), commit: ms(5), ..WriteStats::default() };
     trace.database_ended();
@@ -114,7 +114,7 @@ fn what_is_no_trace_context_is_no_link_and_a_dropped_batch_says_so() {
     ] {
         assert!(links(&batch(&[(b"traceparent", Some(odd))], 1)).is_empty(), "{odd:?}");
     }
-    tracer.begin(0, &batch(&[], 1), Duration::ZERO).dropped("a reason");
+    tracer.begin(0, &batch(&[], 1), Duration::ZERO, SystemTime::now()).dropped("a reason");
     let spans = spans(&exporter, &tracer);
     assert!(spans.iter().any(|s| s.status == Status::error("a reason")));
 }

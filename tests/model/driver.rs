@@ -50,6 +50,7 @@ pub struct Setup {
 pub struct Stats {
     pub points: u64,
     pub faults: u64,
+    pub taken_ahead: u64,
     pub outputs: usize,
     pub rows: usize,
     pub halts: usize,
@@ -805,6 +806,7 @@ impl Driver {
         let mut world = self.world();
         stats.points = world.points;
         stats.faults = world.faults;
+        stats.taken_ahead = world.taken_ahead;
         stats.outputs = world.outputs.len();
         stats.rows = world.db.rows.len();
         stats.breach = world.failure.take();

@@ -194,6 +194,7 @@ fn whatever_happens_each_record_has_one_outcome_once() {
         }
         totals.points += stats.points;
         totals.faults += stats.faults;
+        totals.taken_ahead += stats.taken_ahead;
         totals.outputs += stats.outputs;
         totals.rows += stats.rows;
         totals.halts += stats.halts;
@@ -211,6 +212,7 @@ fn whatever_happens_each_record_has_one_outcome_once() {
         println!("{}", traced.trace.join("\n"));
         panic!("{} histories broken; the first is MODEL_SEED={seed}: {breach}", broken.len());
     }
+    assert!(is_replay || totals.taken_ahead > 0, "no lane made its next batch while one was being written");
 }
 
 /// A small history without chance; `at` says what goes wrong at which call.

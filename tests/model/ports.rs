@@ -124,6 +124,7 @@ impl ModelLog {
                         headers,
                     );
                     taken += 1;
+                    world.taken_ahead += u64::from(world.writing.contains(&self.who));
                 }
                 is_end_told = false;
                 position += 1;
@@ -559,6 +560,25 @@ impl ModelLedger {
     }
 }
 
+/// A lane's database transaction, as long as the lane waits for it.
+struct UnderWay {
+    shared: Shared,
+    who: Who,
+}
+
+impl UnderWay {
+    fn new(shared: &Shared, who: Who) -> Self {
+        shared.world.borrow_mut().writing.insert(who);
+        Self { shared: Rc::clone(shared), who }
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.shared.world.borrow_mut().writing.remove(&self.who);
+    }
+}
+
 impl Ledger for ModelLedger {
     async fn cursors(
         &mut self,
@@ -604,6 +624,7 @@ impl Ledger for ModelLedger {
         batch: &Batch,
         moves: &[CursorMove],
     ) -> Result<(Fates, Answer, WriteStats), LedgerFailure> {
+        let _under_way = UnderWay::new(&self.shared, self.who);
         let session = self.take_session().await?;
         // Dropped up to here, the server rolls back.
         let is_lost = self.statement("write", session).await?;

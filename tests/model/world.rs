@@ -273,6 +273,10 @@ pub struct World {
     pub points: u64,
     pub calls: u64,
     pub faults: u64,
+    /// Lanes whose database transaction is under way.
+    pub writing: BTreeSet<Who>,
+    /// Records that a lane took in beside its database transaction.
+    pub taken_ahead: u64,
     /// Faults to come at the next call of this process and name.
     pub ordered: Vec<(usize, &'static str, Fault)>,
     /// Nothing goes wrong any more.
@@ -333,6 +337,8 @@ impl World {
             points: 0,
             calls: 0,
             faults: 0,
+            writing: BTreeSet::new(),
+            taken_ahead: 0,
             ordered: Vec::new(),
             is_calm: false,
             trace: None,
