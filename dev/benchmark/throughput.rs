@@ -47,7 +47,7 @@ pub struct Arguments {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=100))]
     repeat: u64,
     /// Payments of a run
-    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1_000..=100_000_000))]
+    #[arg(long, default_value_t = 3_000_000, value_parser = clap::value_parser!(u64).range(1_000..=100_000_000))]
     count: u64,
     /// Runs of the first case beforehand that are left out: a broker that has just started compiles itself
     #[arg(long, default_value_t = 8)]
