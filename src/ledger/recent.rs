@@ -5,28 +5,37 @@
 
 use xxhash_rust::xxh3::xxh3_64;
 
+/// Ids that share a line: as many as a cache line holds.
+const LINE: usize = 16;
 /// Ids that are remembered, about; a power of two.
 const SLOTS: usize = 1 << 22;
+const LINES: usize = SLOTS / LINE;
 
-/// A table with one place for each id, in which the next one with the same place takes over. 16 MiB, once it is used.
+/// Lines of the ids whose hashes end alike; in a full line the next one takes the place of the first. 16 MiB, once it
+/// is used.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
-    /// The leading half of the hash of the id in each place; 0: none yet.
-    tags: Vec<u32>,
+    /// The leading half of the hash of each id, the latest first; 0: none yet.
+    lines: Vec<[u32; LINE]>,
 }
 
 impl Recent {
     /// Remembers an id; true if it may have been there before.
     pub(super) fn meet(&mut self, id: &[u8; 16]) -> bool {
-        if self.tags.is_empty() {
-            self.tags = vec![0; SLOTS];
+        if self.lines.is_empty() {
+            self.lines = vec![[0; LINE]; LINES];
         }
         let hash = xxh3_64(id);
         let tag = ((hash >> 32) as u32).max(1);
-        match self.tags.get_mut(hash as usize & (SLOTS - 1)) {
-            Some(place) => std::mem::replace(place, tag) == tag,
-            None => false,
+        let Some(line) = self.lines.get_mut(hash as usize & (LINES - 1)) else {
+            return false;
+        };
+        if line.contains(&tag) {
+            return true;
         }
+        line.rotate_right(1);
+        line[0] = tag;
+        false
     }
 }
 
@@ -38,10 +47,22 @@ mod tests {
     fn an_id_that_was_met_is_known_and_hardly_any_other() {
         let id = |n: u64| u128::from(n).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835).to_be_bytes();
         let mut recent = Recent::default();
-        let mistaken = (0..100_000).filter(|n| recent.meet(&id(*n))).count();
-        assert!(mistaken <= 1, "{mistaken}");
-        // Some places were taken over meanwhile.
-        let known = (0..100_000).filter(|n| recent.meet(&id(*n))).count();
-        assert!(known > 97_000, "{known}");
+        let mut count = |ids: std::ops::Range<u64>| ids.filter(|n| recent.meet(&id(*n))).count();
+        let mistaken = count(0..1_500_000);
+        assert!(mistaken <= 20, "{mistaken}");
+        // Hardly a line was full.
+        let known = count(0..1_500_000);
+        assert!(known > 1_499_000, "{known}");
+    }
+
+    #[test]
+    fn the_first_ids_make_way_for_the_latest() {
+        let mut recent = Recent { lines: vec![[0; LINE]; LINES] };
+        // Ids of one line, found by their hash.
+        let mut ids = (0_u128..).map(u128::to_be_bytes).filter(|id| xxh3_64(id) as usize & (LINES - 1) == 0);
+        let ids: Vec<[u8; 16]> = ids.by_ref().take(LINE + 1).collect();
+        assert!(ids.iter().all(|id| !recent.meet(id)));
+        assert!(ids[1..].iter().all(|id| recent.meet(id)));
+        assert!(!recent.meet(&ids[0]));
     }
 }
