@@ -401,8 +401,7 @@ impl Stand {
         for (index, seat) in seats.into_iter().enumerate() {
             let publisher = PublisherSettings::of(&kafka, &world.identity, index);
             let suspicion = Arc::new(Notify::new());
-            let mut log =
-                KafkaLog::new(stand.group.clone(), publisher, seat.overtaken, suspicion, Arc::clone(&kafka));
+            let mut log = KafkaLog::new(stand.group.clone(), publisher, &seat, suspicion, Arc::clone(&kafka));
             log.renew().await.unwrap();
             let mut ledger = PgLedger::new(pool.clone(), kafka.input_topic.clone(), world.identity.clone());
             let zero = NextOffset(0);

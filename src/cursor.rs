@@ -196,9 +196,32 @@ pub enum Doubt {
         /// The record after the last one.
         to: NextOffset,
     },
+    /// The broker's answers for this partition cannot be read, or it refuses them. Tried again all the time.
+    Unreadable {
+        /// The next offset to read.
+        position: NextOffset,
+        /// First offset of the batch that cannot be read, if it is a batch.
+        batch: Option<NextOffset>,
+        /// What the client library calls it.
+        code: String,
+        /// What is known to help.
+        remedy: &'static str,
+    },
+    /// Reading passed over records again and again. Tried again all the time.
+    FetchGap {
+        /// The next offset to read.
+        from: NextOffset,
+        /// Where reading went on.
+        to: NextOffset,
+    },
 }
 
 impl Doubt {
+    /// Whether it goes away by itself once the partition can be read, without a person's decision.
+    pub fn is_about_reading(&self) -> bool {
+        matches!(self, Self::Unreadable { .. } | Self::FetchGap { .. })
+    }
+
     /// The label used in metrics and `/status`.
     pub fn label(&self) -> &'static str {
         match self {
@@ -206,6 +229,8 @@ impl Doubt {
             Self::BeyondEnd { .. } => "beyond_end",
             Self::MovedForward { .. } => "moved_forward",
             Self::Unproved { .. } => "unproved_events",
+            Self::Unreadable { .. } => "unreadable",
+            Self::FetchGap { .. } => "fetch_gap",
         }
     }
 
@@ -215,7 +240,8 @@ impl Doubt {
             Self::LogGap { needed, .. } => *needed,
             Self::BeyondEnd { position, .. } => *position,
             Self::MovedForward { applied, .. } => *applied,
-            Self::Unproved { from, .. } => *from,
+            Self::Unproved { from, .. } | Self::FetchGap { from, .. } => *from,
+            Self::Unreadable { position, .. } => *position,
         }
     }
 
@@ -252,6 +278,22 @@ impl Doubt {
                 "partition {partition}: the group's offset is gone or was set by other hands, and the outputs do \
                  not tell whether the events of records from {from} on were sent; if none was: payment-writer cursors \
                  accept --partition {partition} --published {from}; if all up to {to} were: --published {to}"
+            ),
+            Self::Unreadable { position, batch, code, remedy } => {
+                let place = batch.map_or_else(
+                    || format!("offset {position} cannot be fetched"),
+                    |batch| format!("the batch at offset {batch} cannot be read"),
+                );
+                format!(
+                    "partition {partition}: {place} ({code}); it is tried again at least every minute and goes on by \
+                     itself. {remedy}. To give the batch up: `payment-writer cursors show` names the offset after it, \
+                     for payment-writer cursors skip --partition {partition} --to"
+                )
+            }
+            Self::FetchGap { from, to } => format!(
+                "partition {partition}: reading passed over records from {from} on, to {to}, three times in a row; \
+                 nothing after {from} was written. It is tried again at least every minute; restart this instance, and \
+                 report it: this is a fault of the client library"
             ),
         }
     }

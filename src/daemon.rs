@@ -79,27 +79,16 @@ pub enum RunError {
     Halted(String),
 }
 
-/// What `kafka.properties` may change of the group's consumer.
-const CONSUMER_DEFAULTS: [(&str, &str); 10] = [
+/// What `kafka.properties` may change of the group's member.
+const MEMBER_DEFAULTS: [(&str, &str); 3] = [
     ("session.timeout.ms", "10000"),
     ("heartbeat.interval.ms", "2000"),
-    // At low rates a fetch that is answered with its first record costs the broker as much as one with
-    // twenty: it waits for more, though not long.
-    ("fetch.min.bytes", "65536"),
-    ("fetch.wait.max.ms", "10"),
-    ("fetch.queue.backoff.ms", "20"),
-    // Prefetched records wait in memory, whatever the backlog: bound their number and bytes. What is
-    // fetched at once comes on top of what is queued.
-    ("queued.min.messages", "20000"),
-    ("queued.max.messages.kbytes", "2048"),
-    ("fetch.max.bytes", "2097152"),
-    ("fetch.message.max.bytes", "1048576"),
     ("topic.metadata.refresh.interval.ms", "60000"),
 ];
 
-/// Configuration of the group's consumer.
+/// Configuration of the group's member. It fetches nothing.
 pub fn consumer_config(kafka: &KafkaSettings) -> ClientConfig {
-    let mut config = client_config_over(kafka, &CONSUMER_DEFAULTS);
+    let mut config = client_config_over(kafka, &MEMBER_DEFAULTS);
     config
         .set("group.id", &kafka.group_id)
         .set("group.instance.id", &kafka.instance_id)
@@ -255,7 +244,7 @@ async fn start(
         let log = KafkaLog::new(
             group.clone(),
             PublisherSettings::of(kafka, &identity, index),
-            Arc::clone(&seat.overtaken),
+            seat,
             Arc::clone(&suspicion),
             Arc::clone(&shared_kafka),
         );

@@ -3,6 +3,10 @@
 //!
 //! `PAYMENT_WRITER_FAILPOINT=name[:n[:stop]]` acts at the n-th hit (default: the first): the process is
 //! gone at once, as by SIGKILL; with `stop` it gets SIGSTOP and goes on with SIGCONT.
+//!
+//! `PAYMENT_WRITER_WITHHOLD=items[:times[:partition]]` loses the first so many records or ends that a lane's reader delivers
+//! after each of the first `times` begins (default: 1) of every partition, or of this one: as if the reader had begun at
+//! a wrong position.
 
 /// A step was reached.
 #[cfg(not(feature = "failpoints"))]
@@ -42,3 +46,65 @@ pub fn hit(name: &'static str) {
         std::process::abort();
     }
 }
+
+/// Partitions were begun: what [`withholds`] counts begins anew.
+#[cfg(not(feature = "failpoints"))]
+#[inline(always)]
+pub fn begun(_: impl Iterator<Item = i32>) {}
+
+/// Whether something that was fetched of this partition is to be lost.
+#[cfg(not(feature = "failpoints"))]
+#[inline(always)]
+pub fn withholds(_: i32) -> bool {
+    false
+}
+
+#[cfg(feature = "failpoints")]
+mod withholding {
+    use std::collections::HashMap;
+    use std::sync::{LazyLock, Mutex, PoisonError};
+
+    struct Withholding {
+        items: u64,
+        times: u64,
+        partition: Option<i32>,
+        /// Begins so far, and what is still to be lost after the last one.
+        counts: Mutex<HashMap<i32, (u64, u64)>>,
+    }
+
+    static WITHHOLDING: LazyLock<Option<Withholding>> = LazyLock::new(|| {
+        let text = std::env::var("PAYMENT_WRITER_WITHHOLD").ok()?;
+        let mut parts = text.split(':');
+        let items = parts.next()?.parse().ok()?;
+        let times = parts.next().and_then(|n| n.parse().ok()).unwrap_or(1);
+        let partition = parts.next().and_then(|n| n.parse().ok());
+        Some(Withholding { items, times, partition, counts: Mutex::default() })
+    });
+
+    /// Partitions were begun: what [`withholds`] counts begins anew.
+    pub fn begun(partitions: impl Iterator<Item = i32>) {
+        let Some(point) = WITHHOLDING.as_ref() else { return };
+        let mut counts = point.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        for partition in partitions.filter(|p| point.partition.is_none_or(|wanted| wanted == *p)) {
+            let (begins, left) = counts.entry(partition).or_default();
+            *left = if *begins < point.times { point.items } else { 0 };
+            *begins += 1;
+        }
+    }
+
+    /// Whether something that was fetched of this partition is to be lost.
+    pub fn withholds(partition: i32) -> bool {
+        let Some(point) = WITHHOLDING.as_ref() else { return false };
+        let mut counts = point.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        match counts.get_mut(&partition) {
+            Some((_, left)) if *left > 0 => {
+                *left -= 1;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+#[cfg(feature = "failpoints")]
+pub use withholding::{begun, withholds};

@@ -21,7 +21,6 @@ use crate::binding;
 use crate::cli::Failure;
 use crate::config::Settings;
 use crate::cursor::{Decision, Mode};
-use crate::daemon::consumer_config;
 use crate::failpoint;
 use crate::kafka::peek::{Peeked, peek};
 use crate::metrics;
@@ -196,9 +195,8 @@ pub async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, Part
         }
     }
     let wanted: Vec<_> = positions.iter().map(|(partition, position, _)| (*partition, *position)).collect();
-    let config = consumer_config(&settings.kafka);
-    let topic = settings.kafka.input_topic.clone();
-    let peeked = tokio::task::spawn_blocking(move || peek(&config, &topic, &wanted, PEEK_LIMIT))
+    let kafka = settings.kafka.clone();
+    let peeked = tokio::task::spawn_blocking(move || peek(&kafka, &kafka.input_topic, &wanted, PEEK_LIMIT))
         .await
         .map_err(|error| Failure::failed(error.to_string()))?
         .map_err(|error| Failure::failed(format!("reading records at the cursors: {error}")))?;

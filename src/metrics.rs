@@ -97,6 +97,18 @@ pub fn describe() {
         "payment_writer_lane_resets_total",
         "Times that a lane dropped what it held and read its cursors again"
     );
+    describe_counter!(
+        "payment_writer_fetch_gaps_total",
+        "Times that the client passed over records just after a begin; they were read then, nothing is lost"
+    );
+    describe_counter!(
+        "payment_writer_fetch_failures_total",
+        "Times that fetching a partition failed and it was begun again"
+    );
+    describe_counter!(
+        "payment_writer_fetch_clients_renewed_total",
+        "Times that a lane began to fetch by a new client because nothing was heard of a partition with records"
+    );
     describe_gauge!(
         "payment_writer_database_up",
         "1 while the database answers a lane, or it has no partitions"
@@ -276,6 +288,9 @@ pub struct LaneMetrics {
     end_to_end: Histogram,
     assigned: Gauge,
     halted: Gauge,
+    fetch_gaps: Counter,
+    fetch_failures: Counter,
+    fetch_clients_renewed: Counter,
     resets: Counter,
     database_up: Gauge,
     broker_up: Gauge,
@@ -314,6 +329,9 @@ impl LaneMetrics {
             end_to_end: histogram!("payment_writer_end_to_end_seconds"),
             assigned: gauge_of("payment_writer_partitions_assigned"),
             halted: gauge_of("payment_writer_partitions_halted"),
+            fetch_gaps: counter!("payment_writer_fetch_gaps_total", "lane" => lane.clone()),
+            fetch_failures: counter!("payment_writer_fetch_failures_total", "lane" => lane.clone()),
+            fetch_clients_renewed: counter!("payment_writer_fetch_clients_renewed_total", "lane" => lane.clone()),
             resets: counter!("payment_writer_lane_resets_total", "lane" => lane.clone()),
             database_up: gauge_of("payment_writer_database_up"),
             broker_up: gauge_of("payment_writer_broker_up"),
@@ -330,6 +348,21 @@ impl LaneMetrics {
     pub fn assigned(&self, assigned: usize, halted: usize) {
         self.assigned.set(assigned as f64);
         self.halted.set(halted as f64);
+    }
+
+    /// The client passed over records.
+    pub fn fetch_gap(&self) {
+        self.fetch_gaps.increment(1);
+    }
+
+    /// Fetching a partition failed.
+    pub fn fetch_failed(&self) {
+        self.fetch_failures.increment(1);
+    }
+
+    /// The lane fetches by a new client.
+    pub fn fetch_silent(&self) {
+        self.fetch_clients_renewed.increment(1);
     }
 
     /// The lane dropped what it held.

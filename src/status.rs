@@ -137,6 +137,8 @@ struct State {
     partitions: BTreeMap<Partition, PartitionStatus>,
     lanes: BTreeMap<usize, (Dependency, Dependency)>,
     start: (Dependency, Dependency),
+    /// When the ends of the log were last asked for, with an answer.
+    ends_at: Option<TimestampMs>,
     is_member: bool,
     /// While the process is no member, or knows nothing of its partitions yet: since when, or since when the oldest
     /// record waits that it had before.
@@ -267,7 +269,9 @@ impl Board {
     pub fn opening(&self, now: TimestampMs, partition: Partition) {
         let mut state = self.state();
         let status = state.partitions.entry(partition).or_insert_with(|| PartitionStatus::opening(now));
-        status.phase = Phase::Opening;
+        if !matches!(&status.phase, Phase::Halted(doubt) if doubt.is_about_reading()) {
+            status.phase = Phase::Opening;
+        }
         status.in_hand.clear();
     }
 
@@ -313,7 +317,14 @@ impl Board {
         }
     }
 
-    /// Positions of live partitions.
+    /// A partition that could not be read is read again.
+    pub fn flows(&self, partition: Partition) {
+        if let Some(status) = self.state().partitions.get_mut(&partition) {
+            status.phase = Phase::Live;
+        }
+    }
+
+    /// Positions of live partitions. One that cannot be read stays halted until it [flows](Self::flows) again.
     pub fn positions(
         &self,
         now: TimestampMs,
@@ -322,7 +333,9 @@ impl Board {
         let mut state = self.state();
         for (partition, applied, published, timestamp) in positions {
             let Some(status) = state.partitions.get_mut(&partition) else { continue };
-            status.phase = Phase::Live;
+            if !matches!(&status.phase, Phase::Halted(doubt) if doubt.is_about_reading()) {
+                status.phase = Phase::Live;
+            }
             // Also where events are to be sent again that a person said were not.
             if Some(applied.min(published)) < status.applied.min(status.published) {
                 status.note_went_back();
@@ -338,9 +351,17 @@ impl Board {
         }
     }
 
+    /// The last stable offset of `partition`, if it was asked for at or after `since`.
+    pub fn end_since(&self, partition: Partition, since: TimestampMs) -> Option<NextOffset> {
+        let state = self.state();
+        state.ends_at.filter(|at| *at >= since)?;
+        state.partitions.get(&partition)?.end
+    }
+
     /// Ends of the log; `now` is from before they were asked for.
     pub fn ends(&self, now: TimestampMs, ends: impl Iterator<Item = (Partition, NextOffset)>) {
         let mut state = self.state();
+        state.ends_at = Some(now);
         for (partition, end) in ends {
             if let Some(status) = state.partitions.get_mut(&partition) {
                 status.end = Some(end);

@@ -11,17 +11,17 @@ use payment_writer::batch::{Batch, Claim, Fates, Progress, Refused};
 use payment_writer::columns::{COPY_HEADER, COPY_TRAILER};
 use payment_writer::config::Settings;
 use payment_writer::cursor::Identity;
-use payment_writer::daemon::{consumer_config, rules};
+use payment_writer::daemon::rules;
 use payment_writer::disposition::Fate;
 use payment_writer::housekeeping::generations::{self, State};
 use payment_writer::kafka::direct::{DirectSettings, DirectTransactions};
+use payment_writer::kafka::log::lane_reader_config;
 use payment_writer::kafka::publisher::{PublisherSettings, Transactions};
 use payment_writer::ledger;
 use payment_writer::publication::{Publication, Span};
 use payment_writer::record::{NextOffset, SourceBatch};
 use payment_writer::schema::months;
 use payment_writer::wire::Rules;
-use rdkafka::Offset;
 use tokio_postgres::{Client, CopyInSink, Statement};
 use uuid::Uuid;
 
@@ -104,8 +104,8 @@ fn consume<T: Send + Default>(
     take: impl Fn(&mut T, &payment_writer::kafka::librdkafka::NativeRecord<'_>) + Sync,
 ) -> Outcome<(Vec<T>, f64)> {
     let kafka = &settings.kafka;
-    let from = Offset::Offset(0);
-    let reader = Reader::new(&consumer_config(kafka), &kafka.input_topic, from, settings.lanes)?;
+    let config = lane_reader_config(kafka);
+    let reader = Reader::new(&config, &kafka.input_topic, NextOffset(0), settings.lanes)?;
     let (taken, is_over) = (AtomicU64::new(0), AtomicBool::new(false));
     let states = (0..settings.lanes).map(|_| T::default()).collect();
     let ended = std::sync::OnceLock::new();

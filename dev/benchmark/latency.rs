@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
-use rdkafka::{ClientConfig, Offset};
+use payment_writer::record::NextOffset;
+use rdkafka::ClientConfig;
 use serde_json::json;
 
 use crate::daemon::Daemon;
@@ -124,7 +125,6 @@ fn probe_config(brokers: &str) -> ClientConfig {
     let mut config = ClientConfig::new();
     config
         .set("bootstrap.servers", brokers)
-        .set("group.id", "bench-latency-probe")
         .set("enable.auto.commit", "false")
         .set("isolation.level", "read_committed")
         .set("fetch.wait.max.ms", "10")
@@ -194,8 +194,7 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
     let site = Site::create(&servers)?;
     let mut daemon = Daemon::start(&site, 0, &[])?;
     let kafka = site.settings()?.kafka;
-    let reader =
-        Reader::new(&probe_config(&kafka.bootstrap_servers), &kafka.read_topic, Offset::Offset(0), 1)?;
+    let reader = Reader::new(&probe_config(&kafka.bootstrap_servers), &kafka.read_topic, NextOffset(0), 1)?;
     let began = Instant::now();
     while !daemon.progress()?.is_fetching {
         if began.elapsed() > FETCH_LIMIT {

@@ -10,7 +10,7 @@ use rdkafka::types::RDKafkaConfRes;
 use super::secret::{HIDDEN, Secret};
 
 /// Properties that decide about exactly-once or that have a setting of their own, with the reason.
-const OWNED: [(&str, &str); 27] = [
+const OWNED: [(&str, &str); 28] = [
     ("bootstrap.servers", "set kafka.bootstrap_servers instead"),
     ("metadata.broker.list", "set kafka.bootstrap_servers instead"),
     ("group.id", "set kafka.group_id instead"),
@@ -28,6 +28,7 @@ const OWNED: [(&str, &str); 27] = [
     ("offset.store.path", "offsets move only inside transactions"),
     ("auto.offset.reset", "no record may be skipped in silence"),
     ("isolation.level", "the input is read with read_committed"),
+    ("check.crcs", "damaged bytes must not be taken for payments: checksums are always checked"),
     ("enable.partition.eof", "the daemon needs to know where a partition ends"),
     ("enable.idempotence", "output must be in order and without repeats"),
     ("enable.gapless.guarantee", "output must be in order and without repeats"),

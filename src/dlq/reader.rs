@@ -8,7 +8,6 @@ use super::DlqError;
 use super::choice::{Choice, Ranges};
 use super::letter::{Letter, Place};
 use crate::config::KafkaSettings;
-use crate::kafka::librdkafka::NativeRecord;
 use crate::kafka::scan::Scanner;
 use crate::record::Partition;
 
@@ -46,8 +45,7 @@ impl Reader {
         for wave in &ranges.waves {
             let mut outcome = Ok(ControlFlow::Continue(()));
             // Whether it was broken off, `outcome` says.
-            let _ = self.scanner.read(wave, |message| {
-                let record = NativeRecord::of(message);
+            let _ = self.scanner.read(wave, |record| {
                 let place = Place { partition: record.partition(), offset: record.offset() };
                 let headers = record.headers();
                 outcome =

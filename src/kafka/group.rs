@@ -1,8 +1,8 @@
 //! Membership of the consumer group: one member a process, its partitions dealt to lanes by number.
 //!
-//! A rebalance only notes what was assigned; fetching of a partition begins when its lane has found
-//! out where ([`Group::start`]). So no callback waits for the database, and a halted partition is
-//! simply one that was never started.
+//! The member never fetches: it answers each assignment and each revocation with an empty list, and only notes what
+//! it was given. Records come by clients that are in no group ([`Fetcher`](super::fetcher::Fetcher)), so that a
+//! rebalance, in which the library pauses all that a member fetches, touches none of them.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, Ordering};
@@ -12,21 +12,25 @@ use std::time::{Duration, Instant};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
-use rdkafka::{ClientConfig, ClientContext, Offset as KafkaOffset, TopicPartitionList};
+use rdkafka::{ClientConfig, ClientContext, TopicPartitionList};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 
-use super::librdkafka::{LaneQueue, add_brokers};
+use super::librdkafka::add_brokers;
 use super::reminder::Reminder;
 use crate::cursor::IdentityDoubt;
 use crate::disposition::is_refusal;
 use crate::failpoint;
 use crate::lane::ports::{LaneEvent, RevokeDone};
 use crate::logging::RateLimited;
-use crate::record::{NextOffset, Partition};
+use crate::record::Partition;
 use crate::status::Board;
 
 /// The group waits this long for its lanes to finish what was revoked; longer than a lane's own grace.
 const REVOKE_WAIT: Duration = Duration::from_secs(10);
+/// A lane whose channel of events stays full for so long hangs.
+const LANE_WAIT: Duration = Duration::from_secs(60);
+const LANE_TICK: Duration = Duration::from_millis(10);
 const POLL: Duration = Duration::from_millis(100);
 /// A fencing this soon after the broker was away may be by an earlier request of our own: one that was sent
 /// to the dying broker, or whose answer was lost, and that gave our place to a member that nobody is.
@@ -53,6 +57,8 @@ impl ClientContext for QuietLog {
     }
 }
 
+impl ConsumerContext for QuietLog {}
+
 /// The group's side of one lane.
 #[derive(Clone)]
 pub struct Seat {
@@ -77,8 +83,6 @@ struct Shared {
     instance_id: String,
     bootstrap_servers: String,
     seats: Vec<Seat>,
-    /// Assigned partitions; true once fetching was started.
-    assigned: Mutex<BTreeMap<Partition, bool>>,
     board: Arc<Board>,
     ended: watch::Sender<Option<MemberEnd>>,
     is_closing: AtomicBool,
@@ -92,8 +96,25 @@ impl Shared {
         self.polled_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn assigned(&self) -> MutexGuard<'_, BTreeMap<Partition, bool>> {
-        self.assigned.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether the lane is there to take the event. It takes events while it waits for anything else, so that a
+    /// channel which stays full means that it hangs: the process ends then, and whoever starts it again begins anew.
+    fn send(&self, lane: usize, seat: &Seat, event: LaneEvent) -> bool {
+        let deadline = Instant::now() + LANE_WAIT;
+        let mut event = event;
+        loop {
+            event = match seat.events.try_send(event) {
+                Ok(()) => return true,
+                // As in a shutdown.
+                Err(TrySendError::Closed(_)) => return false,
+                Err(TrySendError::Full(event)) => event,
+            };
+            if Instant::now() >= deadline || self.is_closing.load(Ordering::Acquire) {
+                let reason = format!("lane {lane} takes no events");
+                self.ended.send_replace(Some(MemberEnd::Fatal(reason)));
+                return false;
+            }
+            std::thread::sleep(LANE_TICK);
+        }
     }
 
     fn by_lane(&self, partitions: &[Partition]) -> BTreeMap<usize, Vec<Partition>> {
@@ -199,13 +220,7 @@ impl Shared {
         }
         metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
         self.board.assigned(crate::metrics::now(), partitions);
-        {
-            let mut assigned = self.assigned();
-            for partition in partitions {
-                assigned.insert(*partition, false);
-            }
-        }
-        // Answers the group without fetching anything yet.
+        // The member fetches nothing.
         if let Err(error) = consumer.incremental_assign(&TopicPartitionList::new()) {
             static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
             if let Some(suppressed) = LIMIT.pass() {
@@ -217,8 +232,7 @@ impl Shared {
         }
         for (lane, partitions) in self.by_lane(partitions) {
             if let Some(seat) = self.seats.get(lane) {
-                // An error means that the lane has ended, as in a shutdown.
-                let _ = seat.events.blocking_send(LaneEvent::Assigned(partitions));
+                self.send(lane, seat, LaneEvent::Assigned(partitions));
             }
         }
     }
@@ -257,7 +271,7 @@ impl Shared {
             });
             let done = Arc::clone(&ticket);
             let done = RevokeDone::new(move || done.finish());
-            if seat.events.blocking_send(LaneEvent::Revoked { partitions, is_lost, done }).is_ok() {
+            if self.send(lane, seat, LaneEvent::Revoked { partitions, is_lost, done }) {
                 tickets.push(ticket);
             }
         }
@@ -270,15 +284,8 @@ impl Shared {
         for ticket in &tickets {
             ticket.overtake();
         }
-        let mut assigned = self.assigned();
-        let mut started = TopicPartitionList::new();
-        for partition in partitions {
-            if assigned.remove(partition) == Some(true) {
-                started.add_partition(&self.topic, partition.0);
-            }
-        }
         failpoint::hit("before_revoked");
-        if let Err(error) = consumer.incremental_unassign(&started) {
+        if let Err(error) = consumer.incremental_unassign(&TopicPartitionList::new()) {
             static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
             if let Some(suppressed) = LIMIT.pass() {
                 tracing::warn!(%error, suppressed, "the revocation was not taken");
@@ -310,7 +317,6 @@ impl Group {
             instance_id: instance_id.to_owned(),
             bootstrap_servers: config.get("bootstrap.servers").unwrap_or_default().to_owned(),
             seats,
-            assigned: Mutex::default(),
             board,
             ended,
             is_closing: AtomicBool::new(false),
@@ -358,99 +364,6 @@ impl Group {
     pub fn close(&self) {
         self.shared.is_closing.store(true, Ordering::Release);
     }
-
-    /// Begins, or begins again, to fetch partitions at these positions into `queue`. Partitions that are
-    /// no longer assigned are left out: their revocation is on its way to the lane.
-    pub fn start<C: ConsumerContext>(
-        &self,
-        queue: &LaneQueue<C>,
-        positions: &[(Partition, NextOffset)],
-    ) -> Result<(), String> {
-        let mut assigned = self.shared.assigned();
-        let mut fresh = TopicPartitionList::new();
-        let mut running = TopicPartitionList::new();
-        for (partition, position) in positions {
-            let list = match assigned.get(partition) {
-                None => continue,
-                Some(false) => &mut fresh,
-                Some(true) => &mut running,
-            };
-            list.add_partition_offset(&self.shared.topic, partition.0, KafkaOffset::Offset(position.0))
-                .map_err(|e| e.to_string())?;
-        }
-        if fresh.count() > 0 {
-            for element in fresh.elements() {
-                queue.attach(&self.shared.topic, Partition(element.partition()));
-            }
-            self.consumer.incremental_assign(&fresh).map_err(|e| e.to_string())?;
-            for element in fresh.elements() {
-                assigned.insert(Partition(element.partition()), true);
-            }
-        }
-        self.seek(queue, running)
-    }
-
-    fn seek<C: ConsumerContext>(
-        &self,
-        queue: &LaneQueue<C>,
-        mut list: TopicPartitionList,
-    ) -> Result<(), String> {
-        let deadline = Instant::now() + REQUEST_TIMEOUT;
-        while list.count() > 0 {
-            let sought =
-                self.consumer.seek_partitions(list, REQUEST_TIMEOUT).map_err(|e| format!("seeking: {e}"))?;
-            let mut again = TopicPartitionList::new();
-            let mut stranded = TopicPartitionList::new();
-            for element in sought.elements() {
-                let list = match element.error() {
-                    Ok(()) => continue,
-                    Err(KafkaError::OffsetFetch(RDKafkaErrorCode::PreviousInProgress))
-                        if Instant::now() < deadline =>
-                    {
-                        &mut again
-                    }
-                    // Not fetching: assigned a moment ago, or given up by the client after an error
-                    // (such as an offset that is not in the log), out of which no seek leads.
-                    Err(KafkaError::OffsetFetch(RDKafkaErrorCode::State)) => &mut stranded,
-                    Err(error) => {
-                        return Err(format!("seeking partition {}: {error}", element.partition()));
-                    }
-                };
-                list.add_partition_offset(&self.shared.topic, element.partition(), element.offset())
-                    .map_err(|e| e.to_string())?;
-            }
-            if stranded.count() > 0 {
-                self.consumer.incremental_unassign(&stranded).map_err(|e| e.to_string())?;
-                for element in stranded.elements() {
-                    queue.attach(&self.shared.topic, Partition(element.partition()));
-                }
-                self.consumer.incremental_assign(&stranded).map_err(|e| e.to_string())?;
-            }
-            list = again;
-            if list.count() > 0 {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-        }
-        Ok(())
-    }
-
-    /// Stops fetching these partitions; they stay assigned.
-    pub fn stop(&self, partitions: &[Partition]) -> Result<(), String> {
-        let mut assigned = self.shared.assigned();
-        let mut list = TopicPartitionList::new();
-        for partition in partitions {
-            if let Some(is_started) = assigned.get_mut(partition)
-                && *is_started
-            {
-                *is_started = false;
-                list.add_partition(&self.shared.topic, partition.0);
-            }
-        }
-        if list.count() == 0 {
-            return Ok(());
-        }
-        self.consumer.incremental_unassign(&list).map_err(|e| e.to_string())
-    }
 }
 
 fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
@@ -471,24 +384,8 @@ fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
             add_brokers(consumer.client(), &shared.bootstrap_servers);
         }
         match consumer.poll(POLL) {
-            None => {}
-            Some(Ok(message)) => {
-                // Cannot happen while partitions are attached before they are assigned; if it does, the
-                // partition is taken up again, so that no record is passed over.
-                let partition = Partition(rdkafka::Message::partition(&message));
-                static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
-                if let Some(suppressed) = LIMIT.pass() {
-                    tracing::warn!(
-                        topic = shared.topic,
-                        partition = partition.0,
-                        offset = rdkafka::Message::offset(&message),
-                        suppressed,
-                        "a record missed its lane's queue, taken up again"
-                    );
-                }
-                drop(message);
-                restart(consumer, shared, partition);
-            }
+            // Nothing is ever assigned to this client, so that no record can come.
+            None | Some(Ok(_)) => {}
             Some(Err(error)) => tracing::debug!(target: "librdkafka", %error, "poll"),
         }
         if let Some((code, reason)) = consumer.client().fatal_error() {
@@ -504,33 +401,4 @@ fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
             return;
         }
     }
-}
-
-fn restart(consumer: &BaseConsumer<GroupContext>, shared: &Shared, partition: Partition) {
-    {
-        let mut assigned = shared.assigned();
-        let mut list = TopicPartitionList::new();
-        match assigned.get_mut(&partition) {
-            Some(is_started) if *is_started => {
-                *is_started = false;
-                list.add_partition(&shared.topic, partition.0);
-            }
-            _ => return,
-        }
-        if let Err(error) = consumer.incremental_unassign(&list) {
-            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
-            if let Some(suppressed) = LIMIT.pass() {
-                tracing::warn!(%error, suppressed, "unassigning a partition to take it up again");
-            }
-        }
-    }
-    let Some(seat) = shared.seats.get(lane_of(partition, shared.seats.len())) else { return };
-    let done = RevokeDone::new(|| {});
-    let partitions = vec![partition];
-    let _ = seat.events.blocking_send(LaneEvent::Revoked {
-        partitions: partitions.clone(),
-        is_lost: false,
-        done,
-    });
-    let _ = seat.events.blocking_send(LaneEvent::Assigned(partitions));
 }

@@ -1,24 +1,23 @@
 //! The one place with `unsafe`: the calls of librdkafka that the `rdkafka` crate does not offer.
 //!
-//! Batch consumption from a queue of our own, transactional produce without an allocation per
+//! Fetching into a queue of our own ([`fetch`]), transactional produce without an allocation per
 //! message, topic ids (`DescribeTopics`) and retention (`DescribeConfigs`), and the generation inside the consumer's group metadata.
 //! Everything that leaves this module is safe to call; each block says why it is sound.
 #![allow(unsafe_code)]
 
+pub mod fetch;
+
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rdkafka::client::Client;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
-use rdkafka::message::BorrowedMessage;
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{ClientContext, TopicPartitionList};
 use rdkafka_sys as sys;
-use tokio::sync::Notify;
 
 use crate::record::{Offset, Partition, TimestampMs};
 
@@ -78,27 +77,6 @@ fn c_string(text: &str) -> CString {
     CString::new(text).unwrap_or_default()
 }
 
-/// What a lane's queue delivers.
-#[derive(Debug)]
-pub enum QueueItem<'a> {
-    /// A record.
-    Record(NativeRecord<'a>),
-    /// The partition was read up to its last stable offset; `position` is the next offset.
-    End {
-        /// Topic partition.
-        partition: Partition,
-        /// The position after everything readable, control records included.
-        position: i64,
-    },
-    /// Fetching one partition (or, without one, anything) failed.
-    Failed {
-        /// The partition, if the error names one.
-        partition: Option<Partition>,
-        /// librdkafka's error code.
-        code: RDKafkaErrorCode,
-    },
-}
-
 /// A record still in the client's memory, valid during the callback that gets it.
 #[derive(Debug)]
 pub struct NativeRecord<'a> {
@@ -115,13 +93,6 @@ unsafe fn bytes<'a>(pointer: *const c_void, len: usize) -> Option<&'a [u8]> {
 }
 
 impl<'a> NativeRecord<'a> {
-    /// The same record as the `rdkafka` crate has it, whose own headers cannot be read if a name of theirs is
-    /// not UTF-8.
-    pub fn of(message: &'a BorrowedMessage<'_>) -> Self {
-        // SAFETY: the message is live for as long as it is borrowed, and nobody changes it.
-        Self { message: unsafe { &*message.ptr() } }
-    }
-
     /// Partition of the record.
     pub fn partition(&self) -> Partition {
         Partition(self.message.partition)
@@ -177,135 +148,6 @@ impl<'a> NativeRecord<'a> {
             // SAFETY: name is a C string, value a buffer of `len`, both owned by the message.
             found.then(|| unsafe { (CStr::from_ptr(name).to_bytes(), bytes(value, len)) })
         })
-    }
-}
-
-/// A queue into which the partitions of one lane are fetched.
-///
-/// Partitions are attached before they are assigned, so that no record of theirs ever reaches the
-/// consumer's main queue. Not draining the queue is back-pressure: the client stops fetching.
-pub struct LaneQueue<C: ConsumerContext + 'static> {
-    queue: *mut sys::rd_kafka_queue_t,
-    wake: *const Notify,
-    chunk_max: usize,
-    /// Keeps the client alive as long as the queue.
-    consumer: Arc<BaseConsumer<C>>,
-    notify: Arc<Notify>,
-}
-
-// SAFETY: librdkafka's queues may be used from any thread; `LaneQueue` hands out no pointer, and
-// consuming takes `&mut self`.
-unsafe impl<C: ConsumerContext> Send for LaneQueue<C> {}
-// SAFETY: as above; `&self` offers only `attach`, which librdkafka locks internally.
-unsafe impl<C: ConsumerContext> Sync for LaneQueue<C> {}
-
-unsafe extern "C" fn wake_lane(_: *mut sys::rd_kafka_t, opaque: *mut c_void) {
-    // SAFETY: the opaque is the `Notify` that `LaneQueue` keeps alive until the callback is off.
-    unsafe { (*opaque.cast::<Notify>()).notify_one() }
-}
-
-impl<C: ConsumerContext> LaneQueue<C> {
-    /// A new queue of `consumer`; `chunk_max` records at most are taken by one call.
-    pub fn new(consumer: Arc<BaseConsumer<C>>, chunk_max: usize) -> Self {
-        let notify = Arc::new(Notify::new());
-        let wake = Arc::into_raw(Arc::clone(&notify));
-        // SAFETY: the client is live; the callback's opaque is a counted reference released in `drop`.
-        let queue = unsafe {
-            let queue = sys::rd_kafka_queue_new(consumer.client().native_ptr());
-            sys::rd_kafka_queue_cb_event_enable(queue, Some(wake_lane), wake as *mut c_void);
-            queue
-        };
-        Self { queue, wake, chunk_max: chunk_max.max(1), consumer, notify }
-    }
-
-    /// Sends what is fetched of this partition here. To be called before the partition is assigned.
-    pub fn attach(&self, topic: &str, partition: Partition) {
-        let topic = c_string(topic);
-        // SAFETY: both queues are live; the partition's reference is released after forwarding, which
-        // librdkafka allows: the forward itself belongs to the partition.
-        unsafe {
-            let source = sys::rd_kafka_queue_get_partition(
-                self.consumer.client().native_ptr(),
-                topic.as_ptr(),
-                partition.0,
-            );
-            if !source.is_null() {
-                sys::rd_kafka_queue_forward(source, self.queue);
-                sys::rd_kafka_queue_destroy(source);
-            }
-        }
-    }
-
-    /// Completes when something was put into the empty queue since it was last waited for.
-    pub async fn wait_filled(&self) {
-        self.notify.notified().await;
-    }
-
-    /// Hands at most `max` items that are there already to `take`; returns how many there were.
-    ///
-    /// Not `rd_kafka_consume_batch_queue`: there, meeting a partition's end counts as having consumed the
-    /// record that is yet to come. After a rebalance, fetching is resumed behind it, and it is lost.
-    pub fn drain(&mut self, max: usize, take: impl FnMut(QueueItem<'_>)) -> usize {
-        let client = self.consumer.client().native_ptr();
-        let mut drain = Drain { client, max: max.min(self.chunk_max), count: 0, take };
-        if drain.max == 0 {
-            return 0;
-        }
-        let (callback, opaque) = (callback_of(&drain), (&raw mut drain).cast::<c_void>());
-        // SAFETY: the queue is live; a zero time limit makes the call return at once, and the callback
-        // is called only until then, from this very thread, with a `Drain` of its own kind.
-        unsafe { sys::rd_kafka_consume_callback_queue(self.queue, 0, Some(callback), opaque) };
-        drain.count
-    }
-}
-
-/// One call of [`LaneQueue::drain`], as its callback sees it.
-struct Drain<F> {
-    client: *mut sys::rd_kafka_t,
-    max: usize,
-    count: usize,
-    take: F,
-}
-
-type Callback = unsafe extern "C" fn(*mut sys::rd_kafka_message_t, *mut c_void);
-
-fn callback_of<F: FnMut(QueueItem<'_>)>(_: &Drain<F>) -> Callback {
-    take_one::<F>
-}
-
-unsafe extern "C" fn take_one<F: FnMut(QueueItem<'_>)>(
-    message: *mut sys::rd_kafka_message_t,
-    opaque: *mut c_void,
-) {
-    // SAFETY: the opaque is the `Drain` that `drain` keeps on its stack, borrowed nowhere else meanwhile;
-    // the message is live until the callback returns, and librdkafka's to destroy.
-    let (drain, message) = unsafe { (&mut *opaque.cast::<Drain<F>>(), &*message) };
-    (drain.take)(match message.err {
-        sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR => QueueItem::Record(NativeRecord { message }),
-        sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__PARTITION_EOF => {
-            QueueItem::End { partition: Partition(message.partition), position: message.offset }
-        }
-        code => QueueItem::Failed {
-            partition: (!message.rkt.is_null() && message.partition >= 0)
-                .then_some(Partition(message.partition)),
-            code: code.into(),
-        },
-    });
-    drain.count += 1;
-    if drain.count >= drain.max {
-        // SAFETY: the client is live. What is left stays in the queue.
-        unsafe { sys::rd_kafka_yield(drain.client) };
-    }
-}
-
-impl<C: ConsumerContext> Drop for LaneQueue<C> {
-    fn drop(&mut self) {
-        // SAFETY: the callback is switched off before its opaque is released.
-        unsafe {
-            sys::rd_kafka_queue_cb_event_enable(self.queue, None, ptr::null_mut());
-            sys::rd_kafka_queue_destroy(self.queue);
-            drop(Arc::from_raw(self.wake));
-        }
     }
 }
 

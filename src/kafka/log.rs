@@ -7,36 +7,65 @@ use std::time::Duration;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
-use super::group::{Group, GroupContext, REQUEST_TIMEOUT};
-use super::librdkafka::{GroupMetadata, LaneQueue, QueueItem, topic_id};
+use super::fetcher::{Fetcher, reader_config};
+use super::gaps;
+use super::group::{Group, REQUEST_TIMEOUT, Seat};
+use super::librdkafka::fetch::FetchItem;
+use super::librdkafka::{GroupMetadata, NativeError, topic_id};
 use super::publisher::{Publisher, PublisherSettings};
 use super::scan::ScanError;
 use super::tails;
 use crate::config::KafkaSettings;
 use crate::cursor::{GroupOffset, IdentityDoubt, LogBounds};
 use crate::disposition::{FailureClass, class_of_kafka};
-use crate::intake::Intake;
-use crate::lane::ports::{Log, LogFailure, Proved, PublishFailure, PublishTimes};
+use crate::failpoint;
+use crate::intake::{FetchFault, Intake};
+use crate::lane::ports::{
+    Gap, GapAnswer, LaneEvent, Log, LogFailure, Positions, Proved, PublishFailure, PublishTimes, Question,
+};
 use crate::publication::{OutputCounts, Publication, Published};
 use crate::record::{NextOffset, Partition, TimestampMs};
 
-/// Records taken from the client in one call.
-const CHUNK_MAX: usize = 1_000;
 /// A missed wake-up costs at most this.
 const FETCH_TICK: Duration = Duration::from_millis(100);
+/// A call that begins or stops partitions takes microseconds each; a client in which it takes longer hangs.
+const START_MAX: Duration = Duration::from_secs(10);
+/// What `kafka.properties` may change of a lane's reader.
+const FETCH_DEFAULTS: [(&str, &str); 8] = [
+    // At low rates a fetch that is answered with its first record costs the broker as much as one with
+    // twenty: it waits for more, though not long.
+    ("fetch.min.bytes", "65536"),
+    ("fetch.wait.max.ms", "10"),
+    ("fetch.queue.backoff.ms", "20"),
+    // Prefetched records wait in memory, whatever the backlog: bound their number and bytes. What is
+    // fetched at once comes on top of what is queued.
+    ("queued.min.messages", "20000"),
+    ("queued.max.messages.kbytes", "2048"),
+    ("fetch.max.bytes", "2097152"),
+    ("fetch.message.max.bytes", "1048576"),
+    ("topic.metadata.refresh.interval.ms", "60000"),
+];
+
+/// Configuration of the client by which a lane reads.
+pub fn lane_reader_config(kafka: &KafkaSettings) -> rdkafka::ClientConfig {
+    reader_config(kafka, &FETCH_DEFAULTS)
+}
 
 /// One lane's share of the cluster.
 pub struct KafkaLog {
     group: Group,
-    queue: Arc<tokio::sync::Mutex<LaneQueue<GroupContext>>>,
+    /// Made when partitions are started, and anew when it hangs or is given up.
+    fetcher: Option<Arc<Fetcher>>,
     settings: PublisherSettings,
     publisher: Option<Publisher>,
     /// True while a transaction's outcome is awaited, and after it was not learnt.
     is_in_doubt: bool,
     overtaken: Arc<AtomicI64>,
+    /// Where answers go. Weak, or the lane would never see that nobody can tell it anything any more.
+    events: mpsc::WeakSender<LaneEvent>,
     /// Woken when fetching failed: the topic's id is asked for at once.
     suspicion: Arc<Notify>,
     kafka: Arc<KafkaSettings>,
@@ -45,38 +74,99 @@ pub struct KafkaLog {
 }
 
 impl KafkaLog {
-    /// The log of the lane whose revocations `overtaken` counts.
+    /// The log of the lane that has this seat in the group.
     pub fn new(
         group: Group,
         settings: PublisherSettings,
-        overtaken: Arc<AtomicI64>,
+        seat: &Seat,
         suspicion: Arc<Notify>,
         kafka: Arc<KafkaSettings>,
     ) -> Self {
-        let queue = LaneQueue::new(Arc::clone(group.consumer()), CHUNK_MAX);
         Self {
             group,
-            queue: Arc::new(tokio::sync::Mutex::new(queue)),
+            fetcher: None,
             settings,
             publisher: None,
             is_in_doubt: false,
-            overtaken,
+            overtaken: Arc::clone(&seat.overtaken),
+            events: seat.events.downgrade(),
             suspicion,
             kafka,
             search: None,
         }
     }
 
-    async fn blocking<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(Group) -> Result<T, LogFailure> + Send + 'static,
-    ) -> Result<T, LogFailure> {
-        let group = self.group.clone();
-        match tokio::task::spawn_blocking(move || work(group)).await {
-            Ok(outcome) => outcome,
-            Err(error) => Err(LogFailure::passing(format!("the request was given up: {error}"))),
-        }
+    /// Runs calls of the reader that block, within a limit. A reader that fails is given up.
+    async fn with_fetcher(
+        &mut self,
+        doing: &str,
+        work: impl FnOnce(&Fetcher) -> Result<(), NativeError> + Send + 'static,
+    ) -> Result<(), LogFailure> {
+        let fetcher = match &self.fetcher {
+            Some(fetcher) => Arc::clone(fetcher),
+            None => {
+                let made = Fetcher::new(&lane_reader_config(&self.kafka), &self.kafka.input_topic)
+                    .map_err(|e| failed(doing, &e))?;
+                Arc::clone(self.fetcher.insert(Arc::new(made)))
+            }
+        };
+        let called = tokio::task::spawn_blocking(move || work(&fetcher));
+        let failure = match tokio::time::timeout(START_MAX, called).await {
+            Ok(Ok(Ok(()))) => return Ok(()),
+            Ok(Ok(Err(error))) => passing(doing, error),
+            Ok(Err(error)) => passing(doing, error),
+            Err(_) => passing(doing, "the client hangs and was abandoned"),
+        };
+        self.renew_fetching();
+        Err(failure)
     }
+
+    /// Hands an answer to the lane, if there still is one.
+    fn answer(
+        &self,
+        work: impl FnOnce() -> LaneEvent + Send + 'static,
+        given_up: impl FnOnce(String) -> LaneEvent + Send + 'static,
+    ) {
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            let answer = match tokio::task::spawn_blocking(work).await {
+                Ok(answer) => answer,
+                Err(error) => given_up(error.to_string()),
+            };
+            if let Some(events) = events.upgrade() {
+                // An error means that the lane has ended.
+                let _ = events.send(answer).await;
+            }
+        });
+    }
+}
+
+impl Drop for KafkaLog {
+    fn drop(&mut self) {
+        self.renew_fetching();
+    }
+}
+
+/// What a lane has to know of partitions before it takes them up: topic id, group's offsets, bounds.
+fn positions(
+    group: &Group,
+    expected: uuid::Uuid,
+    partitions: &[Partition],
+) -> Result<Vec<Positions>, LogFailure> {
+    let offsets = group_offsets(group, partitions)?;
+    let (found, _) =
+        topic_id(group.consumer(), group.topic(), REQUEST_TIMEOUT).map_err(|e| LogFailure::Failed {
+            class: class_of_kafka(e.code),
+            message: format!("asking for the topic's id: {e}"),
+        })?;
+    if found != expected {
+        return Err(IdentityDoubt::OtherTopic { marked: expected, found }.into());
+    }
+    let bounds = log_bounds(group, partitions)?;
+    let answers = partitions.iter().zip(offsets).zip(bounds);
+    Ok(answers
+        .map(|((partition, group), bounds)| Positions { partition: *partition, group, bounds })
+        .collect())
 }
 
 fn passing(doing: &str, error: impl std::fmt::Display) -> LogFailure {
@@ -205,36 +295,59 @@ pub fn group_offsets(
         .collect()
 }
 
+/// Puts one thing that was fetched into the intake.
+fn take(intake: &mut Intake, suspicion: &Notify, item: FetchItem<'_>) {
+    let partition = match &item {
+        FetchItem::Record(record) => Some(record.partition()),
+        FetchItem::End { partition, .. } => Some(*partition),
+        FetchItem::Failed { .. } => None,
+    };
+    if partition.is_some_and(|partition| failpoint::withholds(partition.0)) {
+        return;
+    }
+    match item {
+        FetchItem::Record(record) => intake.record(
+            record.partition(),
+            record.offset(),
+            record.timestamp(),
+            record.key(),
+            record.value(),
+            record.headers(),
+        ),
+        FetchItem::End { partition, position } => intake.end(partition, position),
+        FetchItem::Failed { partition, code, offset } => {
+            tracing::debug!(target: "librdkafka", partition = partition.map(|p| p.0), %code, "fetch");
+            suspicion.notify_one();
+            if let Some(partition) = partition {
+                intake.fail(partition, FetchFault::new(code, offset));
+            }
+        }
+    }
+}
+
 impl Log for KafkaLog {
-    async fn group_offsets(
-        &mut self,
-        partitions: &[Partition],
-    ) -> Result<Vec<(Partition, Option<GroupOffset>)>, LogFailure> {
-        let partitions = partitions.to_vec();
-        self.blocking(move |group| {
-            let offsets = group_offsets(&group, &partitions)?;
-            Ok(partitions.into_iter().zip(offsets).collect())
-        })
-        .await
+    fn ask(&mut self, question: Question) {
+        let Question { id, partitions } = question;
+        let (group, expected) = (self.group.clone(), self.settings.identity.topic_id);
+        self.answer(
+            move || LaneEvent::Answered { id, found: positions(&group, expected, &partitions) },
+            move |error| LaneEvent::Answered {
+                id,
+                found: Err(LogFailure::passing(format!("the request was given up: {error}"))),
+            },
+        );
     }
 
-    async fn bounds(&mut self, partitions: &[Partition]) -> Result<Vec<(Partition, LogBounds)>, LogFailure> {
-        let partitions = partitions.to_vec();
-        let expected = self.settings.identity.topic_id;
-        self.blocking(move |group| {
-            let (found, _) = topic_id(group.consumer(), group.topic(), REQUEST_TIMEOUT).map_err(|e| {
-                LogFailure::Failed {
-                    class: class_of_kafka(e.code),
-                    message: format!("asking for the topic's id: {e}"),
-                }
-            })?;
-            if found != expected {
-                return Err(IdentityDoubt::OtherTopic { marked: expected, found }.into());
-            }
-            let bounds = log_bounds(&group, &partitions)?;
-            Ok(partitions.into_iter().zip(bounds).collect())
-        })
-        .await
+    fn prove_gaps(&mut self, id: u64, gaps: Vec<Gap>) {
+        let kafka = Arc::clone(&self.kafka);
+        let asked = gaps.clone();
+        self.answer(
+            move || LaneEvent::GapsProved { id, answers: gaps::prove(&kafka, &asked) },
+            move |error| {
+                let failed = |gap| (gap, GapAnswer::Failed(error.clone()));
+                LaneEvent::GapsProved { id, answers: gaps.into_iter().map(failed).collect() }
+            },
+        );
     }
 
     async fn prove(&mut self, wanted: &[(Partition, NextOffset)]) -> Result<Option<Vec<Proved>>, LogFailure> {
@@ -259,62 +372,53 @@ impl Log for KafkaLog {
     }
 
     async fn start(&mut self, positions: &[(Partition, NextOffset)]) -> Result<(), LogFailure> {
+        failpoint::begun(positions.iter().map(|(partition, _)| partition.0));
         let positions = positions.to_vec();
-        let queue = Arc::clone(&self.queue);
-        self.blocking(move |group| {
-            let queue = queue.blocking_lock();
-            group.start(&queue, &positions).map_err(LogFailure::passing)
-        })
-        .await
+        self.with_fetcher("starting to fetch", move |fetcher| fetcher.start(&positions)).await
     }
 
     async fn stop(&mut self, partitions: &[Partition]) -> Result<(), LogFailure> {
+        if self.fetcher.is_none() {
+            return Ok(());
+        }
         let partitions = partitions.to_vec();
-        self.blocking(move |group| group.stop(&partitions).map_err(LogFailure::passing)).await
+        self.with_fetcher("stopping to fetch", move |fetcher| fetcher.stop(&partitions)).await
+    }
+
+    fn renew_fetching(&mut self) {
+        if let Some(fetcher) = self.fetcher.take() {
+            // The end of a client blocks, that of one that hangs for ever: on a thread that nobody waits for. If there
+            // is no thread to be had, the closure is dropped here, and with it the client.
+            let _ = std::thread::Builder::new().name("reader-end".to_owned()).spawn(move || drop(fetcher));
+        }
     }
 
     async fn fetch(&mut self, intake: &mut Intake, wait: Duration) {
+        let Some(fetcher) = &self.fetcher else {
+            tokio::time::sleep(wait.min(FETCH_TICK)).await;
+            return;
+        };
         let suspicion = &self.suspicion;
-        let mut queue = self.queue.lock().await;
-        let mut drain = |queue: &mut LaneQueue<GroupContext>| {
+        let mut drain = || {
             let mut taken = 0;
             loop {
                 let room = intake.room();
                 if room == 0 {
                     return true;
                 }
-                let count = queue.drain(room, |item| match item {
-                    QueueItem::Record(record) => intake.record(
-                        record.partition(),
-                        record.offset(),
-                        record.timestamp(),
-                        record.key(),
-                        record.value(),
-                        record.headers(),
-                    ),
-                    QueueItem::End { partition, position } => {
-                        intake.end(partition, NextOffset(position));
-                    }
-                    QueueItem::Failed { partition, code } => {
-                        tracing::debug!(target: "librdkafka", partition = partition.map(|p| p.0), %code, "fetch");
-                        suspicion.notify_one();
-                        if let Some(partition) = partition {
-                            intake.disturb(partition);
-                        }
-                    }
-                });
+                let count = fetcher.drain(room, Duration::ZERO, |item| take(intake, suspicion, item));
                 if count == 0 {
                     return taken > 0;
                 }
                 taken += count;
             }
         };
-        if drain(&mut queue) || wait.is_zero() {
+        if drain() || wait.is_zero() {
             return;
         }
         // Whether it was woken or not, what is there is taken.
-        let _ = tokio::time::timeout(wait.min(FETCH_TICK), queue.wait_filled()).await;
-        drain(&mut queue);
+        let _ = tokio::time::timeout(wait.min(FETCH_TICK), fetcher.wait_filled()).await;
+        drain();
     }
 
     async fn publish(

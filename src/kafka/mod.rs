@@ -1,6 +1,8 @@
 //! The Kafka side: group membership and fetching, and the transactions that publish.
 
 pub mod direct;
+pub mod fetcher;
+mod gaps;
 pub mod group;
 pub mod librdkafka;
 pub mod log;

@@ -1,18 +1,23 @@
 //! The timestamps of single records: reads one record a partition, as a member of no group.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::time::{Duration, Instant};
 
-use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
-use rdkafka::{ClientConfig, Message, Offset as KafkaOffset, TopicPartitionList};
 
-use super::group::QuietLog;
+use super::fetcher::{Fetcher, reader_config};
+use super::librdkafka::fetch::FetchItem;
+use crate::config::KafkaSettings;
 use crate::record::{NextOffset, Partition, TimestampMs};
 
 const POLL: Duration = Duration::from_millis(100);
+/// One record of each partition is wanted, not a backlog.
+const DEFAULTS: [(&str, &str); 4] = [
+    ("queued.min.messages", "1"),
+    ("queued.max.messages.kbytes", "1024"),
+    ("fetch.min.bytes", "1"),
+    ("fetch.message.max.bytes", "16384"),
+];
 
 /// What is at a position.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,8 +28,6 @@ pub enum Peeked {
     End,
 }
 
-impl ConsumerContext for QuietLog {}
-
 /// What is the first record at or after each position, committed or not: what a transaction that is still open
 /// holds back is to come yet, and so is all behind it. Partitions that did not answer
 /// until `limit` are absent.
@@ -32,7 +35,7 @@ impl ConsumerContext for QuietLog {}
 /// # Errors
 /// When the client cannot be made; what fails per partition makes it absent.
 pub fn peek(
-    config: &ClientConfig,
+    kafka: &KafkaSettings,
     topic: &str,
     positions: &[(Partition, NextOffset)],
     limit: Duration,
@@ -41,45 +44,26 @@ pub fn peek(
     if positions.is_empty() {
         return Ok(found);
     }
-    let mut config = config.clone();
-    config
-        // One record of each is wanted, not a backlog.
-        .set("queued.min.messages", "1")
-        .set("queued.max.messages.kbytes", "1024")
-        .set("fetch.min.bytes", "1")
-        .set("fetch.message.max.bytes", "16384")
-        .set("enable.partition.eof", "true")
-        .set("isolation.level", "read_uncommitted")
-        .set("auto.offset.reset", "error")
-        .set("enable.auto.commit", "false")
-        .remove("group.instance.id");
-    let consumer: BaseConsumer<QuietLog> = BaseConsumer::from_config_and_context(&config, QuietLog)?;
-    let mut list = TopicPartitionList::with_capacity(positions.len());
-    for (partition, position) in positions {
-        list.add_partition_offset(topic, partition.0, KafkaOffset::Offset(position.0))?;
-    }
-    consumer.assign(&list)?;
+    let mut config = reader_config(kafka, &DEFAULTS);
+    config.set("isolation.level", "read_uncommitted");
+    let fetcher = Fetcher::new(&config, topic)?;
+    let given_up = |error: super::librdkafka::NativeError| KafkaError::MessageConsumption(error.code);
+    fetcher.start(positions).map_err(given_up)?;
     let deadline = Instant::now() + limit;
     while found.len() < positions.len() && Instant::now() < deadline {
-        match consumer.poll(POLL) {
-            Some(Ok(message)) => {
-                let partition = Partition(message.partition());
-                let record = Peeked::Record(message.timestamp().to_millis().map(TimestampMs));
-                if let Entry::Vacant(place) = found.entry(partition) {
-                    place.insert(record);
-                    // Or the client goes on to fetch its backlog for as long as another is waited for. That it throws
-                    // away what it has of this partition is just right.
-                    let mut done = TopicPartitionList::with_capacity(1);
-                    done.add_partition(topic, partition.0);
-                    consumer.pause(&done)?;
-                }
-            }
-            Some(Err(KafkaError::PartitionEOF(partition))) => {
-                found.entry(Partition(partition)).or_insert(Peeked::End);
-            }
-            // The client tries again, or the partition stays absent.
-            Some(Err(_)) | None => {}
-        }
+        let mut done: Vec<Partition> = Vec::new();
+        fetcher.drain(usize::MAX, POLL, |item| {
+            let (partition, peeked) = match item {
+                FetchItem::Record(record) => (record.partition(), Peeked::Record(record.timestamp())),
+                FetchItem::End { partition, .. } => (partition, Peeked::End),
+                // The client tries again, or the partition stays absent.
+                FetchItem::Failed { .. } => return,
+            };
+            found.entry(partition).or_insert(peeked);
+            done.push(partition);
+        });
+        // Or the client goes on to fetch its backlog for as long as another is waited for.
+        fetcher.stop(&done).map_err(given_up)?;
     }
     Ok(found)
 }

@@ -4,25 +4,24 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::KafkaError;
-use rdkafka::message::{BorrowedMessage, Message};
-use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
+use rdkafka::types::RDKafkaErrorCode;
 use uuid::Uuid;
 
-use super::group::{QuietLog, REQUEST_TIMEOUT};
-use super::librdkafka::topic_id;
-use super::log::{bounds_of, listed, positions_at};
+use super::fetcher::{Fetcher, reader_config};
+use super::group::REQUEST_TIMEOUT;
+use super::librdkafka::fetch::FetchItem;
+use super::librdkafka::{NativeRecord, topic_id};
+use super::log::{bounds_of, positions_at};
 use crate::config::KafkaSettings;
 use crate::cursor::LogBounds;
 use crate::disposition::{FailureClass, class_of_kafka, is_refusal};
-use crate::kafka_client::base_client_config;
 use crate::record::{NextOffset, Partition, TimestampMs};
 
 /// A scan that gets nothing for so long is given up: the client itself waits for brokers without end.
 const STALL_MAX: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(100);
+/// A partition that fails more often in a row, with an error that should pass, is given up.
+const FAILURES_MAX: u32 = 20;
 
 /// Why a topic could not be read; names topic and partitions, never a record's contents.
 #[derive(Debug, thiserror::Error)]
@@ -58,35 +57,29 @@ impl ScanRange {
     }
 }
 
+/// What the settings may change.
+const DEFAULTS: [(&str, &str); 4] = [
+    ("fetch.queue.backoff.ms", "20"),
+    ("fetch.wait.max.ms", "50"),
+    ("queued.max.messages.kbytes", "16384"),
+    ("fetch.max.bytes", "8388608"),
+];
+
 /// A reader of one topic's committed records.
 pub struct Scanner {
-    consumer: BaseConsumer<QuietLog>,
+    fetcher: Fetcher,
     topic: String,
 }
 
 impl Scanner {
     /// A reader of `topic`. Asks nothing of the broker yet.
     pub fn new(kafka: &KafkaSettings, topic: &str) -> Result<Self, ScanError> {
-        let mut config = base_client_config(kafka);
-        config
-            // The client library wants a group, though it is never joined: the one for which there are rights.
-            .set("group.id", &kafka.group_id)
-            .set("isolation.level", "read_committed")
-            .set("enable.partition.eof", "true")
-            .set("enable.auto.commit", "false")
-            .set("auto.offset.reset", "error")
-            .set("allow.auto.create.topics", "false")
-            .set("fetch.queue.backoff.ms", "20")
-            .set("fetch.wait.max.ms", "50")
-            .set("queued.max.messages.kbytes", "16384")
-            .set("fetch.max.bytes", "8388608")
-            .remove("group.instance.id");
-        let consumer = BaseConsumer::from_config_and_context(&config, QuietLog).map_err(|e| ScanError {
+        let fetcher = Fetcher::new(&reader_config(kafka, &DEFAULTS), topic).map_err(|e| ScanError {
             topic: topic.to_owned(),
             reason: format!("creating a consumer: {e}"),
             is_refusal: false,
         })?;
-        Ok(Self { consumer, topic: topic.to_owned() })
+        Ok(Self { fetcher, topic: topic.to_owned() })
     }
 
     /// The topic's name.
@@ -102,13 +95,13 @@ impl Scanner {
     /// The topic's id, and all its partitions.
     pub fn describe(&self) -> Result<(Uuid, Vec<Partition>), ScanError> {
         let (id, count) =
-            topic_id(&self.consumer, &self.topic, REQUEST_TIMEOUT).map_err(|e| self.error(e))?;
+            topic_id(self.fetcher.consumer(), &self.topic, REQUEST_TIMEOUT).map_err(|e| self.error(e))?;
         Ok((id, (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect()))
     }
 
     /// First offset and last stable offset of each of these partitions, in their order.
     pub fn bounds(&self, partitions: &[Partition]) -> Result<Vec<LogBounds>, ScanError> {
-        bounds_of(&self.consumer, &self.topic, partitions).map_err(|e| self.error(e))
+        bounds_of(self.fetcher.consumer(), &self.topic, partitions).map_err(|e| self.error(e))
     }
 
     /// Of each partition the first offset whose record's timestamp is at or after `time`; `None` if there is
@@ -118,77 +111,55 @@ impl Scanner {
         partitions: &[Partition],
         time: TimestampMs,
     ) -> Result<Vec<Option<NextOffset>>, ScanError> {
-        positions_at(&self.consumer, &self.topic, partitions, time).map_err(|e| self.error(e))
+        positions_at(self.fetcher.consumer(), &self.topic, partitions, time).map_err(|e| self.error(e))
     }
 
     /// Hands every committed record of `ranges` to `each`, in the order of offsets within a partition, until
     /// all are read or `each` breaks. What is beyond a partition's last stable offset is not waited for.
     ///
     /// # Errors
-    /// When the client reports an error that it does not mend by itself, or nothing came for a minute. The
-    /// error names the partitions that are not done.
+    /// When a partition cannot be read, or nothing came for a minute. The error names the partitions that are not
+    /// done. Nothing of a partition is taken that came behind an error of it: what the client delivers there may be at a
+    /// wrong place.
     pub fn read(
         &self,
         ranges: &[ScanRange],
-        mut each: impl FnMut(&BorrowedMessage<'_>) -> ControlFlow<()>,
+        mut each: impl FnMut(&NativeRecord<'_>) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, ScanError> {
-        let mut open: BTreeMap<i32, i64> =
-            ranges.iter().filter(|r| !r.is_empty()).map(|r| (r.partition.0, r.to.0)).collect();
-        let mut list = TopicPartitionList::with_capacity(open.len());
-        for range in ranges.iter().filter(|r| !r.is_empty()) {
-            list.add_partition_offset(&self.topic, range.partition.0, KafkaOffset::Offset(range.from.0))
-                .map_err(|e| self.error(e))?;
-        }
-        self.consumer.assign(&list).map_err(|e| self.error(e))?;
-        let outcome = self.read_assigned(&mut open, &mut each);
-        // A partition stays paused when it is not assigned any more, and would be when it is read again.
-        let resumed = self.consumer.resume(&list).map_err(|e| self.error(e));
+        let mut open: BTreeMap<Partition, Open> = ranges
+            .iter()
+            .filter(|range| !range.is_empty())
+            .map(|range| (range.partition, Open { position: range.from, to: range.to, failures: 0 }))
+            .collect();
+        let outcome = self.read_open(&mut open, &mut each);
         // Whatever happened, nothing more is fetched.
-        let unassigned = resumed.and(self.consumer.unassign().map_err(|e| self.error(e)));
+        let partitions: Vec<Partition> = ranges.iter().map(|range| range.partition).collect();
+        let stopped = self.fetcher.stop(&partitions).map_err(|e| self.error(e));
         let flow = outcome?;
-        unassigned.map(|()| flow)
+        stopped.map(|()| flow)
     }
 
-    fn read_assigned(
+    fn read_open(
         &self,
-        open: &mut BTreeMap<i32, i64>,
-        each: &mut impl FnMut(&BorrowedMessage<'_>) -> ControlFlow<()>,
+        open: &mut BTreeMap<Partition, Open>,
+        each: &mut impl FnMut(&NativeRecord<'_>) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, ScanError> {
+        let starts: Vec<_> = open.iter().map(|(partition, range)| (*partition, range.position)).collect();
+        self.fetcher.start(&starts).map_err(|e| self.error(e))?;
         let mut heard_at = Instant::now();
         while !open.is_empty() {
-            match self.consumer.poll(POLL) {
-                Some(Ok(message)) => {
-                    heard_at = Instant::now();
-                    let partition = message.partition();
-                    let Some(to) = open.get(&partition).copied() else { continue };
-                    if message.offset() < to && each(&message).is_break() {
-                        return Ok(ControlFlow::Break(()));
-                    }
-                    // Once more: `each` may take its time.
-                    heard_at = Instant::now();
-                    if message.offset() >= to - 1 {
-                        self.done(open, partition)?;
-                    }
-                }
-                Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    heard_at = Instant::now();
-                    // A leader that has just taken over may not know yet how far the log goes.
-                    let ends = listed(&self.consumer, &self.topic, &[Partition(partition)], KafkaOffset::End)
-                        .map_err(|e| self.error(e))?;
-                    if ends.first() >= open.get(&partition) {
-                        self.done(open, partition)?;
-                    }
-                }
-                // Brokers that are away are waited for, with a limit.
-                Some(Err(error)) if is_passing(&error) => {}
-                Some(Err(error)) => {
-                    let is_refusal = error.rdkafka_error_code().is_some_and(is_refusal);
-                    return Err(ScanError { is_refusal, ..self.error(error) });
-                }
-                None => {}
+            let mut met = Met::default();
+            let count = self.fetcher.drain(usize::MAX, POLL, |item| met.take(open, item, each));
+            if count > 0 {
+                // Once more after it: `each` may take its time.
+                heard_at = Instant::now();
             }
+            if met.is_broken_off {
+                return Ok(ControlFlow::Break(()));
+            }
+            self.settle(open, met)?;
             if heard_at.elapsed() > STALL_MAX {
-                let waiting: Vec<String> = open.keys().map(i32::to_string).collect();
+                let waiting: Vec<String> = open.keys().map(|partition| partition.to_string()).collect();
                 return Err(self.error(format!(
                     "nothing came for {} s; not read to the end: partitions {}",
                     STALL_MAX.as_secs(),
@@ -199,22 +170,97 @@ impl Scanner {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Fetches no more of a partition that is done.
-    fn done(&self, open: &mut BTreeMap<i32, i64>, partition: i32) -> Result<(), ScanError> {
-        if open.remove(&partition).is_some() && !open.is_empty() {
-            let mut list = TopicPartitionList::new();
-            list.add_partition(&self.topic, partition);
-            self.consumer.pause(&list).map_err(|e| self.error(e))?;
+    /// Stops what is done, and begins again what failed, where it was.
+    fn settle(&self, open: &mut BTreeMap<Partition, Open>, met: Met) -> Result<(), ScanError> {
+        if !open.is_empty() {
+            self.fetcher.stop(&met.done).map_err(|e| self.error(e))?;
+        }
+        for (partition, code) in met.failed {
+            let Some(range) = open.get_mut(&partition) else { continue };
+            range.failures += 1;
+            if !is_passing(code) || range.failures > FAILURES_MAX {
+                let is_refusal = is_refusal(code);
+                let reason = format!("partition {partition} cannot be read at {}: {code}", range.position);
+                return Err(ScanError { is_refusal, ..self.error(reason) });
+            }
+            self.fetcher.start(&[(partition, range.position)]).map_err(|e| self.error(e))?;
         }
         Ok(())
     }
 }
 
-fn is_passing(error: &KafkaError) -> bool {
-    use rdkafka::types::RDKafkaErrorCode as Code;
-    match error.rdkafka_error_code() {
+/// A range that is being read.
+struct Open {
+    /// After the last record that was handed on.
+    position: NextOffset,
+    to: NextOffset,
+    failures: u32,
+}
+
+/// What one look into the client's queue brought besides records.
+#[derive(Default)]
+struct Met {
+    done: Vec<Partition>,
+    failed: Vec<(Partition, RDKafkaErrorCode)>,
+    is_broken_off: bool,
+}
+
+impl Met {
+    fn take(
+        &mut self,
+        open: &mut BTreeMap<Partition, Open>,
+        item: FetchItem<'_>,
+        each: &mut impl FnMut(&NativeRecord<'_>) -> ControlFlow<()>,
+    ) {
+        if self.is_broken_off {
+            return;
+        }
+        match item {
+            FetchItem::Record(record) => {
+                let partition = record.partition();
+                let has_failed = self.failed.iter().any(|(failed, _)| *failed == partition);
+                let Some(range) = open.get_mut(&partition).filter(|_| !has_failed) else { return };
+                let offset = record.offset();
+                if range.position.is_past(offset) {
+                    return;
+                }
+                if range.to.is_past(offset) {
+                    range.position = offset.next();
+                    range.failures = 0;
+                    self.is_broken_off = each(&record).is_break();
+                }
+                if offset.next() >= range.to {
+                    open.remove(&partition);
+                    self.done.push(partition);
+                }
+            }
+            FetchItem::End { partition, position } => {
+                let has_failed = self.failed.iter().any(|(failed, _)| *failed == partition);
+                let Some(range) = open.get(&partition).filter(|_| !has_failed) else { return };
+                // A leader that has just taken over may not know yet how far the log goes: it is waited for.
+                if position >= range.to {
+                    open.remove(&partition);
+                    self.done.push(partition);
+                }
+            }
+            FetchItem::Failed { partition: Some(partition), code, .. } => {
+                if open.contains_key(&partition)
+                    && !self.failed.iter().any(|(failed, _)| *failed == partition)
+                {
+                    self.failed.push((partition, code));
+                }
+            }
+            // Brokers that are away are waited for, with a limit.
+            FetchItem::Failed { partition: None, .. } => {}
+        }
+    }
+}
+
+fn is_passing(code: RDKafkaErrorCode) -> bool {
+    use RDKafkaErrorCode as Code;
+    match code {
         // A lane finds another position then; here there is none.
-        Some(Code::OffsetOutOfRange | Code::AutoOffsetReset) | None => false,
-        Some(code) => class_of_kafka(code) == FailureClass::Passing,
+        Code::OffsetOutOfRange | Code::AutoOffsetReset => false,
+        code => class_of_kafka(code) == FailureClass::Passing,
     }
 }

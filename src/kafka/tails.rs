@@ -15,7 +15,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use rdkafka::message::{BorrowedMessage, Message};
 use uuid::Uuid;
 
 use super::librdkafka::NativeRecord;
@@ -24,7 +23,6 @@ use super::scan::{ScanError, ScanRange, Scanner};
 use super::stable::stable_ends;
 use crate::config::KafkaSettings;
 use crate::cursor::{LogBounds, Proof};
-use crate::daemon::consumer_config;
 use crate::lane::ports::Proved;
 use crate::logging::RateLimited;
 use crate::publication::Source;
@@ -143,9 +141,9 @@ fn search_outputs(
                 break;
             }
             let mut passed: BTreeSet<(i32, Partition)> = BTreeSet::new();
-            let _ = scanner.read(&ranges, |message| {
+            let _ = scanner.read(&ranges, |record| {
                 read += 1;
-                note(message, prefix, &mut wanted, &mut passed);
+                note(record, prefix, &mut wanted, &mut passed);
                 ControlFlow::Continue(())
             })?;
             for (output, input) in passed {
@@ -194,7 +192,7 @@ fn wanted(
         .filter(|((_, from), bounds)| bounds.start <= *from && *from < bounds.end)
         .map(|(position, _)| *position)
         .collect();
-    let peeked = peek(&consumer_config(kafka), &kafka.input_topic, &inside, PEEK_MAX)
+    let peeked = peek(kafka, &kafka.input_topic, &inside, PEEK_MAX)
         .map_err(|e| input.error(format!("looking at single records: {e}")))?;
     let (mut wanted, mut at_end) = (BTreeMap::new(), Vec::new());
     for ((partition, from), bounds) in positions.iter().zip(&bounds) {
@@ -271,22 +269,22 @@ fn next_ranges(
 
 /// Takes note of one output.
 fn note(
-    message: &BorrowedMessage<'_>,
+    record: &NativeRecord<'_>,
     prefix: u32,
     wanted: &mut BTreeMap<Partition, Wanted>,
     passed: &mut BTreeSet<(i32, Partition)>,
 ) {
     // Dead letters carry whatever headers their records came with.
-    let source = NativeRecord::of(message)
+    let source = record
         .headers()
         .filter(|(name, _)| *name == Source::HEADER.as_bytes())
         .filter_map(|(_, value)| Source::parse(value?))
         .find(|source| source.topic_id_prefix == prefix);
     let Some(source) = source else { return };
     let Some(wanted) = wanted.get_mut(&source.partition) else { return };
-    passed.insert((message.partition(), source.partition));
+    passed.insert((record.partition().0, source.partition));
     if wanted.from.is_past(source.offset) {
-        let sent_at = message.timestamp().to_millis().map(TimestampMs);
+        let sent_at = record.timestamp();
         wanted.last_before = wanted.last_before.max(sent_at);
     } else {
         wanted.sent = wanted.sent.max(source.offset.next());

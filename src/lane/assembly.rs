@@ -50,8 +50,8 @@ impl Cut {
 /// The batch after the one that is being written.
 enum Next {
     Made(Box<Assembled>),
-    /// On another thread.
-    Making(JoinHandle<Assembled>),
+    /// On another thread; of these partitions.
+    Making(JoinHandle<Assembled>, Vec<Partition>),
 }
 
 /// Where records become batches.
@@ -133,7 +133,7 @@ impl Assembly {
     ) -> Option<Assembled> {
         match self.next.take() {
             Some(Next::Made(made)) => Some(*made),
-            Some(Next::Making(making)) => match making.await {
+            Some(Next::Making(making, _)) => match making.await {
                 Ok(made) => Some(made),
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             },
@@ -151,17 +151,18 @@ impl Assembly {
         board: &Board,
         seen: impl Fn(Partition) -> Option<NextOffset>,
     ) {
-        while !self.is_full() && !self.intake.is_disturbed() {
+        while !self.is_full() && !self.intake.is_interrupted() {
             self.fetch(log, tick).await;
         }
-        if self.intake.is_disturbed() {
+        if self.intake.is_interrupted() {
             return;
         }
         self.next = self.cut(board, seen).map(|cut| {
             if cut.source.len() < ASIDE_MIN {
                 Next::Made(Box::new(cut.assemble()))
             } else {
-                Next::Making(tokio::task::spawn_blocking(|| cut.assemble()))
+                let partitions = cut.progress.iter().map(|p| p.partition).collect();
+                Next::Making(tokio::task::spawn_blocking(|| cut.assemble()), partitions)
             }
         });
     }
@@ -203,6 +204,16 @@ impl Assembly {
         board.taken(metrics::now(), oldest);
         let progress = progress.into_values().collect();
         Some(Cut { memory, source, progress, rules: Arc::clone(&self.rules) })
+    }
+
+    /// Whether something of `partition` is here.
+    pub fn holds(&self, partition: Partition) -> bool {
+        let is_next = match &self.next {
+            Some(Next::Made(made)) => made.batch.progress().iter().any(|p| p.partition == partition),
+            Some(Next::Making(_, partitions)) => partitions.contains(&partition),
+            None => false,
+        };
+        is_next || self.intake.holds(partition)
     }
 
     /// The memory of a settled batch.

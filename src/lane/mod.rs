@@ -7,8 +7,10 @@
 
 mod assembly;
 pub mod breaker;
+mod fetching;
 mod opening;
 pub mod ports;
+mod questions;
 mod told;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -23,9 +25,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use self::assembly::{Assembled, Assembly};
 use self::breaker::Breaker;
+use self::fetching::Fetches;
 use self::ports::{
     CursorMove, LaneEvent, Ledger, LedgerFailure, Log, PublishFailure, PublishTimes, RevokeDone, WriteStats,
 };
+use self::questions::Questions;
 use crate::batch::{Answer, Batch, Fates, Outcomes, Progress};
 use crate::cursor::{Doubt, Identity, IdentityDoubt, Known, Mode};
 use crate::disposition::FailureClass;
@@ -99,8 +103,8 @@ enum Slot {
     Proving { again_at: Instant, halted: Option<Doubt> },
     /// Being written and published.
     Live(Live),
-    /// Halted until a person settles it.
-    Halted { doubt: Doubt, known: Known, again_at: Instant },
+    /// Halted until a person settles it, or until it can be read again.
+    Halted { doubt: Doubt, known: Option<Known>, again_at: Instant },
 }
 
 impl Slot {
@@ -135,6 +139,8 @@ pub struct Lane<L: Log, D: Ledger> {
     /// Events taken from the channel and not yet handled.
     inbox: VecDeque<LaneEvent>,
     slots: BTreeMap<Partition, Slot>,
+    questions: Questions,
+    fetches: Fetches,
     assembly: Assembly,
     writing: Option<Batch>,
     /// Of the batch that is being written, if it is traced.
@@ -146,6 +152,8 @@ pub struct Lane<L: Log, D: Ledger> {
     is_producer_ready: bool,
     database: Breaker,
     broker: Breaker,
+    /// Of questions about partitions that are not live yet.
+    asking: Breaker,
     wrote_at: Instant,
     /// When the cursors were last known to be where this lane left them.
     compared_at: Instant,
@@ -172,6 +180,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             events,
             inbox: VecDeque::new(),
             slots: BTreeMap::new(),
+            questions: Questions::default(),
+            fetches: Fetches::new(),
             assembly,
             writing: None,
             trace: None,
@@ -180,6 +190,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             is_producer_ready: false,
             database: Breaker::new("database", index),
             broker: Breaker::new("broker", index),
+            asking: Breaker::new("broker", index),
             wrote_at: Instant::now(),
             compared_at: Instant::now(),
             is_draining: false,
@@ -192,6 +203,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     pub fn with_jitter(mut self, seed: u64) -> Self {
         self.database.seed(seed);
         self.broker.seed(seed ^ u64::MAX);
+        self.asking.seed(seed.rotate_left(32));
         self
     }
 
@@ -203,7 +215,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 return self.drain().await;
             }
             self.renew_if_due().await?;
-            self.open_if_due().await?;
+            self.ask_if_due().await?;
+            self.follow_fetching().await?;
             self.collect().await;
             self.advance().await?;
         }
@@ -223,6 +236,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             };
             match event {
                 LaneEvent::Assigned(partitions) => {
+                    self.questions.forget(&partitions);
+                    self.fetches.forget(&partitions);
                     for partition in partitions {
                         self.board.opening(metrics::now(), partition);
                         self.slots.insert(partition, Slot::Opening);
@@ -233,6 +248,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 LaneEvent::Revoked { partitions, is_lost, done } => {
                     self.revoke(&partitions, is_lost, done).await?;
                 }
+                LaneEvent::Answered { id, found } => self.answered(id, found).await?,
+                LaneEvent::GapsProved { id, answers } => self.gaps_proved(id, answers).await?,
                 LaneEvent::Drain => {
                     self.is_draining = true;
                     return Ok(());
@@ -267,12 +284,12 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                     }
                     Ok(Err(PublishFailure::Unknown(_))) => {
                         self.metrics.kafka_error(FailureClass::Passing);
-                        self.is_producer_ready = false;
+                        self.producer_lost();
                         break;
                     }
                     // The grace is over: it may still be committed.
                     Err(_) => {
-                        self.is_producer_ready = false;
+                        self.producer_lost();
                         break;
                     }
                 }
@@ -285,10 +302,13 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             // another.
             self.reset("a batch in flight was dropped when partitions were revoked");
         }
+        self.questions.forget(partitions);
+        self.fetches.forget(partitions);
         for partition in partitions {
             self.slots.remove(partition);
             self.board.revoked(*partition);
         }
+        self.end(partitions).await?;
         if self.slots.is_empty() {
             // Nothing to ask for any more: what this lane last heard is no news of either.
             self.board.database(self.settings.index, Dependency::Unknown);
@@ -301,8 +321,11 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     fn note_assigned(&self) {
+        let is_live = |partition: &Partition| matches!(self.slots.get(partition), Some(Slot::Live(_)));
+        // Of those that cannot be read some are still live: something of them is on its way.
+        let held = self.fetches.held().filter(|(partition, _)| is_live(partition)).count();
         let halted = self.slots.values().filter(|slot| slot.halted().is_some()).count();
-        self.metrics.assigned(self.slots.len(), halted);
+        self.metrics.assigned(self.slots.len(), halted + held);
     }
 
     /// Forgets all that is held; every partition is taken up anew from its cursors.
@@ -316,6 +339,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         let traces = self.trace.take().into_iter().chain(self.pending.drain(..).filter_map(|p| p.trace));
         traces.for_each(|trace| trace.dropped(reason));
         self.assembly.clear();
+        self.questions.forget_all();
+        self.fetches.reset();
         for (partition, slot) in &mut self.slots {
             if matches!(slot, Slot::Live(_)) {
                 *slot = Slot::Opening;
@@ -326,6 +351,12 @@ impl<L: Log, D: Ledger> Lane<L, D> {
 
     // ---- producer ----------------------------------------------------------------------------
 
+    /// A transaction of the present producer may be open still: what the group's offset was says nothing any more.
+    fn producer_lost(&mut self) {
+        self.is_producer_ready = false;
+        self.questions.forget_all();
+    }
+
     async fn renew_if_due(&mut self) -> Result<(), IdentityDoubt> {
         if self.is_producer_ready || !self.broker.is_due() {
             return Ok(());
@@ -333,6 +364,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         match self.log.renew().await {
             Ok(()) => {
                 self.is_producer_ready = true;
+                self.questions.forget_all();
                 self.broker_up();
                 Ok(())
             }
@@ -358,14 +390,21 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     }
 
     fn broker_failed(&mut self, class: FailureClass, doing: &str, message: &str) {
-        // Requests of a client that is refused its connections only time out; why is told elsewhere.
-        let refusal = self.board.broker_refusal();
-        let (class, message) = match &refusal {
-            Some(refusal) => (FailureClass::Systemic, refusal.as_str()),
-            None => (class, message),
-        };
-        self.broker.failed(class, doing, message);
+        let (class, message) = self.refused_or(class, message);
+        self.broker.failed(class, doing, &message);
         self.metrics.kafka_error(class);
+        self.broker_down(class, doing, &message);
+    }
+
+    /// Requests of a client that is refused its connections only time out; why is told elsewhere.
+    fn refused_or(&self, class: FailureClass, message: &str) -> (FailureClass, String) {
+        match self.board.broker_refusal() {
+            Some(refusal) => (FailureClass::Systemic, refusal),
+            None => (class, message.to_owned()),
+        }
+    }
+
+    fn broker_down(&self, class: FailureClass, doing: &str, message: &str) {
         self.metrics.broker_up(false);
         let down = Dependency::Down(format!("{doing}: {message} ({})", class.as_str()));
         self.board.broker(self.settings.index, down);
@@ -441,16 +480,15 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     /// Fills the intake until there is a batch, something else to do, or nothing for a while.
     async fn collect(&mut self) {
         if self.has_batch() || self.pending.len() >= PENDING_MAX {
+            self.fetches.is_full();
             if !(self.has_batch() && self.can_write() || self.can_publish()) {
                 self.wait_for_event(self.next_due()).await;
             }
         } else {
             self.fill().await;
         }
-        let disturbed = self.assembly.intake.take_disturbed();
-        if !disturbed.is_empty() {
-            self.reset("fetching failed, the positions have to be found out again");
-            self.broker.delay();
+        if self.assembly.is_full() {
+            self.fetches.is_full();
         }
     }
 
@@ -475,7 +513,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                     () = assembly.fetch(log, wait) => false,
                 }
             };
-            let is_done = self.assembly.is_full() || self.assembly.is_over();
+            let is_done =
+                self.assembly.is_full() || self.assembly.is_over() || self.assembly.intake.is_interrupted();
             if interrupted || is_done || self.can_publish() {
                 break;
             }
@@ -587,7 +626,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         let publication = self.first_pending().filter(|_| publishes);
         let Some((written, sent)) = self.write_and_publish(writes, &moves, publication.as_ref()).await else {
             // Partitions are being taken away, and what is in flight does not finish.
-            self.is_producer_ready &= publication.is_none();
+            if publication.is_some() {
+                self.producer_lost();
+            }
             self.is_session_checked &= !writes;
             self.reset("what was in flight did not finish before partitions had to go");
             return Ok(());
@@ -744,7 +785,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             Err(PublishFailure::Fenced(message)) => self.fenced(&message),
             Err(PublishFailure::Unknown(message)) => {
                 self.broker_failed(FailureClass::Passing, "publishing a batch", &message);
-                self.is_producer_ready = false;
+                self.producer_lost();
                 self.reset("whether a transaction was committed is not known");
             }
             Err(PublishFailure::Identity(doubt)) => return Err(doubt),
@@ -939,7 +980,7 @@ async fn given_up(events: &mut mpsc::Receiver<LaneEvent>, inbox: &mut VecDeque<L
     loop {
         let event = events.recv().await.unwrap_or(LaneEvent::Drain);
         let grace = match &event {
-            LaneEvent::Assigned(_) => None,
+            LaneEvent::Assigned(_) | LaneEvent::Answered { .. } | LaneEvent::GapsProved { .. } => None,
             LaneEvent::Revoked { is_lost: true, .. } => Some(LOST_GRACE),
             LaneEvent::Revoked { is_lost: false, .. } => Some(REVOKE_GRACE),
             LaneEvent::Drain => {

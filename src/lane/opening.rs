@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::ports::{Ledger, Log, LogFailure, PublishFailure};
+use super::ports::{Ledger, Log, LogFailure, Positions, PublishFailure};
+use super::questions::Asked;
 use super::{Lane, LaneSettings, Live, Slot, told};
 use crate::cursor::{CursorRow, Decision, Doubt, IdentityDoubt, Known, Proof, Start, decide};
 use crate::disposition::FailureClass;
@@ -26,67 +27,87 @@ const PROVING_RETRY: Duration = Duration::from_secs(5);
 /// A halted partition is looked at again this often: a person may have settled it.
 const HALTED_TICK: Duration = Duration::from_secs(5);
 
+/// What the cluster is asked, for the log.
+const ASKING: &str = "reading the group's offsets and the log's bounds";
+
 impl<L: Log, D: Ledger> Lane<L, D> {
-    /// Opens what waits for it, if both sides are due for a try.
-    pub(super) async fn open_if_due(&mut self) -> Result<(), IdentityDoubt> {
+    /// Asks about partitions that wait to be taken up, if both sides are due for a try. The answer comes later; the
+    /// partitions that are live go on meanwhile. The group's offset is asked for only after transactions of former
+    /// producers are settled.
+    pub(super) async fn ask_if_due(&mut self) -> Result<(), IdentityDoubt> {
         let now = Instant::now();
         let waiting: Vec<Partition> = self
             .slots
             .iter()
-            .filter(|(_, slot)| match slot {
-                Slot::Opening => true,
+            .filter(|(partition, slot)| match slot {
+                Slot::Opening => !self.questions.is_asked(**partition),
                 Slot::BeyondEnd { again_at, .. }
                 | Slot::Halted { again_at, .. }
-                | Slot::Proving { again_at, .. } => *again_at <= now,
+                | Slot::Proving { again_at, .. } => *again_at <= now && !self.questions.is_asked(**partition),
                 Slot::Live(_) => false,
             })
             .map(|(partition, _)| *partition)
             .collect();
-        let is_due = self.is_producer_ready && self.database.is_due() && self.broker.is_due();
-        if waiting.is_empty() || !is_due {
+        let is_due =
+            self.is_producer_ready && self.database.is_due() && self.broker.is_due() && self.asking.is_due();
+        if waiting.is_empty() || !is_due || !self.questions.has_room() {
             return Ok(());
         }
-        self.open(&waiting).await
-    }
-
-    async fn open(&mut self, partitions: &[Partition]) -> Result<(), IdentityDoubt> {
-        let rows = match self.ledger.cursors(partitions).await {
+        let rows = match self.ledger.cursors(&waiting).await {
             Ok(rows) => rows,
             Err(failure) => return self.ledger_failed("reading the cursors", failure),
         };
-        let offsets = match self.log.group_offsets(partitions).await {
-            Ok(offsets) => offsets,
-            Err(failure) => return self.log_failed("reading the group's offsets", failure),
-        };
-        let asked_at = metrics::now();
-        let bounds = match self.log.bounds(partitions).await {
-            Ok(bounds) => bounds,
-            Err(failure) => return self.log_failed("reading the log's bounds", failure),
-        };
         let mut rows: BTreeMap<_, _> = rows.into_iter().collect();
-        let mut offsets: BTreeMap<_, _> = offsets.into_iter().collect();
-        let bounds: BTreeMap<_, _> = bounds.into_iter().collect();
+        for partitions in self.questions.divided(waiting) {
+            if !self.questions.has_room() {
+                break;
+            }
+            let rows = partitions.into_iter().map(|p| (p, rows.remove(&p).flatten())).collect();
+            let question = self.questions.ask(Asked { rows, at: metrics::now() });
+            self.log.ask(question);
+        }
+        Ok(())
+    }
+
+    /// An answer came. What of it is out of date is dropped.
+    pub(super) async fn answered(
+        &mut self,
+        id: u64,
+        found: Result<Vec<Positions>, LogFailure>,
+    ) -> Result<(), IdentityDoubt> {
+        let Some((mut asked, partitions)) = self.questions.take(id) else { return Ok(()) };
+        let found = match found {
+            Ok(found) => found,
+            Err(LogFailure::Identity(doubt)) => return Err(doubt),
+            Err(LogFailure::Failed { .. }) if partitions.is_empty() => return Ok(()),
+            Err(LogFailure::Failed { class, message }) => {
+                self.questions.failed(&partitions);
+                self.asking_failed(class, &message);
+                return Ok(());
+            }
+        };
+        self.asking.succeeded();
+        self.questions.succeeded(&partitions);
         let mut starts: Vec<(Known, Start)> = Vec::new();
         let mut to_prove: Vec<(Known, NextOffset)> = Vec::new();
-        for partition in partitions {
-            let Some(bounds) = bounds.get(partition).copied() else { continue };
-            let mut known = Known {
-                partition: *partition,
-                group: offsets.remove(partition).flatten(),
-                row: rows.remove(partition).flatten(),
-                bounds,
-                proof: Proof::NotAsked,
-            };
+        for positions in found {
+            let Positions { partition, group, bounds } = positions;
+            if !partitions.contains(&partition) {
+                continue;
+            }
+            let row = asked.rows.remove(&partition).flatten();
+            let mut known = Known { partition, group, row, bounds, proof: Proof::NotAsked };
             // Asked once: while the cursors stay, the outputs tell nothing else the next time.
-            if let Some(Slot::Halted { known: last, .. } | Slot::BeyondEnd { known: last, .. }) =
-                self.slots.get(partition)
+            if let Some(Slot::Halted { known: Some(last), .. } | Slot::BeyondEnd { known: last, .. }) =
+                self.slots.get(&partition)
                 && last.group == known.group
                 && last.row == known.row
             {
                 known.proof = last.proof;
             }
-            self.board.found(asked_at, &known);
+            self.board.found(asked.at, &known);
             match self.decide(&known) {
+                Decision::Go(start) if self.is_held(&known, &start) => {}
                 Decision::Go(start) => starts.push((known, start)),
                 Decision::Prove { from } => to_prove.push((known, from)),
                 Decision::Halt(doubt) => self.doubt(known, doubt).await?,
@@ -100,6 +121,36 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             return Ok(());
         }
         self.settle_and_start(starts).await
+    }
+
+    /// The live partitions of this lane have no part in it.
+    fn asking_failed(&mut self, class: FailureClass, message: &str) {
+        let is_idle = !self.slots.values().any(|slot| matches!(slot, Slot::Live(_)));
+        let (class, message) = self.refused_or(class, message);
+        self.asking.failed(class, ASKING, &message);
+        self.metrics.kafka_error(class);
+        if is_idle {
+            self.broker_down(class, ASKING, &message);
+        }
+    }
+
+    /// Whether a partition that could be taken up is held back, because it cannot be read and its next try is not due.
+    /// Not so if a person decided to skip what cannot be read.
+    fn is_held(&mut self, known: &Known, start: &Start) -> bool {
+        let now = Instant::now();
+        let partition = known.partition;
+        let Some(Slot::Halted { doubt, again_at, .. }) = self.slots.get_mut(&partition) else { return false };
+        let until = self.fetches.held_until(partition).filter(|until| *until > now);
+        let is_settled = known.row.as_ref().is_some_and(|row| row.settled.is_some());
+        match until {
+            Some(until)
+                if doubt.is_about_reading() && !is_settled && start.from <= doubt.first_in_doubt() =>
+            {
+                *again_at = until.min(now + HALTED_TICK);
+                true
+            }
+            _ => false,
+        }
     }
 
     fn decide(&self, known: &Known) -> Decision {
@@ -207,11 +258,11 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             told::halted(*index, input_topic, identity.topic_id, partition, &doubt);
         }
         self.board.halted(partition, doubt.clone());
-        self.slots.insert(partition, Slot::Halted { doubt, known, again_at: now + HALTED_TICK });
-        match self.log.stop(&[partition]).await {
-            Ok(()) => Ok(()),
-            Err(failure) => self.log_failed("stopping a halted partition", failure),
-        }
+        let slot = Slot::Halted { doubt, known: Some(known), again_at: now + HALTED_TICK };
+        self.slots.insert(partition, slot);
+        self.fetches.forget(&[partition]);
+        self.end(&[partition]).await?;
+        Ok(())
     }
 
     async fn settle_and_start(&mut self, starts: Vec<(Known, Start)>) -> Result<(), IdentityDoubt> {
@@ -241,7 +292,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                     return Ok(());
                 }
                 Err(PublishFailure::Unknown(message)) => {
-                    self.is_producer_ready = false;
+                    self.producer_lost();
                     self.broker_failed(FailureClass::Passing, "committing the first offsets", &message);
                     self.reset("whether a transaction was committed is not known");
                     return Ok(());
@@ -276,12 +327,12 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         self.database_up();
         failpoint::hit("after_store_cursors");
         let positions: Vec<_> = starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
-        if let Err(failure) = self.log.start(&positions).await {
-            return self.log_failed("starting to fetch", failure);
+        if !self.begin(&positions).await? {
+            return Ok(());
         }
         self.broker_up();
         for (known, start) in starts {
-            self.assembly.intake.expect(known.partition, start.from);
+            self.assembly.intake.begin(known.partition, start.from);
             self.slots.insert(
                 known.partition,
                 Slot::Live(Live {

@@ -46,6 +46,20 @@ pub enum LaneEvent {
         /// The group waits (bounded) for this.
         done: RevokeDone,
     },
+    /// An answer to a [`Question`].
+    Answered {
+        /// The question's.
+        id: u64,
+        /// Of each of its partitions.
+        found: Result<Vec<Positions>, LogFailure>,
+    },
+    /// What is in gaps.
+    GapsProved {
+        /// As it was asked with.
+        id: u64,
+        /// Of each gap that was asked about.
+        answers: Vec<(Gap, GapAnswer)>,
+    },
     /// Finish what is in flight, publish it, and return.
     Drain,
 }
@@ -127,19 +141,58 @@ pub struct Proved {
     pub proof: Proof,
 }
 
+/// What a lane wants to know of partitions before it takes them up.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Question {
+    /// Given back with the answer, so that an answer that came too late is told from one that counts.
+    pub id: u64,
+    /// The partitions.
+    pub partitions: Vec<Partition>,
+}
+
+/// What the cluster says of one partition.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Positions {
+    /// The partition.
+    pub partition: Partition,
+    /// The group's committed offset, read while no transaction that would change it was pending.
+    pub group: Option<GroupOffset>,
+    /// First offset and last stable offset, asked for after it.
+    pub bounds: LogBounds,
+}
+
+/// A range that a reader passed over just after it was begun.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Gap {
+    /// The partition.
+    pub partition: Partition,
+    /// Where reading was begun.
+    pub from: NextOffset,
+    /// Where the first record or end was.
+    pub to: NextOffset,
+}
+
+/// What is in a gap.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum GapAnswer {
+    /// No record that a read_committed consumer sees.
+    Empty,
+    /// A record at this place, and none before it.
+    Record(NextOffset),
+    /// The log's start was moved into the gap or beyond it: nobody can tell any more.
+    Removed,
+    /// It could not be found out; it is asked again.
+    Failed(String),
+}
+
 /// The input topic, the consumer group and the outputs, as one lane sees them.
 pub trait Log {
-    /// The group's committed offsets; waits until no transaction of theirs is pending.
-    fn group_offsets(
-        &mut self,
-        partitions: &[Partition],
-    ) -> impl Future<Output = Result<Vec<(Partition, Option<GroupOffset>)>, LogFailure>>;
+    /// Asks in the background, and returns at once. The answer comes as [`LaneEvent::Answered`], always.
+    fn ask(&mut self, question: Question);
 
-    /// First offset and last stable offset.
-    fn bounds(
-        &mut self,
-        partitions: &[Partition],
-    ) -> impl Future<Output = Result<Vec<(Partition, LogBounds)>, LogFailure>>;
+    /// Finds out in the background what is in these gaps, with a client of its own. The answer comes as
+    /// [`LaneEvent::GapsProved`], always.
+    fn prove_gaps(&mut self, id: u64, gaps: Vec<Gap>);
 
     /// Finds out from the outputs which events of records at or after these positions were sent. Begins the
     /// search and returns at once; `None`: it is not done yet, ask again. What is told may be of an earlier
@@ -149,14 +202,18 @@ pub trait Log {
         wanted: &[(Partition, NextOffset)],
     ) -> impl Future<Output = Result<Option<Vec<Proved>>, LogFailure>>;
 
-    /// Delivers these partitions from these positions on, and nothing that was fetched before.
+    /// Delivers these partitions from these positions on, and nothing that was fetched before. When it fails, all
+    /// partitions have to be started again.
     fn start(
         &mut self,
         positions: &[(Partition, NextOffset)],
     ) -> impl Future<Output = Result<(), LogFailure>>;
 
-    /// Delivers nothing more of these partitions; they stay assigned.
+    /// Delivers nothing more of these partitions. When it fails, all partitions have to be started again.
     fn stop(&mut self, partitions: &[Partition]) -> impl Future<Output = Result<(), LogFailure>>;
+
+    /// Fetches by a client that is made anew: all partitions have to be started again.
+    fn renew_fetching(&mut self);
 
     /// Puts what is there into `intake`, waiting at most `wait` for the first item. May be dropped while
     /// it waits, without loss.

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::ports::Gap;
 use crate::cursor::Doubt;
 use crate::logging::RateLimited;
 use crate::publication::{DeadLetter, OutputCounts, Publication, Source};
-use crate::record::{Partition, RecordView};
+use crate::record::{NextOffset, Partition, RecordView};
 use crate::wire::Reason;
 
 /// Dead letters are counted in the metrics and stand in their topic; the log names some of a flood. Payments apart:
@@ -125,4 +126,49 @@ pub(super) fn halted(lane: usize, topic: &str, topic_id: Uuid, partition: Partit
         advice = doubt.advice(partition),
         "partition halted, the others go on"
     );
+}
+
+/// Names a partition that could not be read and is read again.
+pub(super) fn read_again(lane: usize, topic: &str, partition: Partition, doubt: &Doubt) {
+    tracing::info!(
+        lane,
+        topic,
+        partition = partition.0,
+        doubt = doubt.label(),
+        "the partition can be read again, going on"
+    );
+}
+
+/// Names a range with records that a reader passed over.
+pub(super) fn gap(lane: usize, topic: &str, gap: &Gap, record: NextOffset) {
+    static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
+    if let Some(suppressed) = LIMIT.pass() {
+        tracing::error!(
+            lane,
+            topic,
+            partition = gap.partition.0,
+            offset = record.0,
+            from = gap.from.0,
+            to = gap.to.0,
+            suppressed,
+            "the client passed over records: the partition is begun again at the first of them, nothing is lost"
+        );
+    }
+}
+
+/// Names a range of which it could not be found out whether it holds records.
+pub(super) fn gap_unknown(lane: usize, topic: &str, gap: &Gap, error: &str) {
+    static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+    if let Some(suppressed) = LIMIT.pass() {
+        tracing::warn!(
+            lane,
+            topic,
+            partition = gap.partition.0,
+            from = gap.from.0,
+            to = gap.to.0,
+            error,
+            suppressed,
+            "whether records were passed over could not be found out, trying again; the partition waits"
+        );
+    }
 }

@@ -18,7 +18,6 @@ use super::{database, ranges};
 use crate::cli::Failure;
 use crate::columns::postgres_timestamp;
 use crate::config::Settings;
-use crate::kafka::librdkafka::NativeRecord;
 use crate::kafka::scan::{ScanRange, Scanner};
 use crate::postgres::describe;
 use crate::reconcile::database::{Database, PAYMENT_COLUMNS, arrays, encode, is_null, payment_tables};
@@ -383,9 +382,9 @@ fn rejected(settings: &Settings, topic_id: Uuid, places: &HashSet<Place>) -> Res
     let mut found = HashSet::new();
     // Never broken off.
     let _ = scanner
-        .read(&ranges, |message| {
+        .read(&ranges, |record| {
             let (mut place, mut is_rejected) = (None, false);
-            for (name, value) in NativeRecord::of(message).headers() {
+            for (name, value) in record.headers() {
                 match name {
                     b"source" => place = value.and_then(|v| crate::reconcile::source_place(v, &prefix)),
                     b"dlq-reason" => {

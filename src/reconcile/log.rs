@@ -71,9 +71,8 @@ pub(super) fn read(
             }
         }
     };
-    let read = scanner.read(ranges, |message| {
-        let record = NativeRecord::of(message);
-        push(&mut source, &record);
+    let read = scanner.read(ranges, |record| {
+        push(&mut source, record);
         if source.len() >= CHUNK_RECORDS_MAX || source.bytes() >= CHUNK_BYTES_MAX {
             return flush(&mut source, table);
         }
@@ -220,11 +219,10 @@ pub(super) fn identify(
     let mut one = SourceBatch::new();
     // Never broken off.
     let _ = scanner
-        .read(&ranges, |message| {
-            let record = NativeRecord::of(message);
+        .read(&ranges, |record| {
             if wanted.contains(&(record.partition(), record.offset())) {
                 one.clear();
-                push(&mut one, &record);
+                push(&mut one, record);
                 if let Some(view) = one.get(0)
                     && let Ok(payment) = wire::parse(&view, rules)
                 {

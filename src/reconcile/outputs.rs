@@ -150,8 +150,7 @@ impl Outputs {
             // Never broken off.
             let _ = topic
                 .scanner
-                .read(&ranges(topic)?, |message| {
-                    let record = NativeRecord::of(message);
+                .read(&ranges(topic)?, |record| {
                     let source = record.headers().filter(|(name, _)| *name == b"source").last();
                     let place = source.and_then(|(_, value)| source_place(value?, &self.prefix));
                     let named = record.value().and_then(|v| serde_json::from_slice::<Named>(v).ok());
@@ -189,12 +188,12 @@ impl Outputs {
         // Never broken off.
         let _ = topic
             .scanner
-            .read(&ranges, |message| {
+            .read(&ranges, |record| {
                 seen += 1;
                 if seen.is_multiple_of(1_000) {
                     progress.advance(1_000);
                 }
-                self.note(topic, &NativeRecord::of(message), table, counted);
+                self.note(topic, record, table, counted);
                 ControlFlow::Continue(())
             })
             .map_err(|e| Fault::Scan(e.to_string()))?;

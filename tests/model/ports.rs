@@ -9,13 +9,15 @@ use std::time::Duration;
 use payment_writer::batch::{Answer, Batch, Fates};
 use payment_writer::cursor::{CursorRow, GroupOffset, Identity, IdentityDoubt, LogBounds, Proof};
 use payment_writer::disposition::FailureClass;
-use payment_writer::intake::Intake;
+use payment_writer::intake::{FetchFault, Intake};
 use payment_writer::lane::ports::{
-    CursorMove, Ledger, LedgerFailure, Log, LogFailure, Proved, PublishFailure, PublishTimes, WriteStats,
+    CursorMove, Gap, GapAnswer, LaneEvent, Ledger, LedgerFailure, Log, LogFailure, Positions, Proved,
+    PublishFailure, PublishTimes, Question, WriteStats,
 };
 use payment_writer::publication::{OutputCounts, Publication, Published, Source};
 use payment_writer::record::{NextOffset, Offset, Partition};
 use rand::RngExt;
+use rdkafka::types::RDKafkaErrorCode;
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep, timeout};
@@ -33,13 +35,22 @@ const LEDGER_TIMEOUT: Duration = Duration::from_secs(60);
 
 type Sent = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
 
+/// What the client knows of a partition that it fetches.
+#[derive(Clone, Copy, Debug)]
+struct Fetch {
+    position: i64,
+    is_end_told: bool,
+    /// Nothing was delivered since it was begun.
+    is_fresh: bool,
+}
+
 /// The cluster as one lane sees it.
 pub struct ModelLog {
     shared: Shared,
     who: Who,
     identity: Identity,
     overtaken: Arc<AtomicI64>,
-    positions: BTreeMap<i32, (i64, bool)>,
+    fetches: BTreeMap<i32, Fetch>,
     /// Epoch of the producer, once it is initialised.
     producer: Option<u64>,
     is_in_doubt: bool,
@@ -52,33 +63,24 @@ impl ModelLog {
             who,
             identity,
             overtaken,
-            positions: BTreeMap::new(),
+            fetches: BTreeMap::new(),
             producer: None,
             is_in_doubt: false,
         }
     }
 
+    fn caller(&self) -> Caller {
+        Caller { shared: Rc::clone(&self.shared), who: self.who }
+    }
+
     /// One request to the broker.
     async fn request(&self, name: &'static str) -> Result<bool, LogFailure> {
-        let passing = |text: &str| Err(LogFailure::passing(format!("{name}: {text}")));
-        match self.shared.point(self.who, name).await {
-            Fault::Before => passing("no answer"),
-            Fault::Hang => {
-                sleep(REQUEST_TIMEOUT).await;
-                passing("no answer in time")
-            }
-            _ if self.shared.world.borrow().is_broker_down() => passing("broker away"),
-            fault => Ok(fault == Fault::After),
-        }
+        self.caller().request(name).await
     }
 
     /// The answer on its way back.
     async fn reply(&self, name: &'static str, is_lost: bool) -> Result<(), LogFailure> {
-        match self.shared.point(self.who, name).await {
-            _ if is_lost => Err(LogFailure::passing(format!("{name}: answer lost"))),
-            Fault::None => Ok(()),
-            _ => Err(LogFailure::passing(format!("{name}: answer lost"))),
-        }
+        self.caller().reply(name, is_lost).await
     }
 
     fn deliver(&mut self, intake: &mut Intake) -> bool {
@@ -87,29 +89,30 @@ impl ModelLog {
         if world.is_broker_down() {
             return false;
         }
-        let mut partitions: Vec<i32> = self.positions.keys().copied().collect();
+        let mut partitions: Vec<i32> = self.fetches.keys().copied().collect();
         if partitions.len() > 1 {
             let turn = world.rng.random_range(0..partitions.len());
             partitions.rotate_left(turn);
         }
         for p in partitions {
-            if !world.members[self.who.member].held.contains(&p) {
+            let Some(Fetch { mut position, mut is_end_told, is_fresh }) = self.fetches.get(&p).copied()
+            else {
                 continue;
-            }
-            let Some((mut position, mut is_end_told)) = self.positions.get(&p).copied() else { continue };
-            if world.plan.has_delays && world.rng.random_ratio(1, 25) {
-                // A pause inside the client: it goes on a little before.
-                let before = position - world.rng.random_range(0..4);
-                position = if before < world.logs[p as usize].start { position } else { before };
-            }
-            if !(world.logs[p as usize].start..=world.logs[p as usize].end()).contains(&position) {
+            };
+            let end = world.logs[p as usize].end();
+            if !(world.logs[p as usize].start..=end).contains(&position) {
                 // auto.offset.reset=error
-                intake.disturb(Partition(p));
-                self.positions.remove(&p);
+                intake.fail(Partition(p), FetchFault::new(RDKafkaErrorCode::AutoOffsetReset, -1));
+                self.fetches.remove(&p);
                 is_delivered = true;
                 continue;
             }
-            let end = world.logs[p as usize].end();
+            if is_fresh && world.plan.has_delays && position < end && world.rng.random_ratio(1, 6) {
+                // A fault of the library: it begins at a position of its own choice.
+                position = world.rng.random_range(position + 1..=end);
+                world.passed_over += 1;
+                world.note(|| format!("       the client begins {p} at {position} instead"));
+            }
             let chunk = if world.plan.has_delays { world.rng.random_range(1..6) } else { 100 };
             let mut taken = 0;
             while position < end && intake.room() > 0 && taken < chunk {
@@ -136,9 +139,42 @@ impl ModelLog {
             }
             is_delivered |= taken > 0;
             is_end_told &= position == end;
-            self.positions.insert(p, (position, is_end_told));
+            let is_fresh = is_fresh && taken == 0;
+            self.fetches.insert(p, Fetch { position, is_end_told, is_fresh });
         }
         is_delivered
+    }
+
+    /// A partition fails, and the client reads on behind the error, at a wrong place.
+    fn fail_one(&mut self, intake: &mut Intake) {
+        let Some(p) = self.fetches.keys().next().copied() else { return };
+        intake.fail(Partition(p), FetchFault::new(RDKafkaErrorCode::BadMessage, 0));
+        let mut world = self.shared.world.borrow_mut();
+        let end = world.logs[p as usize].end();
+        if let Some(fetch) = self.fetches.get_mut(&p)
+            && fetch.position < end
+        {
+            fetch.position = world.rng.random_range(fetch.position + 1..=end);
+            fetch.is_fresh = false;
+        }
+    }
+
+    /// A task of this process, which tells the lane something.
+    fn spawn(&self, work: impl Future<Output = LaneEvent> + 'static) {
+        let (shared, who) = (Rc::clone(&self.shared), self.who);
+        let task = spawn_local(async move {
+            let event = work.await;
+            shared.thaw(who).await;
+            let seat = {
+                let world = shared.world.borrow();
+                world.is_alive(who).then(|| world.members[who.member].seats.get(who.lane).cloned()).flatten()
+            };
+            if let Some(seat) = seat {
+                let _ = seat.events.send(event).await;
+                shared.changed.notify_waiters();
+            }
+        });
+        self.shared.world.borrow_mut().members[self.who.member].threads.push(task.abort_handle());
     }
 
     /// Whether somebody fetches without end: that history is over.
@@ -155,50 +191,118 @@ impl ModelLog {
     fn has_news(&self) -> bool {
         let world = self.shared.world.borrow();
         !world.is_broker_down()
-            && self.positions.iter().any(|(p, (position, is_end_told))| {
-                let end = world.logs[*p as usize].end();
-                world.members[self.who.member].held.contains(p) && (*position != end || !is_end_told)
-            })
+            && self
+                .fetches
+                .iter()
+                .any(|(p, fetch)| fetch.position != world.logs[*p as usize].end() || !fetch.is_end_told)
     }
 }
 
-impl Log for ModelLog {
-    async fn group_offsets(
-        &mut self,
-        partitions: &[Partition],
-    ) -> Result<Vec<(Partition, Option<GroupOffset>)>, LogFailure> {
+/// Who asks the broker something, in the background or not.
+struct Caller {
+    shared: Shared,
+    who: Who,
+}
+
+impl Caller {
+    /// One request to the broker.
+    async fn request(&self, name: &'static str) -> Result<bool, LogFailure> {
+        let passing = |text: &str| Err(LogFailure::passing(format!("{name}: {text}")));
+        match self.shared.point(self.who, name).await {
+            Fault::Before => passing("no answer"),
+            Fault::Hang => {
+                sleep(REQUEST_TIMEOUT).await;
+                passing("no answer in time")
+            }
+            _ if self.shared.world.borrow().is_broker_down() => passing("broker away"),
+            fault => Ok(fault == Fault::After),
+        }
+    }
+
+    /// The answer on its way back.
+    async fn reply(&self, name: &'static str, is_lost: bool) -> Result<(), LogFailure> {
+        match self.shared.point(self.who, name).await {
+            _ if is_lost => Err(LogFailure::passing(format!("{name}: answer lost"))),
+            Fault::None => Ok(()),
+            _ => Err(LogFailure::passing(format!("{name}: answer lost"))),
+        }
+    }
+
+    /// What the cluster says of partitions; the answer may have been long on its way.
+    async fn positions(&self, partitions: &[Partition]) -> Result<Vec<Positions>, LogFailure> {
         let is_lost = self.request("group_offsets").await?;
         let deadline = Instant::now() + STABLE_WAIT;
-        loop {
+        let offsets: Vec<Option<GroupOffset>> = loop {
             let found = {
                 let mut world = self.shared.world.borrow_mut();
                 let is_pending = partitions.iter().any(|p| world.has_pending_offset(p.0));
                 (!is_pending)
-                    .then(|| partitions.iter().map(|p| (*p, world.offsets[p.0 as usize].clone())).collect())
+                    .then(|| partitions.iter().map(|p| world.offsets[p.0 as usize].clone()).collect())
             };
             if let Some(found) = found {
-                self.reply("group_offsets reply", is_lost).await?;
-                return Ok(found);
+                break found;
             }
             if Instant::now() > deadline {
                 return Err(LogFailure::passing("offsets are held by a transaction".to_owned()));
             }
             sleep(Duration::from_millis(200)).await;
-        }
-    }
-
-    async fn bounds(&mut self, partitions: &[Partition]) -> Result<Vec<(Partition, LogBounds)>, LogFailure> {
+        };
+        self.reply("group_offsets reply", is_lost).await?;
         let is_lost = self.request("bounds").await?;
         let found = {
             let world = self.shared.world.borrow();
-            let bounds = |p: &Partition| {
-                let (start, end) = world.log_bounds(*p);
-                (*p, LogBounds { start: NextOffset(start), end: NextOffset(end) })
+            let of = |(partition, group): (&Partition, Option<GroupOffset>)| {
+                let (start, end) = world.log_bounds(*partition);
+                let bounds = LogBounds { start: NextOffset(start), end: NextOffset(end) };
+                Positions { partition: *partition, group, bounds }
             };
-            partitions.iter().map(bounds).collect()
+            partitions.iter().zip(offsets).map(of).collect()
         };
         self.reply("bounds reply", is_lost).await?;
+        let late_ms = {
+            let mut world = self.shared.world.borrow_mut();
+            let is_late = world.plan.has_delays && world.rng.random_ratio(1, 10);
+            if is_late { world.rng.random_range(0..20_000) } else { 0 }
+        };
+        sleep(Duration::from_millis(late_ms)).await;
         Ok(found)
+    }
+
+    async fn look_into(&self, gap: &Gap) -> GapAnswer {
+        match self.request("gaps").await {
+            Ok(false) => {}
+            Ok(true) => return GapAnswer::Failed("answer lost".to_owned()),
+            Err(error) => return GapAnswer::Failed(error.to_string()),
+        }
+        let world = self.shared.world.borrow();
+        let p = gap.partition.0;
+        if world.logs[p as usize].start > gap.from.0 {
+            return GapAnswer::Removed;
+        }
+        let end = gap.to.0.min(world.logs[p as usize].end());
+        let record = (gap.from.0..end).find(|at| matches!(world.item(p, Offset(*at)), Item::Record(_)));
+        record.map_or(GapAnswer::Empty, |at| GapAnswer::Record(NextOffset(at)))
+    }
+}
+
+impl Log for ModelLog {
+    fn ask(&mut self, question: Question) {
+        let caller = self.caller();
+        self.spawn(async move {
+            let found = caller.positions(&question.partitions).await;
+            LaneEvent::Answered { id: question.id, found }
+        });
+    }
+
+    fn prove_gaps(&mut self, id: u64, gaps: Vec<Gap>) {
+        let caller = self.caller();
+        self.spawn(async move {
+            let mut answers = Vec::new();
+            for gap in gaps {
+                answers.push((gap, caller.look_into(&gap).await));
+            }
+            LaneEvent::GapsProved { id, answers }
+        });
     }
 
     async fn prove(&mut self, wanted: &[(Partition, NextOffset)]) -> Result<Option<Vec<Proved>>, LogFailure> {
@@ -240,10 +344,8 @@ impl Log for ModelLog {
                 if is_taken_up {
                     world.untaken.remove(&partition.0);
                 }
-                // What is no longer assigned is left out.
-                if world.members[self.who.member].held.contains(&partition.0) {
-                    self.positions.insert(partition.0, (position.0, false));
-                }
+                let fetch = Fetch { position: position.0, is_end_told: false, is_fresh: true };
+                self.fetches.insert(partition.0, fetch);
             }
         }
         self.reply("start reply", is_lost).await
@@ -252,9 +354,13 @@ impl Log for ModelLog {
     async fn stop(&mut self, partitions: &[Partition]) -> Result<(), LogFailure> {
         let is_lost = self.request("stop").await?;
         for partition in partitions {
-            self.positions.remove(&partition.0);
+            self.fetches.remove(&partition.0);
         }
         self.reply("stop reply", is_lost).await
+    }
+
+    fn renew_fetching(&mut self) {
+        self.fetches.clear();
     }
 
     async fn fetch(&mut self, intake: &mut Intake, wait: Duration) {
@@ -274,12 +380,7 @@ impl Log for ModelLog {
             Fault::None | Fault::Crash => {}
             Fault::Hang => sleep(Duration::from_secs(2)).await,
             Fault::Before | Fault::After => {
-                // What was fetched is lost inside the client; it says so.
-                if let Some(p) = self.positions.keys().next().copied() {
-                    self.positions.remove(&p);
-                    intake.disturb(Partition(p));
-                    return;
-                }
+                self.fail_one(intake);
             }
         }
         self.deliver(intake);

@@ -277,6 +277,8 @@ pub struct World {
     pub writing: BTreeSet<Who>,
     /// Records that a lane took in beside its database transaction.
     pub taken_ahead: u64,
+    /// Times that a client began at a position of its own choice.
+    pub passed_over: u64,
     /// Faults to come at the next call of this process and name.
     pub ordered: Vec<(usize, &'static str, Fault)>,
     /// Nothing goes wrong any more.
@@ -339,6 +341,7 @@ impl World {
             faults: 0,
             writing: BTreeSet::new(),
             taken_ahead: 0,
+            passed_over: 0,
             ordered: Vec::new(),
             is_calm: false,
             trace: None,

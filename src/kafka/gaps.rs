@@ -1,0 +1,100 @@
+//! Whether a range of a partition that a reader passed over holds committed records.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use rdkafka::Offset as KafkaOffset;
+
+use super::fetcher::{Fetcher, reader_config};
+use super::librdkafka::fetch::FetchItem;
+use super::log::listed;
+use crate::config::KafkaSettings;
+use crate::lane::ports::{Gap, GapAnswer};
+use crate::record::{NextOffset, Partition};
+
+const POLL: Duration = Duration::from_millis(50);
+/// Partitions that have not answered until then are asked again later.
+const PROOF_MAX: Duration = Duration::from_secs(10);
+/// Few bytes are needed: where there is a record, the first one is enough.
+const DEFAULTS: [(&str, &str); 6] = [
+    ("fetch.min.bytes", "1"),
+    ("fetch.wait.max.ms", "10"),
+    ("fetch.queue.backoff.ms", "20"),
+    ("queued.max.messages.kbytes", "2048"),
+    ("fetch.max.bytes", "2097152"),
+    ("fetch.message.max.bytes", "65536"),
+];
+
+/// Finds out what is in these gaps, with a client of its own that begins at each gap's start. A gap is empty if that
+/// client meets a record or an end at or beyond the gap's end first, and nothing was removed from the log's start
+/// meanwhile. Blocks for up to ten seconds.
+pub fn prove(kafka: &KafkaSettings, gaps: &[Gap]) -> Vec<(Gap, GapAnswer)> {
+    match read(kafka, gaps) {
+        Ok(answers) => answers,
+        Err(error) => {
+            let failed = |gap: &Gap| (*gap, GapAnswer::Failed(error.clone()));
+            gaps.iter().map(failed).collect()
+        }
+    }
+}
+
+fn read(kafka: &KafkaSettings, gaps: &[Gap]) -> Result<Vec<(Gap, GapAnswer)>, String> {
+    let config = reader_config(kafka, &DEFAULTS);
+    let fetcher = Fetcher::new(&config, &kafka.input_topic).map_err(|e| e.to_string())?;
+    let positions: Vec<_> = gaps.iter().map(|gap| (gap.partition, gap.from)).collect();
+    fetcher.start(&positions).map_err(|e| e.to_string())?;
+    let mut open: BTreeMap<Partition, Gap> = gaps.iter().map(|gap| (gap.partition, *gap)).collect();
+    let mut answers: Vec<(Gap, GapAnswer)> = Vec::with_capacity(gaps.len());
+    let deadline = Instant::now() + PROOF_MAX;
+    while !open.is_empty() && Instant::now() < deadline {
+        let mut done: Vec<Partition> = Vec::new();
+        fetcher.drain(usize::MAX, POLL, |item| {
+            let Some((gap, answer)) = met(&open, &item) else { return };
+            open.remove(&gap.partition);
+            answers.push((gap, answer));
+            done.push(gap.partition);
+        });
+        fetcher.stop(&done).map_err(|e| e.to_string())?;
+    }
+    answers.extend(open.into_values().map(|gap| (gap, GapAnswer::Failed("no answer in time".to_owned()))));
+    // What was removed from the log may have been in the gap: asked last, so that it covers all of the reading.
+    let empty: Vec<Partition> =
+        answers.iter().filter(|(_, a)| *a == GapAnswer::Empty).map(|(gap, _)| gap.partition).collect();
+    if !empty.is_empty() {
+        let starts = listed(fetcher.consumer(), &kafka.input_topic, &empty, KafkaOffset::Beginning)
+            .map_err(|e| e.to_string())?;
+        let starts: BTreeMap<Partition, NextOffset> =
+            empty.into_iter().zip(starts.into_iter().map(NextOffset)).collect();
+        for (gap, answer) in &mut answers {
+            if starts.get(&gap.partition).is_some_and(|start| *start > gap.from) {
+                *answer = GapAnswer::Removed;
+            }
+        }
+    }
+    Ok(answers)
+}
+
+/// What the first thing that is met in a gap's partition tells; `None`: nothing yet.
+fn met(open: &BTreeMap<Partition, Gap>, item: &FetchItem<'_>) -> Option<(Gap, GapAnswer)> {
+    match item {
+        FetchItem::Record(record) => {
+            let gap = open.get(&record.partition())?;
+            let offset = record.offset();
+            if gap.from.is_past(offset) {
+                return None;
+            }
+            let is_inside = gap.to.is_past(offset);
+            let answer = if is_inside { GapAnswer::Record(NextOffset(offset.0)) } else { GapAnswer::Empty };
+            Some((*gap, answer))
+        }
+        FetchItem::End { partition, position } => {
+            let gap = open.get(partition)?;
+            // A leader that has just taken over may not know yet how far the log goes.
+            (*position >= gap.to).then_some((*gap, GapAnswer::Empty))
+        }
+        FetchItem::Failed { partition, code, .. } => {
+            let gap = open.get(&(*partition)?)?;
+            Some((*gap, GapAnswer::Failed(format!("{code}"))))
+        }
+    }
+}

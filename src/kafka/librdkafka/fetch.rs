@@ -1,0 +1,208 @@
+//! Reading partitions from explicit positions, without a group: librdkafka's "simple consumer".
+//!
+//! `rd_kafka_consume_batch_queue` drops entries that a stop has outdated before it looks at them. The other calls do
+//! not: `rd_kafka_consume_callback_queue` lets an outdated transaction marker move the client's own position.
+
+use std::collections::BTreeSet;
+use std::ffi::{c_int, c_void};
+use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::types::RDKafkaErrorCode;
+use rdkafka_sys as sys;
+use tokio::sync::Notify;
+
+use super::{NativeError, NativeRecord, c_string, millis};
+use crate::record::{NextOffset, Partition};
+
+/// What a [`FetchQueue`] delivers.
+#[derive(Debug)]
+pub enum FetchItem<'a> {
+    /// A record.
+    Record(NativeRecord<'a>),
+    /// The partition was read up to its last stable offset.
+    End {
+        /// Topic partition.
+        partition: Partition,
+        /// The position after everything readable, control records included.
+        position: NextOffset,
+    },
+    /// Fetching one partition (or, without one, anything) failed.
+    Failed {
+        /// The partition, if the error names one.
+        partition: Option<Partition>,
+        /// librdkafka's error code.
+        code: RDKafkaErrorCode,
+        /// The first offset of the batch that cannot be read, where that is what failed; else the position, or a
+        /// negative number.
+        offset: i64,
+    },
+}
+
+/// Fetches partitions of one topic into one queue, each from a position that the caller names.
+///
+/// A queue that is not drained is back-pressure: the client stops fetching.
+pub struct FetchQueue<C: ConsumerContext + 'static> {
+    queue: *mut sys::rd_kafka_queue_t,
+    topic: *mut sys::rd_kafka_topic_t,
+    wake: *const Notify,
+    /// Partitions that are fetched; librdkafka wants each of them stopped before the client is destroyed.
+    started: Mutex<BTreeSet<Partition>>,
+    chunk_max: usize,
+    notify: Arc<Notify>,
+    consumer: BaseConsumer<C>,
+}
+
+// SAFETY: librdkafka's clients, topics and queues may be used from any thread; `FetchQueue` hands out no pointer.
+unsafe impl<C: ConsumerContext> Send for FetchQueue<C> {}
+// SAFETY: as above; `started` has a lock of its own.
+unsafe impl<C: ConsumerContext> Sync for FetchQueue<C> {}
+
+unsafe extern "C" fn wake(_: *mut sys::rd_kafka_t, opaque: *mut c_void) {
+    // SAFETY: the opaque is the `Notify` that `FetchQueue` keeps alive until the callback is off.
+    unsafe { (*opaque.cast::<Notify>()).notify_one() }
+}
+
+/// The error that the last simple-consumer call of this thread left behind.
+fn last_error(doing: &str) -> NativeError {
+    // SAFETY: reads a value of this thread.
+    NativeError::plain(unsafe { sys::rd_kafka_last_error() }, doing)
+}
+
+impl<C: ConsumerContext> FetchQueue<C> {
+    /// A queue of `consumer`, which has no `group.id`; [`drain`](Self::drain) takes `chunk_max` items at most.
+    pub fn new(consumer: BaseConsumer<C>, topic: &str, chunk_max: usize) -> Result<Self, NativeError> {
+        let notify = Arc::new(Notify::new());
+        let client = consumer.client().native_ptr();
+        let name = c_string(topic);
+        // SAFETY: the client is live; a null configuration means the client's defaults.
+        let topic = unsafe { sys::rd_kafka_topic_new(client, name.as_ptr(), ptr::null_mut()) };
+        if topic.is_null() {
+            return Err(last_error("no handle for the topic"));
+        }
+        let opaque = Arc::into_raw(Arc::clone(&notify));
+        // SAFETY: the client is live; the callback's opaque is a counted reference released in `drop`.
+        let queue = unsafe {
+            let queue = sys::rd_kafka_queue_new(client);
+            sys::rd_kafka_queue_cb_event_enable(queue, Some(wake), opaque as *mut c_void);
+            queue
+        };
+        let chunk_max = chunk_max.max(1);
+        Ok(Self { queue, topic, wake: opaque, started: Mutex::default(), chunk_max, notify, consumer })
+    }
+
+    /// The client, for questions to the brokers and for what it has to say.
+    pub fn consumer(&self) -> &BaseConsumer<C> {
+        &self.consumer
+    }
+
+    /// Fetches `partition` from `position` on, and delivers nothing of it that was fetched before.
+    ///
+    /// # Errors
+    /// As librdkafka says; nothing of the partition is fetched then.
+    pub fn start(&self, partition: Partition, position: NextOffset) -> Result<(), NativeError> {
+        self.stop(partition)?;
+        let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: topic and queue are live.
+        let outcome =
+            unsafe { sys::rd_kafka_consume_start_queue(self.topic, partition.0, position.0, self.queue) };
+        if outcome != 0 {
+            return Err(last_error("consume_start_queue"));
+        }
+        started.insert(partition);
+        Ok(())
+    }
+
+    /// Fetches no more of `partition`, and delivers nothing more of it: when this returns, what is still in the
+    /// queue is outdated and will be dropped.
+    ///
+    /// # Errors
+    /// As librdkafka says.
+    pub fn stop(&self, partition: Partition) -> Result<(), NativeError> {
+        let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        if !started.remove(&partition) {
+            return Ok(());
+        }
+        // SAFETY: the topic is live.
+        let outcome = unsafe { sys::rd_kafka_consume_stop(self.topic, partition.0) };
+        if outcome != 0 { Err(last_error("consume_stop")) } else { Ok(()) }
+    }
+
+    /// Completes when something was put into the empty queue since it was last waited for.
+    pub async fn wait_filled(&self) {
+        self.notify.notified().await;
+    }
+
+    /// Hands at most `max` items to `take`, waiting at most `wait` for the first; returns how many there were.
+    pub fn drain(&self, max: usize, wait: Duration, mut take: impl FnMut(FetchItem<'_>)) -> usize {
+        let max = max.min(self.chunk_max);
+        if max == 0 {
+            return 0;
+        }
+        let mut messages: Vec<*mut sys::rd_kafka_message_t> = Vec::with_capacity(max);
+        // The call waits until it has as many as were asked for.
+        let mut count = if wait.is_zero() { 0 } else { self.take(&mut messages, 1, millis(wait)) };
+        if wait.is_zero() || count > 0 {
+            count += self.take(&mut messages, max - count, 0);
+        }
+        for message in messages {
+            // SAFETY: each message is ours, live until it is destroyed, once, here.
+            unsafe {
+                take(item(&*message));
+                sys::rd_kafka_message_destroy(message);
+            }
+        }
+        count
+    }
+
+    fn take(&self, into: &mut Vec<*mut sys::rd_kafka_message_t>, max: usize, wait_ms: c_int) -> usize {
+        let room = into.spare_capacity_mut();
+        let max = max.min(room.len());
+        if max == 0 {
+            return 0;
+        }
+        // SAFETY: the queue is live, and `room` has space for `max` pointers, of which as many are written as the
+        // call returns.
+        unsafe {
+            let taken = sys::rd_kafka_consume_batch_queue(self.queue, wait_ms, room.as_mut_ptr().cast(), max);
+            let taken = usize::try_from(taken).unwrap_or(0);
+            into.set_len(into.len() + taken);
+            taken
+        }
+    }
+}
+
+fn item(message: &sys::rd_kafka_message_t) -> FetchItem<'_> {
+    let partition = Partition(message.partition);
+    match message.err {
+        sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR => FetchItem::Record(NativeRecord { message }),
+        sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__PARTITION_EOF => {
+            FetchItem::End { partition, position: NextOffset(message.offset) }
+        }
+        code => FetchItem::Failed {
+            partition: (!message.rkt.is_null() && message.partition >= 0).then_some(partition),
+            code: code.into(),
+            offset: message.offset,
+        },
+    }
+}
+
+impl<C: ConsumerContext> Drop for FetchQueue<C> {
+    fn drop(&mut self) {
+        let started = std::mem::take(&mut *self.started.lock().unwrap_or_else(PoisonError::into_inner));
+        for partition in started {
+            // SAFETY: the topic is live.
+            unsafe { sys::rd_kafka_consume_stop(self.topic, partition.0) };
+        }
+        // SAFETY: the callback is switched off before its opaque is released; topic and queue are released once,
+        // before the client.
+        unsafe {
+            sys::rd_kafka_queue_cb_event_enable(self.queue, None, ptr::null_mut());
+            sys::rd_kafka_queue_destroy(self.queue);
+            sys::rd_kafka_topic_destroy(self.topic);
+            drop(Arc::from_raw(self.wake));
+        }
+    }
+}
