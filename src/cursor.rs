@@ -202,6 +202,8 @@ pub enum Doubt {
         position: NextOffset,
         /// First offset of the batch that cannot be read, if it is a batch.
         batch: Option<NextOffset>,
+        /// The offset after that batch, where it was looked for.
+        after: Option<NextOffset>,
         /// What the client library calls it.
         code: String,
         /// What is known to help.
@@ -279,15 +281,24 @@ impl Doubt {
                  not tell whether the events of records from {from} on were sent; if none was: payment-writer cursors \
                  accept --partition {partition} --published {from}; if all up to {to} were: --published {to}"
             ),
-            Self::Unreadable { position, batch, code, remedy } => {
+            Self::Unreadable { position, batch, after, code, remedy } => {
                 let place = batch.map_or_else(
                     || format!("offset {position} cannot be fetched"),
                     |batch| format!("the batch at offset {batch} cannot be read"),
                 );
+                let skip = format!("payment-writer cursors skip --partition {partition} --to");
+                let way_out = match (batch, after) {
+                    (_, Some(after)) => format!(". To give it up: {skip} {after}"),
+                    (Some(_), None) => {
+                        format!(
+                            ". To give it up: {skip} OFFSET; payment-writer cursors show names the offset after it"
+                        )
+                    }
+                    (None, None) => String::new(),
+                };
                 format!(
                     "partition {partition}: {place} ({code}); it is tried again at least every minute and goes on by \
-                     itself. {remedy}. To give the batch up: `payment-writer cursors show` names the offset after it, \
-                     for payment-writer cursors skip --partition {partition} --to"
+                     itself. {remedy}{way_out}"
                 )
             }
             Self::FetchGap { from, to } => format!(

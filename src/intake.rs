@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use rdkafka::types::RDKafkaErrorCode;
 
+use crate::cursor::Doubt;
 use crate::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
 
 /// What ended the fetching of a partition: nothing more of it is taken until it is begun again.
@@ -40,6 +41,33 @@ impl FetchFault {
         use RDKafkaErrorCode as Code;
         let is_of_a_batch = matches!(code, Code::BadMessage | Code::BadCompression | Code::NotImplemented);
         Self { code, batch: (is_of_a_batch && offset >= 0).then_some(NextOffset(offset)) }
+    }
+
+    /// The doubt about a partition that fails so at `position`; `after` is the offset after the batch, if it is known.
+    pub fn doubt(&self, position: NextOffset, after: Option<NextOffset>) -> Doubt {
+        let (code, remedy) = (format!("{:?}", self.code), remedy(self.code));
+        Doubt::Unreadable { position, batch: self.batch, after, code, remedy }
+    }
+}
+
+/// What is known to help.
+fn remedy(code: RDKafkaErrorCode) -> &'static str {
+    use RDKafkaErrorCode as Code;
+    match code {
+        Code::BadMessage => {
+            "Its checksum or its form is wrong, as after damage to a replica's disk: make another replica the leader, or \
+             restore this one"
+        }
+        Code::BadCompression => {
+            "It cannot be decompressed, or needs more than receive.message.max.bytes then: raise that in kafka.properties, \
+             to three times what the batch holds"
+        }
+        Code::NotImplemented => "Its format or codec is unknown to this program",
+        Code::MessageSizeTooLarge => {
+            "Raise fetch.message.max.bytes and receive.message.max.bytes in kafka.properties"
+        }
+        Code::TopicAuthorizationFailed => "Grant this principal the right to read the topic",
+        _ => "See the log of the partition's leader",
     }
 }
 

@@ -90,7 +90,7 @@ pub fn describe() {
     describe_gauge!("payment_writer_partitions_assigned", "Partitions assigned, by lane");
     describe_gauge!(
         "payment_writer_partitions_halted",
-        "Partitions halted until a person settles them, by lane"
+        "Partitions halted until a person settles them or they can be read again, by lane"
     );
     describe_counter!("payment_writer_rebalances_total", "Rebalances by kind");
     describe_counter!(

@@ -2,6 +2,7 @@
 //! written to the database, with an audit row; the partition's lane takes it up and moves the group's
 //! offset in a transaction of its own.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ use crate::cursor::{CursorRow, Decision, Doubt, Identity, Known, LogBounds, Mode
 use crate::daemon::bystander;
 use crate::kafka::librdkafka::topic_id;
 use crate::kafka::log::{group_offsets, log_bounds};
+use crate::kafka::probe::{Probed, probe};
 use crate::lane::ports::Ledger;
 use crate::ledger::PgLedger;
 use crate::record::{NextOffset, Partition};
@@ -27,6 +29,9 @@ pub struct View {
     pub identity: Identity,
     /// What is known, by partition from 0.
     pub known: Vec<Known>,
+    /// What is at the places where partitions are to be read on, as far as it was looked at.
+    probed: BTreeMap<Partition, Probed>,
+    places: BTreeMap<Partition, NextOffset>,
     topic: String,
 }
 
@@ -34,6 +39,54 @@ impl View {
     /// What a lane would do with this partition.
     pub fn decision(&self, partition: usize, mode: &Mode) -> Option<Decision> {
         self.known.get(partition).map(|known| decide(known, &self.identity, mode))
+    }
+
+    /// Reads one batch of each of these partitions, where it is to go on, with a time limit.
+    ///
+    /// # Errors
+    /// When the client cannot be made.
+    pub async fn probe(
+        &mut self,
+        settings: &Settings,
+        mode: &Mode,
+        only: Option<Partition>,
+    ) -> Result<(), Failure> {
+        let wanted = |known: &&Known| only.is_none_or(|only| only == known.partition);
+        let positions: Vec<_> = self
+            .known
+            .iter()
+            .filter(wanted)
+            .filter_map(|known| {
+                let position = match decide(known, &self.identity, mode) {
+                    Decision::Go(start) => start.from,
+                    Decision::Prove { from } => known.row.as_ref().map_or(from, |row| row.applied.min(from)),
+                    Decision::Halt(_) | Decision::Stop(_) => return None,
+                };
+                Some((known.partition, position, known.bounds))
+            })
+            .collect();
+        let kafka = settings.kafka.clone();
+        let places: BTreeMap<_, _> = positions.iter().map(|(partition, at, _)| (*partition, *at)).collect();
+        let probed = tokio::task::spawn_blocking(move || probe(&kafka, &positions))
+            .await
+            .map_err(failed)?
+            .map_err(failed)?;
+        self.probed = probed;
+        self.places = places;
+        Ok(())
+    }
+
+    /// Why a partition cannot be read, if it was looked at and cannot.
+    pub fn unreadable(&self, partition: Partition) -> Option<Doubt> {
+        match (self.probed.get(&partition)?, self.places.get(&partition)?) {
+            (Probed::Unreadable { fault, after }, place) => Some(fault.doubt(*place, *after)),
+            _ => None,
+        }
+    }
+
+    /// Whether a partition was looked at, and nothing of it came in time.
+    pub fn is_silent(&self, partition: Partition) -> bool {
+        self.probed.get(&partition) == Some(&Probed::NoAnswer)
     }
 
     /// Whether a decision waits for its lane.
@@ -150,7 +203,7 @@ pub async fn view(settings: &Settings) -> Result<View, Failure> {
             proof: Proof::Unclear(NextOffset(0)),
         })
         .collect();
-    Ok(View { identity, known, topic })
+    Ok(View { identity, known, probed: BTreeMap::new(), places: BTreeMap::new(), topic })
 }
 
 /// Checks a decision against the partition as it is: only what is in doubt can be settled.
@@ -159,17 +212,26 @@ pub async fn plan(
     partition: Partition,
     settlement: Settlement,
 ) -> Result<Plan, Failure> {
-    let view = view(settings).await?;
+    let mut view = view(settings).await?;
     let mode = Mode { publishes: settings.kafka.publish, adopts_database: false };
+    if matches!(settlement, Settlement::Skip { .. }) {
+        view.probe(settings, &mode, Some(partition)).await?;
+    }
     let index = usize::try_from(partition.0).unwrap_or(usize::MAX);
     let (Some(known), Some(decision)) = (view.known.get(index), view.decision(index, &mode)) else {
         return Err(Failure::usage(format!("{} has no partition {partition}", view.topic)));
     };
     let doubt = match decision {
         Decision::Halt(doubt) => doubt,
-        Decision::Go(_) | Decision::Prove { .. } => {
-            return Err(Failure::failed(format!("partition {partition} is not in doubt; nothing to settle")));
-        }
+        // What cannot be read can be skipped, though nothing is in doubt.
+        Decision::Go(_) | Decision::Prove { .. } => match view.unreadable(partition) {
+            Some(doubt) => doubt,
+            None => {
+                return Err(Failure::failed(format!(
+                    "partition {partition} is not in doubt; nothing to settle"
+                )));
+            }
+        },
         Decision::Stop(doubt) => return Err(Failure::person_must_decide(doubt.to_string())),
     };
     let applied = known.row.as_ref().map_or(known.bounds.start, |r| r.applied);

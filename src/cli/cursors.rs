@@ -88,10 +88,20 @@ fn state(view: &View, partition: usize, mode: &Mode) -> (&'static str, Option<Do
     match view.decision(partition, mode) {
         None => ("unknown", None, None),
         Some(Decision::Go(_)) if view.is_settled(partition) => ("settled", None, None),
-        Some(Decision::Go(_) | Decision::Prove { .. }) => ("fine", None, None),
+        Some(Decision::Go(_) | Decision::Prove { .. }) => match partition_of(view, partition) {
+            Some(of) if view.is_silent(of) => ("no answer", None, None),
+            of => match of.and_then(|of| view.unreadable(of)) {
+                Some(doubt) => ("unreadable", Some(doubt), None),
+                None => ("fine", None, None),
+            },
+        },
         Some(Decision::Halt(doubt)) => ("halted", Some(doubt), None),
         Some(Decision::Stop(doubt)) => ("identity in doubt", None, Some(doubt.to_string())),
     }
+}
+
+fn partition_of(view: &View, index: usize) -> Option<Partition> {
+    view.known.get(index).map(|known| known.partition)
 }
 
 fn number(offset: Option<NextOffset>) -> String {
@@ -107,8 +117,9 @@ fn mark(offset: Option<&GroupOffset>) -> &'static str {
 }
 
 async fn show(settings: &Settings, as_json: bool) -> Result<(), Failure> {
-    let view = settlement::view(settings).await?;
+    let mut view = settlement::view(settings).await?;
     let mode = Mode { publishes: settings.kafka.publish, adopts_database: false };
+    view.probe(settings, &mode, None).await?;
     let mut rows = vec![
         ["partition", "applied", "published", "committed", "mark", "log start", "log end", "lag", "state"]
             .map(str::to_owned),

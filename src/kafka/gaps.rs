@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use rdkafka::Offset as KafkaOffset;
+use rdkafka::types::RDKafkaErrorCode;
 
 use super::fetcher::{Fetcher, reader_config};
 use super::librdkafka::fetch::FetchItem;
 use super::log::listed;
 use crate::config::KafkaSettings;
+use crate::failpoint;
 use crate::lane::ports::{Gap, GapAnswer};
 use crate::record::{NextOffset, Partition};
 
@@ -29,6 +31,7 @@ const DEFAULTS: [(&str, &str); 6] = [
 /// client meets a record or an end at or beyond the gap's end first, and nothing was removed from the log's start
 /// meanwhile. Blocks for up to ten seconds.
 pub fn prove(kafka: &KafkaSettings, gaps: &[Gap]) -> Vec<(Gap, GapAnswer)> {
+    failpoint::hit("before_gap_proof");
     match read(kafka, gaps) {
         Ok(answers) => answers,
         Err(error) => {
@@ -94,7 +97,11 @@ fn met(open: &BTreeMap<Partition, Gap>, item: &FetchItem<'_>) -> Option<(Gap, Ga
         }
         FetchItem::Failed { partition, code, .. } => {
             let gap = open.get(&(*partition)?)?;
-            Some((*gap, GapAnswer::Failed(format!("{code}"))))
+            let answer = match code {
+                RDKafkaErrorCode::OffsetOutOfRange | RDKafkaErrorCode::AutoOffsetReset => GapAnswer::Removed,
+                code => GapAnswer::Failed(code.to_string()),
+            };
+            Some((*gap, answer))
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod log;
 pub mod native;
 pub mod orphans;
 pub mod peek;
+pub mod probe;
 pub mod publisher;
 mod reminder;
 pub mod scan;

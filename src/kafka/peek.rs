@@ -1,6 +1,6 @@
 //! The timestamps of single records: reads one record a partition, as a member of no group.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use rdkafka::error::KafkaError;
@@ -11,6 +11,8 @@ use crate::config::KafkaSettings;
 use crate::record::{NextOffset, Partition, TimestampMs};
 
 const POLL: Duration = Duration::from_millis(100);
+/// A partition that fails so often is not waited for.
+const FAILURES_MAX: u32 = 3;
 /// One record of each partition is wanted, not a backlog.
 const DEFAULTS: [(&str, &str); 4] = [
     ("queued.min.messages", "1"),
@@ -50,17 +52,29 @@ pub fn peek(
     let given_up = |error: super::librdkafka::NativeError| KafkaError::MessageConsumption(error.code);
     fetcher.start(positions).map_err(given_up)?;
     let deadline = Instant::now() + limit;
-    while found.len() < positions.len() && Instant::now() < deadline {
+    let mut failures: BTreeMap<Partition, u32> = BTreeMap::new();
+    let mut waiting: BTreeSet<Partition> = positions.iter().map(|(partition, _)| *partition).collect();
+    while !waiting.is_empty() && Instant::now() < deadline {
         let mut done: Vec<Partition> = Vec::new();
         fetcher.drain(usize::MAX, POLL, |item| {
             let (partition, peeked) = match item {
-                FetchItem::Record(record) => (record.partition(), Peeked::Record(record.timestamp())),
-                FetchItem::End { partition, .. } => (partition, Peeked::End),
-                // The client tries again, or the partition stays absent.
-                FetchItem::Failed { .. } => return,
+                FetchItem::Record(record) => (record.partition(), Some(Peeked::Record(record.timestamp()))),
+                FetchItem::End { partition, .. } => (partition, Some(Peeked::End)),
+                // The client tries again. One that cannot be read stays absent.
+                FetchItem::Failed { partition: Some(partition), .. } => {
+                    let failures = failures.entry(partition).or_default();
+                    *failures += 1;
+                    if *failures < FAILURES_MAX {
+                        return;
+                    }
+                    (partition, None)
+                }
+                FetchItem::Failed { partition: None, .. } => return,
             };
-            found.entry(partition).or_insert(peeked);
-            done.push(partition);
+            if waiting.remove(&partition) {
+                found.extend(peeked.map(|peeked| (partition, peeked)));
+                done.push(partition);
+            }
         });
         // Or the client goes on to fetch its backlog for as long as another is waited for.
         fetcher.stop(&done).map_err(given_up)?;

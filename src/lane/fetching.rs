@@ -130,24 +130,6 @@ impl Fetches {
     }
 }
 
-/// What is known to help.
-fn remedy(code: Code) -> &'static str {
-    match code {
-        Code::BadMessage => {
-            "Its checksum or its form is wrong: a replica's disk is damaged; make another replica the leader, or restore it"
-        }
-        Code::BadCompression => {
-            "It cannot be decompressed, or is larger then than kafka.properties' receive.message.max.bytes: raise that"
-        }
-        Code::NotImplemented => "Its format or codec is unknown to this program",
-        Code::MessageSizeTooLarge => {
-            "Raise fetch.message.max.bytes and receive.message.max.bytes in kafka.properties"
-        }
-        Code::TopicAuthorizationFailed => "Grant this principal the right to read the topic",
-        _ => "Look into the log of the partition's leader",
-    }
-}
-
 /// Errors after which the position itself is in question.
 fn is_out_of_range(fault: &FetchFault) -> bool {
     matches!(fault.code, Code::OffsetOutOfRange | Code::AutoOffsetReset)
@@ -260,13 +242,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         fetch.reading = Reading::Failed { again_at: Instant::now() + fetch.pause() };
         self.metrics.fetch_failed();
         if fetch.failures >= TRIES_MAX {
-            let doubt = Doubt::Unreadable {
-                position,
-                batch: fault.batch,
-                code: format!("{:?}", fault.code),
-                remedy: remedy(fault.code),
-            };
-            self.hold(partition, doubt);
+            self.hold(partition, fault.doubt(position, None));
         }
     }
 

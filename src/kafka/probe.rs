@@ -1,0 +1,165 @@
+//! Whether partitions can be read at their cursors, seen from another process than the one that reads them.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::fetcher::{Fetcher, reader_config};
+use super::librdkafka::NativeError;
+use super::librdkafka::fetch::FetchItem;
+use crate::config::KafkaSettings;
+use crate::cursor::LogBounds;
+use crate::intake::FetchFault;
+use crate::record::{NextOffset, Partition};
+
+const POLL: Duration = Duration::from_millis(50);
+/// All partitions together have to answer within this time.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// Looking for the ends of batches that cannot be read may take so long in all.
+const SEARCH_MAX: Duration = Duration::from_secs(20);
+const DEFAULTS: [(&str, &str); 6] = [
+    ("fetch.min.bytes", "1"),
+    ("fetch.wait.max.ms", "10"),
+    ("fetch.queue.backoff.ms", "10"),
+    // The library waits so long after an error; each step of the search is one.
+    ("fetch.error.backoff.ms", "10"),
+    ("queued.min.messages", "1"),
+    ("queued.max.messages.kbytes", "1024"),
+];
+
+/// What is at a partition's cursor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Probed {
+    /// It can be read, or there is nothing to read.
+    Readable,
+    /// It cannot be read.
+    Unreadable {
+        /// Why not.
+        fault: FetchFault,
+        /// The offset after the batch, if it is a batch whose end was found in time.
+        after: Option<NextOffset>,
+    },
+    /// Nothing came in time.
+    NoAnswer,
+}
+
+/// The first thing that is met at a position.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum First {
+    Something,
+    Fault(FetchFault),
+}
+
+/// Reads one batch at each of these positions of the input topic. Blocks for half a minute at most.
+///
+/// # Errors
+/// When the client cannot be made, or fails as a whole.
+pub fn probe(
+    kafka: &KafkaSettings,
+    positions: &[(Partition, NextOffset, LogBounds)],
+) -> Result<BTreeMap<Partition, Probed>, String> {
+    let waiting: Vec<_> = positions
+        .iter()
+        .filter(|(_, position, bounds)| *position >= bounds.start && *position < bounds.end)
+        .map(|(partition, position, _)| (*partition, *position))
+        .collect();
+    let mut probed: BTreeMap<Partition, Probed> =
+        positions.iter().map(|(partition, ..)| (*partition, Probed::Readable)).collect();
+    if waiting.is_empty() {
+        return Ok(probed);
+    }
+    let fetcher =
+        Fetcher::new(&reader_config(kafka, &DEFAULTS), &kafka.input_topic).map_err(|e| e.to_string())?;
+    let met = first(&fetcher, &waiting, Instant::now() + ANSWER_MAX).map_err(|e| e.to_string())?;
+    let search_until = Instant::now() + SEARCH_MAX;
+    for (partition, position) in waiting {
+        let answer = match met.get(&partition) {
+            None => Probed::NoAnswer,
+            Some(First::Something) => Probed::Readable,
+            Some(First::Fault(fault)) => {
+                let bounds = positions.iter().find(|(p, ..)| *p == partition).map(|(.., bounds)| bounds);
+                let end = bounds.map_or(position, |bounds| bounds.end);
+                let is_inside = |at: NextOffset| match first(&fetcher, &[(partition, at)], search_until) {
+                    Ok(met) => met
+                        .get(&partition)
+                        .map(|first| matches!(first, First::Fault(found) if found.batch == fault.batch)),
+                    Err(_) => None,
+                };
+                let after = fault.batch.and_then(|_| end_of_batch(position, end, is_inside));
+                Probed::Unreadable { fault: *fault, after }
+            }
+        };
+        probed.insert(partition, answer);
+    }
+    Ok(probed)
+}
+
+/// What is met first at each position; those that do not answer in time are absent.
+fn first(
+    fetcher: &Fetcher,
+    positions: &[(Partition, NextOffset)],
+    deadline: Instant,
+) -> Result<BTreeMap<Partition, First>, NativeError> {
+    fetcher.start(positions)?;
+    let mut met: BTreeMap<Partition, First> = BTreeMap::new();
+    while met.len() < positions.len() && Instant::now() < deadline {
+        let mut done = Vec::new();
+        fetcher.drain(usize::MAX, POLL, |item| {
+            let (partition, first) = match item {
+                FetchItem::Record(record) => (record.partition(), First::Something),
+                FetchItem::End { partition, .. } => (partition, First::Something),
+                FetchItem::Failed { partition: Some(partition), code, offset } => {
+                    (partition, First::Fault(FetchFault::new(code, offset)))
+                }
+                FetchItem::Failed { partition: None, .. } => return,
+            };
+            met.entry(partition).or_insert(first);
+            done.push(partition);
+        });
+        fetcher.stop(&done)?;
+    }
+    let partitions: Vec<Partition> = positions.iter().map(|(partition, _)| *partition).collect();
+    fetcher.stop(&partitions)?;
+    Ok(met)
+}
+
+/// The first offset after the batch that `inside` lies in. `is_inside` tells of an offset whether it lies in that very
+/// batch; `None`: it cannot be told in time.
+fn end_of_batch(
+    inside: NextOffset,
+    end: NextOffset,
+    is_inside: impl Fn(NextOffset) -> Option<bool>,
+) -> Option<NextOffset> {
+    let (mut low, mut step) = (inside.0, 1_i64);
+    // The batch may reach up to the end, which is no offset of it.
+    let mut high = loop {
+        let next = low.saturating_add(step).min(end.0);
+        if next >= end.0 || !is_inside(NextOffset(next))? {
+            break next;
+        }
+        low = next;
+        step = step.saturating_mul(2);
+    };
+    while high.saturating_sub(low) > 1 {
+        let middle = low + (high - low) / 2;
+        if is_inside(NextOffset(middle))? { low = middle } else { high = middle }
+    }
+    Some(NextOffset(high))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_batch_is_found_wherever_it_lies() {
+        for last in 10..60 {
+            for inside in 10..=last {
+                let is_inside = |at: NextOffset| Some((10..=last).contains(&at.0));
+                let found = end_of_batch(NextOffset(inside), NextOffset(200), is_inside);
+                assert_eq!(found, Some(NextOffset(last + 1)), "{inside} of 10 to {last}");
+            }
+        }
+        assert_eq!(end_of_batch(NextOffset(5), NextOffset(6), |_| Some(true)), Some(NextOffset(6)));
+        assert_eq!(end_of_batch(NextOffset(5), NextOffset(60), |_| None), None);
+    }
+}
