@@ -52,6 +52,16 @@ bench-sizing: ## payments a second by size of batch and number of lanes; draws d
 test-faults: ## of these, kills at named steps, outages and rebalances alone
 	cargo test --locked --features failpoints --test it -- crash:: outages:: rebalance::
 
+.PHONY: joins
+# The program under test is the release build, or PROGRAM.
+joins: ## instances join and leave while a backlog of transactions is drained: COUNT=600000 TRANSACTION=50 JOINS=6 RUNS=5; without TRANSACTION 50 and 500
+	@dev/install
+	@dev/servers install
+	@$(if $(PROGRAM),true,cargo build --locked --release --bin payment-writer)
+	PAYMENT_WRITER_TESTED_PROGRAM=$(or $(PROGRAM),$(CURDIR)/target/release/payment-writer) \
+	JOINS_COUNT=$(COUNT) JOINS_TRANSACTION=$(TRANSACTION) JOINS_JOINS=$(JOINS) JOINS_RUNS=$(RUNS) \
+	cargo test --locked --features failpoints --test it -- --ignored --exact joins::full_size --nocapture
+
 .PHONY: chaos
 # Without any of them, CI's share.
 CHAOS_WORDS = $(call options,cycles seed brokers faults instances report) $(if $(KEEP_GOING),--keep-going)

@@ -11,6 +11,7 @@ mod generator;
 mod housekeeping;
 mod http;
 mod java;
+mod joins;
 mod limits;
 mod logs;
 mod outages;

@@ -87,7 +87,7 @@ impl Received {
 
 /// Keeps where each record went.
 #[derive(Default)]
-struct Deliveries(Mutex<Vec<Option<(i32, i64)>>>);
+pub(super) struct Deliveries(Mutex<Vec<Option<(i32, i64)>>>);
 
 impl ClientContext for Deliveries {}
 
@@ -256,11 +256,13 @@ impl Scope<'_> {
     }
 }
 
-fn send(
+/// Sends records and waits for all of them; returns partition and offset of each.
+pub(super) fn send(
     producer: &BaseProducer<Deliveries>,
     topic: &str,
     messages: impl IntoIterator<Item = Message>,
 ) -> Vec<(i32, i64)> {
+    producer.context().0.lock().unwrap().clear();
     for message in messages {
         let index = {
             let mut deliveries = producer.context().0.lock().unwrap();

@@ -23,6 +23,7 @@ mod member;
 mod pages;
 mod payments;
 mod servers;
+mod writer;
 
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,7 @@ pub use member::Member;
 pub use pages::{MetricEntry, metrics_page, rows};
 pub use payments::{AT_ISO, AT_MS, Payment, payment_id, ulid, uuid_v4, uuid_v7};
 pub use servers::{Act, Scope, Servers, block_on};
+pub use writer::{ABORTED_ONE_IN, COMPRESSIONS, TRANSACTION_MAX, Transactional, transaction_size};
 
 /// How long anything may take that is expected to happen. Generous: it is waited for in full only by a
 /// test that fails.
