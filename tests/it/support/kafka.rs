@@ -85,6 +85,16 @@ impl Received {
     }
 }
 
+/// A batch of records as it stands in a segment on disk (message format 2).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StoredBatch {
+    pub codec: &'static str,
+    pub records: usize,
+    pub is_transactional: bool,
+    /// A marker that ends a transaction.
+    pub is_control: bool,
+}
+
 /// Keeps where each record went.
 #[derive(Default)]
 pub(super) struct Deliveries(Mutex<Vec<Option<(i32, i64)>>>);
@@ -197,6 +207,28 @@ impl Scope<'_> {
         }
         received.sort_by_key(|record| (record.partition, record.offset));
         received
+    }
+
+    /// The batches of a partition, aborted ones and markers too, as the first broker has them on disk.
+    pub fn batches(&self, topic: &str, partition: i32) -> Vec<StoredBatch> {
+        let folder = self.servers.dir().join(format!("data/kafka-1/{topic}-{partition}"));
+        let bytes = std::fs::read(folder.join("00000000000000000000.log")).unwrap();
+        let mut rest = &bytes[..];
+        let mut batches = Vec::new();
+        while rest.len() > 61 {
+            let number = |at: usize, length: usize| {
+                rest[at..at + length].iter().fold(0, |number, byte| number << 8 | usize::from(*byte))
+            };
+            let attributes = number(21, 2);
+            batches.push(StoredBatch {
+                codec: ["none", "gzip", "snappy", "lz4", "zstd"][attributes & 7],
+                records: number(57, 4),
+                is_transactional: attributes & 16 != 0,
+                is_control: attributes & 32 != 0,
+            });
+            rest = &rest[12 + number(8, 4)..];
+        }
+        batches
     }
 
     /// Waits until the last stable offsets are the ends: the broker answers the commit of a transaction before

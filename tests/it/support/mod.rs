@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 pub use daemon::{Daemon, Finished, Reply};
 pub use exactly_once::{Check, Outcomes, PATIENCE, Remade};
-pub use kafka::{Message, Received};
+pub use kafka::{Message, Received, StoredBatch};
 pub use kafka_proxy::{KafkaProxy, Lost};
 pub use load::{Flow, Load};
 pub use member::Member;
