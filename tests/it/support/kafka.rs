@@ -91,8 +91,14 @@ pub struct StoredBatch {
     pub codec: &'static str,
     pub records: usize,
     pub is_transactional: bool,
-    /// A marker that ends a transaction.
-    pub is_control: bool,
+    /// A marker that ends a transaction, and whether it aborts it.
+    pub marker: Option<Marker>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Marker {
+    Abort,
+    Commit,
 }
 
 /// Keeps where each record went.
@@ -220,11 +226,13 @@ impl Scope<'_> {
                 rest[at..at + length].iter().fold(0, |number, byte| number << 8 | usize::from(*byte))
             };
             let attributes = number(21, 2);
+            // The type stands in the key of the only record, behind its version.
+            let marker = || if number(68, 2) == 0 { Marker::Abort } else { Marker::Commit };
             batches.push(StoredBatch {
                 codec: ["none", "gzip", "snappy", "lz4", "zstd"][attributes & 7],
                 records: number(57, 4),
                 is_transactional: attributes & 16 != 0,
-                is_control: attributes & 32 != 0,
+                marker: (attributes & 32 != 0).then(marker),
             });
             rest = &rest[12 + number(8, 4)..];
         }
