@@ -23,11 +23,11 @@ test: lint ## everything CI runs: format, lints, unit, property and integration 
 	cargo test --locked --features failpoints
 
 .PHONY: bench bench-latency
-bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=3000000 JSON=FILE
+bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,v7-plain,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=3000000 JSON=FILE
 	@dev/bench throughput $(call options,cases repeat count json)
 
-bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 JSON=FILE
-	@dev/bench latency $(call options,rates seconds json)
+bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 INPUT=plain JSON=FILE
+	@dev/bench latency $(call options,rates seconds input json)
 
 .PHONY: bench-size
 bench-size: ## bytes a payment in each table, index and topic, and in the WAL: COUNT=1000000 JSON=FILE
