@@ -23,11 +23,11 @@ test: lint ## everything CI runs: format, lints, unit, property and integration 
 	cargo test --locked --features failpoints
 
 .PHONY: bench bench-latency
-bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=3000000 JSON=FILE
+bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,v7-plain,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=3000000 JSON=FILE
 	@dev/bench throughput $(call options,cases repeat count json)
 
-bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 JSON=FILE
-	@dev/bench latency $(call options,rates seconds json)
+bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 INPUT=plain JSON=FILE
+	@dev/bench latency $(call options,rates seconds input json)
 
 .PHONY: bench-size
 bench-size: ## bytes a payment in each table, index and topic, and in the WAL: COUNT=1000000 JSON=FILE
@@ -51,6 +51,16 @@ bench-sizing: ## payments a second by size of batch and number of lanes; draws d
 .PHONY: test-faults
 test-faults: ## of these, kills at named steps, outages and rebalances alone
 	cargo test --locked --features failpoints --test it -- crash:: outages:: rebalance::
+
+.PHONY: joins
+# The program under test is the release build, or PROGRAM.
+joins: ## instances join and leave while a backlog of transactions is drained: COUNT=600000 TRANSACTION=50 JOINS=6 RUNS=5; without TRANSACTION 50 and 500
+	@dev/install
+	@dev/servers install
+	@$(if $(PROGRAM),true,cargo build --locked --release --bin payment-writer)
+	PAYMENT_WRITER_TESTED_PROGRAM=$(or $(PROGRAM),$(CURDIR)/target/release/payment-writer) \
+	JOINS_COUNT=$(COUNT) JOINS_TRANSACTION=$(TRANSACTION) JOINS_JOINS=$(JOINS) JOINS_RUNS=$(RUNS) \
+	cargo test --locked --features failpoints --test it -- --ignored --exact joins::full_size --nocapture
 
 .PHONY: chaos
 # Without any of them, CI's share.

@@ -594,6 +594,7 @@ fn plain_amount(raw: &RawValue, currency: &str) -> Option<i64> {
 struct Audit {
     partitions: Vec<Vec<Record>>,
     wrong_count: usize,
+    lost_count: usize,
     topic_id_prefix: String,
     samples: Vec<(String, String)>,
 }
@@ -900,6 +901,7 @@ impl Audit {
                         Fate::DeadLettered(Reason::RejectedByDatabase)
                     }
                     (None, None) => {
+                        self.lost_count += 1;
                         wrong.push(format!("{place}: lost: valid, and its message id was never written"));
                         continue;
                     }
@@ -1026,6 +1028,7 @@ async fn audit(arguments: &Arguments) -> Result<usize> {
     println!("{:<40}{read_events:>12}", "read events");
     println!("{:<40}{email_events:>12}", "e-mail events");
     println!("{:<40}{dead_letters:>12}", "dead letters");
+    println!("{:<40}{:>12}", "lost", audit.lost_count);
     if let Some(path) = &arguments.report {
         let expected = Report::read(path)?.numbers();
         let mut found = outcomes.clone();

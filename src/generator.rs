@@ -82,7 +82,7 @@ pub enum Kind {
 }
 
 /// One record; its buffers are used again for the next one.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Record {
     /// What it is.
     pub kind: Kind,

@@ -28,7 +28,7 @@ use uuid::Uuid;
 use crate::Outcome;
 use crate::processes::{Meter, own_cpu_seconds};
 use crate::reader::Reader;
-use crate::site::{Servers, Site, failed};
+use crate::site::{Amount, Input, Servers, Site, failed};
 use crate::throughput::{PRODUCE_LIMIT, settle};
 
 /// Records of a batch: the default of `batch.max_payments`.
@@ -70,8 +70,7 @@ pub fn measure(servers: &Servers, count: u64, seed: u64) -> Outcome<Vec<Ceiling>
     let site = Site::create(servers)?;
     let settings = site.settings()?;
     let count = count.min(PAYMENTS_MAX);
-    let words = ["--ids", "v7", "--count", &count.to_string(), "--seed", &seed.to_string()];
-    site.produce(&words)?.finish(PRODUCE_LIMIT)?;
+    site.write(Input::Mixed, &["--ids", "v7"], Amount::Count(count), seed)?.finish(PRODUCE_LIMIT)?;
 
     settle(servers)?;
     let read = metered(servers, NAMES[0], count, || consume(&settings, count, |(), _| {}));

@@ -15,7 +15,7 @@ use crate::processes::{Meter, own_cpu_seconds, reaped_cpu_seconds};
 use crate::reader::Reader;
 use crate::report::{self, Lines};
 use crate::row;
-use crate::site::{Servers, Site};
+use crate::site::{Amount, Input, Servers, Site};
 use crate::stats::Histogram;
 use crate::{Outcome, ServersArguments};
 
@@ -44,6 +44,9 @@ pub struct Arguments {
     /// Message ids
     #[arg(long, default_value = "v7", value_parser = ["v4", "v7"])]
     ids: String,
+    /// How the input is written; of `mixed` a transaction has the records of 20 ms, 500 at most
+    #[arg(long, value_enum, default_value = "mixed")]
+    input: Input,
 }
 
 /// Milliseconds since 1970 of a time as events have it: `2026-01-02T03:04:05.678Z`, in years from 1970 on.
@@ -134,6 +137,7 @@ fn probe_config(brokers: &str) -> ClientConfig {
 
 /// What came of one rate.
 struct Rate {
+    input: Input,
     wanted: u64,
     sent: u64,
     sent_per_second: f64,
@@ -156,12 +160,13 @@ fn measure(
     wanted: u64,
     seconds: u64,
 ) -> Outcome<Rate> {
-    let (rate, duration) = (wanted.to_string(), format!("{seconds}s"));
     let pids = [daemon.id()];
     let meter = Meter::start(vec![&pids, &site.servers.broker, &site.servers.postgres]);
     let (own, reaped, began) = (own_cpu_seconds(), reaped_cpu_seconds(), Instant::now());
     probe.begin();
-    let sending = site.produce(&["--ids", &arguments.ids, "--rate", &rate, "--duration", &duration])?;
+    let amount = Amount::Rate { per_second: wanted, seconds };
+    let sending =
+        site.write(arguments.input, &["--ids", &arguments.ids], amount, rand::random::<u32>().into())?;
     let sent = sending.finish(Duration::from_secs(seconds) + CATCH_UP_LIMIT)?;
     let took = began.elapsed().as_secs_f64();
     let used = meter.read();
@@ -184,7 +189,7 @@ fn measure(
     let cores = [used[0], used[1], used[2], probe_used, load_used].map(|seconds| seconds / took);
     let latencies = probe.finish();
     let (sent, sent_per_second) = (sent.records, sent.records_per_second);
-    Ok(Rate { wanted, sent, sent_per_second, latencies, behind, cores, others })
+    Ok(Rate { input: arguments.input, wanted, sent, sent_per_second, latencies, behind, cores, others })
 }
 
 /// `bench latency`
@@ -261,7 +266,7 @@ fn json_line(rate: &Rate) -> serde_json::Value {
         .map(|(name, share)| ((*name).to_owned(), json!((share * 1_000.0).round() / 10.0)))
         .collect();
     json!({
-        "benchmark": "latency", "rate": rate.wanted, "sent_per_s": rate.sent_per_second.round(), "sent": rate.sent,
+        "benchmark": "latency", "input": format!("{:?}", rate.input).to_lowercase(), "rate": rate.wanted, "sent_per_s": rate.sent_per_second.round(), "sent": rate.sent,
         "events": rate.latencies.total(), "latency_ms": latency,
         "caught_up_after_s": rate.behind.map(|seconds| (seconds * 1_000.0).round() / 1_000.0),
         "cpu_percent_of_one_core": cpu, "cpu_share_of_others": (rate.others * 1_000.0).round() / 1_000.0,

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use clap::ValueEnum;
 use payment_writer::config::Settings;
 use payment_writer::kafka_client::base_client_config;
 use rdkafka::admin::{AdminClient, AdminOptions};
@@ -20,6 +21,10 @@ use crate::{Outcome, ServersArguments};
 /// A command that takes longer has got stuck.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 const REQUEST_LIMIT: Duration = Duration::from_secs(30);
+/// Records of one transaction of the input.
+const TRANSACTION_RECORDS_MAX: u64 = 500;
+/// Further from one run's seed than any other run's.
+const OTHER_SEED: u64 = 1 << 32;
 
 /// The servers, and a place to put files.
 pub struct Servers {
@@ -137,8 +142,58 @@ impl Counter<'_> {
     }
 }
 
+/// How the input is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Input {
+    /// By two producers side by side that compress with lz4: one in transactions, a tenth of which is aborted and sent
+    /// again, the other without
+    Mixed,
+    /// By one producer without transactions and compression
+    Plain,
+}
+
+/// How many records to send.
+#[derive(Clone, Copy, Debug)]
+pub enum Amount {
+    Count(u64),
+    Rate { per_second: u64, seconds: u64 },
+}
+
+impl Amount {
+    /// One of two halves.
+    fn half(self, is_second: bool) -> Vec<String> {
+        match self {
+            Amount::Count(count) => Self::count(if is_second { count / 2 } else { count - count / 2 }),
+            Amount::Rate { per_second, seconds } => Self::rate(per_second as f64 / 2.0, seconds),
+        }
+    }
+
+    fn whole(self) -> Vec<String> {
+        match self {
+            Amount::Count(count) => Self::count(count),
+            Amount::Rate { per_second, seconds } => Self::rate(per_second as f64, seconds),
+        }
+    }
+
+    fn count(count: u64) -> Vec<String> {
+        vec!["--count".to_owned(), count.to_string()]
+    }
+
+    fn rate(per_second: f64, seconds: u64) -> Vec<String> {
+        ["--rate", &per_second.to_string(), "--duration", &format!("{seconds}s")].map(str::to_owned).into()
+    }
+
+    /// Records of one transaction: 500, or what comes in 20 ms.
+    fn transaction_size(self) -> u64 {
+        match self {
+            Amount::Count(_) => TRANSACTION_RECORDS_MAX,
+            Amount::Rate { per_second, .. } => (per_second / 2 / 50).clamp(1, TRANSACTION_RECORDS_MAX),
+        }
+    }
+}
+
 /// What `produce` says of what it sent.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 pub struct Sent {
     pub records: u64,
     pub records_per_second: f64,
@@ -146,7 +201,7 @@ pub struct Sent {
 }
 
 /// The outcomes that the records must have.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 pub struct Expected {
     pub written: u64,
     pub duplicates: u64,
@@ -235,7 +290,29 @@ impl<'a> Site<'a> {
         let path = report.to_string_lossy().into_owned();
         let mut words = vec!["produce", "--report", &path];
         words.extend_from_slice(arguments);
-        Ok(Sending { process: self.start(&words, &[])?, report })
+        Ok(Sending(vec![(self.start(&words, &[])?, report)]))
+    }
+
+    /// Starts to send so many records in one of the ways in which input is written; `arguments` as for
+    /// [`produce`](Self::produce), without their number and the seed.
+    pub fn write(&self, input: Input, arguments: &[&str], amount: Amount, seed: u64) -> Outcome<Sending> {
+        let start = |more: &[&str], amount: Vec<String>, seed: u64| {
+            let seed = seed.to_string();
+            let amount: Vec<&str> = amount.iter().map(String::as_str).collect();
+            self.produce(&[arguments, more, &amount, &["--seed", &seed]].concat())
+        };
+        match input {
+            Input::Plain => start(&[], amount.whole(), seed),
+            Input::Mixed => {
+                let size = amount.transaction_size().to_string();
+                let transactions =
+                    ["--transaction-size", &size, "--aborted-share", "0.1", "--compression", "lz4"];
+                let mut sending = start(&transactions, amount.half(false), seed)?;
+                let plain = start(&["--compression", "lz4"], amount.half(true), seed + OTHER_SEED)?;
+                sending.0.extend(plain.0);
+                Ok(sending)
+            }
+        }
     }
 }
 
@@ -261,21 +338,26 @@ impl Drop for Site<'_> {
     }
 }
 
-/// Records on their way into the input topic.
-pub struct Sending {
-    pub process: Guarded,
-    report: PathBuf,
-}
+/// Records on their way into the input topic: producers, each with its report.
+pub struct Sending(Vec<(Guarded, PathBuf)>);
 
 impl Sending {
     /// Waits until all are sent.
-    pub fn finish(mut self, limit: Duration) -> Outcome<Sent> {
-        self.process.succeed(limit)?;
-        let text = std::fs::read_to_string(&self.report).map_err(failed("reading produce's report"))?;
-        let sent = serde_json::from_str(&text).map_err(failed("reading produce's report"))?;
-        let _ = std::fs::remove_file(&self.report);
-        let _ = std::fs::remove_file(&self.process.log);
-        Ok(sent)
+    pub fn finish(self, limit: Duration) -> Outcome<Sent> {
+        let mut all = Sent::default();
+        for (mut process, report) in self.0 {
+            process.succeed(limit)?;
+            let text = std::fs::read_to_string(&report).map_err(failed("reading produce's report"))?;
+            let sent: Sent = serde_json::from_str(&text).map_err(failed("reading produce's report"))?;
+            let _ = std::fs::remove_file(&report);
+            let _ = std::fs::remove_file(&process.log);
+            all.records += sent.records;
+            all.records_per_second += sent.records_per_second;
+            all.expected.written += sent.expected.written;
+            all.expected.duplicates += sent.expected.duplicates;
+            all.expected.dead_letters += sent.expected.dead_letters;
+        }
+        Ok(all)
     }
 }
 
@@ -290,6 +372,18 @@ mod tests {
             Some("postgres://a:b@127.0.0.1:5/bench_1")
         );
         assert_eq!(with_database("nonsense", "bench_1"), None);
+    }
+
+    #[test]
+    fn two_halves_are_the_whole() {
+        assert_eq!(Amount::Count(7).half(false), ["--count", "4"]);
+        assert_eq!(Amount::Count(7).half(true), ["--count", "3"]);
+        let rate = Amount::Rate { per_second: 25, seconds: 3 };
+        assert_eq!(rate.half(true), ["--rate", "12.5", "--duration", "3s"]);
+        assert_eq!(
+            [1, 1_000, 100_000].map(|per_second| Amount::Rate { per_second, seconds: 1 }.transaction_size()),
+            [1, 10, 500]
+        );
     }
 
     #[test]

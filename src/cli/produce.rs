@@ -15,9 +15,11 @@ use crate::config::Settings;
 use crate::generator::{BadReason, Generator, GeneratorConfig, IdKind, Record, Tally, TallyReport};
 use pace::Pace;
 use sender::{Sender, Sending};
+use transactions::{Transactions, TransactionsReport};
 
 mod pace;
 mod sender;
+mod transactions;
 
 /// So many records between looks at signals and the progress bar.
 const RECORDS_PER_LOOK: u64 = 1_000;
@@ -32,6 +34,13 @@ Messages have the form of the original producer: key 57, value {\"messageId\":\"
 earlier payment again, half of them in another spelling; conflicts give an earlier message id to
 another amount; bad records must be dead-lettered, for every reason that a record can have by itself.
 
+With --transaction-size the records are sent in transactions. With --aborted-share some of these are
+aborted, and their records are sent again in the next one, as a producer does that tries again. What is
+aborted stays in the log and is not to be seen by read_committed consumers: it does not count towards
+--count or --rate, and the report counts it apart (\"transactions\"), not among records and outcomes.
+
+The producer is idempotent in any case: what it has to send twice stands in the log once.
+
 Without --seed each run sends other payments. With the same seed and version 4 ids, a second run
 sends the same payments once more, all of them duplicates to the daemon.
 
@@ -40,7 +49,8 @@ Ctrl-C stops early: what was sent by then is flushed and reported.
 Examples:
   payment-writer produce --count 200000 --duplicates 0.05 --conflicts 0.01 --bad 0.01 --report sent.json
   payment-writer produce --rate 1000 --duration 1m
-  payment-writer produce --rate 50 --ids v7";
+  payment-writer produce --rate 50 --ids v7
+  payment-writer produce --count 200000 --transaction-size 500 --aborted-share 0.1 --compression lz4";
 
 /// `produce`
 #[derive(Clone, Debug, Args)]
@@ -83,6 +93,13 @@ pub struct ProduceArgs {
     /// Compress what is sent
     #[arg(long, value_enum, default_value = "none")]
     pub compression: Compression,
+    /// Send the records in transactions of so many; one that has been open for 5 s, as at a low --rate, is
+    /// committed with fewer. Default: no transactions
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub transaction_size: Option<u32>,
+    /// Share of all transactions that are aborted, 0 to 0.5; the records of each are sent again in the next one
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, requires = "transaction_size", value_parser = aborted_share)]
+    pub aborted_share: f64,
     /// Write what was sent, and what must become of it, to this file as JSON
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
@@ -93,8 +110,35 @@ pub struct ProduceArgs {
 pub enum Compression {
     /// Not at all
     None,
-    /// lz4
+    /// gzip
+    Gzip,
+    /// Snappy
+    Snappy,
+    /// LZ4
     Lz4,
+    /// Zstandard
+    Zstd,
+}
+
+impl Compression {
+    /// The value of `compression.type`.
+    fn name(self) -> &'static str {
+        match self {
+            Compression::None => "none",
+            Compression::Gzip => "gzip",
+            Compression::Snappy => "snappy",
+            Compression::Lz4 => "lz4",
+            Compression::Zstd => "zstd",
+        }
+    }
+}
+
+/// At most every other transaction: each aborted one is followed by one that is committed.
+fn aborted_share(text: &str) -> Result<f64, String> {
+    match fraction(text) {
+        Ok(share) if share <= 0.5 => Ok(share),
+        _ => Err("a share from 0 to 0.5".to_owned()),
+    }
 }
 
 /// Records a second.
@@ -114,6 +158,7 @@ struct Report<'a> {
     records_per_second: f64,
     interrupted: bool,
     undelivered: u64,
+    transactions: TransactionsReport,
     #[serde(flatten)]
     sent: TallyReport,
 }
@@ -127,9 +172,11 @@ pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), Failure> {
     let stop = StopSignal::listen(small_runtime()?)?;
     let sender = Sender::connect(&settings.kafka, args)?;
 
+    let mut transactions = Transactions::new(&sender, args.transaction_size, args.aborted_share);
+
     let started = Instant::now();
-    let (tally, sent_all) = send_all(args, Generator::new(config), &sender, &stop);
-    let flushed = sender.flush();
+    let (tally, sent_all) = send_all(args, Generator::new(config), &mut transactions, &stop);
+    let finished = transactions.finish().and_then(|()| sender.flush());
     let seconds = started.elapsed().as_secs_f64();
 
     let report = Report {
@@ -138,7 +185,8 @@ pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), Failure> {
         seconds,
         records_per_second: tally.records() as f64 / seconds.max(1e-9),
         interrupted: stop.is_set(),
-        undelivered: sender.undelivered(),
+        undelivered: transactions.undelivered(),
+        transactions: transactions.report(),
         sent: tally.report(&settings.email.statuses),
     };
     if let (Some(file), Some(path)) = (&mut report_file, &args.report) {
@@ -146,7 +194,7 @@ pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), Failure> {
     }
     output::print(&summary(&report, &tally))?;
     sent_all?;
-    flushed
+    finished
 }
 
 fn generator_config(settings: &Settings, args: &ProduceArgs, seed: u64) -> Result<GeneratorConfig, Failure> {
@@ -184,7 +232,7 @@ fn generator_config(settings: &Settings, args: &ProduceArgs, seed: u64) -> Resul
 fn send_all(
     args: &ProduceArgs,
     mut generator: Generator,
-    sender: &Sender,
+    transactions: &mut Transactions<'_>,
     stop: &StopSignal,
 ) -> (Tally, Result<(), Failure>) {
     let pace = Pace::new(args.count, args.rate, args.duration);
@@ -193,7 +241,8 @@ fn send_all(
     let started = Instant::now();
     let result = loop {
         let goal = pace.due(started.elapsed()).min(tally.records() + RECORDS_PER_LOOK);
-        let burst = send_until(goal, &mut generator, &mut record, &mut tally, sender, stop);
+        let burst = send_until(goal, &mut generator, &mut record, &mut tally, transactions, stop)
+            .and_then(|()| transactions.commit_if_old());
         progress.set_position(tally.records());
         if burst.is_err() || stop.is_set() || pace.total().is_some_and(|total| tally.records() >= total) {
             break burst;
@@ -213,12 +262,12 @@ fn send_until(
     generator: &mut Generator,
     record: &mut Record,
     tally: &mut Tally,
-    sender: &Sender,
+    transactions: &mut Transactions<'_>,
     stop: &StopSignal,
 ) -> Result<(), Failure> {
     while tally.records() < goal {
         generator.next_into(now_ms(), record);
-        match sender.send(record, stop)? {
+        match transactions.send(record, stop)? {
             Sending::Taken => tally.add(record),
             Sending::Interrupted => break,
         }
@@ -274,6 +323,12 @@ fn summary(report: &Report<'_>, tally: &Tally) -> String {
     ];
     for (reason, records) in tally.bad() {
         rows.push(count(&format!("  {}", reason.reason()), *records));
+    }
+    let transactions = &report.transactions;
+    if transactions.committed + transactions.aborted > 0 {
+        rows.push(count("transactions committed", transactions.committed));
+        rows.push(count("transactions aborted", transactions.aborted));
+        rows.push(count("  records in them", transactions.aborted_records));
     }
     if report.undelivered > 0 {
         rows.push(count("not delivered", report.undelivered));

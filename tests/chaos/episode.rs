@@ -10,10 +10,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::fault::Fault;
-use crate::load::{Adversary, Flow};
+use crate::java::JavaWriter;
+use crate::load::Adversary;
 use crate::proxy::Proxy;
 use crate::report::Checked;
-use crate::support::{Check, Daemon, Member, Scope, Servers, wait_until_within};
+use crate::support::{Check, Daemon, Flow, Member, Scope, Servers, TRANSACTION_MAX, wait_until_within};
 use crate::watch::{Offsets, Watch, has_reached};
 
 pub const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -135,7 +136,7 @@ pub struct Episode<'l> {
     pub scope: Scope<'l>,
     pub setup: Setup,
     pub instances: Vec<Instance>,
-    pub flow: Flow,
+    pub flow: Flow<Adversary>,
     pub watch: Watch,
     /// What has been done to it, for the message of a failure.
     pub history: Vec<String>,
@@ -157,7 +158,9 @@ impl<'l> Episode<'l> {
         }
         let has_twins = setup.stage == Stage::Twins;
         let adversary = Adversary::new(setup.number, INPUT_PARTITIONS, has_twins);
-        let flow = Flow::start(&scope, adversary, RECORDS_A_TICK);
+        let compression = ["lz4", "zstd"][usize::try_from(setup.number % 2).unwrap()];
+        let java = Box::new(JavaWriter::new(&scope, compression));
+        let flow = Flow::start_beside(&scope, adversary, RECORDS_A_TICK, TRANSACTION_MAX, java);
         let watch = Watch::over(&scope, INPUT_PARTITIONS);
         let mut episode = Episode {
             lab,
@@ -341,7 +344,25 @@ impl<'l> Episode<'l> {
         let checked = self.check();
         self.flow.pause();
         self.drain();
+        self.tell_load();
         checked
+    }
+
+    /// Says how the records were written, and that each writer had its part in it.
+    fn tell_load(&self) {
+        let [plain, own, java] = self.flow.written()[..] else { panic!("three writers") };
+        println!(
+            "the load: {} records without transactions; {} by librdkafka in {} transactions, {} more aborted; {} by Java in \
+             {} transactions, {} more aborted",
+            plain.records,
+            own.records,
+            own.committed,
+            own.aborted,
+            java.records,
+            java.committed,
+            java.aborted
+        );
+        assert!(own.committed > 0 && java.committed > 0, "a writer of the load has written nothing");
     }
 
     /// The schema becomes newer, in a way that this version need not know: what upgrades promise.

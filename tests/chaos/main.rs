@@ -10,6 +10,7 @@
 mod episode;
 mod fault;
 mod inject;
+mod java;
 mod load;
 mod proxy;
 mod report;

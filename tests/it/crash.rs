@@ -21,10 +21,10 @@ pub fn small_batches() -> Member {
 pub fn kill_at_each_step(scope: &Scope<'_>, member: &Member, hit: usize, mut load: Load) {
     // GIVEN a partition's worth of history, so that nothing but batches moves the cursors
     scope.prepare(4, 2);
-    scope.produce(&scope.input_topic, load.take(60));
+    scope.feed(load.take(60));
     member.catch_up(scope);
     for step in STEPS_OF_A_BATCH {
-        scope.produce(&scope.input_topic, load.take(150));
+        scope.feed(load.take(150));
 
         // WHEN the process dies there, and is started again
         member.die_at(scope, &format!("{step}:{hit}"));
@@ -53,7 +53,7 @@ fn a_kill_while_partitions_are_taken_up_for_the_first_time_loses_and_doubles_not
     // GIVEN a group and a database without any offset
     let scope = Scope::new(Servers::shared(), "kill_opening");
     scope.prepare(4, 2);
-    scope.produce(&scope.input_topic, Load::new(3).take(150));
+    scope.feed(Load::new(3).take(150));
     let member = small_batches();
 
     // WHEN the process dies at each step on the way from nothing to the first batch
@@ -76,7 +76,7 @@ fn a_kill_while_partitions_are_taken_up_for_the_first_time_loses_and_doubles_not
     // AND the same when the first offsets are committed in one go
     let other = Scope::new(Servers::shared(), "kill_first_offsets");
     other.prepare(4, 2);
-    other.produce(&other.input_topic, Load::new(4).take(150));
+    other.feed(Load::new(4).take(150));
     member.die_at(&other, "after_first_offsets");
     member.catch_up(&other);
     other.assert_exactly_once();
@@ -86,7 +86,7 @@ fn a_kill_while_partitions_are_taken_up_for_the_first_time_loses_and_doubles_not
 fn dying_again_and_again_at_the_same_step_ends_well() {
     let scope = Scope::new(Servers::shared(), "kill_again");
     scope.prepare(4, 2);
-    scope.produce(&scope.input_topic, Load::new(5).take(300));
+    scope.feed(Load::new(5).take(300));
     let member = small_batches();
     for _ in 0..2 {
         for step in ["after_postgres_commit:2", "before_kafka_commit:2"] {

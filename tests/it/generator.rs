@@ -7,6 +7,7 @@ use payment_writer::record::{Offset, Partition, SourceBatch, TimestampMs};
 use payment_writer::wire::{self, Rules};
 use rdkafka::admin::{AdminOptions, ResourceSpecifier};
 
+use crate::audit::audit;
 use crate::support::{Received, Scope, Servers, block_on, wait_until};
 
 const BAD_REASONS: &str = "empty_value,too_large,unsupported_schema_version,malformed_json,missing_field,\
@@ -232,4 +233,101 @@ fn produce_does_not_make_the_topic_that_is_missing() {
     assert!(refused.stderr.contains("topics create"), "{}", refused.stderr);
     let metadata = scope.admin().inner().fetch_metadata(None, crate::support::DEADLINE).unwrap();
     assert!(metadata.topics().iter().all(|topic| topic.name() != scope.input_topic));
+}
+
+#[test]
+fn records_are_compressed_as_asked() {
+    let scope = Scope::new(Servers::shared(), "produce_codecs");
+    scope.create_topics(1, 1);
+    for (codec, count) in
+        [("none", "100"), ("gzip", "200"), ("snappy", "300"), ("lz4", "400"), ("zstd", "500")]
+    {
+        scope.command(&["produce", "--count", count, "--compression", codec]).succeeds();
+    }
+    let mut codecs = BTreeMap::new();
+    for batch in scope.batches(&scope.input_topic, 0) {
+        assert!(!batch.is_transactional);
+        *codecs.entry(batch.codec).or_default() += batch.records;
+    }
+    let expected = [("none", 100), ("gzip", 200), ("snappy", 300), ("lz4", 400), ("zstd", 500)];
+    assert_eq!(codecs, expected.into());
+    assert_eq!(scope.read_all(&scope.input_topic).len(), 1_500);
+}
+
+/// Records in the log, aborted ones and markers too.
+fn offsets(scope: &Scope<'_>) -> i64 {
+    scope.ends().values().sum()
+}
+
+#[test]
+fn aborted_transactions_are_sent_again_and_count_for_nothing() {
+    // GIVEN records in transactions, a fifth of which is aborted
+    let scope = Scope::ready("produce_aborts", 4, 2);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("report.json");
+    let mut sending = vec!["produce", "--count", "3000", "--report", path.to_str().unwrap(), "--bad", "0.05"];
+    sending.extend(["--duplicates", "0.1", "--conflicts", "0.02", "--compression", "zstd"]);
+    sending.extend(["--transaction-size", "70", "--aborted-share", "0.2"]);
+
+    let printed = scope.command(&sending).succeeds().stdout;
+
+    // THEN all of them are there for readers of what is committed
+    let report = report(&path);
+    assert_eq!(scope.read_all(&scope.input_topic).len(), 3_000);
+    // AND the report knows the transactions: 42 of 70 records and one of 60; each fourth is aborted before
+    assert_eq!(
+        report["transactions"],
+        serde_json::json!({"committed": 43, "aborted": 10, "aborted_records": 700})
+    );
+    assert_eq!((&report["records"], &report["undelivered"]), (&3_000.into(), &0.into()));
+    assert!(printed.contains("transactions aborted"), "{printed}");
+    // AND what was aborted stands in the log, too, and each partition ends with a marker
+    assert!(offsets(&scope) > 3_700 + 4, "{}", offsets(&scope));
+
+    // WHEN the daemon has read them
+    scope.drain();
+    // THEN only what is committed had its outcome, as the report expects
+    assert_eq!(report["expected"]["written"], scope.count("payment_core"));
+    let (reads, emails, letters) = outputs(&scope);
+    assert_eq!(report["expected"]["read_events"], reads);
+    assert_eq!(report["expected"]["email_events"], emails);
+    assert_eq!(report["expected"]["dead_letters_by_reason"], serde_json::to_value(letters).unwrap());
+    audit(&scope).succeeds();
+}
+
+#[test]
+fn transactions_keep_to_a_rate_and_are_committed_at_its_end_and_when_interrupted() {
+    let scope = Scope::new(Servers::shared(), "produce_rate");
+    scope.create_topics(2, 1);
+    // Longer than any of the runs here.
+    let in_transactions = ["--transaction-size", "100000", "--aborted-share", "0.5"];
+    let steady = ["produce", "--rate", "500", "--duration", "1s"];
+
+    scope.command(&[&steady[..], &in_transactions].concat()).succeeds();
+
+    assert_eq!(scope.read_all(&scope.input_topic).len(), 500);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("report.json");
+    let endless = ["produce", "--rate", "700", "--report", path.to_str().unwrap()];
+    let mut producing = scope.daemon(&[&endless[..], &in_transactions].concat());
+    // What is committed by itself after some seconds is not the last.
+    wait_until("a transaction was committed", || scope.read_all(&scope.input_topic).len() > 500);
+    producing.signal("INT");
+    assert_eq!(producing.wait().code(), Some(0), "{}", producing.log());
+    let report = report(&path);
+    assert_eq!(report["records"].as_u64().unwrap() + 500, scope.read_all(&scope.input_topic).len() as u64);
+}
+
+#[test]
+fn a_share_of_aborted_transactions_needs_transactions() {
+    let scope = Scope::new(Servers::shared(), "produce_usage");
+    for arguments in [
+        &["--aborted-share", "0.1"][..],
+        &["--transaction-size", "10", "--aborted-share", "0.6"],
+        &["--transaction-size", "0"],
+        &["--compression", "brotli"],
+    ] {
+        let refused = scope.command(&[&["produce", "--count", "1"], arguments].concat());
+        assert_eq!(refused.code, Some(2), "{arguments:?}: {}", refused.stderr);
+    }
 }

@@ -12,6 +12,7 @@ mod generator;
 mod housekeeping;
 mod http;
 mod java;
+mod joins;
 mod limits;
 mod logs;
 mod outages;

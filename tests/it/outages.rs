@@ -53,7 +53,7 @@ fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
     scope.create_topic(&scope.input_topic, 6);
     scope.command(&["migrate"]).succeeds();
     let mut load = Load::without_bad_records(31);
-    scope.produce(&scope.input_topic, load.take(100));
+    scope.feed(load.take(100));
     servers.postgres(Act::Stop);
     let member = Member::new("a")
         .with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "6000")
@@ -166,11 +166,11 @@ fn a_database_that_reads_and_does_not_write_is_waited_for_without_a_word_a_try()
     scope.prepare(2, 2);
     let mut load = Load::new(32);
     let member = Member::new("a").with("LANES", "1");
-    scope.produce(&scope.input_topic, load.take(50));
+    scope.feed(load.take(50));
     member.catch_up(&scope);
     scope.back_up_database();
     let mut daemon = member.start(&scope);
-    scope.produce(&scope.input_topic, load.take(50));
+    scope.feed(load.take(50));
     scope.wait_until_caught_up();
     let before = complaints(&daemon);
 
@@ -179,7 +179,7 @@ fn a_database_that_reads_and_does_not_write_is_waited_for_without_a_word_a_try()
     let read_only = format!("ALTER DATABASE \"{database}_copy\" SET default_transaction_read_only = on");
     scope.on_server(&[read_only]);
     scope.restore_database();
-    scope.produce(&scope.input_topic, load.take(50));
+    scope.feed(load.take(50));
     wait_until_within(PATIENCE, "it was tried again and again", || {
         daemon.metric("payment_writer_database_errors_total", "sqlstate_class=\"25\"") >= 6.0
     });
@@ -214,7 +214,7 @@ fn a_broker_that_hangs_for_longer_than_its_own_session_is_found_again() {
     let mut daemons = [member("a").start(&scope), member("b").start(&scope)];
     let lost = |daemon: &Daemon| daemon.metric("payment_writer_rebalances_total", "kind=\"lost\"");
     for round in 1..=3 {
-        scope.produce(&scope.input_topic, load.take(100));
+        scope.feed(load.take(100));
         scope.wait_until_caught_up();
         // WHEN the broker hangs until both have lost their places, and its controller has lost the broker
         servers.kafka(Act::Pause);
@@ -226,7 +226,7 @@ fn a_broker_that_hangs_for_longer_than_its_own_session_is_found_again() {
         scope.wait_for_brokers();
         // THEN neither takes the other, or its own former self, for a namesake
     }
-    scope.produce(&scope.input_topic, load.take(100));
+    scope.feed(load.take(100));
     scope.wait_until_caught_up();
     for daemon in &mut daemons {
         daemon.drains();

@@ -89,7 +89,7 @@ fn whatever_is_lost_on_the_way_loses_and_doubles_nothing(servers: &Servers, more
     let requests = [ApiKey::InitProducerId, ApiKey::Produce, ApiKey::TxnOffsetCommit, ApiKey::EndTxn];
     for api in requests.iter().chain(more) {
         for lost in [Lost::Request, Lost::Answer] {
-            scope.produce(&scope.input_topic, load.take(60));
+            scope.feed(load.take(60));
 
             // WHEN one request of a transaction is lost, or the answer to it
             proxy.lose(*api, lost);

@@ -40,7 +40,7 @@ fn partitions_that_a_dying_member_gave_away_find_an_owner() {
     let scope = Scope::new(Servers::shared(), "given_away");
     scope.prepare(9, 4);
     let mut load = Load::new(29);
-    scope.produce(&scope.input_topic, load.take(200));
+    scope.feed(load.take(200));
     let member = |name| Member::new(name).with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "60000");
     let mut first = member("a").start_at(&scope, "before_revoked");
     first.wait_for_partitions("the first has all", |partitions| partitions == 9);
@@ -54,7 +54,7 @@ fn partitions_that_a_dying_member_gave_away_find_an_owner() {
     wait_until_within(PATIENCE, "every partition has an owner", || {
         first.partitions() + second.partitions() == 9
     });
-    scope.produce(&scope.input_topic, load.take(200));
+    scope.feed(load.take(200));
     scope.wait_until_caught_up();
     first.drains();
     second.drains();
@@ -106,7 +106,7 @@ fn zombie(step: &str, seed: u64) {
     let scope = Scope::new(Servers::shared(), step);
     scope.prepare(4, 2);
     let mut load = Load::new(seed);
-    scope.produce(&scope.input_topic, load.take(400));
+    scope.feed(load.take(400));
     let member = |name| {
         member(name)
             .with("LANES", "1")
@@ -121,12 +121,12 @@ fn zombie(step: &str, seed: u64) {
     // WHEN another one takes its partitions over and does all there is to do
     let mut heir = member("b").start(&scope);
     heir.wait_for_partitions("the other one has taken over", |partitions| partitions == 4);
-    scope.produce(&scope.input_topic, load.take(100));
+    scope.feed(load.take(100));
     scope.wait_until_caught_up();
     // AND the first one wakes up in the middle of its batch
     zombie.signal("CONT");
     zombie.wait_for_partitions("it is a member again", |partitions| partitions > 0);
-    scope.produce(&scope.input_topic, load.take(100));
+    scope.feed(load.take(100));
 
     // THEN what it held has no effect, and both go on
     scope.wait_until_caught_up();
@@ -167,7 +167,7 @@ fn a_zombie_between_its_first_offsets_and_its_first_cursors_changes_nothing() {
     let scope = Scope::new(Servers::shared(), "zombie_opening");
     scope.prepare(4, 2);
     let mut load = Load::new(27);
-    scope.produce(&scope.input_topic, load.take(200));
+    scope.feed(load.take(200));
     let mut zombie = member("a").with("LANES", "1").start_at(&scope, "before_store_cursors:1:stop");
     wait_until_within(PATIENCE, "the step is reached", || zombie.is_stopped());
 
@@ -177,7 +177,7 @@ fn a_zombie_between_its_first_offsets_and_its_first_cursors_changes_nothing() {
     scope.wait_until_caught_up();
     zombie.signal("CONT");
     zombie.wait_for_partitions("it is a member again", |partitions| partitions > 0);
-    scope.produce(&scope.input_topic, load.take(100));
+    scope.feed(load.take(100));
 
     // THEN its cursors of old are not stored over the new ones
     scope.wait_until_caught_up();

@@ -47,7 +47,7 @@ fn a_database_rebuilt_beside_the_daemon_is_equal_and_takes_over_without_an_event
     // GIVEN a daemon at work
     let mut scope = Scope::new(Servers::shared(), "rebuild_walk");
     scope.prepare(4, 2);
-    scope.produce(&scope.input_topic, Load::new(81).take(300));
+    scope.feed(Load::new(81).take(300));
     let mut daemon = member().start(&scope);
     let flow = Flow::start(&scope, Load::new(82), 5);
     wait_until_within(PATIENCE, "payments are written", || scope.count("payment_core") > 100);
@@ -79,7 +79,7 @@ fn a_database_rebuilt_beside_the_daemon_is_equal_and_takes_over_without_an_event
     assert_eq!(outputs(&scope), sent);
 
     // WHEN new records come
-    scope.produce(&scope.input_topic, Load::new(83).take(60));
+    scope.feed(Load::new(83).take(60));
     member().catch_up(&scope);
     // THEN they are written and published, once, as all before them
     scope.assert_exactly_once();

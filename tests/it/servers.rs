@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::{Act, Message, Scope, Servers, wait_until};
+use crate::support::{Act, Flow, Load, Marker, Message, Scope, Servers, StoredBatch, wait_until};
 
 #[test]
 fn records_come_back_as_they_were_sent() {
@@ -35,6 +35,54 @@ fn only_committed_transactions_are_read() {
     let received = scope.read_all(&scope.input_topic);
 
     assert_eq!(received.iter().map(|r| r.value.as_deref().unwrap()).collect::<Vec<_>>(), [b"committed"]);
+}
+
+/// At least half of the records in transactions, some of which are aborted; compressed.
+fn assert_written_as_real_producers_do(batches: &[StoredBatch], committed: usize) {
+    let records = |is: &dyn Fn(&StoredBatch) -> bool| -> usize {
+        let data = batches.iter().filter(|batch| batch.marker.is_none());
+        data.filter(|batch| is(batch)).map(|batch| batch.records).sum()
+    };
+    let (all, transactional) = (records(&|_| true), records(&|batch| batch.is_transactional));
+    assert!(2 * transactional >= all && transactional < all, "{transactional} of {all} are in transactions");
+    assert!(records(&|batch| batch.codec != "none") > 0, "nothing is compressed");
+    assert!(all > committed, "no aborted record stands in the log");
+    let markers = |wanted| batches.iter().filter(|batch| batch.marker == Some(wanted)).count();
+    assert!(markers(Marker::Abort) > 0 && markers(Marker::Commit) > markers(Marker::Abort), "{batches:?}");
+    assert!(batches.last().unwrap().marker.is_some(), "the log does not end with a marker");
+}
+
+#[test]
+fn what_is_fed_is_written_as_real_producers_write() {
+    let scope = Scope::new(Servers::shared(), "feed");
+    scope.create_topic(&scope.input_topic, 1);
+    let mut load = Load::new(1);
+    let mut places = Vec::new();
+    // Of different sizes: the largest transaction is as large as what is fed.
+    for count in [1, 60, 400, 2_500].into_iter().cycle().take(12) {
+        places.extend(scope.feed(load.take(count)));
+    }
+    let received = scope.read_all(&scope.input_topic);
+    assert_eq!(received.iter().map(|r| (r.partition, r.offset)).collect::<Vec<_>>(), places);
+    assert_written_as_real_producers_do(&scope.batches(&scope.input_topic, 0), places.len());
+}
+
+#[test]
+fn a_flow_is_written_as_real_producers_write() {
+    let scope = Scope::new(Servers::shared(), "flow");
+    scope.create_topic(&scope.input_topic, 1);
+    let flow = Flow::start(&scope, Load::new(2), 20);
+    wait_until("transactions were committed and aborted", || {
+        flow.written().iter().any(|written| written.committed >= 30 && written.aborted > 0)
+    });
+    flow.pause();
+    let written: usize = flow.written().iter().map(|written| written.records).sum();
+    assert_eq!(scope.read_all(&scope.input_topic).len(), written);
+    assert_written_as_real_producers_do(&scope.batches(&scope.input_topic, 0), written);
+    // AND it goes on
+    flow.resume();
+    wait_until("more comes", || flow.written().iter().map(|w| w.records).sum::<usize>() > written);
+    drop(flow.end());
 }
 
 #[test]

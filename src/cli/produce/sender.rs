@@ -13,10 +13,10 @@ use rdkafka::producer::{
 
 use super::super::Failure;
 use super::super::stop::StopSignal;
-use super::{Compression, ProduceArgs};
+use super::ProduceArgs;
 use crate::config::KafkaSettings;
 use crate::generator::Record;
-use crate::kafka_client::{partition_counts, producer_config};
+use crate::kafka_client::{REQUEST_TIMEOUT, partition_counts, producer_config};
 
 /// Records that wait in the client, at most: a second or so of full speed.
 const QUEUE_RECORDS_MAX: &str = "200000";
@@ -24,6 +24,9 @@ const QUEUE_KIB_MAX: &str = "131072";
 
 /// How long to wait before trying again when the client's queue is full.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(2);
+
+/// How often a call is made that may be made again, each for at most [`REQUEST_TIMEOUT`].
+const TRIES_MAX: u32 = 4;
 
 /// What became of handing a record over.
 pub(super) enum Sending {
@@ -82,13 +85,11 @@ impl Sender {
             .set("queue.buffering.max.messages", QUEUE_RECORDS_MAX)
             .set("queue.buffering.max.kbytes", QUEUE_KIB_MAX)
             .set("delivery.report.only.error", "true")
-            .set(
-                "compression.type",
-                match args.compression {
-                    Compression::None => "none",
-                    Compression::Lz4 => "lz4",
-                },
-            );
+            .set("compression.type", args.compression.name());
+        if args.transaction_size.is_some() {
+            // A name of its own for each run: runs beside each other do not fence each other.
+            config.set("transactional.id", format!("payment-writer-produce-{:032x}", rand::random::<u128>()));
+        }
         let producer: ThreadedProducer<Deliveries> = config
             .create_with_context(Deliveries::default())
             .map_err(|error| Failure::failed(format!("cannot make a Kafka client: {error}")))?;
@@ -102,11 +103,59 @@ impl Sender {
                  `payment-writer topics create` makes it"
             )));
         }
-        Ok(Self { producer, topic: kafka.input_topic.clone() })
+        let sender = Self { producer, topic: kafka.input_topic.clone() };
+        if args.transaction_size.is_some() {
+            sender.retried("start transactions", || sender.producer.init_transactions(REQUEST_TIMEOUT))?;
+        }
+        Ok(sender)
+    }
+
+    /// Opens a transaction: what is sent from now on belongs to it.
+    pub(super) fn begin(&self) -> Result<(), Failure> {
+        self.retried("begin a transaction", || self.producer.begin_transaction())
+    }
+
+    /// Commits the open transaction, once every record of it is delivered.
+    pub(super) fn commit(&self) -> Result<(), Failure> {
+        // The library's own flush waits in steps of 100 ms.
+        self.flush()?;
+        self.retried("commit a transaction", || self.producer.commit_transaction(REQUEST_TIMEOUT))
+    }
+
+    /// Aborts the open transaction, once every record of it is delivered: what was not sent yet would be thrown
+    /// away, and no aborted record would stand in the log.
+    pub(super) fn abort(&self) -> Result<(), Failure> {
+        self.flush()?;
+        self.retried("abort a transaction", || self.producer.abort_transaction(REQUEST_TIMEOUT))
+    }
+
+    /// Calls again what the library says may be called again.
+    fn retried(&self, doing: &str, call: impl Fn() -> Result<(), KafkaError>) -> Result<(), Failure> {
+        let mut tries = 1;
+        loop {
+            match call() {
+                Ok(()) => return Ok(()),
+                Err(KafkaError::Transaction(error)) if error.is_retriable() && tries < TRIES_MAX => {
+                    tries += 1
+                }
+                Err(error) => {
+                    return Err(Failure::failed(format!("cannot {doing} in {}: {error}", self.topic)));
+                }
+            }
+        }
     }
 
     /// Hands one record over, waiting while the client's queue is full.
     pub(super) fn send(&self, record: &Record, stop: &StopSignal) -> Result<Sending, Failure> {
+        self.send_unless(record, || stop.is_set())
+    }
+
+    /// As [`send`](Self::send), also when a signal has come: a transaction that was aborted is completed.
+    pub(super) fn send_again(&self, record: &Record) -> Result<(), Failure> {
+        self.send_unless(record, || false).map(|_| ())
+    }
+
+    fn send_unless(&self, record: &Record, is_stopped: impl Fn() -> bool) -> Result<Sending, Failure> {
         let mut base: BaseRecord<'_, [u8], [u8], ()> =
             BaseRecord::with_opaque_to(&self.topic, ()).timestamp(record.timestamp_ms);
         if let Some(key) = record.key() {
@@ -125,7 +174,7 @@ impl Sender {
             match self.producer.send(base) {
                 Ok(()) => return Ok(Sending::Taken),
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), same)) => {
-                    if stop.is_set() {
+                    if is_stopped() {
                         return Ok(Sending::Interrupted);
                     }
                     base = same;

@@ -78,10 +78,16 @@ impl Scope<'_> {
     }
 
     fn program(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_payment-writer"));
+        let mut command = Command::new(tested_program());
         command.args(arguments).envs(self.settings()).envs(settings.iter().copied());
         command
     }
+}
+
+/// What was built along with the tests, or another build of the program, to be judged by the same tests.
+fn tested_program() -> PathBuf {
+    let other = std::env::var_os("PAYMENT_WRITER_TESTED_PROGRAM").map(PathBuf::from);
+    other.unwrap_or_else(|| env!("CARGO_BIN_EXE_payment-writer").into())
 }
 
 fn free_address() -> SocketAddr {

@@ -85,9 +85,25 @@ impl Received {
     }
 }
 
+/// A batch of records as it stands in a segment on disk (message format 2).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StoredBatch {
+    pub codec: &'static str,
+    pub records: usize,
+    pub is_transactional: bool,
+    /// A marker that ends a transaction, and whether it aborts it.
+    pub marker: Option<Marker>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Marker {
+    Abort,
+    Commit,
+}
+
 /// Keeps where each record went.
 #[derive(Default)]
-struct Deliveries(Mutex<Vec<Option<(i32, i64)>>>);
+pub(super) struct Deliveries(Mutex<Vec<Option<(i32, i64)>>>);
 
 impl ClientContext for Deliveries {}
 
@@ -199,6 +215,30 @@ impl Scope<'_> {
         received
     }
 
+    /// The batches of a partition, aborted ones and markers too, as the first broker has them on disk.
+    pub fn batches(&self, topic: &str, partition: i32) -> Vec<StoredBatch> {
+        let folder = self.servers.dir().join(format!("data/kafka-1/{topic}-{partition}"));
+        let bytes = std::fs::read(folder.join("00000000000000000000.log")).unwrap();
+        let mut rest = &bytes[..];
+        let mut batches = Vec::new();
+        while rest.len() > 61 {
+            let number = |at: usize, length: usize| {
+                rest[at..at + length].iter().fold(0, |number, byte| number << 8 | usize::from(*byte))
+            };
+            let attributes = number(21, 2);
+            // The type stands in the key of the only record, behind its version.
+            let marker = || if number(68, 2) == 0 { Marker::Abort } else { Marker::Commit };
+            batches.push(StoredBatch {
+                codec: ["none", "gzip", "snappy", "lz4", "zstd"][attributes & 7],
+                records: number(57, 4),
+                is_transactional: attributes & 16 != 0,
+                marker: (attributes & 32 != 0).then(marker),
+            });
+            rest = &rest[12 + number(8, 4)..];
+        }
+        batches
+    }
+
     /// Waits until the last stable offsets are the ends: the broker answers the commit of a transaction before
     /// its markers stand in the partitions. A transaction that a test leaves open is not waited for in full.
     fn await_markers(&self, committed: &BaseConsumer, topic: &str, partitions: &[i32]) {
@@ -256,11 +296,13 @@ impl Scope<'_> {
     }
 }
 
-fn send(
+/// Sends records and waits for all of them; returns partition and offset of each.
+pub(super) fn send(
     producer: &BaseProducer<Deliveries>,
     topic: &str,
     messages: impl IntoIterator<Item = Message>,
 ) -> Vec<(i32, i64)> {
+    producer.context().0.lock().unwrap().clear();
     for message in messages {
         let index = {
             let mut deliveries = producer.context().0.lock().unwrap();

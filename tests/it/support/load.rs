@@ -1,17 +1,10 @@
-//! Payments to be written, in an order that only the seed decides, and a flow of them beside a test.
-
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
+//! Payments to be written, in an order that only the seed decides.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rdkafka::config::ClientConfig;
-use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use uuid::Builder;
 
-use super::{Message, Scope};
+use super::{Message, Source};
 
 /// An endless supply of records: most are new payments, some repeat or contradict an earlier one.
 pub struct Load {
@@ -75,6 +68,12 @@ impl Load {
     }
 }
 
+impl Source for Load {
+    fn next_record(&mut self) -> Message {
+        self.next()
+    }
+}
+
 fn message(account: u64, id: &str, cents: u64, status: i64, comment: &str) -> Message {
     let (units, hundredths) = (cents / 100, cents % 100);
     Message::new(
@@ -83,55 +82,4 @@ fn message(account: u64, id: &str, cents: u64, status: i64, comment: &str) -> Me
             r#"{{"messageId":"{id}","amount":{units}.{hundredths:02},"status":{status},"currency":"EUR","custId":{account},"type":"BWI","comment":{comment}}}"#
         ),
     )
-}
-
-/// Records that keep coming while a test does something else. Outages of the broker only delay them.
-pub struct Flow {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Load>>,
-}
-
-impl Flow {
-    /// Sends `per_tick` records every 20 ms until it is ended.
-    pub fn start(scope: &Scope<'_>, mut load: Load, per_tick: usize) -> Flow {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, topic) = (Arc::clone(&stop), scope.input_topic.clone());
-        let producer: BaseProducer = idempotent(scope.client_config()).create().unwrap();
-        let thread = std::thread::spawn(move || {
-            while !stopped.load(Ordering::Relaxed) {
-                for message in load.take(per_tick) {
-                    let mut record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(&topic);
-                    record.key = message.key.as_deref();
-                    record.payload = message.value.as_deref();
-                    producer.send(record).unwrap_or_else(|(error, _)| panic!("producing: {error}"));
-                }
-                producer.poll(Duration::from_millis(20));
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            // A client that lost its broker under load may not get over it. What counts is the log: what did
-            // not arrive there is no record, and every check reads the log.
-            if let Err(error) = producer.flush(Duration::from_secs(60)) {
-                eprintln!("the load's own client did not deliver the rest: {error}");
-            }
-            load
-        });
-        Flow { stop, thread: Some(thread) }
-    }
-
-    /// Stops and waits until all that was sent has arrived.
-    pub fn end(mut self) -> Load {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap()
-    }
-}
-
-impl Drop for Flow {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-fn idempotent(mut config: ClientConfig) -> ClientConfig {
-    config.set("enable.idempotence", "true");
-    config
 }

@@ -16,6 +16,7 @@
 
 mod daemon;
 mod exactly_once;
+mod flow;
 mod kafka;
 mod kafka_proxy;
 mod load;
@@ -23,18 +24,21 @@ mod member;
 mod pages;
 mod payments;
 mod servers;
+mod writer;
 
 use std::time::{Duration, Instant};
 
 pub use daemon::{Daemon, Finished, Reply};
 pub use exactly_once::{Check, Outcomes, PATIENCE, Remade};
-pub use kafka::{Message, Received};
+pub use flow::{Flow, Source, TransactionWriter, Written};
+pub use kafka::{Marker, Message, Received, StoredBatch};
 pub use kafka_proxy::{KafkaProxy, Lost};
-pub use load::{Flow, Load};
+pub use load::Load;
 pub use member::Member;
 pub use pages::{MetricEntry, metrics_page, rows};
 pub use payments::{AT_ISO, AT_MS, Payment, payment_id, ulid, uuid_v4, uuid_v7};
 pub use servers::{Act, Scope, Servers, block_on};
+pub use writer::{ABORTED_ONE_IN, COMPRESSIONS, TRANSACTION_MAX, Transactional, transaction_size};
 
 /// How long anything may take that is expected to happen. Generous: it is waited for in full only by a
 /// test that fails.

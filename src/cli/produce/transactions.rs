@@ -1,0 +1,152 @@
+//! Puts the records into transactions, some of which are aborted and sent again.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::super::Failure;
+use super::super::stop::StopSignal;
+use super::sender::{Sender, Sending};
+use crate::generator::Record;
+
+/// How long a transaction stays open for more records. Consumers see them, and those of other producers behind
+/// them, only when it is over; brokers abort it by themselves after a minute.
+const OPEN_MAX: Duration = Duration::from_secs(5);
+
+/// Counts of transactions that are over.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(super) struct TransactionsReport {
+    pub(super) committed: u64,
+    pub(super) aborted: u64,
+    /// Records that stand in the log and are aborted; each was committed in a later transaction.
+    pub(super) aborted_records: u64,
+}
+
+/// Which of the transactions are aborted: evenly spread, exactly the share asked for.
+#[derive(Clone, Copy, Debug)]
+struct Aborts {
+    /// Aborted transactions for each that is committed.
+    for_each_commit: f64,
+    due: f64,
+}
+
+impl Aborts {
+    fn new(share: f64) -> Self {
+        Self { for_each_commit: share / (1.0 - share), due: 0.0 }
+    }
+
+    /// Whether the next one is to be aborted before it is committed.
+    fn next(&mut self) -> bool {
+        self.due += self.for_each_commit;
+        // What is added many times is a little less than its sum.
+        let is_due = self.due > 1.0 - 1e-9;
+        if is_due {
+            self.due -= 1.0;
+        }
+        is_due
+    }
+}
+
+/// The open transaction, if records are sent in transactions at all.
+pub(super) struct Transactions<'s> {
+    sender: &'s Sender,
+    /// Records of one transaction; `None`: no transactions.
+    size: Option<usize>,
+    aborts: Aborts,
+    is_open: bool,
+    began: Instant,
+    /// Records of the open transaction, to send them again.
+    records: Vec<Record>,
+    report: TransactionsReport,
+}
+
+impl<'s> Transactions<'s> {
+    pub(super) fn new(sender: &'s Sender, size: Option<u32>, aborted_share: f64) -> Self {
+        Self {
+            sender,
+            size: size.map(|size| size as usize),
+            aborts: Aborts::new(aborted_share),
+            is_open: false,
+            began: Instant::now(),
+            records: Vec::new(),
+            report: TransactionsReport::default(),
+        }
+    }
+
+    /// Hands one record over; ends the transaction that is full with it.
+    pub(super) fn send(&mut self, record: &Record, stop: &StopSignal) -> Result<Sending, Failure> {
+        let Some(size) = self.size else { return self.sender.send(record, stop) };
+        if !self.is_open {
+            self.sender.begin()?;
+            (self.is_open, self.began) = (true, Instant::now());
+        }
+        if matches!(self.sender.send(record, stop)?, Sending::Interrupted) {
+            return Ok(Sending::Interrupted);
+        }
+        self.records.push(record.clone());
+        if self.records.len() >= size {
+            self.end()?;
+        }
+        Ok(Sending::Taken)
+    }
+
+    /// Ends the transaction that has been open for long.
+    pub(super) fn commit_if_old(&mut self) -> Result<(), Failure> {
+        if self.is_open && self.began.elapsed() >= OPEN_MAX { self.end() } else { Ok(()) }
+    }
+
+    /// Commits what is open; nothing follows.
+    pub(super) fn finish(&mut self) -> Result<(), Failure> {
+        if self.is_open { self.commit() } else { Ok(()) }
+    }
+
+    /// Records that were handed over and do not stand in the log, or not for readers of what is committed.
+    pub(super) fn undelivered(&self) -> u64 {
+        match self.size {
+            None => self.sender.undelivered(),
+            Some(_) => self.records.len() as u64,
+        }
+    }
+
+    pub(super) fn report(&self) -> TransactionsReport {
+        self.report
+    }
+
+    fn end(&mut self) -> Result<(), Failure> {
+        if self.aborts.next() {
+            self.sender.abort()?;
+            self.report.aborted += 1;
+            self.report.aborted_records += self.records.len() as u64;
+            self.sender.begin()?;
+            for record in &self.records {
+                self.sender.send_again(record)?;
+            }
+        }
+        self.commit()
+    }
+
+    fn commit(&mut self) -> Result<(), Failure> {
+        self.sender.commit()?;
+        self.report.committed += 1;
+        self.is_open = false;
+        self.records.clear();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_share_of_aborted_transactions_is_exact_and_evenly_spread() {
+        for (share, commits, aborted) in [(0.0, 1_000, 0), (0.1, 900, 100), (0.5, 10, 10), (0.25, 3, 1)] {
+            let mut aborts = Aborts::new(share);
+            let drawn: Vec<bool> = (0..commits).map(|_| aborts.next()).collect();
+            assert_eq!(drawn.iter().filter(|is_aborted| **is_aborted).count(), aborted, "{share}");
+        }
+        let mut aborts = Aborts::new(0.1);
+        let places: Vec<usize> = (1..=27).filter(|_| aborts.next()).collect();
+        assert_eq!(places, [9, 18, 27]);
+    }
+}
