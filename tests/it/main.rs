@@ -10,6 +10,7 @@ mod fuzz;
 mod generator;
 mod housekeeping;
 mod http;
+mod illness;
 mod java;
 mod limits;
 mod logs;
