@@ -55,8 +55,7 @@ pub(super) async fn write(
     let mut begun = begin(session, topic_id, batch, moves).await?;
     begun.stats.claim = begun.at.elapsed();
     lock(session, begun.current).await?;
-    let mut sieve =
-        Sieve { session, batch, begun: &mut begun, refusals, rows: 0, suspects: 0, settled: 0, tries: 0 };
+    let mut sieve = Sieve { session, batch, begun: &mut begun, refusals, rows: 0, suspects: 0, tries: 0 };
     let refused = sieve.sift().await?;
     let Sieve { rows, tries, .. } = sieve;
     if let Some(sqlstate) = witness::missing(session, batch, &begun, &refused).await? {
@@ -117,8 +116,6 @@ struct Sieve<'s> {
     rows: usize,
     /// Rows of these that were refused at the first try.
     suspects: usize,
-    /// Rows of these that are written or were refused at the first try.
-    settled: usize,
     tries: usize,
 }
 
@@ -163,17 +160,13 @@ impl Sieve<'_> {
         let mut suspects = Vec::new();
         let mut sample_at = SAMPLE_AFTER;
         while let Some(part) = parts.pop() {
-            let Some(sqlstate) = self.attempt(&part, Taken::Stay).await? else {
-                self.settled += part.len();
-                continue;
-            };
+            let Some(sqlstate) = self.attempt(&part, Taken::Stay).await? else { continue };
             let [alone] = part[..] else {
                 halve(part, &mut parts);
                 continue;
             };
             suspects.push(alone);
             self.suspects += 1;
-            self.settled += 1;
             failpoint::hit("after_part_refused");
             if let Some((refused, rows)) = self.refusals.excess(Instant::now(), self.rows, self.suspects) {
                 return Err(Failed::ill(sqlstate, refused, rows));
