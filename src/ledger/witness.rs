@@ -114,7 +114,7 @@ async fn is_at_fault(
         return Ok(false);
     };
     let month = Month::of(refused.timestamp);
-    let Some(pattern) = pattern(session, batch, written, &refused, head.place()).await? else {
+    let Some(pattern) = pattern(session, batch, written, &refused, &head).await? else {
         return Ok(false);
     };
     if takes(session, begun, &head, &pattern).await? {
@@ -123,7 +123,7 @@ async fn is_at_fault(
     if months_differ && Month::of(pattern.head.at) != month {
         return Ok(false);
     }
-    takes(session, begun, &pattern.head.renamed(), &pattern).await
+    takes(session, begun, &pattern.head.renamed(&head), &pattern).await
 }
 
 /// Contents for a row in the place of `refused`; of the same month, if there are such.
@@ -132,7 +132,7 @@ async fn pattern(
     batch: &Batch,
     written: &[u32],
     refused: &PaymentView<'_>,
-    place: (Partition, Offset),
+    refused_head: &Head,
 ) -> Result<Option<Pattern>, Failed> {
     let month = Month::of(refused.timestamp);
     let of_batch = |has_notes: bool| {
@@ -153,7 +153,7 @@ async fn pattern(
             let Some(row) = stored(session, "payment_core", CORE_COLUMNS, month).await? else {
                 return Ok(None);
             };
-            let Some(head) = Head::of_stored(&row, refused.message_id, place) else { return Ok(None) };
+            let Some(head) = refused_head.stored_as(&row) else { return Ok(None) };
             (tail(&row), head)
         }
     };
@@ -232,35 +232,22 @@ impl Head {
         })
     }
 
-    /// Of a stored row of `payment_core`, which does not tell where its record stands.
-    fn of_stored(
-        core: &[u8],
-        message_id: [u8; 16],
-        (partition, offset): (Partition, Offset),
-    ) -> Option<Self> {
+    /// With the id and time of a row of `payment_core`, which tells no message id and no place.
+    fn stored_as(&self, core: &[u8]) -> Option<Self> {
         let at = core.get(HEAD_BYTES - 8..HEAD_BYTES)?.try_into().ok().map(i64::from_be_bytes)?;
-        Some(Self {
-            payment_id: id_of(core)?,
-            message_id,
-            at: from_postgres_timestamp(at),
-            partition,
-            offset,
-        })
+        Some(Self { payment_id: id_of(core)?, at: from_postgres_timestamp(at), ..*self })
     }
 
-    fn place(&self) -> (Partition, Offset) {
-        (self.partition, self.offset)
-    }
-
-    /// The same with ids that nobody has. Their time, version and variant stay.
-    fn renamed(&self) -> Self {
+    /// With ids that nobody has, and in another record's place, which is free. The time, version and variant of the ids
+    /// stay.
+    fn renamed(&self, place: &Self) -> Self {
         let [payment_id, message_id] = [self.payment_id, self.message_id].map(|mut id| {
             let mut random: [u8; 8] = rand::random();
             random[0] = id[8] & 0b1100_0000 | random[0] & 0b0011_1111;
             id[8..].copy_from_slice(&random);
             id
         });
-        Self { payment_id, message_id, ..*self }
+        Self { payment_id, message_id, at: self.at, partition: place.partition, offset: place.offset }
     }
 
     /// The rows of a payment with these contents, and that of its claim.
@@ -313,4 +300,72 @@ async fn takes(session: &mut Session, begun: &Begun, head: &Head, pattern: &Patt
         copy_in_turn(session, &tables).await
     };
     Ok(under_savepoint(session, false, write).await?.is_none())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Progress;
+    use crate::record::{Headers, NextOffset, SourceBatch};
+    use crate::wire::Rules;
+
+    const AT: TimestampMs = TimestampMs(1_767_225_600_000);
+
+    /// One payment, at offset 5 of partition 1.
+    fn batch(amount: &str) -> Batch {
+        let value = format!(
+            r#"{{"messageId":"0190b2a4-5f0e-4c3a-9d1e-2f4b8c6d7e8f","amount":{amount},"status":2,"currency":"EUR","custId":7,"type":"BWI","comment":"c"}}"#
+        );
+        let mut source = SourceBatch::new();
+        let (partition, offset) = (Partition(1), Offset(5));
+        source.push(partition, offset, Some(AT), Some(b"7"), Some(value.as_bytes()), Headers::NONE.iter());
+        let progress =
+            Progress { partition, seen: NextOffset(0), reached: offset.next(), timestamp: Some(Some(AT)) };
+        Batch::assemble(source, vec![progress], &Rules::default())
+    }
+
+    fn pattern_of(batch: &Batch) -> Pattern {
+        let view = batch.payment_view(0).unwrap();
+        Pattern { core: tail(view.core), notes: view.notes.map(tail), head: Head::of(batch, 0).unwrap() }
+    }
+
+    #[test]
+    fn a_witness_with_a_rows_own_head_and_contents_is_that_row() {
+        let batch = batch("1.25");
+        let view = batch.payment_view(0).unwrap();
+        let (claimed, tables) = Head::of(&batch, 0).unwrap().rows(&pattern_of(&batch), 0);
+        assert_eq!(tables.core.bytes, view.core);
+        assert_eq!(tables.metadata.bytes, view.metadata);
+        assert_eq!(tables.notes.bytes, view.notes.unwrap());
+        assert_eq!(claimed.bytes.len(), Claim::ROW_BYTES);
+        assert_eq!([&tables.core, &tables.metadata, &tables.notes, &claimed].map(|rows| rows.count), [1; 4]);
+    }
+
+    #[test]
+    fn a_witness_has_nothing_of_the_refused_rows_contents() {
+        let (refused, taken) = (batch("9999"), batch("1.25"));
+        let (_, tables) = Head::of(&refused, 0).unwrap().rows(&pattern_of(&taken), 0);
+        assert_eq!(tables.core.bytes, taken.payment_view(0).unwrap().core);
+    }
+
+    #[test]
+    fn other_ids_keep_their_time_version_and_variant() {
+        let head = Head::of(&batch("1"), 0).unwrap();
+        let other = head.renamed(&head);
+        for (id, renamed) in [(head.payment_id, other.payment_id), (head.message_id, other.message_id)] {
+            assert_ne!(id, renamed);
+            assert_eq!(id[..8], renamed[..8]);
+            assert_eq!(id[8] >> 6, renamed[8] >> 6);
+        }
+        assert_eq!((other.at, other.partition, other.offset), (AT, Partition(1), Offset(5)));
+    }
+
+    #[test]
+    fn id_and_time_are_read_from_a_stored_row() {
+        let batch = batch("1");
+        let head = Head { payment_id: [0; 16], at: TimestampMs(0), ..Head::of(&batch, 0).unwrap() };
+        let stored = head.stored_as(batch.payment_view(0).unwrap().core).unwrap();
+        assert_eq!((stored.payment_id, stored.at), (Head::of(&batch, 0).unwrap().payment_id, AT));
+        assert!(head.stored_as(b"").is_none());
+    }
 }

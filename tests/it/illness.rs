@@ -38,7 +38,7 @@ fn illness(scope: &Scope<'_>, round: usize) -> (String, String) {
         _ => format!("payment_core_{}", month.get::<_, &str>(0)),
     };
     let table = format!("payment_writer.{table}");
-    if round % 2 == 0 {
+    if round.is_multiple_of(2) {
         (
             format!("ALTER TABLE {table} ADD CONSTRAINT ill CHECK (false) NOT VALID"),
             format!("ALTER TABLE {table} DROP CONSTRAINT ill"),
@@ -157,7 +157,7 @@ fn a_database_that_refuses_everything_for_up_to_ten_seconds_diverts_nothing_at_a
     let longest = Duration::from_secs(10);
     at_five_a_second("ill_long_5", 10 * TABLES, longest);
     at_five_hundred_a_second("ill_long_500", 10 * TABLES, longest);
-    in_a_backlog("ill_long_backlog", 1_000_000, 10 * TABLES, longest);
+    in_a_backlog("ill_long_backlog", 300_000, 10 * TABLES, longest);
 }
 
 #[test]
@@ -231,8 +231,13 @@ fn a_bad_record_alone_is_set_aside_though_nothing_else_comes() {
     scope.produce(&scope.input_topic, [of_account(1, 7)]);
     member().catch_up(&scope);
 
-    // WHEN bad records come one by one: of this month, and of one that has no payment yet; without and with a note
-    for (seed, at, more) in [(2, None, ""), (3, Some(AT_MS), ""), (4, None, r#","comment":"c""#)] {
+    // GIVEN that one month has a rule of its own, so that others tell nothing about it
+    scope.execute(
+        "ALTER TABLE payment_writer.payment_metadata_default ADD CONSTRAINT own CHECK (version < 9)",
+    );
+
+    // WHEN bad records come one by one: of this month, with a note, and of a month without any payment yet
+    for (seed, at, more) in [(2, None, ""), (3, None, r#","comment":"c""#), (4, Some(AT_MS), "")] {
         let payment = Payment::new(uuid_v4(seed), 13).more(more).message();
         scope.produce(&scope.input_topic, [Message { timestamp_ms: at, ..payment }]);
         member().catch_up(&scope);
