@@ -175,6 +175,11 @@ impl Refused {
         self.0.is_empty()
     }
 
+    /// They, by their places.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, SqlState)> {
+        self.0.iter().map(|(index, sqlstate)| (*index, *sqlstate))
+    }
+
     fn contains(&self, index: u32) -> bool {
         !self.0.is_empty() && self.0.contains_key(&index)
     }

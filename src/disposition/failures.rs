@@ -37,8 +37,9 @@ impl FailureClass {
         match self {
             Self::Record => {
                 "the batch is written again in halves under savepoints, in one transaction; a row that is refused \
-                 alone goes to the dead letters as `rejected_by_database`, all others are written. More than 10 \
-                 and more than 10 % of the rows: systemic"
+                 alone, twice, goes to the dead letters as `rejected_by_database` if the database takes another row in \
+                 its place, and all others are written. If it takes none, the batch is tried again together with what \
+                 has come since, after up to 10 s. More than 10 and more than 10 % of the rows: systemic"
             }
             Self::Passing => {
                 "the batch stays in memory and is tried again, after 100 ms to 5 s; nothing is skipped or diverted"

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 const REFUSED_MAX: usize = 10;
 /// more than one in so many: then it is the database that is ill.
 const REFUSED_ONE_IN: usize = 10;
-/// A batch with fewer rows is judged together with those that were written shortly before it: or a database
-/// that refuses everything would have every payment diverted at a rate of a few a batch.
+/// A batch is judged by itself first. With fewer rows than this it is judged together with those that were written
+/// shortly before it as well: or a database that refuses nearly everything would have a few payments of each batch
+/// diverted.
 const ROWS_JUDGED_MIN: usize = 100;
 /// Refusals of longer ago are forgotten.
 const MEMORY: Duration = Duration::from_secs(600);
@@ -25,17 +26,20 @@ struct Noted {
 }
 
 impl Refusals {
-    /// Whether a batch with so many rows, of which so many were refused, speaks of an ill database.
-    pub fn are_too_many(&self, now: Instant, rows: usize, refused: usize) -> bool {
+    /// Whether a batch with so many rows, of which so many were refused, speaks of an ill database; then how many rows
+    /// were refused of how many: of this batch alone, or of it and of those right before it.
+    pub fn excess(&self, now: Instant, rows: usize, refused: usize) -> Option<(usize, usize)> {
         let (mut rows, mut refused) = (rows, refused);
-        for noted in self.0.iter().rev() {
-            if rows >= ROWS_JUDGED_MIN || now.saturating_duration_since(noted.at) > MEMORY {
-                break;
+        let mut before = self.0.iter().rev();
+        loop {
+            if refused > REFUSED_MAX && refused * REFUSED_ONE_IN > rows {
+                return Some((refused, rows));
             }
+            let is_fresh = |noted: &&Noted| now.saturating_duration_since(noted.at) <= MEMORY;
+            let noted = before.next().filter(is_fresh).filter(|_| rows < ROWS_JUDGED_MIN)?;
             rows += noted.rows;
             refused += noted.refused;
         }
-        refused > REFUSED_MAX && refused * REFUSED_ONE_IN > rows
     }
 
     /// A batch was written, without so many of its rows.
@@ -60,31 +64,35 @@ impl Refusals {
 mod tests {
     use super::*;
 
+    fn are_too_many(refusals: &Refusals, now: Instant, rows: usize, refused: usize) -> bool {
+        refusals.excess(now, rows, refused).is_some()
+    }
+
     #[test]
     fn more_than_ten_and_more_than_a_tenth_is_too_many() {
         let (refusals, now) = (Refusals::default(), Instant::now());
-        assert!(!refusals.are_too_many(now, 10, 10));
-        assert!(refusals.are_too_many(now, 11, 11));
-        assert!(!refusals.are_too_many(now, 110, 11), "exactly a tenth");
-        assert!(refusals.are_too_many(now, 109, 11));
-        assert!(!refusals.are_too_many(now, 10_000, 1_000));
-        assert!(refusals.are_too_many(now, 10_000, 1_001));
+        assert!(!are_too_many(&refusals, now, 10, 10));
+        assert!(are_too_many(&refusals, now, 11, 11));
+        assert!(!are_too_many(&refusals, now, 110, 11), "exactly a tenth");
+        assert!(are_too_many(&refusals, now, 109, 11));
+        assert!(!are_too_many(&refusals, now, 10_000, 1_000));
+        assert!(are_too_many(&refusals, now, 10_000, 1_001));
     }
 
     #[test]
     fn small_batches_are_judged_together() {
         let (mut refusals, now) = (Refusals::default(), Instant::now());
         for _ in 0..5 {
-            assert!(!refusals.are_too_many(now, 2, 2));
+            assert!(!are_too_many(&refusals, now, 2, 2));
             refusals.note(now, 2, 2);
         }
-        assert!(refusals.are_too_many(now, 2, 2), "the eleventh and twelfth in a row");
-        assert!(!refusals.are_too_many(now, 2, 0), "ten are not too many");
+        assert!(are_too_many(&refusals, now, 2, 2), "the eleventh and twelfth in a row");
+        assert!(!are_too_many(&refusals, now, 2, 0), "ten are not too many");
         // Good rows between them count, too.
         for _ in 0..60 {
             refusals.note(now, 2, 0);
         }
-        assert!(!refusals.are_too_many(now, 2, 2));
+        assert!(!are_too_many(&refusals, now, 2, 2));
     }
 
     #[test]
@@ -93,7 +101,19 @@ mod tests {
         for _ in 0..10 {
             refusals.note(now, 1, 1);
         }
-        assert!(!refusals.are_too_many(now, 100, 10));
+        assert!(!are_too_many(&refusals, now, 100, 10));
+    }
+
+    #[test]
+    fn a_small_batch_is_not_excused_by_a_large_one_before_it() {
+        let (mut refusals, now) = (Refusals::default(), Instant::now());
+        refusals.note(now, 1, 1);
+        refusals.note(now, 3_000, 0);
+        assert_eq!(refusals.excess(now, 72, 60), Some((60, 72)));
+        // Nor are several of them.
+        assert_eq!(refusals.excess(now, 8, 8), None);
+        refusals.note(now, 8, 8);
+        assert_eq!(refusals.excess(now, 8, 8), Some((16, 16)));
     }
 
     #[test]
@@ -103,8 +123,8 @@ mod tests {
             refusals.note(long_ago, 1, 1);
         }
         let now = long_ago + MEMORY + Duration::from_secs(1);
-        assert!(!refusals.are_too_many(now, 1, 1));
-        assert!(refusals.are_too_many(long_ago, 1, 1));
+        assert!(!are_too_many(&refusals, now, 1, 1));
+        assert!(are_too_many(&refusals, long_ago, 1, 1));
         refusals.note(now, 1, 0);
         assert!(refusals.0.is_empty());
     }

@@ -730,7 +730,12 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 if let Some(trace) = &self.trace {
                     trace.failed("database", failure.class.as_str());
                 }
-                return self.ledger_failed("writing a batch", failure);
+                let is_undecided = failure.class == FailureClass::Record;
+                self.ledger_failed("writing a batch", failure)?;
+                if is_undecided {
+                    self.take_again_with_others();
+                }
+                return Ok(());
             }
         };
         self.database_up();
@@ -771,6 +776,19 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             self.pending.push_back(Pending { publication, trace });
         }
         Ok(())
+    }
+
+    /// Rows of the batch are refused, and nothing tells whether that is their fault: records that have come since may
+    /// tell, and are not to wait for it either.
+    fn take_again_with_others(&mut self) {
+        let LaneSettings { batch_payments_max, batch_bytes_max, .. } = &self.settings;
+        let has_room = self.writing.as_ref().is_some_and(|batch| {
+            batch.len() < *batch_payments_max && batch.source_bytes() < *batch_bytes_max
+        });
+        // What is written and not published yet would have to be read again, too; the batch is tried again after it.
+        if has_room && self.pending.is_empty() {
+            self.reset("the database refuses rows, and others are needed to tell whose fault that is");
+        }
     }
 
     fn after_publish(&mut self, sent: Sent) -> Result<(), IdentityDoubt> {

@@ -120,7 +120,8 @@ impl PublishFailure {
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct LedgerFailure {
-    /// What to do about it.
+    /// What to do about it. [`FailureClass::Record`]: rows of the batch are refused, and whether they are at fault can
+    /// be told only together with others.
     pub class: FailureClass,
     /// The SQLSTATE, if the server gave one.
     pub sqlstate: Option<String>,

@@ -8,6 +8,7 @@ mod generations;
 mod recent;
 mod session;
 mod sift;
+mod witness;
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -23,13 +24,13 @@ use uuid::Uuid;
 use self::claims::{Claiming, claim};
 use self::generations::OlderGeneration;
 use self::session::{Failed, Session};
+use self::sift::Sifted;
 use crate::batch::{Answer, Batch, Fates, Owner, Refused, Rows, TableRows};
 use crate::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timestamp, postgres_timestamp};
 use crate::cursor::{CursorRow, Identity};
 use crate::disposition::{FailureClass, Fate, Refusals};
 use crate::failpoint;
 use crate::lane::ports::{CursorMove, Ledger, LedgerFailure, WriteStats};
-use crate::logging::RateLimited;
 use crate::record::{NextOffset, Offset, Partition};
 use crate::wire;
 
@@ -259,6 +260,8 @@ async fn copy_in_turn(session: &Session, rows: &TableRows) -> Result<(), Failed>
     copy(session, &session.copy_notes, &rows.notes).await
 }
 
+type Written = (Fates, Answer, WriteStats);
+
 /// A batch's transaction on its way.
 struct Begun {
     /// The generation that claims go to.
@@ -296,11 +299,7 @@ async fn begin(
     Ok(Begun { current, today: generations.try_get(4)?, answer, stats, at })
 }
 
-async fn commit(
-    session: &Session,
-    begun: Begun,
-    fates: Fates,
-) -> Result<(Fates, Answer, WriteStats), Failed> {
+async fn commit(session: &Session, begun: Begun, fates: Fates) -> Result<Written, Failed> {
     let Begun { answer, mut stats, at, .. } = begun;
     stats.copy = at.elapsed().saturating_sub(stats.claim);
     failpoint::hit("before_postgres_commit");
@@ -317,7 +316,7 @@ async fn write_whole(
     batch: &Batch,
     moves: &Moves,
     claiming: &mut Claiming,
-) -> Result<(Fates, Answer, WriteStats), Failed> {
+) -> Result<Written, Failed> {
     let mut begun = begin(session, topic_id, batch, moves).await?;
     let none = Refused::default();
     let mut claims = Vec::with_capacity(batch.claims_max());
@@ -327,36 +326,6 @@ async fn write_whole(
     begun.stats.claim = begun.at.elapsed();
     copy_at_once(session, &batch.rows(&fates)).await?;
     commit(session, begun, fates).await
-}
-
-/// After the database refused something in the batch: the same transaction once more, without the rows that
-/// it refuses by themselves.
-async fn write_sifted(
-    session: &mut Session,
-    topic_id: &Uuid,
-    batch: &Batch,
-    moves: &Moves,
-    refusals: &mut Refusals,
-) -> Result<(Fates, Answer, WriteStats), Failed> {
-    let mut begun = begin(session, topic_id, batch, moves).await?;
-    begun.stats.claim = begun.at.elapsed();
-    let sifted = sift::sift(session, batch, &mut begun, refusals).await?;
-    let fates = batch.decide(&begun.answer, &sifted.refused);
-    let written = commit(session, begun, fates).await?;
-    refusals.note(Instant::now(), sifted.rows, sifted.refused.len());
-    static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
-    if !sifted.refused.is_empty()
-        && let Some(suppressed) = LIMIT.pass()
-    {
-        tracing::warn!(
-            refused = sifted.refused.len(),
-            rows = sifted.rows,
-            tries = sifted.tries,
-            suppressed,
-            "the database refused rows of a batch: they go to the dead letters, all others are written"
-        );
-    }
-    Ok(written)
 }
 
 fn older_generations(row: &tokio_postgres::Row) -> Result<Vec<OlderGeneration>, Failed> {
@@ -468,15 +437,17 @@ impl Ledger for PgLedger {
             drop(session);
             session = self.take_session().await?;
             let began = Instant::now();
-            let work = write_sifted(&mut session, &topic_id, batch, &moves, &mut self.refusals);
+            let work = sift::write(&mut session, &topic_id, batch, &moves, &mut self.refusals);
             let doing = "finding the rows that the database refuses (a smaller batch.max_payments helps)";
-            written = limited_to(SIFT_TIMEOUT, doing, work).await.map_err(|failure| match failure.sqlstate {
+            written = match limited_to(SIFT_TIMEOUT, doing, work).await {
+                Ok(Sifted::Written(written)) => Ok(written),
+                Ok(Sifted::Undecided(failure)) => return Err(failure),
                 // The next try would take as long: somebody has to know.
-                None if began.elapsed() >= SIFT_TIMEOUT => {
-                    LedgerFailure { class: FailureClass::Systemic, ..failure }
+                Err(failure) if failure.sqlstate.is_none() && began.elapsed() >= SIFT_TIMEOUT => {
+                    Err(LedgerFailure { class: FailureClass::Systemic, ..failure })
                 }
-                _ => failure,
-            });
+                Err(failure) => Err(failure),
+            };
         } else if let Ok((fates, ..)) = &written {
             let rows = fates.0.iter().filter(|fate| **fate == Fate::Written).count();
             self.refusals.note(Instant::now(), rows, 0);

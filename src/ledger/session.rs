@@ -135,8 +135,8 @@ impl Failed {
             class: FailureClass::Systemic,
             sqlstate: Some(last.to_string()),
             message: format!(
-                "the database refuses too many rows ({refused} of the {rows} of this batch so far, the last with \
-                 SQLSTATE {last}): it is taken to be ill, and none goes to the dead letters"
+                "the database refuses too many rows ({refused} of {rows}, the last with SQLSTATE {last}): it is taken to \
+                 be ill, and none goes to the dead letters"
             ),
         }
     }

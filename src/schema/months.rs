@@ -17,6 +17,7 @@ use tokio_postgres::error::SqlState;
 
 use super::locks::{self, LockKey};
 use super::{SchemaError, doing};
+use crate::record::TimestampMs;
 
 /// The tables that are partitioned by month of `created_at`.
 pub const PARTITIONED_TABLES: [&str; 3] = ["payment_core", "payment_metadata", "payment_notes"];
@@ -73,6 +74,12 @@ impl Month {
         Ok(Self { year: row.get(0), month: row.get::<_, i32>(1).unsigned_abs() })
     }
 
+    /// The month of this time; `None` outside the years 1 to 9998.
+    pub fn of(at: TimestampMs) -> Option<Self> {
+        let date = jiff::Timestamp::from_millisecond(at.0).ok()?.to_zoned(jiff::tz::TimeZone::UTC).date();
+        Self::new(date.year().into(), date.month().unsigned_abs().into())
+    }
+
     /// The month before this one.
     #[must_use]
     pub fn previous(self) -> Self {
@@ -95,6 +102,11 @@ impl Month {
             12 => Self { year: self.year + 1, month: 1 },
             _ => Self { month: self.month + 1, ..self },
         }
+    }
+
+    /// What a row of a payment table of this month satisfies.
+    pub fn condition(self) -> String {
+        format!("created_at >= {} AND created_at < {}", self.start(), self.next().start())
     }
 
     /// Its first moment, as a literal.
@@ -384,7 +396,7 @@ async fn attach(
     if !made_meanwhile.is_empty() {
         return Ok(Made::Before);
     }
-    let in_month = format!("created_at >= {} AND created_at < {}", month.start(), month.next().start());
+    let in_month = month.condition();
     let move_rows = format!(
         "WITH moved AS (DELETE FROM payment_writer.{table}_default WHERE {in_month} RETURNING *) \
          INSERT INTO payment_writer.{partition} SELECT * FROM moved"
@@ -428,6 +440,16 @@ mod tests {
         assert_eq!(december.to_string(), "2026_12");
         assert_eq!(december.next().to_string(), "2027_01");
         assert_eq!(december.next().start(), "'2027-01-01 00:00:00+00'");
+    }
+
+    #[test]
+    fn a_time_has_a_month() {
+        let month = |ms| Month::of(TimestampMs(ms)).unwrap().to_string();
+        assert_eq!(
+            (month(1_709_251_199_999), month(1_709_251_200_000)),
+            ("2024_02".into(), "2024_03".into())
+        );
+        assert_eq!(Month::of(TimestampMs(i64::MAX)), None);
     }
 
     #[test]

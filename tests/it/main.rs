@@ -11,6 +11,7 @@ mod fuzz;
 mod generator;
 mod housekeeping;
 mod http;
+mod illness;
 mod java;
 mod joins;
 mod limits;
