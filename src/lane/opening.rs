@@ -281,6 +281,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
         self.broker_up();
         for (known, start) in starts {
+            self.board.began(known.partition, start.from);
             self.assembly.intake.expect(known.partition, start.from);
             self.slots.insert(
                 known.partition,
