@@ -47,7 +47,7 @@ struct Waiting {
     decided_after: Option<Instant>,
     /// When it may be audited in part.
     partly_at: Instant,
-    /// Since when some of it has been passed.
+    /// Since when it is to be audited, in whole or in part.
     ready_since: Option<Instant>,
     /// After a try that failed: when the next one is due.
     again_at: Option<Instant>,
@@ -100,6 +100,9 @@ impl Plan {
             share.waiting.iter_mut().for_each(|w| w.to = w.to.min(applied));
         }
         self.shares.retain(|_, share| share.is_ours || !share.waiting.is_empty());
+        for share in self.shares.values_mut() {
+            share.note_ready(now);
+        }
         self.ranges = self.shares.values().map(|share| share.waiting.len()).sum();
     }
 
@@ -118,11 +121,6 @@ impl Plan {
             let to = NextOffset(from + BLOCK);
             let range = ScanRange { partition, from: NextOffset(from).max(seen_from), to };
             self.insert(range, Some(seen_at), now);
-        }
-        if let Some(share) = self.shares.get_mut(&partition) {
-            for waiting in share.waiting.iter_mut().filter(|w| w.from < applied) {
-                waiting.ready_since.get_or_insert(now);
-            }
         }
     }
 
@@ -153,9 +151,8 @@ impl Plan {
                 self.dropped += (to.0 - from.0).unsigned_abs();
                 continue;
             }
-            let ready_since = (from < share.applied).then_some(now);
             let partly_at = now + PARTLY_AFTER;
-            share.put(Waiting { from, to, decided_after, partly_at, ready_since, again_at: None });
+            share.put(Waiting { from, to, decided_after, partly_at, ready_since: None, again_at: None });
             self.ranges += 1;
         }
     }
@@ -165,7 +162,8 @@ impl Plan {
     pub fn take(&mut self, now: Instant) -> Vec<Part> {
         let mut ready: Vec<(Instant, Partition, usize)> = Vec::new();
         for (partition, share) in &self.shares {
-            let places = share.waiting.iter().enumerate().filter(|(_, w)| w.is_due(share, now));
+            let places =
+                share.waiting.iter().enumerate().filter(|(_, w)| w.again_at.is_none_or(|at| now >= at));
             ready.extend(places.filter_map(|(at, w)| Some((w.ready_since?, *partition, at))));
         }
         ready.sort_unstable();
@@ -182,15 +180,17 @@ impl Plan {
             let Some(share) = self.shares.get_mut(&partition) else { continue };
             let applied = share.applied;
             let Some(waiting) = share.waiting.get_mut(at) else { continue };
-            if waiting.again_at.is_some() {
-                if !parts.is_empty() {
-                    continue;
-                }
-                is_alone = true;
+            if waiting.again_at.is_some() && !parts.is_empty() {
+                continue;
             }
             let to = waiting.to.min(applied).min(NextOffset(waiting.from.0.saturating_add(room)));
+            // A cursor that went back since has yet to come here again.
+            if to <= waiting.from {
+                continue;
+            }
             let range = ScanRange { partition, from: waiting.from, to };
             room -= to.0 - range.from.0;
+            is_alone = waiting.again_at.is_some();
             parts.push(Part { range, decided_after: waiting.decided_after, ready_since });
             if to < waiting.to {
                 // The rest keeps its age, unless it has yet to be passed.
@@ -232,15 +232,15 @@ impl Plan {
         self.ranges += 1;
     }
 
-    /// Offsets that have been passed and are not audited yet, and how long the oldest of them has waited. What is to be
-    /// audited in part and has no need to hurry does not count.
+    /// Offsets that are to be audited now, and how long the oldest of them has waited.
     pub fn behind(&self, now: Instant) -> (u64, Duration) {
         let mut offsets = 0;
         let mut oldest = now;
         for share in self.shares.values() {
-            for waiting in share.waiting.iter().filter(|w| w.is_wanted(share, now)) {
+            for waiting in &share.waiting {
+                let Some(since) = waiting.ready_since else { continue };
                 offsets += (waiting.to.min(share.applied).0 - waiting.from.0).unsigned_abs();
-                oldest = oldest.min(waiting.ready_since.unwrap_or(now));
+                oldest = oldest.min(since);
             }
         }
         (offsets, now.saturating_duration_since(oldest))
@@ -257,20 +257,19 @@ impl Share {
         Self { applied, seen_from: applied, seen_at: now, is_ours: true, waiting: Vec::new() }
     }
 
+    /// Marks what has been passed far enough: to its end, or in part and long enough ago.
+    fn note_ready(&mut self, now: Instant) {
+        let (applied, is_ours) = (self.applied, self.is_ours);
+        for waiting in self.waiting.iter_mut().filter(|w| w.ready_since.is_none() && w.from < applied) {
+            if waiting.to <= applied || !is_ours || now >= waiting.partly_at {
+                waiting.ready_since = Some(now);
+            }
+        }
+    }
+
     fn put(&mut self, waiting: Waiting) {
         let at = self.waiting.partition_point(|w| w.from < waiting.from);
         self.waiting.insert(at, waiting);
-    }
-}
-
-impl Waiting {
-    /// Whether it has been passed far enough.
-    fn is_wanted(&self, share: &Share, now: Instant) -> bool {
-        share.applied >= self.to || share.applied > self.from && (!share.is_ours || now >= self.partly_at)
-    }
-
-    fn is_due(&self, share: &Share, now: Instant) -> bool {
-        self.is_wanted(share, now) && self.again_at.is_none_or(|at| now >= at)
     }
 }
 

@@ -1,7 +1,5 @@
 use super::*;
 
-const P: Partition = Partition(3);
-
 struct Timeline {
     plan: Plan,
     now: Instant,
@@ -139,6 +137,7 @@ fn what_cannot_be_read_is_tried_again_by_itself_and_dropped_in_the_end() {
     t.begun(4, 0, 0);
     t.passed(&[(3, 500), (4, 500)]);
     t.later(30);
+    t.passed(&[(3, 500), (4, 500)]);
     let parts = t.plan.take(t.now);
     assert_eq!(parts.len(), 2);
     for part in parts {
@@ -154,8 +153,9 @@ fn what_cannot_be_read_is_tried_again_by_itself_and_dropped_in_the_end() {
     t.plan.put_back(alone[0], Some(bounds), t.now);
     assert_eq!(t.plan.take_dropped(), 400);
     t.later(4_000);
+    t.passed(&[(3, 500), (4, 500)]);
     let other = t.plan.take(t.now)[0];
-    assert_eq!(t.plan.behind(t.now).1, Duration::from_secs(4_060));
+    assert_eq!(t.plan.behind(t.now).1, Duration::from_secs(4_030));
     t.plan.put_back(other, None, t.now);
     assert_eq!(t.plan.take_dropped(), (other.range.to.0 - other.range.from.0).unsigned_abs());
     assert_eq!(t.take().len(), 1);
@@ -183,6 +183,19 @@ fn it_is_known_after_which_moment_records_were_decided() {
     assert_eq!(t.plan.take(t.now)[0].decided_after, None, "decided before this begin");
     t.passed(&[(3, 60)]);
     t.later(30);
+    t.passed(&[(3, 60)]);
     assert_eq!(t.plan.take(t.now)[0].decided_after, Some(before + Duration::from_secs(2)));
-    assert_eq!(P, Partition(3));
+}
+
+#[test]
+fn a_range_that_was_ready_waits_again_when_the_cursor_goes_back() {
+    let mut t = Timeline::new(0.0);
+    t.begun(3, 0, 0);
+    t.passed(&[(3, 2_000)]);
+    t.passed(&[(3, 0)]);
+    assert_eq!(t.take(), []);
+    t.passed(&[(3, 400)]);
+    assert_eq!(t.take(), [(3, 0, 400)]);
+    t.passed(&[(3, 1_000)]);
+    assert_eq!(t.take(), [(3, 400, 1_000)]);
 }
