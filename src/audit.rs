@@ -18,6 +18,7 @@ mod sampler;
 mod suspects;
 mod verdict;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -27,6 +28,7 @@ use uuid::Uuid;
 use self::database::Database;
 use self::findings::Findings;
 use self::input::Input;
+use self::letters::Searched;
 use self::plan::{Part, Plan};
 use self::suspects::{Suspect, Suspects};
 use self::verdict::{Payment, Standing, charge, standing};
@@ -34,6 +36,7 @@ use crate::config::{KafkaSettings, Settings};
 use crate::daemon::rules;
 use crate::logging::RateLimited;
 use crate::metrics::{AuditMetrics, AuditResult};
+use crate::record::{Offset, Partition};
 use crate::status::Board;
 
 /// How often the cursors are looked at.
@@ -42,6 +45,9 @@ const TICK: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(60);
 /// After a question that failed.
 const RETRY: Duration = Duration::from_secs(10);
+/// A look for rows that takes no longer may be repeated at once, any other after a while.
+const ROWS_FAST: Duration = Duration::from_secs(1);
+const ROWS_PAUSE: Duration = Duration::from_secs(10 * 60);
 /// Payments of a piece, whatever the offsets: what a piece adds to the suspects.
 const PIECE_MAX: usize = 1_000;
 
@@ -70,6 +76,7 @@ pub fn spawn(settings: &Settings, topic_id: Uuid, board: &Arc<Board>) -> std::io
         metrics: AuditMetrics::default(),
         used_at: Instant::now(),
         retry_at: Instant::now(),
+        rows_at: None,
     };
     let (stop, stopped) = channel();
     std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
@@ -102,6 +109,8 @@ struct Auditor {
     used_at: Instant,
     /// After a failure: when to go on.
     retry_at: Instant,
+    /// After a look for rows that took long: when to look again.
+    rows_at: Option<Instant>,
 }
 
 impl Auditor {
@@ -142,7 +151,9 @@ impl Auditor {
         let dropped = dropped.saturating_mul(plan::AFTER_BEGIN.unsigned_abs());
         self.metrics.dropped(self.plan.take_dropped().saturating_add(dropped));
         let (offsets, behind) = self.plan.behind(now);
-        self.metrics.behind(offsets, behind, self.suspects.len());
+        let oldest =
+            self.suspects.oldest().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        self.metrics.behind(offsets, behind.max(oldest), self.suspects.len());
     }
 
     fn failed(&mut self, side: Side, error: &str) {
@@ -197,23 +208,23 @@ impl Auditor {
 
     /// Finds out what became of suspicious records, in the order of what it costs.
     fn look_into(&mut self, due: Vec<Suspect>, now: Instant) {
-        let over = match self.still_suspicious(&due, now) {
-            Ok(suspects) if suspects.is_empty() => return,
-            Ok(suspects) => match self.without_letter(suspects) {
-                Ok(suspects) => return self.tell(suspects, ""),
-                Err((suspects, error)) => {
-                    self.failed(Side::Broker, &error);
-                    self.suspects.retry(suspects, now)
-                }
-            },
+        let suspects = match self.still_suspicious(&due, now) {
+            Ok(suspects) => suspects,
             Err(error) => {
                 self.failed(Side::Database, &error);
-                // Without an answer of the database nothing can be said of them: they wait.
-                due.into_iter().for_each(|suspect| self.suspects.wait(suspect, now));
-                return;
+                return self.suspects.wait(due, now);
             }
         };
-        self.tell(over, "; whether it has a dead letter could not be found out");
+        if suspects.is_empty() {
+            return;
+        }
+        match self.without_letter(&suspects) {
+            Ok((left, but)) => self.tell(left, but),
+            Err(error) => {
+                self.failed(Side::Broker, &error);
+                self.suspects.wait(suspects, now);
+            }
+        }
     }
 
     /// Asks again, and leaves out what is accounted for by now, what was given up, and what cannot be told yet.
@@ -238,7 +249,7 @@ impl Auditor {
                 Ok(result) => self.metrics.count(result, 1),
                 // Its dead letter may be on its way.
                 Err(_) if self.kafka.publish && !cursor.published.is_some_and(|p| p.is_past(offset)) => {
-                    self.suspects.wait(*suspect, now);
+                    self.suspects.wait([*suspect], now);
                 }
                 Err(suspicion) => {
                     let mut suspect = *suspect;
@@ -250,27 +261,21 @@ impl Auditor {
         Ok(left)
     }
 
-    /// Those that have no dead letter; or all of them, with the reason why that could not be found out.
-    fn without_letter(&mut self, suspects: Vec<Suspect>) -> Result<Vec<Suspect>, (Vec<Suspect>, String)> {
+    /// Those that have no dead letter, and why that may be wrong.
+    fn without_letter(&mut self, suspects: &[Suspect]) -> Result<(Vec<Suspect>, &'static str), String> {
         // Of a topic that was made again, the offsets mean other records.
-        match self.input.topic_id() {
-            Ok(found) if found != self.topic_id => return Ok(Vec::new()),
-            Ok(_) => {}
-            Err(error) => return Err((suspects, error.to_string())),
+        if self.input.topic_id().map_err(|error| error.to_string())? != self.topic_id {
+            return Ok((Vec::new(), ""));
         }
         if !self.kafka.publish {
-            return Ok(suspects);
+            return Ok((suspects.to_vec(), ""));
         }
         let payments: Vec<Payment> = suspects.iter().map(|suspect| suspect.payment).collect();
-        let searched = match letters::search(&self.kafka, self.topic_id, &payments) {
-            Ok(searched) => searched,
-            Err(error) => return Err((suspects, error)),
-        };
-        let (with, without): (Vec<Suspect>, Vec<Suspect>) = suspects
-            .into_iter()
-            .partition(|s| searched.found.contains(&(s.payment.partition, s.payment.offset)));
+        let Searched { found, but } = letters::search(&self.kafka, self.topic_id, &payments)?;
+        let has_letter = |s: &&Suspect| found.contains(&(s.payment.partition, s.payment.offset));
+        let (with, without): (Vec<&Suspect>, Vec<&Suspect>) = suspects.iter().partition(has_letter);
         self.metrics.count(AuditResult::DeadLetter, with.len() as u64);
-        Ok(without)
+        Ok((without.into_iter().copied().collect(), but))
     }
 
     /// Counts and names records that nothing accounts for.
@@ -278,14 +283,7 @@ impl Auditor {
         if suspects.is_empty() {
             return;
         }
-        let payments: Vec<Payment> = suspects.iter().map(|suspect| suspect.payment).collect();
-        let rows = match self.database.rows(&payments) {
-            Ok(rows) => Some(rows),
-            Err(error) => {
-                self.failed(Side::Database, &error);
-                None
-            }
-        };
+        let rows = self.rows(&suspects);
         let mut findings = Findings::default();
         for Suspect { payment, suspicion, .. } in suspects {
             let place = (payment.partition, payment.offset);
@@ -297,6 +295,19 @@ impl Auditor {
         }
         self.metrics.count(AuditResult::Unaccounted, findings.len());
         findings.tell(&self.kafka.input_topic);
+    }
+
+    /// Which of these have rows, for the words of the log; `None` if that is not known. Large tables are not read
+    /// again and again.
+    fn rows(&mut self, suspects: &[Suspect]) -> Option<HashSet<(Partition, Offset)>> {
+        if self.rows_at.is_some_and(|at| Instant::now() < at) {
+            return None;
+        }
+        let payments: Vec<Payment> = suspects.iter().map(|suspect| suspect.payment).collect();
+        let began = Instant::now();
+        let rows = self.database.rows(&payments);
+        self.rows_at = (began.elapsed() > ROWS_FAST).then(|| Instant::now() + ROWS_PAUSE);
+        rows.map_err(|error| self.failed(Side::Database, &error)).ok()
     }
 }
 

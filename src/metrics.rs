@@ -199,7 +199,7 @@ pub fn describe() {
     describe_gauge!(
         "payment_writer_audit_behind_seconds",
         Unit::Seconds,
-        "How long the oldest of the offsets that wait for their audit has waited"
+        "How long the oldest of what is to be audited, or looked into, has waited"
     );
     describe_gauge!(
         "payment_writer_audit_suspects",

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Statement};
 use uuid::Uuid;
 
@@ -26,6 +27,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 /// The payment tables have no index: a look for single rows reads the months that they are in.
 const ROWS_TIMEOUT: &str = "SET statement_timeout = '60s'";
 const ROWS_WITHIN: Duration = Duration::from_secs(65);
+const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 const USUAL_TIMEOUT: &str = "SET statement_timeout = '10s'";
 
 /// Cursors, owners and what was dropped, in one statement and therefore in one snapshot: a record below `applied` in it
@@ -64,6 +66,7 @@ pub struct Snapshot {
 
 struct Session {
     client: Client,
+    driver: JoinHandle<()>,
     snapshot: Statement,
 }
 
@@ -89,13 +92,13 @@ async fn within<T>(
 
 impl Session {
     async fn open(endpoint: &Endpoint) -> Result<Self, Unanswered> {
-        let (client, _) = endpoint.connect().await.map_err(|error| error.to_string())?;
+        let (client, driver) = endpoint.connect().await.map_err(|error| error.to_string())?;
         let prepare = async {
             client.batch_execute(SESSION).await?;
             client.prepare(SNAPSHOT).await
         };
         let snapshot = within(ANSWER_WITHIN, "setting up the session", prepare).await?;
-        Ok(Self { client, snapshot })
+        Ok(Self { client, driver, snapshot })
     }
 }
 
@@ -108,9 +111,10 @@ impl Database {
 
     /// Closes the session until there is something to ask again.
     pub fn rest(&mut self) {
-        if self.session.take().is_some() {
-            // The task that drives the connection ends once it may run.
-            self.runtime.block_on(tokio::task::yield_now());
+        if let Some(Session { client, driver, .. }) = self.session.take() {
+            drop(client);
+            // It takes leave of the server, which it can do only while this runtime runs.
+            let _ = self.runtime.block_on(async { tokio::time::timeout(LEAVE_WITHIN, driver).await });
         }
     }
 
@@ -137,7 +141,7 @@ impl Database {
         let partitions: HashSet<i32> = payments.iter().map(|p| p.partition.0).collect();
         let partitions: Vec<i32> = partitions.into_iter().collect();
         let ids: Vec<Uuid> = payments.iter().map(|p| p.message_id).collect();
-        self.ask(async |Session { client, snapshot }, topic_id| {
+        self.ask(async |Session { client, snapshot, .. }, topic_id| {
             let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] = [&topic_id, &partitions, &ids];
             let asked = async {
                 let rows = client.query(snapshot, &parameters).await?;

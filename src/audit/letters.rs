@@ -28,14 +28,14 @@ const BEFORE_RECORD_MS: i64 = (60 + 10) * 60 * 1_000;
 pub struct Searched {
     /// Records that have a dead letter.
     pub found: HashSet<(Partition, Offset)>,
-    /// The topic has lost letters that may have been sent late enough.
-    pub is_cut: bool,
+    /// Why the others may have one all the same; empty if they cannot.
+    pub but: &'static str,
 }
 
 /// Searches the dead letters for those of these payments, up to the end that the topic has now.
 ///
 /// # Errors
-/// In words, when the topic cannot be read, or not to its end within the bounds above.
+/// In words, when the topic cannot be read.
 pub fn search(kafka: &KafkaSettings, topic_id: Uuid, payments: &[Payment]) -> Result<Searched, String> {
     let failed = |error: &dyn std::fmt::Display| format!("searching the dead letters: {error}");
     let Some(earliest) = payments.iter().map(|payment| payment.timestamp.0).min() else {
@@ -52,15 +52,18 @@ pub fn search(kafka: &KafkaSettings, topic_id: Uuid, payments: &[Payment]) -> Re
     let positions = scanner.positions_at(&partitions, from).map_err(|e| failed(&e))?;
     let mut searched = Searched::default();
     let mut ranges = Vec::new();
+    let mut is_cut = false;
     for (((partition, to), bounds), position) in partitions.into_iter().zip(ends).zip(bounds).zip(positions) {
         let first = position.unwrap_or(to).max(bounds.start);
         // Everything that is left was sent late enough: what was removed may have been as well.
-        searched.is_cut |= bounds.start.0 > 0 && first <= bounds.start;
+        is_cut |= bounds.start.0 > 0 && first <= bounds.start;
         ranges.push(ScanRange { partition, from: first, to });
+    }
+    if is_cut {
+        searched.but = "; its dead letter may have left the topic";
     }
     let began = Instant::now();
     let mut seen = 0_u64;
-    let mut is_over = false;
     let flow = scanner
         .read(&ranges, |message| {
             let headers = NativeRecord::of(message).headers();
@@ -68,7 +71,7 @@ pub fn search(kafka: &KafkaSettings, topic_id: Uuid, payments: &[Payment]) -> Re
             let place = source.and_then(|(_, value)| source_place(value?, &prefix));
             searched.found.extend(place.filter(|place| wanted.contains(place)));
             seen += 1;
-            is_over = seen >= LETTERS_MAX || seen.is_multiple_of(1_000) && began.elapsed() > SEARCH_MAX;
+            let is_over = seen >= LETTERS_MAX || seen.is_multiple_of(1_000) && began.elapsed() > SEARCH_MAX;
             if is_over || searched.found.len() == wanted.len() {
                 return ControlFlow::Break(());
             }
@@ -77,7 +80,7 @@ pub fn search(kafka: &KafkaSettings, topic_id: Uuid, payments: &[Payment]) -> Re
         .map_err(|e| failed(&e))?;
     // All were found: the rest need not be read.
     if flow.is_break() && searched.found.len() < wanted.len() {
-        return Err(format!("searching the dead letters: not to their end within {seen} letters"));
+        searched.but = "; there are too many dead letters to be searched";
     }
     Ok(searched)
 }

@@ -10,12 +10,8 @@ const SUSPECTS_MAX: usize = 5_000;
 const TAKE_MAX: usize = 1_000;
 /// A suspicion is looked into after this time: something may have been under way.
 const LOOK_AFTER: Duration = Duration::from_secs(5);
-/// What is not published yet is looked at again after this time.
-const AGAIN: Duration = Duration::from_secs(10);
-/// After a look that failed.
-const RETRY: Duration = Duration::from_secs(60);
-/// Looks that may fail before the record is counted all the same.
-const TRIES_MAX: u32 = 5;
+/// What is not published yet, or could not be looked into, is looked at again after this time.
+const AGAIN: Duration = Duration::from_secs(30);
 
 /// A suspicious record.
 #[derive(Clone, Copy, Debug)]
@@ -24,8 +20,8 @@ pub struct Suspect {
     pub payment: Payment,
     /// What is suspicious.
     pub suspicion: Suspicion,
+    since: Instant,
     due_at: Instant,
-    tries: u32,
 }
 
 /// Those that wait.
@@ -45,7 +41,7 @@ impl Suspects {
 
     /// Adds one, to be looked into in a while.
     pub fn add(&mut self, payment: Payment, suspicion: Suspicion, now: Instant) {
-        self.0.push(Suspect { payment, suspicion, due_at: now + LOOK_AFTER, tries: 0 });
+        self.0.push(Suspect { payment, suspicion, since: now, due_at: now + LOOK_AFTER });
     }
 
     /// Takes those that are due.
@@ -61,19 +57,14 @@ impl Suspects {
         taken
     }
 
-    /// Puts back one whose events, or dead letter, may not be sent yet.
-    pub fn wait(&mut self, suspect: Suspect, now: Instant) {
-        self.0.push(Suspect { due_at: now + AGAIN, ..suspect });
+    /// Puts back those that cannot be judged yet.
+    pub fn wait(&mut self, suspects: impl IntoIterator<Item = Suspect>, now: Instant) {
+        self.0.extend(suspects.into_iter().map(|suspect| Suspect { due_at: now + AGAIN, ..suspect }));
     }
 
-    /// Puts back those that could not be looked into; returns those that were tried often enough.
-    pub fn retry(&mut self, suspects: Vec<Suspect>, now: Instant) -> Vec<Suspect> {
-        let (again, over): (Vec<_>, Vec<_>) = suspects
-            .into_iter()
-            .map(|suspect| Suspect { due_at: now + RETRY, tries: suspect.tries + 1, ..suspect })
-            .partition(|suspect| suspect.tries < TRIES_MAX);
-        self.0.extend(again);
-        over
+    /// Since when the oldest of them waits.
+    pub fn oldest(&self) -> Option<Instant> {
+        self.0.iter().map(|suspect| suspect.since).min()
     }
 }
 
@@ -96,22 +87,20 @@ mod tests {
     }
 
     #[test]
-    fn a_suspicion_is_looked_into_later_and_tried_a_bounded_number_of_times() {
-        let mut now = Instant::now();
+    fn a_suspicion_is_looked_into_later_and_again_until_it_is_judged() {
+        let began = Instant::now();
         let mut suspects = Suspects::default();
-        suspects.add(payment(1), Suspicion::Nobody, now);
-        assert!(suspects.take(now).is_empty());
-        now += LOOK_AFTER;
-        for try_ in 1..TRIES_MAX {
+        suspects.add(payment(1), Suspicion::Nobody, began);
+        assert!(suspects.take(began).is_empty());
+        let mut now = began + LOOK_AFTER;
+        for _ in 0..3 {
             let taken = suspects.take(now);
             assert_eq!((taken.len(), suspects.len()), (1, 0));
-            assert!(suspects.retry(taken, now).is_empty(), "{try_}");
+            suspects.wait(taken, now);
             assert!(suspects.take(now).is_empty());
-            now += RETRY;
+            assert_eq!(suspects.oldest(), Some(began));
+            now += AGAIN;
         }
-        let taken = suspects.take(now);
-        assert_eq!(suspects.retry(taken, now).len(), 1);
-        assert_eq!(suspects.len(), 0);
     }
 
     #[test]

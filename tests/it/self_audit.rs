@@ -177,7 +177,7 @@ fn a_healthy_daemon_with_every_kind_of_outcome_raises_no_alarm() {
 #[test]
 fn a_restored_database_raises_no_alarm() {
     // GIVEN a backup, and payments since then
-    let mut scope = Scope::ready("audit_restored", 2, 2);
+    let scope = Scope::ready("audit_restored", 2, 2);
     let member = member().with("AUDIT__SHARE", "1");
     scope.produce(&scope.input_topic, payments(0..50, 0));
     member.catch_up(&scope);
