@@ -124,7 +124,7 @@ impl Database {
         question: impl AsyncFnOnce(&Session, Uuid) -> Result<T, Unanswered>,
     ) -> Result<T, Unanswered> {
         let Self { endpoint, topic_id, runtime, session } = self;
-        let answer = runtime.block_on(async {
+        runtime.block_on(async {
             let open = match session.take().filter(|session| !session.client.is_closed()) {
                 Some(open) => open,
                 None => Session::open(endpoint).await?,
@@ -132,8 +132,7 @@ impl Database {
             let answer = question(&open, *topic_id).await?;
             *session = Some(open);
             Ok(answer)
-        });
-        answer
+        })
     }
 
     /// Cursors of the payments' partitions and owners of their ids, in one snapshot.
