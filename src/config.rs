@@ -29,9 +29,9 @@ pub use properties::KafkaProperties;
 pub use reader::Effective;
 pub use secret::{HIDDEN, Secret};
 pub use sections::{
-    AdminSettings, BatchSettings, EmailSettings, IdempotencySettings, KafkaSettings, LogFormat, LogSettings,
-    PaymentSettings, PostgresSettings, ProducerChoice, Settings, ShutdownSettings, TracingSettings,
-    log_filter,
+    AdminSettings, AuditSettings, BatchSettings, EmailSettings, IdempotencySettings, KafkaSettings,
+    LogFormat, LogSettings, PaymentSettings, PostgresSettings, ProducerChoice, Settings, ShutdownSettings,
+    TracingSettings, log_filter,
 };
 pub use size::ByteSize;
 

@@ -12,6 +12,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use uuid::Uuid;
 
+use crate::audit::{self, Audit};
 use crate::binding::{self, Binding, BindingError};
 use crate::config::{KafkaSettings, Settings};
 use crate::cursor::{Identity, IdentityDoubt, Mode};
@@ -187,6 +188,7 @@ struct Running {
     suspicion: Arc<Notify>,
     months: AbortHandle,
     board: Arc<Board>,
+    _audit: Option<Audit>,
 }
 
 async fn start(
@@ -262,6 +264,8 @@ async fn start(
         };
         lanes.spawn(Lane::new(lane_settings, log, ledger, receiver, Arc::clone(board)).run());
     }
+    let audit = audit::spawn(settings, found.topic_id, board)
+        .map_err(|error| RunError::Failed(format!("starting the audit: {error}")))?;
     group
         .join()
         .map_err(|error| RunError::Failed(format!("subscribing to {}: {error}", kafka.input_topic)))?;
@@ -279,7 +283,8 @@ async fn start(
         "started"
     );
     let board = Arc::clone(board);
-    Ok(Running { group, member_end, seats, lanes, found, suspicion, months: months.abort_handle(), board })
+    let months = months.abort_handle();
+    Ok(Running { group, member_end, seats, lanes, found, suspicion, months, board, _audit: audit })
 }
 
 /// Waits for a database with a schema that this program knows.

@@ -11,6 +11,7 @@
 )]
 
 pub mod admin;
+pub mod audit;
 pub mod batch;
 pub mod binding;
 pub mod cli;

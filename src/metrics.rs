@@ -192,6 +192,31 @@ pub fn describe() {
         "payment_writer_default_partition_rows",
         "Rows in the payment tables' default partitions, counted up to 100,000 for each"
     );
+    describe_counter!(
+        "payment_writer_audit_records_total",
+        "Records that the audit read again behind the cursors, by what accounts for them"
+    );
+    describe_counter!(
+        "payment_writer_audit_dropped_offsets_total",
+        "Offsets that were to be audited and were not: too many waited, they could not be read, or left the log"
+    );
+    describe_counter!(
+        "payment_writer_audit_errors_total",
+        "Questions of the audit that failed, by who did not answer"
+    );
+    describe_gauge!(
+        "payment_writer_audit_waiting_offsets",
+        "Offsets that the cursors have passed and that wait for their audit"
+    );
+    describe_gauge!(
+        "payment_writer_audit_behind_seconds",
+        Unit::Seconds,
+        "How long the oldest of what is to be audited, or looked into, has waited"
+    );
+    describe_gauge!(
+        "payment_writer_audit_suspects",
+        "Records that the claims do not account for and that are being looked into"
+    );
     describe_gauge!("payment_writer_build_info", "1, with version and group as labels");
     metrics_process::Collector::default().describe();
     begin_at_zero();
@@ -218,7 +243,14 @@ fn begin_at_zero() {
     for class in FailureClass::ALL {
         kafka_errors(class).increment(0);
     }
+    for result in AuditResult::ALL {
+        audited(result).increment(0);
+    }
+    for dependency in ["broker", "database"] {
+        counter!("payment_writer_audit_errors_total", "dependency" => dependency).increment(0);
+    }
     for name in [
+        "payment_writer_audit_dropped_offsets_total",
         "payment_writer_replayed_records_total",
         "payment_writer_generation_rotations_total",
         "payment_writer_generations_dropped_total",
@@ -531,6 +563,102 @@ impl HousekeepingMetrics {
     /// Rows in default partitions, where none should be.
     pub fn default_rows(&self, rows: i64) {
         self.default_rows.set(rows as f64);
+    }
+}
+
+/// What accounts for a record that the audit read again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AuditResult {
+    /// It owns its message id.
+    Owned,
+    /// Another record owns the id, with the same payload.
+    Duplicate,
+    /// Another record owns the id, with another payload.
+    Conflict,
+    /// It breaks a rule: nothing is asked about it.
+    Invalid,
+    /// Nobody owns its id, and it has its dead letter.
+    DeadLetter,
+    /// Nobody owns its id, and a person gave it up.
+    GivenUp,
+    /// It cannot be told any more: the claim may have been dropped.
+    Unknown,
+    /// Nothing does.
+    Unaccounted,
+}
+
+impl AuditResult {
+    const ALL: [Self; 8] = [
+        Self::Owned,
+        Self::Duplicate,
+        Self::Conflict,
+        Self::Invalid,
+        Self::DeadLetter,
+        Self::GivenUp,
+        Self::Unknown,
+        Self::Unaccounted,
+    ];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Owned => "owned",
+            Self::Duplicate => "duplicate",
+            Self::Conflict => "conflict",
+            Self::Invalid => "invalid",
+            Self::DeadLetter => "dead_letter",
+            Self::GivenUp => "given_up",
+            Self::Unknown => "unknown",
+            Self::Unaccounted => "unaccounted",
+        }
+    }
+}
+
+fn audited(result: AuditResult) -> Counter {
+    counter!("payment_writer_audit_records_total", "result" => result.label())
+}
+
+/// What the audit tells.
+pub struct AuditMetrics {
+    dropped: Counter,
+    waiting: Gauge,
+    behind: Gauge,
+    suspects: Gauge,
+}
+
+impl Default for AuditMetrics {
+    fn default() -> Self {
+        Self {
+            dropped: counter!("payment_writer_audit_dropped_offsets_total"),
+            waiting: gauge!("payment_writer_audit_waiting_offsets"),
+            behind: gauge!("payment_writer_audit_behind_seconds"),
+            suspects: gauge!("payment_writer_audit_suspects"),
+        }
+    }
+}
+
+impl AuditMetrics {
+    /// Records with this result.
+    pub fn count(&self, result: AuditResult, records: u64) {
+        if records > 0 {
+            audited(result).increment(records);
+        }
+    }
+
+    /// Offsets that are not audited although they were to be.
+    pub fn dropped(&self, offsets: u64) {
+        self.dropped.increment(offsets);
+    }
+
+    /// A question to this dependency failed.
+    pub fn failed(&self, dependency: &'static str) {
+        counter!("payment_writer_audit_errors_total", "dependency" => dependency).increment(1);
+    }
+
+    /// What waits, and for how long.
+    pub fn behind(&self, offsets: u64, oldest: Duration, suspects: usize) {
+        self.waiting.set(offsets as f64);
+        self.behind.set(oldest.as_secs_f64());
+        self.suspects.set(suspects as f64);
     }
 }
 

@@ -54,6 +54,8 @@ fn settings_for(settings: &Settings, into: &PostgresUrl, database_id: Uuid) -> S
         format!("{}-rebuild-{:08x}", settings.kafka.group_id, database_id.as_fields().0);
     settings.idempotency.prune_schedule = None;
     settings.retention.payment_months = None;
+    // Both databases are compared as a whole.
+    settings.audit.share = 0.0;
     settings
 }
 

@@ -8,13 +8,13 @@
 mod cut;
 pub(crate) mod database;
 mod hash;
-mod judge;
+pub(crate) mod judge;
 mod log;
 mod outputs;
 mod report;
 mod sums;
 mod suspects;
-mod table;
+pub(crate) mod table;
 
 use std::collections::{HashMap, HashSet};
 

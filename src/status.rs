@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::audit::begins::{Begin, Begins};
 use crate::batch::Outcomes;
 use crate::cursor::{Doubt, Known};
 use crate::record::{NextOffset, Partition, TimestampMs};
@@ -42,6 +43,8 @@ pub struct PartitionStatus {
     pub caught_up_at: Option<TimestampMs>,
     /// When it was assigned, by the wall clock.
     pub assigned_at: TimestampMs,
+    /// `applied` as the database had it when the partition was last opened.
+    found_applied: Option<NextOffset>,
     /// Of each batch in hand, where it ends and the timestamp of its first record.
     in_hand: VecDeque<(NextOffset, TimestampMs)>,
 }
@@ -61,8 +64,16 @@ impl PartitionStatus {
             end: None,
             caught_up_at: None,
             assigned_at: now,
+            found_applied: None,
             in_hand: VecDeque::new(),
         }
+    }
+
+    /// What the audit has to know of a partition whose fetching a rebalance may have disturbed: how far its lane had come.
+    fn disturbed(&self, partition: Partition) -> Option<Begin> {
+        let applied = self.applied?;
+        let position = self.in_hand.back().map_or(applied, |(reached, _)| applied.max(*reached));
+        Some(Begin { partition, position, applied })
     }
 
     /// What lies before it is written and published.
@@ -143,6 +154,8 @@ struct State {
     /// While the process is no member, or knows nothing of its partitions yet: since when, or since when the oldest
     /// record waits that it had before.
     waiting_since: Option<TimestampMs>,
+    /// When a rebalance was last noted.
+    disturbed_at: Option<Instant>,
     broker_lost_at: Option<Instant>,
     broker_refusal: Option<(Instant, String)>,
     was_fenced_after_loss: bool,
@@ -153,6 +166,15 @@ impl State {
         let waited = self.waiting_since.map(|since| now.0 - since.0);
         let lags = self.partitions.values().map(|status| status.lag_ms(now));
         lags.chain(waited).max().unwrap_or(0).max(0)
+    }
+
+    /// Where the partitions are, at a rebalance. Of the calls that are one event, the first tells.
+    fn disturbed(&mut self) -> Vec<Begin> {
+        if self.disturbed_at.is_some_and(|at| at.elapsed() < SAME_EVENT) {
+            return Vec::new();
+        }
+        self.disturbed_at = Some(Instant::now());
+        self.partitions.iter().filter_map(|(partition, status)| status.disturbed(*partition)).collect()
     }
 
     fn waits(&mut self, now: TimestampMs) {
@@ -167,6 +189,8 @@ impl State {
     }
 }
 
+/// Partitions are revoked one by one, and all of them within this time.
+const SAME_EVENT: Duration = Duration::from_millis(100);
 /// A refused connection is tried again all the time, after pauses of up to ten seconds.
 const REFUSAL_LASTS: Duration = Duration::from_secs(15);
 
@@ -187,6 +211,7 @@ pub struct Totals {
 #[derive(Default)]
 pub struct Board {
     state: Mutex<State>,
+    begins: Mutex<Begins>,
     written: AtomicU64,
     redelivered: AtomicU64,
     duplicates: AtomicU64,
@@ -196,6 +221,38 @@ pub struct Board {
 impl Board {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begins(&self) -> MutexGuard<'_, Begins> {
+        self.begins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Somebody takes the begins of partitions from now on.
+    pub fn want_begins(&self) {
+        self.begins().want();
+    }
+
+    /// Fetching of a partition begins, or begins again, at `position`.
+    pub fn began(&self, partition: Partition, position: NextOffset) {
+        let found = self.state().partitions.get(&partition).and_then(|status| status.found_applied);
+        self.begins().push(Begin { partition, position, applied: found.unwrap_or(position) });
+    }
+
+    /// Takes the begins since the last time, and the number of those that there was no room for.
+    pub fn take_begins(&self) -> (VecDeque<Begin>, u64) {
+        self.begins().take()
+    }
+
+    /// A rebalance: it may have disturbed the fetching of every partition.
+    fn rebalanced(&self, disturbed: Vec<Begin>) {
+        let mut begins = self.begins();
+        disturbed.into_iter().for_each(|begin| begins.push(begin));
+    }
+
+    /// Next offset to write of each partition of which it is known.
+    pub fn applied(&self) -> Vec<(Partition, NextOffset)> {
+        let state = self.state();
+        state.partitions.iter().filter_map(|(p, status)| Some((*p, status.applied?))).collect()
     }
 
     /// The connection to the broker broke, or the broker was not heard of for a session's time.
@@ -284,6 +341,7 @@ impl Board {
                 status.note_went_back();
             }
             status.unpublished_from = Some(known.unpublished_from());
+            status.found_applied = row.map(|row| row.applied);
             status.end = Some(known.bounds.end);
             status.note_written(now, row.and_then(|row| row.applied_timestamp));
             status.note_caught_up(now);
@@ -306,8 +364,11 @@ impl Board {
     /// A partition is no longer ours.
     pub fn revoked(&self, partition: Partition) {
         let mut state = self.state();
+        let disturbed = state.disturbed();
         state.partitions.remove(&partition);
         state.note_known();
+        drop(state);
+        self.rebalanced(disturbed);
     }
 
     /// A partition is halted.
@@ -399,11 +460,14 @@ impl Board {
     /// The process is a member and was given these partitions. Their lanes take them up later.
     pub fn assigned(&self, now: TimestampMs, partitions: &[Partition]) {
         let mut state = self.state();
+        let disturbed = state.disturbed();
         state.is_member = true;
         for partition in partitions {
             state.partitions.entry(*partition).or_insert_with(|| PartitionStatus::opening(now));
         }
         state.note_known();
+        drop(state);
+        self.rebalanced(disturbed);
     }
 
     /// Whether something was assigned, if only nothing, and not lost since.
@@ -414,8 +478,11 @@ impl Board {
     /// The place in the group was lost.
     pub fn lost(&self, now: TimestampMs) {
         let mut state = self.state();
+        let disturbed = state.disturbed();
         state.is_member = false;
         state.waits(now);
+        drop(state);
+        self.rebalanced(disturbed);
     }
 
     /// What keeps the daemon from being ready; empty when it is.

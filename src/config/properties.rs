@@ -65,6 +65,13 @@ impl KafkaProperties {
         self.0.get(name).map(Secret::expose)
     }
 
+    /// The same with these properties, whatever they were: for a client whose limits are the program's own.
+    pub(crate) fn overridden(&self, properties: &[(&str, &str)]) -> Self {
+        let mut all = self.0.clone();
+        all.extend(properties.iter().map(|(name, value)| ((*name).to_owned(), Secret::new(*value))));
+        Self(all)
+    }
+
     /// Adds a property; the error says what is wrong with it, and holds the value only where
     /// [`is_secret`] allows that.
     pub(super) fn add(&mut self, name: &str, value: &str) -> Result<(), Refusal> {

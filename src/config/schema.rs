@@ -39,7 +39,7 @@ const fn secret(key: &'static str, fallback: Fallback) -> Spec {
 pub(super) const PROPERTIES: &str = "kafka.properties";
 
 /// All settings, in the order in which they are shown.
-pub(super) const SETTINGS: [Spec; 28] = [
+pub(super) const SETTINGS: [Spec; 29] = [
     plain("kafka.bootstrap_servers", Fallback::Text("127.0.0.1:9092")),
     plain("kafka.group_id", Fallback::Text("payment-writer")),
     plain("kafka.instance_id", Fallback::HostName),
@@ -61,6 +61,7 @@ pub(super) const SETTINGS: [Spec; 28] = [
     plain("email.statuses", Fallback::Integers(&[2])),
     plain("idempotency.window", Fallback::Text("7d")),
     plain("idempotency.prune_schedule", Fallback::Text("0 3 * * 0")),
+    plain("audit.share", Fallback::Number(0.001)),
     plain("retention.payment_months", Fallback::Integer(0)),
     plain("admin.listen", Fallback::Text("127.0.0.1:9464")),
     plain("shutdown.timeout", Fallback::Text("30s")),

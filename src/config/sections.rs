@@ -26,6 +26,8 @@ pub struct Settings {
     pub email: EmailSettings,
     /// `[idempotency]`
     pub idempotency: IdempotencySettings,
+    /// `[audit]`
+    pub audit: AuditSettings,
     /// `[admin]`
     pub admin: AdminSettings,
     /// `[retention]`
@@ -108,6 +110,13 @@ pub struct IdempotencySettings {
     pub prune_schedule: Option<CronSchedule>,
 }
 
+/// `[audit]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct AuditSettings {
+    /// Share of the offsets that are read again and accounted for, besides all just behind a begin; 0: no audit.
+    pub share: f64,
+}
+
 /// `[retention]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetentionSettings {
@@ -178,6 +187,7 @@ impl Settings {
         let payment = PaymentSettings::read(r);
         let email = r.read("email.statuses", statuses).map(|statuses| EmailSettings { statuses });
         let idempotency = IdempotencySettings::read(r);
+        let audit = r.read("audit.share", |raw| raw.number(0.0, 1.0)).map(|share| AuditSettings { share });
         let payment_months = r.read("retention.payment_months", |raw| count(raw, 0, 1_200));
         let listen = r.read("admin.listen", socket_address);
         let timeout =
@@ -197,6 +207,7 @@ impl Settings {
             payment: payment?,
             email: email?,
             idempotency: idempotency?,
+            audit: audit?,
             retention: RetentionSettings {
                 payment_months: u32::try_from(payment_months?).ok().filter(|months| *months > 0),
             },

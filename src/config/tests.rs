@@ -34,6 +34,7 @@ fn without_file_and_environment_the_defaults_apply() {
     assert_eq!(s.email.statuses, [2]);
     assert_eq!(s.idempotency.window, Duration::from_secs(7 * 86_400));
     assert_eq!(s.idempotency.prune_schedule.unwrap().to_string(), "0 3 * * 0");
+    assert_eq!(s.audit, AuditSettings { share: 0.001 });
     assert_eq!(s.retention.payment_months, None);
     assert_eq!(s.admin.listen.to_string(), "127.0.0.1:9464");
     assert_eq!(s.shutdown.timeout, Duration::from_secs(30));

@@ -150,6 +150,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
         let now = Instant::now();
         for (partition, position) in positions {
+            self.board.began(*partition, *position);
             match self.fetches.of.get_mut(partition) {
                 Some(fetch) => {
                     fetch.reading = Reading::Begun;

@@ -262,29 +262,7 @@ impl Database {
 
     /// What persons gave up in this topic.
     pub fn skips(&self, topic_id: Uuid) -> Result<Vec<Skip>, Failure> {
-        const DOING: &str = "reading cursor_audit";
-        let rows = self
-            .runtime
-            .block_on(self.client.query(
-                "SELECT partition, (before->>'applied')::bigint, (before->>'published')::bigint,
-                     (after->>'applied')::bigint
-                 FROM payment_writer.cursor_audit
-                 WHERE topic_id = $1 AND command LIKE 'cursors skip%' AND partition IS NOT NULL
-                     AND after->>'applied' IS NOT NULL",
-                &[&topic_id],
-            ))
-            .map_err(failed(DOING))?;
-        let broken = failed(DOING);
-        rows.iter()
-            .map(|row| {
-                Ok(Skip {
-                    partition: Partition(row.try_get(0).map_err(&broken)?),
-                    applied: row.try_get::<_, Option<i64>>(1).map_err(&broken)?.map(NextOffset),
-                    published: row.try_get::<_, Option<i64>>(2).map_err(&broken)?.map(NextOffset),
-                    to: NextOffset(row.try_get(3).map_err(&broken)?),
-                })
-            })
-            .collect()
+        self.runtime.block_on(skips(&self.client, topic_id)).map_err(failed("reading cursor_audit"))
     }
 
     /// Hands every row of these ranges in the months from the first to the last of `times` to `each`: one statement,
@@ -311,6 +289,30 @@ impl Database {
             })
             .map_err(failed("reading the payment tables"))
     }
+}
+
+/// What persons gave up in this topic, by `cursor_audit`.
+pub async fn skips(client: &Client, topic_id: Uuid) -> Result<Vec<Skip>, tokio_postgres::Error> {
+    let rows = client
+        .query(
+            "SELECT partition, (before->>'applied')::bigint, (before->>'published')::bigint,
+                 (after->>'applied')::bigint
+             FROM payment_writer.cursor_audit
+             WHERE topic_id = $1 AND command LIKE 'cursors skip%' AND partition IS NOT NULL
+                 AND after->>'applied' IS NOT NULL",
+            &[&topic_id],
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Skip {
+                partition: Partition(row.try_get(0)?),
+                applied: row.try_get::<_, Option<i64>>(1)?.map(NextOffset),
+                published: row.try_get::<_, Option<i64>>(2)?.map(NextOffset),
+                to: NextOffset(row.try_get(3)?),
+            })
+        })
+        .collect()
 }
 
 fn payment_row(row: &Row, buffer: &mut Vec<u8>) -> Result<PaymentRow, tokio_postgres::Error> {

@@ -197,6 +197,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
         "phase",
         "probe",
         "reason",
+        "result",
         "sqlstate_class",
         "step",
         "topic",

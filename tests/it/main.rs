@@ -26,6 +26,7 @@ mod rebuild;
 mod reconcile;
 mod schema;
 mod security;
+mod self_audit;
 mod servers;
 mod support;
 mod top;

@@ -10,11 +10,12 @@ use crate::support::{Act, Daemon, Flow, Load, Scope, Servers};
 const LONG_MEMORY: [&str; 1] = ["PaymentWriterBudgetBurnLong"];
 
 /// What none of the three faults causes.
-const NEVER: [&str; 4] = [
+const NEVER: [&str; 5] = [
     "PaymentWriterPartitionsHalted",
     "PaymentWriterPartitionsAdded",
     "PaymentWriterRetentionAtRisk",
     "PaymentWriterAbsent",
+    "PaymentWriterAuditUnaccounted",
 ];
 
 fn start(scope: &Scope<'_>, instance_id: &str) -> Daemon {

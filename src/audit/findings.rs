@@ -1,0 +1,103 @@
+//! What the log says of records that nothing accounts for.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::time::Duration;
+
+use crate::logging::RateLimited;
+use crate::record::{Offset, Partition};
+
+/// Runs of offsets that one line names.
+const RUNS_MAX: usize = 20;
+/// Each line is about a partition; a loss may be in all of them.
+static LIMIT: RateLimited = RateLimited::new(100, Duration::from_secs(60));
+
+/// Records by partition and by what is wrong with them.
+#[derive(Debug, Default)]
+pub struct Findings(BTreeMap<(Partition, String), Vec<Offset>>);
+
+impl Findings {
+    /// Adds one.
+    pub fn push(&mut self, partition: Partition, offset: Offset, what: String) {
+        self.0.entry((partition, what)).or_default().push(offset);
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> u64 {
+        self.0.values().map(|offsets| offsets.len() as u64).sum()
+    }
+
+    /// Writes a line for each partition.
+    pub fn tell(mut self, topic: &str) {
+        for ((partition, detail), offsets) in &mut self.0 {
+            offsets.sort_unstable();
+            let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else { continue };
+            if let Some(suppressed) = LIMIT.pass() {
+                let advice = format!(
+                    "payment-writer reconcile --partition {partition} --from-offset {first} --to-offset {}",
+                    last.next()
+                );
+                tracing::error!(
+                    topic,
+                    partition = partition.0,
+                    offset = first.0,
+                    offsets = runs(offsets),
+                    records = offsets.len(),
+                    detail,
+                    advice,
+                    suppressed,
+                    "payments that the cursor has passed are not accounted for"
+                );
+            }
+        }
+    }
+}
+
+/// Sorted offsets as runs: `7, 10-12`. Offsets that follow each other but for a marker are two runs.
+fn runs(offsets: &[Offset]) -> String {
+    let mut runs: Vec<(Offset, Offset)> = Vec::new();
+    for offset in offsets {
+        match runs.last_mut() {
+            Some((_, last)) if last.next().0 == offset.0 => *last = *offset,
+            _ => runs.push((*offset, *offset)),
+        }
+    }
+    let mut text = String::new();
+    for (first, last) in runs.iter().take(RUNS_MAX) {
+        let comma = if text.is_empty() { "" } else { ", " };
+        // Writing to a text does not fail.
+        let _ = match first == last {
+            true => write!(text, "{comma}{first}"),
+            false => write!(text, "{comma}{first}-{last}"),
+        };
+    }
+    if runs.len() > RUNS_MAX {
+        let _ = write!(text, " and {} more", runs.len() - RUNS_MAX);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_are_named_as_runs_and_no_more_than_some() {
+        let text = |offsets: &[i64]| runs(&offsets.iter().map(|o| Offset(*o)).collect::<Vec<_>>());
+        assert_eq!(text(&[7]), "7");
+        assert_eq!(text(&[7, 8, 9, 11, 13, 14]), "7-9, 11, 13-14");
+        let odd: Vec<i64> = (0..50).map(|n| n * 2).collect();
+        assert!(text(&odd).ends_with(", 38 and 30 more"), "{}", text(&odd));
+    }
+
+    #[test]
+    fn they_are_counted_whatever_is_wrong_with_them() {
+        let mut findings = Findings::default();
+        for (partition, offset, what) in
+            [(1, 5, "lost"), (1, 6, "lost"), (2, 5, "lost"), (1, 7, "owned later")]
+        {
+            findings.push(Partition(partition), Offset(offset), what.to_owned());
+        }
+        assert_eq!((findings.len(), findings.0.len()), (4, 3));
+    }
+}
