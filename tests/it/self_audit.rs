@@ -1,7 +1,7 @@
 //! The daemon's audit of itself tells what was passed over, within minutes, and raises no false alarm.
 
 use crate::support::{
-    AT_MS, Daemon, Flow, Load, Member, Message, PATIENCE, Payment, Scope, Servers, block_on, uuid_v4,
+    AT_MS, Daemon, Flow, Load, Member, Message, PATIENCE, Payment, Scope, block_on, uuid_v4,
     wait_until_within,
 };
 
