@@ -145,8 +145,8 @@ impl Counter<'_> {
 /// How the input is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Input {
-    /// By two producers side by side that compress with lz4: one in transactions, a tenth of which is aborted and sent
-    /// again, the other without
+    /// By several producers side by side that compress with lz4: half of the records in transactions, a tenth of which is
+    /// aborted and sent again
     Mixed,
     /// By one producer without transactions and compression
     Plain,
@@ -160,34 +160,41 @@ pub enum Amount {
 }
 
 impl Amount {
-    /// One of two halves.
-    fn half(self, is_second: bool) -> Vec<String> {
+    /// What each of `producers` in transactions sends, half of all together, and what is left.
+    fn split(self, producers: u64) -> (Amount, Amount) {
+        let each = |all: u64| all / 2 / producers;
+        let rest = |all: u64| all - each(all) * producers;
         match self {
-            Amount::Count(count) => Self::count(if is_second { count / 2 } else { count - count / 2 }),
-            Amount::Rate { per_second, seconds } => Self::rate(per_second as f64 / 2.0, seconds),
+            Amount::Count(count) => (Amount::Count(each(count)), Amount::Count(rest(count))),
+            Amount::Rate { per_second, seconds } => (
+                Amount::Rate { per_second: each(per_second), seconds },
+                Amount::Rate { per_second: rest(per_second), seconds },
+            ),
         }
     }
 
-    fn whole(self) -> Vec<String> {
+    /// Of `payment-writer produce`.
+    fn words(self) -> Vec<String> {
         match self {
-            Amount::Count(count) => Self::count(count),
-            Amount::Rate { per_second, seconds } => Self::rate(per_second as f64, seconds),
+            Amount::Count(count) => vec!["--count".to_owned(), count.to_string()],
+            Amount::Rate { per_second, seconds } => {
+                ["--rate", &per_second.to_string(), "--duration", &format!("{seconds}s")]
+                    .map(str::to_owned)
+                    .into()
+            }
         }
     }
 
-    fn count(count: u64) -> Vec<String> {
-        vec!["--count".to_owned(), count.to_string()]
-    }
-
-    fn rate(per_second: f64, seconds: u64) -> Vec<String> {
-        ["--rate", &per_second.to_string(), "--duration", &format!("{seconds}s")].map(str::to_owned).into()
+    /// Producers in transactions, side by side: filling a topic is to be over soon, a rate is to be even.
+    fn transactional_producers(self) -> u64 {
+        if matches!(self, Amount::Count(_)) { 4 } else { 1 }
     }
 
     /// Records of one transaction: 500, or what comes in 20 ms.
     fn transaction_size(self) -> u64 {
         match self {
             Amount::Count(_) => TRANSACTION_RECORDS_MAX,
-            Amount::Rate { per_second, .. } => (per_second / 2 / 50).clamp(1, TRANSACTION_RECORDS_MAX),
+            Amount::Rate { per_second, .. } => (per_second / 50).clamp(1, TRANSACTION_RECORDS_MAX),
         }
     }
 }
@@ -296,23 +303,23 @@ impl<'a> Site<'a> {
     /// Starts to send so many records in one of the ways in which input is written; `arguments` as for
     /// [`produce`](Self::produce), without their number and the seed.
     pub fn write(&self, input: Input, arguments: &[&str], amount: Amount, seed: u64) -> Outcome<Sending> {
-        let start = |more: &[&str], amount: Vec<String>, seed: u64| {
-            let seed = seed.to_string();
+        let start = |more: &[&str], amount: Amount, seed: u64| {
+            let (seed, amount) = (seed.to_string(), amount.words());
             let amount: Vec<&str> = amount.iter().map(String::as_str).collect();
             self.produce(&[arguments, more, &amount, &["--seed", &seed]].concat())
         };
-        match input {
-            Input::Plain => start(&[], amount.whole(), seed),
-            Input::Mixed => {
-                let size = amount.transaction_size().to_string();
-                let transactions =
-                    ["--transaction-size", &size, "--aborted-share", "0.1", "--compression", "lz4"];
-                let mut sending = start(&transactions, amount.half(false), seed)?;
-                let plain = start(&["--compression", "lz4"], amount.half(true), seed + OTHER_SEED)?;
-                sending.0.extend(plain.0);
-                Ok(sending)
-            }
+        if input == Input::Plain {
+            return start(&[], amount, seed);
         }
+        let producers = amount.transactional_producers();
+        let (each, rest) = amount.split(producers);
+        let size = each.transaction_size().to_string();
+        let transactions = ["--transaction-size", &size, "--aborted-share", "0.1", "--compression", "lz4"];
+        let mut sending = start(&["--compression", "lz4"], rest, seed)?;
+        for producer in 1..=producers {
+            sending.0.extend(start(&transactions, each, seed + producer * OTHER_SEED)?.0);
+        }
+        Ok(sending)
     }
 }
 
@@ -375,15 +382,22 @@ mod tests {
     }
 
     #[test]
-    fn two_halves_are_the_whole() {
-        assert_eq!(Amount::Count(7).half(false), ["--count", "4"]);
-        assert_eq!(Amount::Count(7).half(true), ["--count", "3"]);
-        let rate = Amount::Rate { per_second: 25, seconds: 3 };
-        assert_eq!(rate.half(true), ["--rate", "12.5", "--duration", "3s"]);
-        assert_eq!(
-            [1, 1_000, 100_000].map(|per_second| Amount::Rate { per_second, seconds: 1 }.transaction_size()),
-            [1, 10, 500]
-        );
+    fn half_of_the_records_are_in_transactions() {
+        let (each, rest) = Amount::Count(1_007).split(4);
+        assert_eq!((each.words(), rest.words()), (words("--count 125"), words("--count 507")));
+        let (each, rest) = Amount::Rate { per_second: 101, seconds: 3 }.split(1);
+        assert_eq!(each.words(), words("--rate 50 --duration 3s"));
+        assert_eq!(rest.words(), words("--rate 51 --duration 3s"));
+    }
+
+    #[test]
+    fn a_transaction_at_a_rate_is_over_soon() {
+        let size = |per_second| Amount::Rate { per_second, seconds: 1 }.transaction_size();
+        assert_eq!([1, 500, 100_000].map(size), [1, 10, 500]);
+    }
+
+    fn words(text: &str) -> Vec<String> {
+        text.split(' ').map(str::to_owned).collect()
     }
 
     #[test]

@@ -34,8 +34,8 @@ table-10m-v4, table-30m-v7, table-30m-v4; value-1k, value-4k; accounts-100, acco
 names, up to a dash, stands for all of them (table, lanes, table-10m) where no case has that name; all for all. Ids are v7
 where nothing is said.
 
-The input is written by two producers side by side, both with lz4: half of the records in transactions of 500, a tenth
-of which is aborted and sent again, half without transactions. Of v7-plain it is written by one producer without
+The input is written by five producers side by side, all with lz4: half of the records in transactions of 500, a tenth
+of which is aborted and sent again, by four of them; half without transactions. Of v7-plain it is written by one producer without
 transactions and compression, as in figures from before 2026-11-29.";
 
 /// `bench throughput`

@@ -317,8 +317,10 @@ impl<'l> Episode<'l> {
 
     /// Waits until everything is written and published, and both cursors say so.
     pub fn wait_until_settled(&mut self) {
-        let ends = self.scope.ends();
+        self.scope.await_input_markers();
         wait_until_within(STUCK_AFTER, "STUCK: everything is written and published", || {
+            // Asked again: the broker ends in its own time what a client of the load left open.
+            let ends = self.scope.ends();
             let (committed, cursors) = (self.watch.committed().unwrap_or_default(), self.scope.cursors());
             let is_there = |partition: &i32, end: i64| {
                 let copied = cursors.get(partition).is_some_and(|c| c.0 >= end && c.1 >= Some(end));

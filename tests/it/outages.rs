@@ -216,6 +216,10 @@ fn a_broker_that_hangs_for_longer_than_its_own_session_is_found_again() {
     for round in 1..=3 {
         scope.feed(load.take(100));
         scope.wait_until_caught_up();
+        // One that is not a member again yet has no place to lose.
+        for daemon in &daemons {
+            daemon.wait_for_partitions("it is a member again", |partitions| partitions > 0);
+        }
         // WHEN the broker hangs until both have lost their places, and its controller has lost the broker
         servers.kafka(Act::Pause);
         wait_until_within(PATIENCE, "both have lost their places", || {

@@ -25,6 +25,9 @@ const QUEUE_KIB_MAX: &str = "131072";
 /// How long to wait before trying again when the client's queue is full.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(2);
 
+/// Between looks at what is not delivered yet. The library gives up a record after its `message.timeout.ms`.
+const DELIVERY_LOOK: Duration = Duration::from_millis(1);
+
 /// How often a call is made that may be made again, each for at most [`REQUEST_TIMEOUT`].
 const TRIES_MAX: u32 = 4;
 
@@ -69,6 +72,14 @@ impl ProducerContext<NoCustomPartitioner> for Deliveries {
     }
 }
 
+fn linger_ms(args: &ProduceArgs) -> &'static str {
+    match (args.transaction_size, args.rate) {
+        (Some(_), _) => "1",
+        (None, Some(_)) => "5",
+        (None, None) => "20",
+    }
+}
+
 /// A producer for one topic.
 pub(super) struct Sender {
     producer: ThreadedProducer<Deliveries>,
@@ -80,8 +91,9 @@ impl Sender {
     pub(super) fn connect(kafka: &KafkaSettings, args: &ProduceArgs) -> Result<Self, Failure> {
         let mut config = producer_config(kafka);
         config
-            // At full speed, larger batches over many partitions; at a given rate, little delay.
-            .set("linger.ms", if args.rate.is_some() { "5" } else { "20" })
+            // At full speed, larger batches over many partitions; at a given rate, little delay; and the end of a
+            // transaction waits for its last records.
+            .set("linger.ms", linger_ms(args))
             .set("queue.buffering.max.messages", QUEUE_RECORDS_MAX)
             .set("queue.buffering.max.kbytes", QUEUE_KIB_MAX)
             .set("delivery.report.only.error", "true")
@@ -117,16 +129,24 @@ impl Sender {
 
     /// Commits the open transaction, once every record of it is delivered.
     pub(super) fn commit(&self) -> Result<(), Failure> {
-        // The library's own flush waits in steps of 100 ms.
-        self.flush()?;
+        self.deliver()?;
         self.retried("commit a transaction", || self.producer.commit_transaction(REQUEST_TIMEOUT))
     }
 
     /// Aborts the open transaction, once every record of it is delivered: what was not sent yet would be thrown
     /// away, and no aborted record would stand in the log.
     pub(super) fn abort(&self) -> Result<(), Failure> {
-        self.flush()?;
+        self.deliver()?;
         self.retried("abort a transaction", || self.producer.abort_transaction(REQUEST_TIMEOUT))
+    }
+
+    /// Waits until every record is delivered or has failed. Where nothing is told of what is delivered, the library's
+    /// own ways to wait do so in steps of 100 ms.
+    fn deliver(&self) -> Result<(), Failure> {
+        while self.producer.in_flight_count() > 0 {
+            std::thread::sleep(DELIVERY_LOOK);
+        }
+        self.flush()
     }
 
     /// Calls again what the library says may be called again.

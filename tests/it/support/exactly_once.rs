@@ -370,6 +370,7 @@ impl Scope<'_> {
     /// Waits until all there is now is written and published, and the database knows.
     #[track_caller]
     pub fn wait_until_caught_up(&self) {
+        self.await_input_markers();
         let ends = self.ends();
         wait_until_within(PATIENCE, "everything is written and published", || {
             let (committed, cursors) = (self.committed_all(), self.cursors());

@@ -188,6 +188,8 @@ const STOPS: u8 = 2;
 struct Orders {
     wanted: AtomicU8,
     is_idle: AtomicBool,
+    holds_transactions: AtomicBool,
+    are_transactions_held: AtomicBool,
 }
 
 /// Records that keep coming, a third of them without transactions, whatever happens to the brokers.
@@ -247,10 +249,13 @@ impl<S: Source> Flow<S> {
                 let count = plain_credit as usize;
                 plain_credit -= count as f64;
                 plain.write((0..count).map(|_| source.next_record()));
-                for worker in &mut workers {
+                let holds = runs && shared.holds_transactions.load(Ordering::Acquire);
+                for worker in workers.iter_mut().filter(|_| !holds) {
                     worker.drive(&mut source, &mut random, transaction_max, !runs);
                 }
-                let is_over = workers.iter().all(|worker| !worker.is_busy() && worker.credit < 1.0);
+                let is_any_busy = workers.iter().any(Worker::is_busy);
+                shared.are_transactions_held.store(holds && !is_any_busy, Ordering::Release);
+                let is_over = !is_any_busy && workers.iter().all(|worker| worker.credit < 1.0);
                 if !runs && is_over {
                     if !shared.is_idle.load(Ordering::Acquire) {
                         plain.flush();
@@ -283,6 +288,21 @@ impl<S: Source> Flow<S> {
     pub fn resume(&self) {
         self.orders.is_idle.store(false, Ordering::Release);
         self.orders.wanted.store(RUNS, Ordering::Release);
+    }
+
+    /// Begins no transaction until [`release_transactions`](Self::release_transactions), and returns when none is
+    /// open. Other records keep coming.
+    pub fn hold_transactions(&self) {
+        self.orders.holds_transactions.store(true, Ordering::Release);
+        while !self.orders.are_transactions_held.load(Ordering::Acquire) {
+            assert!(!self.thread.as_ref().unwrap().is_finished(), "the load's own thread is gone");
+            std::thread::sleep(TICK);
+        }
+    }
+
+    pub fn release_transactions(&self) {
+        self.orders.holds_transactions.store(false, Ordering::Release);
+        self.orders.are_transactions_held.store(false, Ordering::Release);
     }
 
     /// Stops and waits until all that was sent has arrived and no transaction is open.

@@ -239,6 +239,18 @@ impl Scope<'_> {
         batches
     }
 
+    /// Waits until no transaction is open in the input, and the markers of all that are over stand in it.
+    pub fn await_input_markers(&self) {
+        let consumer: BaseConsumer = self
+            .client_config()
+            .set("group.id", format!("{}_test_reader", self.input_topic))
+            .create()
+            .unwrap();
+        let metadata = consumer.fetch_metadata(Some(&self.input_topic), DEADLINE).unwrap();
+        let partitions: Vec<i32> = metadata.topics()[0].partitions().iter().map(|p| p.id()).collect();
+        self.await_markers(&consumer, &self.input_topic, &partitions);
+    }
+
     /// Waits until the last stable offsets are the ends: the broker answers the commit of a transaction before
     /// its markers stand in the partitions. A transaction that a test leaves open is not waited for in full.
     fn await_markers(&self, committed: &BaseConsumer, topic: &str, partitions: &[i32]) {

@@ -220,6 +220,7 @@ impl Scope<'_> {
             }
             rest = later;
         }
+        self.await_input_markers();
         places
     }
 }
