@@ -33,7 +33,7 @@ pub struct Arguments {
     #[command(flatten)]
     servers: ServersArguments,
     /// Records a second
-    #[arg(long, value_delimiter = ',', default_values_t = [100, 1_000, 10_000, 50_000])]
+    #[arg(long, value_delimiter = ',', default_values_t = [100, 1_000, 10_000, 50_000], value_parser = clap::value_parser!(u64).range(2..))]
     rates: Vec<u64>,
     /// Seconds at each rate
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3_600))]

@@ -1,8 +1,10 @@
 //! How far the daemons are, asked from outside and without a word to them.
 
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use tokio_postgres::NoTls;
@@ -11,13 +13,17 @@ use crate::support::{Scope, block_on};
 
 /// Short: while this is waited for, records may flow again already.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
+/// A client that has had no answer for so long may have forgotten its brokers for good (librdkafka #5301).
+const SILENCE_MAX: Duration = Duration::from_secs(10);
 
 /// Offsets by partition.
 pub type Offsets = BTreeMap<i32, i64>;
 
 /// A client of its own for each question that servers may be too ill to answer.
 pub struct Watch {
-    consumer: BaseConsumer,
+    config: ClientConfig,
+    consumer: RefCell<BaseConsumer>,
+    answered_at: Cell<Instant>,
     topic: String,
     partitions: i32,
 }
@@ -31,16 +37,30 @@ impl Watch {
             .set("isolation.level", "read_uncommitted")
             .set("topic.metadata.refresh.interval.ms", "2000")
             .set("reconnect.backoff.max.ms", "500");
-        Watch { consumer: config.create().unwrap(), topic: scope.input_topic.clone(), partitions }
+        let (consumer, topic) = (RefCell::new(config.create().unwrap()), scope.input_topic.clone());
+        Watch { config, consumer, answered_at: Cell::new(Instant::now()), topic, partitions }
+    }
+
+    /// Asks by the client, which is made anew after a long silence.
+    fn asked<T>(&self, question: impl FnOnce(&BaseConsumer) -> Option<T>) -> Option<T> {
+        let asked_at = Instant::now();
+        let answer = question(&self.consumer.borrow());
+        if answer.is_some() {
+            self.answered_at.set(Instant::now());
+        } else if asked_at.duration_since(self.answered_at.get()) > SILENCE_MAX {
+            self.consumer.replace(self.config.create().unwrap());
+            self.answered_at.set(Instant::now());
+        }
+        answer
     }
 
     /// The input's ends; none while the brokers do not tell.
     pub fn ends(&self) -> Option<Offsets> {
-        let end = |partition| {
-            let (_, end) = self.consumer.fetch_watermarks(&self.topic, partition, ANSWER_MAX).ok()?;
+        let end = |consumer: &BaseConsumer, partition| {
+            let (_, end) = consumer.fetch_watermarks(&self.topic, partition, ANSWER_MAX).ok()?;
             Some((partition, end))
         };
-        (0..self.partitions).map(end).collect()
+        self.asked(|consumer| (0..self.partitions).map(|partition| end(consumer, partition)).collect())
     }
 
     /// The group's offsets, 0 where there is none; none while the brokers do not tell.
@@ -49,7 +69,7 @@ impl Watch {
         for partition in 0..self.partitions {
             list.add_partition(&self.topic, partition);
         }
-        let answer = self.consumer.committed_offsets(list, ANSWER_MAX).ok()?;
+        let answer = self.asked(|consumer| consumer.committed_offsets(list, ANSWER_MAX).ok())?;
         let offset = |offset| match offset {
             Offset::Offset(offset) => offset,
             _ => 0,
@@ -71,14 +91,15 @@ impl Watch {
 
     /// The leader of a partition, and its replicas in sync.
     pub fn leader(&self, topic: &str, partition: i32) -> Option<(i32, usize)> {
-        let metadata = self.consumer.fetch_metadata(Some(topic), ANSWER_MAX).ok()?;
+        let metadata = self.asked(|consumer| consumer.fetch_metadata(Some(topic), ANSWER_MAX).ok())?;
         let found = metadata.topics().first()?.partitions().iter().find(|p| p.id() == partition)?;
         Some((found.leader(), found.isr().len()))
     }
 
     /// Whether every partition of the topic has `replicas` in sync.
     pub fn is_in_sync(&self, topic: &str, replicas: usize) -> bool {
-        self.consumer.fetch_metadata(Some(topic), ANSWER_MAX).is_ok_and(|metadata| {
+        let metadata = self.asked(|consumer| consumer.fetch_metadata(Some(topic), ANSWER_MAX).ok());
+        metadata.is_some_and(|metadata| {
             let partitions = metadata.topics().first().map_or(&[][..], |topic| topic.partitions());
             !partitions.is_empty() && partitions.iter().all(|p| p.leader() >= 0 && p.isr().len() >= replicas)
         })

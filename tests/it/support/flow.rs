@@ -187,7 +187,9 @@ const STOPS: u8 = 2;
 #[derive(Default)]
 struct Orders {
     wanted: AtomicU8,
-    is_idle: AtomicBool,
+    /// Pauses that were asked for, and the last one that has come about.
+    pauses: AtomicUsize,
+    paused: AtomicUsize,
     holds_transactions: AtomicBool,
     are_transactions_held: AtomicBool,
 }
@@ -230,15 +232,18 @@ impl<S: Source> Flow<S> {
         let shared = Arc::clone(&orders);
         // Which records stand where is up to threads and brokers; only what they are is up to the source's seed.
         let mut random = ChaCha8Rng::seed_from_u64(xxhash_rust::xxh3::xxh3_64(scope.input_topic.as_bytes()));
-        let mut codec = || COMPRESSIONS[random.random_range(0..COMPRESSIONS.len())];
-        let mut plain = Plain::new(scope, codec());
-        let own: Box<dyn TransactionWriter> = Box::new(LibrdkafkaWriter::new(scope, codec()));
+        let mut codec = |from| COMPRESSIONS[random.random_range(from..COMPRESSIONS.len())];
+        let mut plain = Plain::new(scope, codec(0));
+        let own: Box<dyn TransactionWriter> = Box::new(LibrdkafkaWriter::new(scope, codec(1)));
         let mut workers: Vec<Worker> = [Some(own), other].into_iter().flatten().map(Worker::start).collect();
         let tallies =
             [&plain.tally].into_iter().chain(workers.iter().map(|w| &w.tally)).map(Arc::clone).collect();
         let thread = std::thread::spawn(move || {
             let (mut plain_credit, per_tick) = (0.0, per_tick as f64);
+            let mut is_flushed = false;
             loop {
+                // In this order: whoever counts a pause has asked for it before.
+                let pauses = shared.pauses.load(Ordering::Acquire);
                 let wanted = shared.wanted.load(Ordering::Acquire);
                 let runs = wanted == RUNS;
                 if runs {
@@ -249,6 +254,11 @@ impl<S: Source> Flow<S> {
                 let count = plain_credit as usize;
                 plain_credit -= count as f64;
                 plain.write((0..count).map(|_| source.next_record()));
+                if !runs && !is_flushed {
+                    // First: partitions are to end with markers.
+                    plain.flush();
+                }
+                is_flushed = !runs;
                 let holds = runs && shared.holds_transactions.load(Ordering::Acquire);
                 for worker in workers.iter_mut().filter(|_| !holds) {
                     worker.drive(&mut source, &mut random, transaction_max, !runs);
@@ -257,10 +267,7 @@ impl<S: Source> Flow<S> {
                 shared.are_transactions_held.store(holds && !is_any_busy, Ordering::Release);
                 let is_over = !is_any_busy && workers.iter().all(|worker| worker.credit < 1.0);
                 if !runs && is_over {
-                    if !shared.is_idle.load(Ordering::Acquire) {
-                        plain.flush();
-                        shared.is_idle.store(true, Ordering::Release);
-                    }
+                    shared.paused.store(pauses, Ordering::Release);
                     if wanted == STOPS {
                         return source;
                     }
@@ -279,14 +286,14 @@ impl<S: Source> Flow<S> {
     /// Returns when all that was sent has arrived and no transaction is open.
     pub fn pause(&self) {
         self.orders.wanted.store(PAUSES, Ordering::Release);
-        while !self.orders.is_idle.load(Ordering::Acquire) {
+        let this = self.orders.pauses.fetch_add(1, Ordering::AcqRel) + 1;
+        while self.orders.paused.load(Ordering::Acquire) < this {
             assert!(!self.thread.as_ref().unwrap().is_finished(), "the load's own thread is gone");
             std::thread::sleep(TICK);
         }
     }
 
     pub fn resume(&self) {
-        self.orders.is_idle.store(false, Ordering::Release);
         self.orders.wanted.store(RUNS, Ordering::Release);
     }
 
