@@ -138,7 +138,7 @@ impl Auditor {
             return TICK;
         }
         self.used_at = Instant::now();
-        pace::rest(before, pace::thread_time()).max(Duration::from_millis(1))
+        pace::rest(before, pace::thread_time(), self.board.lag()).max(Duration::from_millis(1))
     }
 
     /// Notes how far this process has come.

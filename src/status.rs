@@ -255,6 +255,11 @@ impl Board {
         state.partitions.iter().filter_map(|(p, status)| Some((*p, status.applied?))).collect()
     }
 
+    /// Records between what is written and published and the ends, of all partitions of which that is known.
+    pub fn lag(&self) -> i64 {
+        self.state().partitions.values().filter_map(PartitionStatus::lag).sum()
+    }
+
     /// The connection to the broker broke, or the broker was not heard of for a session's time.
     pub fn broker_lost(&self) {
         self.state().broker_lost_at = Some(Instant::now());
