@@ -202,14 +202,14 @@ pub struct Flow<S> {
 }
 
 impl<S: Source> Flow<S> {
-    /// Sends `per_tick` records every 20 ms on average, two thirds of them in transactions by librdkafka.
+    /// Sends `per_tick` records every 40 ms on average, two thirds of them in transactions by librdkafka.
     pub fn start(scope: &Scope<'_>, source: S, per_tick: usize) -> Flow<S> {
         // A slow flow does not save up records for many seconds.
         let transaction_max = (per_tick * TRANSACTION_TICKS_MAX).min(TRANSACTION_MAX);
-        Flow::run(scope, source, per_tick, transaction_max, None)
+        Flow::run(scope, source, per_tick as f64 / 2.0, transaction_max, None)
     }
 
-    /// As [`Flow::start`], with transactions of up to `transaction_max` records; half of what is in transactions, a
+    /// As [`Flow::start`], every 20 ms, with transactions of up to `transaction_max` records; half of what is in transactions, a
     /// third of all, is the other writer's.
     pub fn start_beside(
         scope: &Scope<'_>,
@@ -218,13 +218,13 @@ impl<S: Source> Flow<S> {
         transaction_max: usize,
         other: Box<dyn TransactionWriter>,
     ) -> Flow<S> {
-        Flow::run(scope, source, per_tick, transaction_max, Some(other))
+        Flow::run(scope, source, per_tick as f64, transaction_max, Some(other))
     }
 
     fn run(
         scope: &Scope<'_>,
         mut source: S,
-        per_tick: usize,
+        per_tick: f64,
         transaction_max: usize,
         other: Option<Box<dyn TransactionWriter>>,
     ) -> Flow<S> {
@@ -239,7 +239,7 @@ impl<S: Source> Flow<S> {
         let tallies =
             [&plain.tally].into_iter().chain(workers.iter().map(|w| &w.tally)).map(Arc::clone).collect();
         let thread = std::thread::spawn(move || {
-            let (mut plain_credit, per_tick) = (0.0, per_tick as f64);
+            let mut plain_credit = 0.0;
             let mut is_flushed = false;
             loop {
                 // In this order: whoever counts a pause has asked for it before.
