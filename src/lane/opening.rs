@@ -53,15 +53,13 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         if waiting.is_empty() || !is_due || !self.questions.has_room() {
             return Ok(());
         }
-        let rows = match self.ledger.cursors(&waiting).await {
+        let parts = self.questions.divided(waiting);
+        let rows = match self.ledger.cursors(&parts.concat()).await {
             Ok(rows) => rows,
             Err(failure) => return self.ledger_failed("reading the cursors", failure),
         };
         let mut rows: BTreeMap<_, _> = rows.into_iter().collect();
-        for partitions in self.questions.divided(waiting) {
-            if !self.questions.has_room() {
-                break;
-            }
+        for partitions in parts {
             let rows = partitions.into_iter().map(|p| (p, rows.remove(&p).flatten())).collect();
             let question = self.questions.ask(Asked { rows, at: metrics::now() });
             self.log.ask(question);

@@ -4,7 +4,7 @@
 //! away or given again, the lane forgot what it held, its producer was made anew) forgets the question, and its answer
 //! is dropped: a group offset from before another owner's last transaction would have events sent twice.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::ports::Question;
 use crate::cursor::CursorRow;
@@ -12,6 +12,8 @@ use crate::record::{Partition, TimestampMs};
 
 /// Questions under way, those that are forgotten included: each has a thread of its own.
 const QUESTIONS_MAX: usize = 8;
+/// Partitions of a question that failed are asked about again in so many questions.
+const DIVIDED_BY: usize = 8;
 
 /// What was known when a question was asked.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -29,8 +31,9 @@ pub(super) struct Questions {
     under_way: BTreeMap<u64, Asked>,
     /// The question whose answer counts for a partition.
     current: BTreeMap<Partition, u64>,
-    /// Asked about alone: a question about them and others failed, as where a transaction holds one of the offsets.
-    alone: BTreeSet<Partition>,
+    /// How many of these may be in one question: one about them and others failed, as where a transaction holds one of
+    /// the offsets. The others are found in a few rounds.
+    together_max: BTreeMap<Partition, usize>,
 }
 
 impl Questions {
@@ -44,12 +47,16 @@ impl Questions {
         self.current.contains_key(&partition)
     }
 
-    /// Which partitions go into one question.
+    /// Which partitions go into one question, as far as there is room for questions.
     pub fn divided(&self, partitions: Vec<Partition>) -> Vec<Vec<Partition>> {
-        let (alone, together): (Vec<_>, Vec<_>) =
-            partitions.into_iter().partition(|partition| self.alone.contains(partition));
-        let together = (!together.is_empty()).then_some(together);
-        together.into_iter().chain(alone.into_iter().map(|partition| vec![partition])).collect()
+        let mut by_max: BTreeMap<usize, Vec<Partition>> = BTreeMap::new();
+        for partition in partitions {
+            let together_max = self.together_max.get(&partition).copied().unwrap_or(usize::MAX);
+            by_max.entry(together_max).or_default().push(partition);
+        }
+        // Those that never failed first.
+        let parts = by_max.iter().rev().flat_map(|(max, partitions)| partitions.chunks((*max).max(1)));
+        parts.map(<[Partition]>::to_vec).take(QUESTIONS_MAX.saturating_sub(self.under_way.len())).collect()
     }
 
     /// The next question.
@@ -65,7 +72,7 @@ impl Questions {
     pub fn forget(&mut self, partitions: &[Partition]) {
         for partition in partitions {
             self.current.remove(partition);
-            self.alone.remove(partition);
+            self.together_max.remove(partition);
         }
     }
 
@@ -85,15 +92,16 @@ impl Questions {
         Some((asked, partitions))
     }
 
-    /// The cluster did not tell: each of these is asked about alone.
+    /// The cluster did not tell: these are asked about in smaller questions.
     pub fn failed(&mut self, partitions: &[Partition]) {
-        self.alone.extend(partitions);
+        let together_max = (partitions.len() / DIVIDED_BY).max(1);
+        self.together_max.extend(partitions.iter().map(|partition| (*partition, together_max)));
     }
 
     /// The cluster told.
     pub fn succeeded(&mut self, partitions: &[Partition]) {
         for partition in partitions {
-            self.alone.remove(partition);
+            self.together_max.remove(partition);
         }
     }
 }
@@ -134,13 +142,21 @@ mod tests {
     }
 
     #[test]
-    fn what_failed_is_asked_about_alone() {
+    fn what_failed_is_asked_about_in_ever_smaller_questions() {
         let mut questions = Questions::default();
-        let all = || [1, 2, 3].map(Partition).to_vec();
-        assert_eq!(questions.divided(all()), [all()]);
-        questions.failed(&[Partition(1), Partition(3)]);
-        assert_eq!(questions.divided(all()), [[Partition(2)], [Partition(1)], [Partition(3)]]);
-        questions.succeeded(&all());
-        assert_eq!(questions.divided(all()), [all()]);
+        let all: Vec<Partition> = (0..40).map(Partition).collect();
+        let sizes = |parts: Vec<Vec<Partition>>| -> Vec<usize> { parts.iter().map(Vec::len).collect() };
+        assert_eq!(sizes(questions.divided(all.clone())), [40]);
+        questions.failed(&all);
+        assert_eq!(sizes(questions.divided(all.clone())), [5; 8]);
+        // All but one of them answer.
+        questions.succeeded(&all[5..]);
+        questions.failed(&all[..5]);
+        assert_eq!(sizes(questions.divided(all.clone())), [35, 1, 1, 1, 1, 1]);
+        // No more than there is room for.
+        for partition in 0..6 {
+            questions.ask(asked(&[partition]));
+        }
+        assert_eq!(sizes(questions.divided(all)), [35, 1]);
     }
 }
