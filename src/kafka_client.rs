@@ -80,6 +80,7 @@ mod tests {
 
     use crate::config::Settings;
     use crate::daemon::consumer_config;
+    use crate::kafka::log::lane_reader_config;
     use crate::kafka::native::transactional_config;
 
     #[test]
@@ -95,10 +96,15 @@ mod tests {
         let kafka = loaded.settings.kafka;
         let consumer = consumer_config(&kafka);
         let producer = transactional_config(&kafka, 0);
-        for config in [&consumer, &producer] {
+        let reader = lane_reader_config(&kafka);
+        for config in [&consumer, &reader, &producer] {
             assert_eq!(config.get("sasl.password"), Some("sesame"));
         }
-        assert_eq!(consumer.get("fetch.min.bytes"), Some("7"));
+        for config in [&consumer, &reader] {
+            assert_eq!(config.get("fetch.min.bytes"), Some("7"));
+        }
+        // A reader is in no group, and checks what it reads.
+        assert_eq!((reader.get("group.id"), reader.get("check.crcs")), (None, Some("true")));
         assert_eq!(producer.get("linger.ms"), Some("8"));
         assert_eq!(producer.get("transactional.id"), Some("payment-writer-test-0"));
     }

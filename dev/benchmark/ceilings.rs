@@ -128,14 +128,7 @@ struct Lane {
 }
 
 fn keep(lane: &mut Lane, record: &payment_writer::kafka::librdkafka::NativeRecord<'_>) {
-    lane.filling.push(
-        record.partition(),
-        record.offset(),
-        record.timestamp(),
-        record.key(),
-        record.value(),
-        record.headers(),
-    );
+    record.copy_into(&mut lane.filling);
     if lane.filling.len() == BATCH {
         lane.full.push(std::mem::take(&mut lane.filling));
     }

@@ -102,14 +102,7 @@ impl Input {
             let _ = scanner.read(&ranges, |record| {
                 one.clear();
                 let (partition, offset) = (record.partition(), record.offset());
-                one.push(
-                    partition,
-                    offset,
-                    record.timestamp(),
-                    record.key(),
-                    record.value(),
-                    record.headers(),
-                );
+                record.copy_into(one);
                 match one.get(0).map(|view| wire::parse(&view, rules)) {
                     Some(Ok(payment)) => read.payments.push(Payment {
                         partition,

@@ -19,7 +19,7 @@ use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{ClientContext, TopicPartitionList};
 use rdkafka_sys as sys;
 
-use crate::record::{Offset, Partition, TimestampMs};
+use crate::record::{Offset, Partition, SourceBatch, TimestampMs};
 
 /// An error object of librdkafka, read out: what failed and what the client may do about it.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -124,6 +124,12 @@ impl<'a> NativeRecord<'a> {
             sys::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_NOT_AVAILABLE => None,
             _ => Some(TimestampMs(at)),
         }
+    }
+
+    /// Copies the record into a batch.
+    pub fn copy_into(&self, batch: &mut SourceBatch) {
+        let (partition, offset, timestamp) = (self.partition(), self.offset(), self.timestamp());
+        batch.push(partition, offset, timestamp, self.key(), self.value(), self.headers());
     }
 
     /// Headers in order: name, value.

@@ -111,7 +111,7 @@ impl Fetches {
     }
 
     /// The lane has no room for what comes.
-    pub fn is_full(&mut self) {
+    pub fn note_full(&mut self) {
         self.full_at = Instant::now();
     }
 

@@ -480,7 +480,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     /// Fills the intake until there is a batch, something else to do, or nothing for a while.
     async fn collect(&mut self) {
         if self.has_batch() || self.pending.len() >= PENDING_MAX {
-            self.fetches.is_full();
+            self.fetches.note_full();
             if !(self.has_batch() && self.can_write() || self.can_publish()) {
                 self.wait_for_event(self.next_due()).await;
             }
@@ -488,7 +488,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             self.fill().await;
         }
         if self.assembly.is_full() {
-            self.fetches.is_full();
+            self.fetches.note_full();
         }
     }
 

@@ -12,7 +12,6 @@ use super::table::{Claim, Entry, Hashes, Notes, Table};
 use super::{Fault, Progress};
 use crate::batch::{Batch, PaymentView};
 use crate::cli::Failure;
-use crate::kafka::librdkafka::NativeRecord;
 use crate::kafka::scan::{ScanRange, Scanner};
 use crate::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
 use crate::wire::{self, Rules};
@@ -72,7 +71,7 @@ pub(super) fn read(
         }
     };
     let read = scanner.read(ranges, |record| {
-        push(&mut source, record);
+        record.copy_into(&mut source);
         if source.len() >= CHUNK_RECORDS_MAX || source.bytes() >= CHUNK_BYTES_MAX {
             return flush(&mut source, table);
         }
@@ -88,11 +87,6 @@ pub(super) fn read(
     // Broken off only by the failure above.
     let _ = flow.map_err(|e| Fault::Scan(e.to_string()))?;
     Ok(gathered)
-}
-
-fn push(into: &mut SourceBatch, record: &NativeRecord<'_>) {
-    let (partition, offset, timestamp) = (record.partition(), record.offset(), record.timestamp());
-    into.push(partition, offset, timestamp, record.key(), record.value(), record.headers());
 }
 
 fn settle(
@@ -222,7 +216,7 @@ pub(super) fn identify(
         .read(&ranges, |record| {
             if wanted.contains(&(record.partition(), record.offset())) {
                 one.clear();
-                push(&mut one, record);
+                record.copy_into(&mut one);
                 if let Some(view) = one.get(0)
                     && let Ok(payment) = wire::parse(&view, rules)
                 {
