@@ -23,11 +23,11 @@ test: lint ## everything CI runs: format, lints, unit, property and integration 
 	cargo test --locked --features failpoints
 
 .PHONY: bench bench-latency
-bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,v7-plain,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=3000000 JSON=FILE
-	@dev/bench throughput $(call options,cases repeat count json)
+bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,v7-plain,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=3000000 BASELINE=PROGRAM JSON=FILE
+	@dev/bench throughput $(call options,cases repeat count baseline json)
 
-bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 INPUT=plain JSON=FILE
-	@dev/bench latency $(call options,rates seconds input json)
+bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 REPEAT=1 INPUT=plain BASELINE=PROGRAM JSON=FILE
+	@dev/bench latency $(call options,rates seconds repeat input baseline json)
 
 .PHONY: bench-size
 bench-size: ## bytes a payment in each table, index and topic, and in the WAL: COUNT=1000000 JSON=FILE
@@ -61,6 +61,14 @@ joins: ## instances join and leave while a backlog of transactions is drained: C
 	PAYMENT_WRITER_TESTED_PROGRAM=$(or $(PROGRAM),$(CURDIR)/target/release/payment-writer) \
 	JOINS_COUNT=$(COUNT) JOINS_TRANSACTION=$(TRANSACTION) JOINS_JOINS=$(JOINS) JOINS_RUNS=$(RUNS) \
 	cargo test --locked --features failpoints --test it -- --ignored --exact joins::full_size --nocapture
+
+.PHONY: worst-batches
+worst-batches: ## record batches of one megabyte that grow up to a thousandfold, in each codec, in the release build; three minutes
+	@dev/install
+	@dev/servers install
+	cargo build --locked --release --bin payment-writer
+	PAYMENT_WRITER_TESTED_PROGRAM=$(CURDIR)/target/release/payment-writer \
+	cargo test --locked --features failpoints --test it -- --ignored --exact expansion::the_worst_batch_of_each_codec_is_survived --nocapture
 
 .PHONY: chaos
 # Without any of them, CI's share.

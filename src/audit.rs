@@ -29,6 +29,7 @@ use self::database::Database;
 use self::findings::Findings;
 use self::input::Input;
 use self::letters::Searched;
+use self::pace::{Rest, Used};
 use self::plan::{Part, Plan};
 use self::suspects::{Suspect, Suspects};
 use self::verdict::{Payment, Standing, charge, standing};
@@ -41,6 +42,8 @@ use crate::status::Board;
 
 /// How often the cursors are looked at.
 const TICK: Duration = Duration::from_secs(1);
+/// Between two pieces at least.
+const SHORTEST: Duration = Duration::from_millis(1);
 /// Client and session are given up when there was nothing to audit for so long.
 const IDLE: Duration = Duration::from_secs(60);
 /// After a question that failed.
@@ -77,6 +80,7 @@ pub fn spawn(settings: &Settings, topic_id: Uuid, board: &Arc<Board>) -> std::io
         used_at: Instant::now(),
         retry_at: Instant::now(),
         rows_at: None,
+        rest: None,
     };
     let (stop, stopped) = channel();
     std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
@@ -111,17 +115,21 @@ struct Auditor {
     retry_at: Instant,
     /// After a look for rows that took long: when to look again.
     rows_at: Option<Instant>,
+    /// After a piece of work.
+    rest: Option<Rest>,
 }
 
 impl Auditor {
-    /// Does one thing, and says how long to rest.
+    /// Does one thing, and says when to do the next.
     fn step(&mut self) -> Duration {
-        let now = Instant::now();
+        let (now, before) = (Instant::now(), Used::now());
         self.observe(now);
         if now < self.retry_at {
             return TICK;
         }
-        let before = pace::thread_time();
+        if let Some(left) = self.rest.and_then(|rest| rest.left(before, now)) {
+            return left;
+        }
         let due = self.suspects.take(now);
         if !due.is_empty() {
             self.look_into(due, now);
@@ -138,7 +146,8 @@ impl Auditor {
             return TICK;
         }
         self.used_at = Instant::now();
-        pace::rest(before, pace::thread_time(), self.board.lag()).max(Duration::from_millis(1))
+        self.rest = Some(Rest::after(before, Used::now(), self.board.lag(), self.used_at));
+        SHORTEST
     }
 
     /// Notes how far this process has come.

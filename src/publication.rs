@@ -92,7 +92,7 @@ pub type Header<'a> = (&'a [u8], Option<&'a [u8]>);
 pub struct Output<'a> {
     /// Where to.
     pub topic: OutputTopic,
-    /// The input record's key, untouched.
+    /// The input record's key, untouched; of a dead letter `None` also where the key is too large for it.
     pub key: Option<&'a [u8]>,
     /// The event, or the input record's value.
     pub value: Option<&'a [u8]>,
@@ -102,15 +102,19 @@ pub struct Output<'a> {
 
 /// A larger value is left out of its dead letter; its size and hash stand for it.
 pub const DEAD_LETTER_VALUE_BYTES_MAX: usize = 512 * 1024;
+/// The same of a key. A payment's key has 19 digits at most.
+pub const DEAD_LETTER_KEY_BYTES_MAX: usize = 64 * 1024;
 /// A record's own headers beyond this are left out of its outputs: an output must stay below the
 /// topic's limit, or one record would block its partition for ever.
 pub const OWN_HEADERS_BYTES_MAX: usize = 256 * 1024;
+/// What a header takes besides its name and value, at most: a length for each.
+const HEADER_BYTES: usize = 10;
 /// `correlation-id` and `traceparent` longer than this are not copied to events, for the same reason.
 pub const TRACE_HEADER_BYTES_MAX: usize = 8 * 1024;
 
 const TRACE_HEADERS: [&[u8]; 2] = [b"correlation-id", b"traceparent"];
 /// Names that an output sets itself; what the record brought under them is replaced.
-pub const REPLACED_HEADERS: [&[u8]; 9] = [
+pub const REPLACED_HEADERS: [&[u8]; 11] = [
     b"source",
     b"dlq-reason",
     b"dlq-detail",
@@ -120,6 +124,8 @@ pub const REPLACED_HEADERS: [&[u8]; 9] = [
     b"dlq-timestamp",
     b"dlq-value-bytes",
     b"dlq-value-sha256",
+    b"dlq-key-bytes",
+    b"dlq-key-sha256",
 ];
 
 /// The emission gate of one partition, and how far the transaction takes the group's offset there.
@@ -182,8 +188,29 @@ struct Scratch {
     partition: String,
     offset: String,
     timestamp: String,
+    value: LeftOut,
+    key: LeftOut,
+}
+
+/// Size and SHA-256 in hex, which stand for a key or a value that is too large for its dead letter.
+#[derive(Default)]
+struct LeftOut {
     bytes: String,
-    hash: String,
+    sha256: String,
+}
+
+impl LeftOut {
+    /// `content` if it has at most `bytes_max`; else `None`, and this stands for it.
+    fn unless_small<'a>(&mut self, content: Option<&'a [u8]>, bytes_max: usize) -> Option<&'a [u8]> {
+        let Some(large) = content.filter(|content| content.len() > bytes_max) else { return content };
+        self.bytes.clear();
+        self.sha256.clear();
+        let _ = write!(self.bytes, "{}", large.len());
+        for byte in Sha256::digest(large) {
+            let _ = write!(self.sha256, "{byte:02x}");
+        }
+        None
+    }
 }
 
 impl Publication {
@@ -379,19 +406,14 @@ fn dead_letter<E>(
     let _ = write!(scratch.partition, "{}", record.partition);
     let _ = write!(scratch.offset, "{}", record.offset);
     let _ = write!(scratch.timestamp, "{}", record.timestamp.map_or(-1, |t| t.0));
-    let mut value = record.value;
-    if let Some(bytes) = value.filter(|v| v.len() > DEAD_LETTER_VALUE_BYTES_MAX) {
-        scratch.bytes.clear();
-        scratch.hash.clear();
-        let _ = write!(scratch.bytes, "{}", bytes.len());
-        for byte in Sha256::digest(bytes) {
-            let _ = write!(scratch.hash, "{byte:02x}");
-        }
-        value = None;
-    }
-    let left_out = value.is_none() && record.value.is_some();
-    let own_bytes: usize = record.headers.iter().map(|(name, v)| name.len() + v.map_or(0, <[u8]>::len)).sum();
-    let mut headers: Vec<Header<'_>> = Vec::with_capacity(record.headers.len() + 10);
+    let value = scratch.value.unless_small(record.value, DEAD_LETTER_VALUE_BYTES_MAX);
+    let key = scratch.key.unless_small(record.key, DEAD_LETTER_KEY_BYTES_MAX);
+    let own_bytes: usize = record
+        .headers
+        .iter()
+        .map(|(name, value)| name.len() + value.map_or(0, <[u8]>::len) + HEADER_BYTES)
+        .sum();
+    let mut headers: Vec<Header<'_>> = Vec::new();
     if own_bytes <= OWN_HEADERS_BYTES_MAX {
         headers.extend(record.headers.iter().filter(|(name, _)| !REPLACED_HEADERS.contains(name)));
     }
@@ -403,12 +425,16 @@ fn dead_letter<E>(
         (b"dlq-offset", Some(scratch.offset.as_bytes())),
         (b"dlq-timestamp", Some(scratch.timestamp.as_bytes())),
     ]);
-    if left_out {
-        headers.push((b"dlq-value-bytes", Some(scratch.bytes.as_bytes())));
-        headers.push((b"dlq-value-sha256", Some(scratch.hash.as_bytes())));
+    if value.is_none() && record.value.is_some() {
+        headers.push((b"dlq-value-bytes", Some(scratch.value.bytes.as_bytes())));
+        headers.push((b"dlq-value-sha256", Some(scratch.value.sha256.as_bytes())));
+    }
+    if key.is_none() && record.key.is_some() {
+        headers.push((b"dlq-key-bytes", Some(scratch.key.bytes.as_bytes())));
+        headers.push((b"dlq-key-sha256", Some(scratch.key.sha256.as_bytes())));
     }
     headers.push((b"source", Some(scratch.source.as_bytes())));
-    let output = Output { topic: OutputTopic::DeadLetter, key: record.key, value, headers: &headers };
+    let output = Output { topic: OutputTopic::DeadLetter, key, value, headers: &headers };
     send(&output)?;
     if let Some(count) = counts.by_topic.get_mut(OutputTopic::DeadLetter.index()) {
         *count += 1;

@@ -53,6 +53,10 @@ impl fmt::Display for NextOffset {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct TimestampMs(pub i64);
 
+/// Bytes that a batch which was emptied keeps room for: four times the shipped `batch.max_bytes`. What a value of a
+/// gigabyte took beyond that is given back.
+const KEPT_BYTES_MAX: usize = 64 << 20;
+
 #[derive(Clone, Copy, Debug)]
 struct Span {
     start: u32,
@@ -162,7 +166,7 @@ impl SourceBatch {
     }
 
     fn store(&mut self, bytes: &[u8]) -> Span {
-        // A batch is closed at `batch.max_bytes`, which the settings keep far below 4 GiB.
+        // A batch is closed at `batch.max_bytes`, at most 256 MiB, and one record has less than 2 GiB.
         let span = Span { start: self.bytes.len() as u32, len: bytes.len() as u32 };
         self.bytes.extend_from_slice(bytes);
         span
@@ -213,9 +217,10 @@ impl SourceBatch {
         self.iter().filter(|record| record.headers.iter().any(|(found, _)| found == name)).count()
     }
 
-    /// Empties the batch and keeps its memory for the next one.
+    /// Empties the batch and keeps its memory for the next one, up to [`KEPT_BYTES_MAX`].
     pub fn clear(&mut self) {
         self.bytes.clear();
+        self.bytes.shrink_to(KEPT_BYTES_MAX);
         self.records.clear();
         self.headers.clear();
     }

@@ -1,6 +1,7 @@
 //! Latency as a consumer of the read topic sees it: from the input record's timestamp, which is the event's
 //! `createdAt`, to the moment at which a `read_committed` consumer has the event.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -17,7 +18,7 @@ use crate::report::{self, Lines};
 use crate::row;
 use crate::site::{Amount, Input, Servers, Site};
 use crate::stats::Histogram;
-use crate::{Outcome, ServersArguments};
+use crate::{BaselineArguments, Outcome, ServersArguments};
 
 /// Events are waited for this long after the last record was sent: a daemon that does not keep up works off
 /// its backlog in this time, or is said not to have kept up.
@@ -26,12 +27,19 @@ const FETCH_LIMIT: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(20);
 /// At a thousand a second it would take the broker hours to compile what it needs for that.
 const WARM_UP_RATE: u64 = 20_000;
+/// Seconds of it before each further daemon: the broker has compiled itself by then.
+const WARM_UP_AGAIN: u64 = 10;
 
 /// `bench latency`
 #[derive(Parser)]
 pub struct Arguments {
     #[command(flatten)]
     servers: ServersArguments,
+    #[command(flatten)]
+    baseline: BaselineArguments,
+    /// How often each rate is measured
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
+    repeat: u64,
     /// Records a second
     #[arg(long, value_delimiter = ',', default_values_t = [100, 1_000, 10_000, 50_000], value_parser = clap::value_parser!(u64).range(2..))]
     rates: Vec<u64>,
@@ -138,6 +146,7 @@ fn probe_config(brokers: &str) -> ClientConfig {
 /// What came of one rate.
 struct Rate {
     input: Input,
+    is_baseline: bool,
     wanted: u64,
     sent: u64,
     sent_per_second: f64,
@@ -189,14 +198,52 @@ fn measure(
     let cores = [used[0], used[1], used[2], probe_used, load_used].map(|seconds| seconds / took);
     let latencies = probe.finish();
     let (sent, sent_per_second) = (sent.records, sent.records_per_second);
-    Ok(Rate { input: arguments.input, wanted, sent, sent_per_second, latencies, behind, cores, others })
+    let is_baseline = site.is_baseline();
+    Ok(Rate {
+        input: arguments.input,
+        is_baseline,
+        wanted,
+        sent,
+        sent_per_second,
+        latencies,
+        behind,
+        cores,
+        others,
+    })
 }
 
 /// `bench latency`
 pub fn run(arguments: &Arguments) -> Outcome<()> {
     let mut lines = Lines::new(arguments.servers.json.as_deref())?;
     let servers = Servers::find(&arguments.servers)?;
-    let site = Site::create(&servers)?;
+    let mut programs = vec![servers.program.as_path()];
+    programs.extend(arguments.baseline.baseline.as_deref());
+    let mut measured = Vec::new();
+    let mut warm_up = arguments.warm_up;
+    for round in 1..=arguments.repeat {
+        for program in &programs {
+            eprintln!("bench: run {round} of {}", program.display());
+            measured.extend(measure_rates(&servers, program, arguments, warm_up, &mut lines)?);
+            warm_up = arguments.warm_up.min(WARM_UP_AGAIN);
+        }
+        // Every other round backwards: what drifts evenly hits both alike.
+        programs.reverse();
+    }
+    measured.sort_by_key(|rate| (rate.wanted, rate.is_baseline));
+    print(&measured);
+    lines.finish();
+    Ok(())
+}
+
+/// All rates, one after the other, with a daemon of this build.
+fn measure_rates(
+    servers: &Servers,
+    program: &Path,
+    arguments: &Arguments,
+    warm_up: u64,
+    lines: &mut Lines,
+) -> Outcome<Vec<Rate>> {
+    let site = Site::create_for(servers, program)?;
     let mut daemon = Daemon::start(&site, 0, &[])?;
     let kafka = site.settings()?.kafka;
     let reader = Reader::new(&probe_config(&kafka.bootstrap_servers), &kafka.read_topic, NextOffset(0), 1)?;
@@ -209,7 +256,7 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
     }
     // No more than all rates take, each with its time to catch up.
     let rates = arguments.rates.len() as u64 + 1;
-    let limit = Duration::from_secs(rates * (arguments.seconds + 10) + arguments.warm_up)
+    let limit = Duration::from_secs(rates * (arguments.seconds + 10) + warm_up)
         + 2 * CATCH_UP_LIMIT * u32::try_from(rates).unwrap_or(u32::MAX);
     let probe = Probe::default();
     let measured = std::thread::scope(|scope| {
@@ -221,8 +268,8 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
             outcome
         });
         let measured = (|| {
-            eprintln!("bench: warming up for {} s", arguments.warm_up);
-            measure(&site, &mut daemon, &probe, arguments, WARM_UP_RATE, arguments.warm_up)?;
+            eprintln!("bench: warming up for {} s", warm_up);
+            measure(&site, &mut daemon, &probe, arguments, WARM_UP_RATE, warm_up)?;
             let mut measured = Vec::new();
             for wanted in &arguments.rates {
                 eprintln!("bench: {wanted}/s for {} s", arguments.seconds);
@@ -248,9 +295,7 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
     if odd > 0 {
         return Err(format!("{odd} read events have no time that could be read"));
     }
-    print(&measured);
-    lines.finish();
-    Ok(())
+    Ok(measured)
 }
 
 fn ms(rate: &Rate, share: f64) -> Option<u64> {
@@ -266,7 +311,7 @@ fn json_line(rate: &Rate) -> serde_json::Value {
         .map(|(name, share)| ((*name).to_owned(), json!((share * 1_000.0).round() / 10.0)))
         .collect();
     json!({
-        "benchmark": "latency", "input": format!("{:?}", rate.input).to_lowercase(), "rate": rate.wanted, "sent_per_s": rate.sent_per_second.round(), "sent": rate.sent,
+        "benchmark": "latency", "is_baseline": rate.is_baseline, "input": format!("{:?}", rate.input).to_lowercase(), "rate": rate.wanted, "sent_per_s": rate.sent_per_second.round(), "sent": rate.sent,
         "events": rate.latencies.total(), "latency_ms": latency,
         "caught_up_after_s": rate.behind.map(|seconds| (seconds * 1_000.0).round() / 1_000.0),
         "cpu_percent_of_one_core": cpu, "cpu_share_of_others": (rate.others * 1_000.0).round() / 1_000.0,
@@ -274,11 +319,13 @@ fn json_line(rate: &Rate) -> serde_json::Value {
 }
 
 fn print(rates: &[Rate]) {
-    let mut rows = vec![row!["rate", "sent/s", "events"]];
+    let whose = |rate: &Rate| if rate.is_baseline { "baseline" } else { "" };
+    let mut rows = vec![row!["rate", "of", "sent/s", "events"]];
     rows[0].extend(SHARES.iter().map(|(name, _)| format!("{name} ms")));
     rows[0].push("caught up after".to_owned());
     for rate in rates {
-        let mut row = row![rate.wanted, format!("{:.0}", rate.sent_per_second), rate.latencies.total()];
+        let mut row =
+            row![rate.wanted, whose(rate), format!("{:.0}", rate.sent_per_second), rate.latencies.total()];
         row.extend(
             SHARES.iter().map(|(_, share)| ms(rate, *share).map_or("-".to_owned(), |ms| ms.to_string())),
         );
@@ -286,11 +333,11 @@ fn print(rates: &[Rate]) {
         rows.push(row);
     }
     report::print("From the record's timestamp to the visible read event", &rows);
-    let mut rows = vec![row!["rate"]];
+    let mut rows = vec![row!["rate", "of"]];
     rows[0].extend(WHO.iter().map(|who| format!("{who} %")));
     rows[0].push("others %".to_owned());
     for rate in rates {
-        let mut row = row![rate.wanted];
+        let mut row = row![rate.wanted, whose(rate)];
         row.extend(rate.cores.iter().map(|share| format!("{:.1}", share * 100.0)));
         row.push(format!("{:.1}", rate.others * 100.0));
         rows.push(row);

@@ -50,6 +50,14 @@ pub struct ServersArguments {
     pub json: Option<PathBuf>,
 }
 
+/// Another build of the daemon beside this one.
+#[derive(Args)]
+pub struct BaselineArguments {
+    /// Another build of payment-writer that is measured too, in turn with the one beside this program
+    #[arg(long, value_name = "FILE")]
+    pub baseline: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = processes::end_children_on_signals().and_then(|()| match &arguments.command {

@@ -33,7 +33,8 @@ pub struct Servers {
     pub postgres: Vec<u32>,
     admin_url: String,
     writer_url: String,
-    program: PathBuf,
+    /// The program that is beside this one: it writes the input of all sites.
+    pub program: PathBuf,
     folder: PathBuf,
     sites: AtomicU32,
     logs: AtomicU32,
@@ -86,7 +87,7 @@ impl Servers {
             admin_url: variable("DEV_POSTGRES_ADMIN_URL")?,
             writer_url: variable("PAYMENT_WRITER__POSTGRES__URL")?,
             program,
-            folder: logs,
+            folder: logs.canonicalize().map_err(failed("finding a folder"))?,
             sites: AtomicU32::new(0),
             logs: AtomicU32::new(0),
         })
@@ -221,19 +222,31 @@ pub struct Site<'a> {
     /// Name of the database and the group, and the beginning of the topics' names.
     pub name: String,
     pub url: String,
+    /// The build of payment-writer whose schema this is, and which runs here.
+    program: PathBuf,
 }
 
 impl<'a> Site<'a> {
     /// Makes the database with its schema, and the topics.
     pub fn create(servers: &'a Servers) -> Outcome<Self> {
+        Self::create_for(servers, &servers.program)
+    }
+
+    /// The same for another build of the program.
+    pub fn create_for(servers: &'a Servers, program: &Path) -> Outcome<Self> {
         let name = format!("bench_{}", servers.sites.fetch_add(1, Ordering::Relaxed) + 1);
         let url = with_database(&servers.writer_url, &name)
             .ok_or("PAYMENT_WRITER__POSTGRES__URL has no database")?;
         servers.administer(&[&format!("CREATE DATABASE {name} OWNER payment_writer")])?;
-        let site = Self { servers, name, url };
+        let site = Self { servers, name, url, program: program.to_owned() };
         site.run(&["migrate"])?;
         site.run(&["topics", "create"])?;
         Ok(site)
+    }
+
+    /// Whether another build than the one beside this program runs here.
+    pub fn is_baseline(&self) -> bool {
+        self.program != self.servers.program
     }
 
     fn topic(&self, what: &str) -> String {
@@ -271,8 +284,14 @@ impl<'a> Site<'a> {
 
     /// Starts one of the program's commands; `more` are further settings, in the environment's spelling.
     pub fn start(&self, arguments: &[&str], more: &[(&str, &str)]) -> Outcome<Guarded> {
+        self.start_of(&self.program, arguments, more)
+    }
+
+    fn start_of(&self, program: &Path, arguments: &[&str], more: &[(&str, &str)]) -> Outcome<Guarded> {
         let log = self.file("log");
-        let mut command = Command::new(&self.servers.program);
+        let mut command = Command::new(program);
+        // A settings file that lies about is of one build; the shipped values are in the program.
+        command.current_dir(&self.servers.folder);
         command.args(arguments).envs(self.variables());
         command.envs(more.iter().map(|(name, value)| (format!("PAYMENT_WRITER__{name}"), value)));
         Guarded::spawn(&format!("payment-writer {}", arguments.join(" ")), &mut command, &log)
@@ -297,7 +316,7 @@ impl<'a> Site<'a> {
         let path = report.to_string_lossy().into_owned();
         let mut words = vec!["produce", "--report", &path];
         words.extend_from_slice(arguments);
-        Ok(Sending(vec![(self.start(&words, &[])?, report)]))
+        Ok(Sending(vec![(self.start_of(&self.servers.program, &words, &[])?, report)]))
     }
 
     /// Starts to send so many records in one of the ways in which input is written; `arguments` as for

@@ -1,5 +1,6 @@
 //! Drains of preloaded payments, case by case and in turn.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -13,7 +14,7 @@ use crate::report::{self, Lines};
 use crate::row;
 use crate::site::{Amount, Counter, Input, Sent, Servers, Site, failed};
 use crate::stats::Spread;
-use crate::{Outcome, ServersArguments};
+use crate::{BaselineArguments, Outcome, ServersArguments};
 
 /// Sending the records of one run.
 pub const PRODUCE_LIMIT: Duration = Duration::from_secs(1_200);
@@ -28,7 +29,7 @@ const LOOK_MIN: Duration = Duration::from_millis(5);
 const LOOK_FIRST: Duration = Duration::from_millis(10);
 
 const AFTER_HELP: &str = "\
-Cases: v7, v4, v7-plain; lanes-1 to lanes-4; instances-2; duplicates-0.1, duplicates-1, duplicates-1-v4,
+Cases: v7, v4, v7-plain; lanes-1 to lanes-4; instances-2; audit-off; duplicates-0.1, duplicates-1, duplicates-1-v4,
 duplicates-10 (percent); dead-letters-1 (percent); table-0m-v7, table-0m-v4, table-10m-v7,
 table-10m-v4, table-30m-v7, table-30m-v4; value-1k, value-4k; accounts-100, accounts-1000, accounts-1000000. The beginning of
 names, up to a dash, stands for all of them (table, lanes, table-10m) where no case has that name; all for all. Ids are v7
@@ -44,6 +45,8 @@ transactions and compression, as in figures from before 2026-11-29.";
 pub struct Arguments {
     #[command(flatten)]
     servers: ServersArguments,
+    #[command(flatten)]
+    baseline: BaselineArguments,
     /// What to measure
     #[arg(long, value_delimiter = ',', default_values_t = ["v7".to_owned(), "v4".to_owned()])]
     cases: Vec<String>,
@@ -74,7 +77,9 @@ struct Case {
     /// Millions of ids that are in the idempotency table beforehand, where one database serves all runs.
     table_millions: Option<u64>,
     /// The case that it is compared with.
-    base: Option<&'static str>,
+    base: Option<String>,
+    /// Another build of the daemon than the one beside this program.
+    program: Option<PathBuf>,
 }
 
 impl Case {
@@ -88,11 +93,12 @@ impl Case {
             instances: 1,
             table_millions: None,
             base: None,
+            program: None,
         }
     }
 
     fn against(mut self, base: &'static str) -> Self {
-        self.base = Some(base);
+        self.base = Some(base.to_owned());
         self
     }
 }
@@ -108,6 +114,7 @@ fn all_cases() -> Vec<Case> {
         cases.push(Case { settings: vec![("LANES", lanes)], ..Case::new(name, &V7) });
     }
     cases.push(Case { instances: 2, ..Case::new("instances-2", &V7) });
+    cases.push(Case { settings: vec![("AUDIT__SHARE", "0")], ..Case::new("audit-off", &V7).against("v7") });
     for (name, share) in [("duplicates-0.1", "0.001"), ("duplicates-1", "0.01"), ("duplicates-10", "0.1")] {
         cases.push(Case::new(name, &with(&["--duplicates", share])).against("v7"));
     }
@@ -118,7 +125,7 @@ fn all_cases() -> Vec<Case> {
     for millions in [0, 10, 30] {
         for (kind, words, base) in [("v7", &V7, "table-0m-v7"), ("v4", &V4, "table-0m-v4")] {
             let name = format!("table-{millions}m-{kind}");
-            let base = (millions > 0).then_some(base);
+            let base = (millions > 0).then(|| base.to_owned());
             cases.push(Case { table_millions: Some(millions), base, ..Case::new(&name, words) });
         }
     }
@@ -148,14 +155,30 @@ fn chosen(names: &[String]) -> Outcome<Vec<Case>> {
             return Err(format!("there is no case {name:?}; there are all, {}", known.join(", ")));
         }
     }
-    let bases: Vec<&str> =
-        all.iter().zip(&wanted).filter(|(_, wanted)| **wanted).filter_map(|(case, _)| case.base).collect();
+    let bases: Vec<&String> = all
+        .iter()
+        .zip(&wanted)
+        .filter(|(_, wanted)| **wanted)
+        .filter_map(|(case, _)| case.base.as_ref())
+        .collect();
     Ok(all
         .iter()
         .zip(wanted)
-        .filter(|(c, w)| *w || bases.contains(&&*c.name))
+        .filter(|(c, w)| *w || bases.contains(&&c.name))
         .map(|(c, _)| c.clone())
         .collect())
+}
+
+/// Each case with this build and with another one, which it is compared with.
+fn with_baseline(cases: Vec<Case>, program: &Path) -> Vec<Case> {
+    let twin = |mut case: Case| {
+        let mut baseline = case.clone();
+        baseline.name = format!("{} baseline", case.name);
+        (baseline.program, baseline.base) = (Some(program.to_owned()), None);
+        case.base = Some(baseline.name.clone());
+        [case, baseline]
+    };
+    cases.into_iter().flat_map(twin).collect()
 }
 
 /// One run of a case.
@@ -405,7 +428,10 @@ fn rate_line(run: &Run) -> String {
 
 /// `bench throughput`
 pub fn run(arguments: &Arguments) -> Outcome<()> {
-    let cases = chosen(&arguments.cases)?;
+    let mut cases = chosen(&arguments.cases)?;
+    if let Some(program) = &arguments.baseline.baseline {
+        cases = with_baseline(cases, program);
+    }
     let mut lines = Lines::new(arguments.servers.json.as_deref())?;
     let servers = Servers::find(&arguments.servers)?;
     let count = arguments.count;
@@ -445,10 +471,15 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
         }
         for index in order {
             let case = &cases[index];
-            let seed = round * 100 + 1 + index as u64;
+            // The same for a case and its baseline.
+            let seed =
+                round * 100 + 1 + index as u64 / if arguments.baseline.baseline.is_some() { 2 } else { 1 };
             let run = match tables.iter().find(|(millions, _)| Some(*millions) == case.table_millions) {
                 Some((_, site)) => measure(site, case, count, seed),
-                None => measure(&Site::create(&servers)?, case, count, seed),
+                None => {
+                    let program = case.program.as_ref().unwrap_or(&servers.program);
+                    measure(&Site::create_for(&servers, program)?, case, count, seed)
+                }
             }
             .map_err(|message| format!("case {}, run {round}: {message}", case.name))?;
             eprintln!("bench: run {round}  {:<17} {}", case.name, rate_line(&run));
@@ -553,9 +584,10 @@ fn print_all(cases: &[Case], runs: &[Vec<Run>], ceilings: &[Ceiling]) {
     }
     report::print("The steps of both transactions, ms a batch; median (least..most)", &rows);
 
-    let mut rows = vec![row!["case", "compared with", "CPU of all", "records/s"]];
+    let mut rows =
+        vec![row!["case", "compared with", "CPU of the daemon", "of the broker", "of all", "records/s"]];
     for (case, own) in each() {
-        let Some(base) = cases.iter().position(|other| case.base == Some(other.name.as_str())) else {
+        let Some(base) = cases.iter().position(|other| case.base.as_ref() == Some(&other.name)) else {
             continue;
         };
         // Run by run, so that what slows a whole round down cancels out.
@@ -563,7 +595,14 @@ fn print_all(cases: &[Case], runs: &[Vec<Run>], ceilings: &[Ceiling]) {
             let pairs = own.iter().zip(&runs[base]).map(|(run, base)| figure(run) / figure(base));
             Spread::of(pairs).map_or(String::new(), |spread| format!("{spread:.2}"))
         };
-        rows.push(row![case.name, cases[base].name, ratio(Run::micros_of_all), ratio(Run::rate)]);
+        rows.push(row![
+            case.name,
+            cases[base].name,
+            ratio(|run| run.micros(0)),
+            ratio(|run| run.micros(1)),
+            ratio(Run::micros_of_all),
+            ratio(Run::rate)
+        ]);
     }
     if rows.len() > 1 {
         report::print("Ratios to the base case, of the runs of one round; median (least..most)", &rows);
@@ -619,6 +658,17 @@ mod tests {
         assert_eq!(names(&["duplicates-1"]), ["v7", "duplicates-1"]);
         assert_eq!(names(&["duplicates-1-v4"]), ["v4", "duplicates-1-v4"]);
         assert_eq!(names(&["table-10m"]), ["table-0m-v7", "table-0m-v4", "table-10m-v7", "table-10m-v4"]);
+    }
+
+    #[test]
+    fn a_baseline_doubles_each_case() {
+        let cases =
+            with_baseline(chosen(&["lanes-1".to_owned(), "v4".to_owned()]).unwrap(), Path::new("old"));
+        let named: Vec<&str> = cases.iter().map(|case| case.name.as_str()).collect();
+        assert_eq!(named, ["v4", "v4 baseline", "lanes-1", "lanes-1 baseline"]);
+        assert_eq!(cases[2].base.as_deref(), Some("lanes-1 baseline"));
+        assert_eq!((&cases[2].program, cases[3].program.as_deref()), (&None, Some(Path::new("old"))));
+        assert_eq!(cases[3].settings, cases[2].settings);
     }
 
     #[test]

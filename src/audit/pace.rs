@@ -1,59 +1,120 @@
-//! How long the audit rests, so that it takes a small share of one processor however much there is to audit.
+//! How long the audit rests, so that it takes a small share of the processor however much there is to audit.
 
-use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
 
 /// After each piece it rests so many times as long as its thread ran for it. The client's threads run nearly as long
 /// again, so that the whole takes less than half a percent of one core.
 const REST: u32 = 400;
-/// While a backlog is worked off: the processor is wanted elsewhere, and others may have most of it.
-const REST_IN_BACKLOG: u32 = 1_000;
+/// While a backlog is worked off the processor is wanted elsewhere, and others may have most of it: then it is the
+/// whole process that must have run so many times as long as the thread did. With the client's threads that is
+/// two thirds of a percent of what the daemon uses.
+const WORK_BETWEEN: u32 = 300;
 /// Records between what is written and published and the log's end that are a backlog.
 const BACKLOG: i64 = 10_000;
-/// Where the system does not say how long a thread ran: what a piece of usual size takes.
-const USUAL: Duration = Duration::from_millis(3);
-/// After a piece that took unusually long.
-const REST_MAX: Duration = Duration::from_secs(20);
+/// After a piece that took unusually long, and where the process hardly runs.
+const REST_MAX: Duration = Duration::from_secs(30);
+/// How often a resting audit looks whether it may go on.
+pub const LOOK: Duration = Duration::from_millis(250);
 
-/// Time that this thread has spent on a processor, if the system says it.
-pub fn thread_time() -> Option<Duration> {
-    parse(&fs::read_to_string("/proc/thread-self/schedstat").ok()?)
+/// Processor time that has been used so far.
+#[derive(Clone, Copy, Debug)]
+pub struct Used {
+    thread: Duration,
+    process: Duration,
 }
 
-fn parse(schedstat: &str) -> Option<Duration> {
-    schedstat.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
+impl Used {
+    /// By this thread, and by the whole process.
+    pub fn now() -> Self {
+        let used = |clock| Duration::try_from(clock_gettime(clock)).unwrap_or_default();
+        Self { thread: used(ClockId::ThreadCPUTime), process: used(ClockId::ProcessCPUTime) }
+    }
 }
 
-/// How long to rest after a piece, by the thread's time before and after it, and the process's lag in records.
-pub fn rest(before: Option<Duration>, after: Option<Duration>, lag: i64) -> Duration {
-    let ran = before.zip(after).map_or(USUAL, |(before, after)| after.saturating_sub(before));
-    let times = if lag >= BACKLOG { REST_IN_BACKLOG } else { REST };
-    ran.saturating_mul(times).min(REST_MAX)
+/// When the audit goes on after a piece.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rest {
+    /// It goes on at this time, whatever was used.
+    until: Instant,
+    /// In a backlog, also when the process has used so much.
+    until_used: Option<Duration>,
+}
+
+impl Rest {
+    /// The rest that a piece needs, by what was used before and after it, and the process's lag in records.
+    pub fn after(before: Used, after: Used, lag: i64, now: Instant) -> Self {
+        let ran = after.thread.saturating_sub(before.thread);
+        if lag < BACKLOG {
+            return Self { until: now + ran.saturating_mul(REST).min(REST_MAX), until_used: None };
+        }
+        let until_used = after.process.saturating_add(ran.saturating_mul(WORK_BETWEEN));
+        Self { until: now + REST_MAX, until_used: Some(until_used) }
+    }
+
+    /// Time until this is over, or until it is to be looked at again; `None`: it is over.
+    pub fn left(self, used: Used, now: Instant) -> Option<Duration> {
+        let left = self.until.saturating_duration_since(now);
+        let is_over = left.is_zero() || self.until_used.is_some_and(|until| used.process >= until);
+        (!is_over).then(|| left.min(LOOK))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_rest_is_in_proportion_to_the_work_and_bounded() {
-        let ms = |ms| Some(Duration::from_millis(ms));
-        assert_eq!(rest(ms(10), ms(12), 0), Duration::from_millis(800));
-        assert_eq!(rest(ms(10), ms(12), BACKLOG), Duration::from_secs(2));
-        assert_eq!(rest(None, ms(12), 0), USUAL * REST);
-        assert_eq!(rest(ms(0), ms(900), 0), REST_MAX);
-        assert_eq!(rest(ms(5), ms(5), 0), Duration::ZERO);
+    fn used(thread_ms: u64, process_ms: u64) -> Used {
+        Used { thread: Duration::from_millis(thread_ms), process: Duration::from_millis(process_ms) }
+    }
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
     }
 
     #[test]
-    fn the_time_of_this_thread_is_read() {
-        assert_eq!(parse("1500000 27 3\n"), Some(Duration::from_micros(1_500)));
-        assert_eq!(parse(""), None);
-        if let Some(before) = thread_time() {
-            let mut sum = 0_u64;
-            while thread_time().is_some_and(|now| now <= before) {
-                sum = std::hint::black_box(sum + 1);
-            }
+    fn without_a_backlog_it_rests_in_proportion_to_its_own_work() {
+        let now = Instant::now();
+        let rest = Rest::after(used(10, 50), used(12, 52), BACKLOG - 1, now);
+        assert_eq!(rest.left(used(12, 52), now), Some(LOOK));
+        // However much the process does.
+        assert_eq!(rest.left(used(12, 90_000), now + ms(790)), Some(ms(10)));
+        assert_eq!(rest.left(used(12, 52), now + ms(800)), None);
+    }
+
+    #[test]
+    fn in_a_backlog_it_rests_until_the_process_has_done_its_work() {
+        let now = Instant::now();
+        let rest = Rest::after(used(10, 50), used(12, 52), BACKLOG, now);
+        assert_eq!(rest.left(used(12, 651), now + ms(5_000)), Some(LOOK));
+        assert_eq!(rest.left(used(12, 652), now + ms(300)), None);
+    }
+
+    #[test]
+    fn no_rest_is_longer_than_its_bound() {
+        let now = Instant::now();
+        for lag in [0, BACKLOG] {
+            let rest = Rest::after(used(0, 0), used(900, 900), lag, now);
+            assert!(rest.left(used(900, 900), now + REST_MAX - ms(1)).is_some(), "{lag}");
+            assert_eq!(rest.left(used(900, 900), now + REST_MAX), None, "{lag}");
+        }
+    }
+
+    #[test]
+    fn a_piece_that_took_no_time_needs_no_rest() {
+        let now = Instant::now();
+        for lag in [0, BACKLOG] {
+            assert_eq!(Rest::after(used(5, 9), used(5, 9), lag, now).left(used(5, 9), now), None, "{lag}");
+        }
+    }
+
+    #[test]
+    fn what_is_used_grows_with_work() {
+        let before = Used::now();
+        let mut sum = 0_u64;
+        while Used::now().thread <= before.thread || Used::now().process <= before.process {
+            sum = std::hint::black_box(sum + 1);
         }
     }
 }

@@ -47,7 +47,7 @@ pub struct Letter<'a> {
     pub place: Place,
     /// Its own timestamp: when it was dead-lettered.
     pub lettered_at: Option<TimestampMs>,
-    /// The record's key, untouched.
+    /// The record's key, untouched, or null if it was left out.
     pub key: Option<&'a [u8]>,
     /// The record's value, untouched, or null if it was left out.
     pub value: Option<&'a [u8]>,
@@ -75,9 +75,11 @@ pub struct Label<'a> {
     pub timestamp: Option<TimestampMs>,
     /// Size and SHA-256 of a value that was left out.
     pub left_out: Option<LeftOut<'a>>,
+    /// The same of a key.
+    pub key_left_out: Option<LeftOut<'a>>,
 }
 
-/// What stands for a value that was left out.
+/// What stands for a value or a key that was left out.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LeftOut<'a> {
     /// Its size.
@@ -99,8 +101,9 @@ fn number<T: FromStr>(headers: &[Header<'_>], name: &str) -> Option<T> {
 fn label<'a>(headers: &[Header<'a>]) -> Option<Label<'a>> {
     let reason = text(headers, "dlq-reason")?;
     let timestamp: i64 = number(headers, "dlq-timestamp")?;
-    let left_out = text(headers, "dlq-value-bytes")
-        .map(|bytes| LeftOut { bytes, sha256: text(headers, "dlq-value-sha256").unwrap_or_default() });
+    let left_out = |bytes, sha256| {
+        text(headers, bytes).map(|bytes| LeftOut { bytes, sha256: text(headers, sha256).unwrap_or_default() })
+    };
     Some(Label {
         reason: Reason::ALL.into_iter().find(|known| known.as_str() == reason),
         detail: text(headers, "dlq-detail")?,
@@ -108,7 +111,8 @@ fn label<'a>(headers: &[Header<'a>]) -> Option<Label<'a>> {
         partition: Partition(number(headers, "dlq-partition")?),
         offset: Offset(number(headers, "dlq-offset")?),
         timestamp: (timestamp >= 0).then_some(TimestampMs(timestamp)),
-        left_out,
+        left_out: left_out("dlq-value-bytes", "dlq-value-sha256"),
+        key_left_out: left_out("dlq-key-bytes", "dlq-key-sha256"),
     })
 }
 

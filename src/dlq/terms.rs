@@ -33,6 +33,8 @@ pub enum Objection {
     OtherTopic,
     /// Its value was left out.
     ValueLeftOut,
+    /// Its key was left out.
+    KeyLeftOut,
     /// Its record has no timestamp that could be kept.
     NoTimestamp,
     /// Its record is stamped further ahead than brokers take.
@@ -52,6 +54,7 @@ impl Objection {
             Self::NotADeadLetter => "not_a_dead_letter",
             Self::OtherTopic => "other_topic",
             Self::ValueLeftOut => "value_left_out",
+            Self::KeyLeftOut => "key_left_out",
             Self::NoTimestamp => "no_timestamp",
             Self::AheadOfTime => "ahead_of_time",
             Self::TooManyReplays => "too_many_replays",
@@ -67,6 +70,9 @@ impl Objection {
             Self::OtherTopic => "its record is of another topic than kafka.input_topic",
             Self::ValueLeftOut => {
                 "its value was over 512 KiB and is not in the dead letter: its producer has to send it again"
+            }
+            Self::KeyLeftOut => {
+                "its key was over 64 KiB and is not in the dead letter: no payment has such a key"
             }
             Self::NoTimestamp => "its record has no timestamp that could be kept",
             Self::AheadOfTime => {
@@ -111,6 +117,9 @@ impl Terms {
         }
         if label.left_out.is_some() {
             return refuse(Objection::ValueLeftOut);
+        }
+        if label.key_left_out.is_some() {
+            return refuse(Objection::KeyLeftOut);
         }
         // The client library takes 0 for "now".
         let Some(timestamp) = label.timestamp.filter(|at| at.0 > 0) else {
@@ -189,9 +198,10 @@ mod tests {
 
     #[test]
     fn each_objection_is_told() {
-        let cases: [(&'static str, String, Objection); 8] = [
+        let cases: [(&'static str, String, Objection); 9] = [
             ("dlq-topic", "elsewhere".to_owned(), Objection::OtherTopic),
             ("dlq-value-bytes", "600000".to_owned(), Objection::ValueLeftOut),
+            ("dlq-key-bytes", "70000".to_owned(), Objection::KeyLeftOut),
             ("dlq-timestamp", "-1".to_owned(), Objection::NoTimestamp),
             ("dlq-timestamp", "0".to_owned(), Objection::NoTimestamp),
             ("dlq-timestamp", (NOW + HOUR + 1).to_string(), Objection::AheadOfTime),

@@ -211,6 +211,38 @@ fn a_huge_value_is_left_out_of_its_dead_letter_and_its_hash_stands_for_it() {
 }
 
 #[test]
+fn a_huge_key_is_left_out_of_its_dead_letter_and_its_hash_stands_for_it() {
+    let keys = [vec![b'x'; DEAD_LETTER_KEY_BYTES_MAX], vec![b'x'; DEAD_LETTER_KEY_BYTES_MAX + 1]];
+    let mut source = SourceBatch::new();
+    for (offset, key) in (0..).zip(&keys) {
+        source.push(Partition(0), Offset(offset), Some(TimestampMs(1)), Some(key), Some(b"{"), []);
+    }
+    let reached = NextOffset(2);
+    let progress = Progress { partition: Partition(0), seen: NextOffset(0), reached, timestamp: Some(None) };
+    let batch = Batch::assemble(source, vec![progress], &Rules::default());
+    let fates = batch.decide(&Answer::default(), &Refused::default());
+    let span = Span { partition: Partition(0), gate: NextOffset(0), commit: reached };
+    let mut seen: Vec<(Option<usize>, Option<String>)> = Vec::new();
+    Publication::of_batch(batch, fates, vec![span], true)
+        .for_each_output("payments", TOPIC_ID, |output| {
+            let header = output.headers.iter().find(|(name, _)| *name == b"dlq-key-bytes");
+            let bytes = header.and_then(|(_, v)| *v).map(|v| String::from_utf8_lossy(v).into_owned());
+            seen.push((output.key.map(<[u8]>::len), bytes));
+            Ok::<(), ()>(())
+        })
+        .unwrap();
+    assert_eq!(seen, [(Some(65_536), None), (None, Some("65537".to_owned()))]);
+}
+
+#[test]
+fn a_crowd_of_empty_headers_does_not_block_a_partition() {
+    let crowd: Vec<(&str, Option<&[u8]>)> = vec![("", None); 100_000];
+    let input = Input::new().push(0, 0, b"{", &crowd);
+    let (all, _) = sent(&input.publication(&[0], 0, true));
+    assert_eq!(all[0].2.len(), 7, "those of the daemon alone");
+}
+
+#[test]
 fn huge_headers_do_not_block_a_partition() {
     let huge = vec![b'x'; OWN_HEADERS_BYTES_MAX];
     let input = Input::new().push(0, 0, b"{", &[("x", Some(&huge))]);

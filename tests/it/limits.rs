@@ -18,7 +18,8 @@ fn padded(seed: u64, bytes: usize) -> Message {
     Message::new(account.to_string(), format!("{start}{padding}\"}}"))
 }
 
-fn resident_peak_mb(daemon: &Daemon) -> u64 {
+/// The most memory that the process has had so far.
+pub fn resident_peak_mb(daemon: &Daemon) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024

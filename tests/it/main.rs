@@ -6,6 +6,7 @@ mod commands;
 mod crash;
 mod dlq;
 mod docs;
+mod expansion;
 mod fetching;
 mod fuzz;
 mod generator;

@@ -11,7 +11,7 @@ use super::super::output::{print, table};
 use super::{escaped, reason_text, time};
 use crate::config::Settings;
 use crate::dlq::choice::Choice;
-use crate::dlq::letter::{Letter, Place};
+use crate::dlq::letter::{LeftOut, Letter, Place};
 use crate::dlq::reader::Reader;
 
 const AFTER_HELP: &str = "\
@@ -96,12 +96,11 @@ fn as_text(letter: &Letter<'_>, payload: bool) -> String {
         rows.push(row("record", format!("{topic}, partition {}, offset {}", label.partition, label.offset)));
         rows.push(row("timestamp", time(label.timestamp)));
         rows.push(row("replays", letter.replays.to_string()));
-        if let Some(left_out) = &label.left_out {
+        for (what, left_out) in [("value", &label.left_out), ("key", &label.key_left_out)] {
+            let Some(left_out) = left_out else { continue };
             let (bytes, hash) = (escaped(left_out.bytes.as_bytes()), escaped(left_out.sha256.as_bytes()));
-            rows.push(row(
-                "left out",
-                format!("a value of {bytes} bytes, SHA-256 {hash}; cannot be replayed"),
-            ));
+            let text = format!("a {what} of {bytes} bytes, SHA-256 {hash}; cannot be replayed");
+            rows.push(row("left out", text));
         }
     } else {
         rows.push(row("reason", "none: this is no dead letter of the daemon".to_owned()));
@@ -134,7 +133,8 @@ fn contents(bytes: Option<&[u8]>) -> Value {
 
 fn as_json(letter: &Letter<'_>, payload: bool) -> Value {
     let label = letter.label.as_ref();
-    let left_out = label.and_then(|l| l.left_out.as_ref());
+    let left_out =
+        |left_out: Option<&LeftOut<'_>>| left_out.map(|l| json!({ "bytes": l.bytes, "sha256": l.sha256 }));
     let (own_headers, own_header_bytes) = own_headers(letter);
     let mut value = json!({
         "at": letter.place.to_string(),
@@ -147,7 +147,8 @@ fn as_json(letter: &Letter<'_>, payload: bool) -> Value {
         "offset": label.map(|l| l.offset.0),
         "timestamp": label.and_then(|l| l.timestamp).map(|at| time(Some(at))),
         "replays": letter.replays,
-        "left_out": left_out.map(|l| json!({ "bytes": l.bytes, "sha256": l.sha256 })),
+        "left_out": left_out(label.and_then(|l| l.left_out.as_ref())),
+        "key_left_out": left_out(label.and_then(|l| l.key_left_out.as_ref())),
         "key_bytes": letter.key.map(<[u8]>::len),
         "value_bytes": letter.value.map(<[u8]>::len),
         "own_headers": own_headers,

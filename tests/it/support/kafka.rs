@@ -142,6 +142,19 @@ impl Scope<'_> {
         send(&producer, topic, messages)
     }
 
+    /// Sends one record as a compressed batch of its own, however large it is before that.
+    pub fn produce_compressed(&self, codec: &str, message: Message) {
+        let producer: BaseProducer<Deliveries> = self
+            .client_config()
+            .set("compression.type", codec)
+            .set("compression.level", if codec == "gzip" { "9" } else { "-1" })
+            .set("message.max.bytes", "1000000000")
+            .set("queue.buffering.max.kbytes", "2000000")
+            .create_with_context(Deliveries::default())
+            .unwrap();
+        send(&producer, &self.input_topic, [message]);
+    }
+
     /// Sends records in one transaction, which is committed or aborted.
     pub fn produce_in_transaction(
         &self,
