@@ -54,12 +54,12 @@ test-faults: ## of these, kills at named steps, outages and rebalances alone
 
 .PHONY: joins
 # The program under test is the release build, or PROGRAM.
-joins: ## instances join and leave while a backlog of transactions is drained: COUNT=600000 TRANSACTION=50 JOINS=6 RUNS=5; without TRANSACTION 50 and 500
+joins: ## instances join and leave while a backlog of transactions is drained: COUNT=600000 TRANSACTION=50 JOINS=6 RUNS=5; without TRANSACTION 50 and 500. With LISTENS=300 the daemon's own audit has so many seconds to tell of a loss
 	@dev/install
 	@dev/servers install
 	@$(if $(PROGRAM),true,cargo build --locked --release --bin payment-writer)
 	PAYMENT_WRITER_TESTED_PROGRAM=$(or $(PROGRAM),$(CURDIR)/target/release/payment-writer) \
-	JOINS_COUNT=$(COUNT) JOINS_TRANSACTION=$(TRANSACTION) JOINS_JOINS=$(JOINS) JOINS_RUNS=$(RUNS) \
+	JOINS_COUNT=$(COUNT) JOINS_TRANSACTION=$(TRANSACTION) JOINS_JOINS=$(JOINS) JOINS_RUNS=$(RUNS) JOINS_LISTENS=$(LISTENS) \
 	cargo test --locked --features failpoints --test it -- --ignored --exact joins::full_size --nocapture
 
 .PHONY: worst-batches

@@ -2,11 +2,10 @@
 //! `max.message.bytes` lets in, in each codec. The library decompresses a batch as a whole, and has a limit of its own
 //! for zstd alone.
 
-use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::limits::resident_peak_mb;
-use crate::support::{Daemon, Member, Message, PATIENCE, Payment, Scope, uuid_v4, wait_until_within};
+use crate::support::{Member, Message, Payment, Scope, uuid_v4};
 
 /// A value of one repeated byte that a batch of 1,048,588 bytes, the default of `max.message.bytes`, can hold.
 struct Bomb {
@@ -16,13 +15,12 @@ struct Bomb {
     resident_mb_max: u64,
 }
 
-/// The library gives zstd no more than `receive.message.max.bytes`, 100 MB.
-const ZSTD: Bomb = Bomb { codec: "zstd", bytes: 95_000_000, resident_mb_max: 700 };
-const ZSTD_BEYOND: Bomb = Bomb { codec: "zstd", bytes: 150_000_000, resident_mb_max: 700 };
+/// The library gives zstd no more than `receive.message.max.bytes`, 100 MB, and of that a third at times.
+const ZSTD: Bomb = Bomb { codec: "zstd", bytes: 30_000_000, resident_mb_max: 320 };
 const SNAPPY: Bomb = Bomb { codec: "snappy", bytes: 20_000_000, resident_mb_max: 320 };
-const LZ4: Bomb = Bomb { codec: "lz4", bytes: 240_000_000, resident_mb_max: 1_700 };
+const LZ4: Bomb = Bomb { codec: "lz4", bytes: 240_000_000, resident_mb_max: 1_200 };
 /// A thousand to one, and as large as a librdkafka producer can send it.
-const GZIP: Bomb = Bomb { codec: "gzip", bytes: 999_000_000, resident_mb_max: 6_000 };
+const GZIP: Bomb = Bomb { codec: "gzip", bytes: 999_000_000, resident_mb_max: 4_096 };
 
 impl Bomb {
     fn write(&self, scope: &Scope<'_>, partition: i32) {
@@ -36,12 +34,8 @@ fn payments(scope: &Scope<'_>, seeds: std::ops::Range<u64>, partition: i32) {
     scope.produce(&scope.input_topic, seeds.map(payment));
 }
 
-fn halted(daemon: &Daemon, partition: i32) -> Value {
-    daemon.status()["partitions"][partition.to_string()]["halted"].clone()
-}
-
 /// Two lanes meet the bomb at the same time; a third partition has payments alone.
-fn drill(name: &str, bomb: &Bomb, is_read: bool) {
+fn drill(name: &str, bomb: &Bomb) {
     // GIVEN payments before and behind the batch
     let scope = Scope::ready(name, 3, 2);
     for partition in 0..3 {
@@ -55,26 +49,17 @@ fn drill(name: &str, bomb: &Bomb, is_read: bool) {
 
     // WHEN they are drained
     let mut daemon = Member::new("a").start(&scope);
-    if is_read {
-        // THEN the value is a dead letter that names size and hash, and everything else is written
-        scope.wait_until_caught_up();
-        assert_eq!(scope.count("payment_core"), 30);
-        let letters = scope.read_all(&scope.dead_letter_topic);
-        assert_eq!(letters.len(), 2);
-        for letter in &letters {
-            assert_eq!(letter.header("dlq-reason"), "too_large");
-            assert_eq!(letter.header("dlq-value-bytes"), bomb.bytes.to_string());
-        }
-    } else {
-        // THEN their partitions are held back at the batch, named, and the other one goes on
-        let doubt = |partition: i32| halted(&daemon, partition)["doubt"].clone();
-        wait_until_within(PATIENCE, "they are held back", || {
-            (0..2).all(|partition| doubt(partition) == Value::from("unreadable"))
-        });
-        wait_until_within(PATIENCE, "the rest is written", || scope.count("payment_core") == 20);
-        let advice = halted(&daemon, 0)["advice"].as_str().unwrap().to_owned();
-        assert!(advice.contains("receive.message.max.bytes"), "{advice}");
+
+    // THEN the value is a dead letter that names its size, and everything else is written
+    scope.wait_until_caught_up();
+    assert_eq!(scope.count("payment_core"), 30);
+    let letters = scope.read_all(&scope.dead_letter_topic);
+    assert_eq!(letters.len(), 2);
+    for letter in &letters {
+        assert_eq!(letter.header("dlq-reason"), "too_large");
+        assert_eq!(letter.header("dlq-value-bytes"), bomb.bytes.to_string());
     }
+    // AND the memory that it took has a limit
     let peak = resident_peak_mb(&daemon);
     println!("{}: {} bytes in each of two lanes, resident at most {peak} MB", bomb.codec, bomb.bytes);
     assert!(peak < bomb.resident_mb_max, "{}: {peak} MB", bomb.codec);
@@ -82,22 +67,17 @@ fn drill(name: &str, bomb: &Bomb, is_read: bool) {
 }
 
 #[test]
-fn a_batch_that_grows_a_hundredfold_is_read_and_its_memory_is_given_back() {
-    drill("grows_zstd", &ZSTD, true);
-}
-
-#[test]
-fn a_batch_that_grows_beyond_what_the_client_reads_holds_its_partition_back_alone() {
-    drill("grows_beyond", &ZSTD_BEYOND, false);
+fn a_batch_that_grows_a_hundredfold_is_read_within_a_limit_of_memory() {
+    drill("grows_zstd", &ZSTD);
 }
 
 /// The worst of each other codec.
 #[test]
 #[ignore = "takes minutes and gigabytes: make worst-batches"]
 fn the_worst_batch_of_each_codec_is_survived() {
-    drill("grows_snappy", &SNAPPY, true);
-    drill("grows_lz4", &LZ4, true);
-    drill("grows_gzip", &GZIP, true);
+    drill("grows_snappy", &SNAPPY);
+    drill("grows_lz4", &LZ4);
+    drill("grows_gzip", &GZIP);
 }
 
 #[test]
