@@ -30,8 +30,8 @@ pub use reader::Effective;
 pub use secret::{HIDDEN, Secret};
 pub use sections::{
     AdminSettings, AuditSettings, BatchSettings, EmailSettings, IdempotencySettings, KafkaSettings,
-    LogFormat, LogSettings, PaymentSettings, PostgresSettings, ProducerChoice, Settings, ShutdownSettings,
-    TracingSettings, log_filter,
+    LogFormat, LogSettings, PaymentSettings, PostgresSettings, Settings, ShutdownSettings, TracingSettings,
+    log_filter,
 };
 pub use size::ByteSize;
 

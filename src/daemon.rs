@@ -19,10 +19,10 @@ use crate::cursor::{Identity, IdentityDoubt, Mode};
 use crate::disposition::{FailureClass, class_of_sqlstate};
 use crate::housekeeping::schedule;
 use crate::kafka::group::{Group, MemberEnd, Seat};
-use crate::kafka::librdkafka::{topic_id, topic_retention};
+use crate::kafka::librdkafka::{topic_id, topic_setting};
 use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
 use crate::kafka::orphans::{self, Membership};
-use crate::kafka::publisher::{self, PublisherSettings};
+use crate::kafka::publisher::PublisherSettings;
 use crate::kafka_client::client_config_over;
 use crate::lane::breaker::Breaker;
 use crate::lane::ports::LaneEvent;
@@ -99,8 +99,7 @@ pub fn consumer_config(kafka: &KafkaSettings) -> ClientConfig {
         .set("enable.auto.offset.store", "false")
         .set("auto.offset.reset", "error")
         .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true")
-        .set("allow.auto.create.topics", "false");
+        .set("enable.partition.eof", "true");
     config
 }
 
@@ -279,7 +278,6 @@ async fn start(
         database_id = %identity.database_id,
         lanes = settings.lanes,
         publishes = kafka.publish,
-        producer = %publisher::described(kafka),
         "started"
     );
     let board = Arc::clone(board);
@@ -612,10 +610,11 @@ async fn watch_retention(group: &Group) {
         tick.tick().await;
         let asked = group.clone();
         let answer = tokio::task::spawn_blocking(move || {
-            topic_retention(asked.consumer(), asked.topic(), REQUEST_TIMEOUT)
+            topic_setting(asked.consumer().client(), asked.topic(), "retention.ms", REQUEST_TIMEOUT)
         });
         match answer.await {
-            Ok(Ok(retention)) => metrics::input_retention(retention),
+            // -1: unlimited.
+            Ok(Ok(ms)) => metrics::input_retention(ms.parse().ok().map(Duration::from_millis)),
             Ok(Err(error)) => tracing::debug!(%error, "the input topic's retention is not told"),
             Err(_) => {}
         }

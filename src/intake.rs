@@ -104,6 +104,16 @@ impl Intake {
         Self { records_max, bytes_max, ..Self::default() }
     }
 
+    /// Records at which this is full.
+    pub fn records_max(&self) -> usize {
+        self.records_max
+    }
+
+    /// Makes this full at so many records.
+    pub fn limit(&mut self, records_max: usize) {
+        self.records_max = records_max;
+    }
+
     fn delivery(&mut self, partition: Partition) -> Option<&mut Delivery> {
         let index = usize::try_from(partition.0).ok()?;
         if index >= self.deliveries.len() {

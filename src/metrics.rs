@@ -97,6 +97,11 @@ pub fn describe() {
         "payment_writer_lane_resets_total",
         "Times that a lane dropped what it held and read its cursors again"
     );
+    describe_gauge!(
+        "payment_writer_kafka_throttle_seconds",
+        Unit::Seconds,
+        "The longest time for which a broker held a client of this process back, as by a quota, in the last seconds"
+    );
     describe_counter!(
         "payment_writer_fetch_gaps_total",
         "Times that the client passed over records just after a begin; they were read then, nothing is lost"

@@ -14,9 +14,9 @@ use payment_writer::cursor::Identity;
 use payment_writer::daemon::rules;
 use payment_writer::disposition::Fate;
 use payment_writer::housekeeping::generations::{self, State};
-use payment_writer::kafka::direct::{DirectSettings, DirectTransactions};
 use payment_writer::kafka::log::lane_reader_config;
-use payment_writer::kafka::publisher::{PublisherSettings, Transactions};
+use payment_writer::kafka::publisher::PublisherSettings;
+use payment_writer::kafka::transactions::{Slot, Transactions};
 use payment_writer::ledger;
 use payment_writer::publication::{Publication, Span};
 use payment_writer::record::{NextOffset, SourceBatch};
@@ -90,7 +90,7 @@ pub fn measure(servers: &Servers, count: u64, seed: u64) -> Outcome<Vec<Ceiling>
     let publications: Vec<Vec<Publication>> =
         lanes.into_iter().map(|lane| lane.into_iter().map(published).collect()).collect();
     settle(servers)?;
-    let producers: Vec<DirectTransactions> =
+    let producers: Vec<Transactions> =
         (0..publications.len()).map(|lane| producer(&settings, lane)).collect::<Outcome<_>>()?;
     let (_, produced) = metered(servers, NAMES[2], count, || produce(producers, &publications))?;
     Ok(vec![consumed, copied, produced])
@@ -274,17 +274,16 @@ fn published(batch: Batch) -> Publication {
 }
 
 /// The producer that the daemon's lane would have, ready to begin.
-fn producer(settings: &Settings, lane: usize) -> Outcome<DirectTransactions> {
+fn producer(settings: &Settings, lane: usize) -> Outcome<Transactions> {
     let kafka = &settings.kafka;
-    let direct = DirectSettings::of(kafka, lane).map_err(failed("making a producer"))?;
     // Nobody looks at the topic and the database that the events name.
     let identity = Identity { topic_id: Uuid::nil(), database_id: Uuid::nil() };
-    let mut producer = DirectTransactions::new(direct, PublisherSettings::of(kafka, &identity, lane));
+    let mut producer = Transactions::new(PublisherSettings::of(kafka, &identity, lane), Slot::default());
     producer.init().map_err(failed("init_transactions"))?;
     Ok(producer)
 }
 
-fn produce(producers: Vec<DirectTransactions>, lanes: &[Vec<Publication>]) -> Outcome<((), f64)> {
+fn produce(producers: Vec<Transactions>, lanes: &[Vec<Publication>]) -> Outcome<((), f64)> {
     let start = Barrier::new(producers.len() + 1);
     std::thread::scope(|scope| {
         let start = &start;

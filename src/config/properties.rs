@@ -41,6 +41,14 @@ const OWNED: [(&str, &str); 28] = [
     ("allow.auto.create.topics", "topics are made by `payment-writer topics create`"),
 ];
 
+/// What librdkafka can do only if it was built with a library that not every machine has: property and value in capitals,
+/// the Cargo feature, and whether this binary has it.
+const OPTIONAL: [((&str, &str), &str, bool); 3] = [
+    (("sasl.mechanism", "GSSAPI"), "gssapi", cfg!(feature = "gssapi")),
+    (("sasl.mechanisms", "GSSAPI"), "gssapi", cfg!(feature = "gssapi")),
+    (("sasl.oauthbearer.method", "OIDC"), "curl", cfg!(feature = "curl")),
+];
+
 /// Whether the value of a librdkafka property must not be shown.
 pub fn is_secret(property: &str) -> bool {
     if property.ends_with(".location") || property.ends_with(".file") {
@@ -77,6 +85,13 @@ impl KafkaProperties {
     pub(super) fn add(&mut self, name: &str, value: &str) -> Result<(), Refusal> {
         if let Some((_, reason)) = OWNED.iter().find(|(owned, _)| *owned == name) {
             return Err(Refusal::Rule(format!("is not yours to set: {reason}")));
+        }
+        if let Some((_, feature, _)) = OPTIONAL.iter().find(|(setting, _, is_built_in)| {
+            *setting == (name, value.to_ascii_uppercase().as_str()) && !is_built_in
+        }) {
+            return Err(Refusal::Rule(format!(
+                "needs a binary that was built with the Cargo feature `{feature}`, and this one was not"
+            )));
         }
         match ClientConfig::new().set(name, value).create_native_config() {
             Ok(_) => {
@@ -190,6 +205,26 @@ mod tests {
             ["sasl.username", "ssl.ca.location", "ssl.key.location", "ssl.ca.pem", "ssl.keystore.location"]
         {
             assert!(!is_secret(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_this_binary_was_not_built_with_is_refused_by_the_name_of_the_feature() {
+        for (property, value, feature, is_built_in) in [
+            ("sasl.mechanism", "GSSAPI", "gssapi", cfg!(feature = "gssapi")),
+            ("sasl.mechanisms", "GSSAPI", "gssapi", cfg!(feature = "gssapi")),
+            ("sasl.oauthbearer.method", "oidc", "curl", cfg!(feature = "curl")),
+        ] {
+            let added = KafkaProperties::default().add(property, value);
+            match added {
+                Err(Refusal::Rule(rule)) => {
+                    assert!(!is_built_in && rule.contains(&format!("`{feature}`")), "{rule}")
+                }
+                _ => assert!(is_built_in, "{property} was taken"),
+            }
+        }
+        for mechanism in ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] {
+            assert!(KafkaProperties::default().add("sasl.mechanism", mechanism).is_ok(), "{mechanism}");
         }
     }
 

@@ -59,8 +59,6 @@ pub struct KafkaSettings {
     pub dead_letter_topic: String,
     /// Whether events and dead letters are sent, or only rows written.
     pub publish: bool,
-    /// Who publishes.
-    pub producer: ProducerChoice,
     /// Handed to librdkafka.
     pub properties: KafkaProperties,
 }
@@ -156,15 +154,6 @@ pub struct TracingSettings {
     pub sample_ratio: f64,
 }
 
-/// `kafka.producer`
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ProducerChoice {
-    /// The daemon's own, unless `kafka.properties` has something that only librdkafka knows.
-    Auto,
-    /// librdkafka's.
-    Librdkafka,
-}
-
 /// `log.format`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -234,11 +223,6 @@ impl KafkaSettings {
             }
         }
         let publish = r.read("kafka.publish", |raw| raw.boolean());
-        let producer = r.read("kafka.producer", |raw| match raw.text()? {
-            "auto" => Ok(ProducerChoice::Auto),
-            "librdkafka" => Ok(ProducerChoice::Librdkafka),
-            _ => Err("must be auto or librdkafka".to_owned()),
-        });
         let properties = r.properties();
         let [(_, input_topic), (_, read_topic), (_, email_topic), (_, dead_letter_topic)] = topics;
         Some(Self {
@@ -250,7 +234,6 @@ impl KafkaSettings {
             email_topic: email_topic?,
             dead_letter_topic: dead_letter_topic?,
             publish: publish?,
-            producer: producer?,
             properties,
         })
     }

@@ -68,7 +68,6 @@ impl Sender {
             // An offset of a transaction that is still open is waited for, not passed over.
             .set("isolation.level", "read_committed")
             .set("enable.auto.commit", "false")
-            .set("allow.auto.create.topics", "false")
             .remove("group.instance.id");
         let consumer = BaseConsumer::from_config_and_context(&config, QuietLog)
             .map_err(|e| failed("creating the consumer of the replay group", e))?;

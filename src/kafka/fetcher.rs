@@ -18,6 +18,7 @@ use super::group::QuietLog;
 use super::librdkafka::fetch::{FetchItem, FetchQueue};
 use super::librdkafka::{NativeError, add_brokers};
 use super::reminder::Reminder;
+use super::throttle::Throttle;
 use crate::config::KafkaSettings;
 use crate::kafka_client::client_config_over;
 use crate::record::{NextOffset, Partition};
@@ -39,16 +40,21 @@ pub fn reader_config(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> Client
         .set("enable.partition.eof", "true")
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")
-        .set("auto.offset.reset", "error")
-        .set("allow.auto.create.topics", "false");
+        .set("auto.offset.reset", "error");
     config
 }
 
 /// Callbacks of a reader's client.
-#[derive(Default)]
 pub struct ReaderContext {
     /// No broker can be reached, as the client says.
     all_brokers_down: AtomicBool,
+    throttle: Throttle,
+}
+
+impl Default for ReaderContext {
+    fn default() -> Self {
+        Self { all_brokers_down: AtomicBool::default(), throttle: Throttle::of("reader") }
+    }
 }
 
 impl ClientContext for ReaderContext {
@@ -61,6 +67,10 @@ impl ClientContext for ReaderContext {
             self.all_brokers_down.store(true, Ordering::Release);
         }
         QuietLog.error(error, reason);
+    }
+
+    fn stats_raw(&self, statistics: &[u8]) {
+        self.throttle.statistics(statistics);
     }
 }
 

@@ -220,6 +220,10 @@ impl<C: ClientContext> ClientContext for QuietContext<C> {
     fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
         self.0.error(error, reason);
     }
+
+    fn stats_raw(&self, statistics: &[u8]) {
+        self.0.stats_raw(statistics);
+    }
 }
 
 impl<C: ClientContext + 'static> rdkafka::producer::ProducerContext for QuietContext<C> {
@@ -508,22 +512,23 @@ unsafe fn described(event: *mut sys::rd_kafka_event_t) -> Result<(uuid::Uuid, us
     }
 }
 
-/// `retention.ms` of a topic (`DescribeConfigs`); `None`: unlimited. Needs the right to describe its settings.
+/// One setting of a topic (`DescribeConfigs`), as text. Needs the right to describe the topic's settings.
 ///
 /// # Errors
-/// As the broker or the client says, also when that right is missing.
-pub fn topic_retention<C: ConsumerContext>(
-    consumer: &BaseConsumer<C>,
+/// As the broker or the client says, also when that right is missing, or the topic has no such setting.
+pub fn topic_setting<C: ClientContext>(
+    client: &Client<C>,
     topic: &str,
+    setting: &str,
     timeout: Duration,
-) -> Result<Option<Duration>, NativeError> {
+) -> Result<String, NativeError> {
     // As for the topic's id: a plain question goes first.
-    consumer.fetch_metadata(Some(topic), timeout).map_err(|error| {
+    client.fetch_metadata(Some(topic), timeout).map_err(|error| {
         let code = sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__TRANSPORT;
         NativeError::plain(code, &format!("no broker answers: {error}"))
     })?;
     let name = c_string(topic);
-    let client = consumer.client().native_ptr();
+    let client = client.native_ptr();
     // SAFETY: every object made here is destroyed here, and what is read lives inside the event until
     // the event is destroyed at the end.
     unsafe {
@@ -551,7 +556,7 @@ pub fn topic_retention<C: ConsumerContext>(
         );
         sys::rd_kafka_DescribeConfigs(client, resources.as_mut_ptr(), resources.len(), options, queue);
         let event = sys::rd_kafka_queue_poll(queue, millis(timeout + Duration::from_secs(1)));
-        let outcome = retention(event);
+        let outcome = described_setting(event, setting);
         if !event.is_null() {
             sys::rd_kafka_event_destroy(event);
         }
@@ -562,13 +567,17 @@ pub fn topic_retention<C: ConsumerContext>(
     }
 }
 
-unsafe fn retention(event: *mut sys::rd_kafka_event_t) -> Result<Option<Duration>, NativeError> {
+unsafe fn described_setting(event: *mut sys::rd_kafka_event_t, setting: &str) -> Result<String, NativeError> {
     use sys::rd_kafka_resp_err_t as code;
     if event.is_null() {
         return Err(NativeError::plain(code::RD_KAFKA_RESP_ERR__TIMED_OUT, "no answer to DescribeConfigs"));
     }
-    let told_nothing =
-        || NativeError::plain(code::RD_KAFKA_RESP_ERR__BAD_MSG, "DescribeConfigs told no retention");
+    let told_nothing = || {
+        NativeError::plain(
+            code::RD_KAFKA_RESP_ERR__BAD_MSG,
+            &format!("DescribeConfigs told nothing about {setting}"),
+        )
+    };
     // SAFETY: the event is live; null results are checked, and arrays are read within their counts.
     unsafe {
         let error = sys::rd_kafka_event_error(event);
@@ -598,13 +607,10 @@ unsafe fn retention(event: *mut sys::rd_kafka_event_t) -> Result<Option<Duration
             let entry = *entries.add(index);
             let (name, value) =
                 (sys::rd_kafka_ConfigEntry_name(entry), sys::rd_kafka_ConfigEntry_value(entry));
-            if name.is_null() || value.is_null() || CStr::from_ptr(name).to_bytes() != b"retention.ms" {
+            if name.is_null() || value.is_null() || CStr::from_ptr(name).to_bytes() != setting.as_bytes() {
                 continue;
             }
-            let ms = CStr::from_ptr(value).to_str().ok().and_then(|text| text.parse::<i64>().ok());
-            let ms = ms.ok_or_else(told_nothing)?;
-            // -1: unlimited.
-            return Ok(u64::try_from(ms).ok().map(Duration::from_millis));
+            return CStr::from_ptr(value).to_str().map(str::to_owned).map_err(|_| told_nothing());
         }
         Err(told_nothing())
     }

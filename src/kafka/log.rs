@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
+use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -18,6 +19,7 @@ use super::librdkafka::{GroupMetadata, NativeError, topic_id};
 use super::publisher::{Publisher, PublisherSettings};
 use super::scan::ScanError;
 use super::tails;
+use super::throttle::STATISTICS_INTERVAL;
 use crate::config::KafkaSettings;
 use crate::cursor::{GroupOffset, IdentityDoubt, LogBounds};
 use crate::disposition::{FailureClass, class_of_kafka};
@@ -34,7 +36,8 @@ const FETCH_TICK: Duration = Duration::from_millis(100);
 /// A call that begins or stops partitions takes microseconds each; a client in which it takes longer hangs.
 const START_MAX: Duration = Duration::from_secs(10);
 /// What `kafka.properties` may change of a lane's reader.
-const FETCH_DEFAULTS: [(&str, &str); 8] = [
+const FETCH_DEFAULTS: [(&str, &str); 9] = [
+    STATISTICS_INTERVAL,
     // At low rates a fetch that is answered with its first record costs the broker as much as one with
     // twenty: it waits for more, though not long.
     ("fetch.min.bytes", "65536"),
@@ -267,16 +270,35 @@ pub fn log_ends(group: &Group, partitions: &[Partition]) -> Result<Vec<NextOffse
     Ok(ends.into_iter().map(NextOffset).collect())
 }
 
+/// How long a coordinator that is changing or loading is waited for.
+const COORDINATOR_SETTLES: Duration = Duration::from_secs(10);
+
+/// Whether there will be a coordinator in a moment.
+fn is_settling(code: RDKafkaErrorCode) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(code, Code::NotCoordinator | Code::CoordinatorNotAvailable | Code::CoordinatorLoadInProgress)
+}
+
 /// The group's committed offsets, once no transaction that would change them is pending.
 pub fn group_offsets(
     group: &Group,
     partitions: &[Partition],
 ) -> Result<Vec<Option<GroupOffset>>, LogFailure> {
     let list = list_at(group.topic(), partitions, KafkaOffset::Invalid)?;
-    let answer = group
-        .consumer()
-        .committed_offsets(list, REQUEST_TIMEOUT)
-        .map_err(|e| failed("asking for the group's offsets", &e))?;
+    let began = Instant::now();
+    let answer = loop {
+        match group.consumer().committed_offsets(list.clone(), REQUEST_TIMEOUT) {
+            Ok(answer) => break answer,
+            // Brokers that have just changed their roles answer so for a moment.
+            Err(error)
+                if error.rdkafka_error_code().is_some_and(is_settling)
+                    && began.elapsed() < COORDINATOR_SETTLES =>
+            {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            Err(error) => return Err(failed("asking for the group's offsets", &error)),
+        }
+    };
     partitions
         .iter()
         .map(|partition| {

@@ -1,12 +1,10 @@
 //! The Kafka side: group membership and fetching, and the transactions that publish.
 
-pub mod direct;
 pub mod fetcher;
 mod gaps;
 pub mod group;
 pub mod librdkafka;
 pub mod log;
-pub mod native;
 pub mod orphans;
 pub mod peek;
 pub mod probe;
@@ -15,3 +13,5 @@ mod reminder;
 pub mod scan;
 pub mod stable;
 pub mod tails;
+mod throttle;
+pub mod transactions;

@@ -9,18 +9,18 @@ use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
 use tokio::sync::oneshot;
+use xxhash_rust::xxh3::xxh3_64;
 
-use super::direct::{DirectSettings, DirectTransactions};
 use super::librdkafka::GroupMetadata;
-use super::native::{NativeTransactions, Slot, transactional_config};
 use super::reminder::Reminder;
-use crate::config::{KafkaSettings, ProducerChoice};
+use super::transactions::{Slot, Transactions, transactional_config};
+use crate::config::KafkaSettings;
 use crate::cursor::Identity;
 use crate::lane::ports::{LogFailure, PublishFailure, PublishTimes};
 use crate::publication::{OutputCounts, Publication, Published};
 
-/// All of one transaction has to fit in here; the broker's own limit, `transaction.timeout.ms`, ends it too.
-pub(super) const TRANSACTION_DEADLINE: Duration = Duration::from_secs(20);
+/// All of one transaction has to fit in here, whatever `transaction.timeout.ms` is.
+const DEADLINE_MAX: Duration = Duration::from_secs(12);
 /// Taking up a transactional id, and aborting a transaction.
 pub(super) const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The lane waits this long for an answer before it abandons the thread.
@@ -31,35 +31,19 @@ const LOOK_AROUND: Duration = Duration::from_secs(1);
 /// What became of a transaction.
 pub type PublishReply = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
 
-/// The transactions of one transactional id, one at a time. Calls block, each within its time limit.
-pub trait Transactions {
-    /// Takes up the transactional id: fences older producers of it and settles what they left open, after the
-    /// output topics are known to exist.
-    fn init(&mut self) -> Result<(), LogFailure>;
-
-    /// Runs one transaction.
-    fn publish(&mut self, publication: &Publication, group: &GroupMetadata) -> PublishReply;
-}
-
 enum Job {
     Init(oneshot::Sender<Result<(), LogFailure>>),
     Publish(Arc<Publication>, GroupMetadata, oneshot::Sender<PublishReply>),
 }
 
-/// Who speaks with the brokers.
-#[derive(Clone)]
-pub enum PublisherClient {
-    /// We ourselves.
-    Direct(DirectSettings),
-    /// librdkafka, with the producer's configuration.
-    Librdkafka(ClientConfig),
-}
-
 /// What the thread needs to know.
 #[derive(Clone)]
 pub struct PublisherSettings {
-    /// The client, with its `transactional.id`.
-    pub client: PublisherClient,
+    /// Configuration of the producer, with its `transactional.id`.
+    pub client: ClientConfig,
+    /// All of one transaction has to fit in here: it is aborted before the broker would do it, after
+    /// `transaction.timeout.ms`, and fence the producer.
+    pub deadline: Duration,
     /// Input topic, for marks and dead letters.
     pub input_topic: String,
     /// Output topics in the order of `OutputTopic::ALL`.
@@ -70,37 +54,24 @@ pub struct PublisherSettings {
     pub publishes: bool,
 }
 
-/// `transactional.id` of a lane: one for each, the same after a restart.
-pub fn transactional_id(kafka: &KafkaSettings, lane: usize) -> String {
-    format!("{}-{}-{lane}", kafka.group_id, kafka.instance_id)
-}
-
-/// The settings of the daemon's own producer, or why librdkafka's has to publish.
-fn direct(kafka: &KafkaSettings, lane: usize) -> Result<DirectSettings, String> {
-    match kafka.producer {
-        ProducerChoice::Librdkafka => Err("as kafka.producer says".to_owned()),
-        ProducerChoice::Auto => DirectSettings::of(kafka, lane)
-            .map_err(|unsupported| format!("for {} in kafka.properties", unsupported.property)),
-    }
-}
-
-/// Who publishes by these settings, and if that is not the daemon itself, why: for the log.
-pub fn described(kafka: &KafkaSettings) -> String {
-    direct(kafka, 0).map_or_else(|why| format!("librdkafka, {why}"), |_| "direct".to_owned())
-}
-
-impl PublisherClient {
-    /// The client of a lane, as the settings have it.
-    pub fn of(kafka: &KafkaSettings, lane: usize) -> Self {
-        direct(kafka, lane).map_or_else(|_| Self::Librdkafka(transactional_config(kafka, lane)), Self::Direct)
-    }
+/// `transactional.id` of a lane: one for each, the same after a restart. Group, instance and lane are its beginning,
+/// by which rights are granted; as none of them is set apart from the next, a hash of group and instance tells
+/// `payments` with `eu-0` from `payments-eu` with `0`.
+pub fn transactional_id(group: &str, instance: &str, lane: usize) -> String {
+    // No name has a NUL.
+    let hash = xxh3_64(format!("{group}\0{instance}").as_bytes()) >> 32;
+    format!("{group}-{instance}-{lane}-{hash:08x}")
 }
 
 impl PublisherSettings {
     /// Those of a lane, as the settings have them.
     pub fn of(kafka: &KafkaSettings, identity: &Identity, lane: usize) -> Self {
+        let client = transactional_config(kafka, lane);
+        let timeout = client.get("transaction.timeout.ms").and_then(|ms| ms.parse().ok());
+        let deadline = timeout.map_or(DEADLINE_MAX, |ms| Duration::from_millis(ms) * 4 / 5).min(DEADLINE_MAX);
         Self {
-            client: PublisherClient::of(kafka, lane),
+            client,
+            deadline,
             input_topic: kafka.input_topic.clone(),
             outputs: [kafka.read_topic.clone(), kafka.email_topic.clone(), kafka.dead_letter_topic.clone()],
             identity: identity.clone(),
@@ -109,40 +80,27 @@ impl PublisherSettings {
     }
 }
 
-/// librdkafka's producer, if it is that, which may have to be told of its brokers.
-struct Reminded {
-    slot: Slot,
-    bootstrap_servers: String,
-}
-
 /// Handle of the thread. Dropped, the thread ends as soon as its present call returns.
 pub struct Publisher {
     jobs: jobs::SyncSender<Job>,
-    reminded: Option<Reminded>,
+    slot: Slot,
+    bootstrap_servers: String,
 }
 
 impl Publisher {
     /// Starts the thread; nothing is asked of the broker yet.
     pub fn spawn(settings: PublisherSettings) -> std::io::Result<Self> {
         let (sender, receiver) = jobs::sync_channel(1);
-        let thread = std::thread::Builder::new().name("publisher".to_owned());
-        let reminded = match settings.client.clone() {
-            PublisherClient::Direct(direct) => {
-                thread.spawn(move || serve(DirectTransactions::new(direct, settings), &receiver))?;
-                None
-            }
-            PublisherClient::Librdkafka(config) => {
-                let slot = Slot::default();
-                let bootstrap_servers = config.get("bootstrap.servers").unwrap_or_default().to_owned();
-                let held = slot.clone();
-                thread.spawn(move || serve(NativeTransactions::new(config, settings, slot), &receiver))?;
-                Some(Reminded { slot: held, bootstrap_servers })
-            }
-        };
-        Ok(Self { jobs: sender, reminded })
+        let slot = Slot::default();
+        let bootstrap_servers = settings.client.get("bootstrap.servers").unwrap_or_default().to_owned();
+        let held = slot.clone();
+        std::thread::Builder::new()
+            .name("publisher".to_owned())
+            .spawn(move || serve(Transactions::new(settings, slot), &receiver))?;
+        Ok(Self { jobs: sender, slot: held, bootstrap_servers })
     }
 
-    /// Waits for what the thread answers, no longer than the watchdog; None if it does not. Meanwhile librdkafka is
+    /// Waits for what the thread answers, no longer than the watchdog; None if it does not. Meanwhile the client is
     /// told of its brokers, should it have forgotten them: its calls cannot be interrupted for that.
     pub async fn answer<T>(
         &self,
@@ -155,10 +113,8 @@ impl Publisher {
             if now >= deadline {
                 return None;
             }
-            if let Some(reminded) = &self.reminded
-                && reminder.is_due(now, true)
-            {
-                reminded.slot.remind(&reminded.bootstrap_servers);
+            if reminder.is_due(now, true) {
+                self.slot.remind(&self.bootstrap_servers);
             }
             let slice = LOOK_AROUND.min(deadline - now);
             if let Ok(answered) = tokio::time::timeout(slice, &mut answer).await {
@@ -187,7 +143,7 @@ impl Publisher {
     }
 }
 
-fn serve(mut transactions: impl Transactions, receiver: &jobs::Receiver<Job>) {
+fn serve(mut transactions: Transactions, receiver: &jobs::Receiver<Job>) {
     while let Ok(job) = receiver.recv() {
         match job {
             Job::Init(reply) => {
@@ -206,50 +162,25 @@ fn serve(mut transactions: impl Transactions, receiver: &jobs::Receiver<Job>) {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::collections::HashSet;
 
-    use super::*;
-    use crate::config::Settings;
-
-    fn kafka(variables: &[(&str, &str)]) -> KafkaSettings {
-        let variables = variables
-            .iter()
-            .map(|(name, value)| (format!("PAYMENT_WRITER__KAFKA__{name}").into(), (*value).into()));
-        Settings::load_from(None, Path::new("nowhere.toml"), variables).unwrap().settings.kafka
-    }
+    use super::transactional_id as id;
 
     #[test]
-    fn the_daemon_publishes_itself_unless_only_librdkafka_knows_how_or_it_was_chosen() {
-        for (variables, expected) in [
-            (&[][..], "direct"),
-            (&[("PROPERTIES__LINGER_MS", "5")], "direct"),
-            (
-                &[("PROPERTIES__COMPRESSION_TYPE", "lz4")],
-                "librdkafka, for compression.type in kafka.properties",
-            ),
-            (&[("PRODUCER", "librdkafka")], "librdkafka, as kafka.producer says"),
-        ] {
-            let kafka = kafka(variables);
-            assert_eq!(described(&kafka), expected);
-            let is_direct = matches!(PublisherClient::of(&kafka, 0), PublisherClient::Direct(_));
-            assert_eq!(is_direct, expected == "direct", "{expected}");
-        }
-    }
-
-    #[test]
-    fn smaller_batches_and_other_time_limits_are_kept() {
-        let defaults = direct(&kafka(&[]), 1).unwrap();
-        assert_eq!(defaults.transactional_id, format!("payment-writer-{}-1", defaults.instance_id));
-        assert_eq!(
-            (defaults.batch_bytes_max, defaults.transaction_timeout),
-            (900_000, Duration::from_secs(15))
-        );
-        let variables = [
-            ("PROPERTIES__BATCH_SIZE", "2000000"),
-            ("PROPERTIES__MESSAGE_MAX_BYTES", "200000"),
-            ("PROPERTIES__TRANSACTION_TIMEOUT_MS", "30000"),
+    fn no_two_deployments_share_a_transactional_id() {
+        let ids = [
+            id("payments", "eu-0", 1),
+            id("payments-eu", "0", 1),
+            id("payments-eu-0", "1", 1),
+            id("payments", "eu-0", 0),
         ];
-        let set = direct(&kafka(&variables), 1).unwrap();
-        assert_eq!((set.batch_bytes_max, set.transaction_timeout), (200_000, Duration::from_secs(30)));
+        assert_eq!(ids.iter().collect::<HashSet<_>>().len(), ids.len(), "{ids:?}");
+        for (id, beginning) in
+            ids.iter().zip(["payments-eu-0-1-", "payments-eu-0-1-", "payments-eu-0-1-1-", "payments-eu-0-0-"])
+        {
+            assert!(id.starts_with(beginning) && id.len() == beginning.len() + 8, "{id}");
+        }
+        // The same after a restart, whatever the build.
+        assert_eq!(ids[0], id("payments", "eu-0", 1));
     }
 }

@@ -31,7 +31,6 @@ fn client(kafka: &KafkaSettings, isolation: &str) -> Result<BaseConsumer<QuietLo
         .set("group.id", &kafka.group_id)
         .set("isolation.level", isolation)
         .set("enable.auto.commit", "false")
-        .set("allow.auto.create.topics", "false")
         .remove("group.instance.id");
     BaseConsumer::from_config_and_context(&config, QuietLog).map_err(|e| format!("creating a consumer: {e}"))
 }

@@ -21,6 +21,10 @@ use crate::wire::Rules;
 
 /// A batch smaller than this part of the largest waits until the one before it is published, and grows.
 const OVERLAP_DIVISOR: usize = 8;
+/// A batch that could not be published in time is cut into so many.
+const SHRINK: usize = 4;
+/// No batch is limited to fewer records.
+const RECORDS_LEAST: usize = 10;
 /// From so many records on, making the next batch would keep the one that is written waiting.
 const ASIDE_MIN: usize = 1_000;
 
@@ -77,6 +81,24 @@ impl Assembly {
             rules: Arc::clone(&settings.rules),
             records_max: settings.batch_payments_max,
             linger: settings.linger,
+        }
+    }
+
+    /// Batches get a quarter of `records` at most, until they [`grow`](Self::grow) again; the limit, or `None` if it is at
+    /// its least already.
+    pub fn shrink(&mut self, records: usize) -> Option<usize> {
+        let limit = (records / SHRINK).max(RECORDS_LEAST);
+        (limit < self.intake.records_max()).then(|| {
+            self.intake.limit(limit);
+            limit
+        })
+    }
+
+    /// Batches may be twice as large as before, up to the settings' limit.
+    pub fn grow(&mut self) {
+        let limit = self.intake.records_max();
+        if limit < self.records_max {
+            self.intake.limit(limit.saturating_mul(2).min(self.records_max));
         }
     }
 

@@ -52,6 +52,10 @@ const IDLE_COMPARE_AFTER: Duration = Duration::from_secs(5);
 const REVOKE_GRACE: Duration = Duration::from_secs(8);
 /// Of partitions that are lost already hardly anything can be finished; the group waits for nothing.
 const LOST_GRACE: Duration = Duration::from_secs(1);
+/// After a publication that took no longer, batches that were made smaller may grow again.
+const SHORT_PUBLICATION: Duration = Duration::from_secs(3);
+/// After one that failed so late, smaller ones are tried.
+const LONG_PUBLICATION: Duration = Duration::from_secs(8);
 /// Written batches that wait for their Kafka transaction.
 const PENDING_MAX: usize = 2;
 
@@ -120,6 +124,9 @@ impl Slot {
 
 type Written = Result<(Fates, Answer, WriteStats), LedgerFailure>;
 type Sent = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
+
+/// The same, and after how long.
+type Timed<T> = (T, Duration);
 
 /// A written batch that waits for its Kafka transaction.
 struct Pending {
@@ -634,8 +641,8 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             return Ok(());
         };
         drop(publication);
-        if let Some(sent) = sent {
-            self.after_publish(sent)?;
+        if let Some((sent, took)) = sent {
+            self.after_publish(sent, took)?;
         }
         if let Some(written) = written {
             self.after_write(written, &moves)?;
@@ -650,7 +657,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         writes: bool,
         moves: &[CursorMove],
         publication: Option<&Arc<Publication>>,
-    ) -> Option<(Option<Written>, Option<Sent>)> {
+    ) -> Option<(Option<Written>, Option<Timed<Sent>>)> {
         let Self {
             ledger, log, writing, trace, pending, events, inbox, metrics, assembly, slots, board, ..
         } = self;
@@ -679,11 +686,12 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                 Some(publication) => {
                     let began = Instant::now();
                     let sent = log.publish(publication).await;
-                    metrics.phase(LanePhase::Kafka, began.elapsed());
+                    let took = began.elapsed();
+                    metrics.phase(LanePhase::Kafka, took);
                     if let Some(trace) = pending_trace {
                         trace.kafka_ended();
                     }
-                    Some(sent)
+                    Some((sent, took))
                 }
                 None => None,
             }
@@ -791,24 +799,50 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         }
     }
 
-    fn after_publish(&mut self, sent: Sent) -> Result<(), IdentityDoubt> {
+    fn after_publish(&mut self, sent: Sent, took: Duration) -> Result<(), IdentityDoubt> {
         match sent {
-            Ok(sent) => self.published(sent),
+            Ok(sent) => {
+                if took < SHORT_PUBLICATION {
+                    self.assembly.grow();
+                }
+                self.published(sent);
+            }
             Err(PublishFailure::Aborted { class, message }) => {
                 if let Some(trace) = self.pending.front().and_then(|pending| pending.trace.as_ref()) {
                     trace.failed("kafka", class.as_str());
                 }
                 self.broker_failed(class, "publishing a batch", &message);
+                if self.is_too_large_to_publish(took) {
+                    // What is written is read again, and published in smaller transactions.
+                    self.reset("a batch could not be published in time");
+                }
             }
             Err(PublishFailure::Fenced(message)) => self.fenced(&message),
             Err(PublishFailure::Unknown(message)) => {
                 self.broker_failed(FailureClass::Passing, "publishing a batch", &message);
+                self.is_too_large_to_publish(took);
                 self.producer_lost();
                 self.reset("whether a transaction was committed is not known");
             }
             Err(PublishFailure::Identity(doubt)) => return Err(doubt),
         }
         Ok(())
+    }
+
+    /// Whether the batch that was not published is to be cut into smaller ones, as it had all the time that a transaction
+    /// has: a quota may slow the producer down.
+    fn is_too_large_to_publish(&mut self, took: Duration) -> bool {
+        let records = self.first_pending().and_then(|publication| publication.batch().map(Batch::len));
+        let limit =
+            records.filter(|_| took >= LONG_PUBLICATION).and_then(|records| self.assembly.shrink(records));
+        if let Some(limit) = limit {
+            tracing::warn!(
+                lane = self.settings.index,
+                records = limit,
+                "a batch could not be published in time; until it is quick again batches have no more records than this"
+            );
+        }
+        limit.is_some()
     }
 
     /// The first of the pending publications is committed.

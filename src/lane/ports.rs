@@ -263,7 +263,7 @@ pub struct WriteStats {
 /// How long the steps of a Kafka transaction took.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PublishTimes {
-    /// Writing the outputs into record batches, or handing them to librdkafka.
+    /// Handing the outputs to the client library.
     pub produce: Duration,
     /// The group's offsets.
     pub offsets: Duration,

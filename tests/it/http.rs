@@ -187,6 +187,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
     let allowed = BTreeSet::from([
         "age",
         "class",
+        "client",
         "dependency",
         "group",
         "kind",
@@ -209,6 +210,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
         assert!(found.len() <= 40, "label {label} has {} values: {found:?}", found.len());
     }
     assert_eq!(values["partition"], BTreeSet::from(["0", "1", "2"]));
+    assert_eq!(values["client"], BTreeSet::from(["producer", "reader"]));
     assert_eq!(values["topic"], BTreeSet::from(["dead_letter", "email", "read"]));
     assert_eq!(values["kind"], BTreeSet::from(["assigned", "lost", "revoked"]));
     assert_eq!(values["reason"].len(), 11);

@@ -7,6 +7,7 @@ mod crash;
 mod dlq;
 mod docs;
 mod expansion;
+mod failover;
 mod fetching;
 mod fuzz;
 mod generator;

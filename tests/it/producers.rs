@@ -1,4 +1,5 @@
-//! Whoever speaks with the brokers, and in whichever of the protocol's two ways of transactions: the same holds.
+//! The producer's transactions, in whichever of the protocol's two ways: what is lost, refused or overtaken loses and
+//! doubles nothing.
 
 use std::path::Path;
 
@@ -6,19 +7,24 @@ use kafka_protocol::messages::ApiKey;
 use payment_writer::batch::{Batch, Fates, Progress};
 use payment_writer::config::Settings;
 use payment_writer::cursor::Identity;
-use payment_writer::disposition::{FailureClass, Fate};
-use payment_writer::kafka::direct::{DirectSettings, DirectTransactions};
-use payment_writer::kafka::publisher::{PublisherSettings, Transactions};
+use payment_writer::disposition::Fate;
+use payment_writer::kafka::publisher::PublisherSettings;
+use payment_writer::kafka::transactions::{Slot, Transactions};
 use payment_writer::kafka_client::partition_counts;
 use payment_writer::lane::ports::PublishFailure;
 use payment_writer::publication::{Publication, Span};
 use payment_writer::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
 use payment_writer::wire::Rules;
+use rdkafka::TopicPartitionList;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use uuid::Uuid;
 
 use crate::crash::{kill_at_each_step, small_batches};
-use crate::support::{KafkaProxy, Load, Lost, Member, Message, Payment, Scope, Servers, uuid_v4, wait_until};
+use crate::support::{
+    DEADLINE, KafkaProxy, Load, Lost, Member, Message, PATIENCE, Payment, Scope, Servers, uuid_v4,
+    wait_until, wait_until_within,
+};
 
 /// A cluster whose transactions are as they were before KIP-890: partitions join by a request, and a producer keeps
 /// its epoch.
@@ -27,22 +33,12 @@ fn older_transactions() -> Servers {
     let feature = ["downgrade", "--feature", "transaction.version=1"];
     servers.kafka_tool(&[&["FeatureCommand"], &feature[..]].concat());
     // Brokers hear of it a little later, and a test of the newer way would prove nothing here.
-    let scope = Scope::new(&servers, "older");
-    scope.create_topics(1, 1);
     wait_until("transactions are of the older kind", || {
-        let mut producer = producer(&scope);
-        producer.init().unwrap();
-        !producer.joins_by_itself()
+        let told = servers.kafka_tool(&["FeatureCommand", "describe"]);
+        told.lines()
+            .any(|line| line.contains("transaction.version") && line.contains("FinalizedVersionLevel: 1"))
     });
-    drop(scope);
     servers
-}
-
-#[test]
-fn with_librdkafka_a_kill_at_any_step_loses_and_doubles_nothing() {
-    let scope = Scope::new(Servers::shared(), "kill_librdkafka");
-    let member = small_batches().with("KAFKA__PRODUCER", "librdkafka");
-    kill_at_each_step(&scope, &member, 2, Load::new(61));
 }
 
 #[test]
@@ -60,7 +56,7 @@ fn with_older_transactions_a_kill_at_any_step_loses_and_doubles_nothing() {
     a_producer_that_was_succeeded_commits_nothing(&servers);
 }
 
-fn producer(scope: &Scope<'_>) -> DirectTransactions {
+fn producer(scope: &Scope<'_>) -> Transactions {
     let variables = [
         ("BOOTSTRAP_SERVERS", scope.servers.bootstrap_servers()),
         ("GROUP_ID", &scope.group_id),
@@ -75,8 +71,7 @@ fn producer(scope: &Scope<'_>) -> DirectTransactions {
     let loaded = Settings::load_from(None, Path::new("nowhere.toml"), variables).unwrap();
     let kafka = loaded.settings.kafka;
     let identity = Identity { topic_id: Uuid::nil(), database_id: Uuid::nil() };
-    let direct = DirectSettings::of(&kafka, 0).unwrap();
-    DirectTransactions::new(direct, PublisherSettings::of(&kafka, &identity, 0))
+    Transactions::new(PublisherSettings::of(&kafka, &identity, 0), Slot::default())
 }
 
 fn whatever_is_lost_on_the_way_loses_and_doubles_nothing(servers: &Servers, more: &[ApiKey], seed: u64) {
@@ -153,8 +148,9 @@ fn a_producer_that_was_succeeded_commits_nothing(servers: &Servers) {
 
     // THEN it has to find out, and none of it is to be seen
     assert!(matches!(refused, PublishFailure::Unknown(_)), "{refused}");
-    let is_fenced =
-        ["ProducerFenced", "InvalidProducerEpoch"].iter().any(|code| refused.to_string().contains(code));
+    let is_fenced = ["ProducerFenced", "InvalidProducerEpoch", "Fenced"]
+        .iter()
+        .any(|code| refused.to_string().contains(code));
     assert!(is_fenced, "{refused}");
     second.send_alone(&publication(7..=9)).unwrap();
     let again = first.send_alone(&publication(4..=6)).unwrap_err();
@@ -183,15 +179,16 @@ fn what_is_refused_is_aborted_and_the_same_producer_goes_on(servers: &Servers) {
     });
     let refused = producer.send_alone(&publication(21..=40)).unwrap_err();
 
-    // THEN what went to the others is not to be seen, and a person is wanted
-    let is_systemic = matches!(refused, PublishFailure::Aborted { class: FailureClass::Systemic, .. });
-    assert!(is_systemic, "{refused}");
-    let still = producer.send_alone(&publication(21..=40)).unwrap_err();
-    assert!(still.to_string().contains(&scope.email_topic), "{still}");
+    // THEN what went to the others is not to be seen, and the next try says what is missing
+    assert!(matches!(refused, PublishFailure::Unknown(_) | PublishFailure::Aborted { .. }), "{refused}");
+    let missing = producer.init().unwrap_err().to_string();
+    assert!(missing.contains(&scope.email_topic), "{missing}");
 
     // AND when it is there again, with more partitions, it goes on
     scope.create_topic(&scope.email_topic, 3);
-    wait_until("the topic is served", || producer.send_alone(&publication(41..=60)).is_ok());
+    wait_until("the topic is served", || {
+        producer.init().is_ok() && producer.send_alone(&publication(41..=60)).is_ok()
+    });
     producer.send_alone(&publication(61..=80)).unwrap();
     let expected: Vec<_> = (1..=20).chain(41..=80).collect();
     assert_eq!(accounts_of(&scope, &scope.read_topic), expected);
@@ -224,4 +221,143 @@ fn outputs_that_fill_many_requests_keep_their_order() {
             .collect();
         assert!(offsets.len() > 1 && offsets.is_sorted(), "{offsets:?}");
     }
+}
+
+#[test]
+fn outputs_that_take_small_batches_alone_are_respected_and_one_that_takes_no_event_is_named() {
+    // GIVEN output topics that take batches of 20 kB at most, and one batch of hundreds of payments
+    let scope = Scope::new(Servers::shared(), "small_batches");
+    scope.create_topic(&scope.input_topic, 2);
+    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
+        scope.create_topic_with(topic, 2, &[("max.message.bytes", "20000")]);
+    }
+    scope.command(&["migrate"]).succeeds();
+    scope.feed(Load::without_bad_records(65).take(2_000));
+
+    // WHEN they are published, THEN in batches that the topics take
+    let member = Member::new("a").with("LANES", "1").with("BATCH__LINGER", "500ms");
+    member.catch_up(&scope);
+    scope.assert_exactly_once();
+
+    // AND where not even one event fits, the refusal names topics, setting and remedy, and it goes on once that is done
+    set_topic(&scope, &scope.read_topic, "max.message.bytes=100");
+    scope.feed(Load::without_bad_records(66).take(20));
+    let mut daemon = member.start(&scope);
+    let told = || daemon.get("/readyz").map_or(String::new(), |reply| reply.body);
+    wait_until("the refusal names the setting", || {
+        told().contains("max.message.bytes") || daemon.log().contains("raise max.message.bytes")
+    });
+    let log = daemon.log();
+    assert!(log.contains(&format!("raise max.message.bytes of {}", scope.read_topic)), "{log}");
+    set_topic(&scope, &scope.read_topic, "max.message.bytes=20000");
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
+fn set_topic(scope: &Scope<'_>, topic: &str, setting: &str) {
+    let entity = ["--alter", "--entity-type", "topics", "--entity-name", topic, "--add-config", setting];
+    scope.servers.kafka_tool(&[&["kafka.admin.ConfigCommand"], &entity[..]].concat());
+}
+
+#[test]
+fn no_client_creates_topics_by_asking_for_them() {
+    // GIVEN brokers that create what is asked for
+    let servers = Servers::with_kafka_settings("auto.create.topics.enable=true\n");
+    let scope = Scope::new(&servers, "created");
+    scope.create_topic(&scope.input_topic, 2);
+    scope.command(&["migrate"]).succeeds();
+
+    // WHEN the outputs are not there, the daemon has payments, and every command looks at them
+    scope.feed(Load::without_bad_records(67).take(20));
+    let mut daemon = Member::new("a").start(&scope);
+    wait_until("an output is missed", || {
+        daemon.get("/readyz").is_some_and(|reply| reply.body.contains("output topic"))
+    });
+    for words in
+        [&["cursors", "show"][..], &["reconcile"], &["dlq", "list"], &["topics", "check"], &["check-config"]]
+    {
+        scope.command(words);
+    }
+
+    // THEN none of them exists
+    let consumer: BaseConsumer = scope.client_config().create().unwrap();
+    let topics = consumer.fetch_metadata(None, DEADLINE).unwrap();
+    let names: Vec<&str> = topics.topics().iter().map(|topic| topic.name()).collect();
+    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
+        assert!(!names.contains(&topic.as_str()), "{names:?}");
+    }
+    daemon.kill();
+}
+
+#[test]
+fn a_quota_of_the_producer_is_told_and_payments_flow_at_its_pace() {
+    // GIVEN a quota that lets through a fraction of a batch in the time of a transaction
+    let servers = Servers::own();
+    let scope = Scope::new(&servers, "quota");
+    scope.prepare(4, 2);
+    scope.feed(Load::without_bad_records(68).take(12_000));
+    let quota = |change: &[&str]| {
+        let whose = ["--alter", "--entity-type", "clients", "--entity-name", "payment-writer"];
+        servers.kafka_tool(&[&["kafka.admin.ConfigCommand"], &whose[..], change].concat());
+    };
+    quota(&["--add-config", "producer_byte_rate=100000"]);
+
+    // WHEN they are published, THEN the quota is told, and some of them come through it, again and again
+    let mut daemon = Member::new("a").with("LANES", "1").start(&scope);
+    let published = || daemon.metric("payment_writer_published_total", "topic=\"read\"");
+    wait_until_within(PATIENCE, "the quota is told", || {
+        daemon.log().contains("brokers hold this client back")
+    });
+    for _ in 0..3 {
+        let before = published();
+        wait_until_within(PATIENCE, "some come through", || published() > before);
+    }
+    assert!(published() < 12_000.0, "nothing was held back");
+
+    // AND without it the rest follows at once, each once
+    quota(&["--delete-config", "producer_byte_rate"]);
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn a_transaction_that_an_older_version_left_open_under_its_name_is_waited_out() {
+    // GIVEN payments that are written and published, and an open transaction of the lane's former transactional id, with
+    // an event and the group's offsets in it
+    let scope = Scope::new(Servers::shared(), "former_name");
+    scope.prepare(2, 2);
+    let mut load = Load::without_bad_records(69);
+    scope.feed(load.take(50));
+    let member = Member::new("a").with("LANES", "1");
+    member.catch_up(&scope);
+    let former: BaseProducer = scope
+        .client_config()
+        .set("transactional.id", format!("{}-a-0", scope.group_id))
+        .set("transaction.timeout.ms", "8000")
+        .create()
+        .unwrap();
+    former.init_transactions(DEADLINE).unwrap();
+    former.begin_transaction().unwrap();
+    let event = BaseRecord::<[u8], [u8]>::to(&scope.read_topic).key(b"1").payload(b"never to be seen");
+    former.send(event).map_err(|(error, _)| error).unwrap();
+    let consumer: BaseConsumer = scope.client_config().set("group.id", &scope.group_id).create().unwrap();
+    let mut offsets = TopicPartitionList::new();
+    for (partition, (offset, mark)) in scope.committed_all() {
+        let mut element = offsets.add_partition(&scope.input_topic, partition);
+        element.set_offset(rdkafka::Offset::Offset(offset + 7)).unwrap();
+        element.set_metadata(mark);
+    }
+    former.send_offsets_to_transaction(&offsets, &consumer.group_metadata().unwrap(), DEADLINE).unwrap();
+    former.flush(DEADLINE).unwrap();
+
+    // WHEN this version goes on, with more payments
+    scope.feed(load.take(50));
+    let mut daemon = member.start(&scope);
+    scope.wait_until_caught_up();
+    daemon.drains();
+
+    // THEN what was open came to nothing, and every record has its one outcome
+    scope.assert_exactly_once();
 }

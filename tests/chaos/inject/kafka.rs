@@ -2,15 +2,13 @@
 
 use std::time::Instant;
 
+use payment_writer::kafka::publisher::transactional_id;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
 use super::Done;
 use crate::episode::{Episode, INPUT_PARTITIONS};
-use crate::support::{Act, PATIENCE, wait_until_within};
-
-/// As `dev/servers` sets it for both of the brokers' own topics.
-const COORDINATORS: u32 = 10;
+use crate::support::{Act, PATIENCE, coordinator_partition, wait_until_within};
 
 /// With three brokers the others go on without this one: recovery is counted from its death. One alone is
 /// started again first.
@@ -85,11 +83,10 @@ fn leader_dies(
     episode: &mut Episode<'_>,
     random: &mut ChaCha8Rng,
     topic: &str,
-    partition: u32,
+    partition: i32,
     who: &str,
 ) -> Done {
     let mut leader = 0;
-    let partition = i32::try_from(partition).unwrap();
     wait_until_within(PATIENCE, &format!("{topic} {partition} has a leader"), || {
         leader = episode.watch.leader(topic, partition).map_or(0, |(leader, _)| leader);
         leader > 0
@@ -98,7 +95,7 @@ fn leader_dies(
 }
 
 pub fn leader_kill(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
-    let partition = random.random_range(0..INPUT_PARTITIONS.unsigned_abs());
+    let partition = random.random_range(0..INPUT_PARTITIONS);
     let topic = episode.scope.input_topic.clone();
     leader_dies(episode, random, &topic, partition, &format!(", leader of input {partition}"))
 }
@@ -110,13 +107,6 @@ pub fn group_coordinator_kill(episode: &mut Episode<'_>, random: &mut ChaCha8Rng
 
 pub fn transaction_coordinator_kill(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     let instance = &episode.instances[random.random_range(0..episode.instances.len())].name;
-    let id = format!("{}-{instance}-0", episode.scope.group_id);
-    let partition = coordinator_partition(&id);
+    let partition = coordinator_partition(&transactional_id(&episode.scope.group_id, instance, 0));
     leader_dies(episode, random, "__transaction_state", partition, &format!(", coordinator of {instance}'s"))
-}
-
-/// Who coordinates is who leads this partition of the brokers' own topic: Java's hash of the name.
-fn coordinator_partition(name: &str) -> u32 {
-    let hash = name.bytes().fold(0_i32, |hash, byte| hash.wrapping_mul(31).wrapping_add(i32::from(byte)));
-    hash.unsigned_abs() % COORDINATORS
 }

@@ -37,7 +37,7 @@ pub use load::Load;
 pub use member::Member;
 pub use pages::{MetricEntry, metrics_page, rows};
 pub use payments::{AT_ISO, AT_MS, Payment, payment_id, ulid, uuid_v4, uuid_v7};
-pub use servers::{Act, Scope, Servers, block_on};
+pub use servers::{Act, Scope, Servers, block_on, coordinator_partition};
 pub use writer::{ABORTED_ONE_IN, COMPRESSIONS, TRANSACTION_MAX, Transactional, transaction_size};
 
 /// How long anything may take that is expected to happen. Generous: it is waited for in full only by a

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -67,6 +68,16 @@ pub struct Servers {
     postgres_admin: Mutex<String>,
 }
 
+/// Partitions of each of the brokers' own topics, as `dev/servers` sets it.
+const COORDINATORS: u32 = 10;
+
+/// Whoever leads this partition of `__consumer_offsets` or `__transaction_state` coordinates the group, or the
+/// transactional id, of that name: Java's hash of it.
+pub fn coordinator_partition(name: &str) -> i32 {
+    let hash = name.bytes().fold(0_i32, |hash, byte| hash.wrapping_mul(31).wrapping_add(i32::from(byte)));
+    (hash.unsigned_abs() % COORDINATORS) as i32
+}
+
 impl Servers {
     /// The pair that all tests of this binary share. Never stop or pause these; see [`Servers::own`].
     pub fn shared() -> &'static Servers {
@@ -81,16 +92,23 @@ impl Servers {
 
     /// As [`Servers::own`], with a cluster of several brokers; with three, everything is replicated.
     pub fn with_brokers(brokers: usize) -> Servers {
-        Servers::up(brokers, None)
+        Servers::up(brokers, &[])
+    }
+
+    /// As [`Servers::own`], with further settings of the broker.
+    pub fn with_kafka_settings(settings: &str) -> Servers {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(settings.as_bytes()).unwrap();
+        Servers::up(1, &["--kafka-settings", file.path().to_str().unwrap()])
     }
 
     /// As [`Servers::own`]; both also speak TLS, by the certificate in this folder, and Kafka has a listener that
     /// asks for a password and for rights.
     pub fn with_tls(folder: &Path) -> Servers {
-        Servers::up(1, Some(folder))
+        Servers::up(1, &["--tls", folder.to_str().unwrap()])
     }
 
-    fn up(brokers: usize, tls: Option<&Path>) -> Servers {
+    fn up(brokers: usize, more: &[&str]) -> Servers {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
             "it-{}-{}",
             std::process::id(),
@@ -98,11 +116,8 @@ impl Servers {
         ));
         let owner = std::process::id().to_string();
         let brokers_text = brokers.to_string();
-        let mut up = vec!["up", "--owner-pid", &owner, "--brokers", &brokers_text];
-        if let Some(folder) = tls {
-            up.extend(["--tls", folder.to_str().unwrap()]);
-        }
-        let settings = exports(&dev_servers(&dir, &up));
+        let up = ["up", "--owner-pid", &owner, "--brokers", &brokers_text];
+        let settings = exports(&dev_servers(&dir, &[&up[..], more].concat()));
         Servers {
             kafka_secure: settings.get("DEV_KAFKA_SECURE").cloned(),
             kafka: settings["PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS"].clone(),

@@ -1,4 +1,4 @@
-//! Transactions by librdkafka: for what [`direct`](super::direct) does not know, such as Kerberos or compression.
+//! The transactions of one transactional id: a batch's outputs and offsets, all of them or none.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,11 +8,9 @@ use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{ClientConfig, Offset as KafkaOffset, TopicPartitionList};
 
-use super::group::QuietLog;
-use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer, add_brokers};
-use super::publisher::{
-    INIT_TIMEOUT, PublishReply, PublisherSettings, TRANSACTION_DEADLINE, Transactions, transactional_id,
-};
+use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer, add_brokers, topic_setting};
+use super::publisher::{INIT_TIMEOUT, PublishReply, PublisherSettings, transactional_id};
+use super::throttle::{ProducerCallbacks, STATISTICS_INTERVAL};
 use crate::config::KafkaSettings;
 use crate::disposition::{FailureClass, class_of_kafka};
 use crate::failpoint;
@@ -30,8 +28,12 @@ const SLICE: Duration = Duration::from_millis(50);
 const FLUSH_SLICE_MIN: Duration = Duration::from_millis(1);
 const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
 
+/// After so many aborted transactions in a row for a reason that should have passed, the producer is made anew.
+const ABORTED_MAX: u32 = 5;
+
 /// What `kafka.properties` may change of a lane's producer.
-const PRODUCER_DEFAULTS: [(&str, &str); 8] = [
+const PRODUCER_DEFAULTS: [(&str, &str); 9] = [
+    STATISTICS_INTERVAL,
     ("transaction.timeout.ms", "15000"),
     ("linger.ms", "20"),
     ("batch.size", "900000"),
@@ -45,21 +47,23 @@ const PRODUCER_DEFAULTS: [(&str, &str); 8] = [
 /// Configuration of a lane's producer.
 pub fn transactional_config(kafka: &KafkaSettings, lane: usize) -> ClientConfig {
     let mut config = producer_config_over(kafka, &PRODUCER_DEFAULTS);
-    config.set("transactional.id", transactional_id(kafka, lane)).set("delivery.report.only.error", "true");
+    config
+        .set("transactional.id", transactional_id(&kafka.group_id, &kafka.instance_id, lane))
+        .set("delivery.report.only.error", "true");
     config
 }
 
 /// The thread's producer. Only the thread holds it for longer than the lock, so that no other has to wait until it
 /// is destroyed.
 #[derive(Clone, Default)]
-pub struct Slot(Arc<Mutex<Option<Arc<TxnProducer<QuietLog>>>>>);
+pub struct Slot(Arc<Mutex<Option<Arc<TxnProducer<ProducerCallbacks>>>>>);
 
 impl Slot {
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<TxnProducer<QuietLog>>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<TxnProducer<ProducerCallbacks>>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn get(&self) -> Option<Arc<TxnProducer<QuietLog>>> {
+    fn get(&self) -> Option<Arc<TxnProducer<ProducerCallbacks>>> {
         self.lock().clone()
     }
 
@@ -78,53 +82,103 @@ impl Slot {
     }
 }
 
-/// Runs the transactions of one transactional id.
-pub struct NativeTransactions {
+/// Runs the transactions of one transactional id, one at a time. Calls block, each within its time limit.
+pub struct Transactions {
     config: ClientConfig,
     settings: PublisherSettings,
     slot: Slot,
     steps: KafkaSteps,
+    /// Transactions that were aborted since the last one that was committed.
+    aborted: u32,
 }
 
-impl NativeTransactions {
+impl Transactions {
     /// With a producer that is made when it is needed, in `slot`.
-    pub fn new(config: ClientConfig, settings: PublisherSettings, slot: Slot) -> Self {
-        Self { config, settings, slot, steps: KafkaSteps::default() }
+    pub fn new(settings: PublisherSettings, slot: Slot) -> Self {
+        Self { config: settings.client.clone(), settings, slot, steps: KafkaSteps::default(), aborted: 0 }
+    }
+
+    /// Takes up the transactional id: fences older producers of it and settles what they left open, after the
+    /// output topics are known to exist.
+    ///
+    /// # Errors
+    /// As the broker or the client says; the producer is made anew if it can be of no more use.
+    pub fn init(&mut self) -> Result<(), LogFailure> {
+        init(&mut self.config, &self.settings, &self.slot)
+    }
+
+    /// Runs one transaction.
+    ///
+    /// # Errors
+    /// What is known of the transaction: see [`PublishFailure`].
+    pub fn publish(&mut self, publication: &Publication, group: &GroupMetadata) -> PublishReply {
+        self.run(publication, Some(group))
+    }
+
+    /// Sends the outputs and commits them, without any offsets: for measurements.
+    ///
+    /// # Errors
+    /// As [`publish`](Self::publish).
+    pub fn send_alone(&mut self, publication: &Publication) -> Result<(), PublishFailure> {
+        self.run(publication, None).map(|_| ())
+    }
+
+    fn run(&mut self, publication: &Publication, group: Option<&GroupMetadata>) -> PublishReply {
+        let Some(producer) = self.slot.get() else {
+            return Err(PublishFailure::Unknown("the producer is not initialised".to_owned()));
+        };
+        let reply = publish(&producer, &self.settings, &self.steps, publication, group);
+        self.aborted =
+            if matches!(reply, Err(PublishFailure::Aborted { .. })) { self.aborted + 1 } else { 0 };
+        let reply = match reply {
+            // It may be the client that does not find its brokers any more: another one is tried.
+            Err(PublishFailure::Aborted { class: FailureClass::Passing, message })
+                if self.aborted >= ABORTED_MAX =>
+            {
+                Err(PublishFailure::Unknown(message))
+            }
+            reply => reply,
+        };
+        if matches!(reply, Err(PublishFailure::Unknown(_))) {
+            drop(producer);
+            self.slot.clear();
+        }
+        reply
     }
 }
 
-impl Drop for NativeTransactions {
+impl Drop for Transactions {
     fn drop(&mut self) {
         // Here, for whoever holds the slot as well would have to wait for it.
         self.slot.clear();
     }
 }
 
-impl Transactions for NativeTransactions {
-    fn init(&mut self) -> Result<(), LogFailure> {
-        init(&self.config, &self.settings, &self.slot)
-    }
-
-    fn publish(&mut self, publication: &Publication, group: &GroupMetadata) -> PublishReply {
-        match &self.slot.get() {
-            Some(producer) => publish(producer, &self.settings, &self.steps, publication, group),
-            None => Err(PublishFailure::Unknown("the producer is not initialised".to_owned())),
-        }
-    }
+fn create(
+    config: &ClientConfig,
+    settings: &PublisherSettings,
+) -> Result<TxnProducer<ProducerCallbacks>, LogFailure> {
+    let native = BaseProducer::from_config_and_context(config, QuietContext(ProducerCallbacks::default()))
+        .map_err(|e| LogFailure::passing(format!("creating the producer: {e}")))?;
+    let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
+    Ok(TxnProducer::new(native, &names))
 }
 
-fn init(config: &ClientConfig, settings: &PublisherSettings, slot: &Slot) -> Result<(), LogFailure> {
+fn init(config: &mut ClientConfig, settings: &PublisherSettings, slot: &Slot) -> Result<(), LogFailure> {
     if slot.lock().is_none() {
-        let native = BaseProducer::from_config_and_context(config, QuietContext(QuietLog))
-            .map_err(|e| LogFailure::passing(format!("creating the producer: {e}")))?;
-        let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
-        *slot.lock() = Some(Arc::new(TxnProducer::new(native, &names)));
+        *slot.lock() = Some(Arc::new(create(config, settings)?));
     }
-    let Some(producer) = slot.get() else { return Ok(()) };
+    let Some(mut producer) = slot.get() else { return Ok(()) };
     if let Err(failure) = outputs_exist(settings, &producer) {
         // Or it is asked for ever, though it may be the client that knows no broker any more.
         slot.clear();
         return Err(failure);
+    }
+    if let Some(smaller) = smaller_batches(config, settings, &producer) {
+        config.set("batch.size", smaller.to_string());
+        slot.clear();
+        producer = Arc::new(create(config, settings)?);
+        *slot.lock() = Some(Arc::clone(&producer));
     }
     producer.init(INIT_TIMEOUT).map_err(|error| {
         if !error.is_retriable {
@@ -137,8 +191,30 @@ fn init(config: &ClientConfig, settings: &PublisherSettings, slot: &Slot) -> Res
     })
 }
 
+/// The largest record batch that every output topic takes, if it is smaller than the producer's.
+fn smaller_batches(
+    config: &ClientConfig,
+    settings: &PublisherSettings,
+    producer: &TxnProducer<ProducerCallbacks>,
+) -> Option<usize> {
+    let own: usize = config.get("batch.size")?.parse().ok()?;
+    let limit = |topic: &String| -> Option<usize> {
+        let told = topic_setting(producer.inner().client(), topic, "max.message.bytes", METADATA_TIMEOUT);
+        // Without the right to ask, a batch that is too large is refused, and the refusal says what to do.
+        told.inspect_err(|error| tracing::debug!(topic, %error, "max.message.bytes is not told"))
+            .ok()?
+            .parse()
+            .ok()
+    };
+    let smallest = settings.outputs.iter().filter(|_| settings.publishes).filter_map(limit).min()?;
+    (smallest < own).then_some(smallest)
+}
+
 /// A message produced before its topic's metadata is known can abort the transaction.
-fn outputs_exist(settings: &PublisherSettings, producer: &TxnProducer<QuietLog>) -> Result<(), LogFailure> {
+fn outputs_exist(
+    settings: &PublisherSettings,
+    producer: &TxnProducer<ProducerCallbacks>,
+) -> Result<(), LogFailure> {
     for topic in settings.outputs.iter().filter(|_| settings.publishes) {
         let metadata =
             producer.inner().client().fetch_metadata(Some(topic), METADATA_TIMEOUT).map_err(|e| {
@@ -166,13 +242,13 @@ enum Broken {
 }
 
 fn publish(
-    producer: &TxnProducer<QuietLog>,
+    producer: &TxnProducer<ProducerCallbacks>,
     settings: &PublisherSettings,
     steps: &KafkaSteps,
     publication: &Publication,
-    group: &GroupMetadata,
+    group: Option<&GroupMetadata>,
 ) -> PublishReply {
-    let deadline = Instant::now() + TRANSACTION_DEADLINE;
+    let deadline = Instant::now() + settings.deadline;
     failpoint::hit("before_kafka_begin");
     if let Err(error) = producer.begin() {
         return Err(PublishFailure::Unknown(format!("begin_transaction: {error}")));
@@ -181,36 +257,38 @@ fn publish(
     match fill(producer, settings, steps, &mut times, publication, group, deadline) {
         Ok(counts) => {
             failpoint::hit("before_kafka_commit");
-            timed(&steps.commit, &mut times.commit, || commit(producer, deadline))?;
+            timed(&steps.commit, &mut times.commit, || commit(producer, settings, deadline))?;
             failpoint::hit("after_kafka_commit");
             Ok((publication.committed(), counts, times))
         }
-        Err(broken) => Err(abort(producer, broken)),
+        Err(broken) => Err(abort(producer, settings, broken)),
     }
 }
 
 fn fill(
-    producer: &TxnProducer<QuietLog>,
+    producer: &TxnProducer<ProducerCallbacks>,
     settings: &PublisherSettings,
     steps: &KafkaSteps,
     times: &mut PublishTimes,
     publication: &Publication,
-    group: &GroupMetadata,
+    group: Option<&GroupMetadata>,
     deadline: Instant,
 ) -> Result<OutputCounts, Broken> {
     let counts =
         timed(&steps.produce, &mut times.produce, || produce(producer, settings, publication, deadline))?;
     failpoint::hit("after_produce");
-    timed(&steps.offsets, &mut times.offsets, || {
-        send_offsets(producer, settings, publication, group, deadline)
-    })?;
+    if let Some(group) = group {
+        timed(&steps.offsets, &mut times.offsets, || {
+            send_offsets(producer, settings, publication, group, deadline)
+        })?;
+    }
     failpoint::hit("after_send_offsets");
     timed(&steps.deliver, &mut times.deliver, || deliver(producer, deadline))?;
     Ok(counts)
 }
 
 fn produce(
-    producer: &TxnProducer<QuietLog>,
+    producer: &TxnProducer<ProducerCallbacks>,
     settings: &PublisherSettings,
     publication: &Publication,
     deadline: Instant,
@@ -237,7 +315,7 @@ fn produce(
 }
 
 fn send_offsets(
-    producer: &TxnProducer<QuietLog>,
+    producer: &TxnProducer<ProducerCallbacks>,
     settings: &PublisherSettings,
     publication: &Publication,
     group: &GroupMetadata,
@@ -265,7 +343,7 @@ fn send_offsets(
 }
 
 /// Waits until nothing is left to deliver. `commit_transaction` would do so in steps of 100 ms.
-fn deliver(producer: &TxnProducer<QuietLog>, deadline: Instant) -> Result<(), Broken> {
+fn deliver(producer: &TxnProducer<ProducerCallbacks>, deadline: Instant) -> Result<(), Broken> {
     let mut slice = FLUSH_SLICE_MIN;
     while !producer.flush(slice) {
         if Instant::now() > deadline {
@@ -276,11 +354,17 @@ fn deliver(producer: &TxnProducer<QuietLog>, deadline: Instant) -> Result<(), Br
     Ok(())
 }
 
-fn commit(producer: &TxnProducer<QuietLog>, deadline: Instant) -> Result<(), PublishFailure> {
+fn commit(
+    producer: &TxnProducer<ProducerCallbacks>,
+    settings: &PublisherSettings,
+    deadline: Instant,
+) -> Result<(), PublishFailure> {
     loop {
         match producer.commit(remaining(deadline)) {
             Ok(()) => return Ok(()),
-            Err(error) if error.requires_abort => return Err(abort(producer, Broken::Native(error))),
+            Err(error) if error.requires_abort => {
+                return Err(abort(producer, settings, Broken::Native(error)));
+            }
             Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
             Err(error) => {
                 return Err(PublishFailure::Unknown(format!("commit_transaction: {error}")));
@@ -293,13 +377,29 @@ fn remaining(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(SLICE)
 }
 
+/// The error, with what is to be done about it where a setting outside the daemon is at fault.
+fn explained(error: &NativeError, settings: &PublisherSettings) -> String {
+    let [read, email, dead_letters] = &settings.outputs;
+    match error.code {
+        RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => format!(
+            "{error}: an output is larger than its topic takes; raise max.message.bytes of {read} and {email} to 64 KiB, \
+             of {dead_letters} to 1 MiB at least"
+        ),
+        _ => error.to_string(),
+    }
+}
+
 /// Aborts the open transaction; only when that succeeded is it certain that nothing is visible.
-fn abort(producer: &TxnProducer<QuietLog>, broken: Broken) -> PublishFailure {
+fn abort(
+    producer: &TxnProducer<ProducerCallbacks>,
+    settings: &PublisherSettings,
+    broken: Broken,
+) -> PublishFailure {
     let (message, code) = match &broken {
         Broken::Native(error) if error.is_fatal => {
             return PublishFailure::Unknown(error.to_string());
         }
-        Broken::Native(error) => (error.to_string(), Some(error.code)),
+        Broken::Native(error) => (explained(error, settings), Some(error.code)),
         Broken::Late(doing) => (format!("no answer in time: {doing}"), None),
     };
     let deadline = Instant::now() + INIT_TIMEOUT;

@@ -1,0 +1,129 @@
+//! Brokers that hold a client back because of a quota: they answer at once and then do not read its connection for a
+//! while (KIP-219). The client library tells it in its statistics alone.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use metrics::{Gauge, gauge};
+use rdkafka::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::KafkaError;
+use serde::Deserialize;
+
+use super::group::QuietLog;
+
+/// How often a lane's clients make statistics, in milliseconds, unless `kafka.properties` says otherwise.
+pub const STATISTICS_INTERVAL: (&str, &str) = ("statistics.interval.ms", "5000");
+
+/// What is read of the library's statistics, which have a hundred times as much (its STATISTICS.md).
+#[derive(Deserialize)]
+struct Statistics {
+    brokers: HashMap<String, BrokerStatistics>,
+}
+
+#[derive(Deserialize)]
+struct BrokerStatistics {
+    throttle: Window,
+}
+
+/// Over the time since the statistics before, in milliseconds.
+#[derive(Deserialize)]
+struct Window {
+    max: i64,
+}
+
+/// The longest time for which a broker held the client back, in milliseconds.
+fn held_back(statistics: &[u8]) -> Option<i64> {
+    let found: Statistics = serde_json::from_slice(statistics).ok()?;
+    Some(found.brokers.values().map(|broker| broker.throttle.max).max().unwrap_or_default().max(0))
+}
+
+/// Measures and tells when brokers hold one client back.
+pub struct Throttle {
+    client: &'static str,
+    seconds: Gauge,
+    is_held_back: AtomicBool,
+}
+
+impl Throttle {
+    /// Of a client that does this: `producer` or `reader`.
+    pub fn of(client: &'static str) -> Self {
+        let seconds = gauge!("payment_writer_kafka_throttle_seconds", "client" => client);
+        Self { client, seconds, is_held_back: AtomicBool::new(false) }
+    }
+
+    /// Takes in the library's statistics.
+    pub fn statistics(&self, statistics: &[u8]) {
+        let Some(longest_ms) = held_back(statistics) else { return };
+        self.seconds.set(longest_ms as f64 / 1_000.0);
+        let was = self.is_held_back.swap(longest_ms > 0, Ordering::AcqRel);
+        match (was, longest_ms > 0) {
+            (false, true) => tracing::warn!(
+                client = self.client,
+                longest_ms,
+                "brokers hold this client back, as by a quota: payments flow as fast as that lets them"
+            ),
+            (true, false) => tracing::info!(client = self.client, "brokers no longer hold this client back"),
+            _ => {}
+        }
+    }
+}
+
+/// Callbacks of a lane's producer.
+pub struct ProducerCallbacks(Throttle);
+
+impl Default for ProducerCallbacks {
+    fn default() -> Self {
+        Self(Throttle::of("producer"))
+    }
+}
+
+impl ClientContext for ProducerCallbacks {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        QuietLog.log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        QuietLog.error(error, reason);
+    }
+
+    fn stats_raw(&self, statistics: &[u8]) {
+        self.0.statistics(statistics);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_statistics_of_all_brokers_count() {
+        let statistics = br#"{"name":"x","brokers":{
+            "a:1/1":{"name":"a:1/1","throttle":{"min":0,"max":0,"avg":0,"sum":0,"cnt":0},"toppars":{}},
+            "a:2/2":{"throttle":{"min":5,"max":1200,"avg":9,"sum":1500,"cnt":3}},
+            "a:3/3":{"throttle":{"min":5,"max":70,"avg":9,"sum":90,"cnt":2}}},"topics":{}}"#;
+        assert_eq!(held_back(statistics), Some(1_200));
+        assert_eq!(held_back(b"{}"), None);
+    }
+
+    #[test]
+    fn what_the_library_makes_is_understood() {
+        // Of a client without a broker: the names at least are the library's own.
+        let mut config = rdkafka::ClientConfig::new();
+        config.set("bootstrap.servers", "127.0.0.1:1").set("statistics.interval.ms", "1");
+        struct Keep(std::sync::Mutex<Vec<Option<i64>>>);
+        impl ClientContext for Keep {
+            fn stats_raw(&self, statistics: &[u8]) {
+                self.0.lock().unwrap().push(held_back(statistics));
+            }
+        }
+        impl rdkafka::consumer::ConsumerContext for Keep {}
+        let client: rdkafka::consumer::BaseConsumer<Keep> =
+            config.create_with_context(Keep(std::sync::Mutex::default())).unwrap();
+        while rdkafka::consumer::Consumer::context(&client).0.lock().unwrap().len() < 3 {
+            let _ = client.poll(std::time::Duration::from_millis(10));
+        }
+        let kept = rdkafka::consumer::Consumer::context(&client).0.lock().unwrap().clone();
+        assert!(kept.iter().all(|found| *found == Some(0)), "{kept:?}");
+    }
+}

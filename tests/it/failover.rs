@@ -1,0 +1,109 @@
+//! Three brokers: whichever of them dies for good, payments flow again, and nothing is lost, doubled or stuck.
+
+use std::time::Instant;
+
+use payment_writer::kafka::publisher::transactional_id;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+
+use crate::support::{
+    Act, DEADLINE, Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, coordinator_partition,
+    wait_until_within,
+};
+
+const BROKERS: usize = 3;
+/// Read events that must come after a fault before it counts as survived.
+const EVENTS: f64 = 200.0;
+
+struct Cluster<'a> {
+    servers: &'a Servers,
+    scope: &'a Scope<'a>,
+    consumer: BaseConsumer,
+}
+
+impl Cluster<'_> {
+    /// The broker that leads a partition.
+    fn leader(&self, topic: &str, partition: i32) -> i32 {
+        let mut leader = -1;
+        wait_until_within(PATIENCE, &format!("{topic} {partition} has a leader"), || {
+            let Ok(metadata) = self.consumer.fetch_metadata(Some(topic), DEADLINE) else { return false };
+            let found = metadata.topics()[0].partitions().iter().find(|p| p.id() == partition);
+            leader = found.map_or(-1, |partition| partition.leader());
+            leader >= 0
+        });
+        leader
+    }
+
+    /// Waits until every replica of every topic is in sync again: the next broker may die then.
+    fn is_whole(&self) {
+        wait_until_within(PATIENCE, "all replicas are in sync", || {
+            self.consumer.fetch_metadata(None, DEADLINE).is_ok_and(|metadata| {
+                metadata.topics().iter().flat_map(|topic| topic.partitions()).all(|partition| {
+                    partition.leader() >= 0
+                        && partition.isr().len() >= partition.replicas().len().min(BROKERS)
+                })
+            })
+        });
+    }
+
+    /// Payments flow again while this broker stays dead.
+    fn dies_for_good(&self, broker: i32, what: &str, daemon: &Daemon) {
+        self.is_whole();
+        self.servers.broker(broker, Act::Kill);
+        let began = Instant::now();
+        flows(daemon, what);
+        eprintln!(
+            "{what} (broker {broker}) died: payments flow again after {:.1} s",
+            began.elapsed().as_secs_f64()
+        );
+        self.servers.broker(broker, Act::Start);
+    }
+}
+
+/// Waits until a good many of the payments that came since are published.
+fn flows(daemon: &Daemon, what: &str) {
+    let published = || daemon.metric("payment_writer_published_total", "topic=\"read\"");
+    let before = published();
+    wait_until_within(PATIENCE, &format!("payments flow again: {what}"), || published() >= before + EVENTS);
+}
+
+#[test]
+fn whichever_broker_dies_for_good_payments_flow_again_and_nothing_is_lost_or_doubled() {
+    // GIVEN three brokers, payments that keep coming, half of them in transactions, and one daemon
+    let servers = Servers::with_brokers(BROKERS);
+    let scope = Scope::new(&servers, "failover");
+    scope.prepare(12, 4);
+    let cluster =
+        Cluster { servers: &servers, scope: &scope, consumer: scope.client_config().create().unwrap() };
+    let mut daemon = Member::new("a").start(&scope);
+    let flow = Flow::start(&scope, Load::without_bad_records(71), 12);
+    flows(&daemon, "at the start");
+
+    // WHEN the broker that coordinates the group is gone
+    let group = cluster.leader("__consumer_offsets", coordinator_partition(&scope.group_id));
+    cluster.dies_for_good(group, "the group's coordinator", &daemon);
+
+    // AND the one that coordinates a lane's transactions
+    let id = transactional_id(&scope.group_id, "a", 0);
+    let transactions = cluster.leader("__transaction_state", coordinator_partition(&id));
+    cluster.dies_for_good(transactions, "the coordinator of a lane's transactions", &daemon);
+
+    // AND a leader of an output partition
+    let output = cluster.leader(&scope.read_topic, 0);
+    cluster.dies_for_good(output, "the leader of an output partition", &daemon);
+
+    // AND all three are restarted one after the other
+    for broker in 1..=3 {
+        cluster.is_whole();
+        servers.broker(broker, Act::Stop);
+        servers.broker(broker, Act::Start);
+    }
+    flows(&daemon, "after a rolling restart");
+
+    // THEN every record has its one outcome
+    cluster.is_whole();
+    flow.end();
+    cluster.scope.wait_until_caught_up();
+    daemon.drains();
+    let outcomes = scope.assert_exactly_once();
+    assert!(outcomes.written > 1_000, "{outcomes:?}");
+}
