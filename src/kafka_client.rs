@@ -46,7 +46,7 @@ pub fn client_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> C
     }
     config
         .set("bootstrap.servers", &kafka.bootstrap_servers)
-        // Says so to brokers that know of it. Producers ask without this word whatever it says: `partition_counts`.
+        // A producer would let brokers create what it asks for, unless told otherwise.
         .set("allow.auto.create.topics", "false");
     config
 }

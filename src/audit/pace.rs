@@ -16,7 +16,7 @@ const BACKLOG: i64 = 10_000;
 /// After a piece that took unusually long, and where the process hardly runs.
 const REST_MAX: Duration = Duration::from_secs(30);
 /// How often a resting audit looks whether it may go on.
-pub const LOOK: Duration = Duration::from_millis(250);
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Processor time that has been used so far.
 #[derive(Clone, Copy, Debug)]

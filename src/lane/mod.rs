@@ -812,7 +812,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
                     trace.failed("kafka", class.as_str());
                 }
                 self.broker_failed(class, "publishing a batch", &message);
-                if self.is_too_large_to_publish(took) {
+                if self.made_batches_smaller(took) {
                     // What is written is read again, and published in smaller transactions.
                     self.reset("a batch could not be published in time");
                 }
@@ -820,7 +820,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
             Err(PublishFailure::Fenced(message)) => self.fenced(&message),
             Err(PublishFailure::Unknown(message)) => {
                 self.broker_failed(FailureClass::Passing, "publishing a batch", &message);
-                self.is_too_large_to_publish(took);
+                self.made_batches_smaller(took);
                 self.producer_lost();
                 self.reset("whether a transaction was committed is not known");
             }
@@ -829,9 +829,9 @@ impl<L: Log, D: Ledger> Lane<L, D> {
         Ok(())
     }
 
-    /// Whether the batch that was not published is to be cut into smaller ones, as it had all the time that a transaction
-    /// has: a quota may slow the producer down.
-    fn is_too_large_to_publish(&mut self, took: Duration) -> bool {
+    /// Makes batches smaller if this one was not published in all the time that a transaction has, as where a quota slows
+    /// the producer down. True: they are smaller from now on.
+    fn made_batches_smaller(&mut self, took: Duration) -> bool {
         let records = self.first_pending().and_then(|publication| publication.batch().map(Batch::len));
         let limit =
             records.filter(|_| took >= LONG_PUBLICATION).and_then(|records| self.assembly.shrink(records));
