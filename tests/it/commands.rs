@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::support::{AT_MS, Finished, Message, Payment, Scope, Servers, uuid_v4, wait_until};
+use crate::support::{AT_MS, Finished, Message, Payment, Scope, Servers, free_address, uuid_v4, wait_until};
 
 /// Runs the program without any server, with nothing but these settings.
 fn offline(arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
@@ -156,7 +156,7 @@ fn migrate_and_topics_create_may_be_repeated() {
 #[test]
 fn a_command_that_meets_no_server_fails_with_exit_code_1() {
     // A port that nobody listens on.
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_address().port();
     let url = format!("postgresql://nobody:hush@127.0.0.1:{port}/none");
     let settings = [("PAYMENT_WRITER__POSTGRES__URL", url.as_str())];
     for command in [vec!["migrate"], vec!["migrate", "status"]] {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use serde_json::Value;
 
-use crate::support::{Daemon, Payment, Scope, uuid_v4, wait_until};
+use crate::support::{Daemon, Payment, Scope, free_address, listen, uuid_v4, wait_until};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -42,7 +42,6 @@ struct Collector {
 }
 
 impl Collector {
-    /// On a port; 0 for a free one.
     fn start(port: u16) -> Self {
         let mut child = Command::new(program())
             .arg(port.to_string())
@@ -88,7 +87,7 @@ struct NoCollector {
 impl NoCollector {
     /// Takes every connection, and answers 503, or never.
     fn start(answers: bool) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let listener = listen();
         let address = listener.local_addr().unwrap();
         let exports = Arc::new(Mutex::new(BTreeSet::new()));
         let noted = Arc::clone(&exports);
@@ -169,7 +168,7 @@ fn traced<'s>(scope: &'s Scope<'s>, endpoint: &str, more: &[(&str, &str)]) -> Da
 #[test]
 fn a_collector_receives_a_batch_with_its_phases_and_the_links_to_its_payments() {
     // GIVEN a daemon that traces every batch
-    let mut collector = Collector::start(0);
+    let mut collector = Collector::start(free_address().port());
     let scope = Scope::ready("traces", 1, 1);
     let mut daemon = traced(&scope, &collector.endpoint(), &[("PAYMENT_WRITER__LOG__FORMAT", "json")]);
     daemon.wait_until_ready();

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{DEADLINE, Scope, wait_until};
+use super::{DEADLINE, Scope, free_address, wait_until};
 
 /// What a command that ended left behind.
 #[derive(Debug)]
@@ -88,10 +88,6 @@ impl Scope<'_> {
 fn tested_program() -> PathBuf {
     let other = std::env::var_os("PAYMENT_WRITER_TESTED_PROGRAM").map(PathBuf::from);
     other.unwrap_or_else(|| env!("CARGO_BIN_EXE_payment-writer").into())
-}
-
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 /// A running daemon. Dropping it kills it, and prints its log if the test is failing.

@@ -13,6 +13,8 @@
 //! ```
 // Each helper is for the tests that need it; not every revision has one.
 #![allow(dead_code, unused_imports)]
+// Clients of the tests' own, beside the program's.
+#![allow(clippy::disallowed_methods)]
 
 mod daemon;
 mod exactly_once;
@@ -23,6 +25,7 @@ mod load;
 mod member;
 mod pages;
 mod payments;
+mod ports;
 mod servers;
 mod writer;
 
@@ -37,6 +40,7 @@ pub use load::Load;
 pub use member::Member;
 pub use pages::{MetricEntry, metrics_page, rows};
 pub use payments::{AT_ISO, AT_MS, Payment, payment_id, ulid, uuid_v4, uuid_v7};
+pub use ports::{free_address, listen};
 pub use servers::{Act, Scope, Servers, block_on, coordinator_partition};
 pub use writer::{ABORTED_ONE_IN, COMPRESSIONS, TRANSACTION_MAX, Transactional, transaction_size};
 

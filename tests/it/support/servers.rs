@@ -157,6 +157,11 @@ impl Servers {
         dev_servers(&self.dir, &["kafka", act.word(), "--node", &number.to_string()]);
     }
 
+    /// Kills a broker for good, and starts another one, with another number, which it returns, and at another address.
+    pub fn replace_broker(&self, number: i32) -> i32 {
+        dev_servers(&self.dir, &["kafka", "replace", "--node", &number.to_string()]).trim().parse().unwrap()
+    }
+
     pub fn brokers(&self) -> usize {
         self.brokers
     }

@@ -1,4 +1,4 @@
-//! Receives spans by OTLP over HTTP on 127.0.0.1, on the port of the first argument (0: a free one). Says its port
+//! Receives spans by OTLP over HTTP on 127.0.0.1, on the port of the first argument. Says its port
 //! first; then, for each line of its input, all spans so far as one line of JSON. Ends with its input.
 
 use std::io::BufRead;
