@@ -1,9 +1,11 @@
 //! Three brokers: whichever of them dies for good, payments flow again, and nothing is lost, doubled or stuck.
 
+use std::fs;
 use std::time::Instant;
 
 use payment_writer::kafka::publisher::transactional_id;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use serde_json::json;
 
 use crate::support::{
     Act, DEADLINE, Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, coordinator_partition,
@@ -41,6 +43,35 @@ impl Cluster<'_> {
                     partition.leader() >= 0
                         && partition.isr().len() >= partition.replicas().len().min(BROKERS)
                 })
+            })
+        });
+    }
+
+    /// Has a broker take the place of one that is gone in every partition, and lead all of them.
+    fn moves_to(&self, broker: i32, gone: i32) {
+        let metadata = self.consumer.fetch_metadata(None, DEADLINE).unwrap();
+        let moves: Vec<_> = metadata
+            .topics()
+            .iter()
+            .flat_map(|topic| topic.partitions().iter().map(move |partition| (topic.name(), partition)))
+            .map(|(topic, partition)| {
+                let stay = partition.replicas().iter().filter(|replica| **replica != gone).take(2);
+                let replicas: Vec<i32> = std::iter::once(broker).chain(stay.copied()).collect();
+                json!({"topic": topic, "partition": partition.id(), "replicas": replicas})
+            })
+            .collect();
+        let folder = tempfile::tempdir().unwrap();
+        let plan = folder.path().join("plan.json");
+        fs::write(&plan, json!({"version": 1, "partitions": moves}).to_string()).unwrap();
+        let tool = "org.apache.kafka.tools.reassign.ReassignPartitionsCommand";
+        self.servers.kafka_tool(&[tool, "--execute", "--reassignment-json-file", plan.to_str().unwrap()]);
+        self.is_whole();
+        let elect = ["--election-type", "preferred", "--all-topic-partitions"];
+        self.servers.kafka_tool(&[&["org.apache.kafka.tools.LeaderElectionCommand"], &elect[..]].concat());
+        wait_until_within(PATIENCE, "the replacement leads everything", || {
+            self.consumer.fetch_metadata(None, DEADLINE).is_ok_and(|metadata| {
+                let mut partitions = metadata.topics().iter().flat_map(|topic| topic.partitions());
+                partitions.all(|partition| partition.leader() == broker)
             })
         });
     }
@@ -98,6 +129,12 @@ fn whichever_broker_dies_for_good_payments_flow_again_and_nothing_is_lost_or_dou
         servers.broker(broker, Act::Start);
     }
     flows(&daemon, "after a rolling restart");
+
+    // AND one is replaced by another, of another number and at another address, which then leads everything
+    cluster.is_whole();
+    let replacement = servers.replace_broker(3);
+    cluster.moves_to(replacement, 3);
+    flows(&daemon, "after a broker was replaced");
 
     // THEN every record has its one outcome
     cluster.is_whole();
