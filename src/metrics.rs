@@ -97,10 +97,9 @@ pub fn describe() {
         "payment_writer_lane_resets_total",
         "Times that a lane dropped what it held and read its cursors again"
     );
-    describe_gauge!(
-        "payment_writer_kafka_throttle_seconds",
-        Unit::Seconds,
-        "The longest time for which a broker held a client of this process back, as by a quota, in the last seconds"
+    describe_counter!(
+        "payment_writer_kafka_throttled_milliseconds_total",
+        "For how long brokers held this process's clients back, as by a quota, by client"
     );
     describe_counter!(
         "payment_writer_fetch_gaps_total",
@@ -250,6 +249,9 @@ fn begin_at_zero() {
     }
     for result in AuditResult::ALL {
         audited(result).increment(0);
+    }
+    for client in ["producer", "reader"] {
+        counter!("payment_writer_kafka_throttled_milliseconds_total", "client" => client).increment(0);
     }
     for dependency in ["broker", "database"] {
         counter!("payment_writer_audit_errors_total", "dependency" => dependency).increment(0);

@@ -2,15 +2,18 @@
 //! while (KIP-219). The client library tells it in its statistics alone.
 
 use std::collections::HashMap;
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use metrics::{Gauge, gauge};
+use metrics::{Counter, counter};
 use rdkafka::ClientContext;
+use rdkafka::client::OAuthToken;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::KafkaError;
 use serde::Deserialize;
 
 use super::group::QuietLog;
+use super::token;
 
 /// How often a lane's clients make statistics, in milliseconds, unless `kafka.properties` says otherwise.
 pub const STATISTICS_INTERVAL: (&str, &str) = ("statistics.interval.ms", "5000");
@@ -29,38 +32,38 @@ struct BrokerStatistics {
 /// Over the time since the statistics before, in milliseconds.
 #[derive(Deserialize)]
 struct Window {
-    max: i64,
+    sum: u64,
 }
 
-/// The longest time for which a broker held the client back, in milliseconds.
-fn held_back(statistics: &[u8]) -> Option<i64> {
+/// For how long brokers held the client back, each answer counted, in milliseconds.
+fn held_back(statistics: &[u8]) -> Option<u64> {
     let found: Statistics = serde_json::from_slice(statistics).ok()?;
-    Some(found.brokers.values().map(|broker| broker.throttle.max).max().unwrap_or_default().max(0))
+    Some(found.brokers.values().map(|broker| broker.throttle.sum).sum())
 }
 
 /// Measures and tells when brokers hold one client back.
 pub struct Throttle {
     client: &'static str,
-    seconds: Gauge,
+    milliseconds: Counter,
     is_held_back: AtomicBool,
 }
 
 impl Throttle {
     /// Of a client that does this: `producer` or `reader`.
     pub fn of(client: &'static str) -> Self {
-        let seconds = gauge!("payment_writer_kafka_throttle_seconds", "client" => client);
-        Self { client, seconds, is_held_back: AtomicBool::new(false) }
+        let milliseconds = counter!("payment_writer_kafka_throttled_milliseconds_total", "client" => client);
+        Self { client, milliseconds, is_held_back: AtomicBool::new(false) }
     }
 
     /// Takes in the library's statistics.
     pub fn statistics(&self, statistics: &[u8]) {
-        let Some(longest_ms) = held_back(statistics) else { return };
-        self.seconds.set(longest_ms as f64 / 1_000.0);
-        let was = self.is_held_back.swap(longest_ms > 0, Ordering::AcqRel);
-        match (was, longest_ms > 0) {
+        let Some(milliseconds) = held_back(statistics) else { return };
+        self.milliseconds.increment(milliseconds);
+        let was = self.is_held_back.swap(milliseconds > 0, Ordering::AcqRel);
+        match (was, milliseconds > 0) {
             (false, true) => tracing::warn!(
                 client = self.client,
-                longest_ms,
+                milliseconds,
                 "brokers hold this client back, as by a quota: payments flow as fast as that lets them"
             ),
             (true, false) => tracing::info!(client = self.client, "brokers no longer hold this client back"),
@@ -79,6 +82,12 @@ impl Default for ProducerCallbacks {
 }
 
 impl ClientContext for ProducerCallbacks {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        token::generate(property)
+    }
+
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         QuietLog.log(level, facility, message);
     }
@@ -102,7 +111,7 @@ mod tests {
             "a:1/1":{"name":"a:1/1","throttle":{"min":0,"max":0,"avg":0,"sum":0,"cnt":0},"toppars":{}},
             "a:2/2":{"throttle":{"min":5,"max":1200,"avg":9,"sum":1500,"cnt":3}},
             "a:3/3":{"throttle":{"min":5,"max":70,"avg":9,"sum":90,"cnt":2}}},"topics":{}}"#;
-        assert_eq!(held_back(statistics), Some(1_200));
+        assert_eq!(held_back(statistics), Some(1_590));
         assert_eq!(held_back(b"{}"), None);
     }
 
@@ -111,7 +120,7 @@ mod tests {
         // Of a client without a broker: the names at least are the library's own.
         let mut config = rdkafka::ClientConfig::new();
         config.set("bootstrap.servers", "127.0.0.1:1").set("statistics.interval.ms", "1");
-        struct Keep(std::sync::Mutex<Vec<Option<i64>>>);
+        struct Keep(std::sync::Mutex<Vec<Option<u64>>>);
         impl ClientContext for Keep {
             fn stats_raw(&self, statistics: &[u8]) {
                 self.0.lock().unwrap().push(held_back(statistics));
@@ -119,7 +128,7 @@ mod tests {
         }
         impl rdkafka::consumer::ConsumerContext for Keep {}
         let client: rdkafka::consumer::BaseConsumer<Keep> =
-            config.create_with_context(Keep(std::sync::Mutex::default())).unwrap();
+            crate::kafka_client::make_client(&config, Keep(std::sync::Mutex::default())).unwrap();
         while rdkafka::consumer::Consumer::context(&client).0.lock().unwrap().len() < 3 {
             let _ = client.poll(std::time::Duration::from_millis(10));
         }
