@@ -10,6 +10,8 @@
 //! set, with a database and topics of its own that it removes at the end (the role must be allowed to make
 //! databases, or `DEV_POSTGRES_ADMIN_URL` must lead to one that is); otherwise its own, by `dev/servers`.
 //! `BENCH_SIZING_SIZES` and `BENCH_SIZING_LANES` choose (numbers between commas).
+// Clients of the measurement's own.
+#![allow(clippy::disallowed_methods)]
 #![allow(missing_docs)]
 #![allow(
     clippy::unwrap_used,

@@ -4,11 +4,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
+use rdkafka::admin::AdminClient;
 use rdkafka::client::{Client, ClientContext};
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::metadata::MetadataTopic;
+use rdkafka::producer::{BaseProducer, Producer, ProducerContext, ThreadedProducer};
 
 use crate::config::KafkaSettings;
+use crate::kafka::token;
 
 /// Java's partitioner: a key lands where every other client of the topic puts it.
 pub const PARTITIONER: &str = "murmur2_random";
@@ -44,6 +49,9 @@ pub fn client_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> C
     for (name, value) in kafka.properties.iter() {
         config.set(name, value);
     }
+    if !kafka.token_command.is_empty() {
+        config.set(token::PROPERTY, token::property_of(&kafka.token_command));
+    }
     config
         .set("bootstrap.servers", &kafka.bootstrap_servers)
         // A producer would let brokers create what it asks for, unless told otherwise.
@@ -61,6 +69,50 @@ pub fn producer_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) ->
     let mut config = client_config_over(kafka, defaults);
     config.set("partitioner", PARTITIONER).set("enable.idempotence", "true").set("acks", "all");
     config
+}
+
+/// A client of whichever kind, with the client of the library that is inside it.
+pub trait Clients<C: ClientContext>: FromClientConfigAndContext<C> {
+    /// The client inside.
+    fn inside(&self) -> &Client<C>;
+}
+
+impl<C: ConsumerContext> Clients<C> for BaseConsumer<C> {
+    fn inside(&self) -> &Client<C> {
+        self.client()
+    }
+}
+
+impl<C: ProducerContext> Clients<C> for BaseProducer<C> {
+    fn inside(&self) -> &Client<C> {
+        self.client()
+    }
+}
+
+impl<C: ProducerContext + 'static> Clients<C> for ThreadedProducer<C> {
+    fn inside(&self) -> &Client<C> {
+        self.client()
+    }
+}
+
+impl<C: ClientContext> Clients<C> for AdminClient<C> {
+    fn inside(&self) -> &Client<C> {
+        self.inner()
+    }
+}
+
+/// Makes a client: the one way in which this program makes any. Where tokens are used, it has its first one.
+///
+/// # Errors
+/// When the library refuses the configuration, or no token can be made.
+#[expect(clippy::disallowed_methods, reason = "nowhere else")]
+pub fn make_client<T: Clients<C>, C: ClientContext>(
+    config: &ClientConfig,
+    context: C,
+) -> Result<T, KafkaError> {
+    let made = T::from_config_and_context(config, context)?;
+    token::authorize(config, made.inside())?;
+    Ok(made)
 }
 
 /// Partitions of every topic that can be used: known, and each partition with a leader.

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
-use rdkafka::client::DefaultClientContext;
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaErrorCode;
 
 use super::{Failure, output, small_runtime};
 use crate::config::Settings;
-use crate::kafka_client::{REQUEST_TIMEOUT, base_client_config, partition_counts};
+use crate::kafka::group::QuietLog;
+use crate::kafka_client::{REQUEST_TIMEOUT, base_client_config, make_client, partition_counts};
 
 /// How long the brokers may take to spread the word of a new topic.
 const VISIBLE_WITHIN: Duration = Duration::from_secs(30);
@@ -69,8 +69,7 @@ async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(
         output(&kafka.email_topic),
         Wanted { dead_letters: true, ..output(&kafka.dead_letter_topic) },
     ];
-    let admin: AdminClient<DefaultClientContext> = base_client_config(kafka)
-        .create()
+    let admin: AdminClient<QuietLog> = make_client(&base_client_config(kafka), QuietLog)
         .map_err(|error| Failure::failed(format!("cannot make a Kafka client: {error}")))?;
     let away = |error: KafkaError| {
         Failure::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
@@ -108,7 +107,7 @@ fn new_topic<'a>(topic: &Wanted<'a>, replication_factor: i32) -> NewTopic<'a> {
 
 /// Names of those that this call created; another call that was faster is no failure.
 async fn create_topics(
-    admin: &AdminClient<DefaultClientContext>,
+    admin: &AdminClient<QuietLog>,
     new_topics: &[NewTopic<'_>],
 ) -> Result<Vec<String>, Failure> {
     if new_topics.is_empty() {
@@ -140,7 +139,7 @@ async fn create_topics(
 
 /// Waits until each topic is known and each of its partitions has a leader.
 async fn wait_until_visible(
-    admin: &AdminClient<DefaultClientContext>,
+    admin: &AdminClient<QuietLog>,
     wanted: &[Wanted<'_>],
 ) -> Result<BTreeMap<String, i32>, Failure> {
     let deadline = Instant::now() + VISIBLE_WITHIN;
@@ -163,7 +162,7 @@ async fn wait_until_visible(
     }
 }
 
-async fn warn_of_retention(admin: &AdminClient<DefaultClientContext>, topic: &str) {
+async fn warn_of_retention(admin: &AdminClient<QuietLog>, topic: &str) {
     let options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
     let Ok(answers) = admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await else {
         return warn(&format!(

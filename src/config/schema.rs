@@ -39,7 +39,7 @@ const fn secret(key: &'static str, fallback: Fallback) -> Spec {
 pub(super) const PROPERTIES: &str = "kafka.properties";
 
 /// All settings, in the order in which they are shown.
-pub(super) const SETTINGS: [Spec; 28] = [
+pub(super) const SETTINGS: [Spec; 29] = [
     plain("kafka.bootstrap_servers", Fallback::Text("127.0.0.1:9092")),
     plain("kafka.group_id", Fallback::Text("payment-writer")),
     plain("kafka.instance_id", Fallback::HostName),
@@ -48,6 +48,7 @@ pub(super) const SETTINGS: [Spec; 28] = [
     plain("kafka.email_topic", Fallback::Text("payment_email")),
     plain("kafka.dead_letter_topic", Fallback::Text("payment_writer_topic.dlq")),
     plain("kafka.publish", Fallback::Boolean(true)),
+    plain("kafka.token_command", Fallback::Texts(&[])),
     plain(PROPERTIES, Fallback::Table),
     secret("postgres.url", Fallback::Text("postgresql://payment_writer@127.0.0.1:5432/payment_writer")),
     secret("postgres.housekeeping_url", Fallback::SameAs("postgres.url")),

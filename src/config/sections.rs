@@ -59,6 +59,8 @@ pub struct KafkaSettings {
     pub dead_letter_topic: String,
     /// Whether events and dead letters are sent, or only rows written.
     pub publish: bool,
+    /// Makes tokens for SASL OAUTHBEARER: a program and its arguments. Empty: none.
+    pub token_command: Vec<String>,
     /// Handed to librdkafka.
     pub properties: KafkaProperties,
 }
@@ -223,7 +225,11 @@ impl KafkaSettings {
             }
         }
         let publish = r.read("kafka.publish", |raw| raw.boolean());
+        let token_command = r.read("kafka.token_command", |raw| raw.texts());
         let properties = r.properties();
+        if let Some(command) = &token_command {
+            check_tokens(r, command, &properties);
+        }
         let [(_, input_topic), (_, read_topic), (_, email_topic), (_, dead_letter_topic)] = topics;
         Some(Self {
             bootstrap_servers: bootstrap_servers?,
@@ -234,6 +240,7 @@ impl KafkaSettings {
             email_topic: email_topic?,
             dead_letter_topic: dead_letter_topic?,
             publish: publish?,
+            token_command: token_command?,
             properties,
         })
     }
@@ -387,6 +394,29 @@ fn servers(raw: &Raw<'_>) -> Result<String, Rule> {
 fn socket_address(raw: &Raw<'_>) -> Result<SocketAddr, Rule> {
     let rule = "must be an IP address and a port, like 127.0.0.1:9464 or [::]:9464";
     raw.text()?.trim().parse().map_err(|_| rule.to_owned())
+}
+
+/// Tokens come from a command, from a server (OIDC), or are ones that nobody has to believe; one of these there must be.
+fn check_tokens(r: &mut Reader, command: &[String], properties: &KafkaProperties) {
+    let is = |names: &[&str], wanted: &str| {
+        names.iter().any(|name| properties.get(name).is_some_and(|value| value.eq_ignore_ascii_case(wanted)))
+    };
+    let are_wanted = is(&["sasl.mechanism", "sasl.mechanisms"], "OAUTHBEARER");
+    let come_from_elsewhere = is(&["sasl.oauthbearer.method"], "oidc")
+        || is(&["enable.sasl.oauthbearer.unsecure.jwt"], "true")
+        || is(&["enable.sasl.oauthbearer.unsecure.jwt"], "1");
+    if are_wanted && command.is_empty() && !come_from_elsewhere {
+        let how = "must be the command that makes the tokens, as kafka.properties wants sasl.mechanism OAUTHBEARER \
+                   (or set sasl.oauthbearer.method = oidc, with a binary that has the Cargo feature `curl`)";
+        r.refuse("kafka.token_command", how.to_owned());
+    }
+    if !command.is_empty() && (!are_wanted || come_from_elsewhere) {
+        let how = "needs kafka.properties to have sasl.mechanism OAUTHBEARER, and no other way to tokens";
+        r.refuse("kafka.token_command", how.to_owned());
+    }
+    if !command.is_empty() && properties.get(crate::kafka::token::PROPERTY).is_some() {
+        r.refuse("kafka.token_command", "cannot stand beside sasl.oauthbearer.config".to_owned());
+    }
 }
 
 fn payment_types(raw: &Raw<'_>) -> Result<Vec<String>, Rule> {

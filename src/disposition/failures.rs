@@ -243,7 +243,7 @@ pub const KAFKA_RULES: &[Rule<RDKafkaErrorCode>] = &[
     Rule {
         codes: &[Code::ProducerFenced, Code::Fenced],
         class: FailureClass::Fenced,
-        meaning: "another producer took over the transactional id",
+        meaning: "another producer took over the transactional id; a warning names the id",
     },
     Rule {
         codes: &[

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode;
@@ -14,7 +13,7 @@ use crate::config::KafkaSettings;
 use crate::failpoint;
 use crate::kafka::group::QuietLog;
 use crate::kafka::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer};
-use crate::kafka_client::{REQUEST_TIMEOUT, base_client_config, producer_config};
+use crate::kafka_client::{REQUEST_TIMEOUT, base_client_config, make_client, producer_config};
 use crate::record::{RecordView, TimestampMs};
 
 /// `init_transactions` waits until the transaction of an older run is aborted or completed.
@@ -59,7 +58,7 @@ impl Sender {
             .set("message.max.bytes", "4000000")
             .set("linger.ms", "5")
             .set("delivery.report.only.error", "true");
-        let native = BaseProducer::from_config_and_context(&config, QuietContext(QuietLog))
+        let native = make_client::<BaseProducer<_>, _>(&config, QuietContext(QuietLog))
             .map_err(|e| failed("creating the producer of replays", e))?;
         let producer = TxnProducer::new(native, &[&kafka.input_topic]);
         let mut config = base_client_config(kafka);
@@ -69,7 +68,7 @@ impl Sender {
             .set("isolation.level", "read_committed")
             .set("enable.auto.commit", "false")
             .remove("group.instance.id");
-        let consumer = BaseConsumer::from_config_and_context(&config, QuietLog)
+        let consumer = make_client::<BaseConsumer<_>, _>(&config, QuietLog)
             .map_err(|e| failed("creating the consumer of the replay group", e))?;
         let sender = Self {
             producer,

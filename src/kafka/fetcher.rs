@@ -4,11 +4,12 @@
 //! It is begun and stopped, never paused or sought: the library keeps a position of its own across a pause, and
 //! that position has been wrong.
 
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::client::OAuthToken;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaErrorCode;
@@ -19,8 +20,9 @@ use super::librdkafka::fetch::{FetchItem, FetchQueue};
 use super::librdkafka::{NativeError, add_brokers};
 use super::reminder::Reminder;
 use super::throttle::Throttle;
+use super::token;
 use crate::config::KafkaSettings;
-use crate::kafka_client::client_config_over;
+use crate::kafka_client::{client_config_over, make_client};
 use crate::record::{NextOffset, Partition};
 
 /// Items taken from the client in one call.
@@ -58,6 +60,12 @@ impl Default for ReaderContext {
 }
 
 impl ClientContext for ReaderContext {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        token::generate(property)
+    }
+
     fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
         QuietLog.log(level, facility, message);
     }
@@ -95,7 +103,7 @@ impl Fetcher {
     /// When the client cannot be made.
     pub fn new(config: &ClientConfig, topic: &str) -> Result<Self, KafkaError> {
         let bootstrap_servers = config.get("bootstrap.servers").unwrap_or_default().to_owned();
-        let consumer = BaseConsumer::from_config_and_context(config, ReaderContext::default())?;
+        let consumer = make_client::<BaseConsumer<_>, _>(config, ReaderContext::default())?;
         let queue = FetchQueue::new(consumer, topic, CHUNK_MAX)
             .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
         let listening = Mutex::new(Listening { at: Instant::now(), reminder: Reminder::default() });

@@ -5,10 +5,12 @@
 //! rebalance, in which the library pauses all that a member fetches, touches none of them.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use rdkafka::client::OAuthToken;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
@@ -18,9 +20,11 @@ use tokio::sync::{mpsc, watch};
 
 use super::librdkafka::add_brokers;
 use super::reminder::Reminder;
+use super::token;
 use crate::cursor::IdentityDoubt;
 use crate::disposition::is_refusal;
 use crate::failpoint;
+use crate::kafka_client::make_client;
 use crate::lane::ports::{LaneEvent, RevokeDone};
 use crate::logging::RateLimited;
 use crate::record::Partition;
@@ -48,6 +52,12 @@ pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct QuietLog;
 
 impl ClientContext for QuietLog {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        token::generate(property)
+    }
+
     fn log(&self, _: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
         tracing::debug!(target: "librdkafka", facility, message);
     }
@@ -136,6 +146,12 @@ pub fn lane_of(partition: Partition, lanes: usize) -> usize {
 pub struct GroupContext(Arc<Shared>);
 
 impl ClientContext for GroupContext {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        token::generate(property)
+    }
+
     fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
         QuietLog.log(level, facility, message);
     }
@@ -323,7 +339,7 @@ impl Group {
             all_brokers_down: AtomicBool::new(false),
             polled_at: Mutex::new(Instant::now()),
         });
-        let consumer = config.create_with_context(GroupContext(Arc::clone(&shared)))?;
+        let consumer = make_client(config, GroupContext(Arc::clone(&shared)))?;
         let group = Self { consumer: Arc::new(consumer), shared, thread: Arc::new(OnceLock::new()) };
         Ok((group, end))
     }

@@ -12,7 +12,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rdkafka::client::Client;
+use rdkafka::client::{Client, OAuthToken};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode;
@@ -213,6 +213,12 @@ pub struct TxnProducer<C: ClientContext + 'static> {
 pub struct QuietContext<C>(pub C);
 
 impl<C: ClientContext> ClientContext for QuietContext<C> {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = C::ENABLE_REFRESH_OAUTH_TOKEN;
+
+    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn std::error::Error>> {
+        self.0.generate_oauth_token(property)
+    }
+
     fn log(&self, level: rdkafka::config::RDKafkaLogLevel, fac: &str, message: &str) {
         self.0.log(level, fac, message);
     }
@@ -362,6 +368,14 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
         left == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR
     }
 
+    /// Hands all errors, statistics and reports that are there to the context.
+    pub fn take_events(&self) {
+        // One a call; messages under way are counted as well.
+        for _ in 0..self.producer.in_flight_count() {
+            self.producer.poll(Duration::ZERO);
+        }
+    }
+
     /// `init_transactions`: fences older producers of this id and settles what they left open.
     pub fn init(&self, timeout: Duration) -> Result<(), NativeError> {
         // SAFETY: the client is live.
@@ -429,6 +443,39 @@ impl<C: ClientContext> Drop for TxnProducer<C> {
 pub fn add_brokers<C: ClientContext>(client: &Client<C>, servers: &str) {
     // SAFETY: the client is live, and lets any thread call this; it copies the list, which is read up to its NUL.
     unsafe { sys::rd_kafka_brokers_add(client.native_ptr(), c_string(servers).as_ptr()) };
+}
+
+/// Gives a client the token of SASL OAUTHBEARER that it shows to brokers from now on.
+///
+/// # Errors
+/// When the client takes no tokens, or not this one.
+pub fn set_token<C: ClientContext>(
+    client: &Client<C>,
+    token: &str,
+    principal: &str,
+    expires_at_ms: i64,
+) -> Result<(), NativeError> {
+    let (token, principal) = (c_string(token), c_string(principal));
+    let mut reason: [c_char; 256] = [0; 256];
+    // SAFETY: the client is live; it copies both texts, which are read up to their NUL; there are no extensions; and
+    // it ends the reason with a NUL within the array.
+    let code = unsafe {
+        sys::rd_kafka_oauthbearer_set_token(
+            client.native_ptr(),
+            token.as_ptr(),
+            expires_at_ms,
+            principal.as_ptr(),
+            ptr::null_mut(),
+            0,
+            reason.as_mut_ptr(),
+            reason.len(),
+        )
+    };
+    if code == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
+        return Ok(());
+    }
+    // SAFETY: the array was all NULs, and has one at its end.
+    Err(NativeError::plain(code, &unsafe { CStr::from_ptr(reason.as_ptr()) }.to_string_lossy()))
 }
 
 /// The 128 bits of a topic's id, and its number of partitions, as the cluster knows them now.

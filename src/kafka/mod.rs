@@ -14,4 +14,5 @@ pub mod scan;
 pub mod stable;
 pub mod tails;
 mod throttle;
+pub mod token;
 pub mod transactions;

@@ -5,15 +5,19 @@
 //! two comes back to what the first round left it, without another round (KIP-345). What it gave away is
 //! nobody's then, until the membership changes; restarts of static members do not change it.
 
+use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rdkafka::client::OAuthToken;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{ClientConfig, ClientContext, TopicPartitionList};
 
 use super::group::{Group, QuietLog, REQUEST_TIMEOUT};
+use super::token;
+use crate::kafka_client::make_client;
 use crate::logging::RateLimited;
 
 /// How often the group is looked at.
@@ -128,6 +132,12 @@ fn assigned(bytes: &[u8], topic: &str) -> usize {
 struct Visitor(AtomicBool);
 
 impl ClientContext for Visitor {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        token::generate(property)
+    }
+
     fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
         QuietLog.log(level, facility, message);
     }
@@ -154,7 +164,7 @@ impl ConsumerContext for Visitor {
 fn visit(topic: &str, membership: &Membership) -> Result<(), KafkaError> {
     let mut config = membership.config.clone();
     config.remove("group.instance.id");
-    let visitor: BaseConsumer<Visitor> = config.create_with_context(Visitor::default())?;
+    let visitor: BaseConsumer<Visitor> = make_client(&config, Visitor::default())?;
     visitor.subscribe(&[topic])?;
     let deadline = Instant::now() + VISIT_MAX;
     while !visitor.context().0.load(Ordering::Acquire) && Instant::now() < deadline {

@@ -25,7 +25,7 @@ const DEADLINE_MAX: Duration = Duration::from_secs(12);
 pub(super) const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The lane waits this long for an answer before it abandons the thread.
 const WATCHDOG: Duration = Duration::from_secs(25);
-/// How often it looks around meanwhile.
+/// How often it looks around meanwhile, and the thread when it has nothing to do.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
 
 /// What became of a transaction.
@@ -144,13 +144,15 @@ impl Publisher {
 }
 
 fn serve(mut transactions: Transactions, receiver: &jobs::Receiver<Job>) {
-    while let Ok(job) = receiver.recv() {
-        match job {
-            Job::Init(reply) => {
+    loop {
+        match receiver.recv_timeout(LOOK_AROUND) {
+            Err(jobs::RecvTimeoutError::Disconnected) => break,
+            Err(jobs::RecvTimeoutError::Timeout) => transactions.rest(),
+            Ok(Job::Init(reply)) => {
                 let outcome = transactions.init();
                 let _ = reply.send(outcome);
             }
-            Job::Publish(publication, group, reply) => {
+            Ok(Job::Publish(publication, group, reply)) => {
                 let outcome = transactions.publish(&publication, &group);
                 // Before the answer: the lane uses the batch's memory again.
                 drop(publication);
@@ -164,7 +166,14 @@ fn serve(mut transactions: Transactions, receiver: &jobs::Receiver<Job>) {
 mod tests {
     use std::collections::HashSet;
 
-    use super::transactional_id as id;
+    use std::path::Path;
+    use std::time::{Duration, Instant};
+
+    use rdkafka::producer::Producer;
+
+    use super::{Publisher, PublisherSettings, transactional_id as id};
+    use crate::config::Settings;
+    use crate::cursor::Identity;
 
     #[test]
     fn no_two_deployments_share_a_transactional_id() {
@@ -182,5 +191,32 @@ mod tests {
         }
         // The same after a restart, whatever the build.
         assert_eq!(ids[0], id("payments", "eu-0", 1));
+    }
+
+    /// The client keeps statistics, errors and the like until somebody takes them, without a limit.
+    #[tokio::test]
+    async fn what_an_idle_client_has_to_tell_is_taken() {
+        // GIVEN a client that tells something all the time, and has nothing to do
+        let variables = [
+            ("PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1"),
+            ("PAYMENT_WRITER__KAFKA__PUBLISH", "false"),
+            ("PAYMENT_WRITER__KAFKA__PROPERTIES__STATISTICS_INTERVAL_MS", "10"),
+        ];
+        let variables = variables.map(|(name, value)| (name.into(), value.into()));
+        let loaded = Settings::load_from(None, Path::new("nowhere.toml"), variables).unwrap();
+        let identity = Identity { topic_id: uuid::Uuid::nil(), database_id: uuid::Uuid::nil() };
+        let settings = PublisherSettings::of(&loaded.settings.kafka, &identity, 0);
+        let publisher = Publisher::spawn(settings).unwrap();
+        assert!(publisher.answer(publisher.init()).await.unwrap().unwrap().is_err(), "nobody is there");
+
+        // THEN what gathered meanwhile goes away again
+        let waiting = || publisher.slot.get().map(|producer| producer.inner().in_flight_count());
+        let gathered = waiting().unwrap();
+        assert!(gathered > 100, "{gathered}");
+        let began = Instant::now();
+        while waiting().unwrap() > 10 {
+            assert!(began.elapsed() < Duration::from_secs(60), "{:?}, and there were {gathered}", waiting());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 }

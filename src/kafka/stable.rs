@@ -3,13 +3,12 @@
 use std::time::{Duration, Instant};
 
 use rdkafka::Offset as KafkaOffset;
-use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::BaseConsumer;
 
 use super::group::QuietLog;
 use super::log::listed;
 use crate::config::KafkaSettings;
-use crate::kafka_client::base_client_config;
+use crate::kafka_client::{base_client_config, make_client};
 use crate::record::{NextOffset, Partition};
 
 const POLL: Duration = Duration::from_millis(50);
@@ -32,7 +31,7 @@ fn client(kafka: &KafkaSettings, isolation: &str) -> Result<BaseConsumer<QuietLo
         .set("isolation.level", isolation)
         .set("enable.auto.commit", "false")
         .remove("group.instance.id");
-    BaseConsumer::from_config_and_context(&config, QuietLog).map_err(|e| format!("creating a consumer: {e}"))
+    make_client(&config, QuietLog).map_err(|e| format!("creating a consumer: {e}"))
 }
 
 /// The ends that these partitions have now, once everything before them is decided. The broker answers the

@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{ClientConfig, Offset as KafkaOffset, TopicPartitionList};
@@ -14,8 +13,9 @@ use super::throttle::{ProducerCallbacks, STATISTICS_INTERVAL};
 use crate::config::KafkaSettings;
 use crate::disposition::{FailureClass, class_of_kafka};
 use crate::failpoint;
-use crate::kafka_client::producer_config_over;
+use crate::kafka_client::{make_client, producer_config_over};
 use crate::lane::ports::{LogFailure, PublishFailure, PublishTimes};
+use crate::logging::RateLimited;
 use crate::metrics::{KafkaSteps, timed};
 use crate::publication::{OutputCounts, Publication};
 
@@ -41,7 +41,7 @@ const PRODUCER_DEFAULTS: [(&str, &str); 9] = [
     ("queue.buffering.max.messages", "200000"),
     ("queue.buffering.max.kbytes", "65536"),
     ("message.max.bytes", "4000000"),
-    ("retry.backoff.ms", "20"),
+    ("retry.backoff.ms", "2"),
 ];
 
 /// Configuration of a lane's producer.
@@ -63,7 +63,7 @@ impl Slot {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn get(&self) -> Option<Arc<TxnProducer<ProducerCallbacks>>> {
+    pub(super) fn get(&self) -> Option<Arc<TxnProducer<ProducerCallbacks>>> {
         self.lock().clone()
     }
 
@@ -123,6 +123,14 @@ impl Transactions {
         self.run(publication, None).map(|_| ())
     }
 
+    /// Takes what the client has to tell while there is nothing to publish: it keeps errors and statistics
+    /// until they are taken, without a limit.
+    pub fn rest(&self) {
+        if let Some(producer) = self.slot.get() {
+            producer.take_events();
+        }
+    }
+
     fn run(&mut self, publication: &Publication, group: Option<&GroupMetadata>) -> PublishReply {
         let Some(producer) = self.slot.get() else {
             return Err(PublishFailure::Unknown("the producer is not initialised".to_owned()));
@@ -158,7 +166,7 @@ fn create(
     config: &ClientConfig,
     settings: &PublisherSettings,
 ) -> Result<TxnProducer<ProducerCallbacks>, LogFailure> {
-    let native = BaseProducer::from_config_and_context(config, QuietContext(ProducerCallbacks::default()))
+    let native = make_client::<BaseProducer<_>, _>(config, QuietContext(ProducerCallbacks::default()))
         .map_err(|e| LogFailure::passing(format!("creating the producer: {e}")))?;
     let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
     Ok(TxnProducer::new(native, &names))
@@ -181,6 +189,7 @@ fn init(config: &mut ClientConfig, settings: &PublisherSettings, slot: &Slot) ->
         *slot.lock() = Some(Arc::clone(&producer));
     }
     producer.init(INIT_TIMEOUT).map_err(|error| {
+        tell_of_fencing(settings, &error);
         if !error.is_retriable {
             slot.clear();
         }
@@ -235,6 +244,25 @@ fn outputs_exist(
     Ok(())
 }
 
+/// Says of whom another producer took the transactional id over, if that is what the error says.
+fn tell_of_fencing(settings: &PublisherSettings, error: &NativeError) {
+    static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
+    let is_fenced = matches!(
+        error.code,
+        RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::Fenced | RDKafkaErrorCode::InvalidProducerEpoch
+    );
+    if let Some(suppressed) = is_fenced.then(|| LIMIT.pass()).flatten() {
+        tracing::warn!(
+            transactional_id = settings.client.get("transactional.id"),
+            %error,
+            suppressed,
+            "this lane's producer was fenced: another one took up its transactional id, or the broker ended a transaction \
+             that took too long. The lane takes the id up again; if that goes on, two processes have the same \
+             kafka.group_id and kafka.instance_id"
+        );
+    }
+}
+
 /// What went wrong inside a transaction that is still open.
 enum Broken {
     Native(NativeError),
@@ -251,6 +279,7 @@ fn publish(
     let deadline = Instant::now() + settings.deadline;
     failpoint::hit("before_kafka_begin");
     if let Err(error) = producer.begin() {
+        tell_of_fencing(settings, &error);
         return Err(PublishFailure::Unknown(format!("begin_transaction: {error}")));
     }
     let mut times = PublishTimes::default();
@@ -274,15 +303,17 @@ fn fill(
     group: Option<&GroupMetadata>,
     deadline: Instant,
 ) -> Result<OutputCounts, Broken> {
-    let counts =
-        timed(&steps.produce, &mut times.produce, || produce(producer, settings, publication, deadline))?;
-    failpoint::hit("after_produce");
+    // The offsets first: until the broker has ended the transaction before this one, it answers "try again", and the
+    // client asks once more after `retry.backoff.ms`; of the outputs' partitions it would do so after 20 ms.
     if let Some(group) = group {
         timed(&steps.offsets, &mut times.offsets, || {
             send_offsets(producer, settings, publication, group, deadline)
         })?;
     }
     failpoint::hit("after_send_offsets");
+    let counts =
+        timed(&steps.produce, &mut times.produce, || produce(producer, settings, publication, deadline))?;
+    failpoint::hit("after_produce");
     timed(&steps.deliver, &mut times.deliver, || deliver(producer, deadline))?;
     Ok(counts)
 }
@@ -367,6 +398,7 @@ fn commit(
             }
             Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
             Err(error) => {
+                tell_of_fencing(settings, &error);
                 return Err(PublishFailure::Unknown(format!("commit_transaction: {error}")));
             }
         }
@@ -395,6 +427,9 @@ fn abort(
     settings: &PublisherSettings,
     broken: Broken,
 ) -> PublishFailure {
+    if let Broken::Native(error) = &broken {
+        tell_of_fencing(settings, error);
+    }
     let (message, code) = match &broken {
         Broken::Native(error) if error.is_fatal => {
             return PublishFailure::Unknown(error.to_string());

@@ -1,5 +1,7 @@
 //! Integration tests against a real Kafka and a real Postgres, which this one binary starts for itself.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+// Clients of the tests' own, beside the program's.
+#![allow(clippy::disallowed_methods)]
 
 mod audit;
 mod commands;

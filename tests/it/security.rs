@@ -1,6 +1,7 @@
 //! TLS and passwords towards both servers, and how little a daemon needs to be allowed.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use openssl::asn1::Asn1Time;
@@ -212,4 +213,55 @@ fn the_daemon_needs_no_more_than_the_writers_role() {
         assert_eq!(refused.as_deref(), Some("42501"), "{forbidden}");
     }
     scope.execute_as_admin(&format!("DROP ROLE \"{user}\"; DROP OWNED BY payment_writer_app"));
+}
+
+/// Writes a token that says who its bearer is and that it expires in 8 s, signed by nobody; and counts its runs.
+fn token_command(folder: &Path) -> String {
+    let command = folder.join("token");
+    let script = r#"#!/bin/sh
+printf x >>"$(dirname "$0")/runs"
+part() { printf '%s' "$1" | base64 -w 0 | tr '+/' '-_' | tr -d '='; }
+now=$(date +%s)
+printf '%s.%s.' "$(part '{"alg":"none"}')" "$(part "{\"sub\":\"writer\",\"iat\":$now,\"exp\":$((now + 8))}")"
+"#;
+    fs::write(&command, script).unwrap();
+    fs::set_permissions(&command, fs::Permissions::from_mode(0o755)).unwrap();
+    command.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn with_tokens_of_a_command_payments_flow_beyond_the_life_of_each() {
+    // GIVEN a listener that takes tokens, and asks for them again on open connections
+    let folder = tempfile::tempdir().unwrap();
+    make_certificates(folder.path());
+    let servers = Servers::with_tls(folder.path());
+    let scope = Scope::new(&servers, "tokens");
+    scope.prepare(4, 2);
+    grant_rights(&scope, "a");
+    let command = token_command(folder.path());
+    let member = Member::new("a")
+        .with("KAFKA__BOOTSTRAP_SERVERS", servers.kafka_secure())
+        .with("KAFKA__PROPERTIES__SECURITY_PROTOCOL", "SASL_SSL")
+        .with("KAFKA__PROPERTIES__SASL_MECHANISM", "OAUTHBEARER")
+        .with("KAFKA__PROPERTIES__SSL_CA_LOCATION", folder.path().join("ca.crt").to_str().unwrap());
+
+    // WHEN there is no command, it is asked for
+    let mut refused = member.run(&scope, &["check-config"]);
+    assert_eq!(refused.wait().code(), Some(2), "{}", refused.log());
+    assert!(refused.log().contains("must be the command that makes the tokens"), "{}", refused.log());
+
+    // AND with one, payments come while one token after the other expires
+    let mut daemon = member.with("KAFKA__TOKEN_COMMAND", &command).start(&scope);
+    let mut load = Load::new(52);
+    let ran = || fs::read(folder.path().join("runs")).map_or(0, |runs| runs.len());
+    for tokens in [1, 3, 5, 7] {
+        wait_until_within(PATIENCE, "another token is made", || ran() >= tokens);
+        scope.produce(&scope.input_topic, load.take(100));
+        scope.wait_until_caught_up();
+    }
+
+    // THEN each has its outcome, and no token was shown to anybody
+    daemon.drains();
+    scope.assert_exactly_once();
+    assert!(!daemon.log().contains("eyJ"), "{}", daemon.log());
 }

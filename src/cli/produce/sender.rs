@@ -1,10 +1,12 @@
 //! Hands records to librdkafka, as fast as it takes them.
 
+use std::error::Error;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rdkafka::ClientContext;
+use rdkafka::client::OAuthToken;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{
@@ -16,7 +18,8 @@ use super::super::stop::StopSignal;
 use super::ProduceArgs;
 use crate::config::KafkaSettings;
 use crate::generator::Record;
-use crate::kafka_client::{REQUEST_TIMEOUT, partition_counts, producer_config};
+use crate::kafka::token;
+use crate::kafka_client::{REQUEST_TIMEOUT, make_client, partition_counts, producer_config};
 
 /// Records that wait in the client, at most: a second or so of full speed.
 const QUEUE_RECORDS_MAX: &str = "200000";
@@ -48,6 +51,12 @@ struct Deliveries {
 }
 
 impl ClientContext for Deliveries {
+    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
+    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
+        token::generate(property)
+    }
+
     /// librdkafka repeats a fault many times a second for as long as it lasts; once is enough.
     fn error(&self, error: KafkaError, reason: &str) {
         let Ok(mut last) = self.last_fault.lock() else { return };
@@ -102,8 +111,7 @@ impl Sender {
             // A name of its own for each run: runs beside each other do not fence each other.
             config.set("transactional.id", format!("payment-writer-produce-{:032x}", rand::random::<u128>()));
         }
-        let producer: ThreadedProducer<Deliveries> = config
-            .create_with_context(Deliveries::default())
+        let producer: ThreadedProducer<Deliveries> = make_client(&config, Deliveries::default())
             .map_err(|error| Failure::failed(format!("cannot make a Kafka client: {error}")))?;
         let topics = partition_counts(producer.client()).map_err(|error| {
             Failure::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))

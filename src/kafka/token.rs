@@ -1,0 +1,336 @@
+//! Tokens for SASL OAUTHBEARER that a command makes (`kafka.token_command`), as for AWS MSK with IAM.
+//!
+//! A client asks for its token on a thread that serves a group or a lane, which must not wait for a command. So one
+//! thread of the process runs it, before the token that it made last runs out, and keeps that for all clients.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rdkafka::ClientConfig;
+use rdkafka::client::{Client, ClientContext, OAuthToken};
+use rdkafka::error::KafkaError;
+use serde::Deserialize;
+
+use super::librdkafka::set_token;
+
+/// Where a client's configuration holds the command: librdkafka leaves the meaning of this property to its user.
+pub const PROPERTY: &str = "sasl.oauthbearer.config";
+/// A command that takes longer is killed.
+const COMMAND_MAX: Duration = Duration::from_secs(20);
+/// A token is a few hundred bytes, with many claims a few thousand; brokers refuse larger ones.
+const OUTPUT_MAX: u64 = 256 * 1024;
+/// A command that failed is run again after so long.
+const RETRY: Duration = Duration::from_secs(5);
+/// A new token is made when this share of the old one's time is over. The client library asks at 0.8.
+const RENEWED_AT: f64 = 0.7;
+/// Or after so long, whatever the token says: a clock may be wrong.
+const RENEWED_WITHIN: Duration = Duration::from_secs(3_600);
+const LOOK_AROUND: Duration = Duration::from_millis(20);
+
+/// A token, and what brokers are told with it.
+#[derive(Clone, PartialEq, Eq)]
+struct Token {
+    text: String,
+    principal: String,
+    /// Milliseconds since 1970.
+    expires_at_ms: i64,
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Token").field("expires_at_ms", &self.expires_at_ms).finish_non_exhaustive()
+    }
+}
+
+/// What a command may say instead of a bare JSON Web Token.
+#[derive(Deserialize)]
+struct Told {
+    token: String,
+    expires_at_ms: i64,
+    principal: Option<String>,
+}
+
+/// The claims of a JSON Web Token that are of use here (RFC 7519, 4.1).
+#[derive(Deserialize)]
+struct Claims {
+    exp: f64,
+    sub: Option<String>,
+}
+
+fn now_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
+
+impl Token {
+    /// Reads what the command wrote. Errors never hold any of it.
+    fn read(output: &str) -> Result<Self, String> {
+        let output = output.trim();
+        if output.starts_with('{') {
+            let told: Told = serde_json::from_str(output).map_err(|_| {
+                "it wrote JSON, but not an object with `token` (a text) and `expires_at_ms` (milliseconds since 1970)"
+            })?;
+            let principal = told.principal.unwrap_or_else(|| "payment-writer".to_owned());
+            return Ok(Self { text: told.token, principal, expires_at_ms: told.expires_at_ms });
+        }
+        let claims = claims(output).ok_or(
+            "it wrote neither a JSON Web Token that says when it expires, nor a JSON object with `token` and \
+             `expires_at_ms`",
+        )?;
+        let principal = claims.sub.unwrap_or_else(|| "payment-writer".to_owned());
+        Ok(Self { text: output.to_owned(), principal, expires_at_ms: (claims.exp * 1_000.0) as i64 })
+    }
+
+    fn is_valid(&self) -> bool {
+        self.expires_at_ms > now_ms()
+    }
+
+    /// How long it is used before the next one is made.
+    fn renewed_after(&self) -> Duration {
+        let left = u64::try_from(self.expires_at_ms - now_ms()).unwrap_or_default();
+        Duration::from_millis(left).mul_f64(RENEWED_AT).min(RENEWED_WITHIN).max(Duration::from_secs(1))
+    }
+}
+
+/// The middle one of the three parts of a token; whoever is to trust it checks the signature, which is the broker.
+fn claims(token: &str) -> Option<Claims> {
+    let mut parts = token.split('.');
+    let (_, payload, _, None) = (parts.next()?, parts.next()?, parts.next()?, parts.next()) else {
+        return None;
+    };
+    let mut text = payload.replace('-', "+").replace('_', "/");
+    text.extend(std::iter::repeat_n('=', (4 - text.len() % 4) % 4));
+    serde_json::from_slice(&openssl::base64::decode_block(&text).ok()?).ok()
+}
+
+/// Runs the command to its end, within [`COMMAND_MAX`]. What it writes to stderr is not shown: it may hold a secret.
+fn run(command: &[String]) -> Result<Token, String> {
+    let (program, arguments) = command.split_first().ok_or("the command is empty")?;
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| format!("it cannot be started: {error}"))?;
+    let (sender, receiver) = mpsc::channel();
+    if let Some(stdout) = child.stdout.take() {
+        // Ends with the pipe, which a process that the command left behind may hold open.
+        let read = move || {
+            let mut output = String::new();
+            let _ = stdout.take(OUTPUT_MAX).read_to_string(&mut output);
+            let _ = sender.send(output);
+        };
+        let _ = std::thread::Builder::new().name("token-output".to_owned()).spawn(read);
+    }
+    let deadline = Instant::now() + COMMAND_MAX;
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if Instant::now() < deadline => std::thread::sleep(LOOK_AROUND),
+            outcome => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(outcome.map_or_else(
+                    |error| format!("it cannot be waited for: {error}"),
+                    |_| format!("it did not end within {} s", COMMAND_MAX.as_secs()),
+                ));
+            }
+        }
+    };
+    if !status.success() {
+        return Err(format!("it failed ({status}); run it by hand to see what it says"));
+    }
+    let left = deadline.saturating_duration_since(Instant::now()).max(LOOK_AROUND);
+    let output = receiver.recv_timeout(left).map_err(|_| "its output did not end")?;
+    let token = Token::read(&output)?;
+    if token.is_valid() { Ok(token) } else { Err("its token has expired already".to_owned()) }
+}
+
+/// The token that was made last, or why there is none.
+#[derive(Default)]
+struct Keeper {
+    last: Mutex<Option<Result<Token, String>>>,
+    changed: Condvar,
+}
+
+impl Keeper {
+    fn lock(&self) -> MutexGuard<'_, Option<Result<Token, String>>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes one token after the other, for as long as the process lives.
+    fn keep(&self, command: &[String]) {
+        loop {
+            let made = run(command);
+            let pause = match &made {
+                Ok(token) => token.renewed_after(),
+                Err(_) => RETRY,
+            };
+            let mut last = self.lock();
+            match (&*last, &made) {
+                (Some(Err(_)), Ok(_)) => tracing::info!("the token command works again"),
+                (None | Some(Ok(_)), Err(reason)) => {
+                    tracing::warn!(%reason, "the token command made no token; it is run again every few seconds");
+                }
+                _ => {}
+            }
+            // An old token is used for as long as it is valid.
+            if made.is_ok() || !matches!(&*last, Some(Ok(token)) if token.is_valid()) {
+                *last = Some(made);
+            }
+            drop(last);
+            self.changed.notify_all();
+            std::thread::sleep(pause);
+        }
+    }
+
+    /// A valid token; the first one is waited for.
+    fn token(&self) -> Result<Token, String> {
+        let waited = self.changed.wait_timeout_while(self.lock(), COMMAND_MAX, |last| last.is_none());
+        let (last, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some(Ok(token)) if token.is_valid() => Ok(token.clone()),
+            Some(Ok(_)) => Err("the token has expired, and the token command made no other".to_owned()),
+            Some(Err(reason)) => Err(format!("the token command made no token: {reason}")),
+            None => Err("the token command has not ended yet".to_owned()),
+        }
+    }
+}
+
+/// The one keeper of a command.
+fn keeper(command: &[String]) -> Result<Arc<Keeper>, String> {
+    static KEEPERS: OnceLock<Mutex<HashMap<Vec<String>, Arc<Keeper>>>> = OnceLock::new();
+    let mut keepers = KEEPERS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(keeper) = keepers.get(command) {
+        return Ok(Arc::clone(keeper));
+    }
+    let keeper = Arc::new(Keeper::default());
+    let (kept, owned) = (Arc::clone(&keeper), command.to_vec());
+    std::thread::Builder::new()
+        .name("tokens".to_owned())
+        .spawn(move || kept.keep(&owned))
+        .map_err(|error| format!("no thread for the token command: {error}"))?;
+    keepers.insert(command.to_vec(), Arc::clone(&keeper));
+    Ok(keeper)
+}
+
+/// The command as [`PROPERTY`] holds it.
+pub fn property_of(command: &[String]) -> String {
+    serde_json::json!(command).to_string()
+}
+
+fn command_of(property: Option<&str>) -> Option<Vec<String>> {
+    property.and_then(|text| serde_json::from_str(text).ok())
+}
+
+/// For [`ClientContext::generate_oauth_token`]: what a client that is polled asks for when its token gets old.
+///
+/// # Errors
+/// When there is no command, or it makes no token.
+pub fn generate(property: Option<&str>) -> Result<OAuthToken, Box<dyn std::error::Error>> {
+    let command = command_of(property).ok_or("kafka.token_command is not set")?;
+    let token = keeper(&command)?.token()?;
+    Ok(OAuthToken { token: token.text, principal_name: token.principal, lifetime_ms: token.expires_at_ms })
+}
+
+/// Gives a new client its first token, if it is to have any: without one it connects to no broker, and it asks for one
+/// only when it is polled, which is not done before it is used.
+///
+/// # Errors
+/// When the command makes no token.
+pub fn authorize<C: ClientContext>(config: &ClientConfig, client: &Client<C>) -> Result<(), KafkaError> {
+    let Some(command) = command_of(config.get(PROPERTY)) else { return Ok(()) };
+    let failed = |reason: String| KafkaError::ClientCreation(reason);
+    let token = keeper(&command).and_then(|keeper| keeper.token()).map_err(failed)?;
+    set_token(client, &token.text, &token.principal, token.expires_at_ms)
+        .map_err(|error| failed(format!("the token is refused: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn jwt(claims: &str) -> String {
+        let part = |text: &str| {
+            let text = openssl::base64::encode_block(text.as_bytes());
+            text.replace('+', "-").replace('/', "_").trim_end_matches('=').to_owned()
+        };
+        format!("{}.{}.", part(r#"{"alg":"none"}"#), part(claims))
+    }
+
+    #[test]
+    fn a_web_token_says_itself_whose_it_is_and_how_long_it_is_valid() {
+        for name in ["a", "ab", "abc", "writer/ÿ?"] {
+            let token = jwt(&format!(r#"{{"sub":"{name}","iat":1.5,"exp":1790000000.5}}"#));
+            let read = Token::read(&format!("{token}\n")).unwrap();
+            assert_eq!(
+                (read.text, read.principal, read.expires_at_ms),
+                (token, name.to_owned(), 1_790_000_000_500)
+            );
+        }
+    }
+
+    #[test]
+    fn any_token_can_come_with_its_time() {
+        let read = Token::read(r#"{"token": "abc", "expires_at_ms": 5, "principal": "me"}"#).unwrap();
+        assert_eq!((read.text.as_str(), read.principal.as_str(), read.expires_at_ms), ("abc", "me", 5));
+        assert_eq!(
+            Token::read(r#"{"token": "abc", "expires_at_ms": 5}"#).unwrap().principal,
+            "payment-writer"
+        );
+    }
+
+    #[test]
+    fn what_is_no_token_is_refused_without_showing_it() {
+        for output in
+            ["", "hush", "a.b.c", "{}", r#"{"token": "hush"}"#, &jwt(r#"{"sub":"hush"}"#), "a.b.c.d"]
+        {
+            let error = Token::read(output).unwrap_err();
+            assert!(!error.contains("hush"), "{error}");
+        }
+        assert!(
+            !format!("{:?}", Token::read(r#"{"token":"hush","expires_at_ms":5}"#).unwrap()).contains("hush")
+        );
+    }
+
+    fn shell(script: &str) -> Vec<String> {
+        ["sh", "-c", script].map(str::to_owned).to_vec()
+    }
+
+    #[test]
+    fn a_command_that_fails_is_told_without_its_output() {
+        let expired = jwt(r#"{"sub":"hush","exp":1}"#);
+        for (command, words) in [
+            (shell("echo hush; echo hush >&2; exit 3"), "exit status: 3"),
+            (shell("echo hush"), "neither"),
+            (shell(&format!("echo {expired}")), "expired"),
+            (vec!["/no/such/command".to_owned()], "cannot be started"),
+            (Vec::new(), "empty"),
+        ] {
+            let error = run(&command).unwrap_err();
+            assert!(error.contains(words) && !error.contains("hush"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_made_once_for_all_clients_and_anew_before_it_expires() {
+        let folder = tempfile::tempdir().unwrap();
+        let runs = folder.path().join("runs");
+        let told = r#"{\"token\":\"$(wc -c <"$0")\",\"expires_at_ms\":$(($(date +%s) + 3))000}"#;
+        let mut command = shell(&format!(r#"printf x >>"$0"; echo "{told}""#));
+        command.push(runs.to_str().unwrap().to_owned());
+        let property = property_of(&command);
+        let first = generate(Some(&property)).unwrap();
+        for _ in 0..20 {
+            assert_eq!(generate(Some(&property)).unwrap().token, first.token);
+        }
+        let began = Instant::now();
+        while generate(Some(&property)).unwrap().token == first.token {
+            assert!(began.elapsed() < Duration::from_secs(60), "no other token was made");
+            std::thread::sleep(LOOK_AROUND);
+        }
+    }
+}
