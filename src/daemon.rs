@@ -23,6 +23,7 @@ use crate::kafka::librdkafka::{topic_id, topic_setting};
 use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
 use crate::kafka::orphans::{self, Membership};
 use crate::kafka::publisher::PublisherSettings;
+use crate::kafka::token::first_token;
 use crate::kafka_client::client_config_over;
 use crate::lane::breaker::Breaker;
 use crate::lane::ports::LaneEvent;
@@ -208,14 +209,11 @@ async fn start(
         seats.push(Seat { events, overtaken: Arc::new(AtomicI64::new(0)) });
         receivers.push(receiver);
     }
-    let (group, member_end) = Group::new(
-        &consumer_config(kafka),
-        &kafka.input_topic,
-        &kafka.instance_id,
-        seats.clone(),
-        Arc::clone(board),
-    )
-    .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))?;
+    let consumer = consumer_config(kafka);
+    first_token(&consumer).await;
+    let (group, member_end) =
+        Group::new(&consumer, &kafka.input_topic, &kafka.instance_id, seats.clone(), Arc::clone(board))
+            .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))?;
     let found = broker_ready(&group, board).await?;
     let identity = Identity { topic_id: found.topic_id, database_id };
     bind(settings, options, endpoint, &found, board).await?;

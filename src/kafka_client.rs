@@ -101,17 +101,19 @@ impl<C: ClientContext> Clients<C> for AdminClient<C> {
     }
 }
 
-/// Makes a client: the one way in which this program makes any. Where tokens are used, it has its first one.
+/// Makes a client: the one way in which this program makes any. Where tokens are used, it has its first one, and its
+/// context gets it the next ones.
 ///
 /// # Errors
-/// When the library refuses the configuration, or no token can be made.
+/// When the library refuses the configuration.
 #[expect(clippy::disallowed_methods, reason = "nowhere else")]
 pub fn make_client<T: Clients<C>, C: ClientContext>(
     config: &ClientConfig,
     context: C,
 ) -> Result<T, KafkaError> {
+    const { assert!(C::ENABLE_REFRESH_OAUTH_TOKEN, "its first token would be its last") };
     let made = T::from_config_and_context(config, context)?;
-    token::authorize(config, made.inside())?;
+    token::authorize(config, made.inside());
     Ok(made)
 }
 

@@ -118,6 +118,20 @@ impl<'a> Raw<'a> {
         }
     }
 
+    /// As [`Raw::texts`], of a command, whose arguments may have commas: in the environment it is an array in JSON, or one
+    /// program without arguments.
+    pub(super) fn words(&self) -> Result<Vec<String>, Rule> {
+        match self.kind {
+            ValueKind::String(text) if self.from_environment && text.trim_start().starts_with('[') => {
+                serde_json::from_str(text).map_err(|_| "must be an array of texts in JSON".to_owned())
+            }
+            ValueKind::String(text) if self.from_environment && !text.trim().is_empty() => {
+                Ok(vec![text.trim().to_owned()])
+            }
+            _ => self.texts(),
+        }
+    }
+
     /// As [`Raw::texts`], of whole numbers.
     pub(super) fn integers(&self) -> Result<Vec<i64>, Rule> {
         let rule = || "must be an array of whole numbers (in the environment: between commas)".to_owned();

@@ -225,7 +225,7 @@ impl KafkaSettings {
             }
         }
         let publish = r.read("kafka.publish", |raw| raw.boolean());
-        let token_command = r.read("kafka.token_command", |raw| raw.texts());
+        let token_command = r.read("kafka.token_command", |raw| raw.words());
         let properties = r.properties();
         if let Some(command) = &token_command {
             check_tokens(r, command, &properties);

@@ -85,6 +85,30 @@ fn the_environment_overrides_the_file_and_each_value_knows_its_origin() {
 }
 
 #[test]
+fn a_token_command_may_have_commas_and_is_asked_for_where_tokens_are_used_alone() {
+    let mechanism = ("PAYMENT_WRITER__KAFKA__PROPERTIES__SASL_MECHANISM", "OAUTHBEARER");
+    let command = |text| [mechanism, ("PAYMENT_WRITER__KAFKA__TOKEN_COMMAND", text)];
+    let taken = |text| load("", &command(text)).unwrap().settings.kafka.token_command;
+    assert_eq!(taken(r#"["sh", "-c", "a, b"]"#), ["sh", "-c", "a, b"]);
+    assert_eq!(taken("/usr/bin/token, 1"), ["/usr/bin/token, 1"]);
+    let from_file = load("[kafka]\ntoken_command = [\"a\", \"b\"]", &[mechanism]).unwrap();
+    assert_eq!(from_file.settings.kafka.token_command, ["a", "b"]);
+    assert!(load("", &[]).unwrap().settings.kafka.token_command.is_empty());
+
+    // Neither without the other, and in one way only.
+    for variables in [
+        vec![mechanism],
+        vec![command("token")[1]],
+        command("[broken").to_vec(),
+        [&command("token")[..], &[("PAYMENT_WRITER__KAFKA__PROPERTIES__SASL_OAUTHBEARER_CONFIG", "x")]]
+            .concat(),
+    ] {
+        let refused = load("", &variables).unwrap_err().to_string();
+        assert!(refused.contains("kafka.token_command"), "{refused}");
+    }
+}
+
+#[test]
 fn lists_numbers_and_flags_can_be_given_by_environment() {
     let s = load(
         "",

@@ -144,7 +144,7 @@ impl Fetcher {
     }
 
     /// Hears what the client has to say, and names the brokers again to one that may have lost them all.
-    fn listen(&self) {
+    pub fn listen(&self) {
         let now = Instant::now();
         let mut listening = self.listening.lock().unwrap_or_else(PoisonError::into_inner);
         if now.saturating_duration_since(listening.at) < LISTEN_EVERY {

@@ -448,17 +448,17 @@ pub fn add_brokers<C: ClientContext>(client: &Client<C>, servers: &str) {
 /// Gives a client the token of SASL OAUTHBEARER that it shows to brokers from now on.
 ///
 /// # Errors
-/// When the client takes no tokens, or not this one.
+/// The library's code alone when the client takes no tokens, or not this one: its text may hold the token.
 pub fn set_token<C: ClientContext>(
     client: &Client<C>,
     token: &str,
     principal: &str,
     expires_at_ms: i64,
-) -> Result<(), NativeError> {
+) -> Result<(), RDKafkaErrorCode> {
     let (token, principal) = (c_string(token), c_string(principal));
     let mut reason: [c_char; 256] = [0; 256];
     // SAFETY: the client is live; it copies both texts, which are read up to their NUL; there are no extensions; and
-    // it ends the reason with a NUL within the array.
+    // it writes no more of the reason than the array holds.
     let code = unsafe {
         sys::rd_kafka_oauthbearer_set_token(
             client.native_ptr(),
@@ -471,11 +471,7 @@ pub fn set_token<C: ClientContext>(
             reason.len(),
         )
     };
-    if code == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
-        return Ok(());
-    }
-    // SAFETY: the array was all NULs, and has one at its end.
-    Err(NativeError::plain(code, &unsafe { CStr::from_ptr(reason.as_ptr()) }.to_string_lossy()))
+    if code == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR { Ok(()) } else { Err(code.into()) }
 }
 
 /// The 128 bits of a topic's id, and its number of partitions, as the cluster knows them now.

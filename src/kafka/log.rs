@@ -415,6 +415,12 @@ impl Log for KafkaLog {
         }
     }
 
+    fn listen(&self) {
+        if let Some(fetcher) = &self.fetcher {
+            fetcher.listen();
+        }
+    }
+
     async fn fetch(&mut self, intake: &mut Intake, wait: Duration) {
         let Some(fetcher) = &self.fetcher else {
             tokio::time::sleep(wait.min(FETCH_TICK)).await;

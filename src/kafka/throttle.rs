@@ -122,6 +122,8 @@ mod tests {
         config.set("bootstrap.servers", "127.0.0.1:1").set("statistics.interval.ms", "1");
         struct Keep(std::sync::Mutex<Vec<Option<u64>>>);
         impl ClientContext for Keep {
+            const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+
             fn stats_raw(&self, statistics: &[u8]) {
                 self.0.lock().unwrap().push(held_back(statistics));
             }

@@ -5,13 +5,14 @@
 
 use std::collections::HashMap;
 use std::io::Read;
-use std::process::{Command, Stdio};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rdkafka::ClientConfig;
 use rdkafka::client::{Client, ClientContext, OAuthToken};
-use rdkafka::error::KafkaError;
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use serde::Deserialize;
 
 use super::librdkafka::set_token;
@@ -20,6 +21,8 @@ use super::librdkafka::set_token;
 pub const PROPERTY: &str = "sasl.oauthbearer.config";
 /// A command that takes longer is killed.
 const COMMAND_MAX: Duration = Duration::from_secs(20);
+/// What it wrote is there when it has ended, unless a process that it left behind holds the pipe open.
+const OUTPUT_WAIT: Duration = Duration::from_secs(2);
 /// A token is a few hundred bytes, with many claims a few thousand; brokers refuse larger ones.
 const OUTPUT_MAX: u64 = 256 * 1024;
 /// A command that failed is run again after so long.
@@ -67,7 +70,18 @@ fn now_ms() -> i64 {
 impl Token {
     /// Reads what the command wrote. Errors never hold any of it.
     fn read(output: &str) -> Result<Self, String> {
-        let output = output.trim();
+        let token = Self::parse(output.trim())?;
+        // The client library shows a token that has others in its error.
+        if token.text.is_empty() || !token.text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err("its token is not made of visible ASCII characters alone".to_owned());
+        }
+        if token.principal.is_empty() || token.principal.chars().any(char::is_control) {
+            return Err("its token names a principal that is empty, or has control characters".to_owned());
+        }
+        Ok(token)
+    }
+
+    fn parse(output: &str) -> Result<Self, String> {
         if output.starts_with('{') {
             let told: Told = serde_json::from_str(output).map_err(|_| {
                 "it wrote JSON, but not an object with `token` (a text) and `expires_at_ms` (milliseconds since 1970)"
@@ -105,19 +119,58 @@ fn claims(token: &str) -> Option<Claims> {
     serde_json::from_slice(&openssl::base64::decode_block(&text).ok()?).ok()
 }
 
+/// A command and whatever it started, which is a process group: killed when dropped, so that nothing gathers.
+struct Running(Child);
+
+impl Running {
+    fn start(command: &[String]) -> Result<Self, String> {
+        let (program, arguments) = command.split_first().ok_or("the command is empty")?;
+        Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .map(Self)
+            .map_err(|error| format!("it cannot be started: {error}"))
+    }
+
+    fn id(&self) -> Option<Pid> {
+        i32::try_from(self.0.id()).ok().and_then(Pid::from_raw)
+    }
+
+    /// Whether it has ended. Until it is waited for, nobody else gets its number.
+    fn has_ended(&self) -> bool {
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        self.id().is_none_or(|id| !matches!(waitid(WaitId::Pid(id), look), Ok(None)))
+    }
+
+    /// Kills what is left of it, and says how it ended.
+    fn end(&mut self) -> Result<ExitStatus, String> {
+        if let Some(group) = self.id() {
+            // An error means that nothing is left.
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        self.0.wait().map_err(|error| format!("it cannot be waited for: {error}"))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Twice does no harm only as long as it was not waited for.
+        if matches!(self.0.try_wait(), Ok(None)) {
+            let _ = self.end();
+        }
+    }
+}
+
 /// Runs the command to its end, within [`COMMAND_MAX`]. What it writes to stderr is not shown: it may hold a secret.
 fn run(command: &[String]) -> Result<Token, String> {
-    let (program, arguments) = command.split_first().ok_or("the command is empty")?;
-    let mut child = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(|error| format!("it cannot be started: {error}"))?;
+    let mut running = Running::start(command)?;
     let (sender, receiver) = mpsc::channel();
-    if let Some(stdout) = child.stdout.take() {
-        // Ends with the pipe, which a process that the command left behind may hold open.
+    if let Some(stdout) = running.0.stdout.take() {
+        // Ends with the pipe, at the latest when the group is killed.
         let read = move || {
             let mut output = String::new();
             let _ = stdout.take(OUTPUT_MAX).read_to_string(&mut output);
@@ -126,26 +179,18 @@ fn run(command: &[String]) -> Result<Token, String> {
         let _ = std::thread::Builder::new().name("token-output".to_owned()).spawn(read);
     }
     let deadline = Instant::now() + COMMAND_MAX;
-    let status = loop {
-        match child.try_wait() {
-            Ok(Some(status)) => break status,
-            Ok(None) if Instant::now() < deadline => std::thread::sleep(LOOK_AROUND),
-            outcome => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(outcome.map_or_else(
-                    |error| format!("it cannot be waited for: {error}"),
-                    |_| format!("it did not end within {} s", COMMAND_MAX.as_secs()),
-                ));
-            }
+    while !running.has_ended() {
+        if Instant::now() > deadline {
+            return Err(format!("it did not end within {} s", COMMAND_MAX.as_secs()));
         }
-    };
+        std::thread::sleep(LOOK_AROUND);
+    }
+    let output = receiver.recv_timeout(OUTPUT_WAIT);
+    let status = running.end()?;
     if !status.success() {
         return Err(format!("it failed ({status}); run it by hand to see what it says"));
     }
-    let left = deadline.saturating_duration_since(Instant::now()).max(LOOK_AROUND);
-    let output = receiver.recv_timeout(left).map_err(|_| "its output did not end")?;
-    let token = Token::read(&output)?;
+    let token = Token::read(&output.map_err(|_| "what it started goes on, and its output does not end")?)?;
     if token.is_valid() { Ok(token) } else { Err("its token has expired already".to_owned()) }
 }
 
@@ -163,27 +208,40 @@ impl Keeper {
 
     /// Makes one token after the other, for as long as the process lives.
     fn keep(&self, command: &[String]) {
+        let mut is_failing = false;
         loop {
             let made = run(command);
             let pause = match &made {
                 Ok(token) => token.renewed_after(),
                 Err(_) => RETRY,
             };
-            let mut last = self.lock();
-            match (&*last, &made) {
-                (Some(Err(_)), Ok(_)) => tracing::info!("the token command works again"),
-                (None | Some(Ok(_)), Err(reason)) => {
+            match &made {
+                Ok(_) if is_failing => tracing::info!("the token command works again"),
+                Err(reason) if !is_failing => {
                     tracing::warn!(%reason, "the token command made no token; it is run again every few seconds");
                 }
                 _ => {}
             }
+            is_failing = made.is_err();
+            let mut last = self.lock();
             // An old token is used for as long as it is valid.
             if made.is_ok() || !matches!(&*last, Some(Ok(token)) if token.is_valid()) {
                 *last = Some(made);
             }
             drop(last);
             self.changed.notify_all();
-            std::thread::sleep(pause);
+            self.rest(pause);
+        }
+    }
+
+    /// Sleeps, but not for longer than the token is valid: the clock may have been set, or the machine been asleep.
+    fn rest(&self, pause: Duration) {
+        let until = Instant::now() + pause;
+        while Instant::now() < until {
+            std::thread::sleep(RETRY.min(until.saturating_duration_since(Instant::now())));
+            if matches!(&*self.lock(), Some(Ok(token)) if !token.is_valid()) {
+                return;
+            }
         }
     }
 
@@ -237,16 +295,21 @@ pub fn generate(property: Option<&str>) -> Result<OAuthToken, Box<dyn std::error
 }
 
 /// Gives a new client its first token, if it is to have any: without one it connects to no broker, and it asks for one
-/// only when it is polled, which is not done before it is used.
-///
-/// # Errors
-/// When the command makes no token.
-pub fn authorize<C: ClientContext>(config: &ClientConfig, client: &Client<C>) -> Result<(), KafkaError> {
-    let Some(command) = command_of(config.get(PROPERTY)) else { return Ok(()) };
-    let failed = |reason: String| KafkaError::ClientCreation(reason);
-    let token = keeper(&command).and_then(|keeper| keeper.token()).map_err(failed)?;
-    set_token(client, &token.text, &token.principal, token.expires_at_ms)
-        .map_err(|error| failed(format!("the token is refused: {error}")))
+/// only when it is polled, which is not done before it is used. Waits for the first token of all. If none can be made, a
+/// warning has said so, and the client gets one when it is polled and there is one.
+pub fn authorize<C: ClientContext>(config: &ClientConfig, client: &Client<C>) {
+    let Some(command) = command_of(config.get(PROPERTY)) else { return };
+    let Ok(token) = keeper(&command).and_then(|keeper| keeper.token()) else { return };
+    if let Err(code) = set_token(client, &token.text, &token.principal, token.expires_at_ms) {
+        tracing::warn!(%code, "the client library does not take the token");
+    }
+}
+
+/// Waits for the first token of all, if there are to be any, so that no client waits for it when it is made.
+pub async fn first_token(config: &ClientConfig) {
+    let Some(command) = command_of(config.get(PROPERTY)) else { return };
+    // Whatever comes of it, a client finds out.
+    let _ = tokio::task::spawn_blocking(move || keeper(&command).map(|keeper| keeper.token().is_ok())).await;
 }
 
 #[cfg(test)]
@@ -285,9 +348,21 @@ mod tests {
 
     #[test]
     fn what_is_no_token_is_refused_without_showing_it() {
-        for output in
-            ["", "hush", "a.b.c", "{}", r#"{"token": "hush"}"#, &jwt(r#"{"sub":"hush"}"#), "a.b.c.d"]
-        {
+        let with_mark = format!("\u{feff}{}", jwt(r#"{"sub":"hush","exp":1790000000}"#));
+        for output in [
+            "",
+            "hush",
+            "a.b.c",
+            "{}",
+            r#"{"token": "hush"}"#,
+            r#"{"token": "hushé", "expires_at_ms": 5}"#,
+            r#"{"token": "hu\u0000sh", "expires_at_ms": 5}"#,
+            r#"{"token": "", "expires_at_ms": 5}"#,
+            r#"{"token": "hush", "expires_at_ms": 5, "principal": "a\nb"}"#,
+            &jwt(r#"{"sub":"hush"}"#),
+            "a.b.c.d",
+            &with_mark,
+        ] {
             let error = Token::read(output).unwrap_err();
             assert!(!error.contains("hush"), "{error}");
         }
@@ -316,10 +391,27 @@ mod tests {
     }
 
     #[test]
+    fn whatever_a_command_leaves_behind_is_ended_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("process");
+        let mut command = shell(r#"sleep 1000 & echo $! >"$0"; echo hush"#);
+        command.push(file.to_str().unwrap().to_owned());
+        assert!(run(&command).unwrap_err().contains("does not end"));
+        let process = std::fs::read_to_string(file).unwrap();
+        let state = || std::fs::read_to_string(format!("/proc/{}/stat", process.trim())).unwrap_or_default();
+        let began = Instant::now();
+        // Gone, or waiting for whoever adopted it to hear of that.
+        while !(state().is_empty() || state().contains(") Z ")) {
+            assert!(began.elapsed() < Duration::from_secs(60), "it still runs");
+            std::thread::sleep(LOOK_AROUND);
+        }
+    }
+
+    #[test]
     fn a_token_is_made_once_for_all_clients_and_anew_before_it_expires() {
         let folder = tempfile::tempdir().unwrap();
         let runs = folder.path().join("runs");
-        let told = r#"{\"token\":\"$(wc -c <"$0")\",\"expires_at_ms\":$(($(date +%s) + 3))000}"#;
+        let told = r#"{\"token\":\"$(wc -c <"$0")\",\"expires_at_ms\":$(($(date +%s) + 10))000}"#;
         let mut command = shell(&format!(r#"printf x >>"$0"; echo "{told}""#));
         command.push(runs.to_str().unwrap().to_owned());
         let property = property_of(&command);
@@ -328,7 +420,7 @@ mod tests {
             assert_eq!(generate(Some(&property)).unwrap().token, first.token);
         }
         let began = Instant::now();
-        while generate(Some(&property)).unwrap().token == first.token {
+        while generate(Some(&property)).map_or(true, |token| token.token == first.token) {
             assert!(began.elapsed() < Duration::from_secs(60), "no other token was made");
             std::thread::sleep(LOOK_AROUND);
         }

@@ -32,7 +32,7 @@ const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
 const ABORTED_MAX: u32 = 5;
 
 /// What `kafka.properties` may change of a lane's producer.
-const PRODUCER_DEFAULTS: [(&str, &str); 9] = [
+const PRODUCER_DEFAULTS: [(&str, &str); 10] = [
     STATISTICS_INTERVAL,
     ("transaction.timeout.ms", "15000"),
     ("linger.ms", "20"),
@@ -41,7 +41,9 @@ const PRODUCER_DEFAULTS: [(&str, &str); 9] = [
     ("queue.buffering.max.messages", "200000"),
     ("queue.buffering.max.kbytes", "65536"),
     ("message.max.bytes", "4000000"),
-    ("retry.backoff.ms", "2"),
+    ("retry.backoff.ms", "5"),
+    // Would begin at `retry.backoff.ms`.
+    ("topic.metadata.refresh.fast.interval.ms", "20"),
 ];
 
 /// Configuration of a lane's producer.
@@ -304,7 +306,7 @@ fn fill(
     deadline: Instant,
 ) -> Result<OutputCounts, Broken> {
     // The offsets first: until the broker has ended the transaction before this one, it answers "try again", and the
-    // client asks once more after `retry.backoff.ms`; of the outputs' partitions it would do so after 20 ms.
+    // client asks again after `retry.backoff.ms`, which doubles; of the outputs' partitions it would do so after 20 ms.
     if let Some(group) = group {
         timed(&steps.offsets, &mut times.offsets, || {
             send_offsets(producer, settings, publication, group, deadline)
@@ -442,7 +444,10 @@ fn abort(
         match producer.abort(remaining(deadline)) {
             Ok(()) => break,
             Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
-            Err(error) => return PublishFailure::Unknown(format!("{message}; abort_transaction: {error}")),
+            Err(error) => {
+                tell_of_fencing(settings, &error);
+                return PublishFailure::Unknown(format!("{message}; abort_transaction: {error}"));
+            }
         }
     }
     match (code, code.map_or(FailureClass::Passing, class_of_kafka)) {

@@ -488,6 +488,7 @@ impl<L: Log, D: Ledger> Lane<L, D> {
     async fn collect(&mut self) {
         if self.has_batch() || self.pending.len() >= PENDING_MAX {
             self.fetches.note_full();
+            self.log.listen();
             if !(self.has_batch() && self.can_write() || self.can_publish()) {
                 self.wait_for_event(self.next_due()).await;
             }

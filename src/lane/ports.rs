@@ -216,6 +216,9 @@ pub trait Log {
     /// Fetches by a client that is made anew: all partitions have to be started again.
     fn renew_fetching(&mut self);
 
+    /// Hears what the fetching client has to tell, which it keeps until then: for when nothing can be taken in.
+    fn listen(&self);
+
     /// Puts what is there into `intake`, waiting at most `wait` for the first item. May be dropped while
     /// it waits, without loss.
     fn fetch(&mut self, intake: &mut Intake, wait: Duration) -> impl Future<Output = ()>;

@@ -153,7 +153,7 @@ fn a_zombie_between_its_two_commits_changes_nothing() {
 
 #[test]
 fn a_zombie_that_has_sent_its_events_changes_nothing() {
-    zombie("after_send_offsets", 25);
+    zombie("after_produce", 25);
 }
 
 #[test]

@@ -359,6 +359,8 @@ impl Log for ModelLog {
         self.reply("stop reply", is_lost).await
     }
 
+    fn listen(&self) {}
+
     fn renew_fetching(&mut self) {
         self.fetches.clear();
     }
