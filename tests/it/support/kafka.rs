@@ -12,7 +12,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{ClientContext, Timestamp};
 
-use super::{DEADLINE, Scope, wait_until};
+use super::{DEADLINE, PATIENCE, Scope, wait_until, wait_until_within};
 
 /// Longer than an abandoned transaction lives.
 const MARKERS_MAX: Duration = Duration::from_secs(20);
@@ -221,6 +221,9 @@ impl Scope<'_> {
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     at_end[usize::try_from(partition).unwrap()] = true
                 }
+                // One of several brokers may be away: the client asks the others.
+                Some(Err(error))
+                    if error.rdkafka_error_code() == Some(RDKafkaErrorCode::BrokerTransportFailure) => {}
                 Some(Err(error)) => panic!("reading {topic}: {error}"),
             }
         }
@@ -313,7 +316,7 @@ impl Scope<'_> {
     /// Waits until clients can see a topic that was just made.
     pub(super) fn wait_for_topic(&self, topic: &str, partitions: i32) {
         let consumer: BaseConsumer = self.client_config().create().unwrap();
-        wait_until("the topic's partitions have leaders", || {
+        wait_until_within(PATIENCE, "the topic's partitions have leaders", || {
             let metadata = consumer.fetch_metadata(Some(topic), DEADLINE).unwrap();
             let found = metadata.topics()[0].partitions();
             found.len() == usize::try_from(partitions).unwrap() && found.iter().all(|p| p.leader() >= 0)
