@@ -158,7 +158,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Twice does no harm only as long as it was not waited for.
+        // Not a second time: once it was waited for, its number may be somebody else's.
         if matches!(self.0.try_wait(), Ok(None)) {
             let _ = self.end();
         }

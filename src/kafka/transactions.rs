@@ -86,7 +86,6 @@ impl Slot {
 
 /// Runs the transactions of one transactional id, one at a time. Calls block, each within its time limit.
 pub struct Transactions {
-    config: ClientConfig,
     settings: PublisherSettings,
     slot: Slot,
     steps: KafkaSteps,
@@ -97,7 +96,7 @@ pub struct Transactions {
 impl Transactions {
     /// With a producer that is made when it is needed, in `slot`.
     pub fn new(settings: PublisherSettings, slot: Slot) -> Self {
-        Self { config: settings.client.clone(), settings, slot, steps: KafkaSteps::default(), aborted: 0 }
+        Self { settings, slot, steps: KafkaSteps::default(), aborted: 0 }
     }
 
     /// Takes up the transactional id: fences older producers of it and settles what they left open, after the
@@ -106,7 +105,7 @@ impl Transactions {
     /// # Errors
     /// As the broker or the client says; the producer is made anew if it can be of no more use.
     pub fn init(&mut self) -> Result<(), LogFailure> {
-        init(&mut self.config, &self.settings, &self.slot)
+        init(&mut self.settings, &self.slot)
     }
 
     /// Runs one transaction.
@@ -164,19 +163,17 @@ impl Drop for Transactions {
     }
 }
 
-fn create(
-    config: &ClientConfig,
-    settings: &PublisherSettings,
-) -> Result<TxnProducer<ProducerCallbacks>, LogFailure> {
-    let native = make_client::<BaseProducer<_>, _>(config, QuietContext(ProducerCallbacks::default()))
-        .map_err(|e| LogFailure::passing(format!("creating the producer: {e}")))?;
+fn create(settings: &PublisherSettings) -> Result<TxnProducer<ProducerCallbacks>, LogFailure> {
+    let native =
+        make_client::<BaseProducer<_>, _>(&settings.client, QuietContext(ProducerCallbacks::default()))
+            .map_err(|e| LogFailure::passing(format!("creating the producer: {e}")))?;
     let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
     Ok(TxnProducer::new(native, &names))
 }
 
-fn init(config: &mut ClientConfig, settings: &PublisherSettings, slot: &Slot) -> Result<(), LogFailure> {
+fn init(settings: &mut PublisherSettings, slot: &Slot) -> Result<(), LogFailure> {
     if slot.lock().is_none() {
-        *slot.lock() = Some(Arc::new(create(config, settings)?));
+        *slot.lock() = Some(Arc::new(create(settings)?));
     }
     let Some(mut producer) = slot.get() else { return Ok(()) };
     if let Err(failure) = outputs_exist(settings, &producer) {
@@ -184,10 +181,10 @@ fn init(config: &mut ClientConfig, settings: &PublisherSettings, slot: &Slot) ->
         slot.clear();
         return Err(failure);
     }
-    if let Some(smaller) = smaller_batches(config, settings, &producer) {
-        config.set("batch.size", smaller.to_string());
+    if let Some(smaller) = smaller_batches(settings, &producer) {
+        settings.client.set("batch.size", smaller.to_string());
         slot.clear();
-        producer = Arc::new(create(config, settings)?);
+        producer = Arc::new(create(settings)?);
         *slot.lock() = Some(Arc::clone(&producer));
     }
     producer.init(INIT_TIMEOUT).map_err(|error| {
@@ -203,12 +200,8 @@ fn init(config: &mut ClientConfig, settings: &PublisherSettings, slot: &Slot) ->
 }
 
 /// The largest record batch that every output topic takes, if it is smaller than the producer's.
-fn smaller_batches(
-    config: &ClientConfig,
-    settings: &PublisherSettings,
-    producer: &TxnProducer<ProducerCallbacks>,
-) -> Option<usize> {
-    let own: usize = config.get("batch.size")?.parse().ok()?;
+fn smaller_batches(settings: &PublisherSettings, producer: &TxnProducer<ProducerCallbacks>) -> Option<usize> {
+    let own: usize = settings.client.get("batch.size")?.parse().ok()?;
     let limit = |topic: &String| -> Option<usize> {
         let told = topic_setting(producer.inner().client(), topic, "max.message.bytes", METADATA_TIMEOUT);
         // Without the right to ask, a batch that is too large is refused, and the refusal says what to do.
