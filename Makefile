@@ -3,7 +3,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 # Integration tests mostly wait for servers, so more of them than cores run side by side.
 export RUST_TEST_THREADS ?= 4
 
-SCRIPTS := .ci/run dev/bench dev/bench-idempotency dev/demo dev/install dev/observe dev/processes dev/servers
+SCRIPTS := .ci/run dev/bench dev/bench-idempotency dev/demo dev/former dev/install dev/observe dev/processes dev/servers
 
 .DEFAULT_GOAL := help
 # Of these words those that are given, as in COUNT=1000, as options of a command: --count 1000.
@@ -61,6 +61,22 @@ joins: ## instances join and leave while a backlog of transactions is drained: C
 	PAYMENT_WRITER_TESTED_PROGRAM=$(or $(PROGRAM),$(CURDIR)/target/release/payment-writer) \
 	JOINS_COUNT=$(COUNT) JOINS_TRANSACTION=$(TRANSACTION) JOINS_JOINS=$(JOINS) JOINS_RUNS=$(RUNS) JOINS_LISTENS=$(LISTENS) \
 	cargo test --locked --features failpoints --test it -- --ignored --exact joins::full_size --nocapture
+
+.PHONY: upgrade
+# The last version whose producer was a Kafka client of its own, with transactional ids of another form.
+FROM ?= 18931c3
+upgrade: ## instances change from an earlier commit to this tree and back under load, drained and killed: FROM=COMMIT or FORMER=PROGRAM
+	@dev/install
+	@dev/servers install
+	former=$(if $(FORMER),$(FORMER),$$(dev/former $(FROM))) && \
+	PAYMENT_WRITER_FORMER_PROGRAM=$$former \
+	cargo test --locked --features failpoints --test it -- --ignored --exact upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_doubled
+
+.PHONY: features
+features: ## build with Kerberos (gssapi) and OIDC (curl) in librdkafka, and try OIDC; needs their libraries' headers, ten minutes
+	@dev/install --features
+	cargo test --locked --features failpoints,gssapi,curl --test it -- security::with_oidc config::
+	cargo test --locked --features failpoints,gssapi,curl --lib config::
 
 .PHONY: worst-batches
 worst-batches: ## record batches of one megabyte that grow up to a thousandfold, in each codec, in the release build; three minutes

@@ -36,3 +36,4 @@ mod support;
 mod top;
 mod traces;
 mod transactions;
+mod upgrade;

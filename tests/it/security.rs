@@ -229,6 +229,15 @@ printf '%s.%s.' "$(part '{"alg":"none"}')" "$(part "{\"sub\":\"writer\",\"iat\":
     command.to_str().unwrap().to_owned()
 }
 
+/// A member that shows tokens to the secure listener.
+fn with_tokens(servers: &Servers, certificates: &Path) -> Member {
+    Member::new("a")
+        .with("KAFKA__BOOTSTRAP_SERVERS", servers.kafka_secure())
+        .with("KAFKA__PROPERTIES__SECURITY_PROTOCOL", "SASL_SSL")
+        .with("KAFKA__PROPERTIES__SASL_MECHANISM", "OAUTHBEARER")
+        .with("KAFKA__PROPERTIES__SSL_CA_LOCATION", certificates.join("ca.crt").to_str().unwrap())
+}
+
 #[test]
 fn with_tokens_of_a_command_payments_flow_beyond_the_life_of_each() {
     // GIVEN a listener that takes tokens, and asks for them again on open connections
@@ -239,11 +248,7 @@ fn with_tokens_of_a_command_payments_flow_beyond_the_life_of_each() {
     scope.prepare(4, 2);
     grant_rights(&scope, "a");
     let command = token_command(folder.path());
-    let member = Member::new("a")
-        .with("KAFKA__BOOTSTRAP_SERVERS", servers.kafka_secure())
-        .with("KAFKA__PROPERTIES__SECURITY_PROTOCOL", "SASL_SSL")
-        .with("KAFKA__PROPERTIES__SASL_MECHANISM", "OAUTHBEARER")
-        .with("KAFKA__PROPERTIES__SSL_CA_LOCATION", folder.path().join("ca.crt").to_str().unwrap());
+    let member = with_tokens(&servers, folder.path());
 
     // WHEN there is no command, it is asked for
     let mut refused = member.run(&scope, &["check-config"]);
@@ -264,4 +269,75 @@ fn with_tokens_of_a_command_payments_flow_beyond_the_life_of_each() {
     daemon.drains();
     scope.assert_exactly_once();
     assert!(!daemon.log().contains("eyJ"), "{}", daemon.log());
+}
+
+#[cfg(feature = "curl")]
+mod oidc {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::process::Command;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// A token endpoint: answers each request that names the client and its secret with a token of 8 s, and counts them.
+    fn token_endpoint(command: String) -> (String, Arc<AtomicUsize>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/token", listener.local_addr().unwrap());
+        let given = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&given);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut request = [0; 4096];
+                let length = stream.read(&mut request).unwrap();
+                let request = String::from_utf8_lossy(&request[..length]).to_lowercase();
+                // The base64 of "writer:sesame".
+                let is_known = request.contains("authorization: basic d3jpdgvyonnlc2ftzq==");
+                let token = Command::new(&command).output().unwrap().stdout;
+                let body = format!(
+                    r#"{{"access_token":"{}","token_type":"Bearer","expires_in":8}}"#,
+                    String::from_utf8(token).unwrap().trim()
+                );
+                let (status, body) = if is_known { ("200 OK", body) } else { ("401 Unauthorized", "{}".into()) };
+                let head = "Content-Type: application/json\r\nConnection: close";
+                let length = body.len();
+                write!(stream, "HTTP/1.1 {status}\r\n{head}\r\nContent-Length: {length}\r\n\r\n{body}").unwrap();
+                count.fetch_add(usize::from(is_known), Ordering::Relaxed);
+            }
+        });
+        (url, given)
+    }
+
+    #[test]
+    fn with_oidc_payments_flow_beyond_the_life_of_each_token() {
+        // GIVEN a listener that takes tokens, and an endpoint that gives them to whoever has the client's secret
+        let folder = tempfile::tempdir().unwrap();
+        make_certificates(folder.path());
+        let servers = Servers::with_tls(folder.path());
+        let scope = Scope::new(&servers, "oidc");
+        scope.prepare(4, 2);
+        grant_rights(&scope, "a");
+        let (url, given) = token_endpoint(token_command(folder.path()));
+        let member = with_tokens(&servers, folder.path())
+            .with("KAFKA__PROPERTIES__SASL_OAUTHBEARER_METHOD", "oidc")
+            .with("KAFKA__PROPERTIES__SASL_OAUTHBEARER_TOKEN_ENDPOINT_URL", &url)
+            .with("KAFKA__PROPERTIES__SASL_OAUTHBEARER_CLIENT_ID", "writer")
+            .with("KAFKA__PROPERTIES__SASL_OAUTHBEARER_CLIENT_SECRET", "sesame");
+
+        // WHEN payments come while one token after the other expires
+        let mut daemon = member.start(&scope);
+        let mut load = Load::new(53);
+        for tokens in [1, 3, 5] {
+            wait_until_within(PATIENCE, "another token is given", || given.load(Ordering::Relaxed) >= tokens);
+            scope.produce(&scope.input_topic, load.take(100));
+            scope.wait_until_caught_up();
+        }
+
+        // THEN each has its outcome, and neither token nor secret was shown to anybody
+        daemon.drains();
+        scope.assert_exactly_once();
+        assert!(!daemon.log().contains("eyJ") && !daemon.log().contains("sesame"), "{}", daemon.log());
+    }
 }

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::{DEADLINE, Scope, free_address, wait_until};
 
+/// Variable with the path of another build of the program, for all tests or, among its settings, for one process.
+pub const TESTED_PROGRAM: &str = "PAYMENT_WRITER_TESTED_PROGRAM";
+
 /// What a command that ended left behind.
 #[derive(Debug)]
 pub struct Finished {
@@ -63,12 +66,14 @@ impl Scope<'_> {
     pub fn daemon_at(&self, admin: SocketAddr, arguments: &[&str], settings: &[(&str, &str)]) -> Daemon {
         let log = self.dir.join(format!("daemon-{}.log", admin.port()));
         let output = File::options().create(true).append(true).open(&log).unwrap();
+        // Two daemons on one machine are two members, unless a test says otherwise.
+        let (instance, listen) = (format!("instance-{}", admin.port()), admin.to_string());
+        let own = [
+            ("PAYMENT_WRITER__KAFKA__INSTANCE_ID", instance.as_str()),
+            ("PAYMENT_WRITER__ADMIN__LISTEN", &listen),
+        ];
         let child = self
-            .program(arguments, &[])
-            // Two daemons on one machine are two members, unless a test says otherwise.
-            .env("PAYMENT_WRITER__KAFKA__INSTANCE_ID", format!("instance-{}", admin.port()))
-            .env("PAYMENT_WRITER__ADMIN__LISTEN", admin.to_string())
-            .envs(settings.iter().copied())
+            .program(arguments, &[&own[..], settings].concat())
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
             .stderr(output)
@@ -78,7 +83,8 @@ impl Scope<'_> {
     }
 
     fn program(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Command {
-        let mut command = Command::new(tested_program());
+        let other = settings.iter().find(|(name, _)| *name == TESTED_PROGRAM).map(|(_, path)| path.into());
+        let mut command = Command::new(other.unwrap_or_else(tested_program));
         command.args(arguments).envs(self.settings()).envs(settings.iter().copied());
         command
     }
@@ -86,7 +92,7 @@ impl Scope<'_> {
 
 /// What was built along with the tests, or another build of the program, to be judged by the same tests.
 fn tested_program() -> PathBuf {
-    let other = std::env::var_os("PAYMENT_WRITER_TESTED_PROGRAM").map(PathBuf::from);
+    let other = std::env::var_os(TESTED_PROGRAM).map(PathBuf::from);
     other.unwrap_or_else(|| env!("CARGO_BIN_EXE_payment-writer").into())
 }
 

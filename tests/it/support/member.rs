@@ -4,6 +4,7 @@ use std::os::unix::process::ExitStatusExt;
 
 use serde_json::Value;
 
+use super::daemon::TESTED_PROGRAM;
 use super::{Daemon, PATIENCE, Scope, wait_until_within};
 
 /// An instance's name and settings.
@@ -20,6 +21,12 @@ impl Member {
     /// A setting by its name in the environment, without the prefix.
     pub fn with(mut self, name: &str, value: &str) -> Member {
         self.settings.push((format!("PAYMENT_WRITER__{name}"), value.to_owned()));
+        self
+    }
+
+    /// Runs another build of the program.
+    pub fn of_program(mut self, path: &str) -> Member {
+        self.settings.push((TESTED_PROGRAM.to_owned(), path.to_owned()));
         self
     }
 
