@@ -8,8 +8,10 @@
 #[global_allocator]
 static GLOBAL: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// Read by jemalloc when it starts: two arenas, and freed pages go back to the system within half a second.
+/// Read by jemalloc when it starts: two arenas, and freed pages go back to the system after ten seconds. A batch's
+/// messages are freed and allocated again several times a second; with half a second a fifth of the daemon's CPU time
+/// in a drain went into giving pages back and faulting them in again, for 20 MB less of resident memory.
 #[allow(unsafe_code)]
 // SAFETY: jemalloc alone uses this name, for exactly this: a string that ends with NUL.
 #[unsafe(export_name = "malloc_conf")]
-pub static MALLOC_CONF: &[u8; 46] = b"narenas:2,dirty_decay_ms:500,muzzy_decay_ms:0\0";
+pub static MALLOC_CONF: &[u8; 48] = b"narenas:2,dirty_decay_ms:10000,muzzy_decay_ms:0\0";

@@ -16,7 +16,7 @@ use crate::failpoint;
 use crate::kafka_client::{make_client, producer_config_over};
 use crate::lane::ports::{LogFailure, PublishFailure, PublishTimes};
 use crate::logging::RateLimited;
-use crate::metrics::{KafkaSteps, timed};
+use crate::metrics::{KafkaSteps, now, timed};
 use crate::publication::{OutputCounts, Publication};
 
 const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
@@ -319,10 +319,13 @@ fn produce(
     publication: &Publication,
     deadline: Instant,
 ) -> Result<OutputCounts, Broken> {
+    // One time for all, or the client would ask the clock for each message.
+    let now = now();
     publication.for_each_output(&settings.input_topic, settings.identity.topic_id, |output| {
         loop {
-            let produced = producer.produce(
+            let produced = producer.produce_at(
                 output.topic.index(),
+                now,
                 output.key,
                 output.value,
                 output.headers.iter().copied(),
