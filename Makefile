@@ -3,7 +3,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 # Integration tests mostly wait for servers, so more of them than cores run side by side.
 export RUST_TEST_THREADS ?= 4
 
-SCRIPTS := .ci/run dev/bench dev/bench-idempotency dev/demo dev/former dev/install dev/observe dev/processes dev/servers
+SCRIPTS := .ci/run dev/bench dev/bench-idempotency dev/count dev/demo dev/former dev/install dev/observe dev/processes dev/servers
 
 .DEFAULT_GOAL := help
 # Of these words those that are given, as in COUNT=1000, as options of a command: --count 1000.
@@ -120,6 +120,10 @@ lint: ## check format, lints, dependencies and scripts
 	cargo clippy --locked --all-targets --features failpoints -- -D warnings
 	@if cargo deny --version >/dev/null 2>&1; then echo cargo deny check; cargo deny check; fi
 	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck -S warning $(SCRIPTS); fi
+
+.PHONY: count
+count: ## lines of production code in src/, by module and in all
+	@dev/count
 
 build: ## build the release binary, target/release/payment-writer
 	@dev/install
