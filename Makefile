@@ -1,9 +1,11 @@
 # `make` lists what there is. Everything runs as root or as an ordinary user, and needs only Rust beforehand.
-export PATH := $(PATH):$(HOME)/.cargo/bin
+# cargo-deny of the pinned version, which dev/install brings, comes before another one.
+export PATH := $(CURDIR)/.local/tools/bin:$(PATH):$(HOME)/.cargo/bin
 # Integration tests mostly wait for servers, so more of them than cores run side by side.
 export RUST_TEST_THREADS ?= 4
 
-SCRIPTS := .ci/run dev/bench dev/bench-idempotency dev/demo dev/former dev/install dev/observe dev/processes dev/servers
+# Every script of a shell, so that a new one is checked too: by its first line, or by shellcheck's own where it is sourced.
+SCRIPTS = $(sort $(shell grep -rlE '^(\#!.*[/ ](ba)?sh$$|\# shellcheck shell=)' .ci dev ops))
 
 .DEFAULT_GOAL := help
 # Of these words those that are given, as in COUNT=1000, as options of a command: --count 1000.
@@ -115,11 +117,20 @@ fmt: ## format the code
 	cargo fmt
 
 lint: ## check format, lints, dependencies and scripts
-	@dev/install
+	@dev/install --lint
 	cargo fmt --check
 	cargo clippy --locked --all-targets --features failpoints -- -D warnings
-	@if cargo deny --version >/dev/null 2>&1; then echo cargo deny check; cargo deny check; fi
-	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck -S warning $(SCRIPTS); fi
+	cargo-deny --locked check --hide-inclusion-graph bans licenses sources
+	shellcheck --severity warning $(SCRIPTS)
+
+.PHONY: advisories
+advisories: ## look for known vulnerabilities of the dependencies; needs GitHub, where the database of advisories is
+	@dev/install --lint
+	cargo-deny --locked check advisories
+
+.PHONY: count
+count: ## lines of production code in src/, by module and in all
+	@dev/count
 
 build: ## build the release binary, target/release/payment-writer
 	@dev/install
