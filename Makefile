@@ -44,9 +44,9 @@ bench-micro: ## what the daemon's own code costs: parsing, encoding, batches, cu
 	cargo bench --locked --bench allocations
 
 .PHONY: bench-sizing
-bench-sizing: ## payments a second by size of batch and number of lanes; draws docs/batch-sizing.svg; ten minutes
+bench-sizing: ## payments a second by size of batch and number of lanes; draws docs/reference/batch-sizing.svg; ten minutes
 	@dev/install
-	BENCH_SIZING_PICTURE=docs/batch-sizing.svg cargo bench --locked --bench sizing
+	BENCH_SIZING_PICTURE=docs/reference/batch-sizing.svg cargo bench --locked --bench sizing
 
 .PHONY: test-faults
 test-faults: ## of these, kills at named steps, outages and rebalances alone
