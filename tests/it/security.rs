@@ -300,10 +300,12 @@ mod oidc {
                     r#"{{"access_token":"{}","token_type":"Bearer","expires_in":8}}"#,
                     String::from_utf8(token).unwrap().trim()
                 );
-                let (status, body) = if is_known { ("200 OK", body) } else { ("401 Unauthorized", "{}".into()) };
+                let (status, body) =
+                    if is_known { ("200 OK", body) } else { ("401 Unauthorized", "{}".into()) };
                 let head = "Content-Type: application/json\r\nConnection: close";
                 let length = body.len();
-                write!(stream, "HTTP/1.1 {status}\r\n{head}\r\nContent-Length: {length}\r\n\r\n{body}").unwrap();
+                write!(stream, "HTTP/1.1 {status}\r\n{head}\r\nContent-Length: {length}\r\n\r\n{body}")
+                    .unwrap();
                 count.fetch_add(usize::from(is_known), Ordering::Relaxed);
             }
         });

@@ -47,7 +47,8 @@ fn instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_dou
         daemons[place] = member.start(&scope);
         // THEN old and new publish side by side
         let before = daemons.each_ref().map(published);
-        let what = format!("both publish after {name} {end:?} for {}", if is_new { "this" } else { "former" });
+        let what =
+            format!("both publish after {name} {end:?} for {}", if is_new { "this" } else { "former" });
         wait_until_within(PATIENCE, &what, || {
             let now = daemons.each_ref().map(published);
             now[0] >= before[0] + 200.0 && now[1] >= before[1] + 200.0
