@@ -104,6 +104,7 @@ test-observe: ## of the tests, those of dashboard, alerts, runbooks and compose,
 
 .PHONY: docs
 docs: ## write the pages that are made from the program: settings and commands
+	@dev/install
 	UPDATE_DOCS=1 cargo test --locked --features failpoints --test it -- docs::
 
 dev-up: ## start a local Kafka and Postgres that stay, and print the settings that reach them
