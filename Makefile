@@ -46,9 +46,9 @@ bench-micro: ## what the daemon's own code costs: parsing, encoding, batches, cu
 	cargo bench --locked --bench allocations
 
 .PHONY: bench-sizing
-bench-sizing: ## payments a second by size of batch and number of lanes; draws docs/batch-sizing.svg; ten minutes
+bench-sizing: ## payments a second by size of batch and number of lanes; draws docs/reference/batch-sizing.svg; ten minutes
 	@dev/install
-	BENCH_SIZING_PICTURE=docs/batch-sizing.svg cargo bench --locked --bench sizing
+	BENCH_SIZING_PICTURE=docs/reference/batch-sizing.svg cargo bench --locked --bench sizing
 
 .PHONY: test-faults
 test-faults: ## of these, kills at named steps, outages and rebalances alone
@@ -103,6 +103,11 @@ test-observe: ## of the tests, those of dashboard, alerts, runbooks and compose,
 	dev/servers install
 	dev/observe install
 	cargo test --locked --features failpoints --test observe
+
+.PHONY: docs
+docs: ## write the pages that are made from the program: settings and commands
+	@dev/install
+	UPDATE_DOCS=1 cargo test --locked --features failpoints --test it -- docs::
 
 dev-up: ## start a local Kafka and Postgres that stay, and print the settings that reach them
 	@dev/servers up

@@ -278,8 +278,16 @@ mod tests {
         let mut count = 0;
         for page in [
             include_str!("../README.md"),
-            include_str!("../docs/operations.md"),
-            include_str!("../docs/recovery.md"),
+            include_str!("../docs/tutorial.md"),
+            include_str!("../docs/how-to/deploy.md"),
+            include_str!("../docs/how-to/halted-partitions.md"),
+            include_str!("../docs/how-to/housekeeping.md"),
+            include_str!("../docs/how-to/observe.md"),
+            include_str!("../docs/how-to/recover.md"),
+            include_str!("../docs/how-to/replay.md"),
+            include_str!("../docs/how-to/scale.md"),
+            include_str!("../docs/how-to/upgrade.md"),
+            include_str!("../docs/runbooks/payment-writer.md"),
         ] {
             // Every other part is a block of code.
             for block in page.split("```").skip(1).step_by(2) {

@@ -1,5 +1,5 @@
 //! What the daemon costs and how late its events are, measured beside servers of the measurement's own.
-//! `make bench` and `make bench-latency` start them; docs/benchmarks.md says how each figure is taken.
+//! `make bench` and `make bench-latency` start them; docs/reference/benchmarks.md says how each figure is taken.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr)]
 #![allow(clippy::indexing_slicing)]
 // Clients of the measurement's own.

@@ -23,7 +23,7 @@ that stand on several records, where another of them may have won, and records t
 once refused or a person gave up; these are listed.
 
 To move to the second database: stop all daemons, set postgres.url to it, start one with
-`run --adopt-database`. docs/recovery.md walks through it.
+`run --adopt-database`. docs/how-to/recover.md walks through it.
 
 Exits with 0 when they are equal, 1 when they differ or something failed, 3 when a person must decide.
 

@@ -1,4 +1,4 @@
-//! Failures by what is done about them: one table for SQLSTATEs, one for Kafka's codes. docs/failures.md holds
+//! Failures by what is done about them: one table for SQLSTATEs, one for Kafka's codes. docs/reference/failures.md holds
 //! the same tables; a test keeps the two equal.
 
 use std::fmt::Write;
@@ -334,7 +334,7 @@ pub fn sqlstate_label(code: &str) -> &'static str {
     })
 }
 
-/// The three tables as docs/failures.md has them.
+/// The three tables as docs/reference/failures.md has them.
 pub fn tables() -> [String; 3] {
     let mut classes = String::from("| class | what is done |\n| - | - |\n");
     for class in FailureClass::ALL {
@@ -407,15 +407,15 @@ mod tests {
 
     #[test]
     fn the_documentation_holds_these_very_tables() {
-        let page = include_str!("../../docs/failures.md");
+        let page = include_str!("../../docs/reference/failures.md");
         for table in tables() {
-            assert!(page.contains(&table), "docs/failures.md lacks this table:\n{table}");
+            assert!(page.contains(&table), "docs/reference/failures.md lacks this table:\n{table}");
         }
         let rows = |text: &str| text.lines().filter(|line| line.starts_with('|')).count();
         assert_eq!(
             rows(page),
             tables().iter().map(|t| rows(t)).sum::<usize>(),
-            "docs/failures.md has other tables, too"
+            "docs/reference/failures.md has other tables, too"
         );
     }
 }

@@ -1,4 +1,9 @@
-//! What the documentation says of the tests.
+//! What the documentation says of the program and its tests.
+
+mod commands;
+mod generated;
+mod links;
+mod settings;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -155,7 +155,8 @@ fn metrics_and_status_say_what_became_of_the_records() {
             let family = name.strip_suffix(end)?;
             page.get(family).filter(|entry| entry.kind == "histogram")
         });
-        let entry = page.get(name).or(family).unwrap_or_else(|| panic!("{name} is not in docs/metrics.md"));
+        let entry =
+            page.get(name).or(family).unwrap_or_else(|| panic!("{name} is not in docs/reference/metrics.md"));
         for (label, value) in labels.iter().filter(|(label, _)| *label != "le") {
             assert!(entry.labels.contains(&format!("`{label}`")), "{name} has a label {label}");
             let is_any = ["lane", "partition", "version", "group"].contains(&label.as_str());

@@ -6,9 +6,9 @@ use serde_json::{Map, Value};
 
 use crate::support::{AT_MS, Daemon, Message, Payment, Scope, rows, uuid_v4, wait_until};
 
-/// Type of each field, as docs/logs.md has it.
+/// Type of each field, as docs/reference/logs.md has it.
 fn schema() -> BTreeMap<String, String> {
-    let page = include_str!("../../docs/logs.md");
+    let page = include_str!("../../docs/reference/logs.md");
     let (_, table) = page.split_once("| field | type |").unwrap();
     let (table, _) = table.split_once("\n## ").unwrap();
     rows(table).map(|row| (row[0].trim_matches('`').to_owned(), row[1].clone())).collect()
@@ -28,7 +28,7 @@ fn lines(daemon: &Daemon) -> Vec<Map<String, Value>> {
         }
         for (name, value) in &fields {
             let documented =
-                schema.get(name).unwrap_or_else(|| panic!("{name} is not in docs/logs.md: {line}"));
+                schema.get(name).unwrap_or_else(|| panic!("{name} is not in docs/reference/logs.md: {line}"));
             let kind = match value {
                 Value::String(_) => "string",
                 Value::Number(_) => "number",

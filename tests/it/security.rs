@@ -64,7 +64,7 @@ fn set_password(servers: &Servers, password: &str) {
     servers.kafka_tool(&[&["kafka.admin.ConfigCommand", "--alter"], &user[..], &changed[..]].concat());
 }
 
-/// The rights that the README names, to a principal that has none.
+/// The rights that docs/how-to/secure.md names, to a principal that has none.
 fn grant_rights(scope: &Scope<'_>, instance: &str) {
     let principal = "User:writer";
     let add = |arguments: &[&str]| {

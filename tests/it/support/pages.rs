@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// A metric, as docs/metrics.md has it.
+/// A metric, as docs/reference/metrics.md has it.
 #[derive(Clone, Debug)]
 pub struct MetricEntry {
     pub kind: String,
@@ -20,10 +20,10 @@ pub fn rows(page: &str) -> impl Iterator<Item = Vec<String>> {
     })
 }
 
-/// docs/metrics.md, by name.
+/// docs/reference/metrics.md, by name.
 pub fn metrics_page() -> BTreeMap<String, MetricEntry> {
     let mut page = BTreeMap::new();
-    for row in rows(include_str!("../../../docs/metrics.md")) {
+    for row in rows(include_str!("../../../docs/reference/metrics.md")) {
         let [name, kind, unit, labels, meaning, _] = &row[..] else { panic!("{row:?}") };
         let entry = MetricEntry {
             kind: kind.clone(),
