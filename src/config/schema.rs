@@ -55,7 +55,7 @@ pub(super) const SETTINGS: [Spec; 29] = [
     plain("lanes", Fallback::Integer(2)),
     plain("batch.max_payments", Fallback::Integer(20_000)),
     plain("batch.max_bytes", Fallback::Text("16MiB")),
-    plain("batch.linger", Fallback::Text("5ms")),
+    plain("batch.linger", Fallback::Text("25ms")),
     plain("payment.types", Fallback::Texts(&["BWI", "VSA", "MSC"])),
     plain("payment.max_bytes", Fallback::Text("16KiB")),
     plain("email.statuses", Fallback::Integers(&[2])),

@@ -28,7 +28,7 @@ fn without_file_and_environment_the_defaults_apply() {
     assert_eq!(s.postgres.url, s.postgres.housekeeping_url);
     assert_eq!((s.lanes, s.batch.max_payments), (2, 20_000));
     assert_eq!(s.batch.max_bytes.bytes(), 16 << 20);
-    assert_eq!(s.batch.linger, Duration::from_millis(5));
+    assert_eq!(s.batch.linger, Duration::from_millis(25));
     assert_eq!(s.payment.types, ["BWI", "VSA", "MSC"]);
     assert_eq!(s.payment.max_bytes.bytes(), 16_384);
     assert_eq!(s.email.statuses, [2]);
