@@ -1,14 +1,14 @@
-# `make` lists what there is. Everything runs as root or as an ordinary user, and needs only Rust beforehand.
-# cargo-deny of the pinned version, which dev/install brings, comes before another one.
+# `make` lists the commands. They run as root or as an ordinary user, and need only Rust installed beforehand.
+# The pinned version of cargo-deny, which dev/install installs, takes precedence over another one.
 export PATH := $(CURDIR)/.local/tools/bin:$(PATH):$(HOME)/.cargo/bin
-# Integration tests mostly wait for servers, so more of them than cores run side by side.
+# Integration tests mostly wait for servers, so more of them run in parallel than there are cores.
 export RUST_TEST_THREADS ?= 4
 
-# Every script of a shell, so that a new one is checked too: by its first line, or by shellcheck's own where it is sourced.
+# All shell scripts, including future ones: found by their first line, or by shellcheck's directive if they are sourced.
 SCRIPTS = $(sort $(shell grep -rlE '^(\#!.*[/ ](ba)?sh$$|\# shellcheck shell=)' .ci dev ops))
 
 .DEFAULT_GOAL := help
-# Of these words those that are given, as in COUNT=1000, as options of a command: --count 1000.
+# Turns the variables with these names that are set, such as COUNT=1000, into command-line options: --count 1000.
 options = $(foreach word,$(1),$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z))))
 
 .PHONY: help demo test dev-up dev-down dev-clean fmt lint build clean
@@ -19,44 +19,44 @@ help: ## list these commands
 demo: ## start Kafka and Postgres, write 200,000 payments, check and show every outcome, clean up
 	@dev/demo
 
-test: lint ## everything CI runs: format, lints, unit, property and integration tests, a share of the fault suite, alerts and dashboard live
+test: lint ## run everything that CI runs: format, lints, unit, property and integration tests, a part of the fault suite, alerts and dashboard
 	dev/servers install
 	dev/observe install
 	cargo test --locked --features failpoints
 
 .PHONY: bench bench-latency
-bench: ## rate, CPU, memory and transactions of draining payments: CASES=v7,v4,v7-plain,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=3000000 BASELINE=PROGRAM JSON=FILE
+bench: ## measure rate, CPU, memory and transactions of draining payments: CASES=v7,v4,v7-plain,lanes,duplicates-1,table-10m,all REPEAT=3 COUNT=3000000 BASELINE=PROGRAM JSON=FILE
 	@dev/bench throughput $(call options,cases repeat count baseline json)
 
-bench-latency: ## from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 REPEAT=1 INPUT=plain BASELINE=PROGRAM JSON=FILE
+bench-latency: ## measure the time from a record to its read event at steady rates: RATES=100,1000,10000,50000 SECONDS=30 REPEAT=1 INPUT=plain BASELINE=PROGRAM JSON=FILE
 	@dev/bench latency $(call options,rates seconds repeat input baseline json)
 
 .PHONY: bench-size
-bench-size: ## bytes a payment in each table, index and topic, and in the WAL: COUNT=1000000 JSON=FILE
+bench-size: ## measure bytes a payment in each table, index and topic, and in the WAL: COUNT=1000000 JSON=FILE
 	@dev/bench size $(call options,count json)
 
 .PHONY: bench-idempotency
-bench-idempotency: ## what a claim costs as the idempotency table grows to 100 million ids; half an hour
+bench-idempotency: ## measure the cost of a claim as the idempotency table grows to 100 million ids; half an hour
 	@dev/bench-idempotency
 
 .PHONY: bench-micro
-bench-micro: ## what the daemon's own code costs: parsing, encoding, batches, cursors, allocations; five minutes
+bench-micro: ## measure the daemon's own code: parsing, encoding, batches, cursors, allocations; five minutes
 	@dev/install
 	cargo bench --locked --bench wire --bench batch
 	cargo bench --locked --bench allocations
 
 .PHONY: bench-sizing
-bench-sizing: ## payments a second by size of batch and number of lanes; draws docs/reference/batch-sizing.svg; ten minutes
+bench-sizing: ## measure payments a second by batch size and number of lanes; draws docs/reference/batch-sizing.svg; ten minutes
 	@dev/install
 	BENCH_SIZING_PICTURE=docs/reference/batch-sizing.svg cargo bench --locked --bench sizing
 
 .PHONY: test-faults
-test-faults: ## of these, kills at named steps, outages and rebalances alone
+test-faults: ## run only the integration tests with crashes, outages and rebalances
 	cargo test --locked --features failpoints --test it -- crash:: outages:: rebalance::
 
 .PHONY: joins
-# The program under test is the release build, or PROGRAM.
-joins: ## instances join and leave while a backlog of transactions is drained: COUNT=600000 TRANSACTION=50 JOINS=6 RUNS=5; without TRANSACTION 50 and 500. With LISTENS=300 the daemon's own audit has so many seconds to tell of a loss
+# Tests the release build, or PROGRAM.
+joins: ## test instances that join and leave while a backlog of transactions is drained: COUNT=600000 TRANSACTION=50 JOINS=6 RUNS=5; without TRANSACTION, 50 and 500. LISTENS=300: wait this many seconds for the daemon's own audit to report a loss
 	@dev/install
 	@dev/servers install
 	@$(if $(PROGRAM),true,cargo build --locked --release --bin payment-writer)
@@ -65,23 +65,23 @@ joins: ## instances join and leave while a backlog of transactions is drained: C
 	cargo test --locked --features failpoints --test it -- --ignored --exact joins::full_size --nocapture
 
 .PHONY: upgrade
-# The last version whose producer was a Kafka client of its own, with transactional ids of another form.
+# The last version with its own Kafka producer, whose transactional ids have another format.
 FROM ?= 18931c3
-upgrade: ## instances change from an earlier commit to this tree and back under load, drained and killed: FROM=COMMIT or FORMER=PROGRAM
+upgrade: ## test upgrade and rollback between an earlier commit and this tree under load, with drains and kills: FROM=COMMIT or FORMER=PROGRAM
 	@dev/install
 	@dev/servers install
 	former=$(if $(FORMER),$(FORMER),$$(dev/former $(FROM))) && \
 	PAYMENT_WRITER_FORMER_PROGRAM=$$former \
-	cargo test --locked --features failpoints --test it -- --ignored --exact upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_doubled
+	cargo test --locked --features failpoints --test it -- --ignored --exact upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated
 
 .PHONY: features
-features: ## build with Kerberos (gssapi) and OIDC (curl) in librdkafka, and try OIDC; needs their libraries' headers, ten minutes
+features: ## build with Kerberos (gssapi) and OIDC (curl) in librdkafka, and test OIDC; needs their libraries' headers; ten minutes
 	@dev/install --features
 	cargo test --locked --features failpoints,gssapi,curl --test it -- security::with_oidc config::
 	cargo test --locked --features failpoints,gssapi,curl --lib config::
 
 .PHONY: worst-batches
-worst-batches: ## record batches of one megabyte that grow up to a thousandfold, in each codec, in the release build; three minutes
+worst-batches: ## test record batches of one megabyte that decompress to up to a thousand times that, in each codec, with the release build; three minutes
 	@dev/install
 	@dev/servers install
 	cargo build --locked --release --bin payment-writer
@@ -89,33 +89,33 @@ worst-batches: ## record batches of one megabyte that grow up to a thousandfold,
 	cargo test --locked --features failpoints --test it -- --ignored --exact expansion::the_worst_batch_of_each_codec_is_survived --nocapture
 
 .PHONY: chaos
-# Without any of them, CI's share.
+# Without any of them, the tests that CI runs.
 CHAOS_WORDS = $(call options,cycles seed brokers faults instances report) $(if $(KEEP_GOING),--keep-going)
-chaos: ## faults under load: CYCLES=100 SEED=1 BROKERS=3 FAULTS=zombie,disk-full REPORT=FILE; without CYCLES the share that CI runs
+chaos: ## inject faults under load: CYCLES=100 SEED=1 BROKERS=3 FAULTS=zombie,disk-full REPORT=FILE; without CYCLES, those that CI runs
 	@dev/servers install
 	cargo test --locked --features failpoints --test chaos -- $(CHAOS_WORDS)
 
 .PHONY: observe test-observe
-observe: ## Prometheus, Alertmanager and exporters beside a daemon under load: RATE=200 FASTER=60; until Ctrl-C
+observe: ## run Prometheus, Alertmanager and exporters with a daemon under load until Ctrl-C: RATE=200 FASTER=60
 	@dev/observe run $(if $(FASTER),--faster $(FASTER))
 
-test-observe: ## of the tests, those of dashboard, alerts, runbooks and compose, on the live system too
+test-observe: ## run only the tests of dashboard, alerts, runbooks and compose file
 	dev/servers install
 	dev/observe install
 	cargo test --locked --features failpoints --test observe
 
 .PHONY: docs
-docs: ## write the pages that are made from the program: settings and commands
+docs: ## update the pages that are generated from the program: settings and commands
 	@dev/install
 	UPDATE_DOCS=1 cargo test --locked --features failpoints --test it -- docs::
 
-dev-up: ## start a local Kafka and Postgres that stay, and print the settings that reach them
+dev-up: ## start a local Kafka and Postgres, and print the settings to connect to them
 	@dev/servers up
 
-dev-down: ## stop them; their data stays
+dev-down: ## stop the local Kafka and Postgres, and keep their data
 	@dev/servers down
 
-dev-clean: ## stop them and remove their data
+dev-clean: ## stop the local Kafka and Postgres, and remove their data
 	@dev/servers destroy
 
 fmt: ## format the code
@@ -129,12 +129,12 @@ lint: ## check format, lints, dependencies and scripts
 	shellcheck --severity warning $(SCRIPTS)
 
 .PHONY: advisories
-advisories: ## look for known vulnerabilities of the dependencies; needs GitHub, where the database of advisories is
+advisories: ## check the dependencies for known vulnerabilities; fetches the advisory database from GitHub
 	@dev/install --lint
 	cargo-deny --locked check advisories
 
 .PHONY: count
-count: ## lines of production code in src/, by module and in all
+count: ## count lines of production code in src/, by module and in total
 	@dev/count
 
 build: ## build the release binary, target/release/payment-writer

@@ -1,6 +1,6 @@
-//! Allocations and bytes asked for, by step and size of batch, in steady state: buffers that the daemon uses
-//! again are used again. A buffer that grows counts anew each time. Fails when a bound below is broken; so it is
-//! also a test, which `cargo test` runs. `--json` prints one JSON line instead of a table.
+//! Allocations and requested bytes by step and batch size, in steady state: buffers that the daemon reuses
+//! are reused here. A buffer that grows counts as a new allocation. Fails if a bound below is exceeded; so it
+//! is also a test, which `cargo test` runs. `--json` prints one JSON line instead of a table.
 #![allow(missing_docs, clippy::expect_used, clippy::print_stdout, clippy::print_stderr)]
 
 mod support;
@@ -11,12 +11,12 @@ use std::hint::black_box;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use payment_writer::batch::{Answer, Batch, Fates, Progress, Refused};
-use payment_writer::columns::RowWriter;
-use payment_writer::cursor::Identity;
-use payment_writer::publication::{Publication, Span};
-use payment_writer::record::SourceBatch;
-use payment_writer::wire::{EventTexts, Rules, encode_email_event, encode_read_event, parse};
+use payment_writer::domain::batch::{Answer, Batch, Outcomes, Progress, Refused};
+use payment_writer::domain::columns::RowWriter;
+use payment_writer::domain::cursor::Identity;
+use payment_writer::domain::publication::{OffsetCommit, Publication};
+use payment_writer::domain::record::SourceBatch;
+use payment_writer::domain::wire::{EventTexts, Rules, encode_email_event, encode_read_event, parse};
 use serde_json::json;
 use support::{batch_of, duplicates};
 use tikv_jemallocator::Jemalloc;
@@ -28,7 +28,7 @@ const IDENTITY: Identity = Identity { topic_id: Uuid::from_u128(1), database_id:
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 static BYTES: AtomicU64 = AtomicU64::new(0);
 
-/// The daemon's allocator, counted.
+/// The daemon's allocator, with counters.
 struct Counting;
 
 #[global_allocator]
@@ -40,11 +40,11 @@ fn count(bytes: usize) {
 }
 
 #[allow(unsafe_code)]
-// SAFETY: every call goes to jemalloc as it came; counting touches nothing but two atomic numbers.
+// SAFETY: every call is passed to jemalloc unchanged; counting only changes two atomic numbers.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size());
-        // SAFETY: the caller's promises are jemalloc's.
+        // SAFETY: the caller upholds jemalloc's contract.
         unsafe { Jemalloc.alloc(layout) }
     }
 
@@ -66,7 +66,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What is allowed: so much for a batch, and so much more for each of its partitions and of its payments.
+/// Bounds: a constant for each batch, and an amount for each of its partitions and payments.
 #[derive(Clone, Copy)]
 struct Most {
     batch: f64,
@@ -88,9 +88,9 @@ const fn most(batch: f64, partition: f64, payment: f64) -> Most {
 
 /// Each step with its bounds: allocations, bytes.
 ///
-/// Parsing takes texts out of their escapes, and so allocates for one in fifteen of these payments and for no
-/// other; steps that parse inherit that. Assembling allocates for the batch and for nothing else. Publishing makes
-/// the mark of each partition's offset, and a list of headers for one in a hundred payments, which has a trace.
+/// Parsing unescapes texts, and so allocates for one in fifteen of these payments and for no other; steps
+/// that parse inherit that. Building a batch allocates for the batch alone. Publishing allocates the commit
+/// metadata of each partition, and a list of headers for the one payment in a hundred that has a trace.
 const BOUNDS: [(&str, Most, Most); 9] = [
     ("gather", Most::NONE, Most::NONE),
     ("parse", most(2.0, 0.0, 0.07), most(100.0, 0.0, 3.0)),
@@ -99,7 +99,7 @@ const BOUNDS: [(&str, Most, Most); 9] = [
     ("claims", Most::NONE, Most::NONE),
     ("decide", most(1.0, 0.0, 0.0), most(0.0, 0.0, 6.0)),
     ("rows", Most::NONE, Most::NONE),
-    // Three buffers that grow as they are filled.
+    // Three buffers that grow while they are filled.
     ("rows, 1 % duplicates", most(50.0, 0.0, 0.0), most(1_000.0, 0.0, 800.0)),
     ("publication", most(2.0, 4.0, 0.011), most(50.0, 130.0, 2.5)),
 ];
@@ -118,7 +118,7 @@ struct Size {
     payments: usize,
 }
 
-/// Runs `work` with what it needs, and counts what it allocates; what comes out is dropped afterwards.
+/// Runs `work` with its input, and counts its allocations; the result is dropped afterwards.
 fn measured<T>(step: &'static str, size: Size, into: &mut Vec<Measured>, work: impl FnOnce() -> T) -> T {
     let before = (ALLOCATIONS.load(Ordering::Relaxed), BYTES.load(Ordering::Relaxed));
     let result = black_box(work());
@@ -134,7 +134,7 @@ fn copy_into(target: &mut SourceBatch, source: &SourceBatch) {
     }
 }
 
-/// Rows and events of every record into the same buffer.
+/// Encodes rows and events of every record into the same buffers.
 fn encode(source: &SourceBatch, rules: &Rules, out: &mut Vec<u8>) -> i64 {
     let mut hashes = 0;
     for record in source.iter() {
@@ -181,20 +181,21 @@ fn measure(payments: usize, into: &mut Vec<Measured>) {
         batch.claims(&none).map(|c| usize::from(c.message_id[0])).sum::<usize>()
     });
     let answer = Answer::default();
-    let fates = measured("decide", size, into, || batch.decide(&answer, &none));
-    drop(measured("rows", size, into, || batch.rows(&fates)));
-    let some: Fates = batch.decide(&duplicates(&batch), &none);
+    let outcomes = measured("decide", size, into, || batch.decide(&answer, &none));
+    drop(measured("rows", size, into, || batch.rows(&outcomes)));
+    let some: Outcomes = batch.decide(&duplicates(&batch), &none);
     drop(measured("rows, 1 % duplicates", size, into, || batch.rows(&some)));
-    let span = |p: &Progress| Span { partition: p.partition, gate: p.seen, commit: p.reached };
+    let span =
+        |p: &Progress| OffsetCommit { partition: p.partition, publish_from: p.seen, commit: p.reached };
     let spans = batch.progress().iter().map(span).collect();
-    let publication = Publication::of_batch(batch, fates, spans, true);
+    let publication = Publication::of_batch(batch, outcomes, spans, true);
     measured("publication", size, into, || publish(&publication));
 }
 
 fn main() -> ExitCode {
-    // Cargo passes words of its own, and filters that are meant for others.
+    // Cargo passes its own arguments, and filters for other benchmarks.
     let as_json = std::env::args().any(|argument| argument == "--json");
-    // Once in vain: what is made once in a process is no part of a steady state.
+    // A first run without counting: one-time allocations are not part of the steady state.
     measure(100, &mut Vec::new());
     let mut results = Vec::with_capacity(BOUNDS.len() * SIZES.len());
     for payments in SIZES {
@@ -227,7 +228,7 @@ fn main() -> ExitCode {
                 *allocations as f64 / each,
                 *bytes as f64 / each,
                 bytes_max / each,
-                if holds { "" } else { "  BROKEN" }
+                if holds { "" } else { "  EXCEEDED" }
             );
         }
     }
@@ -235,7 +236,7 @@ fn main() -> ExitCode {
         println!("{}", json!({"benchmark": "allocations", "steps": lines}));
     }
     if broken > 0 {
-        eprintln!("{broken} bounds of benches/allocations.rs are broken");
+        eprintln!("{broken} bounds of benches/allocations.rs are exceeded");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS

@@ -1,5 +1,5 @@
-//! What a batch costs between the log and the database, and between the database and the outputs: everything
-//! that is neither the wire's side (`wire`) nor a server's. Throughput is counted in payments.
+//! Cost of a batch between the log and the database, and between the database and the outputs, without
+//! parsing and encoding (`wire`) and without the servers. Throughput is in payments.
 #![allow(missing_docs)]
 
 #[path = "../src/allocator.rs"]
@@ -11,13 +11,15 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use payment_writer::batch::{
+use payment_writer::domain::batch::{
     Answer, Batch, Progress, Refused, write_core_row, write_metadata_row, write_notes_row,
 };
-use payment_writer::cursor::{CursorRow, GroupOffset, Identity, Known, LogBounds, Mark, Mode, Proof, decide};
-use payment_writer::publication::{Publication, Span};
-use payment_writer::record::NextOffset;
-use payment_writer::wire::{Rules, parse};
+use payment_writer::domain::cursor::{
+    CommitMetadata, CursorRow, GroupOffset, Identity, Known, LogBounds, Mode, Proof, decide,
+};
+use payment_writer::domain::publication::{OffsetCommit, Publication};
+use payment_writer::domain::record::NextOffset;
+use payment_writer::domain::wire::{Rules, parse};
 use support::{batch_of, duplicates, lanes_partitions};
 use uuid::Uuid;
 
@@ -89,15 +91,16 @@ fn batches(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new(format!("decide, {name} duplicates"), size), |b| {
                 b.iter(|| batch.decide(black_box(&answer), &none));
             });
-            let fates = batch.decide(&answer, &none);
+            let outcomes = batch.decide(&answer, &none);
             group.bench_function(BenchmarkId::new(format!("rows, {name} duplicates"), size), |b| {
-                b.iter(|| batch.rows(black_box(&fates)));
+                b.iter(|| batch.rows(black_box(&outcomes)));
             });
         }
-        let fates = batch.decide(&Answer::default(), &none);
-        let span = |p: &Progress| Span { partition: p.partition, gate: p.seen, commit: p.reached };
+        let outcomes = batch.decide(&Answer::default(), &none);
+        let span =
+            |p: &Progress| OffsetCommit { partition: p.partition, publish_from: p.seen, commit: p.reached };
         let spans = batch.progress().iter().map(span).collect();
-        let publication = Publication::of_batch(batch, fates, spans, true);
+        let publication = Publication::of_batch(batch, outcomes, spans, true);
         group.bench_function(BenchmarkId::new("publication", size), |b| {
             b.iter(|| {
                 publication.for_each_output::<Infallible>("payment_writer_topic", TOPIC_ID, |output| {
@@ -110,7 +113,7 @@ fn batches(c: &mut Criterion) {
     group.finish();
 }
 
-/// Where a lane's partitions go on, from all that is known of them.
+/// Start offsets of a lane's partitions.
 fn cursors(c: &mut Criterion) {
     let identity = Identity { topic_id: TOPIC_ID, database_id: DATABASE_ID };
     let mode = Mode { publishes: true, adopts_database: false };
@@ -122,7 +125,7 @@ fn cursors(c: &mut Criterion) {
     };
     let marked = |offset| {
         let position = NextOffset(offset);
-        GroupOffset { position, metadata: Mark::new(&identity, position).to_string() }
+        GroupOffset { position, metadata: CommitMetadata::new(&identity, position).to_string() }
     };
     let by_others = GroupOffset { position: NextOffset(5_000), metadata: String::new() };
     let settled = CursorRow { settled: Some(NextOffset(950)), ..row.clone() };

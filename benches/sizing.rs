@@ -1,16 +1,17 @@
-//! Payments a second against the size of a batch and the number of lanes, on a real Postgres and a real Kafka.
-//! `make bench-sizing` runs it; it prints a table and, with `BENCH_SIZING_PICTURE=FILE.svg`, draws a picture.
+//! Payments a second by batch size and number of lanes, on a real Postgres and a real Kafka. `make
+//! bench-sizing` runs it; it prints a table and, with `BENCH_SIZING_PICTURE=FILE.svg`, draws a chart.
 //!
-//! Each lane does what a lane of the daemon does while there is a backlog: it assembles a batch of fresh payments,
-//! writes it through its `PgLedger`, and publishes the batch before, group offsets included, through its
-//! `KafkaLog` at the same time. Only the fetching is left out: records are made in memory beforehand, of the
-//! lane's own partitions. One iteration is one batch of every lane.
+//! Each lane does what a lane of the daemon does during a backlog: it builds a batch of new payments, writes
+//! it with its `PgStore`, and at the same time publishes the batch before, with group offsets, with its
+//! `LaneClient`. Only fetching is left out: records of the lane's own partitions are made in memory
+//! beforehand. One iteration is one batch of every lane.
 //!
-//! Servers: those of `PAYMENT_WRITER__POSTGRES__URL` and `PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS` if both are
-//! set, with a database and topics of its own that it removes at the end (the role must be allowed to make
-//! databases, or `DEV_POSTGRES_ADMIN_URL` must lead to one that is); otherwise its own, by `dev/servers`.
-//! `BENCH_SIZING_SIZES` and `BENCH_SIZING_LANES` choose (numbers between commas).
-// Clients of the measurement's own.
+//! Servers: those of `PAYMENT_WRITER__POSTGRES__URL` and `PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS` if both
+//! are set, with a separate database and topics that it removes at the end (the role must be allowed to
+//! create databases, or `DEV_POSTGRES_ADMIN_URL` must name one that is); otherwise it starts servers with
+//! `dev/servers`. `BENCH_SIZING_SIZES` and `BENCH_SIZING_LANES` select sizes and lanes (numbers separated by
+//! commas).
+// The benchmark uses its own clients.
 #![allow(clippy::disallowed_methods)]
 #![allow(missing_docs)]
 #![allow(
@@ -36,23 +37,22 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use futures_util::future::{join, join_all};
-use payment_writer::batch::{Batch, Progress};
 use payment_writer::config::Settings;
-use payment_writer::cursor::{CursorRow, Identity};
-use payment_writer::daemon::{consumer_config, rules};
-use payment_writer::kafka::group::{Group, Seat, lane_of};
+use payment_writer::domain::batch::{Batch, Progress};
+use payment_writer::domain::cursor::{CursorRow, Identity};
+use payment_writer::domain::publication::{OffsetCommit, OutputTopic, Publication};
+use payment_writer::domain::record::{NextOffset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::wire::Rules;
+use payment_writer::kafka::client::{base_client_config, partition_counts};
+use payment_writer::kafka::group::{Group, LaneHandle, lane_of, member_config};
+use payment_writer::kafka::lane_client::LaneClient;
 use payment_writer::kafka::librdkafka::topic_id;
-use payment_writer::kafka::log::KafkaLog;
-use payment_writer::kafka::publisher::PublisherSettings;
-use payment_writer::kafka_client::{base_client_config, partition_counts};
-use payment_writer::lane::ports::{CursorMove, LaneEvent, Ledger, Log};
-use payment_writer::ledger::PgLedger;
-use payment_writer::publication::{OutputTopic, Publication, Span};
-use payment_writer::record::{NextOffset, Partition, SourceBatch, TimestampMs};
-use payment_writer::schema::{self, months};
-use payment_writer::status::Board;
-use payment_writer::wire::Rules;
-use payment_writer::{binding, postgres};
+use payment_writer::kafka::publisher_settings::PublisherSettings;
+use payment_writer::ports::{CursorMove, KafkaPort, LaneEvent, Store};
+use payment_writer::postgres::schema::{self, months};
+use payment_writer::postgres::store::PgStore;
+use payment_writer::postgres::{binding, connection};
+use payment_writer::telemetry::status::StatusRegistry;
 use plotters::prelude::*;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -64,7 +64,7 @@ use uuid::Uuid;
 const SIZES: [usize; 10] = [1, 10, 20, 50, 100, 500, 1_000, 5_000, 10_000, 20_000];
 const LANES: [usize; 4] = [1, 2, 3, 4];
 const SAMPLES: usize = 10;
-/// One for each number of lanes: Okabe's and Ito's, which everybody can tell apart.
+/// One colour for each number of lanes: the Okabe-Ito palette, which is safe for colour blindness.
 const COLOURS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -73,10 +73,10 @@ const COLOURS: [RGBColor; 5] = [
     RGBColor(86, 180, 233),
 ];
 const OUTPUT_PARTITIONS: i32 = 20;
-/// Payments made in memory before the clock runs, for all lanes together.
+/// Payments made in memory before each measurement, for all lanes together.
 const PREPARED_MAX: usize = 200_000;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
-/// For the group's first assignment, and for topics to be there.
+/// Time limit for the group's first assignment, and for the creation of topics.
 const PATIENCE: Duration = Duration::from_secs(60);
 const BATCH_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -99,7 +99,7 @@ fn dev_servers(dir: &Path, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Another database of the same server.
+/// The URL of another database on the same server.
 fn with_database(url: &str, database: &str) -> String {
     let (address, parameters) = url.split_once('?').map_or((url, ""), |(a, p)| (a, p));
     let (server, _) = address.rsplit_once('/').unwrap();
@@ -107,10 +107,10 @@ fn with_database(url: &str, database: &str) -> String {
     format!("{server}/{database}{separator}{parameters}")
 }
 
-/// What was made for this run, and goes with it.
+/// Resources of this run, removed when dropped.
 #[derive(Clone)]
 struct Traces {
-    /// Servers of our own; else the database and the topics.
+    /// Servers started here; otherwise the database and the topics.
     own_servers: Option<PathBuf>,
     admin_url: String,
     database: String,
@@ -129,7 +129,7 @@ impl Traces {
             return;
         }
         let removed = async {
-            let (client, _driver) = postgres::connect(&self.admin_url).await?;
+            let (client, _driver) = connection::connect(&self.admin_url).await?;
             client.batch_execute(&format!("DROP DATABASE \"{}\" WITH (FORCE)", self.database)).await?;
             let admin: AdminClient<DefaultClientContext> =
                 base_client_config(&self.settings.kafka).create()?;
@@ -203,16 +203,16 @@ impl World {
         });
         let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
         let identity = Identity { topic_id: Uuid::nil(), database_id: Uuid::nil() };
-        // Already whole enough to be removed if something goes wrong from here on.
+        // Complete enough to be removed if anything fails from here on.
         let mut world = Self { runtime, traces, identity, url, seed };
         world.identity = world.runtime.block_on(make(&world.traces, &world.url));
         world
     }
 
-    /// Each measurement begins with empty tables, just after a checkpoint where that is allowed: what the one
-    /// before left behind is no part of it.
+    /// Each measurement starts with empty tables, just after a checkpoint if the role may run one, so that it
+    /// does not depend on the one before.
     async fn empty_tables(&self) {
-        let (client, _driver) = postgres::connect(&self.url).await.unwrap();
+        let (client, _driver) = connection::connect(&self.url).await.unwrap();
         client
             .batch_execute(
                 "TRUNCATE payment_writer.payment_core, payment_writer.payment_metadata,
@@ -220,7 +220,7 @@ impl World {
             )
             .await
             .unwrap();
-        if let Ok((admin, _driver)) = postgres::connect(&self.traces.admin_url).await {
+        if let Ok((admin, _driver)) = connection::connect(&self.traces.admin_url).await {
             let _ = admin.batch_execute("CHECKPOINT").await;
         }
     }
@@ -232,22 +232,22 @@ impl Drop for World {
     }
 }
 
-/// What a URL says; the parameters are for those who connect.
+/// The parts of a URL; its parameters are used by the client.
 fn config(url: &str) -> tokio_postgres::Config {
     url.split('?').next().unwrap_or(url).parse().unwrap()
 }
 
-/// Makes the database with its schema, and the topics; returns who they are.
+/// Creates the database with its schema, and the topics; returns their names.
 async fn make(traces: &Traces, url: &str) -> Identity {
-    let (admin, _driver) = postgres::connect(&traces.admin_url).await.unwrap();
+    let (admin, _driver) = connection::connect(&traces.admin_url).await.unwrap();
     let (admin_config, owner_config) = (config(&traces.admin_url), config(url));
-    // An administrator's database belongs to the role that is to work in it.
+    // A database created by an administrator is given to the role that uses it.
     let owner = match (admin_config.get_user(), owner_config.get_user()) {
         (Some(admin), Some(owner)) if admin != owner => format!(" OWNER \"{owner}\""),
         _ => String::new(),
     };
     admin.batch_execute(&format!("CREATE DATABASE \"{}\"{owner}", traces.database)).await.unwrap();
-    let (mut client, _driver) = postgres::connect(url).await.unwrap();
+    let (mut client, _driver) = connection::connect(url).await.unwrap();
     schema::migrate(&mut client).await.unwrap();
     months::make_months_ahead(&mut client).await.unwrap();
     let database_id = binding::database_id(&client).await.unwrap();
@@ -267,7 +267,7 @@ async fn make(traces: &Traces, url: &str) -> Identity {
         assert!(Instant::now() < deadline, "the topics cannot be used");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let group = payment_writer::daemon::bystander(&traces.settings).unwrap();
+    let group = Group::observer(&traces.settings.kafka).unwrap();
     let (topic_id, _) = topic_id(group.consumer(), group.topic(), REQUEST_TIMEOUT).unwrap();
     Identity { topic_id, database_id }
 }
@@ -284,10 +284,10 @@ struct Positions {
 
 type Prepared = Vec<(SourceBatch, Vec<Progress>)>;
 
-/// What a lane of the daemon is while there is a backlog.
+/// A lane of the daemon during a backlog.
 struct Lane {
-    log: KafkaLog,
-    ledger: PgLedger,
+    log: LaneClient,
+    store: PgStore,
     share: Share,
     rules: Arc<Rules>,
     positions: BTreeMap<Partition, Positions>,
@@ -295,7 +295,7 @@ struct Lane {
 }
 
 impl Lane {
-    /// Cursor moves that go with a batch: its own, and what was published since they last moved.
+    /// Cursor moves written with a batch: its own, and what was published since the last ones.
     fn moves(&self, progress: &[Progress]) -> Vec<CursorMove> {
         let by_partition: HashMap<Partition, &Progress> = progress.iter().map(|p| (p.partition, p)).collect();
         let moved = self.positions.iter().filter_map(|(partition, at)| {
@@ -316,10 +316,10 @@ impl Lane {
     async fn step(&mut self, batch: Option<(SourceBatch, Vec<Progress>)>) {
         let batch = batch.map(|(source, progress)| Batch::assemble(source, progress, &self.rules));
         let moves = batch.as_ref().map(|batch| self.moves(batch.progress())).unwrap_or_default();
-        let Self { log, ledger, pending, .. } = self;
+        let Self { log, store, pending, .. } = self;
         let write = async {
             match &batch {
-                Some(batch) => Some(ledger.write(batch, &moves).await.unwrap().0),
+                Some(batch) => Some(store.write(batch, &moves).await.unwrap().0),
                 None => None,
             }
         };
@@ -327,14 +327,14 @@ impl Lane {
             match pending.as_ref() {
                 Some(publication) => {
                     let (published, counts, _) = log.publish(publication).await.unwrap();
-                    // Every payment is fresh: one that was not written has no read event.
+                    // Every payment is new: one that was not written would have no read event.
                     assert_eq!(counts.by_topic[OutputTopic::Read.index()], publication.len() as u64);
                     Some(published)
                 }
                 None => None,
             }
         };
-        let (fates, published) = join(write, publish).await;
+        let (outcomes, published) = join(write, publish).await;
         for moved in &moves {
             if let Some(at) = self.positions.get_mut(&moved.partition) {
                 at.applied = moved.applied;
@@ -346,10 +346,14 @@ impl Lane {
                 at.committed = *committed;
             }
         }
-        self.pending = batch.zip(fates).map(|(batch, fates)| {
-            let span = |p: &Progress| Span { partition: p.partition, gate: p.seen, commit: p.reached };
+        self.pending = batch.zip(outcomes).map(|(batch, outcomes)| {
+            let span = |p: &Progress| OffsetCommit {
+                partition: p.partition,
+                publish_from: p.seen,
+                commit: p.reached,
+            };
             let spans = batch.progress().iter().map(span).collect();
-            Arc::new(Publication::of_batch(batch, fates, spans, true))
+            Arc::new(Publication::of_batch(batch, outcomes, spans, true))
         });
     }
 
@@ -357,13 +361,13 @@ impl Lane {
         for batch in batches {
             tokio::time::timeout(BATCH_PATIENCE, self.step(Some(batch)))
                 .await
-                .expect("a batch takes too long");
+                .expect("a batch took too long");
         }
         self
     }
 }
 
-/// Some lanes of one member of a group, which has all partitions.
+/// Lanes of a single member of a group, which has all partitions.
 struct Stand {
     lanes: Vec<Lane>,
     group: Group,
@@ -372,22 +376,22 @@ struct Stand {
 impl Stand {
     async fn open(world: &World, lanes: usize) -> Self {
         let mut settings = world.traces.settings.clone();
-        // A group each, so that nobody waits for the one before to be forgotten.
+        // A separate group each time, without waiting until the one before is removed.
         settings.kafka.group_id = format!("{}_{lanes}", world.traces.database);
         let kafka = Arc::new(settings.kafka.clone());
-        let (mut seats, mut receivers) = (Vec::new(), Vec::new());
+        let (mut handles, mut receivers) = (Vec::new(), Vec::new());
         for _ in 0..lanes {
             let (events, receiver) = mpsc::channel(64);
-            seats.push(Seat { events, overtaken: Arc::new(AtomicI64::new(0)) });
+            handles.push(LaneHandle { events, unhandled_revocations: Arc::new(AtomicI64::new(0)) });
             receivers.push(receiver);
         }
-        let board = Arc::new(Board::default());
+        let status = Arc::new(StatusRegistry::default());
         let (group, _end) = Group::new(
-            &consumer_config(&kafka),
+            &member_config(&kafka),
             &kafka.input_topic,
             &kafka.instance_id,
-            seats.clone(),
-            board,
+            handles.clone(),
+            status,
         )
         .unwrap();
         group.join().unwrap();
@@ -395,27 +399,28 @@ impl Stand {
         let counts = tokio::time::timeout(PATIENCE, assigned).await.expect("no partitions were assigned");
         assert_eq!(counts.iter().sum::<usize>(), PARTITIONS);
 
-        let (client, _driver) = postgres::connect(&world.url).await.unwrap();
+        let (client, _driver) = connection::connect(&world.url).await.unwrap();
         client.batch_execute("DELETE FROM payment_writer.source_cursor").await.unwrap();
-        let pool = postgres::pool(&world.url, lanes * 2).unwrap();
-        let rules = Arc::new(rules(&settings));
+        let pool = connection::pool(&world.url, lanes * 2).unwrap();
+        let rules = Arc::new(settings.rules());
         let mut stand = Self { lanes: Vec::new(), group };
-        for (index, seat) in seats.into_iter().enumerate() {
+        for (index, handle) in handles.into_iter().enumerate() {
             let publisher = PublisherSettings::of(&kafka, &world.identity, index);
             let suspicion = Arc::new(Notify::new());
-            let mut log = KafkaLog::new(stand.group.clone(), publisher, &seat, suspicion, Arc::clone(&kafka));
+            let mut log =
+                LaneClient::new(stand.group.clone(), publisher, &handle, suspicion, Arc::clone(&kafka));
             log.renew().await.unwrap();
-            let mut ledger = PgLedger::new(pool.clone(), kafka.input_topic.clone(), world.identity.clone());
+            let mut store = PgStore::new(pool.clone(), kafka.input_topic.clone(), world.identity.clone());
             let zero = NextOffset(0);
             let row =
                 CursorRow { applied: zero, published: Some(zero), applied_timestamp: None, settled: None };
             let partitions = (0..PARTITIONS as i32).map(Partition).filter(|p| lane_of(*p, lanes) == index);
             let rows: Vec<_> = partitions.map(|partition| (partition, None, row.clone())).collect();
-            ledger.store_cursors(&rows).await.unwrap();
+            store.store_cursors(&rows).await.unwrap();
             let at = || Positions { applied: zero, committed: zero, stored: zero };
             stand.lanes.push(Lane {
                 log,
-                ledger,
+                store,
                 share: Share::new(world.seed ^ (lanes * 8 + index) as u64, index, lanes),
                 rules: Arc::clone(&rules),
                 positions: rows.iter().map(|(partition, ..)| (*partition, at())).collect(),
@@ -425,7 +430,7 @@ impl Stand {
         stand
     }
 
-    /// The time that so many batches of every lane take.
+    /// The time that this many batches of every lane take.
     async fn run(&mut self, size: usize, iterations: u64) -> Duration {
         let at_once = (PREPARED_MAX / (size * self.lanes.len())).max(1);
         let mut left = usize::try_from(iterations).unwrap();
@@ -455,7 +460,7 @@ impl Stand {
         taken
     }
 
-    /// Publishes what is still to be published.
+    /// Publishes the last batches.
     async fn finish(&mut self) {
         for lane in &mut self.lanes {
             lane.step(None).await;
@@ -469,17 +474,17 @@ impl Drop for Stand {
     }
 }
 
-/// Waits for a lane's first partitions; later events find nobody, which is what they would find after a drain.
+/// Waits for a lane's first partitions; later events are ignored, as after a drain.
 async fn all_assigned(mut events: mpsc::Receiver<LaneEvent>) -> usize {
     match events.recv().await {
         Some(LaneEvent::Assigned(partitions)) => partitions.len(),
-        other => panic!("not an assignment: {other:?}"),
+        other => panic!("expected an assignment: {other:?}"),
     }
 }
 
 // ---- Results -------------------------------------------------------------------------------------------------
 
-/// Payments a second by number of lanes and size of batch.
+/// Payments a second by number of lanes and batch size.
 type Rates = BTreeMap<usize, BTreeMap<usize, f64>>;
 
 fn thousands(number: f64) -> String {
@@ -558,12 +563,12 @@ fn draw(rates: &Rates, file: &str) -> Result<(), Box<dyn Error>> {
 
 fn chosen(variable: &str, otherwise: &[usize]) -> Vec<usize> {
     match std::env::var(variable) {
-        Ok(text) => text.split(',').map(|n| n.trim().parse().expect("numbers between commas")).collect(),
+        Ok(text) => text.split(',').map(|n| n.trim().parse().expect("numbers separated by commas")).collect(),
         Err(_) => otherwise.to_vec(),
     }
 }
 
-/// The median of the last calls, which are criterion's samples: those before warm up.
+/// The median of the last calls, which are criterion's samples; earlier calls are its warm-up.
 fn median_rate(calls: &[f64]) -> Option<f64> {
     let mut samples = calls[calls.len().saturating_sub(SAMPLES)..].to_vec();
     samples.sort_by(f64::total_cmp);
@@ -581,7 +586,7 @@ fn sizing(criterion: &mut Criterion, world: &mut Option<World>) -> Rates {
             let mut calls = Vec::new();
             group.throughput(Throughput::Elements(payments as u64));
             group.bench_function(BenchmarkId::new(format!("{lanes} lanes"), size), |b| {
-                // Not before something is measured: a list or a filter may leave nothing.
+                // Only if something is measured: with a list or a filter there may be nothing.
                 let world = world.get_or_insert_with(World::start);
                 if stand.is_none() {
                     stand = Some(world.runtime.block_on(Stand::open(world, lanes)));
@@ -590,7 +595,7 @@ fn sizing(criterion: &mut Criterion, world: &mut Option<World>) -> Rates {
                 if calls.is_empty() {
                     world.runtime.block_on(async {
                         world.empty_tables().await;
-                        // Sessions and statements are made, and there is a batch to be published.
+                        // Opens sessions, prepares statements, and leaves a batch to publish.
                         stand.run(size, 2).await;
                     });
                 }
@@ -627,7 +632,7 @@ fn main() {
     }
     print_table(&rates);
     if let Ok(file) = std::env::var("BENCH_SIZING_PICTURE") {
-        draw(&rates, &file).expect("the picture could not be written");
+        draw(&rates, &file).expect("the chart could not be written");
         println!("\n{file}");
     }
     criterion.final_summary();

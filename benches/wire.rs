@@ -1,4 +1,4 @@
-//! What one message costs on its way from bytes to bytes. Inputs are fixed; times are per message.
+//! Cost of one message from input bytes to output bytes. Inputs are fixed; times are per message.
 #![allow(missing_docs)]
 
 #[path = "../src/allocator.rs"]
@@ -7,14 +7,14 @@ mod allocator;
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use payment_writer::record::{Offset, Partition, RecordView, SourceBatch, TimestampMs};
-use payment_writer::wire::{EventTexts, Rules, encode_email_event, encode_read_event, parse};
+use payment_writer::domain::record::{Offset, Partition, RecordView, SourceBatch, TimestampMs};
+use payment_writer::domain::wire::{EventTexts, Rules, encode_email_event, encode_read_event, parse};
 
-/// 163 bytes, as most messages are.
+/// 163 bytes, like most messages.
 const PLAIN: &str = r#"{"messageId":"0197b2a4-5f0e-7c3a-9d1e-2f4b8c6d7e8f","amount":123131.21,"status":2,"currency":"EUR","custId":4711,"type":"BWI","comment":"Creating BWI trn in EUR"}"#;
-/// A UUID without a time, an amount in quotes, escapes, a comment that is not ASCII, fields to ignore.
+/// A UUID without a time, an amount in quotes, escapes, a comment that is not ASCII, unknown fields.
 const RICH: &str = r#"{ "messageId": "3b241101-e2bb-4255-8caf-4136c566a962", "custId": 4711, "amount": "1.05E1", "currency": "KWD", "status": -2, "type": "VSA", "comment": "R\u00fcckzahlung \"März\" – Teil 2", "externalRefId": "ref-2025-06-27/0001", "trace": {"id": [1, 2.5e3, null, true], "hop": "a"}, "origin": "web" }"#;
-/// The same fields as in the first, but one is given twice.
+/// The fields of the first message, with one of them given twice.
 const REFUSED: &str = r#"{"messageId":"0197b2a4-5f0e-7c3a-9d1e-2f4b8c6d7e8f","amount":123131.21,"status":2,"currency":"EUR","custId":4711,"type":"BWI","amount":5}"#;
 
 fn batch(value: &str) -> SourceBatch {
@@ -25,7 +25,7 @@ fn batch(value: &str) -> SourceBatch {
     batch
 }
 
-/// Everything that a message goes through on the wire's side.
+/// All steps of parsing and encoding a message.
 fn transform(record: &RecordView<'_>, rules: &Rules, out: &mut Vec<u8>) -> i64 {
     let Ok(payment) = parse(record, rules) else { return 0 };
     let payment_id = payment.payment_id();

@@ -1,11 +1,11 @@
-//! Checks from the outside that every record of the input topic had its one outcome.
+//! Independent check that every record of the input topic had exactly one outcome.
 //!
 //! Reads the whole input topic, the three outputs and the tables, as any other system would, and shares no
-//! code with the daemon: it decides by rules of its own what must have become of each record. Prints
-//! counts and samples; names what is wrong and exits with 1 if anything is.
+//! code with the daemon: it has its own implementation of the rules that decide each record's outcome. Prints
+//! counts and samples; reports what is wrong, and then exits with 1.
 //!
-//! It takes some 150 bytes of memory a record.
-// A checker that meets what it cannot explain stops with a panic.
+//! It needs about 150 bytes of memory a record.
+// The auditor panics on what it cannot interpret.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 // It shares no code with the daemon.
 #![allow(clippy::disallowed_methods)]
@@ -33,12 +33,12 @@ use uuid::Uuid;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// How long an open transaction is waited for: longer than an abandoned one lives.
+/// Time limit for open transactions: longer than the transaction timeout of a crashed producer.
 const MARKERS_MAX: Duration = Duration::from_secs(20);
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(30);
 const OFFENDERS_SHOWN_MAX: usize = 20;
 
-/// Checks that every record of the input topic had exactly its one outcome.
+/// Checks that every record of the input topic had exactly one outcome.
 #[derive(Parser)]
 struct Arguments {
     /// Kafka's bootstrap servers
@@ -55,27 +55,28 @@ struct Arguments {
     email_topic: String,
     #[arg(long, default_value = "payment_writer_topic.dlq")]
     dead_letter_topic: String,
-    /// What `payment.types` is set to
+    /// The value of `payment.types`
     #[arg(long, value_delimiter = ',', default_value = "BWI,VSA,MSC")]
     types: Vec<String>,
-    /// What `email.statuses` is set to
+    /// The value of `email.statuses`
     #[arg(long, value_delimiter = ',', default_value = "2", allow_negative_numbers = true)]
     email_statuses: Vec<i8>,
-    /// What `payment.max_bytes` is set to
+    /// The value of `payment.max_bytes`
     #[arg(long, default_value_t = 16 * 1024)]
     max_bytes: usize,
-    /// What `idempotency.window` is set to, in hours
+    /// The value of `idempotency.window`, in hours
     #[arg(long, default_value_t = 7 * 24)]
     window_hours: i64,
-    /// Show no samples
+    /// Print no samples
     #[arg(long)]
     quiet: bool,
-    /// A report that `produce --report` wrote: all that it sent must be there, with the outcomes it expects
+    /// A report that `produce --report` wrote: all records that it sent must exist, with the outcomes it
+    /// expects
     #[arg(long, value_name = "FILE")]
     report: Option<std::path::PathBuf>,
 }
 
-/// What `produce` says that becomes of what it sent.
+/// The outcomes that `produce` expects for what it sent.
 #[derive(Deserialize)]
 struct Report {
     records: u64,
@@ -97,7 +98,7 @@ impl Report {
         Ok(serde_json::from_slice(&std::fs::read(path)?)?)
     }
 
-    /// Expected numbers by the names that the auditor's own have.
+    /// Expected numbers, with the names of the auditor's own.
     fn numbers(&self) -> BTreeMap<String, u64> {
         let expected = &self.expected;
         let mut numbers: BTreeMap<String, u64> = [
@@ -119,7 +120,7 @@ impl Report {
 
 // ---- What a record is ---------------------------------------------------------------------------------------
 
-/// Why a record must have been refused, in the order in which the reasons are tried.
+/// Reasons for a dead letter, in the order in which they are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Reason {
     EmptyValue,
@@ -161,7 +162,8 @@ impl fmt::Display for Reason {
     }
 }
 
-/// A valid payment, as its message has it. Amounts are in ten-thousandths, which no currency goes below.
+/// A valid payment, with the fields of its message. Amounts are in ten-thousandths; no currency has more
+/// decimals.
 struct Payment {
     message_id: u128,
     message_id_text: String,
@@ -174,7 +176,7 @@ struct Payment {
     external_ref_id: Option<String>,
 }
 
-/// What is kept of a record: enough to recognise everything that should have come of it, mostly as hashes.
+/// What is kept of a record: enough to recognise its outputs and rows, mostly as hashes.
 struct Record {
     offset: i64,
     /// `None` if it is valid by itself.
@@ -187,7 +189,7 @@ struct Record {
     core: u64,
     notes: Option<u64>,
     read_event: u64,
-    /// `None` if its status asks for none.
+    /// `None` if its status causes no e-mail event.
     email_event: Option<u64>,
     key: u64,
     value: u64,
@@ -195,7 +197,7 @@ struct Record {
     found: Found,
 }
 
-/// How often each trace of a record was found.
+/// How often each output or row of a record was found.
 #[derive(Default)]
 struct Found {
     metadata: u8,
@@ -214,12 +216,12 @@ fn hash(value: impl Hash) -> u64 {
     hasher.finish()
 }
 
-/// The leading bits of the SHA-256, which dead letters of large values carry in place of the value.
+/// The leading bits of the SHA-256 that dead letters of large values have instead of the value.
 fn value_hash(value: Option<&[u8]>) -> u64 {
     u64::from_be_bytes(Sha256::digest(value.unwrap_or_default())[..8].try_into().unwrap())
 }
 
-/// The headers that every output of a record must carry on.
+/// The headers that are copied to every output of a record.
 fn copied_headers(message: &BorrowedMessage<'_>) -> u64 {
     let copied: Vec<_> =
         headers(message).filter(|(name, _)| ["correlation-id", "traceparent"].contains(name)).collect();
@@ -235,7 +237,7 @@ fn timestamp_text(timestamp_ms: i64) -> String {
     timestamp.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string()
 }
 
-/// UUIDv7 of the record's time and 74 bits of the hash of the message id.
+/// UUIDv7 from the record's time and 74 bits of the hash of the message id.
 fn payment_id(timestamp_ms: i64, message_id: u128) -> u128 {
     let hash = xxhash_rust::xxh3::xxh3_128(&message_id.to_be_bytes());
     let time = u128::try_from(timestamp_ms).unwrap() << 80;
@@ -246,7 +248,7 @@ fn payment_id(timestamp_ms: i64, message_id: u128) -> u128 {
 
 // ---- What must become of it ---------------------------------------------------------------------------------
 
-/// The members of an object, in text, each name once.
+/// The members of an object, as text; an error if a name is repeated.
 struct Members<'m>(HashMap<String, &'m RawValue>);
 
 impl<'m> Deserialize<'m> for Members<'m> {
@@ -281,7 +283,7 @@ fn is_strict_json(text: &str, level: u32) -> bool {
             .is_ok_and(|members| members.0.values().all(|value| is_strict_json(value.get(), level + 1))),
         b'[' => serde_json::from_str::<Vec<&RawValue>>(text)
             .is_ok_and(|values| values.iter().all(|value| is_strict_json(value.get(), level + 1))),
-        // Reading it, unlike skipping it, finds lone surrogates.
+        // Parsing the text, unlike skipping it, detects lone surrogates.
         b'"' => serde_json::from_str::<String>(text).is_ok(),
         _ => true,
     }
@@ -316,7 +318,7 @@ fn amount(text: &str, minor_unit: u32) -> Option<i64> {
     if text.starts_with('-') || significant.is_empty() {
         return None;
     }
-    // Any exponent that does not fit is absurd for digits that fit into a message.
+    // An exponent that does not fit is out of range for any digits that fit into a message.
     let exponent: i64 = exponent.parse().ok()?;
     let fraction_digits = i64::try_from(fraction.len()).ok()?.checked_sub(exponent)?;
     let trimmed = significant.trim_end_matches('0');
@@ -331,7 +333,7 @@ fn amount(text: &str, minor_unit: u32) -> Option<i64> {
     trimmed.parse::<i64>().ok()?.checked_mul(10_i64.checked_pow(power)?)
 }
 
-/// True if a text, all of it, is a number by JSON's grammar.
+/// True if the whole text is a number in JSON's grammar.
 fn is_json_number(text: &str) -> bool {
     let plain = text.bytes().next().is_some_and(|byte| byte == b'-' || byte.is_ascii_digit())
         && text.bytes().last().is_some_and(|byte| byte.is_ascii_digit());
@@ -344,7 +346,7 @@ fn integer(text: &str) -> Option<i64> {
     if plain { text.parse().ok() } else { None }
 }
 
-/// The 128 bits of a message id, and its time if it carries one.
+/// The 128 bits of a message id, and its time if it has one.
 fn message_id(text: &str) -> Option<(u128, Option<i64>)> {
     let (id, timed) = if text.len() == 36 {
         let hyphen = |at| [8, 13, 18, 23].contains(&at);
@@ -496,7 +498,7 @@ impl Record {
 
 // ---- Kafka --------------------------------------------------------------------------------------------------
 
-/// Hands every committed record of a topic to `each`, and returns the partitions' ends.
+/// Passes every committed record of a topic to `each`, and returns the partitions' end offsets.
 fn read_topic(kafka: &str, topic: &str, mut each: impl FnMut(&BorrowedMessage<'_>)) -> Result<Vec<i64>> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", kafka)
@@ -510,7 +512,7 @@ fn read_topic(kafka: &str, topic: &str, mut each: impl FnMut(&BorrowedMessage<'_
     let metadata = consumer.fetch_metadata(Some(topic), KAFKA_TIMEOUT)?;
     let partitions = metadata.topics()[0].partitions().len();
     if partitions == 0 {
-        return Err(format!("topic {topic} is not there").into());
+        return Err(format!("topic {topic} does not exist").into());
     }
     let mut assignment = TopicPartitionList::new();
     let mut ends = Vec::new();
@@ -521,14 +523,14 @@ fn read_topic(kafka: &str, topic: &str, mut each: impl FnMut(&BorrowedMessage<'_
         .create()?;
     let deadline = Instant::now() + MARKERS_MAX;
     for partition in 0..i32::try_from(partitions)? {
-        // Before fetching begins: behind a waiting fetch each of these would wait, too.
+        // Before fetching starts: these requests would wait behind a long-polling fetch.
         let end = loop {
             let (_, end) = consumer.fetch_watermarks(topic, partition, KAFKA_TIMEOUT)?;
             let (_, written) = uncommitted.fetch_watermarks(topic, partition, KAFKA_TIMEOUT)?;
             if end >= written || Instant::now() > deadline {
                 break end;
             }
-            // The broker answers a commit before the transaction's markers stand in the partitions.
+            // The broker answers a commit before the transaction's control records are in the partitions.
             std::thread::sleep(Duration::from_millis(20));
         };
         ends.push(end);
@@ -538,7 +540,7 @@ fn read_topic(kafka: &str, topic: &str, mut each: impl FnMut(&BorrowedMessage<'_
     let mut at_end = vec![false; partitions];
     while at_end.contains(&false) {
         match consumer.poll(KAFKA_TIMEOUT) {
-            None => return Err(format!("topic {topic}: nothing came for {KAFKA_TIMEOUT:?}").into()),
+            None => return Err(format!("topic {topic}: no data for {KAFKA_TIMEOUT:?}").into()),
             Some(Ok(message)) => each(&message),
             Some(Err(KafkaError::PartitionEOF(partition))) => at_end[usize::try_from(partition)?] = true,
             Some(Err(error)) => return Err(format!("reading topic {topic}: {error}").into()),
@@ -577,7 +579,7 @@ struct EmailEvent<'m> {
     created_at: String,
 }
 
-/// A payment id, written as Postgres writes it.
+/// A payment id in Postgres's notation.
 fn written_id(text: &str) -> Option<u128> {
     let id = Uuid::parse_str(text).ok()?;
     (id.to_string() == text).then(|| id.as_u128())
@@ -626,7 +628,7 @@ impl Audit {
         })
     }
 
-    /// The record that an output names as its source, and what the two must have in common.
+    /// The record that an output names as its source, and the fields that both must have in common.
     fn source(&mut self, topic: &str, message: &BorrowedMessage<'_>) -> Option<(i32, i64)> {
         let place = format!("{topic}/{}/{}", message.partition(), message.offset());
         let sources: Vec<_> =
@@ -645,7 +647,10 @@ impl Audit {
             return None;
         };
         if prefix != Some(&self.topic_id_prefix) || parts.next().is_some() {
-            self.wrong(format!("{place}: source {source} is of another topic than {}", self.topic_id_prefix));
+            self.wrong(format!(
+                "{place}: source {source} belongs to another topic than {}",
+                self.topic_id_prefix
+            ));
         }
         let copied = copied_headers(message);
         let Some(record) = self.record(partition, offset) else {
@@ -675,7 +680,7 @@ impl Audit {
     fn read_outputs(&mut self, arguments: &Arguments) -> Result<()> {
         let kafka = &arguments.kafka;
         for (topic, is_email) in [(&arguments.read_topic, false), (&arguments.email_topic, true)] {
-            // Events of an account come in the order of its records; offsets compare within a partition.
+            // Events of an account are in the order of its records; offsets are compared within a partition.
             let mut latest: HashMap<(i64, i32), i64> = HashMap::new();
             read_topic(kafka, topic, |message| {
                 self.sample(if is_email { "an e-mail event" } else { "a read event" }, message);
@@ -691,13 +696,11 @@ impl Audit {
                 *found = found.saturating_add(1);
                 let cust_id = record.cust_id;
                 if !same {
-                    self.wrong(format!(
-                        "{topic}: the event of {partition}/{offset} does not say what its record does"
-                    ));
+                    self.wrong(format!("{topic}: the event of {partition}/{offset} differs from its record"));
                 }
                 if latest.insert((cust_id, partition), offset).is_some_and(|earlier| earlier >= offset) {
                     self.wrong(format!(
-                        "{topic}: the event of {partition}/{offset} comes after a later one's"
+                        "{topic}: the event of {partition}/{offset} follows the event of a later record"
                     ));
                 }
             })?;
@@ -727,7 +730,7 @@ impl Audit {
                 && named.contains_key("dlq-detail");
             if !same {
                 self.wrong(format!(
-                    "the dead letter of {partition}/{offset} has not its record's key and value"
+                    "the dead letter of {partition}/{offset} does not have its record's key and value"
                 ));
             }
             if !placed {
@@ -761,7 +764,9 @@ impl Audit {
                 && record.timestamp_ms == row.get::<_, i64>(4)
                 && row.get::<_, bool>(5);
             if !same {
-                self.wrong(format!("payment_metadata: the row of {partition}/{offset} is not its record's"));
+                self.wrong(format!(
+                    "payment_metadata: the row of {partition}/{offset} differs from its record"
+                ));
             }
             places.insert(payment_id, (partition, offset));
         }
@@ -786,7 +791,7 @@ impl Audit {
             let record = self.record(partition, offset).unwrap();
             record.found.core = record.found.core.saturating_add(1);
             if record.core != core || !row.get::<_, bool>(4) {
-                self.wrong(format!("payment_core: the row of {partition}/{offset} is not its record's"));
+                self.wrong(format!("payment_core: the row of {partition}/{offset} differs from its record"));
             }
         }
 
@@ -807,7 +812,7 @@ impl Audit {
             let record = self.record(partition, offset).unwrap();
             record.found.notes = record.found.notes.saturating_add(1);
             if record.notes != Some(notes) {
-                self.wrong(format!("payment_notes: the row of {partition}/{offset} is not its record's"));
+                self.wrong(format!("payment_notes: the row of {partition}/{offset} differs from its record"));
             }
         }
 
@@ -827,13 +832,13 @@ impl Audit {
             let same = record.message_id == row.get::<_, Uuid>(0).as_u128()
                 && record.timestamp_ms == row.get::<_, i64>(3);
             if !same {
-                self.wrong(format!("idempotency: the row of {partition}/{offset} is not its record's"));
+                self.wrong(format!("idempotency: the row of {partition}/{offset} differs from its record"));
             }
         }
         Ok(())
     }
 
-    /// Cursors stand at the end: nothing is on its way.
+    /// Cursors are at the end: nothing is in flight.
     async fn check_cursors(&mut self, postgres: &Client, topic: &str, ends: &[i64]) -> Result<()> {
         let rows = postgres
             .query(
@@ -847,7 +852,7 @@ impl Audit {
         for (partition, &end) in ends.iter().enumerate() {
             match cursors.get(&i32::try_from(partition)?) {
                 Some(&(applied, Some(published))) if (applied, published) == (end, end) => {}
-                // Nothing ever came there.
+                // A partition that never had a record.
                 None if self.partitions.get(partition).is_none_or(Vec::is_empty) => {}
                 found => self.wrong(format!(
                     "cursor of partition {partition} (applied, published) is {found:?}, the log's end {end}"
@@ -857,7 +862,7 @@ impl Audit {
         Ok(())
     }
 
-    /// Decides for every record what must have become of it, and compares with what was found.
+    /// Decides each record's outcome, and compares it with what was found.
     fn judge(&mut self) -> BTreeMap<String, u64> {
         let mut winners: HashMap<u128, (usize, i64, u64)> = HashMap::new();
         let mut twice = Vec::new();
@@ -880,15 +885,16 @@ impl Audit {
         for (partition, records) in self.partitions.iter().enumerate() {
             for record in records {
                 let place = format!("{partition}/{}", record.offset);
-                let fate = match (record.refused, winners.get(&record.message_id)) {
-                    (Some(reason), _) => Fate::DeadLettered(reason),
-                    (None, Some(&(p, o, _))) if (p, o) == (partition, record.offset) => Fate::Written,
-                    // What the database itself refused may have a twin that it took, then or later.
+                let outcome = match (record.refused, winners.get(&record.message_id)) {
+                    (Some(reason), _) => Outcome::DeadLettered(reason),
+                    (None, Some(&(p, o, _))) if (p, o) == (partition, record.offset) => Outcome::Written,
+                    // The id of a rejected row may have another record that the database accepted, then or
+                    // later.
                     (None, Some(&(p, o, _)))
                         if record.found.reason == Some(Reason::RejectedByDatabase)
                             && (p != partition || o > record.offset) =>
                     {
-                        Fate::DeadLettered(Reason::RejectedByDatabase)
+                        Outcome::DeadLettered(Reason::RejectedByDatabase)
                     }
                     (None, Some(&(p, o, _))) if p == partition && o > record.offset => {
                         wrong.push(format!(
@@ -896,11 +902,12 @@ impl Audit {
                         ));
                         continue;
                     }
-                    (None, Some(&(_, _, payload))) if payload == record.payload => Fate::Duplicate,
-                    (None, Some(_)) => Fate::DeadLettered(Reason::MessageIdConflict),
-                    // Only the database's own rules can keep a good record whose id nobody has.
+                    (None, Some(&(_, _, payload))) if payload == record.payload => Outcome::Duplicate,
+                    (None, Some(_)) => Outcome::DeadLettered(Reason::MessageIdConflict),
+                    // Only the database's own constraints can keep a valid record with an unclaimed id from
+                    // being written.
                     (None, None) if record.found.reason == Some(Reason::RejectedByDatabase) => {
-                        Fate::DeadLettered(Reason::RejectedByDatabase)
+                        Outcome::DeadLettered(Reason::RejectedByDatabase)
                     }
                     (None, None) => {
                         self.lost_count += 1;
@@ -920,22 +927,22 @@ impl Audit {
                 ];
                 let notes = u8::from(record.notes.is_some());
                 let email = u8::from(record.email_event.is_some());
-                let expected = match fate {
-                    Fate::Written => [1, 1, notes, 1, 1, email, 0],
-                    Fate::Duplicate => [0; 7],
-                    Fate::DeadLettered(_) => [0, 0, 0, 0, 0, 0, 1],
+                let expected = match outcome {
+                    Outcome::Written => [1, 1, notes, 1, 1, email, 0],
+                    Outcome::Duplicate => [0; 7],
+                    Outcome::DeadLettered(_) => [0, 0, 0, 0, 0, 0, 1],
                 };
                 for ((found, what), expected) in traces.into_iter().zip(expected) {
                     if found != expected {
-                        wrong.push(format!("{place} ({fate}): {found} in {what}, not {expected}"));
+                        wrong.push(format!("{place} ({outcome}): {found} in {what}, not {expected}"));
                     }
                 }
-                if let (Fate::DeadLettered(reason), Some(found)) = (fate, found.reason)
+                if let (Outcome::DeadLettered(reason), Some(found)) = (outcome, found.reason)
                     && reason != found
                 {
                     wrong.push(format!("{place}: dead-lettered for {found}, not {reason}"));
                 }
-                *outcomes.entry(fate.to_string()).or_default() += 1;
+                *outcomes.entry(outcome.to_string()).or_default() += 1;
             }
         }
         for what in wrong {
@@ -946,18 +953,18 @@ impl Audit {
 }
 
 #[derive(Clone, Copy)]
-enum Fate {
+enum Outcome {
     Written,
     Duplicate,
     DeadLettered(Reason),
 }
 
-impl fmt::Display for Fate {
+impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fate::Written => f.write_str("written"),
-            Fate::Duplicate => f.write_str("duplicate"),
-            Fate::DeadLettered(reason) => write!(f, "dead letter: {reason}"),
+            Outcome::Written => f.write_str("written"),
+            Outcome::Duplicate => f.write_str("duplicate"),
+            Outcome::DeadLettered(reason) => write!(f, "dead letter: {reason}"),
         }
     }
 }
@@ -1008,7 +1015,7 @@ async fn audit(arguments: &Arguments) -> Result<usize> {
     match topics.iter().next() {
         None if audit.partitions.is_empty() => {}
         Some(topic_id) if topics.len() == 1 => audit.topic_id_prefix = topic_id[..8].to_owned(),
-        _ => audit.wrong(format!("source_cursor knows {} topics of that name", topics.len())),
+        _ => audit.wrong(format!("source_cursor has {} topics with that name", topics.len())),
     }
     audit.check_cursors(&postgres, &arguments.input_topic, &ends).await?;
     audit.read_tables(&postgres).await?;
@@ -1045,7 +1052,7 @@ async fn audit(arguments: &Arguments) -> Result<usize> {
                 audit.wrong(format!("{name}: {seen}, but produce expects {sent}"));
             }
         }
-        println!("compared with what produce says it sent");
+        println!("compared with the report of produce");
     }
     println!("\npayments by currency");
     let sums = postgres
@@ -1077,6 +1084,6 @@ async fn main() -> Result<()> {
         println!("\nFAILED: {wrong_count} findings");
         std::process::exit(1);
     }
-    println!("\nevery record had exactly its one outcome");
+    println!("\nevery record had exactly one outcome");
     Ok(())
 }

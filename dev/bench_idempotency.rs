@@ -1,6 +1,6 @@
-//! What a claim costs as the idempotency table grows, and what a rotation and a prune cost the writers
-//! beside it. Fills the table on the server, then writes real batches through the daemon's own ledger.
-//! Prints a table and one JSON line. `make bench-idempotency` starts the servers for it.
+//! Cost of a claim as the idempotency table grows, and cost of a rotation and a prune for concurrent writers.
+//! Fills the table on the server, then writes real batches with the daemon's own store. Prints a table and
+//! one JSON line. `make bench-idempotency` starts the servers for it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::indexing_slicing)]
 
 #[path = "../src/allocator.rs"]
@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
-use payment_writer::batch::{Batch, Progress};
-use payment_writer::cursor::Identity;
+use payment_writer::domain::batch::{Batch, Progress};
+use payment_writer::domain::cursor::Identity;
+use payment_writer::domain::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::wire::Rules;
 use payment_writer::housekeeping::generations::{self, State};
-use payment_writer::lane::ports::{CursorMove, Ledger, WriteStats};
-use payment_writer::ledger::PgLedger;
-use payment_writer::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
-use payment_writer::wire::Rules;
+use payment_writer::ports::{CursorMove, Store, WriteStats};
+use payment_writer::postgres::store::PgStore;
 use serde_json::json;
 use tokio_postgres::Client;
 use uuid::Uuid;
@@ -26,16 +26,16 @@ use xxhash_rust::xxh3::xxh3_128;
 /// Claims per second against the size of the idempotency table
 #[derive(Parser)]
 struct Arguments {
-    /// The database, with the schema in it; its contents are the benchmark's
+    /// The database, with the schema; its contents are replaced
     #[arg(long)]
     database: String,
     /// Millions of ids in the table, ascending
     #[arg(long, value_delimiter = ',', default_values_t = [0, 1, 10, 30, 100])]
     sizes: Vec<i64>,
-    /// Claims a batch
+    /// Claims in a batch
     #[arg(long, default_value_t = 10_000)]
     batch: usize,
-    /// Batches a measurement
+    /// Batches in a measurement
     #[arg(long, default_value_t = 20)]
     batches: usize,
     /// Measurements of each kind; the median is reported, and all are in the JSON line
@@ -53,9 +53,9 @@ fn now_ms() -> i64 {
     i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
 }
 
-/// One lane: a partition of its own, and ids that nobody had before.
+/// One lane: a partition of its own, and new ids.
 struct Writer {
-    ledger: PgLedger,
+    store: PgStore,
     partition: Partition,
     seen: NextOffset,
     seed: u64,
@@ -77,10 +77,10 @@ impl Writer {
             )
             .await
             .unwrap();
-        let pool = payment_writer::postgres::pool(&arguments.database, 1).unwrap();
-        let ledger = PgLedger::new(pool, "bench".to_owned(), Identity { topic_id, database_id });
+        let pool = payment_writer::postgres::connection::pool(&arguments.database, 1).unwrap();
+        let store = PgStore::new(pool, "bench".to_owned(), Identity { topic_id, database_id });
         let seed = now_ms().unsigned_abs() << 20;
-        Self { ledger, partition: Partition(partition), seen: NextOffset(0), seed }
+        Self { store, partition: Partition(partition), seen: NextOffset(0), seed }
     }
 
     fn id(&mut self, ids: Ids) -> Uuid {
@@ -121,7 +121,7 @@ impl Writer {
         let progress = Progress { partition, seen, reached, timestamp: None };
         let batch = Batch::assemble(source, vec![progress], &Rules::default());
         let moved = CursorMove { partition, seen, applied: reached, published: None, timestamp: None };
-        let (_, _, stats) = self.ledger.write(&batch, &[moved]).await.unwrap();
+        let (_, _, stats) = self.store.write(&batch, &[moved]).await.unwrap();
         self.seen = reached;
         stats
     }
@@ -142,7 +142,7 @@ fn median(mut rates: Vec<f64>) -> f64 {
 }
 
 /// Fills the current generation with random ids, on the server; the index is built afterwards, as that is
-/// several times faster and ends in the same pages.
+/// several times faster and gives the same pages.
 async fn fill(client: &Client, leaf: &str, from: i64, to: i64) {
     if from >= to {
         return;
@@ -180,7 +180,7 @@ async fn current(client: &Client) -> generations::Generation {
     all.into_iter().find(|g| g.state == State::Current).unwrap()
 }
 
-/// Batches one after the other until told to stop; the durations, in milliseconds, with when they ended.
+/// Writes batches until stopped; returns their durations in milliseconds, with the time when each ended.
 async fn keep_writing(mut writer: Writer, is_over: Arc<AtomicBool>) -> Vec<(Instant, f64)> {
     let mut taken = Vec::new();
     while !is_over.load(Ordering::Relaxed) {
@@ -201,7 +201,8 @@ fn worst(batches: &[(Instant, f64)], from: Instant, to: Instant) -> (f64, f64) {
 #[tokio::main]
 async fn main() {
     let arguments = Arguments::parse();
-    let (mut client, _driver) = payment_writer::postgres::connect(&arguments.database).await.unwrap();
+    let (mut client, _driver) =
+        payment_writer::postgres::connection::connect(&arguments.database).await.unwrap();
     let mut results = Vec::new();
     println!("{:<44} {:>10} {:>10}", "claims a second, median", "v4", "v7");
     let mut filled = 0;
@@ -214,7 +215,7 @@ async fn main() {
         measured(&arguments, &mut writer, &format!("{size} million ids"), &mut results).await;
     }
 
-    // A rotation, and a prune of the big generation, beside a lane that writes.
+    // A rotation, and a prune of the big generation, while a lane writes.
     let is_over = Arc::new(AtomicBool::new(false));
     let lane = tokio::spawn(keep_writing(Writer::new(&arguments, &client, 900).await, Arc::clone(&is_over)));
     let began = Instant::now();
@@ -235,7 +236,7 @@ async fn main() {
     let (rotation, rotation_max) = worst(&batches, rotated, measuring + Duration::from_millis(100));
     let (beside, beside_max) = worst(&batches, measuring, removing);
 
-    let label = format!("with {} million in an older generation", filled / 1_000_000);
+    let label = format!("with {} million ids in an older generation", filled / 1_000_000);
     let mut writer = Writer::new(&arguments, &client, 901).await;
     measured(&arguments, &mut writer, &label, &mut results).await;
 
@@ -252,7 +253,7 @@ async fn main() {
     let batches = lane.await.unwrap();
     let (prune, prune_max) = worst(&batches, dropping, dropped + Duration::from_secs(1));
 
-    println!("\nbatches of 1,000 beside housekeeping, ms: {:>19} {:>10}", "median", "longest");
+    println!("\nbatches of 1,000 during housekeeping, ms:  {:>19} {:>10}", "median", "longest");
     let mut beside_results = Vec::new();
     for (what, median, longest, took) in [
         ("nothing", quiet, quiet_max, rotated - began),

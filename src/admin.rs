@@ -15,28 +15,28 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 
-use crate::logging::Log;
-use crate::metrics::{BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now, scraped};
-use crate::record::Partition;
-use crate::status::{Board, Phase};
+use crate::domain::record::Partition;
+use crate::telemetry::logging::LogHandle;
+use crate::telemetry::metrics::{BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now, scraped};
+use crate::telemetry::status::{Phase, StatusRegistry};
 
-/// A filter of the log is a line.
+/// Maximum size of a request body; a log filter is one line.
 const BODY_BYTES_MAX: usize = 1_024;
 
 #[derive(Clone)]
 struct Shared {
-    board: Arc<Board>,
-    /// Partitions whose lag was once shown: after a revocation it is shown as 0, not as it last was.
+    status: Arc<StatusRegistry>,
+    /// Partitions whose lag was exported: after a revocation it is exported as 0 instead of the last value.
     lagging: Arc<Mutex<BTreeSet<Partition>>>,
     metrics: PrometheusHandle,
-    /// One scrape at a time.
+    /// Serializes scrapes.
     scraping: Arc<tokio::sync::Mutex<()>>,
     process: metrics_process::Collector,
-    log: Arc<Log>,
+    log: Arc<LogHandle>,
     version: &'static str,
 }
 
-/// Installs the recorder of this process's metrics.
+/// Installs the metrics recorder of the process.
 pub fn install_metrics(version: &'static str, group: &str) -> Result<PrometheusHandle, BuildError> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS_BUCKETS)?
@@ -48,19 +48,19 @@ pub fn install_metrics(version: &'static str, group: &str) -> Result<PrometheusH
     Ok(handle)
 }
 
-/// Listens on `address`; the server runs until the process ends.
+/// Starts the admin server on `address`; it runs until the process ends.
 pub async fn serve(
     address: SocketAddr,
-    board: Arc<Board>,
+    status: Arc<StatusRegistry>,
     metrics: PrometheusHandle,
-    log: Arc<Log>,
+    log: Arc<LogHandle>,
     version: &'static str,
 ) -> std::io::Result<SocketAddr> {
     let listener = TcpListener::bind(address).await?;
     let bound = listener.local_addr()?;
     let upkeep = metrics.clone();
     tokio::spawn(async move {
-        // Histograms keep samples until they are taken in, also when nobody scrapes.
+        // Histograms buffer samples until upkeep, even without scrapes.
         let mut tick = tokio::time::interval(std::time::Duration::from_secs(5));
         loop {
             tick.tick().await;
@@ -69,7 +69,7 @@ pub async fn serve(
     });
     let process = metrics_process::Collector::default();
     let router = router(Shared {
-        board,
+        status,
         lagging: Arc::default(),
         metrics,
         scraping: Arc::default(),
@@ -98,11 +98,11 @@ fn router(shared: Shared) -> Router {
 }
 
 async fn render_metrics(State(shared): State<Shared>) -> Response {
-    // Who asks faster than it is answered waits here, and takes no further thread.
+    // Concurrent scrapes wait here without occupying a thread.
     let turn = Arc::clone(&shared.scraping).lock_owned().await;
-    // What the kernel tells of the process stands in files: not for a thread that others wait for.
+    // Process metrics are read from files, which would block the async runtime.
     let scraped = tokio::task::spawn_blocking(move || {
-        // Not over for one who has hung up.
+        // Held until the scrape is done, even if the client has disconnected.
         let _turn = turn;
         scrape(&shared)
     });
@@ -114,7 +114,7 @@ async fn render_metrics(State(shared): State<Shared>) -> Response {
 
 fn scrape(shared: &Shared) -> String {
     let now = now();
-    let partitions = shared.board.partitions();
+    let partitions = shared.status.partitions();
     {
         let mut lagging = shared.lagging.lock().unwrap_or_else(PoisonError::into_inner);
         lagging.retain(|partition| {
@@ -136,34 +136,36 @@ fn scrape(shared: &Shared) -> String {
         let seconds = status.lag_ms(now) as f64 / 1_000.0;
         gauge!("payment_writer_lag_seconds", "partition" => partition).set(seconds);
     }
-    scraped(&shared.board.missing(), shared.board.oldest_pending_ms(now));
+    scraped(&shared.status.missing(), shared.status.oldest_pending_ms(now));
     shared.process.collect();
     shared.metrics.render()
 }
 
 async fn ready(State(shared): State<Shared>) -> Response {
-    let missing = shared.board.missing();
+    let missing = shared.status.missing();
     let code = if missing.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (code, Json(json!({ "ready": missing.is_empty(), "missing": missing }))).into_response()
 }
 
 async fn status(State(shared): State<Shared>) -> Response {
     let now = now();
-    let missing = shared.board.missing();
+    let missing = shared.status.missing();
     let mut partitions = Map::new();
-    for (partition, status) in shared.board.partitions() {
-        let (state, doubt) = match &status.phase {
+    for (partition, status) in shared.status.partitions() {
+        let (state, halted) = match &status.phase {
             Phase::Opening => ("opening", Value::Null),
             Phase::Live => ("live", Value::Null),
-            Phase::Halted(doubt) => {
-                ("halted", json!({ "doubt": doubt.label(), "advice": doubt.advice(partition) }))
+            Phase::Halted(reason) => {
+                // `doubt` is the former name of `reason`, kept until 1.0.
+                let label = reason.label();
+                ("halted", json!({ "reason": label, "doubt": label, "advice": reason.advice(partition) }))
             }
         };
         partitions.insert(
             partition.to_string(),
             json!({
                 "state": state,
-                "halted": doubt,
+                "halted": halted,
                 "applied": status.applied.map(|o| o.0),
                 "published": status.published.map(|o| o.0),
                 "unpublished_from": status.unpublished_from.map(|o| o.0),
@@ -173,7 +175,7 @@ async fn status(State(shared): State<Shared>) -> Response {
             }),
         );
     }
-    let totals = shared.board.totals();
+    let totals = shared.status.totals();
     let problems: Vec<Value> = shared
         .log
         .problems()
@@ -197,12 +199,12 @@ async fn status(State(shared): State<Shared>) -> Response {
     .into_response()
 }
 
-/// The port may be open to whoever scrapes; what changes the process is for those who are on its machine.
+/// The port may be open to a scraper in the network; only callers on this machine may change the process.
 fn is_from_here(caller: SocketAddr) -> bool {
     caller.ip().to_canonical().is_loopback()
 }
 
-/// The caller is on this machine. Stands before what reads the body: a stranger's is not read.
+/// Extractor that accepts only local callers; runs before the extractor that reads the body.
 struct FromHere;
 
 impl<S: Send + Sync> FromRequestParts<S> for FromHere {
@@ -213,7 +215,7 @@ impl<S: Send + Sync> FromRequestParts<S> for FromHere {
             Ok(ConnectInfo(caller)) if is_from_here(caller) => Ok(Self),
             _ => Err((
                 StatusCode::FORBIDDEN,
-                "the log's level is told to and changed by loopback callers only\n",
+                "the log level can be read and changed from loopback addresses only\n",
             )),
         }
     }
@@ -253,7 +255,7 @@ mod tests {
         }
     }
 
-    /// The first line of the answer.
+    /// Returns the first line of the answer.
     async fn ask(address: SocketAddr, head: &str, body: &str) -> String {
         let mut stream = BufReader::new(TcpStream::connect(address).await.unwrap());
         let request = format!("{head} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
@@ -269,9 +271,9 @@ mod tests {
         for (caller, expected, level) in
             [("10.0.0.1:5", "HTTP/1.1 403 Forbidden", "info"), ("127.0.0.1:5", "HTTP/1.1 200 OK", "debug")]
         {
-            let (log, _filter) = Log::new("info").unwrap();
+            let (log, _filter) = LogHandle::new("info").unwrap();
             let shared = Shared {
-                board: Arc::default(),
+                status: Arc::default(),
                 lagging: Arc::default(),
                 metrics: PrometheusBuilder::new().build_recorder().handle(),
                 scraping: Arc::default(),
@@ -287,7 +289,7 @@ mod tests {
             let server = tokio::spawn(async move { axum::serve(listener, router).await });
 
             assert_eq!(ask(address, "GET /log-level", "     ").await, expected, "{caller}");
-            // Who is refused is so without a word of the body.
+            // A refused caller is answered before the body is read.
             let body = if expected.contains("403") { "" } else { "debug" };
             assert_eq!(ask(address, "PUT /log-level", body).await, expected, "{caller}");
             assert_eq!(log.level(), level, "{caller}");

@@ -1,13 +1,13 @@
-//! The daemon audits itself: it reads again what its cursors have passed, and asks whether it is accounted for.
+//! Self-audit of the daemon: reads the log again behind the cursors and checks that every record is accounted
+//! for.
 //!
-//! A cursor says that everything below it has an outcome. This asks the log and the claims, by another client than the
-//! one that fetched, so that a payment that was passed over is told within minutes. Everything just behind a *begin*
-//! is read again (where fetching starts, and where a rebalance finds it: there records get lost, if anywhere), and a
-//! share of all the rest.
+//! A cursor states that everything below it has an outcome. The audit verifies this against the log and the
+//! claims, with its own Kafka client, so that a record that was skipped is reported within minutes. It reads
+//! all records just behind each *fetch start* (where fetching starts, and where a rebalance interrupts it:
+//! the places where records are most likely to be lost), and a random share of all other records.
 //!
-//! It runs on a thread of its own, at the pace of [`pace`], and nothing waits for it.
+//! The audit runs on its own thread at the pace set by [`pace`]; the pipeline never waits for it.
 
-pub mod begins;
 mod database;
 mod findings;
 mod input;
@@ -34,47 +34,51 @@ use self::plan::{Part, Plan};
 use self::suspects::{Suspect, Suspects};
 use self::verdict::{Payment, Standing, charge, standing};
 use crate::config::{KafkaSettings, Settings};
-use crate::daemon::rules;
-use crate::logging::RateLimited;
-use crate::metrics::{AuditMetrics, AuditResult};
-use crate::record::{Offset, Partition};
-use crate::status::Board;
+use crate::domain::record::{Offset, Partition};
+use crate::telemetry::logging::RateLimited;
+use crate::telemetry::metrics::{AuditMetrics, AuditResult};
+use crate::telemetry::status::StatusRegistry;
 
-/// How often the cursors are looked at.
+/// Interval between checks of the cursors.
 const TICK: Duration = Duration::from_secs(1);
-/// Between two pieces at least.
+/// Minimum pause between two pieces of work.
 const SHORTEST: Duration = Duration::from_millis(1);
-/// Client and session are given up when there was nothing to audit for so long.
+/// The Kafka client and the database session are closed after this time without work.
 const IDLE: Duration = Duration::from_secs(60);
-/// After a question that failed.
+/// Pause after a failed request.
 const RETRY: Duration = Duration::from_secs(10);
-/// A look for rows that takes no longer may be repeated at once, any other after a while.
+/// A row lookup that is faster than this may be repeated at once.
 const ROWS_FAST: Duration = Duration::from_secs(1);
 const ROWS_PAUSE: Duration = Duration::from_secs(10 * 60);
-/// Payments of a piece, whatever the offsets: what a piece adds to the suspects.
+/// Maximum number of payments of a piece, so that the suspects of a piece are bounded.
 const PIECE_MAX: usize = 1_000;
 
-/// The running audit; it ends when this is dropped.
+/// The running audit; dropping it stops the audit.
 pub struct Audit {
     _stop: Sender<()>,
 }
 
-/// Starts the audit of what this process's cursors pass; `None` if `audit.share` is 0. `topic_id` is that of the input.
+/// Starts the audit of this process's cursors; `None` if `audit.share` is 0. `topic_id` is the id of the
+/// input topic.
 ///
 /// # Errors
-/// When there can be no thread, or no runtime on it.
-pub fn spawn(settings: &Settings, topic_id: Uuid, board: &Arc<Board>) -> std::io::Result<Option<Audit>> {
+/// If the thread or its runtime cannot be created.
+pub fn spawn(
+    settings: &Settings,
+    topic_id: Uuid,
+    status: &Arc<StatusRegistry>,
+) -> std::io::Result<Option<Audit>> {
     if settings.audit.share <= 0.0 {
         return Ok(None);
     }
-    board.want_begins();
+    status.want_begins();
     let mut auditor = Auditor {
         kafka: settings.kafka.clone(),
         topic_id,
-        board: Arc::clone(board),
+        status: Arc::clone(status),
         plan: Plan::new(settings.audit.share, rand::random()),
         suspects: Suspects::default(),
-        input: Input::new(&settings.kafka, rules(settings)),
+        input: Input::new(&settings.kafka, settings.rules()),
         database: Database::new(settings.postgres.url.endpoint().clone(), topic_id)?,
         metrics: AuditMetrics::default(),
         used_at: Instant::now(),
@@ -85,7 +89,7 @@ pub fn spawn(settings: &Settings, topic_id: Uuid, board: &Arc<Board>) -> std::io
     let (stop, stopped) = channel();
     std::thread::Builder::new().name("audit".to_owned()).spawn(move || {
         let mut pause = TICK;
-        // Nothing is ever sent: the other side is dropped.
+        // Nothing is sent; dropping the sender ends the loop.
         while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
             pause = auditor.step();
         }
@@ -93,7 +97,7 @@ pub fn spawn(settings: &Settings, topic_id: Uuid, board: &Arc<Board>) -> std::io
     Ok(Some(Audit { _stop: stop }))
 }
 
-/// Which side did not answer.
+/// The dependency that failed.
 #[derive(Clone, Copy)]
 enum Side {
     Broker,
@@ -103,24 +107,24 @@ enum Side {
 struct Auditor {
     kafka: KafkaSettings,
     topic_id: Uuid,
-    board: Arc<Board>,
+    status: Arc<StatusRegistry>,
     plan: Plan,
     suspects: Suspects,
     input: Input,
     database: Database,
     metrics: AuditMetrics,
-    /// When there was last something to do.
+    /// Time of the last work.
     used_at: Instant,
-    /// After a failure: when to go on.
+    /// No work before this time, after a failure.
     retry_at: Instant,
-    /// After a look for rows that took long: when to look again.
+    /// No row lookup before this time, after a slow one.
     rows_at: Option<Instant>,
-    /// After a piece of work.
+    /// Pause after a piece of work.
     rest: Option<Rest>,
 }
 
 impl Auditor {
-    /// Does one thing, and says when to do the next.
+    /// Does one piece of work and returns the pause before the next.
     fn step(&mut self) -> Duration {
         let (now, before) = (Instant::now(), Used::now());
         self.observe(now);
@@ -146,17 +150,17 @@ impl Auditor {
             return TICK;
         }
         self.used_at = Instant::now();
-        self.rest = Some(Rest::after(before, Used::now(), self.board.lag(), self.used_at));
+        self.rest = Some(Rest::after(before, Used::now(), self.status.lag(), self.used_at));
         SHORTEST
     }
 
-    /// Notes how far this process has come.
+    /// Updates the plan with the cursors and fetch starts of this process.
     fn observe(&mut self, now: Instant) {
-        let (begins, dropped) = self.board.take_begins();
+        let (begins, dropped) = self.status.take_begins();
         for begin in begins {
             self.plan.begun(begin, now);
         }
-        self.plan.passed(&self.board.applied(), now);
+        self.plan.passed(&self.status.applied(), now);
         let dropped = dropped.saturating_mul(plan::AFTER_BEGIN.unsigned_abs());
         self.metrics.dropped(self.plan.take_dropped().saturating_add(dropped));
         let (offsets, behind) = self.plan.behind(now);
@@ -174,7 +178,7 @@ impl Auditor {
         self.metrics.failed(dependency);
         self.retry_at = Instant::now() + RETRY;
         if let Some(suppressed) = LIMIT.pass() {
-            tracing::warn!(dependency, error, suppressed, "the audit is held up, trying again");
+            tracing::warn!(dependency, error, suppressed, "the audit is delayed, retrying");
         }
     }
 
@@ -184,7 +188,8 @@ impl Auditor {
             Ok(read) => read,
             Err(error) => {
                 self.failed(Side::Broker, &error.to_string());
-                // What retention has taken is not tried again; if that cannot be asked, it is.
+                // Offsets removed by retention are not retried; without the log bounds, everything is
+                // retried.
                 let bounds = self.input.bounds(&parts).unwrap_or_default();
                 for (at, part) in parts.into_iter().enumerate() {
                     self.plan.put_back(part, bounds.get(at).copied(), now);
@@ -203,7 +208,7 @@ impl Auditor {
         self.metrics.count(AuditResult::Invalid, read.invalid);
         for payment in &read.payments {
             let cursor = snapshot.cursors.get(&payment.partition);
-            // Of a database that was restored or replaced, the cursor has yet to come here again.
+            // In a database that was restored or replaced, the cursor has not reached this record again yet.
             if !cursor.is_some_and(|cursor| cursor.applied.is_past(payment.offset)) {
                 continue;
             }
@@ -215,7 +220,7 @@ impl Auditor {
         }
     }
 
-    /// Finds out what became of suspicious records, in the order of what it costs.
+    /// Determines the outcome of suspects, cheapest check first.
     fn look_into(&mut self, due: Vec<Suspect>, now: Instant) {
         let suspects = match self.still_suspicious(&due, now) {
             Ok(suspects) => suspects,
@@ -236,7 +241,8 @@ impl Auditor {
         }
     }
 
-    /// Asks again, and leaves out what is accounted for by now, what was given up, and what cannot be told yet.
+    /// Repeats the check; drops suspects that are accounted for now, that an operator skipped, or that cannot
+    /// be decided yet.
     fn still_suspicious(&mut self, due: &[Suspect], now: Instant) -> Result<Vec<Suspect>, String> {
         let payments: Vec<Payment> = due.iter().map(|suspect| suspect.payment).collect();
         let snapshot = self.database.snapshot(&payments)?;
@@ -256,7 +262,7 @@ impl Auditor {
             let owners = snapshot.owners.get(&payment.message_id).map_or(&[][..], Vec::as_slice);
             match counted(standing(payment, owners, &snapshot.pruned)) {
                 Ok(result) => self.metrics.count(result, 1),
-                // Its dead letter may be on its way.
+                // Its dead letter may not be published yet.
                 Err(_) if self.kafka.publish && !cursor.published.is_some_and(|p| p.is_past(offset)) => {
                     self.suspects.wait([*suspect], now);
                 }
@@ -270,9 +276,9 @@ impl Auditor {
         Ok(left)
     }
 
-    /// Those that have no dead letter, and why that may be wrong.
+    /// Returns the suspects without a dead letter, and why the search may have missed one.
     fn without_letter(&mut self, suspects: &[Suspect]) -> Result<(Vec<Suspect>, &'static str), String> {
-        // Of a topic that was made again, the offsets mean other records.
+        // In a recreated topic, the offsets belong to other records.
         if self.input.topic_id().map_err(|error| error.to_string())? != self.topic_id {
             return Ok((Vec::new(), ""));
         }
@@ -287,7 +293,7 @@ impl Auditor {
         Ok((without.into_iter().copied().collect(), but))
     }
 
-    /// Counts and names records that nothing accounts for.
+    /// Counts and reports records that nothing accounts for.
     fn tell(&mut self, suspects: Vec<Suspect>, but: &str) {
         if suspects.is_empty() {
             return;
@@ -306,8 +312,8 @@ impl Auditor {
         findings.tell(&self.kafka.input_topic);
     }
 
-    /// Which of these have rows, for the words of the log; `None` if that is not known. Large tables are not read
-    /// again and again.
+    /// Which suspects have rows, for the log message; `None` if unknown. Slow lookups are not repeated at
+    /// once.
     fn rows(&mut self, suspects: &[Suspect]) -> Option<HashSet<(Partition, Offset)>> {
         if self.rows_at.is_some_and(|at| Instant::now() < at) {
             return None;
@@ -320,7 +326,7 @@ impl Auditor {
     }
 }
 
-/// How a record that needs no further look is counted.
+/// Result to count for a record that needs no further check.
 fn counted(standing: Standing) -> Result<AuditResult, verdict::Suspicion> {
     Ok(match standing {
         Standing::Owned => AuditResult::Owned,

@@ -1,4 +1,4 @@
-//! The command line: what can be typed, and what each exit code means.
+//! The command line: commands, options and exit codes.
 
 mod check_config;
 mod cursors;
@@ -23,7 +23,7 @@ use std::sync::OnceLock;
 use clap::{Parser, Subcommand};
 
 pub use cursors::{AcceptArgs, CursorsCommand, SettleArgs, SkipArgs};
-pub use dlq::{ChoiceArgs, DlqCommand, ListArgs, ReplayArgs, ShowArgs};
+pub use dlq::{DlqCommand, FilterArgs, ListArgs, ReplayArgs, ShowArgs};
 pub use migrate::{MigrateArgs, MigrateCommand};
 pub use produce::ProduceArgs;
 pub use prune::PruneArgs;
@@ -35,67 +35,68 @@ pub use status::StatusArgs;
 pub use top::TopArgs;
 pub use topics::CreateTopicsArgs;
 
-use crate::config::{ConfigError, Settings};
-use crate::logging;
+use crate::config::Settings;
+use crate::error::{CommandError, ErrorKind};
+use crate::telemetry::logging;
 
 const EXAMPLES: &str = "\
 Examples:
-  payment-writer check-config                     is everything that is set allowed?
-  payment-writer topics create                    make the four topics where absent
-  payment-writer migrate                          make or update the tables
-  payment-writer prune --dry-run                  which old message ids would go, and why others stay
-  payment-writer run                              write payments until told to stop
-  payment-writer top                              watch it at work
-  payment-writer dlq list --since 1d              which dead letters came in the last day, and why
-  payment-writer reconcile                        is all that was received in the tables and the outputs, once?
-  payment-writer produce --count 200000           send payments to try it out
+  payment-writer check-config                     are all settings valid?
+  payment-writer topics create                    create the four topics where absent
+  payment-writer migrate                          create or update the tables
+  payment-writer prune --dry-run                  which old message ids would be dropped, and why others stay
+  payment-writer run                              write payments until stopped
+  payment-writer top                              watch the daemon
+  payment-writer dlq list --since 1d              which dead letters were written in the last day, and why
+  payment-writer reconcile                        is every record in the tables and the outputs exactly once?
+  payment-writer produce --count 200000           send test payments
 
-Settings come from the file, and above it from environment variables such as
-PAYMENT_WRITER__KAFKA__GROUP_ID=payments; `payment-writer config show` lists them all.
+Settings come from the file; environment variables such as PAYMENT_WRITER__KAFKA__GROUP_ID=payments
+override them. `payment-writer config show` lists all settings.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 stopped because a person must decide.";
 
-/// Writes payments from Kafka to Postgres, each exactly once, and publishes their events to Kafka.
+/// Writes payments from Kafka to Postgres exactly once, and publishes their events to Kafka.
 #[derive(Debug, Parser)]
 #[command(name = "payment-writer", version = version(), after_help = EXAMPLES)]
 pub struct Cli {
-    /// Settings file; otherwise PAYMENT_WRITER_CONFIG, then config/payment-writer.toml if it is there
+    /// Settings file; otherwise PAYMENT_WRITER_CONFIG, otherwise config/payment-writer.toml if it exists
     #[arg(long, global = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// All commands.
+/// Commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// The daemon: write payments and publish their events until SIGTERM or SIGINT
+    /// Run the daemon: write payments and publish their events until SIGTERM or SIGINT
     Run(RunArgs),
-    /// Bring the database schema up to date; safe to start from many places at once
+    /// Migrate the database schema to the newest version; can run concurrently
     Migrate(MigrateArgs),
-    /// Make the Kafka topics
+    /// Create the Kafka topics
     #[command(subcommand)]
     Topics(TopicsCommand),
-    /// Look at how far each partition is, and settle a halted one
+    /// Show the cursors of each partition, and resolve a halted partition
     #[command(subcommand)]
     Cursors(CursorsCommand),
-    /// Look at dead letters, and send chosen ones to the input topic again, each once
+    /// Show dead letters, and replay selected ones to the input topic, each once
     #[command(subcommand)]
     Dlq(DlqCommand),
-    /// One pass of housekeeping: rotate and prune the idempotency table, make months
+    /// Run one housekeeping pass: rotate and prune the idempotency table, create months
     Prune(PruneArgs),
-    /// Compare the log with rows and events: is every record's one outcome there, exactly once?
+    /// Compare the log with rows and events: does every record have exactly one outcome?
     Reconcile(ReconcileArgs),
-    /// Write the rows of the whole log into a second database, and compare it with the first
+    /// Write the rows of the whole log to a second database, and compare it with the first
     Rebuild(RebuildArgs),
-    /// What is known of a message id: whether it was written, by which record, and published
+    /// Show what is known of a message id: whether it was written and published, and by which record
     Status(StatusArgs),
-    /// Watch daemons on a terminal: throughput, lag by partition, time by phase, what is missing
+    /// Watch daemons in a terminal: throughput, lag by partition, time by phase, what is missing
     Top(TopArgs),
     /// Check the settings without connecting to anything
     CheckConfig,
-    /// Look at the settings
+    /// Show the settings
     #[command(subcommand)]
     Config(ConfigCommand),
     /// Load generator: send payments to the input topic, with duplicates, conflicts and bad records
@@ -105,81 +106,46 @@ pub enum Command {
 /// `topics`
 #[derive(Debug, Subcommand)]
 pub enum TopicsCommand {
-    /// Create the four topics where absent; safe to repeat, and from many places at once
+    /// Create the four topics where absent; can be repeated and can run concurrently
     Create(CreateTopicsArgs),
 }
 
 /// `config`
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Show every setting with its effective value and where that came from; secrets are hidden
+    /// Show every setting with its effective value and its origin; secrets are hidden
     Show(ShowConfigArgs),
 }
 
-/// How a command ended when it was not simply done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exit {
-    /// It did not work; trying again may.
-    Failed = 1,
-    /// The command line or the settings are wrong.
-    Usage = 2,
-    /// Going on by itself would risk a payment: a person must look.
-    PersonMustDecide = 3,
+/// Exit code of a failed command.
+fn exit_code(kind: ErrorKind) -> ExitCode {
+    ExitCode::from(match kind {
+        ErrorKind::Failed => 1,
+        ErrorKind::Usage => 2,
+        ErrorKind::PersonMustDecide => 3,
+    })
 }
 
-/// Why a command did not do what it was asked, in words for the person who asked.
-#[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct Failure {
-    /// Which exit code the process ends with.
-    pub exit: Exit,
-    /// What went wrong, and what to do about it.
-    pub message: String,
-}
-
-impl Failure {
-    /// Exit code 1.
-    pub fn failed(message: impl Into<String>) -> Self {
-        Self { exit: Exit::Failed, message: message.into() }
-    }
-
-    /// Exit code 2.
-    pub fn usage(message: impl Into<String>) -> Self {
-        Self { exit: Exit::Usage, message: message.into() }
-    }
-
-    /// Exit code 3.
-    pub fn person_must_decide(message: impl Into<String>) -> Self {
-        Self { exit: Exit::PersonMustDecide, message: message.into() }
-    }
-}
-
-impl From<ConfigError> for Failure {
-    fn from(error: ConfigError) -> Self {
-        Self::usage(error.to_string())
-    }
-}
-
-/// Does what the command line says, and tells on stderr what went wrong.
+/// Runs the command and reports failures on stderr.
 pub fn execute(cli: Cli) -> ExitCode {
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // Nobody is left to tell if stderr is gone too.
+            // Nothing can be reported if stderr is gone, too.
             let _ = output::to_stderr(&format!("error: {failure}"));
-            ExitCode::from(failure.exit as u8)
+            exit_code(failure.kind)
         }
     }
 }
 
-fn dispatch(cli: Cli) -> Result<(), Failure> {
+fn dispatch(cli: Cli) -> Result<(), CommandError> {
     let loaded = Settings::load(cli.config.as_deref())?;
     let settings = match cli.command {
         Command::CheckConfig => return check_config::check_config(&loaded),
         Command::Config(ConfigCommand::Show(args)) => return show_config::show_config(&loaded, &args),
         _ => loaded.settings,
     };
-    let log = logging::init(&settings.log).map_err(|error| Failure::failed(error.to_string()))?;
+    let log = logging::init(&settings.log).map_err(|error| CommandError::failed(error.to_string()))?;
     match cli.command {
         Command::Run(args) => run::run(settings, &args, log),
         Command::Migrate(args) => migrate::migrate(&settings, &args),
@@ -192,20 +158,20 @@ fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Status(args) => status::status(&settings, &args),
         Command::Produce(args) => produce::produce(&settings, &args),
         Command::Top(args) => top::top(&settings, &args),
-        // Done above, before logging began.
+        // Handled above, before logging starts.
         Command::CheckConfig | Command::Config(_) => Ok(()),
     }
 }
 
-/// A runtime for the commands that do one thing and end; the daemon makes its own.
-fn small_runtime() -> Result<tokio::runtime::Runtime, Failure> {
+/// Runtime for short commands; the daemon creates its own.
+fn small_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))
+        .map_err(|error| CommandError::failed(format!("cannot start the runtime: {error}")))
 }
 
-/// The version, with the commit if the build was told it.
+/// Version, with the commit if it is known.
 pub fn version() -> &'static str {
     static VERSION: OnceLock<String> = OnceLock::new();
     VERSION.get_or_init(|| {
@@ -214,12 +180,12 @@ pub fn version() -> &'static str {
     })
 }
 
-/// The commit that this was built from: `PAYMENT_WRITER_COMMIT` of the build's environment.
+/// Commit of this build: `PAYMENT_WRITER_COMMIT` in the build environment.
 pub fn commit() -> Option<&'static str> {
     option_env!("PAYMENT_WRITER_COMMIT").filter(|commit| !commit.is_empty())
 }
 
-/// A share, 0 to 1.
+/// Parses a share, 0 to 1.
 fn fraction(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
@@ -227,13 +193,13 @@ fn fraction(text: &str) -> Result<f64, String> {
     }
 }
 
-/// A runtime for the commands that do their own work in a thread that may block, and for the daemon.
-fn large_runtime() -> Result<tokio::runtime::Runtime, Failure> {
+/// Runtime for commands that work in a blocking thread, and for the daemon.
+fn large_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
         .enable_all()
         .build()
-        .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))
+        .map_err(|error| CommandError::failed(format!("cannot start the runtime: {error}")))
 }
 
 fn duration(text: &str) -> Result<std::time::Duration, String> {
@@ -262,7 +228,7 @@ mod tests {
         check(&Cli::command());
     }
 
-    /// The words of a command line, quotes taken away, as far as the documentation uses them.
+    /// Splits a command line into words and removes quotes, as far as the documentation needs it.
     fn words(line: &str) -> Vec<String> {
         let parts = line.split('"').enumerate();
         parts
@@ -289,7 +255,7 @@ mod tests {
             include_str!("../docs/how-to/upgrade.md"),
             include_str!("../docs/runbooks/payment-writer.md"),
         ] {
-            // Every other part is a block of code.
+            // Every other part is a code block.
             for block in page.split("```").skip(1).step_by(2) {
                 for line in block.lines().map(str::trim).filter(|l| l.starts_with("payment-writer ")) {
                     let line = line.split(" #").next().unwrap_or_default();

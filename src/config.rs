@@ -1,10 +1,11 @@
-//! Settings: defaults, below a TOML file, below environment variables.
+//! Settings: defaults, overridden by a TOML file, overridden by environment variables.
 //!
-//! `PAYMENT_WRITER__KAFKA__GROUP_ID=x` overrides `group_id` of `[kafka]`. Every value is checked,
-//! an unknown name is an error, and all that is wrong is reported at once.
+//! `PAYMENT_WRITER__KAFKA__GROUP_ID=x` overrides `group_id` of `[kafka]`. Every value is checked, unknown
+//! names are errors, and all errors are reported together.
 
 mod cron;
 pub mod duration;
+mod endpoint;
 mod layers;
 mod origin;
 mod postgres_url;
@@ -15,6 +16,7 @@ mod schema;
 mod secret;
 mod sections;
 mod size;
+mod tree;
 
 use std::env;
 use std::ffi::OsString;
@@ -22,10 +24,11 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 pub use cron::CronSchedule;
+pub use endpoint::{Endpoint, EndpointError};
 pub use origin::Origin;
 pub use postgres_url::PostgresUrl;
 pub use problem::{ConfigError, Problem};
-pub use properties::KafkaProperties;
+pub use properties::{KafkaProperties, TOKEN_PROPERTY};
 pub use reader::Effective;
 pub use secret::{HIDDEN, Secret};
 pub use sections::{
@@ -35,31 +38,31 @@ pub use sections::{
 };
 pub use size::ByteSize;
 
-/// The file that is read when none is named; it may be absent.
+/// Settings file used by default; it may be absent.
 pub const DEFAULT_PATH: &str = "config/payment-writer.toml";
 
-/// The variable that names the file where the command line does not.
+/// Environment variable with the path of the settings file; the command line has priority.
 pub const PATH_VARIABLE: &str = "PAYMENT_WRITER_CONFIG";
 
-/// Settings with their history.
+/// Loaded settings and their origins.
 #[derive(Clone, Debug)]
 pub struct Loaded {
-    /// What the program works with.
+    /// Typed settings.
     pub settings: Settings,
-    /// Every value with its origin, secrets hidden.
+    /// Every value with its origin; secrets are hidden.
     pub effective: Vec<Effective>,
-    /// The file that was read, if there was one.
+    /// The file that was read, if any.
     pub file: Option<PathBuf>,
 }
 
 impl Settings {
-    /// Loads the settings from `path`, or from the file that the environment names, or from
-    /// [`DEFAULT_PATH`] if that is there; then from the environment.
+    /// Loads the settings from `path`, otherwise from the file named in the environment, otherwise from
+    /// [`DEFAULT_PATH`] if it exists; then from the environment.
     pub fn load(path: Option<&Path>) -> Result<Loaded, ConfigError> {
         Self::load_from(path, Path::new(DEFAULT_PATH), env::vars_os())
     }
 
-    /// As [`Settings::load`], with everything it would take from around it.
+    /// Like [`Settings::load`], with all inputs as parameters.
     pub fn load_from(
         path: Option<&Path>,
         default_path: &Path,

@@ -1,11 +1,10 @@
-//! The daemon: finds out who it is, starts the lanes, watches over them, and drains.
+//! The daemon: checks its identity, starts the lanes, supervises them, and drains.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
-use rdkafka::ClientConfig;
 use rdkafka::consumer::Consumer;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
@@ -13,52 +12,50 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use uuid::Uuid;
 
 use crate::audit::{self, Audit};
-use crate::binding::{self, Binding, BindingError};
-use crate::config::{KafkaSettings, Settings};
-use crate::cursor::{Identity, IdentityDoubt, Mode};
-use crate::disposition::{FailureClass, class_of_sqlstate};
+use crate::config::{Endpoint, Settings};
+use crate::domain::cursor::{Identity, IdentityMismatch, Mode};
+use crate::domain::outcome::{FailureClass, class_of_sqlstate};
+use crate::domain::record::{NextOffset, Partition};
+use crate::error::CommandError;
 use crate::housekeeping::schedule;
-use crate::kafka::group::{Group, MemberEnd, Seat};
+use crate::kafka::group::{Group, LaneHandle, MemberEnd, member_config};
+use crate::kafka::lane_client::LaneClient;
 use crate::kafka::librdkafka::{topic_id, topic_setting};
-use crate::kafka::log::{KafkaLog, group_offsets, log_bounds, log_ends};
-use crate::kafka::orphans::{self, Membership};
-use crate::kafka::publisher::PublisherSettings;
+use crate::kafka::offsets::{group_offsets, log_bounds, log_ends};
+use crate::kafka::publisher_settings::PublisherSettings;
 use crate::kafka::token::first_token;
-use crate::kafka_client::client_config_over;
-use crate::lane::breaker::Breaker;
-use crate::lane::ports::LaneEvent;
+use crate::kafka::unassigned::{self, Membership};
+use crate::lane::backoff::Backoff;
 use crate::lane::{Lane, LaneSettings};
-use crate::ledger::PgLedger;
-use crate::metrics;
-use crate::payment::Status;
-use crate::postgres::Endpoint;
-use crate::record::{NextOffset, Partition};
-use crate::schema::months::{self, Obstacle};
-use crate::schema::{self, SchemaError};
-use crate::status::{Board, Dependency, Phase};
-use crate::trace::BatchTracer;
-use crate::wire::Rules;
+use crate::ports::LaneEvent;
+use crate::postgres::binding::{self, Binding, BindingError};
+use crate::postgres::schema::months::{self, Obstacle};
+use crate::postgres::schema::{self, SchemaError};
+use crate::postgres::store::PgStore;
+use crate::telemetry::metrics;
+use crate::telemetry::status::{Dependency, Phase, StatusRegistry};
+use crate::telemetry::trace::BatchTracer;
 
-/// The topic's id is asked for this often: the client library goes on over a re-created topic
+/// Interval between checks of the topic's id: librdkafka does not notice that a topic was recreated
 /// (librdkafka #3255).
 const TOPIC_CHECK: Duration = Duration::from_secs(5);
-/// The input topic's retention is asked for this often.
+/// Interval between reads of the input topic's retention.
 const RETENTION_CHECK: Duration = Duration::from_secs(60);
-/// How often the log's ends are asked for, for lag.
+/// Interval between reads of the log ends, for lag.
 const ENDS_TICK: Duration = Duration::from_secs(2);
 const CAUGHT_UP_TICK: Duration = Duration::from_millis(100);
 const MONTHS_TICK: Duration = Duration::from_secs(24 * 60 * 60);
 const MONTHS_RETRY: Duration = Duration::from_secs(60);
 const MONTHS_FIRST_WAIT: Duration = Duration::from_secs(10);
-/// How often the database is asked whether it is there, for readiness.
+/// Interval between database checks, for readiness.
 const DATABASE_PROBE: Duration = Duration::from_secs(2);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Events that a lane has not taken yet; the group waits beyond it.
+/// Queue length of a lane's events; the group's thread waits when it is full.
 const LANE_EVENTS_MAX: usize = 64;
-/// Partitions of which this process is told nothing by its lanes are asked for this often.
+/// Interval between reads of partitions that no lane of this process reports on.
 const FOREIGN_TICK: Duration = Duration::from_secs(1);
 
-/// How `run` was started.
+/// Options of `run`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct RunOptions {
     /// `--until-caught-up`
@@ -67,7 +64,7 @@ pub struct RunOptions {
     pub adopt_database: bool,
 }
 
-/// Why the daemon ended other than by a drain.
+/// Why the daemon ended, other than by a drain.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// Exit code 1.
@@ -75,92 +72,55 @@ pub enum RunError {
     Failed(String),
     /// Exit code 3.
     #[error(transparent)]
-    Identity(#[from] IdentityDoubt),
+    Identity(#[from] IdentityMismatch),
     /// Exit code 3.
     #[error("{0}")]
     Halted(String),
 }
 
-/// What `kafka.properties` may change of the group's member.
-const MEMBER_DEFAULTS: [(&str, &str); 3] = [
-    ("session.timeout.ms", "10000"),
-    ("heartbeat.interval.ms", "2000"),
-    ("topic.metadata.refresh.interval.ms", "60000"),
-];
-
-/// Configuration of the group's member. It fetches nothing.
-pub fn consumer_config(kafka: &KafkaSettings) -> ClientConfig {
-    let mut config = client_config_over(kafka, &MEMBER_DEFAULTS);
-    config
-        .set("group.id", &kafka.group_id)
-        .set("group.instance.id", &kafka.instance_id)
-        .set("group.protocol", "classic")
-        .set("partition.assignment.strategy", "cooperative-sticky")
-        .set("enable.auto.commit", "false")
-        .set("enable.auto.offset.store", "false")
-        .set("auto.offset.reset", "error")
-        .set("isolation.level", "read_committed")
-        .set("enable.partition.eof", "true");
-    config
-}
-
-/// The rules of valid messages, from the settings.
-pub fn rules(settings: &Settings) -> Rules {
-    Rules {
-        payment_types: settings.payment.types.clone(),
-        payment_bytes_max: settings.payment.max_bytes.bytes(),
-        idempotency_window: settings.idempotency.window,
-        email_statuses: settings
-            .email
-            .statuses
-            .iter()
-            .filter_map(|code| Status::from_code(i64::from(*code)))
-            .collect(),
+impl From<RunError> for CommandError {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Failed(message) => Self::failed(message),
+            RunError::Identity(mismatch) => Self::person_must_decide(mismatch.to_string()),
+            RunError::Halted(message) => Self::person_must_decide(message),
+        }
     }
 }
 
-/// A consumer of the group that is never subscribed: for questions to the broker.
-pub fn bystander(settings: &Settings) -> Result<Group, RunError> {
-    let kafka = &settings.kafka;
-    let board = Arc::new(Board::default());
-    Group::new(&consumer_config(kafka), &kafka.input_topic, &kafka.instance_id, Vec::new(), board)
-        .map(|(group, _)| group)
-        .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))
-}
-
-/// Who the cluster and the topic are, as found at the start.
+/// Identity of the cluster and the topic at the start.
 struct Found {
     topic_id: Uuid,
     cluster_id: String,
     partitions: usize,
 }
 
-/// Runs until `stop` is set, until caught up, or until it cannot go on.
+/// Runs until `stop` is set, until caught up, or until it cannot continue.
 ///
 /// # Errors
-/// See [`RunError`]. Being fenced is one of them, except once after each time that the broker was away: who
-/// is fenced again without that has a namesake.
+/// See [`RunError`]. Being fenced is an error, except once after each loss of the broker connection: a second
+/// fencing means that another process uses the same `instance_id`.
 pub async fn run(
     settings: &Settings,
     options: RunOptions,
-    board: Arc<Board>,
+    status: Arc<StatusRegistry>,
     tracer: Option<&Arc<BatchTracer>>,
     stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     loop {
-        board.waits(metrics::now());
-        let ended = run_as_member(settings, options, Arc::clone(&board), tracer, stop.clone()).await;
-        let Err(RunError::Identity(IdentityDoubt::InstanceTaken { instance_id })) = &ended else {
+        status.waits(metrics::now());
+        let ended = run_as_member(settings, options, Arc::clone(&status), tracer, stop.clone()).await;
+        let Err(RunError::Identity(IdentityMismatch::InstanceTaken { instance_id })) = &ended else {
             return ended;
         };
-        if !board.was_fenced_after_loss() || *stop.borrow() {
+        if !status.was_fenced_after_loss() || *stop.borrow() {
             return ended;
         }
         tracing::warn!(
             instance = instance_id,
-            "fenced just after the broker was away, perhaps by a request of its own: joining once more"
+            "fenced soon after the broker connection was lost, possibly by its own request: joining again"
         );
-        board.left(metrics::now());
+        status.left(metrics::now());
         metrics::lanes_left(settings.lanes);
     }
 }
@@ -168,12 +128,12 @@ pub async fn run(
 async fn run_as_member(
     settings: &Settings,
     options: RunOptions,
-    board: Arc<Board>,
+    status: Arc<StatusRegistry>,
     tracer: Option<&Arc<BatchTracer>>,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
     let start = tokio::select! {
-        started = start(settings, options, &board, tracer) => started?,
+        started = start(settings, options, &status, tracer) => started?,
         _ = stop.wait_for(|stop| *stop) => return Ok(()),
     };
     start.supervise(settings, options, stop).await
@@ -182,19 +142,19 @@ async fn run_as_member(
 struct Running {
     group: Group,
     member_end: watch::Receiver<Option<MemberEnd>>,
-    seats: Vec<Seat>,
-    lanes: JoinSet<Result<(), IdentityDoubt>>,
+    handles: Vec<LaneHandle>,
+    lanes: JoinSet<Result<(), IdentityMismatch>>,
     found: Found,
     suspicion: Arc<Notify>,
     months: AbortHandle,
-    board: Arc<Board>,
+    status: Arc<StatusRegistry>,
     _audit: Option<Audit>,
 }
 
 async fn start(
     settings: &Settings,
     options: RunOptions,
-    board: &Arc<Board>,
+    status: &Arc<StatusRegistry>,
     tracer: Option<&Arc<BatchTracer>>,
 ) -> Result<Running, RunError> {
     let kafka = &settings.kafka;
@@ -202,23 +162,23 @@ async fn start(
     for dependency in ["database", "broker"] {
         metrics::breaker_at_start(dependency, false);
     }
-    let database_id = database_ready(endpoint, board).await?;
-    let (mut receivers, mut seats) = (Vec::new(), Vec::new());
+    let database_id = database_ready(endpoint, status).await?;
+    let (mut receivers, mut handles) = (Vec::new(), Vec::new());
     for _ in 0..settings.lanes {
         let (events, receiver) = mpsc::channel(LANE_EVENTS_MAX);
-        seats.push(Seat { events, overtaken: Arc::new(AtomicI64::new(0)) });
+        handles.push(LaneHandle { events, unhandled_revocations: Arc::new(AtomicI64::new(0)) });
         receivers.push(receiver);
     }
-    let consumer = consumer_config(kafka);
+    let consumer = member_config(kafka);
     first_token(&consumer).await;
     let (group, member_end) =
-        Group::new(&consumer, &kafka.input_topic, &kafka.instance_id, seats.clone(), Arc::clone(board))
+        Group::new(&consumer, &kafka.input_topic, &kafka.instance_id, handles.clone(), Arc::clone(status))
             .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))?;
-    let found = broker_ready(&group, board).await?;
+    let found = broker_ready(&group, status).await?;
     let identity = Identity { topic_id: found.topic_id, database_id };
-    bind(settings, options, endpoint, &found, board).await?;
+    bind(settings, options, endpoint, &found, status).await?;
     let housekeeping = settings.postgres.housekeeping_url.endpoint().clone();
-    // Once before the first row, so that none goes to a default partition for want of a month.
+    // Before the first row, so that no row goes to a default partition because its month is missing.
     let mut keeper = MonthsKeeper::default();
     let kept = settings.retention.payment_months;
     let first = tokio::time::timeout(MONTHS_FIRST_WAIT, keeper.make_ahead(&housekeeping, kept)).await;
@@ -230,24 +190,24 @@ async fn start(
         }
     });
 
-    // A session a lane, and one to replace a broken one whose server has not noticed yet.
+    // One session per lane, plus one to replace a broken one that the server still counts.
     let pool = endpoint
         .pool(settings.lanes.saturating_mul(2))
         .map_err(|error| RunError::Failed(error.to_string()))?;
-    let rules = Arc::new(rules(settings));
+    let rules = Arc::new(settings.rules());
     let suspicion = Arc::new(Notify::new());
     let shared_kafka = Arc::new(kafka.clone());
     let mut lanes = JoinSet::new();
     for (index, receiver) in receivers.into_iter().enumerate() {
-        let Some(seat) = seats.get(index) else { continue };
-        let log = KafkaLog::new(
+        let Some(handle) = handles.get(index) else { continue };
+        let client = LaneClient::new(
             group.clone(),
             PublisherSettings::of(kafka, &identity, index),
-            seat,
+            handle,
             Arc::clone(&suspicion),
             Arc::clone(&shared_kafka),
         );
-        let ledger = PgLedger::new(pool.clone(), kafka.input_topic.clone(), identity.clone());
+        let store = PgStore::new(pool.clone(), kafka.input_topic.clone(), identity.clone());
         let lane_settings = LaneSettings {
             index,
             rules: Arc::clone(&rules),
@@ -259,9 +219,9 @@ async fn start(
             linger: settings.batch.linger,
             tracer: tracer.cloned(),
         };
-        lanes.spawn(Lane::new(lane_settings, log, ledger, receiver, Arc::clone(board)).run());
+        lanes.spawn(Lane::new(lane_settings, client, store, receiver, Arc::clone(status)).run());
     }
-    let audit = audit::spawn(settings, found.topic_id, board)
+    let audit = audit::spawn(settings, found.topic_id, status)
         .map_err(|error| RunError::Failed(format!("starting the audit: {error}")))?;
     group
         .join()
@@ -278,47 +238,46 @@ async fn start(
         publishes = kafka.publish,
         "started"
     );
-    let board = Arc::clone(board);
+    let status = Arc::clone(status);
     let months = months.abort_handle();
-    Ok(Running { group, member_end, seats, lanes, found, suspicion, months, board, _audit: audit })
+    Ok(Running { group, member_end, handles, lanes, found, suspicion, months, status, _audit: audit })
 }
 
-/// Waits for a database with a schema that this program knows.
-async fn database_ready(endpoint: &Endpoint, board: &Board) -> Result<Uuid, RunError> {
-    let mut breaker = Breaker::new("database", 0);
+/// Waits for a database with a schema that this version knows.
+async fn database_ready(endpoint: &Endpoint, status: &StatusRegistry) -> Result<Uuid, RunError> {
+    let mut breaker = Backoff::new("database", 0);
     loop {
         let tried = async {
             let (client, _driver) =
                 endpoint.connect().await.map_err(|e| (e.sqlstate().map(str::to_owned), e.to_string()))?;
             match schema::check(&client).await {
                 Ok(_) => {}
-                // A newer program's schema does not go back by itself.
+                // Waiting does not help: the schema of a newer version stays.
                 Err(error @ SchemaError::TooNew { .. }) => return Ok(Err(error)),
                 Err(error) => {
                     let sqlstate = error.sqlstate().map(|s| s.code().to_owned());
-                    // A schema that is missing or old is mended by a person.
+                    // A missing or old schema: wait for the operator to migrate it.
                     return Err((sqlstate.or(Some("42P01".to_owned())), error.to_string()));
                 }
             }
-            binding::database_id(&client)
-                .await
-                .map(Ok)
-                .map_err(|e| (e.code().map(|c| c.code().to_owned()), crate::postgres::describe(&e)))
+            binding::database_id(&client).await.map(Ok).map_err(|e| {
+                (e.code().map(|c| c.code().to_owned()), crate::postgres::connection::describe(&e))
+            })
         };
         match tried.await {
             Ok(Ok(id)) => {
                 breaker.succeeded();
                 metrics::breaker_at_start("database", false);
-                board.probed(Some(Dependency::Up), None);
+                status.probed(Some(Dependency::Up), None);
                 return Ok(id);
             }
             Ok(Err(error)) => return Err(RunError::Failed(error.to_string())),
             Err((sqlstate, message)) => {
                 let class =
-                    sqlstate.as_deref().map_or(FailureClass::Passing, |code| class_of_sqlstate(code, None));
-                breaker.failed(class, "asking the database who it is", &message);
+                    sqlstate.as_deref().map_or(FailureClass::Transient, |code| class_of_sqlstate(code, None));
+                breaker.failed(class, "reading the identity of the database", &message);
                 metrics::breaker_at_start("database", true);
-                board.probed(Some(Dependency::Down(message)), None);
+                status.probed(Some(Dependency::Down(message)), None);
             }
         }
         sleep_until(breaker.due_at()).await;
@@ -326,8 +285,8 @@ async fn database_ready(endpoint: &Endpoint, board: &Board) -> Result<Uuid, RunE
 }
 
 /// Waits for a broker that knows the input topic.
-async fn broker_ready(group: &Group, board: &Board) -> Result<Found, RunError> {
-    let mut breaker = Breaker::new("broker", 0);
+async fn broker_ready(group: &Group, status: &StatusRegistry) -> Result<Found, RunError> {
+    let mut breaker = Backoff::new("broker", 0);
     loop {
         let asked = group.clone();
         let answer = tokio::task::spawn_blocking(move || {
@@ -337,7 +296,7 @@ async fn broker_ready(group: &Group, board: &Board) -> Result<Found, RunError> {
                 .consumer()
                 .client()
                 .fetch_cluster_id(REQUEST_TIMEOUT)
-                .ok_or_else(|| "the cluster does not tell its id".to_owned())?;
+                .ok_or_else(|| "the cluster does not report its id".to_owned())?;
             Ok::<_, String>(Found { topic_id, cluster_id, partitions })
         })
         .await;
@@ -345,18 +304,19 @@ async fn broker_ready(group: &Group, board: &Board) -> Result<Found, RunError> {
             Ok(Ok(found)) => {
                 breaker.succeeded();
                 metrics::breaker_at_start("broker", false);
-                board.probed(None, Some(Dependency::Up));
+                status.probed(None, Some(Dependency::Up));
                 metrics::input_partitions(found.partitions);
                 return Ok(found);
             }
             Ok(Err(message)) => {
                 group.listen();
-                let refusal = board.broker_refusal();
-                let class = if refusal.is_some() { FailureClass::Systemic } else { FailureClass::Passing };
+                let refusal = status.broker_refusal();
+                let class =
+                    if refusal.is_some() { FailureClass::Persistent } else { FailureClass::Transient };
                 let message = refusal.unwrap_or(message);
                 breaker.failed(class, "asking for the input topic", &message);
                 metrics::breaker_at_start("broker", true);
-                board.probed(None, Some(Dependency::Down(message)));
+                status.probed(None, Some(Dependency::Down(message)));
             }
             Err(error) => return Err(RunError::Failed(format!("asking for the input topic: {error}"))),
         }
@@ -369,7 +329,7 @@ async fn bind(
     options: RunOptions,
     endpoint: &Endpoint,
     found: &Found,
-    board: &Board,
+    status: &StatusRegistry,
 ) -> Result<(), RunError> {
     let wanted = Binding {
         group_id: settings.kafka.group_id.clone(),
@@ -378,7 +338,7 @@ async fn bind(
         topic_id: found.topic_id,
         publishes: settings.kafka.publish,
     };
-    let mut breaker = Breaker::new("database", 0);
+    let mut breaker = Backoff::new("database", 0);
     loop {
         let message = match endpoint.connect().await {
             Ok((mut client, _driver)) => {
@@ -386,31 +346,31 @@ async fn bind(
                     Ok(()) => {
                         breaker.succeeded();
                         metrics::breaker_at_start("database", false);
-                        board.probed(Some(Dependency::Up), None);
+                        status.probed(Some(Dependency::Up), None);
                         return Ok(());
                     }
-                    Err(BindingError::Identity(doubt)) => return Err(doubt.into()),
+                    Err(BindingError::Identity(mismatch)) => return Err(mismatch.into()),
                     Err(error @ BindingError::Database(_)) => error.to_string(),
                 }
             }
             Err(error) => error.to_string(),
         };
-        breaker.failed(FailureClass::Passing, "binding the database to the group", &message);
+        breaker.failed(FailureClass::Transient, "binding the database to the group", &message);
         metrics::breaker_at_start("database", true);
-        board.probed(Some(Dependency::Down(message)), None);
+        status.probed(Some(Dependency::Down(message)), None);
         sleep_until(breaker.due_at()).await;
     }
 }
 
-/// Makes the payment tables' months ahead of time. Without them rows go to the default partitions: no
-/// failure here stops anything.
+/// Creates months of the payment tables ahead of time. Failures are not fatal: without its month, a row goes
+/// to the default partition.
 #[derive(Default)]
 struct MonthsKeeper {
     has_told: bool,
 }
 
 impl MonthsKeeper {
-    /// One try; returns how long to wait for the next.
+    /// Makes one attempt and returns the delay before the next.
     async fn make_ahead(&mut self, endpoint: &Endpoint, kept: Option<u32>) -> Duration {
         let outcome = match endpoint.connect().await {
             Ok((mut client, _driver)) => months::keep(&mut client, kept).await.map_err(|e| e.to_string()),
@@ -430,7 +390,7 @@ impl MonthsKeeper {
                 if !report.archived.is_empty() {
                     tracing::info!(
                         tables = report.archived.join(", "),
-                        "detached months of the payment tables: archive and drop them when you like"
+                        "detached months of the payment tables; they can be archived and dropped"
                     );
                 }
                 let is_by_hand = |o: &Obstacle| matches!(o, Obstacle::TooLarge | Obstacle::NameTaken);
@@ -465,7 +425,7 @@ impl Running {
         mut stop: watch::Receiver<bool>,
     ) -> Result<(), RunError> {
         let membership = Membership {
-            config: consumer_config(&settings.kafka),
+            config: member_config(&settings.kafka),
             group_id: settings.kafka.group_id.clone(),
             instance_id: settings.kafka.instance_id.clone(),
             partitions: self.found.partitions,
@@ -474,15 +434,15 @@ impl Running {
             _ = stop.wait_for(|stop| *stop) => Ok(()),
             ended = self.lanes.join_next() => Err(lane_end(ended)),
             ended = member_end(&mut self.member_end) => Err(ended),
-            doubt = watch_topic(&self.group, self.found.topic_id, &self.suspicion, &self.board) => {
-                Err(doubt.into())
+            mismatch = watch_topic(&self.group, self.found.topic_id, &self.suspicion, &self.status) => {
+                Err(mismatch.into())
             }
-            () = orphans::watch(&self.group, &membership) => Ok(()),
-            () = watch_ends(&self.group, &self.board) => Ok(()),
+            () = unassigned::watch(&self.group, &membership) => Ok(()),
+            () = watch_ends(&self.group, &self.status) => Ok(()),
             () = watch_retention(&self.group) => Ok(()),
-            () = watch_database(settings.postgres.url.endpoint(), &self.board) => Ok(()),
+            () = watch_database(settings.postgres.url.endpoint(), &self.status) => Ok(()),
             () = schedule::run(settings) => Ok(()),
-            caught_up = catch_up(&self.group, &self.board, self.found.partitions, options) => caught_up,
+            caught_up = catch_up(&self.group, &self.status, self.found.partitions, options) => caught_up,
         };
         if let Err(error) = &ended {
             tracing::error!(%error, "stopping");
@@ -490,9 +450,9 @@ impl Running {
             tracing::info!("draining");
         }
         let deadline = Instant::now() + settings.shutdown.timeout;
-        for seat in &self.seats {
-            // A lane that is gone needs no drain.
-            let _ = tokio::time::timeout_at(deadline, seat.events.send(LaneEvent::Drain)).await;
+        for handle in &self.handles {
+            // A lane that has ended needs no drain.
+            let _ = tokio::time::timeout_at(deadline, handle.events.send(LaneEvent::Drain)).await;
         }
         while !self.lanes.is_empty() {
             match tokio::time::timeout_at(deadline, self.lanes.join_next()).await {
@@ -517,7 +477,7 @@ impl Running {
         }
         self.months.abort();
         self.group.close();
-        let totals = self.board.totals();
+        let totals = self.status.totals();
         tracing::info!(
             written = totals.written,
             duplicates = totals.duplicates,
@@ -529,28 +489,33 @@ impl Running {
     }
 }
 
-fn lane_end(ended: Option<Result<Result<(), IdentityDoubt>, tokio::task::JoinError>>) -> RunError {
+fn lane_end(ended: Option<Result<Result<(), IdentityMismatch>, tokio::task::JoinError>>) -> RunError {
     match ended {
-        Some(Ok(Err(doubt))) => doubt.into(),
-        Some(Ok(Ok(()))) | None => RunError::Failed("a lane ended by itself".to_owned()),
+        Some(Ok(Err(mismatch))) => mismatch.into(),
+        Some(Ok(Ok(()))) | None => RunError::Failed("a lane ended unexpectedly".to_owned()),
         Some(Err(error)) => RunError::Failed(format!("a lane failed: {error}")),
     }
 }
 
 async fn member_end(end: &mut watch::Receiver<Option<MemberEnd>>) -> RunError {
     match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
-        Ok(Some(MemberEnd::Identity(doubt))) => doubt.into(),
+        Ok(Some(MemberEnd::Identity(mismatch))) => mismatch.into(),
         Ok(Some(MemberEnd::Fatal(reason))) => {
-            RunError::Failed(format!("the Kafka consumer gave up: {reason}"))
+            RunError::Failed(format!("the Kafka consumer failed: {reason}"))
         }
-        Ok(None) | Err(_) => RunError::Failed("the Kafka consumer's thread ended".to_owned()),
+        Ok(None) | Err(_) => RunError::Failed("the Kafka consumer's thread ended unexpectedly".to_owned()),
     }
 }
 
-/// Asks for the topic's id again and again; returns when it is another one.
-async fn watch_topic(group: &Group, expected: Uuid, suspicion: &Notify, board: &Board) -> IdentityDoubt {
+/// Checks the topic's id periodically; returns when it has changed.
+async fn watch_topic(
+    group: &Group,
+    expected: Uuid,
+    suspicion: &Notify,
+    status: &StatusRegistry,
+) -> IdentityMismatch {
     loop {
-        // Errors wake it up early, but never more often than once a second.
+        // Errors trigger an early check, but at most one per second.
         tokio::time::sleep(Duration::from_secs(1)).await;
         let _ = tokio::time::timeout(TOPIC_CHECK, suspicion.notified()).await;
         let asked = group.clone();
@@ -558,49 +523,49 @@ async fn watch_topic(group: &Group, expected: Uuid, suspicion: &Notify, board: &
             tokio::task::spawn_blocking(move || topic_id(asked.consumer(), asked.topic(), REQUEST_TIMEOUT));
         match answer.await {
             Ok(Ok((found, _))) if found != expected => {
-                return IdentityDoubt::OtherTopic { marked: expected, found };
+                return IdentityMismatch::OtherTopic { marked: expected, found };
             }
             Ok(Ok((_, partitions))) => {
-                board.probed(None, Some(Dependency::Up));
+                status.probed(None, Some(Dependency::Up));
                 metrics::input_partitions(partitions);
             }
             Ok(Err(error)) => {
-                board.probed(None, Some(Dependency::Down(format!("asking for the input topic: {error}"))));
+                status.probed(None, Some(Dependency::Down(format!("asking for the input topic: {error}"))));
             }
             Err(_) => {}
         }
     }
 }
 
-/// Keeps the ends of the log on the board, for lag. Never returns.
-async fn watch_ends(group: &Group, board: &Board) {
+/// Keeps the log ends in the status registry up to date, for lag. Never returns.
+async fn watch_ends(group: &Group, status: &StatusRegistry) {
     let mut tick = interval(ENDS_TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        let partitions: Vec<Partition> = board.partitions().into_keys().collect();
+        let partitions: Vec<Partition> = status.partitions().into_keys().collect();
         if partitions.is_empty() {
             continue;
         }
         let asked = group.clone();
-        // From before the answer: what came since is not in it.
+        // Taken before the request: records that arrive during it are not in the answer.
         let asked_at = metrics::now();
         let answer = tokio::task::spawn_blocking(move || {
             log_ends(&asked, &partitions).map(|ends| partitions.into_iter().zip(ends).collect::<Vec<_>>())
         });
         match answer.await {
             Ok(Ok(ends)) => {
-                board.ends(asked_at, ends.into_iter());
-                board.probed(None, Some(Dependency::Up));
+                status.ends(asked_at, ends.into_iter());
+                status.probed(None, Some(Dependency::Up));
             }
-            Ok(Err(error)) => board.probed(None, Some(Dependency::Down(error.to_string()))),
+            Ok(Err(error)) => status.probed(None, Some(Dependency::Down(error.to_string()))),
             Err(_) => {}
         }
     }
 }
 
-/// Keeps the input topic's retention in the metrics, for alerts on what is about to be lost. Without the right
-/// to ask, the metric is absent. Never returns.
+/// Exports the input topic's retention, for alerts on records that are about to be deleted. The metric is
+/// absent without the permission to read it. Never returns.
 async fn watch_retention(group: &Group) {
     let mut tick = interval(RETENTION_CHECK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -611,16 +576,17 @@ async fn watch_retention(group: &Group) {
             topic_setting(asked.consumer().client(), asked.topic(), "retention.ms", REQUEST_TIMEOUT)
         });
         match answer.await {
-            // -1: unlimited.
+            // -1 means unlimited.
             Ok(Ok(ms)) => metrics::input_retention(ms.parse().ok().map(Duration::from_millis)),
-            Ok(Err(error)) => tracing::debug!(%error, "the input topic's retention is not told"),
+            Ok(Err(error)) => tracing::debug!(%error, "cannot read the retention of the input topic"),
             Err(_) => {}
         }
     }
 }
 
-/// Keeps on the board whether the database answers, also when no lane has anything to ask. Never returns.
-async fn watch_database(endpoint: &Endpoint, board: &Board) {
+/// Keeps the database's availability in the status registry up to date, also when no lane uses it. Never
+/// returns.
+async fn watch_database(endpoint: &Endpoint, status: &StatusRegistry) {
     let mut tick = interval(DATABASE_PROBE);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut session = None;
@@ -631,28 +597,28 @@ async fn watch_database(endpoint: &Endpoint, board: &Board) {
             None => match endpoint.connect().await {
                 Ok((client, _driver)) => client,
                 Err(error) => {
-                    board.probed(Some(Dependency::Down(error.to_string())), None);
+                    status.probed(Some(Dependency::Down(error.to_string())), None);
                     continue;
                 }
             },
         };
         match tokio::time::timeout(REQUEST_TIMEOUT, client.batch_execute("SELECT 1")).await {
             Ok(Ok(())) => {
-                board.probed(Some(Dependency::Up), None);
+                status.probed(Some(Dependency::Up), None);
                 session = Some(client);
             }
             Ok(Err(error)) => {
-                board.probed(Some(Dependency::Down(crate::postgres::describe(&error))), None);
+                status.probed(Some(Dependency::Down(crate::postgres::connection::describe(&error))), None);
             }
-            Err(_) => board.probed(Some(Dependency::Down("no answer in time".to_owned())), None),
+            Err(_) => status.probed(Some(Dependency::Down("no answer in time".to_owned())), None),
         }
     }
 }
 
-/// Returns once every partition's group offset has reached the end that it had at the start.
+/// Returns once every partition's committed offset has reached the end that it had at the start.
 async fn catch_up(
     group: &Group,
-    board: &Board,
+    status: &StatusRegistry,
     partitions: usize,
     options: RunOptions,
 ) -> Result<(), RunError> {
@@ -664,7 +630,7 @@ async fn catch_up(
         let (asked, wanted) = (group.clone(), all.clone());
         let answer = tokio::task::spawn_blocking(move || log_bounds(&asked, &wanted)).await;
         if let Ok(Ok(bounds)) = answer {
-            // An empty partition has nothing to be caught up with.
+            // An empty partition is already caught up.
             let targets = all.iter().copied().zip(bounds);
             break targets.filter(|(_, b)| b.end > b.start).map(|(p, b)| (p, b.end)).collect();
         }
@@ -675,9 +641,9 @@ async fn catch_up(
     let mut foreign_at = Instant::now() + FOREIGN_TICK;
     loop {
         tick.tick().await;
-        let assigned = board.partitions();
+        let assigned = status.partitions();
         targets.retain(|partition, target| {
-            // In a database that was restored or replaced, rows have yet to reach what was published.
+            // In a restored or replaced database, the rows may be behind what was published.
             let live = assigned.get(partition).filter(|status| matches!(status.phase, Phase::Live));
             let reached = live.and_then(|status| status.applied.min(status.published));
             reached.is_none_or(|reached| reached < *target)
@@ -704,7 +670,7 @@ async fn catch_up(
             |p: &Partition| assigned.get(p).is_some_and(|status| matches!(status.phase, Phase::Halted(_)));
         if targets.keys().all(halted) {
             return Err(RunError::Halted(format!(
-                "caught up, except for {} halted partition(s); payment-writer cursors show tells more",
+                "caught up, except for {} halted partition(s); see `payment-writer cursors show`",
                 targets.len()
             )));
         }

@@ -1,85 +1,89 @@
-//! Dead letters: which there are, and sending them to the input topic again, each once.
+//! Dead letters: listing them, and replaying each to the input topic at most once.
 //!
-//! A letter is *claimed* in the database by its place in the dead-letter topic, so nobody replays it a second
-//! time. Letters are claimed in chunks. A chunk is sent in one Kafka transaction of a producer with a fixed
-//! transactional id, and the same transaction commits the chunk's id, as a [mark](mark::Mark), to a consumer
-//! group of its own: the mark stands there exactly if the records stand in the input. Then the chunk is noted as
-//! sent. One chunk is under way at a time.
+//! A replay *claims* a dead letter in the database by its partition and offset in the dead-letter topic, so
+//! that no other replay sends it. Dead letters are claimed in chunks. Each chunk is sent in one Kafka
+//! transaction of a producer with a fixed transactional id. The same transaction commits an offset of a
+//! separate consumer group whose metadata names the chunk ([`RunMetadata`](run_metadata::RunMetadata)). The
+//! metadata is there if and only if the records are in the input topic. Then the chunk is recorded as sent.
+//! Only one chunk is in flight.
 //!
-//! A run begins by becoming the *owner* in the database, then by `init_transactions`, in this order. What an
-//! older run left open in Kafka is thereby aborted or completed, and neither in Kafka nor in the database can it
-//! do anything any more. Only then the mark is read, and what was claimed and not noted as sent is settled by it:
+//! A run first becomes the *owner* in the database and then calls `init_transactions`, in this order. This
+//! aborts or completes what an older run left open in Kafka, and the older run can change nothing more in
+//! Kafka or in the database. Only then does the run read the metadata and use it to resolve claimed chunks
+//! that are not recorded as sent:
 //!
-//! | the run ends | the mark names | the next run |
+//! | where the earlier run ends | the metadata names | the next run |
 //! | - | - | - |
-//! | before a claim | the run or chunk before | finds nothing |
-//! | after the claim, before or inside the transaction | what it named at the time of the claim | releases the claim: the letters can be chosen again |
-//! | with the commit sent and no answer | either, and no longer changes after `init_transactions` | goes by it |
-//! | after the commit, before it is noted | the chunk | notes it as sent |
-//! | after it is noted | the chunk | finds nothing |
-//! | not at all: it hangs, and another begins | either, and no longer changes | goes by it; the hung run finds itself fenced |
-//! | and the mark is lost (group deleted, expired, set by hand) | nothing, or something else | stops: a person says what became of the chunk |
+//! | before a claim | the previous run or chunk | finds nothing |
+//! | after the claim, before or inside the transaction | the same as when the chunk was claimed | releases the claim: the dead letters can be selected again |
+//! | after sending the commit, before the answer | either; final after `init_transactions` | decides by the metadata |
+//! | after the commit, before it is recorded | the chunk | records it as sent |
+//! | after it is recorded | the chunk | finds nothing |
+//! | it hangs while another run starts | either; final after `init_transactions` | decides by the metadata; the hung run is fenced |
+//! | any of these, and the metadata is lost (group deleted, expired, set by hand) | nothing, or something else | stops: the operator states whether the chunk was sent |
 //!
-//! Claims live in the database. A database that was restored to an older state has forgotten some: then the
-//! mark names a chunk that it does not know, and the next run stops.
+//! Claims live in the database. If the database was restored to an older state, the metadata names a chunk
+//! that the database does not have, and the next run stops.
 
-pub mod choice;
+pub mod eligibility;
+pub mod filter;
 pub mod letter;
-pub mod mark;
 pub mod reader;
-pub mod register;
 pub mod replay;
+pub mod replay_store;
+pub mod run_metadata;
 pub mod sender;
-pub mod tally;
-pub mod terms;
+pub mod summary;
 
-use crate::binding::BindingError;
-use crate::cli::{Exit, Failure};
+use crate::error::{CommandError, ErrorKind};
 use crate::kafka::scan::ScanError;
-use crate::schema::SchemaError;
+use crate::postgres::binding::BindingError;
+use crate::postgres::schema::SchemaError;
 
-/// Why a command on dead letters did not come to its end.
+/// Reasons for a dead-letter command to fail.
 #[derive(Debug, thiserror::Error)]
 pub enum DlqError {
     /// A topic cannot be read.
     #[error(transparent)]
     Scan(#[from] ScanError),
-    /// It is not known what to read.
+    /// The ranges to read cannot be determined.
     #[error(transparent)]
-    Ranges(#[from] choice::RangesError),
-    /// The database failed.
+    Ranges(#[from] filter::RangesError),
+    /// A database statement failed.
     #[error(transparent)]
     Database(#[from] SchemaError),
     /// Connecting to the database failed.
     #[error(transparent)]
-    Connect(#[from] crate::postgres::ConnectError),
-    /// The database is another group's or log's, or cannot say.
+    Connect(#[from] crate::postgres::connection::ConnectError),
+    /// The database belongs to another group or topic, or its binding cannot be read.
     #[error(transparent)]
     Binding(#[from] BindingError),
-    /// The brokers refused something, or did not answer in time.
+    /// The brokers returned an error or did not answer in time.
     #[error("{0}")]
     Kafka(String),
-    /// Another run has the lock.
+    /// Another run holds the advisory lock.
     #[error("another `dlq replay --apply` is under way")]
     Busy,
-    /// Another run began while this one went on.
-    #[error("another `dlq replay --apply` took over; what this one sent is known to it")]
+    /// Another run started while this one was running.
+    #[error("another `dlq replay --apply` took over; it knows what this one sent")]
     TakenOver,
-    /// A person has to decide.
+    /// The operator must state what happened to a chunk.
     #[error("{0}")]
-    Doubt(#[from] mark::Doubt),
-    /// The machine.
+    UnknownChunk(#[from] run_metadata::UnknownChunk),
+    /// The async runtime cannot be started.
     #[error("cannot start the runtime: {0}")]
     Runtime(#[from] std::io::Error),
 }
 
-impl From<DlqError> for Failure {
+impl From<DlqError> for CommandError {
     fn from(error: DlqError) -> Self {
-        let exit = match &error {
-            DlqError::Doubt(_) | DlqError::Binding(BindingError::Identity(_)) => Exit::PersonMustDecide,
-            DlqError::Ranges(choice::RangesError::Absent { .. }) => Exit::Usage,
-            _ => Exit::Failed,
+        let kind = match &error {
+            DlqError::UnknownChunk(_) | DlqError::Binding(BindingError::Identity(_)) => {
+                ErrorKind::PersonMustDecide
+            }
+            DlqError::Ranges(filter::RangesError::Absent { .. }) => ErrorKind::Usage,
+            _ => ErrorKind::Failed,
         };
-        Self { exit, message: error.to_string() }
+        Self { kind, message: error.to_string() }
     }
 }

@@ -1,19 +1,19 @@
-//! Places at which a test ends the process, or stops it like a machine that hangs. Compiled to nothing
-//! without the feature `failpoints`, which no release has.
+//! Points in the code at which a test kills or stops the process. Without the feature `failpoints`, which no
+//! release has, they compile to nothing.
 //!
-//! `PAYMENT_WRITER_FAILPOINT=name[:n[:stop]]` acts at the n-th hit (default: the first): the process is
-//! gone at once, as by SIGKILL; with `stop` it gets SIGSTOP and goes on with SIGCONT.
+//! `PAYMENT_WRITER_FAILPOINT=name[:n[:stop]]` acts at the n-th hit (default: the first): the process dies at
+//! once, as by SIGKILL; with `stop` it gets SIGSTOP and continues with SIGCONT.
 //!
-//! `PAYMENT_WRITER_WITHHOLD=items[:times[:partition]]` loses the first so many records or ends that a lane's reader delivers
-//! after each of the first `times` begins (default: 1) of every partition, or of this one: as if the reader had begun at
-//! a wrong position.
+//! `PAYMENT_WRITER_WITHHOLD=items[:times[:partition]]` drops the first `items` records or ends that a lane's
+//! reader delivers after each of the first `times` begins (default: 1) of every partition, or of this one, as
+//! if the reader had begun at a wrong position.
 
-/// A step was reached.
+/// Marks that the named step was reached.
 #[cfg(not(feature = "failpoints"))]
 #[inline(always)]
 pub fn hit(_: &'static str) {}
 
-/// A step was reached.
+/// Marks that the named step was reached.
 #[cfg(feature = "failpoints")]
 pub fn hit(name: &'static str) {
     use std::sync::LazyLock;
@@ -38,21 +38,21 @@ pub fn hit(name: &'static str) {
         return;
     }
     if point.stops {
-        // A shell's own `kill` is there on every machine, the program is not.
+        // Not every machine has the program `kill`; every shell has it built in.
         let stop = format!("kill -s STOP {}", std::process::id());
         let _ = std::process::Command::new("sh").args(["-c", &stop]).status();
     } else {
-        // SIGABRT without a handler: no thread runs on, nothing is closed or flushed by the process.
+        // SIGABRT without a handler: no thread continues, and the process closes or flushes nothing.
         std::process::abort();
     }
 }
 
-/// Partitions were begun: what [`withholds`] counts begins anew.
+/// Notes a begin of these partitions, which restarts the count of [`withholds`].
 #[cfg(not(feature = "failpoints"))]
 #[inline(always)]
 pub fn begun(_: impl Iterator<Item = i32>) {}
 
-/// Whether something that was fetched of this partition is to be lost.
+/// Whether to drop the next record or end of this partition.
 #[cfg(not(feature = "failpoints"))]
 #[inline(always)]
 pub fn withholds(_: i32) -> bool {
@@ -68,7 +68,7 @@ mod withholding {
         items: u64,
         times: u64,
         partition: Option<i32>,
-        /// Begins so far, and what is still to be lost after the last one.
+        /// Begins so far, and how many items are still to be dropped after the last one.
         counts: Mutex<HashMap<i32, (u64, u64)>>,
     }
 
@@ -81,7 +81,7 @@ mod withholding {
         Some(Withholding { items, times, partition, counts: Mutex::default() })
     });
 
-    /// Partitions were begun: what [`withholds`] counts begins anew.
+    /// Notes a begin of these partitions, which restarts the count of [`withholds`].
     pub fn begun(partitions: impl Iterator<Item = i32>) {
         let Some(point) = WITHHOLDING.as_ref() else { return };
         let mut counts = point.counts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -92,7 +92,7 @@ mod withholding {
         }
     }
 
-    /// Whether something that was fetched of this partition is to be lost.
+    /// Whether to drop the next record or end of this partition.
     pub fn withholds(partition: i32) -> bool {
         let Some(point) = WITHHOLDING.as_ref() else { return false };
         let mut counts = point.counts.lock().unwrap_or_else(PoisonError::into_inner);

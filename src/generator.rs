@@ -1,8 +1,7 @@
-//! Made-up payments for trying the daemon out: pure, seeded, and with a known right outcome for
-//! every record.
+//! Generates test payments. Pure and seeded; the correct outcome of every record is known.
 //!
-//! The same seed, settings and clock give the same records. With random ids (version 4) the clock
-//! does not show in keys and values.
+//! The same seed, settings and clock produce the same records. With version 4 ids, keys and values do not
+//! depend on the clock.
 
 mod bad;
 mod payment;
@@ -18,16 +17,16 @@ pub use bad::BadReason;
 pub use payment::{CURRENCIES, Payment};
 pub use tally::{Tally, TallyReport};
 
-/// How many earlier payments can be sent again. They take a few megabytes.
+/// Number of earlier payments that can be repeated; they take a few megabytes.
 const HISTORY_MAX: usize = 65_536;
 
-/// One payment in so many replaces one of the history, so that repeats come from near and far.
+/// One in this many new payments replaces a remembered one, so that repeats vary in distance.
 const HISTORY_REPLACE_ONE_IN: u32 = 4;
 
-/// One record in so many carries `correlation-id` and `traceparent`.
+/// One in this many records carries `correlation-id` and `traceparent`.
 const TRACED_ONE_IN: u32 = 100;
 
-/// Which message ids to make.
+/// Kind of message ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum IdKind {
     /// UUID of version 4: random
@@ -38,24 +37,24 @@ pub enum IdKind {
     Ulid,
 }
 
-/// What to make.
+/// Settings of the generator.
 #[derive(Clone, Debug)]
 pub struct GeneratorConfig {
-    /// The same seed, the same records.
+    /// Seed of the random numbers.
     pub seed: u64,
-    /// How many accounts share the payments.
+    /// Number of accounts.
     pub accounts: u64,
-    /// Share of records that send an earlier payment again.
+    /// Share of records that repeat an earlier payment.
     pub duplicates: f64,
-    /// Share of records that give an earlier message id to another amount.
+    /// Share of records that use an earlier message id with another amount.
     pub conflicts: f64,
     /// Share of records that must be dead-lettered.
     pub bad: f64,
-    /// Which kinds of bad records.
+    /// Kinds of bad records.
     pub bad_reasons: Vec<BadReason>,
-    /// Which message ids.
+    /// Kind of message ids.
     pub ids: IdKind,
-    /// Pads values to about so many bytes; `None` leaves them as they are, about 170.
+    /// Approximate size to pad values to; `None` leaves them at about 170 bytes.
     pub value_bytes: Option<usize>,
     /// `payment.types`
     pub types: Vec<String>,
@@ -65,30 +64,30 @@ pub struct GeneratorConfig {
     pub window: Duration,
 }
 
-/// What a record is, and with it what must become of it.
+/// Kind of a record, which determines its outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A new payment.
     Payment(Payment),
-    /// An earlier payment once more; `respelt` if its bytes are others.
+    /// A repeat of an earlier payment.
     Duplicate {
-        /// Other field order and number spelling.
+        /// Whether its bytes differ: other field order and number spelling.
         respelt: bool,
     },
     /// An earlier message id with another amount.
     Conflict,
-    /// A record that cannot be written.
+    /// A record that must be dead-lettered.
     Bad(BadReason),
 }
 
-/// One record; its buffers are used again for the next one.
+/// A generated record; its buffers are reused for the next one.
 #[derive(Clone, Debug)]
 pub struct Record {
-    /// What it is.
+    /// Kind of the record.
     pub kind: Kind,
     /// Milliseconds since 1970.
     pub timestamp_ms: i64,
-    /// Headers in order.
+    /// Headers, in order.
     pub headers: Vec<(&'static str, Vec<u8>)>,
     key: Vec<u8>,
     key_is_null: bool,
@@ -97,7 +96,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// A record to be filled by [`Generator::next_into`].
+    /// Creates an empty record to be filled by [`Generator::next_into`].
     pub fn empty() -> Self {
         Self {
             kind: Kind::Bad(BadReason::EmptyValue),
@@ -128,7 +127,7 @@ impl Record {
     }
 }
 
-/// Makes records without end.
+/// Endless generator of records.
 pub struct Generator {
     config: GeneratorConfig,
     rng: ChaCha8Rng,
@@ -138,13 +137,13 @@ pub struct Generator {
     duplicates_below: u32,
 }
 
-/// Shares become bounds for one draw of 32 bits.
+// Shares are compared with one 32-bit random number.
 fn bound(share: f64) -> u32 {
     (share.clamp(0.0, 1.0) * f64::from(u32::MAX)) as u32
 }
 
 impl Generator {
-    /// Begins at the first record of the seed.
+    /// Starts at the first record of the seed.
     pub fn new(config: GeneratorConfig) -> Self {
         let bad = if config.bad_reasons.is_empty() { 0.0 } else { config.bad };
         Self {
@@ -157,8 +156,8 @@ impl Generator {
         }
     }
 
-    /// Makes the next record, as of `now_ms`. While nothing was sent yet there is nothing to repeat,
-    /// and a new payment takes the place of a duplicate or conflict.
+    /// Generates the next record, as of `now_ms`. While there is nothing to repeat, duplicates and conflicts
+    /// are replaced by new payments.
     pub fn next_into(&mut self, now_ms: i64, record: &mut Record) {
         record.clear();
         record.timestamp_ms = now_ms;
@@ -205,7 +204,7 @@ impl Generator {
         let mut respelt = false;
         if one_in(&mut self.rng, 2) {
             let other = respell::respell(&earlier, &record.value, &mut self.rng);
-            // Another spelling may be longer, and must not become too long.
+            // The other spelling can be longer than allowed.
             if let Some(other) = other.filter(|other| other.len() <= self.config.value_bytes_max) {
                 record.value = other;
                 respelt = true;
@@ -250,7 +249,6 @@ fn one_in(rng: &mut ChaCha8Rng, times: u32) -> bool {
     below(rng, times) == 0
 }
 
-/// One of `choices`.
 fn pick<'a, T: ?Sized>(rng: &mut ChaCha8Rng, choices: &[&'a T]) -> Option<&'a T> {
     choices.get(below(rng, choices.len() as u32) as usize).copied()
 }

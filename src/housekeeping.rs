@@ -1,12 +1,14 @@
-//! Housekeeping: rotation and pruning of the idempotency generations, months of the payment tables.
+//! Housekeeping: rotates and prunes the idempotency generations and maintains the monthly partitions of the
+//! payment tables.
 //!
-//! One pass does all of it, in the daemon on its schedule or by `payment-writer prune`; an advisory lock makes
-//! it one pass at a time over all of them. Every step is a transaction of its own that leaves a state in
-//! `idempotency_generation`, so what a crash interrupts the next pass finishes. Nothing here is waited for by
-//! a writer for longer than [`generations::LOCK_TIMEOUT_MS`].
+//! One pass does all of it, in the daemon on schedule or with `payment-writer prune`; an advisory lock allows
+//! one pass at a time per database. Every step is its own transaction that stores a state in
+//! `idempotency_generation`, so the next pass finishes what a crash interrupted. A writer waits for
+//! housekeeping at most [`generations::LOCK_TIMEOUT_MS`] at a time.
 
 pub mod generations;
 pub mod horizon;
+mod pass_metrics;
 pub mod schedule;
 
 use std::fmt;
@@ -17,63 +19,63 @@ use tokio_postgres::Client;
 
 use self::generations::{Generation, State, Step};
 use self::horizon::{Hold, Horizon, PartitionTime, goes_at, horizon, log_time};
-use crate::binding;
-use crate::cli::Failure;
 use crate::config::Settings;
-use crate::cursor::{Decision, Mode};
+use crate::domain::cursor::{Decision, Mode};
+use crate::domain::record::{Partition, TimestampMs};
+use crate::error::CommandError;
 use crate::failpoint;
-use crate::kafka::peek::{Peeked, peek};
-use crate::metrics;
-use crate::record::{Partition, TimestampMs};
-use crate::schema::locks::{self, LockKey};
-use crate::schema::months::{self, MonthsReport};
-use crate::schema::{SchemaError, doing};
-use crate::settlement;
+use crate::kafka::timestamp_lookup::{FirstTimestamp, first_timestamps};
+use crate::postgres::binding;
+use crate::postgres::schema::locks::{self, LockKey};
+use crate::postgres::schema::months::{self, MonthsReport};
+use crate::postgres::schema::{SchemaError, doing};
+use crate::resolution;
+use crate::telemetry::metrics;
 
-/// A pass that leaves a generation that will be due within this time is not the last one for a week.
+/// A pass is incomplete if a generation can be dropped within this time.
 const DUE_SOON: Duration = Duration::from_secs(2 * 3_600);
-/// Reading one record of each partition that lags.
+/// Time limit for reading one record of each lagging partition.
 const PEEK_LIMIT: Duration = Duration::from_secs(15);
-/// A generation is left for a new one when it is this share of the window old: a weekly pass with a window of
-/// a week rotates every time, though it starts a little earlier than the week before.
+/// A generation is rotated when its age reaches this share of the window. With a weekly schedule and a window
+/// of one week, every pass rotates, even if it starts a little earlier than the week before.
 const ROTATE_AT: f64 = 6.0 / 7.0;
-/// Rows of the audit trail that are kept.
+/// Rows of `housekeeping_pass` that are kept.
 const PASSES_KEPT: i64 = 1_000;
 
-/// Why a pass did not come to its end. The next one goes on where it stopped.
+/// Why a pass did not finish. The next one continues where it stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum PassError {
     /// The database failed.
     #[error(transparent)]
     Database(#[from] SchemaError),
-    /// Connecting failed.
+    /// The database cannot be reached.
     #[error("{0}")]
-    Connect(#[from] crate::postgres::ConnectError),
-    /// The broker could not be asked, or a person must decide.
-    #[error("the positions in the log are not known, so nothing was pruned: {0}")]
-    Log(#[source] Failure),
+    Connect(#[from] crate::postgres::connection::ConnectError),
+    /// The broker could not be queried, or an operator must decide.
+    #[error("the horizon is unknown, so nothing was pruned: {0}")]
+    Log(#[source] CommandError),
 }
 
-/// What is done with one generation, and why.
+/// What a pass does with one generation, and why.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Verdict {
-    /// Claims go there.
+    /// Kept: batches write their claims to it.
     Current,
-    /// Waits for the next rotation.
+    /// Kept: created for the next rotation.
     Ready,
-    /// Dropped, or about to be in a dry run.
+    /// Dropped, or in a dry run to be dropped.
     Goes,
-    /// Its youngest record has not passed the horizon by the window: not before this.
+    /// Kept: its youngest record is within the window; it can be dropped when the horizon is past this time.
     TooYoung(TimestampMs),
-    /// The horizon is not known.
+    /// Kept: the horizon is unknown because of this partition.
     Held(Hold, Partition),
-    /// Not measured yet, as in a dry run after a rotation.
+    /// Kept: not measured yet, as in a dry run after a rotation.
     Unmeasured,
-    /// Another session uses its table.
+    /// Kept: another session uses its table.
     Locked(State),
 }
 
-/// A moment for people, to the second.
+/// Formats a time in seconds precision, for display.
 pub fn time(at: TimestampMs) -> String {
     jiff::Timestamp::from_millisecond(at.0).map_or_else(|_| at.0.to_string(), |t| format!("{t:.0}"))
 }
@@ -81,48 +83,48 @@ pub fn time(at: TimestampMs) -> String {
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Current => f.write_str("stays: claims go there"),
-            Self::Ready => f.write_str("stays: waits for the next rotation"),
+            Self::Current => f.write_str("stays: it is the current generation"),
+            Self::Ready => f.write_str("stays: it is ready for the next rotation"),
             Self::Goes => f.write_str("goes"),
             Self::TooYoung(at) => {
-                write!(f, "stays: may go when every partition is published beyond {}", time(*at))
+                write!(f, "stays: it can be dropped when every partition is published beyond {}", time(*at))
             }
             Self::Held(why, partition) => write!(f, "stays: partition {partition} {why}"),
             Self::Unmeasured => f.write_str("stays: its youngest record is not known yet"),
             Self::Locked(state) => {
-                write!(f, "stays, {state}: another session uses its table; the next pass goes on")
+                write!(f, "stays, {state}: another session uses its table; the next pass continues")
             }
         }
     }
 }
 
-/// What a pass did, or in a dry run would do.
+/// What a pass did, or would do in a dry run.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct PassReport {
-    /// Another pass was under way; this one did nothing.
+    /// Another pass was running; this one did nothing.
     pub is_busy: bool,
-    /// Nothing was changed.
+    /// Dry run: nothing was changed.
     pub is_dry_run: bool,
     /// Number of the new current generation.
     pub rotated_to: Option<i64>,
-    /// The current generation is old enough, but batches held the lock all the time, or it is a dry run.
+    /// A rotation is due, but the lock could not be taken, or this is a dry run.
     pub rotation_waits: bool,
     /// Each generation as it was, and what was decided.
     pub generations: Vec<(Generation, Verdict)>,
-    /// The horizon; `None` when there was no older generation to hold against it.
+    /// The horizon and the slowest partition; `None` if the horizon was not needed or is unknown.
     pub horizon: Option<(TimestampMs, Option<Partition>)>,
-    /// Months of the payment tables.
+    /// What was done with the monthly partitions of the payment tables.
     pub months: MonthsReport,
-    /// Why the months could not be seen to. Nothing else waits for them.
+    /// Why maintaining the monthly partitions failed. Other steps do not depend on it.
     pub months_error: Option<String>,
     /// In a dry run, rows in the payment tables' default partitions, counted up to a limit.
     pub default_rows: i64,
-    /// How long it took.
+    /// Duration of the pass.
     pub took: Duration,
 }
 
 impl PassReport {
-    /// Whether a later try could do more before the next scheduled pass.
+    /// Whether the pass left nothing that a retry before the next scheduled pass could do.
     pub fn is_complete(&self) -> bool {
         let soon = i64::try_from(DUE_SOON.as_millis()).unwrap_or(i64::MAX);
         let waits = |v: &Verdict| match v {
@@ -137,7 +139,7 @@ impl PassReport {
             && !self.generations.iter().any(|(_, verdict)| waits(verdict))
     }
 
-    /// The generations that went, or would go.
+    /// The generations that were dropped, or would be dropped.
     pub fn gone(&self) -> impl Iterator<Item = &Generation> {
         self.generations.iter().filter(|(_, v)| *v == Verdict::Goes).map(|(g, _)| g)
     }
@@ -160,23 +162,24 @@ impl PassReport {
     }
 }
 
-/// Log time of every partition, from both cursors and the log itself.
+/// Log time of every partition, from both cursors and the log.
 ///
 /// # Errors
-/// When the broker or the database cannot be asked, or an identity is in doubt.
-pub async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, PartitionTime)>, Failure> {
-    let view = settlement::view(settings).await?;
+/// If the broker or the database cannot be queried, or if the topic, database or group is not the expected
+/// one.
+pub async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, PartitionTime)>, CommandError> {
+    let view = resolution::view(settings).await?;
     let (client, _driver) = settings
         .postgres
         .url
         .endpoint()
         .connect()
         .await
-        .map_err(|error| Failure::failed(error.to_string()))?;
-    // Another cluster or group would make up a horizon that says nothing of this database.
+        .map_err(|error| CommandError::failed(error.to_string()))?;
+    // The horizon of another cluster or group would be wrong for this database.
     binding::is_bound_to(&client, &settings.kafka.group_id, view.identity.topic_id, settings.kafka.publish)
         .await
-        .map_err(|error| Failure::person_must_decide(error.to_string()))?;
+        .map_err(|error| CommandError::person_must_decide(error.to_string()))?;
     let mode = Mode { publishes: settings.kafka.publish, adopts_database: false };
     let (mut times, mut positions) = (Vec::new(), Vec::new());
     for (index, known) in view.known.iter().enumerate() {
@@ -187,24 +190,28 @@ pub async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, Part
                 positions.push((partition, start.from, row.and_then(|row| row.applied_timestamp)));
             }
             Some(Decision::Prove { from }) => positions.push((partition, from, None)),
-            Some(Decision::Halt(doubt)) => {
-                times.push((partition, PartitionTime::Unknown(Hold::Halted(doubt))))
+            Some(Decision::Halt(reason)) => {
+                times.push((partition, PartitionTime::Unknown(Hold::Halted(reason))))
             }
-            Some(Decision::Stop(doubt)) => return Err(Failure::person_must_decide(doubt.to_string())),
+            Some(Decision::Stop(mismatch)) => {
+                return Err(CommandError::person_must_decide(mismatch.to_string()));
+            }
             None => {}
         }
     }
     let wanted: Vec<_> = positions.iter().map(|(partition, position, _)| (*partition, *position)).collect();
     let kafka = settings.kafka.clone();
-    let peeked = tokio::task::spawn_blocking(move || peek(&kafka, &kafka.input_topic, &wanted, PEEK_LIMIT))
-        .await
-        .map_err(|error| Failure::failed(error.to_string()))?
-        .map_err(|error| Failure::failed(format!("reading records at the cursors: {error}")))?;
+    let timestamps = tokio::task::spawn_blocking(move || {
+        first_timestamps(&kafka, &kafka.input_topic, &wanted, PEEK_LIMIT)
+    })
+    .await
+    .map_err(|error| CommandError::failed(error.to_string()))?
+    .map_err(|error| CommandError::failed(format!("reading records at the cursors: {error}")))?;
     for (partition, _, before) in positions {
-        let time = match peeked.get(&partition) {
+        let time = match timestamps.get(&partition) {
             None => PartitionTime::Unknown(Hold::Unread),
-            Some(Peeked::End) => PartitionTime::CaughtUp,
-            Some(Peeked::Record(at)) => match log_time(before, *at) {
+            Some(FirstTimestamp::End) => PartitionTime::CaughtUp,
+            Some(FirstTimestamp::Record(at)) => match log_time(before, *at) {
                 Some(at) => PartitionTime::At(at),
                 None => PartitionTime::Unknown(Hold::NoTimestamp),
             },
@@ -215,7 +222,8 @@ pub async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, Part
     Ok(times)
 }
 
-/// Now, by the earlier of the database's clock and ours: a clock that is ahead must not let anything go early.
+/// The earlier of the database's and this machine's clocks: a clock that is ahead must not cause an early
+/// drop.
 async fn now(client: &Client) -> Result<TimestampMs, SchemaError> {
     let theirs: i64 = client
         .query_one("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint", &[])
@@ -225,23 +233,23 @@ async fn now(client: &Client) -> Result<TimestampMs, SchemaError> {
     Ok(TimestampMs(theirs).min(metrics::now()))
 }
 
-/// The horizon as it stands.
+/// The current horizon.
 ///
 /// # Errors
-/// As [`partition_times`], and when the database cannot be asked for the time.
+/// As [`partition_times`], and if the database's clock cannot be read.
 pub async fn current_horizon(client: &Client, settings: &Settings) -> Result<Horizon, PassError> {
     let now = now(client).await?;
     let times = partition_times(settings).await.map_err(PassError::Log)?;
     Ok(horizon(now, &times))
 }
 
-/// One pass: finishes what an earlier one left, rotates, prunes, and sees to the months.
+/// Runs one pass: finishes an earlier one, rotates, prunes, and maintains the monthly partitions.
 ///
 /// # Errors
-/// See [`PassError`]. What was done until then is done; the next pass goes on from there.
+/// See [`PassError`]. Steps done until then stay done; the next pass continues from there.
 pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, PassError> {
     let (mut client, _driver) = settings.postgres.housekeeping_url.endpoint().connect().await?;
-    crate::schema::check(&client).await?;
+    crate::postgres::schema::check(&client).await?;
     let began = (Instant::now(), SystemTime::now());
     let locked: bool = client
         .query_one("SELECT pg_try_advisory_lock($1, $2)", &[&locks::CLASS, &LockKey::Prune.number()])
@@ -251,7 +259,7 @@ pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, P
     if !locked {
         return Ok(PassReport { is_busy: true, is_dry_run, ..PassReport::default() });
     }
-    // Released with the session, however this ends.
+    // The lock is released when the session ends.
     let mut report = PassReport { is_dry_run, ..PassReport::default() };
     if is_dry_run {
         report.default_rows = months::default_rows(&client).await?;
@@ -261,12 +269,12 @@ pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, P
     }
     make_ready(&client).await?;
     rotate_when_due(&client, settings, &mut report).await?;
-    // Ahead of time: the next rotation is to be a flip of a row, whenever it comes.
+    // In advance, so that the next rotation only has to update rows.
     make_ready(&client).await?;
     measure_closed(&mut client).await?;
     let weighed = weigh(&client, settings, &mut report).await;
     if weighed.is_err() {
-        // What an earlier pass began needs no horizon any more.
+        // Generations that an earlier pass retired can be removed without the horizon.
         report.generations = begun(&client).await?;
     }
     remove(&client, &mut report.generations).await?;
@@ -322,7 +330,7 @@ async fn rotate_when_due(
     let is_empty = client
         .query_one(&format!("SELECT NOT EXISTS (SELECT FROM payment_writer.idempotency_g{current})"), &[])
         .await
-        .map_err(doing("cannot look into the current generation"))?
+        .map_err(doing("cannot read the current generation"))?
         .get(0);
     if is_empty {
         return Ok(());
@@ -345,7 +353,7 @@ async fn measure_closed(client: &mut Client) -> Result<(), SchemaError> {
     Ok(())
 }
 
-/// Decides about each generation, and changes nothing.
+/// Decides about each generation without changing anything.
 async fn weigh(client: &Client, settings: &Settings, report: &mut PassReport) -> Result<(), PassError> {
     let window = settings.idempotency.window;
     let generations = generations::list(client).await?;

@@ -1,4 +1,5 @@
-//! payment-writer: payments from Kafka to Postgres, exactly once, and their events back to Kafka.
+//! payment-writer writes payments from Kafka to Postgres exactly once, and publishes their events to Kafka
+//! exactly once.
 #![cfg_attr(
     test,
     allow(
@@ -10,36 +11,38 @@
     )
 )]
 
-pub mod admin;
-pub mod audit;
-pub mod batch;
-pub mod binding;
-pub mod cli;
-pub mod columns;
-pub mod config;
-pub mod cursor;
-pub mod daemon;
-pub mod disposition;
-pub mod dlq;
+// Ordered from the bottom layer to the top: a module may use only those before it in this list
+// (tests/layers).
+
 pub mod failpoint;
-pub mod generator;
-pub mod housekeeping;
-pub mod intake;
+
+/// Payments, records and their outcomes, without I/O.
+pub mod domain;
+
+pub mod config;
+pub mod error;
+
+pub mod ports;
+
+pub mod telemetry;
+
 pub mod kafka;
-pub mod kafka_client;
-pub mod lane;
-pub mod ledger;
-pub mod logging;
-pub mod metrics;
-pub mod payment;
 pub mod postgres;
-pub mod publication;
-pub mod rebuild;
+
+pub mod lane;
+
+pub mod dlq;
+pub mod resolution;
+
+pub mod housekeeping;
 pub mod reconcile;
-pub mod record;
-pub mod schema;
-pub mod settlement;
-pub mod status;
+
+pub mod audit;
+
+pub mod admin;
+pub mod daemon;
+pub mod generator;
+pub mod rebuild;
 pub mod top;
-pub mod trace;
-pub mod wire;
+
+pub mod cli;

@@ -1,4 +1,4 @@
-//! The program: parse the command line, do it, exit.
+//! The payment-writer program: parses the command line, runs the command, exits.
 
 mod allocator;
 

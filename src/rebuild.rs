@@ -1,6 +1,6 @@
-//! `rebuild`: writes the rows of the whole log into a second database, by the daemon's own machinery, and proves
-//! it equal to the first. No event is sent: the second database belongs to a group of its own that writes rows
-//! only, until somebody lets the real group adopt it.
+//! `rebuild`: writes the rows of the whole log into a second database with the daemon's own pipeline, and
+//! compares it with the first. No events are sent: the second database belongs to a separate group that only
+//! writes rows, until the operator lets the real group adopt it.
 
 mod compare;
 
@@ -14,37 +14,37 @@ use tokio::sync::watch;
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use crate::binding::{self, BindingError};
-use crate::cli::Failure;
 use crate::config::{PostgresUrl, Settings};
 use crate::daemon::{self, RunError, RunOptions};
+use crate::domain::record::{NextOffset, Partition};
+use crate::error::CommandError;
 use crate::kafka::scan::ScanRange;
-use crate::postgres::describe;
+use crate::postgres::binding::{self, BindingError};
+use crate::postgres::connection::describe;
+use crate::postgres::schema::{self, SchemaError};
 use crate::reconcile::Progress;
-use crate::record::{NextOffset, Partition};
-use crate::schema::{self, SchemaError};
-use crate::settlement::{self, View};
-use crate::status::Board;
+use crate::resolution::{self, View};
+use crate::telemetry::status::StatusRegistry;
 
 pub use self::compare::Comparison;
 
 const PROGRESS_TICK: Duration = Duration::from_millis(200);
-/// `cursor_audit` keeps under this where the log began for the second database.
+/// Command name in `cursor_audit` of the entries that record the start of the log for the second database.
 const AUDIT_COMMAND: &str = "rebuild";
 
-/// What is to be done.
+/// Options of a rebuild.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// The second database.
+    /// Second database.
     pub into: PostgresUrl,
-    /// Write nothing; compare what an earlier rebuild wrote.
+    /// Only compare what an earlier rebuild wrote.
     pub is_compare_only: bool,
-    /// Differences that are named.
+    /// Maximum number of differences to list.
     pub limit: usize,
 }
 
-/// The settings under which the second database is written: another group, rows only, nothing ever pruned, so
-/// that every id of the log is known to the end.
+/// Settings for the second database: another group, rows only, and no pruning, so that every message id of
+/// the log stays known to the end.
 fn settings_for(settings: &Settings, into: &PostgresUrl, database_id: Uuid) -> Settings {
     let mut settings = settings.clone();
     settings.postgres.url = into.clone();
@@ -54,23 +54,23 @@ fn settings_for(settings: &Settings, into: &PostgresUrl, database_id: Uuid) -> S
         format!("{}-rebuild-{:08x}", settings.kafka.group_id, database_id.as_fields().0);
     settings.idempotency.prune_schedule = None;
     settings.retention.payment_months = None;
-    // Both databases are compared as a whole.
+    // Both databases are compared completely.
     settings.audit.share = 0.0;
     settings
 }
 
-/// Rebuilds, as far as that is still to be done, and compares.
+/// Completes the rebuild where needed, and compares.
 ///
 /// # Errors
-/// When the second database is the first one, or holds what no rebuild of this group wrote; when one of the two,
-/// or the log, cannot be read; when it was stopped before its end (it goes on when started again).
+/// If the second database is the first one, or has rows that no rebuild of this group wrote; if a database or
+/// the log cannot be read; if the rebuild was stopped early (running it again continues it).
 pub fn rebuild(
     settings: &Settings,
     runtime: &Handle,
     wanted: &Wanted,
     progress: &Progress,
-) -> Result<Comparison, Failure> {
-    let view = runtime.block_on(settlement::view(settings))?;
+) -> Result<Comparison, CommandError> {
+    let view = runtime.block_on(resolution::view(settings))?;
     let target = runtime.block_on(prepare(settings, wanted, &view))?;
     let rebuilding = settings_for(settings, &wanted.into, target);
     if !wanted.is_compare_only {
@@ -80,21 +80,21 @@ pub fn rebuild(
     compare::compare(settings, &rebuilding, runtime, &view, &starts, wanted.limit, progress)
 }
 
-async fn open(url: &PostgresUrl) -> Result<Client, Failure> {
-    let (client, _) = url.endpoint().connect().await.map_err(|e| Failure::failed(e.to_string()))?;
+async fn open(url: &PostgresUrl) -> Result<Client, CommandError> {
+    let (client, _) = url.endpoint().connect().await.map_err(|e| CommandError::failed(e.to_string()))?;
     Ok(client)
 }
 
-fn database(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> Failure {
-    move |error| Failure::failed(format!("{doing}: {}", describe(&error)))
+fn database(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> CommandError {
+    move |error| CommandError::failed(format!("{doing}: {}", describe(&error)))
 }
 
-fn schema_failed(error: SchemaError) -> Failure {
-    Failure::failed(format!("the second database: {error}"))
+fn schema_failed(error: SchemaError) -> CommandError {
+    CommandError::failed(format!("the second database: {error}"))
 }
 
-/// Makes sure that the second database may be written, and brings its schema up to date. Returns its id.
-async fn prepare(settings: &Settings, wanted: &Wanted, view: &View) -> Result<Uuid, Failure> {
+/// Checks that the second database may be written, and migrates its schema. Returns its id.
+async fn prepare(settings: &Settings, wanted: &Wanted, view: &View) -> Result<Uuid, CommandError> {
     let first = open(&settings.postgres.url).await?;
     binding::is_bound_to(&first, &settings.kafka.group_id, view.identity.topic_id, settings.kafka.publish)
         .await
@@ -102,11 +102,11 @@ async fn prepare(settings: &Settings, wanted: &Wanted, view: &View) -> Result<Uu
     let mut second = open(&wanted.into).await?;
     let is_there = schema::status(&second).await.map_err(schema_failed)?.version().is_some();
     if is_there {
-        // Before anything is changed there.
+        // Check before changing anything.
         refuse_other(&second, settings, wanted, view).await?;
     } else if wanted.is_compare_only {
-        return Err(Failure::failed(
-            "the second database has no payment-writer schema: nothing was rebuilt there",
+        return Err(CommandError::failed(
+            "the second database has no payment-writer schema: no rebuild has written to it",
         ));
     }
     if !wanted.is_compare_only {
@@ -116,24 +116,24 @@ async fn prepare(settings: &Settings, wanted: &Wanted, view: &View) -> Result<Uu
     refuse_other(&second, settings, wanted, view).await
 }
 
-fn identity(error: BindingError) -> Failure {
+fn identity(error: BindingError) -> CommandError {
     match error {
-        BindingError::Database(_) => Failure::failed(error.to_string()),
-        BindingError::Identity(doubt) => Failure::person_must_decide(doubt.to_string()),
+        BindingError::Database(_) => CommandError::failed(error.to_string()),
+        BindingError::Identity(mismatch) => CommandError::person_must_decide(mismatch.to_string()),
     }
 }
 
-/// Refuses the first database, a copy of it, and a database with anybody else's rows.
+/// Refuses the first database, a copy of it, and a database with rows that this rebuild did not write.
 async fn refuse_other(
     second: &Client,
     settings: &Settings,
     wanted: &Wanted,
     view: &View,
-) -> Result<Uuid, Failure> {
+) -> Result<Uuid, CommandError> {
     let id = binding::database_id(second).await.map_err(database("asking the second database for its id"))?;
     if id == view.identity.database_id {
-        return Err(Failure::usage(format!(
-            "--into leads to the database {id} that the group writes to, or to a copy of it; it must lead to an \
+        return Err(CommandError::usage(format!(
+            "--into names the database {id} that the group writes to, or a copy of it; it must name an \
              empty one"
         )));
     }
@@ -159,15 +159,15 @@ async fn refuse_other(
         .map_err(database("looking for rows in the second database"))?
         .get(0);
     if has_rows {
-        return Err(Failure::usage(
+        return Err(CommandError::usage(
             "the second database has rows, and no rebuild wrote them; it must be empty",
         ));
     }
     Ok(id)
 }
 
-/// Notes where the log begins, unless an earlier start did, and writes all that is in it now.
-async fn run(rebuilding: &Settings, view: &View, progress: &Progress) -> Result<(), Failure> {
+/// Records the start of the log, unless an earlier run did, and writes all records up to the current end.
+async fn run(rebuilding: &Settings, view: &View, progress: &Progress) -> Result<(), CommandError> {
     let second = open(&rebuilding.postgres.url).await?;
     for known in &view.known {
         second
@@ -190,7 +190,7 @@ async fn run(rebuilding: &Settings, view: &View, progress: &Progress) -> Result<
     let (stop, stopped) = watch::channel(false);
     let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
     let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
-        return Err(Failure::failed("cannot listen for SIGTERM and SIGINT"));
+        return Err(CommandError::failed("cannot listen for SIGTERM and SIGINT"));
     };
     let listening = tokio::spawn(async move {
         tokio::select! {
@@ -199,37 +199,37 @@ async fn run(rebuilding: &Settings, view: &View, progress: &Progress) -> Result<
         }
         stop.send_replace(true);
     });
-    let board = Arc::new(Board::default());
+    let status = Arc::new(StatusRegistry::default());
     let options = RunOptions { until_caught_up: true, adopt_database: false };
     progress.say("rebuilding");
     let ended = tokio::select! {
-        ended = daemon::run(rebuilding, options, Arc::clone(&board), None, stopped.clone()) => ended,
-        () = show(&board, view, progress) => Ok(()),
+        ended = daemon::run(rebuilding, options, Arc::clone(&status), None, stopped.clone()) => ended,
+        () = show(&status, view, progress) => Ok(()),
     };
     let is_stopped = *stopped.borrow();
     listening.abort();
     match ended {
         Ok(()) if is_stopped => {
-            Err(Failure::failed("stopped before the end; the same command goes on where it was"))
+            Err(CommandError::failed("stopped before the end; run the same command again to continue"))
         }
         Ok(()) => Ok(()),
-        Err(RunError::Halted(message)) => Err(Failure::person_must_decide(format!(
-            "the rebuild cannot go on, as when records left the log meanwhile: {message}; empty the second database \
-             and start again"
+        Err(RunError::Halted(message)) => Err(CommandError::person_must_decide(format!(
+            "the rebuild cannot continue, for example because records left the log: {message}; empty the \
+             second database and start again"
         ))),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Shows how far the rows are. Never returns.
-async fn show(board: &Board, view: &View, progress: &Progress) {
+/// Shows the progress of the rows. Never returns.
+async fn show(status: &StatusRegistry, view: &View, progress: &Progress) {
     let starts: BTreeMap<Partition, NextOffset> =
         view.known.iter().map(|known| (known.partition, known.bounds.start)).collect();
     let ends: i64 = view.known.iter().map(|k| k.bounds.end.0.saturating_sub(k.bounds.start.0)).sum();
     progress.more(ends.unsigned_abs());
     loop {
         tokio::time::sleep(PROGRESS_TICK).await;
-        let written: i64 = board
+        let written: i64 = status
             .partitions()
             .iter()
             .filter_map(|(partition, status)| Some(status.applied?.0 - starts.get(partition)?.0))
@@ -239,8 +239,8 @@ async fn show(board: &Board, view: &View, progress: &Progress) {
     }
 }
 
-/// Where the log began for each partition when its rebuild did.
-async fn starts(rebuilding: &Settings, view: &View) -> Result<BTreeMap<Partition, NextOffset>, Failure> {
+/// Start of the log per partition at the time when the rebuild started.
+async fn starts(rebuilding: &Settings, view: &View) -> Result<BTreeMap<Partition, NextOffset>, CommandError> {
     const DOING: &str = "asking where the rebuild began";
     let second = open(&rebuilding.postgres.url).await?;
     let rows = second
@@ -259,7 +259,7 @@ async fn starts(rebuilding: &Settings, view: &View) -> Result<BTreeMap<Partition
         .collect()
 }
 
-/// Of each partition what both databases have written.
+/// Range of each partition that both databases have written.
 fn ranges(
     starts: &BTreeMap<Partition, NextOffset>,
     first: &BTreeMap<Partition, NextOffset>,

@@ -1,19 +1,19 @@
-//! `reconcile`: compares the log with the rows and the events, from outside, beside a working daemon.
+//! `reconcile`: compares the log with rows and events, from outside, while the daemon runs.
 //!
-//! Both cursors are read first. What lies below them is settled: rows below `applied` are committed, and what the
-//! group's offset covers was committed to the outputs with it. So everything read later has it, and what is
-//! beyond is not looked at. The log is worked off in slices whose records fit into memory, each in three passes:
-//! log, rows, outputs. Everything here blocks; the database is asked through a handle of the runtime.
+//! Both cursors are read first. Records below them are final: rows below `applied` are committed, and outputs
+//! covered by the group's offset were committed in the same transaction. Everything read later contains them,
+//! and records beyond the cursors are ignored. The log is processed in slices that fit into memory, each in
+//! three passes: log, rows, outputs. All calls block; database calls use a handle of the runtime.
 
-mod cut;
 pub(crate) mod database;
 mod hash;
 pub(crate) mod judge;
 mod log;
 mod outputs;
+mod range;
+mod recheck;
 mod report;
 mod sums;
-mod suspects;
 pub(crate) mod table;
 
 use std::collections::{HashMap, HashSet};
@@ -22,124 +22,124 @@ use indicatif::ProgressBar;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use self::cut::{settled_up_to, slices};
 use self::database::Database;
 use self::judge::{Outcome, judge, refused_by_other_settings};
 use self::log::{Circumstances, Gathered};
 use self::outputs::{Counted, Outputs};
-use self::suspects::{Evidence, Identified, Place, Suspects};
+use self::range::{settled_up_to, slices};
+use self::recheck::{Evidence, Identified, Place, Suspects};
 use self::table::{ENTRY_BYTES, Placed, Table};
-use crate::binding::{self, BindingError};
-use crate::cli::Failure;
-use crate::columns::from_postgres_timestamp;
 use crate::config::Settings;
-use crate::cursor::{Decision, LogBounds, Mode};
-use crate::daemon::rules;
+use crate::domain::columns::from_postgres_timestamp;
+use crate::domain::cursor::{Decision, LogBounds, Mode};
+use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
+use crate::domain::wire::Rules;
+use crate::error::CommandError;
 use crate::kafka::scan::{ScanRange, Scanner};
-use crate::record::{NextOffset, Offset, Partition, TimestampMs};
-use crate::settlement::{self, View};
-use crate::wire::Rules;
+use crate::postgres::binding::{self, BindingError};
+use crate::resolution::{self, View};
 
-pub(crate) use self::cut::Exempt;
 pub use self::hash::java_partition_hash;
 pub(crate) use self::outputs::source_place;
+pub(crate) use self::range::Exempt;
 pub use self::report::{Compared, Finding, Findings, Report};
 pub use self::sums::{Sum, Sums};
 
-/// A slice is tried again when records leave a topic, or a generation of claims the database, while it is read.
+/// A slice is retried if records leave a topic, or a generation of claims is dropped, while it is read.
 const TRIES_MAX: u32 = 3;
 
-/// What is to be compared.
+/// Options of a comparison.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Wanted {
     /// Only these partitions; all if empty.
     pub partitions: Vec<Partition>,
-    /// Not before this offset.
+    /// First offset to compare.
     pub from: Option<NextOffset>,
-    /// Only before this offset.
+    /// Offset before which to stop.
     pub to: Option<NextOffset>,
-    /// Of each partition not before the first record of this time or later.
+    /// Start each partition at its first record with this timestamp or later.
     pub since: Option<TimestampMs>,
-    /// Of each partition only before the first record of this time or later.
+    /// Stop each partition at its first record with this timestamp or later.
     pub until: Option<TimestampMs>,
-    /// Bytes that the records of a slice may take.
+    /// Maximum memory for the records of a slice, in bytes.
     pub memory_bytes: usize,
-    /// Findings that are named.
+    /// Maximum number of findings to list.
     pub limit: usize,
-    /// Whether to look for rows that belong to no payment.
+    /// Whether to look for rows without a payment.
     pub looks_for_orphans: bool,
 }
 
-/// How far a comparison is, for whoever waits.
+/// Progress of a comparison, shown to the user.
 pub struct Progress(ProgressBar);
 
 impl Progress {
-    /// Shown on this bar.
+    /// Creates a progress display on this bar.
     pub fn on(bar: ProgressBar) -> Self {
         Self(bar)
     }
 
-    /// So much more is to be done.
+    /// Adds to the total amount of work.
     pub(crate) fn more(&self, length: u64) {
         self.0.inc_length(length);
     }
 
-    /// So much more is done.
+    /// Adds to the completed work.
     pub(crate) fn advance(&self, count: u64) {
         self.0.inc(count);
     }
 
-    /// So much is done.
+    /// Sets the completed work.
     pub(crate) fn at(&self, position: u64) {
         self.0.set_position(position);
     }
 
-    /// What is being done.
+    /// Sets the name of the current step.
     pub(crate) fn say(&self, what: &'static str) {
         self.0.set_message(what);
     }
 }
 
-/// Why a slice could not be compared.
+/// Reasons why a slice could not be compared.
 #[derive(Debug)]
 enum Fault {
-    /// A topic could not be read; perhaps what was to be read is gone, and another try knows.
+    /// A topic could not be read, for example because of retention; a retry may succeed.
     Scan(String),
     /// Claims were dropped while they were looked up.
     Pruned,
-    /// Anything else.
-    Failed(Failure),
+    /// Any other failure; not retried.
+    Failed(CommandError),
 }
 
-impl From<Failure> for Fault {
-    fn from(failure: Failure) -> Self {
+impl From<CommandError> for Fault {
+    fn from(failure: CommandError) -> Self {
         Self::Failed(failure)
     }
 }
 
-impl From<Fault> for Failure {
+impl From<Fault> for CommandError {
     fn from(fault: Fault) -> Self {
         match fault {
             Fault::Scan(message) => Self::failed(message),
-            Fault::Pruned => Self::failed("generations of idempotency are dropped all the time"),
+            Fault::Pruned => Self::failed("generations of idempotency were dropped on every try"),
             Fault::Failed(failure) => failure,
         }
     }
 }
 
-/// Compares.
+/// Runs the comparison.
 ///
 /// # Errors
-/// When one of the three cannot be read; when group, topic and database do not belong together (exit code 3).
+/// If the log, the database or the outputs cannot be read, or if group, topic and database do not belong
+/// together (exit code 3).
 pub fn reconcile(
     settings: &Settings,
     runtime: &Handle,
     wanted: &Wanted,
     progress: &Progress,
-) -> Result<Report, Failure> {
+) -> Result<Report, CommandError> {
     progress.say("cursors");
-    // First of all: see above.
-    let view = runtime.block_on(settlement::view(settings))?;
+    // The cursors must be read before everything else; see the module comment.
+    let view = runtime.block_on(resolution::view(settings))?;
     let session = Comparison::open(settings, runtime, wanted, progress, &view)?;
     session.compare(&view)
 }
@@ -163,14 +163,14 @@ impl<'a> Comparison<'a> {
         wanted: &'a Wanted,
         progress: &'a Progress,
         view: &View,
-    ) -> Result<Self, Failure> {
+    ) -> Result<Self, CommandError> {
         let kafka = &settings.kafka;
         let database = Database::open(runtime, settings.postgres.url.endpoint())?;
         let bound =
             binding::is_bound_to(database.client(), &kafka.group_id, view.identity.topic_id, kafka.publish);
         runtime.block_on(bound).map_err(|error| match error {
-            BindingError::Database(_) => Failure::failed(error.to_string()),
-            BindingError::Identity(doubt) => Failure::person_must_decide(doubt.to_string()),
+            BindingError::Database(_) => CommandError::failed(error.to_string()),
+            BindingError::Identity(mismatch) => CommandError::person_must_decide(mismatch.to_string()),
         })?;
         let exempt = Exempt::of(&database.skips(view.identity.topic_id)?);
         let archived_before = match settings.retention.payment_months {
@@ -181,12 +181,13 @@ impl<'a> Comparison<'a> {
             true => Some(Outputs::open(kafka, view.identity.topic_id)?),
             false => None,
         };
-        let scanner = Scanner::new(kafka, &kafka.input_topic).map_err(|e| Failure::failed(e.to_string()))?;
-        let rules = rules(settings);
+        let scanner =
+            Scanner::new(kafka, &kafka.input_topic).map_err(|e| CommandError::failed(e.to_string()))?;
+        let rules = settings.rules();
         Ok(Self { settings, wanted, progress, database, scanner, outputs, rules, exempt, archived_before })
     }
 
-    fn compare(self, view: &View) -> Result<Report, Failure> {
+    fn compare(self, view: &View) -> Result<Report, CommandError> {
         let mut report = self.empty();
         let ranges = self.ranges(view, &mut report)?;
         let offsets_max = (self.wanted.memory_bytes / ENTRY_BYTES).min(log::UNCLAIMED_MAX);
@@ -221,26 +222,30 @@ impl<'a> Comparison<'a> {
         )
     }
 
-    fn ranges(&self, view: &View, report: &mut Report) -> Result<Vec<ScanRange>, Failure> {
+    fn ranges(&self, view: &View, report: &mut Report) -> Result<Vec<ScanRange>, CommandError> {
         let wanted = self.wanted;
         let publishes = self.settings.kafka.publish;
         let mode = Mode { publishes, adopts_database: false };
         let all: Vec<Partition> = view.known.iter().map(|known| known.partition).collect();
         if let Some(unknown) = wanted.partitions.iter().find(|p| !all.contains(p)) {
             let topic = &self.settings.kafka.input_topic;
-            return Err(Failure::usage(format!("{topic} has no partition {unknown}")));
+            return Err(CommandError::usage(format!("{topic} has no partition {unknown}")));
         }
         let asked = |time: Option<TimestampMs>| match time {
-            Some(time) => {
-                self.scanner.positions_at(&all, time).map(Some).map_err(|e| Failure::failed(e.to_string()))
-            }
+            Some(time) => self
+                .scanner
+                .positions_at(&all, time)
+                .map(Some)
+                .map_err(|e| CommandError::failed(e.to_string())),
             None => Ok(None),
         };
         let (since, until) = (asked(wanted.since)?, asked(wanted.until)?);
         let mut ranges = Vec::new();
         for (index, known) in view.known.iter().enumerate() {
             match view.decision(index, &mode) {
-                Some(Decision::Stop(doubt)) => return Err(Failure::person_must_decide(doubt.to_string())),
+                Some(Decision::Stop(mismatch)) => {
+                    return Err(CommandError::person_must_decide(mismatch.to_string()));
+                }
                 Some(Decision::Halt(_)) => report.halted += 1,
                 Some(Decision::Go(_) | Decision::Prove { .. }) | None => {}
             }
@@ -253,7 +258,7 @@ impl<'a> Comparison<'a> {
             let mut to = settled.min(known.bounds.end);
             to = to.min(wanted.to.unwrap_or(to));
             if let Some(since) = &since {
-                // No record of that time or later: nothing to compare.
+                // No record with that timestamp or later: the range is empty.
                 from = since.get(index).copied().flatten().map_or(to, |position| from.max(position));
             }
             if let Some(position) = until.as_ref().and_then(|until| until.get(index).copied().flatten()) {
@@ -270,7 +275,7 @@ impl<'a> Comparison<'a> {
         &self,
         mut ranges: Vec<ScanRange>,
         suspects: &mut Suspects,
-    ) -> Result<Report, Failure> {
+    ) -> Result<Report, CommandError> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -279,16 +284,16 @@ impl<'a> Comparison<'a> {
                 Err(Fault::Scan(_) | Fault::Pruned) if tries < TRIES_MAX => {}
                 Err(fault) => return Err(fault.into()),
             }
-            // What retention took meanwhile cannot be compared any more.
+            // Records removed by retention cannot be compared any more.
             let partitions: Vec<Partition> = ranges.iter().map(|r| r.partition).collect();
-            let bounds = self.scanner.bounds(&partitions).map_err(|e| Failure::failed(e.to_string()))?;
+            let bounds = self.scanner.bounds(&partitions).map_err(|e| CommandError::failed(e.to_string()))?;
             for (range, bounds) in ranges.iter_mut().zip(bounds) {
                 range.from = range.from.max(bounds.start).min(range.to);
             }
         }
     }
 
-    /// What one slice adds to the report. `suspects` is touched only when nothing can fail any more.
+    /// Compares one slice. `suspects` is changed only at the end, when nothing can fail any more.
     fn slice(&self, ranges: &[ScanRange], suspects: &mut Suspects) -> Result<Report, Fault> {
         let mut report = self.empty();
         let pruned_until = self.database.pruned_until()?;
@@ -330,7 +335,7 @@ impl<'a> Comparison<'a> {
         gathered: &Gathered,
         table: &mut Table,
         report: &mut Report,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), CommandError> {
         let Some(times) = gathered.times else { return Ok(()) };
         self.database.payment_rows(ranges, times, |row| {
             match table.note_row(row.partition, row.offset, row.seen) {
@@ -348,9 +353,9 @@ impl<'a> Comparison<'a> {
         })
     }
 
-    /// Records whose id nobody has claimed and that are not in the tables: if their claim may have been dropped,
-    /// another record may have the id.
-    fn elsewhere(&self, gathered: &Gathered, table: &mut Table) -> Result<(), Failure> {
+    /// Looks for the ids of records that are not in the tables and whose claim may have been dropped: another
+    /// record may have written the id.
+    fn elsewhere(&self, gathered: &Gathered, table: &mut Table) -> Result<(), CommandError> {
         let is_open = |table: &mut Table, partition, offset| {
             table
                 .entry(partition, offset)
@@ -385,7 +390,7 @@ impl<'a> Comparison<'a> {
             if verdict.wrongs.is_empty() {
                 if let Some(reason) = refused_by_other_settings(entry, self.settings.kafka.publish) {
                     let text =
-                        format!("dead-lettered as {}; by the present settings it is valid", reason.as_str());
+                        format!("dead-lettered as {}; by the current settings it is valid", reason.as_str());
                     report.allowed.push(partition, offset, text);
                 }
                 continue;
@@ -399,11 +404,11 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    fn resolve(&self, suspects: Suspects, report: &mut Report) -> Result<(), Failure> {
+    fn resolve(&self, suspects: Suspects, report: &mut Report) -> Result<(), CommandError> {
         if suspects.is_empty() {
             return Ok(());
         }
-        self.progress.say("a closer look");
+        self.progress.say("rechecking");
         let mut evidence = Evidence { identified: self.identify(&suspects.places())?, ..Evidence::default() };
         let ids: HashSet<Uuid> = evidence.identified.values().map(|i| i.message_id).collect();
         let claims = self.database.claims(&ids.iter().copied().collect::<Vec<_>>())?;
@@ -422,7 +427,7 @@ impl<'a> Comparison<'a> {
         suspects.resolve(&evidence, window, &mut report.allowed, &mut report.findings);
         Ok(())
     }
-    fn identify(&self, places: &[Place]) -> Result<HashMap<Place, Identified>, Failure> {
+    fn identify(&self, places: &[Place]) -> Result<HashMap<Place, Identified>, CommandError> {
         let found = log::identify(&self.scanner, places, &self.rules)?;
         Ok(found
             .into_iter()
@@ -432,13 +437,13 @@ impl<'a> Comparison<'a> {
             .collect())
     }
 
-    /// An event counts only for a record that has its message id, unless that record has left the log.
-    fn verify_senders(&self, evidence: &mut Evidence) -> Result<(), Failure> {
-        let (_, partitions) = self.scanner.describe().map_err(|e| Failure::failed(e.to_string()))?;
-        let bounds = self.scanner.bounds(&partitions).map_err(|e| Failure::failed(e.to_string()))?;
+    /// A read event counts as a record's only if the record has that message id, or has left the log.
+    fn verify_senders(&self, evidence: &mut Evidence) -> Result<(), CommandError> {
+        let (_, partitions) = self.scanner.describe().map_err(|e| CommandError::failed(e.to_string()))?;
+        let bounds = self.scanner.bounds(&partitions).map_err(|e| CommandError::failed(e.to_string()))?;
         let bounds: HashMap<Partition, LogBounds> = partitions.into_iter().zip(bounds).collect();
         let (mut there, mut gone) = (Vec::new(), HashSet::new());
-        // A source may be anything that somebody wrote by hand.
+        // The `source` header can be written by anyone.
         for (partition, offset) in evidence.senders.values().flatten() {
             match bounds.get(partition) {
                 Some(log) if log.start.is_past(*offset) => {

@@ -1,4 +1,4 @@
-//! `top`: what daemons do just now, from their admin ports: rates, lag, phases, what is missing.
+//! `top`: live view of daemons from their admin ports: rates, lag, phases, what is missing.
 
 mod fetch;
 mod page;

@@ -1,19 +1,19 @@
-//! Batches as a lane gathers them, of payments as `payment-writer produce` sends them.
+//! Batches as a lane builds them, of payments as `payment-writer produce` sends them.
 #![allow(dead_code)]
 
-use payment_writer::batch::{Answer, Batch, Owner, Progress, Refused};
+use payment_writer::domain::batch::{Answer, Batch, Owner, Progress, Refused};
+use payment_writer::domain::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::wire::Rules;
 use payment_writer::generator::{Generator, GeneratorConfig, IdKind, Record};
 use payment_writer::kafka::group::lane_of;
 use payment_writer::reconcile::java_partition_hash;
-use payment_writer::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
-use payment_writer::wire::Rules;
 
 /// Partitions of the input.
 pub const PARTITIONS: usize = 100;
-/// The time of records that need no real one.
+/// Time for records that need no real one.
 pub const AT: TimestampMs = TimestampMs(1_767_225_600_000);
 
-/// One lane's part of the payments: valid ones without end, no two with the same message id.
+/// One lane's share of the payments: an endless supply of valid ones with distinct message ids.
 pub struct Share {
     generator: Generator,
     record: Record,
@@ -24,7 +24,7 @@ pub struct Share {
 }
 
 impl Share {
-    /// What the lane of that index gets of all partitions. The same seed gives the same payments.
+    /// The payments of all partitions of the lane with this index. The same seed gives the same payments.
     pub fn new(seed: u64, lane: usize, lanes: usize) -> Self {
         let rules = Rules::default();
         let generator = Generator::new(GeneratorConfig {
@@ -43,8 +43,8 @@ impl Share {
         Self { generator, record: Record::empty(), lane, lanes, next: vec![NextOffset(0); PARTITIONS] }
     }
 
-    /// The next `count` payments of this lane, and how far they take each partition. Keys choose the partition,
-    /// as in the topic, and the records of a partition lie together, as fetches bring them.
+    /// The next `count` payments of this lane, and the new end of each partition. Keys choose the partition,
+    /// as in the topic, and the records of a partition are contiguous, as in fetches.
     pub fn take(&mut self, count: usize, at: TimestampMs) -> (SourceBatch, Vec<Progress>) {
         let mut arrived = SourceBatch::new();
         while arrived.len() < count {
@@ -88,7 +88,7 @@ pub fn lanes_partitions() -> impl Iterator<Item = Partition> {
     (0..PARTITIONS as i32).map(Partition).filter(|partition| lane_of(*partition, 2) == 0)
 }
 
-/// Every hundredth id is another record's, with the same payload.
+/// Every hundredth id belongs to another record with the same payload.
 pub fn duplicates(batch: &Batch) -> Answer {
     let none = Refused::default();
     let owner = |payload_hash| Owner { partition: Partition(-1), offset: Offset(0), payload_hash };

@@ -1,5 +1,6 @@
-//! What the servers can do at most: each third of a payment's way by itself, with the daemon's own client
-//! settings, as many threads or sessions as it has lanes, and everything made before the clock starts.
+//! The maximum rate of the servers: reading, writing and publishing are measured separately, with the
+//! daemon's own client settings, as many threads or sessions as it has lanes, and all data prepared
+//! beforehand.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -7,21 +8,20 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future;
-use payment_writer::batch::{Batch, Claim, Fates, Progress, Refused};
-use payment_writer::columns::{COPY_HEADER, COPY_TRAILER};
 use payment_writer::config::Settings;
-use payment_writer::cursor::Identity;
-use payment_writer::daemon::rules;
-use payment_writer::disposition::Fate;
+use payment_writer::domain::batch::{Batch, Claim, Outcomes, Progress, Refused};
+use payment_writer::domain::columns::{COPY_HEADER, COPY_TRAILER};
+use payment_writer::domain::cursor::Identity;
+use payment_writer::domain::outcome::Outcome as RecordOutcome;
+use payment_writer::domain::publication::{OffsetCommit, Publication};
+use payment_writer::domain::record::{NextOffset, SourceBatch};
+use payment_writer::domain::wire::Rules;
 use payment_writer::housekeeping::generations::{self, State};
-use payment_writer::kafka::log::lane_reader_config;
-use payment_writer::kafka::publisher::PublisherSettings;
-use payment_writer::kafka::transactions::{Slot, Transactions};
-use payment_writer::ledger;
-use payment_writer::publication::{Publication, Span};
-use payment_writer::record::{NextOffset, SourceBatch};
-use payment_writer::schema::months;
-use payment_writer::wire::Rules;
+use payment_writer::kafka::lane_client::lane_reader_config;
+use payment_writer::kafka::publisher_settings::PublisherSettings;
+use payment_writer::kafka::transactions::{ProducerSlot, Transactions};
+use payment_writer::postgres::schema::months;
+use payment_writer::postgres::store;
 use tokio_postgres::{Client, CopyInSink, Statement};
 use uuid::Uuid;
 
@@ -31,13 +31,13 @@ use crate::reader::Reader;
 use crate::site::{Amount, Input, Servers, Site, failed};
 use crate::throughput::{PRODUCE_LIMIT, settle};
 
-/// Records of a batch: the default of `batch.max_payments`.
+/// Records in a batch: the default of `batch.max_payments`.
 const BATCH: usize = 20_000;
-/// All batches are in memory before the clock starts, at something like 1.5 KB a payment.
+/// All batches are prepared in memory, at about 1.5 KB a payment.
 const PAYMENTS_MAX: u64 = 1_000_000;
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// The ceilings by name, in the order in which they are taken.
+/// The ceilings by name, in the order of measurement.
 pub const NAMES: [&str; 3] = ["consume alone", "copy alone", "produce alone"];
 
 /// One ceiling, measured once.
@@ -46,11 +46,11 @@ pub struct Ceiling {
     pub name: &'static str,
     pub payments: u64,
     pub seconds: f64,
-    /// CPU seconds of the broker, of Postgres, and of this process, which does the daemon's part.
+    /// CPU seconds of the broker, of Postgres, and of this process, which acts as the daemon.
     pub cpu: [f64; 3],
 }
 
-/// Times `work`, and counts what it costs.
+/// Measures the time of `work`, and its CPU time.
 fn metered<T>(
     servers: &Servers,
     name: &'static str,
@@ -65,7 +65,7 @@ fn metered<T>(
     Ok((made, Ceiling { name, payments, seconds, cpu }))
 }
 
-/// Measures all of them once.
+/// Measures each ceiling once.
 pub fn measure(servers: &Servers, count: u64, seed: u64) -> Outcome<Vec<Ceiling>> {
     let site = Site::create(servers)?;
     let settings = site.settings()?;
@@ -76,9 +76,9 @@ pub fn measure(servers: &Servers, count: u64, seed: u64) -> Outcome<Vec<Ceiling>
     let read = metered(servers, NAMES[0], count, || consume(&settings, count, |(), _| {}));
     let (_, consumed) = read?;
 
-    // Once more, now to keep them.
+    // This time the records are kept.
     let (kept, _) = consume(&settings, count, keep)?;
-    let rules = rules(&settings);
+    let rules = settings.rules();
     let lanes: Vec<Vec<Batch>> =
         kept.into_iter().map(|lane: Lane| lane.batches(&rules)).collect::<Outcome<_>>()?;
 
@@ -96,7 +96,7 @@ pub fn measure(servers: &Servers, count: u64, seed: u64) -> Outcome<Vec<Ceiling>
     Ok(vec![consumed, copied, produced])
 }
 
-/// Reads the input topic from its start until `count` records were taken; with the seconds that it took.
+/// Reads the input topic from its start until `count` records were taken; returns the seconds it took.
 fn consume<T: Send + Default>(
     settings: &Settings,
     count: u64,
@@ -120,7 +120,7 @@ fn consume<T: Send + Default>(
     Ok((states, took.as_secs_f64()))
 }
 
-/// Records of one lane, cut into batches.
+/// Records of one lane, divided into batches.
 #[derive(Default)]
 struct Lane {
     full: Vec<SourceBatch>,
@@ -153,26 +153,26 @@ impl Lane {
                     timestamp: None,
                 });
                 let batch = Batch::assemble(source, progress.collect(), rules);
-                // The generator makes valid payments only: each of them is written.
+                // The generator makes only valid payments: each of them is written.
                 match batch.claims_max() == batch.len() {
                     true => Ok(batch),
-                    false => Err("a payment that was made is not valid".to_owned()),
+                    false => Err("a generated payment is not valid".to_owned()),
                 }
             })
             .collect()
     }
 }
 
-fn all_written(batch: &Batch) -> Fates {
-    Fates(vec![Fate::Written; batch.len()])
+fn all_written(batch: &Batch) -> Outcomes {
+    Outcomes(vec![RecordOutcome::Written; batch.len()])
 }
 
-/// Milliseconds of a day.
+/// Milliseconds in a day.
 const DAY_MS: i64 = 24 * 60 * 60 * 1_000;
-/// Days from 1970-01-01 to 2000-01-01, where Postgres begins to count.
+/// Days from 1970-01-01 to 2000-01-01, the epoch of Postgres.
 const POSTGRES_EPOCH_DAYS: i64 = 10_957;
 
-/// A whole binary COPY of each of the four tables.
+/// A complete binary COPY for each of the four tables.
 fn copied(batch: &Batch) -> [Bytes; 4] {
     let rows = batch.rows(&all_written(batch));
     let whole = |rows: &[u8]| Bytes::from([COPY_HEADER, rows, COPY_TRAILER].concat());
@@ -186,11 +186,11 @@ fn copied(batch: &Batch) -> [Bytes; 4] {
 
 type Sessions = Vec<(Client, tokio::task::JoinHandle<()>)>;
 
-/// Sessions, and the statements of the four COPYs.
+/// Sessions, and the four COPY statements.
 fn sessions(site: &Site<'_>, count: usize) -> Outcome<(Sessions, [String; 4])> {
     let leaf = site.servers.connected(&site.url, async |client| {
-        // The daemon does so before its first row; without them all rows go to the default partitions.
-        months::make_months_ahead(client).await.map_err(failed("making months"))?;
+        // The daemon creates months before its first row; without them all rows go to the default partitions.
+        months::make_months_ahead(client).await.map_err(failed("creating months"))?;
         let all = generations::list(client).await.map_err(failed("reading generations"))?;
         let current = all.into_iter().find(|generation| generation.state == State::Current);
         current.map(|generation| generation.leaf).ok_or_else(|| "there is no current generation".to_owned())
@@ -207,10 +207,9 @@ fn sessions(site: &Site<'_>, count: usize) -> Outcome<(Sessions, [String; 4])> {
         ),
         statement("payment_notes", "payment_id, created_at, external_ref_id, comment"),
     ];
-    let sessions = site
-        .servers
-        .runtime
-        .block_on(future::try_join_all((0..count).map(|_| payment_writer::postgres::connect(&site.url))));
+    let sessions = site.servers.runtime.block_on(future::try_join_all(
+        (0..count).map(|_| payment_writer::postgres::connection::connect(&site.url)),
+    ));
     Ok((sessions.map_err(failed("connecting to Postgres"))?, statements))
 }
 
@@ -220,11 +219,11 @@ async fn copy_batch(
     batch: [Bytes; 4],
 ) -> Result<(), tokio_postgres::Error> {
     client.batch_execute("BEGIN").await?;
-    // In one round trip, as the daemon's three.
+    // In one round trip, as in the daemon.
     future::try_join_all(statements.iter().zip(batch).map(|(statement, rows)| async move {
         let sink: CopyInSink<Bytes> = client.copy_in(statement).await?;
         let mut sink = std::pin::pin!(sink);
-        ledger::feed(sink.as_mut(), rows).await?;
+        store::feed(sink.as_mut(), rows).await?;
         sink.finish().await
     }))
     .await?;
@@ -260,25 +259,32 @@ fn copy(
         let all = all.await.map_err(|_| format!("copying took longer than {} s", LIMIT.as_secs()))?;
         let took = began.elapsed().as_secs_f64();
         for outcome in all.map_err(failed("copying"))? {
-            outcome.map_err(|error| format!("copying: {}", payment_writer::postgres::describe(&error)))?;
+            outcome.map_err(|error| {
+                format!("copying: {}", payment_writer::postgres::connection::describe(&error))
+            })?;
         }
         Ok(((), took))
     })
 }
 
 fn published(batch: Batch) -> Publication {
-    let fates = all_written(&batch);
-    let span = |p: &Progress| Span { partition: p.partition, gate: NextOffset(0), commit: p.reached };
+    let outcomes = all_written(&batch);
+    let span = |p: &Progress| OffsetCommit {
+        partition: p.partition,
+        publish_from: NextOffset(0),
+        commit: p.reached,
+    };
     let spans = batch.progress().iter().map(span).collect();
-    Publication::of_batch(batch, fates, spans, true)
+    Publication::of_batch(batch, outcomes, spans, true)
 }
 
-/// The producer that the daemon's lane would have, ready to begin.
+/// A producer like that of the daemon's lane, ready to begin a transaction.
 fn producer(settings: &Settings, lane: usize) -> Outcome<Transactions> {
     let kafka = &settings.kafka;
-    // Nobody looks at the topic and the database that the events name.
+    // Nothing reads the topic and the database that the events name.
     let identity = Identity { topic_id: Uuid::nil(), database_id: Uuid::nil() };
-    let mut producer = Transactions::new(PublisherSettings::of(kafka, &identity, lane), Slot::default());
+    let mut producer =
+        Transactions::new(PublisherSettings::of(kafka, &identity, lane), ProducerSlot::default());
     producer.init().map_err(failed("init_transactions"))?;
     Ok(producer)
 }
@@ -294,7 +300,7 @@ fn produce(producers: Vec<Transactions>, lanes: &[Vec<Publication>]) -> Outcome<
                 scope.spawn(move || {
                     start.wait();
                     let outcome = batches.iter().try_for_each(|batch| producer.send_alone(batch));
-                    // Before the client is dropped, which takes its time.
+                    // Measured before the client is dropped, which takes time.
                     (outcome, Instant::now())
                 })
             })
@@ -303,7 +309,7 @@ fn produce(producers: Vec<Transactions>, lanes: &[Vec<Publication>]) -> Outcome<
         let began = Instant::now();
         let mut last = began;
         for lane in work {
-            let (outcome, ended) = lane.join().map_err(|_| "a producing thread died".to_owned())?;
+            let (outcome, ended) = lane.join().map_err(|_| "a producing thread panicked".to_owned())?;
             outcome.map_err(failed("producing in a transaction"))?;
             last = last.max(ended);
         }
@@ -313,7 +319,7 @@ fn produce(producers: Vec<Transactions>, lanes: &[Vec<Publication>]) -> Outcome<
 
 #[cfg(test)]
 mod tests {
-    use payment_writer::record::{Headers, Partition, TimestampMs};
+    use payment_writer::domain::record::{Headers, Partition, TimestampMs};
 
     use super::*;
 
@@ -326,7 +332,7 @@ mod tests {
             );
             lane.filling.push(
                 Partition(4),
-                payment_writer::record::Offset(n),
+                payment_writer::domain::record::Offset(n),
                 Some(TimestampMs(1_751_050_608_500)),
                 Some(b"7"),
                 Some(value.as_bytes()),
@@ -352,7 +358,7 @@ mod tests {
         let mut lane = Lane::default();
         lane.filling.push(
             Partition(0),
-            payment_writer::record::Offset(0),
+            payment_writer::domain::record::Offset(0),
             None,
             None,
             Some(b"{}"),

@@ -1,4 +1,4 @@
-//! The daemon as a child process, and what it tells of itself on its admin port.
+//! The daemon as a child process, and its metrics from the admin port.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -22,10 +22,10 @@ pub struct Daemon {
     admin: SocketAddr,
 }
 
-/// Records settled: written and published, or found to need nothing.
+/// Records with an outcome: written and published, or needing neither.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Progress {
-    /// Whether it has begun to fetch.
+    /// Whether fetching has started.
     pub is_fetching: bool,
     pub written: u64,
     pub redelivered: u64,
@@ -38,7 +38,7 @@ impl Progress {
         self.written + self.redelivered + self.duplicates + self.dead_letters
     }
 
-    /// Of several instances: whether all of them are fetching, and what they have settled together.
+    /// Combines several instances: whether all of them are fetching, and the sum of their records.
     pub fn plus(self, other: Self) -> Self {
         Self {
             is_fetching: self.is_fetching && other.is_fetching,
@@ -50,7 +50,7 @@ impl Progress {
     }
 }
 
-/// Where the admin server listens, from its line in the log.
+/// The admin server's address, from the daemon's log.
 fn admin_address(log: &str) -> Option<SocketAddr> {
     let line = log.lines().find(|line| line.contains("the admin server listens"))?;
     let (_, address) = line.split_once("address=")?;
@@ -70,12 +70,12 @@ fn parse_progress(status: &Value) -> Option<Progress> {
     })
 }
 
-/// Metrics by name and labels, as they are spelt: `name{label="value"}`.
+/// Metrics by name and labels, as they are spelled: `name{label="value"}`.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics(BTreeMap<String, f64>);
 
 impl Metrics {
-    /// Reads Prometheus's text format; lines that are no samples are passed over.
+    /// Reads Prometheus's text format; lines that are no samples are skipped.
     pub fn parse(text: &str) -> Self {
         let sample = |line: &str| {
             let (name, value) = line.rsplit_once(' ')?;
@@ -84,12 +84,12 @@ impl Metrics {
         Self(text.lines().filter(|line| !line.starts_with('#')).filter_map(sample).collect())
     }
 
-    /// 0 if there is no such metric yet.
+    /// 0 if the metric does not exist yet.
     pub fn get(&self, name: &str) -> f64 {
         self.0.get(name).copied().unwrap_or_default()
     }
 
-    /// What was added since `before`.
+    /// The increase since `before`.
     pub fn since(&self, before: &Self) -> Self {
         Self(self.0.iter().map(|(name, value)| (name.clone(), value - before.get(name))).collect())
     }
@@ -104,12 +104,12 @@ impl Metrics {
 }
 
 impl Daemon {
-    /// Starts `payment-writer run` as this instance; `more` are settings in the environment's spelling.
+    /// Starts `payment-writer run` as this instance; `more` are settings as environment variables.
     pub fn start(site: &Site<'_>, instance: usize, more: &[(&str, &str)]) -> Outcome<Self> {
         let instance = format!("bench-{instance}");
         let mut settings = vec![
             ("KAFKA__INSTANCE_ID", instance.as_str()),
-            // Of all that is said at this level, the one line that names the admin port.
+            // At this level only the line with the admin port is needed.
             ("LOG__LEVEL", "warn,payment_writer::cli::run=info"),
         ];
         settings.extend_from_slice(more);
@@ -121,7 +121,7 @@ impl Daemon {
             }
             process.check_alive()?;
             if began.elapsed() > START_LIMIT {
-                return Err(process.complain("the daemon does not say where it listens"));
+                return Err(process.complain("the daemon does not log its admin port"));
             }
             std::thread::sleep(Duration::from_millis(2));
         };
@@ -140,39 +140,39 @@ impl Daemon {
         stream.read_to_string(&mut reply)?;
         match reply.split_once("\r\n\r\n") {
             Some((head, body)) if head.contains(" 200 ") => Ok(body.to_owned()),
-            _ => Err(std::io::Error::other("it does not answer as expected")),
+            _ => Err(std::io::Error::other("unexpected response")),
         }
     }
 
     fn asked(&mut self, path: &str) -> Outcome<String> {
         self.get(path).map_err(|error| match self.process.check_alive() {
             Err(ended) => ended,
-            Ok(()) => self.process.complain(&format!("asking the daemon for {path}: {error}")),
+            Ok(()) => self.process.complain(&format!("requesting {path} from the daemon: {error}")),
         })
     }
 
-    /// How far it is.
+    /// Reads its progress.
     pub fn progress(&mut self) -> Outcome<Progress> {
         let text = self.asked("/status")?;
         let status: Value = serde_json::from_str(&text).map_err(failed("reading /status"))?;
-        parse_progress(&status).ok_or_else(|| "/status has no totals".to_owned())
+        parse_progress(&status).ok_or_else(|| "the response of /status has no totals".to_owned())
     }
 
     pub fn metrics(&mut self) -> Outcome<Metrics> {
         Ok(Metrics::parse(&self.asked("/metrics")?))
     }
 
-    /// An error if it has ended.
+    /// Returns an error if the daemon has exited.
     pub fn check_alive(&mut self) -> Outcome<()> {
         self.process.check_alive()
     }
 
-    /// An error with its last words.
+    /// Adds the last lines of its log to an error.
     pub fn complain(&self, message: &str) -> String {
         self.process.complain(message)
     }
 
-    /// Drains it and waits for its end.
+    /// Drains it and waits until it exits.
     pub fn stop(mut self) -> Outcome<()> {
         self.process.terminate();
         self.process.succeed(STOP_LIMIT)?;

@@ -1,5 +1,5 @@
-//! Latency as a consumer of the read topic sees it: from the input record's timestamp, which is the event's
-//! `createdAt`, to the moment at which a `read_committed` consumer has the event.
+//! Latency as a consumer of the read topic measures it: from the input record's timestamp, which is the
+//! event's `createdAt`, until a `read_committed` consumer has received the event.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
-use payment_writer::record::NextOffset;
+use payment_writer::domain::record::NextOffset;
 use rdkafka::ClientConfig;
 use serde_json::json;
 
@@ -20,14 +20,14 @@ use crate::site::{Amount, Input, Servers, Site};
 use crate::stats::Histogram;
 use crate::{BaselineArguments, Outcome, ServersArguments};
 
-/// Events are waited for this long after the last record was sent: a daemon that does not keep up works off
-/// its backlog in this time, or is said not to have kept up.
+/// Time limit for events after the last record was sent: a daemon that is behind catches up in this time, or
+/// is reported as not having kept up.
 const CATCH_UP_LIMIT: Duration = Duration::from_secs(120);
 const FETCH_LIMIT: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(20);
-/// At a thousand a second it would take the broker hours to compile what it needs for that.
+/// At a thousand records a second, the broker would take hours to reach the same state of JIT compilation.
 const WARM_UP_RATE: u64 = 20_000;
-/// Seconds of it before each further daemon: the broker has compiled itself by then.
+/// Warm-up before each further daemon, in seconds: the broker's code is compiled by then.
 const WARM_UP_AGAIN: u64 = 10;
 
 /// `bench latency`
@@ -46,18 +46,18 @@ pub struct Arguments {
     /// Seconds at each rate
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3_600))]
     seconds: u64,
-    /// Seconds at 20,000 a second before that, which are left out: a broker that has just started compiles itself
+    /// Seconds of warm-up at 20,000 a second, not measured: a broker that has just started compiles its code
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3_600))]
     warm_up: u64,
-    /// Message ids
+    /// Version of the message ids
     #[arg(long, default_value = "v7", value_parser = ["v4", "v7"])]
     ids: String,
-    /// How the input is written; of `mixed` a transaction has the records of 20 ms, 500 at most
+    /// How the input is written; with `mixed`, a transaction has the records of 20 ms, 500 at most
     #[arg(long, value_enum, default_value = "mixed")]
     input: Input,
 }
 
-/// Milliseconds since 1970 of a time as events have it: `2026-01-02T03:04:05.678Z`, in years from 1970 on.
+/// Parses the time format of events, `2026-01-02T03:04:05.678Z`, from 1970 on; milliseconds since 1970.
 fn parse_time(text: &[u8]) -> Option<i64> {
     let digits = |range: std::ops::Range<usize>| {
         text.get(range)?.iter().try_fold(0, |number: i64, byte| {
@@ -72,16 +72,16 @@ fn parse_time(text: &[u8]) -> Option<i64> {
     if !is_laid_out || !(1..=12).contains(&month) {
         return None;
     }
-    // Days of the proleptic Gregorian calendar, with years that begin in March.
+    // Days of the proleptic Gregorian calendar, with years that start in March.
     let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
     let days = year * 365 + year / 4 - year / 100 + year / 400 + (month * 153 + 2) / 5 + day - 1 - 719_468;
     Some((((days * 24 + hours) * 60 + minutes) * 60 + seconds) * 1_000 + ms)
 }
 
-/// The record's timestamp, out of a read event; without making anything of the rest.
+/// The record's timestamp in a read event, without parsing the rest.
 fn created_at(event: &[u8]) -> Option<i64> {
     const NAME: &[u8] = b"\"createdAt\":\"";
-    // Behind two ids: nothing before it can hold this text.
+    // Only two ids come before it, and they cannot contain this text.
     let at = event.windows(NAME.len()).position(|window| window == NAME)?;
     parse_time(event.get(at + NAME.len()..)?.get(..24)?)
 }
@@ -90,10 +90,10 @@ fn now_ms() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
 }
 
-/// What the probe's thread and the others share.
+/// State shared between the probe's thread and the others.
 #[derive(Default)]
 struct Probe {
-    /// Events of records from this moment on count.
+    /// Events of records from this time on count.
     since: AtomicI64,
     seen: AtomicU64,
     is_over: AtomicBool,
@@ -117,7 +117,7 @@ impl Probe {
         self.seen.fetch_add(1, Ordering::Release);
     }
 
-    /// Begins anew with the records that are sent from now on.
+    /// Resets the counts; only records sent from now on are measured.
     fn begin(&self) {
         let mut histogram = self.histogram.lock().unwrap_or_else(PoisonError::into_inner);
         *histogram = Some(Histogram::new());
@@ -131,7 +131,7 @@ impl Probe {
     }
 }
 
-/// The consumer of the events, told to be quick.
+/// A consumer of the events with settings for low latency.
 fn probe_config(brokers: &str) -> ClientConfig {
     let mut config = ClientConfig::new();
     config
@@ -143,7 +143,7 @@ fn probe_config(brokers: &str) -> ClientConfig {
     config
 }
 
-/// What came of one rate.
+/// The result for one rate.
 struct Rate {
     input: Input,
     is_baseline: bool,
@@ -151,9 +151,9 @@ struct Rate {
     sent: u64,
     sent_per_second: f64,
     latencies: Histogram,
-    /// Seconds after the last record until its event was seen; `None`: it was waited for in vain.
+    /// Seconds from the last record until its event was received; `None` if it was not received in time.
     behind: Option<f64>,
-    /// CPU as a share of one core: daemon, broker, Postgres, probe, load generator.
+    /// CPU use in cores: daemon, broker, Postgres, probe, load generator.
     cores: [f64; 5],
     others: f64,
 }
@@ -215,7 +215,7 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
             measured.extend(measure_rates(&servers, program, arguments, warm_up, &mut lines)?);
             warm_up = arguments.warm_up.min(WARM_UP_AGAIN);
         }
-        // Every other round backwards: what drifts evenly hits both alike.
+        // Every second round runs backwards: a steady drift affects both alike.
         programs.reverse();
     }
     measured.sort_by_key(|rate| (rate.wanted, rate.is_baseline));
@@ -239,11 +239,11 @@ fn measure_rates(
     let began = Instant::now();
     while !daemon.progress()?.is_fetching {
         if began.elapsed() > FETCH_LIMIT {
-            return Err(daemon.complain("the daemon does not begin to fetch"));
+            return Err(daemon.complain("the daemon does not start fetching"));
         }
         std::thread::sleep(TICK);
     }
-    // No more than all rates take, each with its time to catch up.
+    // The maximum for all rates, each with its time to catch up.
     let rates = arguments.rates.len() as u64 + 1;
     let limit = Duration::from_secs(rates * (arguments.seconds + 10) + warm_up)
         + 2 * CATCH_UP_LIMIT * u32::try_from(rates).unwrap_or(u32::MAX);
@@ -258,7 +258,7 @@ fn measure_rates(
         });
         let measured = (|| {
             eprintln!("bench: warming up for {} s", warm_up);
-            // Transactions of 20 ms are more than a broker can do that has just started.
+            // A broker that has just started cannot keep up with transactions every 20 ms.
             measure(&site, &mut daemon, &probe, (&arguments.ids, Input::Plain), WARM_UP_RATE, warm_up)?;
             let mut measured = Vec::new();
             for wanted in &arguments.rates {
@@ -269,22 +269,24 @@ fn measure_rates(
                 let is_caught_up = rate.behind.is_some();
                 measured.push(rate);
                 if !is_caught_up {
-                    // What comes next would wait behind what is left of it.
-                    eprintln!("bench: {wanted}/s is more than the daemon can do here: the rest is left out");
+                    // The next rate would wait behind the remaining records.
+                    eprintln!(
+                        "bench: the daemon cannot keep up with {wanted}/s here: higher rates are skipped"
+                    );
                     break;
                 }
             }
             Ok(measured)
         })();
         probe.is_over.store(true, Ordering::Release);
-        // Why the probe ended early says more than that it did.
-        let read = reading.join().map_err(|_| "the probe's thread died".to_owned())?;
+        // The probe's error is more useful than the fact that it ended.
+        let read = reading.join().map_err(|_| "the probe's thread panicked".to_owned())?;
         read.and(measured)
     })?;
     daemon.stop()?;
     let odd = probe.odd.load(Ordering::Relaxed);
     if odd > 0 {
-        return Err(format!("{odd} read events have no time that could be read"));
+        return Err(format!("{odd} read events have no valid time"));
     }
     Ok(measured)
 }
@@ -338,14 +340,14 @@ fn print(rates: &[Rate]) {
 
 #[cfg(test)]
 mod tests {
-    use payment_writer::record::TimestampMs;
-    use payment_writer::wire::write_iso8601_ms;
+    use payment_writer::domain::record::TimestampMs;
+    use payment_writer::domain::wire::write_iso8601_ms;
 
     use super::*;
 
     #[test]
     fn times_are_read_as_the_daemon_writes_them() {
-        // Leap days, ends of years and of February, and whatever lies between.
+        // Leap days, the ends of years and of February, and days in between.
         let mut times = vec![0, 951_782_400_000, 951_868_799_999, 1_767_225_599_999, 1_767_225_600_000];
         times.extend((0..2_000).map(|n| n * 1_234_567_891));
         for ms in times {

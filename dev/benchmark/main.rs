@@ -1,8 +1,8 @@
-//! What the daemon costs and how late its events are, measured beside servers of the measurement's own.
-//! `make bench` and `make bench-latency` start them; docs/reference/benchmarks.md says how each figure is taken.
+//! CPU time, throughput and latency of the daemon, measured with servers started for the measurement. `make
+//! bench` and `make bench-latency` start them; docs/reference/benchmarks.md defines each figure.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr)]
 #![allow(clippy::indexing_slicing)]
-// Clients of the measurement's own.
+// The measurement uses its own clients.
 #![allow(clippy::disallowed_methods)]
 
 mod ceilings;
@@ -21,7 +21,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-/// What stopped the measurement, in words for the person who started it.
+/// An error that ends the measurement, as a message for the user.
 pub type Outcome<T> = Result<T, String>;
 
 /// Throughput, CPU time and latency of payment-writer
@@ -33,29 +33,30 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Drains preloaded payments: rate, CPU time, memory, transactions; beside what the servers alone can do
+    /// Drain preloaded payments: rate, CPU time, memory, transactions; compared with the servers' maximum
     Throughput(throughput::Arguments),
-    /// From a record's timestamp to its read event in a read_committed consumer, at steady rates
+    /// Measure from a record's timestamp to its read event in a read_committed consumer, at steady rates
     Latency(latency::Arguments),
-    /// How many bytes payments take in each table and topic
+    /// Measure how many bytes payments take in each table and topic
     Size(size::Arguments),
 }
 
-/// Where the servers are. Their addresses come from the environment, as `dev/servers env` prints them.
+/// Location of the servers. Their addresses come from the environment variables that `dev/servers env`
+/// prints.
 #[derive(Args)]
 pub struct ServersArguments {
-    /// Folder that `dev/servers up --dir` was given
+    /// The folder passed to `dev/servers up --dir`
     #[arg(long)]
     pub servers: PathBuf,
-    /// Write one JSON line a run to this file, at once; otherwise they are printed at the end
+    /// Write one JSON line for each run to this file immediately; without it they are printed at the end
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 }
 
-/// Another build of the daemon beside this one.
+/// Another build of the daemon, for comparison.
 #[derive(Args)]
 pub struct BaselineArguments {
-    /// Another build of payment-writer that is measured too, in turn with the one beside this program
+    /// Also measure this other build of payment-writer, alternating with the one beside this program
     #[arg(long, value_name = "FILE")]
     pub baseline: Option<PathBuf>,
 }

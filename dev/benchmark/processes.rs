@@ -1,4 +1,4 @@
-//! Processes: what they have used, as the kernel counts it, and the children that must not outlive us.
+//! CPU time and memory of processes from /proc, and child processes that end with this one.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,11 +17,11 @@ use crate::Outcome;
 struct Ticks {
     /// User and system, of all its threads.
     own: u64,
-    /// Of children that ended and were waited for, and of theirs.
+    /// Of children that exited and were waited for, and of their children.
     reaped: u64,
 }
 
-/// Reads `/proc/PID/stat`. The name, in brackets, may hold anything, brackets too.
+/// Reads `/proc/PID/stat`. The name, in parentheses, may contain anything, including parentheses.
 fn parse_stat(text: &str) -> Option<Ticks> {
     let (_, fields) = text.rsplit_once(") ")?;
     let mut numbers = fields.split_ascii_whitespace().skip(11).map(str::parse::<u64>);
@@ -36,7 +36,7 @@ fn parse_status(text: &str, name: &str) -> Option<u64> {
     Some(kilobytes * 1_024)
 }
 
-/// The first line of `/proc/stat`: ticks in which a core did anything, was taken away or was idle.
+/// The first line of `/proc/stat`: ticks in which the cores were busy, stolen or idle.
 fn parse_machine(text: &str) -> Option<(u64, u64)> {
     let fields: Vec<u64> = text
         .lines()
@@ -69,7 +69,7 @@ fn family_ticks(pid: u32) -> u64 {
     own + reaped + living
 }
 
-/// CPU seconds of these processes, of their living children, and of those that they have waited for.
+/// CPU seconds of these processes, of their running children, and of children that they have waited for.
 pub fn cpu_seconds(pids: &[u32]) -> f64 {
     pids.iter().map(|pid| family_ticks(*pid)).sum::<u64>() as f64 / ticks_a_second()
 }
@@ -79,12 +79,12 @@ pub fn own_cpu_seconds() -> f64 {
     ticks(std::process::id()).map_or(0.0, |ticks| ticks.own as f64 / ticks_a_second())
 }
 
-/// CPU seconds of the children of this process that have ended.
+/// CPU seconds of this process's children that have exited.
 pub fn reaped_cpu_seconds() -> f64 {
     ticks(std::process::id()).map_or(0.0, |ticks| ticks.reaped as f64 / ticks_a_second())
 }
 
-/// The most memory that a process has had resident, in bytes.
+/// Peak resident memory of a process, in bytes.
 pub fn resident_max(pid: u32) -> Option<u64> {
     parse_status(&std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "VmHWM")
 }
@@ -96,7 +96,7 @@ pub fn machine_seconds() -> (f64, f64) {
     (busy as f64 / ticks_a_second(), idle as f64 / ticks_a_second())
 }
 
-/// What the servers, a daemon and everything else have used since some moment.
+/// CPU time used by the servers, a daemon and everything else since the start.
 pub struct Meter<'a> {
     groups: Vec<&'a [u32]>,
     before: Vec<f64>,
@@ -104,7 +104,7 @@ pub struct Meter<'a> {
 }
 
 impl<'a> Meter<'a> {
-    /// Begins to count, for each group of processes by itself.
+    /// Starts counting, separately for each group of processes.
     pub fn start(groups: Vec<&'a [u32]>) -> Self {
         let before = groups.iter().map(|pids| cpu_seconds(pids)).collect();
         Self { groups, before, machine: machine_seconds() }
@@ -115,7 +115,7 @@ impl<'a> Meter<'a> {
         self.groups.iter().zip(&self.before).map(|(pids, before)| cpu_seconds(pids) - before).collect()
     }
 
-    /// Share of all cores' time since the start that went to others than `ours`, in CPU seconds.
+    /// Share of all cores' time since the start that other processes used; `ours` is in CPU seconds.
     pub fn share_of_others(&self, ours: f64) -> f64 {
         let (busy, idle) = machine_seconds();
         let (busy, idle) = (busy - self.machine.0, idle - self.machine.1);
@@ -125,17 +125,17 @@ impl<'a> Meter<'a> {
 
 static CHILDREN: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
-/// Signals one process. A shell's own `kill` is there on every machine, the program is not.
+/// Sends a signal. Every machine has the shell's built-in `kill`, not every machine has the program.
 fn kill(pid: u32, name: &str) {
     let _ = Command::new("sh").args(["-c", &format!("kill -s {name} {pid}")]).stderr(Stdio::null()).status();
 }
 
-/// Whoever ends this process does not leave a daemon behind.
+/// Ends the children, too, when this process receives a signal.
 pub fn end_children_on_signals() -> Outcome<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| format!("no runtime: {error}"))?;
+        .map_err(|error| format!("cannot create a runtime: {error}"))?;
     let listen = move || {
         runtime.block_on(async {
             let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
@@ -150,11 +150,11 @@ pub fn end_children_on_signals() -> Outcome<()> {
             std::process::exit(130);
         });
     };
-    std::thread::Builder::new().spawn(listen).map_err(|error| format!("no thread: {error}"))?;
+    std::thread::Builder::new().spawn(listen).map_err(|error| format!("cannot start a thread: {error}"))?;
     Ok(())
 }
 
-/// A child whose output goes to a file. Dropped, it is killed.
+/// A child process with its output in a file. It is killed when dropped.
 pub struct Guarded {
     child: Child,
     pub log: PathBuf,
@@ -162,13 +162,13 @@ pub struct Guarded {
 }
 
 impl Guarded {
-    /// Starts `command`, which errors call `what`.
+    /// Starts `command`; errors name it `what`.
     pub fn spawn(what: &str, command: &mut Command, log: &Path) -> Outcome<Self> {
         let output = File::create(log).map_err(|error| format!("cannot write {}: {error}", log.display()))?;
         let errors = output.try_clone().map_err(|error| format!("cannot write: {error}"))?;
         let mut held = CHILDREN.lock().unwrap_or_else(PoisonError::into_inner);
         let child = command
-            // Ctrl-C is for this process, which ends its children itself.
+            // Ctrl-C reaches only this process, which ends its children itself.
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(output)
@@ -183,20 +183,20 @@ impl Guarded {
         self.child.id()
     }
 
-    /// Everything that it has said.
+    /// Its whole output.
     pub fn said(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// `message`, and the last lines that the child said.
+    /// `message`, followed by the child's last lines of output.
     pub fn complain(&self, message: &str) -> String {
         let said = self.said();
         let lines: Vec<&str> = said.lines().collect();
         let last = lines[lines.len().saturating_sub(15)..].join("\n  ");
-        format!("{message}; its last words:\n  {last}")
+        format!("{message}; its last output:\n  {last}")
     }
 
-    /// An error if it has ended.
+    /// Returns an error if the child has exited.
     pub fn check_alive(&mut self) -> Outcome<()> {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
@@ -209,7 +209,7 @@ impl Guarded {
         kill(self.child.id(), "TERM");
     }
 
-    /// Waits until it has ended by itself, at most so long.
+    /// Waits until it exits by itself, up to a time limit.
     pub fn wait(&mut self, limit: Duration) -> Outcome<ExitStatus> {
         let began = Instant::now();
         loop {
@@ -225,7 +225,7 @@ impl Guarded {
         }
     }
 
-    /// As [`wait`](Self::wait); an error unless it succeeded.
+    /// As [`wait`](Self::wait); returns an error unless it succeeded.
     pub fn succeed(&mut self, limit: Duration) -> Outcome<()> {
         let status = self.wait(limit)?;
         match status.success() {

@@ -1,13 +1,14 @@
-//! A consumer that is told what to read, in the daemon's own cheap way: one queue a lane, no allocation a record.
+//! A consumer with manually assigned partitions that reads like the daemon: one queue a lane, no allocation a
+//! record.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use payment_writer::domain::record::{NextOffset, Partition};
 use payment_writer::kafka::fetcher::Fetcher;
 use payment_writer::kafka::group::lane_of;
 use payment_writer::kafka::librdkafka::NativeRecord;
 use payment_writer::kafka::librdkafka::fetch::FetchItem;
-use payment_writer::record::{NextOffset, Partition};
 use rdkafka::ClientConfig;
 use rdkafka::consumer::Consumer;
 
@@ -17,23 +18,23 @@ use crate::site::failed;
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 const TICK: Duration = Duration::from_millis(100);
 
-/// All partitions of one topic, dealt to clients.
+/// All partitions of one topic, distributed over clients.
 pub struct Reader {
     lanes: Vec<(Fetcher, Vec<(Partition, NextOffset)>)>,
 }
 
 impl Reader {
-    /// Knows the topic, and does not read yet. `from` is where every partition is begun.
+    /// Fetches the topic's metadata, and does not read yet. Every partition is read from `from`.
     pub fn new(config: &ClientConfig, topic: &str, from: NextOffset, lanes: usize) -> Outcome<Self> {
         let mut dealt = Vec::new();
         for _ in 0..lanes {
-            dealt.push((Fetcher::new(config, topic).map_err(failed("making a consumer"))?, Vec::new()));
+            dealt.push((Fetcher::new(config, topic).map_err(failed("creating a consumer"))?, Vec::new()));
         }
         let (asked, _) = dealt.first().ok_or("no lanes")?;
         let metadata = asked
             .consumer()
             .fetch_metadata(Some(topic), REQUEST_LIMIT)
-            .map_err(failed("asking for a topic"))?;
+            .map_err(failed("fetching a topic's metadata"))?;
         let partitions: Vec<Partition> = metadata
             .topics()
             .iter()
@@ -41,7 +42,7 @@ impl Reader {
             .map(|partition| Partition(partition.id()))
             .collect();
         if partitions.is_empty() {
-            return Err(format!("topic {topic} is not there"));
+            return Err(format!("topic {topic} does not exist"));
         }
         for partition in partitions {
             dealt[lane_of(partition, lanes)].1.push((partition, from));
@@ -49,8 +50,8 @@ impl Reader {
         Ok(Self { lanes: dealt })
     }
 
-    /// Begins to read; each client's records go to a `take` of its own, on a thread of its own, until `is_over`
-    /// or for at most `limit`. Returns what `take`s were made of.
+    /// Starts reading; each client's records are passed to its own `take`, on its own thread, until `is_over`
+    /// returns true or for at most `limit`. Returns the state of each `take`.
     ///
     /// # Errors
     /// If a partition cannot be read, or `limit` passes first.
@@ -82,7 +83,7 @@ impl Reader {
             Ok(())
         };
         for (fetcher, positions) in &self.lanes {
-            fetcher.start(positions).map_err(failed("beginning to read"))?;
+            fetcher.start(positions).map_err(failed("starting to read"))?;
         }
         std::thread::scope(|scope| {
             let lanes: Vec<_> = self
@@ -93,7 +94,7 @@ impl Reader {
                 .collect();
             lanes
                 .into_iter()
-                .try_for_each(|lane| lane.join().map_err(|_| "a reading thread died".to_owned())?)
+                .try_for_each(|lane| lane.join().map_err(|_| "a reading thread panicked".to_owned())?)
         })?;
         Ok(states)
     }

@@ -1,4 +1,4 @@
-//! Tables for people and lines for machines.
+//! Tables and JSON lines.
 
 use std::fs::File;
 use std::io::Write;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::Outcome;
 use crate::site::failed;
 
-/// JSON lines: into a file as they come, or kept for the end.
+/// JSON lines: written to a file immediately, or collected for the end.
 pub struct Lines {
     file: Option<File>,
     kept: Vec<Value>,
@@ -31,7 +31,7 @@ impl Lines {
         }
     }
 
-    /// Prints what no file has taken.
+    /// Prints the lines if they were not written to a file.
     pub fn finish(self) {
         for line in self.kept {
             println!("{line}");
@@ -39,7 +39,7 @@ impl Lines {
     }
 }
 
-/// Rows below a heading, the first column to the left, the others to the right.
+/// Rows below a heading, the first column left-aligned, the others right-aligned.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
     let width =

@@ -1,4 +1,4 @@
-//! A database, topics and a consumer group of their own, and the program's commands on them.
+//! A separate database, topics and consumer group, and the program's commands with them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use payment_writer::config::Settings;
-use payment_writer::kafka_client::base_client_config;
+use payment_writer::kafka::client::base_client_config;
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use serde::Deserialize;
@@ -18,22 +18,22 @@ use tokio_postgres::Client;
 use crate::processes::Guarded;
 use crate::{Outcome, ServersArguments};
 
-/// A command that takes longer has got stuck.
+/// A command that takes longer is stuck.
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
 const REQUEST_LIMIT: Duration = Duration::from_secs(30);
-/// Records of one transaction of the input.
+/// Records in one transaction of the input.
 const TRANSACTION_RECORDS_MAX: u64 = 500;
-/// Further from one run's seed than any other run's.
+/// Larger than the distance between the seeds of one run.
 const OTHER_SEED: u64 = 1 << 32;
 
-/// The servers, and a place to put files.
+/// The servers, and a folder for files.
 pub struct Servers {
     pub runtime: Runtime,
     pub broker: Vec<u32>,
     pub postgres: Vec<u32>,
     admin_url: String,
     writer_url: String,
-    /// The program that is beside this one: it writes the input of all sites.
+    /// The program beside this one: it writes the input of all sites.
     pub program: PathBuf,
     folder: PathBuf,
     sites: AtomicU32,
@@ -41,16 +41,16 @@ pub struct Servers {
 }
 
 fn variable(name: &str) -> Outcome<String> {
-    std::env::var(name).map_err(|_| format!("{name} is not set: eval \"$(dev/servers env --dir DIR)\""))
+    std::env::var(name).map_err(|_| format!("{name} is not set; run eval \"$(dev/servers env --dir DIR)\""))
 }
 
-/// Process ids that `dev/servers` keeps, each with its start time behind it.
+/// Process ids recorded by `dev/servers`, each followed by its start time.
 fn recorded(folder: &Path, name: &str) -> Option<u32> {
     let text = std::fs::read_to_string(folder.join(format!("{name}.pid"))).ok()?;
     text.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// The same server and role, another database.
+/// The URL of another database with the same server and role.
 fn with_database(url: &str, database: &str) -> Option<String> {
     let (server, _) = url.rsplit_once('/')?;
     Some(format!("{server}/{database}"))
@@ -66,20 +66,23 @@ impl Servers {
         let broker: Vec<u32> = (1..=9).filter_map(|n| recorded(folder, &format!("kafka-{n}"))).collect();
         let postgres: Vec<u32> = recorded(folder, "postgres").into_iter().collect();
         if broker.is_empty() || postgres.is_empty() {
-            return Err(format!("no servers run in {}: dev/servers up --dir", folder.display()));
+            return Err(format!(
+                "no servers are running in {}; start them with dev/servers up --dir",
+                folder.display()
+            ));
         }
-        let own = std::env::current_exe().map_err(failed("finding this program"))?;
+        let own = std::env::current_exe().map_err(failed("locating this program"))?;
         let program = own.with_file_name("payment-writer");
         if !program.exists() {
             return Err(format!("{} is not built", program.display()));
         }
         let logs = folder.join("bench");
-        std::fs::create_dir_all(&logs).map_err(failed("making a folder"))?;
+        std::fs::create_dir_all(&logs).map_err(failed("creating a folder"))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
-            .map_err(failed("making a runtime"))?;
+            .map_err(failed("creating a runtime"))?;
         Ok(Self {
             runtime,
             broker,
@@ -87,7 +90,7 @@ impl Servers {
             admin_url: variable("DEV_POSTGRES_ADMIN_URL")?,
             writer_url: variable("PAYMENT_WRITER__POSTGRES__URL")?,
             program,
-            folder: logs.canonicalize().map_err(failed("finding a folder"))?,
+            folder: logs.canonicalize().map_err(failed("resolving a folder"))?,
             sites: AtomicU32::new(0),
             logs: AtomicU32::new(0),
         })
@@ -100,8 +103,9 @@ impl Servers {
         work: impl AsyncFnOnce(&mut Client) -> Result<T, String>,
     ) -> Outcome<T> {
         self.runtime.block_on(async {
-            let (mut client, _driver) =
-                payment_writer::postgres::connect(url).await.map_err(failed("connecting to Postgres"))?;
+            let (mut client, _driver) = payment_writer::postgres::connection::connect(url)
+                .await
+                .map_err(failed("connecting to Postgres"))?;
             work(&mut client).await
         })
     }
@@ -111,22 +115,23 @@ impl Servers {
         self.connected(&self.admin_url, async |client| {
             for statement in statements {
                 client.batch_execute(statement).await.map_err(|error| {
-                    format!("{statement}: {}", payment_writer::postgres::describe(&error))
+                    format!("{statement}: {}", payment_writer::postgres::connection::describe(&error))
                 })?;
             }
             Ok(())
         })
     }
 
-    /// A session that counts a database's transactions, from another database so that its own do not count.
+    /// A session that reads a database's transaction count, connected to another database so as not to count
+    /// itself.
     pub fn counter(&self, database: &str) -> Outcome<Counter<'_>> {
-        let connect = payment_writer::postgres::connect(&self.admin_url);
+        let connect = payment_writer::postgres::connection::connect(&self.admin_url);
         let (client, _driver) = self.runtime.block_on(connect).map_err(failed("connecting to Postgres"))?;
         Ok(Counter { runtime: &self.runtime, client, database: database.to_owned() })
     }
 }
 
-/// Asks for the transactions of one database.
+/// Queries the transactions of one database.
 pub struct Counter<'a> {
     runtime: &'a Runtime,
     client: Client,
@@ -134,22 +139,22 @@ pub struct Counter<'a> {
 }
 
 impl Counter<'_> {
-    /// Transactions committed, as the server has counted them so far: sessions tell it once a second, and when
+    /// Transactions committed, according to the server's statistics: sessions report once a second, and when
     /// they end.
     pub fn transactions(&self) -> Outcome<i64> {
         let statement = "SELECT xact_commit FROM pg_stat_database WHERE datname = $1";
         let row = self.runtime.block_on(self.client.query_one(statement, &[&self.database]));
-        Ok(row.map_err(failed("asking for transactions"))?.get(0))
+        Ok(row.map_err(failed("querying transactions"))?.get(0))
     }
 }
 
 /// How the input is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Input {
-    /// By several producers side by side that compress with lz4: half of the records in transactions, a tenth of which is
-    /// aborted and sent again
+    /// By several producers in parallel that compress with lz4: half of the records in transactions, a tenth
+    /// of which is aborted and sent again
     Mixed,
-    /// By one producer without transactions and compression
+    /// By one producer without transactions or compression
     Plain,
 }
 
@@ -161,7 +166,7 @@ pub enum Amount {
 }
 
 impl Amount {
-    /// What each of `producers` in transactions sends, half of all together, and what is left.
+    /// The amount for each of `producers` in transactions, half of the total, and the rest.
     fn split(self, producers: u64) -> (Amount, Amount) {
         let each = |all: u64| all / 2 / producers;
         let rest = |all: u64| all - each(all) * producers;
@@ -174,7 +179,7 @@ impl Amount {
         }
     }
 
-    /// Of `payment-writer produce`.
+    /// Arguments of `payment-writer produce`.
     fn words(self) -> Vec<String> {
         match self {
             Amount::Count(count) => vec!["--count".to_owned(), count.to_string()],
@@ -186,12 +191,12 @@ impl Amount {
         }
     }
 
-    /// Producers in transactions, side by side: filling a topic is to be over soon, a rate is to be even.
+    /// Parallel producers with transactions: several to fill a topic quickly, one for an even rate.
     fn transactional_producers(self) -> u64 {
         if matches!(self, Amount::Count(_)) { 4 } else { 1 }
     }
 
-    /// Records of one transaction: 500, or what comes in 20 ms.
+    /// Records of one transaction: 500, or as many as are sent in 20 ms.
     fn transaction_size(self) -> u64 {
         match self {
             Amount::Count(_) => TRANSACTION_RECORDS_MAX,
@@ -200,7 +205,7 @@ impl Amount {
     }
 }
 
-/// What `produce` says of what it sent.
+/// The report of `produce`.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Sent {
     pub records: u64,
@@ -216,18 +221,18 @@ pub struct Expected {
     pub dead_letters: u64,
 }
 
-/// A place to run the daemon in that nothing else has touched. Dropped, it is removed.
+/// A separate place to run the daemon. Removed when dropped.
 pub struct Site<'a> {
     pub servers: &'a Servers,
-    /// Name of the database and the group, and the beginning of the topics' names.
+    /// Name of the database and the group, and prefix of the topics.
     pub name: String,
     pub url: String,
-    /// The build of payment-writer whose schema this is, and which runs here.
+    /// The build of payment-writer that runs here, with its schema.
     program: PathBuf,
 }
 
 impl<'a> Site<'a> {
-    /// Makes the database with its schema, and the topics.
+    /// Creates the database with its schema, and the topics.
     pub fn create(servers: &'a Servers) -> Outcome<Self> {
         Self::create_for(servers, &servers.program)
     }
@@ -244,7 +249,7 @@ impl<'a> Site<'a> {
         Ok(site)
     }
 
-    /// Whether another build than the one beside this program runs here.
+    /// Whether this runs another build than the one beside this program.
     pub fn is_baseline(&self) -> bool {
         self.program != self.servers.program
     }
@@ -253,7 +258,7 @@ impl<'a> Site<'a> {
         format!("{}_{what}", self.name)
     }
 
-    /// The settings of this site, as the environment gives them. All others are the shipped ones.
+    /// The settings of this site as environment variables. All others have their defaults.
     fn variables(&self) -> BTreeMap<String, String> {
         [
             ("KAFKA__GROUP_ID", self.name.clone()),
@@ -271,7 +276,7 @@ impl<'a> Site<'a> {
         .collect()
     }
 
-    /// The same settings for this very process.
+    /// The same settings for this process.
     pub fn settings(&self) -> Outcome<Settings> {
         let mut variables: BTreeMap<String, String> =
             std::env::vars().filter(|(name, _)| name.starts_with("PAYMENT_WRITER__")).collect();
@@ -282,7 +287,7 @@ impl<'a> Site<'a> {
             .map_err(failed("settings"))
     }
 
-    /// Starts one of the program's commands; `more` are further settings, in the environment's spelling.
+    /// Starts one of the program's commands; `more` are further settings as environment variables.
     pub fn start(&self, arguments: &[&str], more: &[(&str, &str)]) -> Outcome<Guarded> {
         self.start_of(&self.program, arguments, more)
     }
@@ -290,7 +295,7 @@ impl<'a> Site<'a> {
     fn start_of(&self, program: &Path, arguments: &[&str], more: &[(&str, &str)]) -> Outcome<Guarded> {
         let log = self.file("log");
         let mut command = Command::new(program);
-        // A settings file that lies about is of one build; the shipped values are in the program.
+        // An existing settings file may be for another build; the defaults are built in.
         command.current_dir(&self.servers.folder);
         command.args(arguments).envs(self.variables());
         command.envs(more.iter().map(|(name, value)| (format!("PAYMENT_WRITER__{name}"), value)));
@@ -304,22 +309,22 @@ impl<'a> Site<'a> {
         Ok(())
     }
 
-    /// A name that no other file has.
+    /// A unique file name.
     fn file(&self, extension: &str) -> PathBuf {
         let number = self.servers.logs.fetch_add(1, Ordering::Relaxed);
         self.servers.folder.join(format!("{number}.{extension}"))
     }
 
-    /// Starts to send records; [`Sending::finish`] says what was sent.
+    /// Starts sending records; [`Sending::finish`] returns what was sent.
     pub fn produce(&self, arguments: &[&str]) -> Outcome<Sending> {
         let report = self.file("json");
         let path = report.to_string_lossy().into_owned();
-        let mut words = vec!["produce", "--report", &path];
+        let mut words = vec!["produce", "--yes", "--report", &path];
         words.extend_from_slice(arguments);
         Ok(Sending(vec![(self.start_of(&self.servers.program, &words, &[])?, report)]))
     }
 
-    /// Starts to send so many records in one of the ways in which input is written; `arguments` as for
+    /// Starts sending this many records in one of the ways of writing input; `arguments` as for
     /// [`produce`](Self::produce), without their number and the seed.
     pub fn write(&self, input: Input, arguments: &[&str], amount: Amount, seed: u64) -> Outcome<Sending> {
         let start = |more: &[&str], amount: Amount, seed: u64| {
@@ -353,7 +358,7 @@ impl Drop for Site<'_> {
         warn(self.settings().and_then(|settings| {
             let kafka = &settings.kafka;
             let admin: AdminClient<DefaultClientContext> =
-                base_client_config(kafka).create().map_err(failed("making a Kafka client"))?;
+                base_client_config(kafka).create().map_err(failed("creating a Kafka client"))?;
             let topics =
                 [&kafka.input_topic, &kafka.read_topic, &kafka.email_topic, &kafka.dead_letter_topic];
             let topics = topics.map(String::as_str);
@@ -364,7 +369,7 @@ impl Drop for Site<'_> {
     }
 }
 
-/// Records on their way into the input topic: producers, each with its report.
+/// Records being sent to the input topic: producers, each with its report.
 pub struct Sending(Vec<(Guarded, PathBuf)>);
 
 impl Sending {

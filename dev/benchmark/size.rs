@@ -1,10 +1,10 @@
-//! How much room payments take: bytes in each table, index and topic, and in the WAL on the way there.
+//! Disk space of payments: bytes in each table, index and topic, and in the WAL.
 
 use std::path::Path;
 use std::time::Duration;
 
 use clap::Parser;
-use payment_writer::postgres::describe;
+use payment_writer::postgres::connection::describe;
 use serde_json::json;
 use tokio_postgres::Client;
 
@@ -14,7 +14,7 @@ use crate::site::{Servers, Site, failed};
 use crate::throughput::{PRODUCE_LIMIT, settle};
 use crate::{Outcome, ServersArguments};
 
-/// Writing the records of one measurement.
+/// Time limit for writing the records of one measurement.
 const DRAIN_LIMIT: Duration = Duration::from_secs(1_200);
 
 /// `bench size`
@@ -22,12 +22,12 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(1_200);
 pub struct Arguments {
     #[command(flatten)]
     servers: ServersArguments,
-    /// Payments of a measurement; with few of them, pages and batches that are not full count for much
+    /// Payments in a measurement; with few, partly filled pages and batches distort the result
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(10_000..=100_000_000))]
     count: u64,
 }
 
-/// What takes room, and how many bytes.
+/// What uses the space, and how many bytes.
 type Sizes = Vec<(&'static str, u64)>;
 
 const TABLES: [&str; 3] = ["payment_core", "payment_metadata", "payment_notes"];
@@ -37,12 +37,12 @@ async fn number(client: &Client, statement: &str) -> Result<u64, String> {
     u64::try_from(row.get::<_, i64>(0)).map_err(|_| format!("{statement}: a negative number"))
 }
 
-/// Bytes that the server has written to its log so far.
+/// Bytes of WAL that the server has written so far.
 async fn wal_position(client: &Client) -> Result<u64, String> {
     number(client, "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint").await
 }
 
-/// Bytes of a table or its indexes: of the tables below it, with their out-of-line values.
+/// Size of a table or its indexes, in bytes, including partitions and TOAST.
 async fn tree(client: &Client, what: &str, table: &str) -> Result<u64, String> {
     let statement = format!(
         "SELECT coalesce(sum({what}(inhrelid)), 0)::bigint FROM pg_inherits
@@ -51,8 +51,8 @@ async fn tree(client: &Client, what: &str, table: &str) -> Result<u64, String> {
     number(client, &statement).await
 }
 
-/// Bytes in the segments of a topic, in the broker's folders under `folder`. Indexes are left out: they are some
-/// ten bytes for 4 KiB.
+/// Bytes in the segments of a topic, in the broker's folders under `folder`. Indexes are not counted: they
+/// have about ten bytes for 4 KiB.
 fn topic_bytes(folder: &Path, topic: &str) -> std::io::Result<u64> {
     let mut sum = 0;
     for entry in std::fs::read_dir(folder)? {
@@ -70,13 +70,13 @@ fn topic_bytes(folder: &Path, topic: &str) -> std::io::Result<u64> {
     Ok(sum)
 }
 
-/// Whether a broker keeps a partition of this topic in a folder of this name.
+/// Whether a folder with this name contains a partition of this topic.
 fn is_partition(folder: &str, topic: &str) -> bool {
     let number = folder.strip_prefix(topic).and_then(|rest| rest.strip_prefix('-'));
     number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Whether `dev/servers` lets a broker keep its logs in a folder of this name.
+/// Whether a folder with this name is a broker's log folder, as named by `dev/servers`.
 fn holds_logs(folder: &str) -> bool {
     folder.starts_with("kafka-")
 }
@@ -136,7 +136,7 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
     for (v7, v4) in columns[0].iter().zip(&columns[1]) {
         rows.push(row![v7.0, a_payment(v7.1), a_payment(v4.1)]);
     }
-    report::print("Room that a payment takes", &rows);
+    report::print("Disk space of a payment", &rows);
     lines.finish();
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Several measurements of one thing.
+/// Several measurements of the same quantity.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Spread {
     pub min: f64,
@@ -26,7 +26,7 @@ impl Spread {
 }
 
 impl fmt::Display for Spread {
-    /// The median, and in brackets the extremes if they differ, with the decimals asked for.
+    /// The median, followed by minimum and maximum if they differ, with this many decimals.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let decimals = f.precision().unwrap_or(0);
         if self.min == self.max {
@@ -36,13 +36,13 @@ impl fmt::Display for Spread {
     }
 }
 
-/// Durations counted by whole milliseconds: exact percentiles in bounded memory, however many there are.
+/// Durations counted in whole milliseconds: exact percentiles in bounded memory.
 pub struct Histogram {
     counts: Vec<u64>,
     total: u64,
 }
 
-/// Longer ones count as this long.
+/// Longer durations count as this long.
 const MS_MAX: usize = 600_000;
 
 impl Histogram {
@@ -50,7 +50,7 @@ impl Histogram {
         Self { counts: vec![0; MS_MAX + 1], total: 0 }
     }
 
-    /// Counts one; a clock that ran backwards counts as 0.
+    /// Counts one duration; a negative one, after a clock step, counts as 0.
     pub fn add(&mut self, ms: i64) {
         self.counts[usize::try_from(ms).unwrap_or(0).min(MS_MAX)] += 1;
         self.total += 1;
@@ -60,7 +60,7 @@ impl Histogram {
         self.total
     }
 
-    /// The smallest duration that at least this share of all do not exceed; `None` without any.
+    /// The smallest duration that at least this share of all do not exceed; `None` if there are none.
     pub fn at(&self, share: f64) -> Option<u64> {
         let rank = ((self.total as f64 * share).ceil() as u64).clamp(1, self.total.max(1));
         let mut seen = 0;

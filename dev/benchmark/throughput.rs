@@ -1,4 +1,4 @@
-//! Drains of preloaded payments, case by case and in turn.
+//! Drains of preloaded payments, in several cases that alternate.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,16 +16,16 @@ use crate::site::{Amount, Counter, Input, Sent, Servers, Site, failed};
 use crate::stats::Spread;
 use crate::{BaselineArguments, Outcome, ServersArguments};
 
-/// Sending the records of one run.
+/// Time limit for sending the records of one run.
 pub const PRODUCE_LIMIT: Duration = Duration::from_secs(1_200);
-/// A daemon that settles nothing for so long is stuck.
+/// A daemon without progress for this long is stuck.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
-/// Filling the idempotency table.
+/// Time limit for filling the idempotency table.
 const FILL_LIMIT: Duration = Duration::from_secs(3_600);
-/// Between looks at the daemon; towards the end they come closer.
+/// Interval between polls of the daemon; shorter towards the end.
 const LOOK_MAX: Duration = Duration::from_millis(250);
 const LOOK_MIN: Duration = Duration::from_millis(5);
-/// Before it has begun to fetch.
+/// Interval before it has started to fetch.
 const LOOK_FIRST: Duration = Duration::from_millis(10);
 
 const AFTER_HELP: &str = "\
@@ -56,29 +56,29 @@ pub struct Arguments {
     /// Payments of a run
     #[arg(long, default_value_t = 3_000_000, value_parser = clap::value_parser!(u64).range(1_000..=100_000_000))]
     count: u64,
-    /// Runs of the first case beforehand that are left out: a broker that has just started compiles itself
+    /// Warm-up runs of the first case, not measured: a broker that has just started compiles its code
     #[arg(long, default_value_t = 8)]
     warm_up: u64,
-    /// Leave out what the servers alone can do
+    /// Do not measure the servers' maximum
     #[arg(long)]
     no_ceilings: bool,
 }
 
-/// Something to measure.
+/// A case to measure.
 #[derive(Clone, Debug, PartialEq)]
 struct Case {
     name: String,
-    /// Of `payment-writer produce`.
+    /// Arguments of `payment-writer produce`.
     words: Vec<&'static str>,
     input: Input,
-    /// Of the daemon, in the environment's spelling.
+    /// Settings of the daemon, as environment variables.
     settings: Vec<(&'static str, &'static str)>,
     instances: usize,
-    /// Millions of ids that are in the idempotency table beforehand, where one database serves all runs.
+    /// Millions of ids already in the idempotency table, if one database is used for all runs.
     table_millions: Option<u64>,
-    /// The case that it is compared with.
+    /// The case to compare it with.
     base: Option<String>,
-    /// Another build of the daemon than the one beside this program.
+    /// A different build of the daemon than the one beside this program.
     program: Option<PathBuf>,
 }
 
@@ -103,7 +103,7 @@ impl Case {
     }
 }
 
-/// Every case there is, in the order in which they are printed.
+/// All cases, in the order of the output.
 fn all_cases() -> Vec<Case> {
     const V7: [&str; 2] = ["--ids", "v7"];
     const V4: [&str; 2] = ["--ids", "v4"];
@@ -120,8 +120,8 @@ fn all_cases() -> Vec<Case> {
     }
     cases.push(Case::new("duplicates-1-v4", &[&V4[..], &["--duplicates", "0.01"]].concat()).against("v4"));
     cases.push(Case::new("dead-letters-1", &with(&["--bad", "0.01"])).against("v7"));
-    // Compared with a table that is as old and next to empty: a database, topics and a group that are new for each
-    // run cost more in the daemon and the broker than the table does.
+    // Compared with a table that is as old and nearly empty: a new database, new topics and a new group for
+    // each run cost more in the daemon and the broker than the table does.
     for millions in [0, 10, 30] {
         for (kind, words, base) in [("v7", &V7, "table-0m-v7"), ("v4", &V4, "table-0m-v4")] {
             let name = format!("table-{millions}m-{kind}");
@@ -137,7 +137,7 @@ fn all_cases() -> Vec<Case> {
     cases
 }
 
-/// The cases of these names, and those that they are compared with.
+/// The cases with these names, and those they are compared with.
 fn chosen(names: &[String]) -> Outcome<Vec<Case>> {
     let all = all_cases();
     let mut wanted: Vec<bool> = vec![false; all.len()];
@@ -152,7 +152,7 @@ fn chosen(names: &[String]) -> Outcome<Vec<Case>> {
         }
         if !is_known {
             let known: Vec<&str> = all.iter().map(|case| case.name.as_str()).collect();
-            return Err(format!("there is no case {name:?}; there are all, {}", known.join(", ")));
+            return Err(format!("there is no case {name:?}; the cases are all, {}", known.join(", ")));
         }
     }
     let bases: Vec<&String> = all
@@ -169,7 +169,7 @@ fn chosen(names: &[String]) -> Outcome<Vec<Case>> {
         .collect())
 }
 
-/// Each case with this build and with another one, which it is compared with.
+/// Each case with this build and with another one, for comparison.
 fn with_baseline(cases: Vec<Case>, program: &Path) -> Vec<Case> {
     let twin = |mut case: Case| {
         let mut baseline = case.clone();
@@ -185,7 +185,7 @@ fn with_baseline(cases: Vec<Case>, program: &Path) -> Vec<Case> {
 #[derive(Clone, Debug)]
 struct Run {
     records: u64,
-    /// Records settled in the time that is measured, and that time.
+    /// Records with an outcome in the measured time, and that time.
     timed: u64,
     seconds: f64,
     /// CPU seconds of the daemons, the broker and Postgres, for all records.
@@ -225,7 +225,7 @@ impl Run {
         self.metrics.get("payment_writer_phase_seconds_count{phase=\"kafka\"}")
     }
 
-    /// Milliseconds a batch of this step.
+    /// Milliseconds of this step in a batch.
     fn step_ms(&self, metric: &str, label: &str, step: &str) -> f64 {
         let sum = self.metrics.get(&format!("payment_writer_{metric}_sum{{{label}=\"{step}\"}}"));
         sum * 1_000.0 / self.batches().max(1.0)
@@ -264,14 +264,13 @@ impl Run {
     }
 }
 
-/// A number with so many decimals.
+/// A number with this many decimals.
 fn rounded(value: f64, decimals: i32) -> Value {
     let factor = 10f64.powi(decimals);
     json!((value * factor).round() / factor)
 }
 
-/// Lets what came before come to rest, and begins the next run at the same point of the server's life: just
-/// after a checkpoint.
+/// Waits until earlier work has finished, and starts each run just after a checkpoint.
 pub fn settle(servers: &Servers) -> Outcome<()> {
     servers.administer(&["CHECKPOINT"])?;
     std::thread::sleep(Duration::from_secs(2));
@@ -296,40 +295,39 @@ fn metrics(daemons: &mut [Daemon]) -> Outcome<Metrics> {
     daemons.iter_mut().try_fold(Metrics::default(), |sum, daemon| Ok(sum.plus(&daemon.metrics()?)))
 }
 
-/// How long to wait before the next look, when so many records are left.
+/// Interval until the next poll, with this many records left.
 fn pause(left: u64, per_second: f64) -> Duration {
     let rest = Duration::try_from_secs_f64(left as f64 / per_second / 3.0).unwrap_or(LOOK_MAX);
     rest.clamp(LOOK_MIN, LOOK_MAX)
 }
 
-/// How a drain went.
+/// The result of a drain.
 struct Drained {
-    /// Records that were settled in this time.
+    /// Records that got their outcome in this time.
     records: u64,
     seconds: f64,
-    /// What had come of all records at its end.
+    /// Records by outcome at the end.
     reached: Progress,
-    /// What the daemons and the database said at its beginning.
+    /// Metrics of the daemons and the database at the start.
     metrics: Metrics,
     transactions: i64,
 }
 
-/// From the first moment at which every instance fetches some partition to the one at which every record is
-/// settled.
+/// From the time when every instance fetches a partition until every record has its outcome.
 fn drained(daemons: &mut [Daemon], counter: &Counter<'_>, records: u64) -> Outcome<Drained> {
     let began = Instant::now();
     let before = loop {
         let now = progress(daemons)?;
         if now.settled() >= records {
             return Err(format!(
-                "all {records} records were settled before every instance had a share of them"
+                "all {records} records had their outcome before every instance had partitions"
             ));
         }
         if now.is_fetching {
             break now.settled();
         }
         if began.elapsed() > STALL_LIMIT {
-            return Err(daemons[0].complain("the daemon does not begin to fetch"));
+            return Err(daemons[0].complain("the daemon does not start fetching"));
         }
         std::thread::sleep(LOOK_FIRST);
     };
@@ -353,7 +351,7 @@ fn drained(daemons: &mut [Daemon], counter: &Counter<'_>, records: u64) -> Outco
     }
 }
 
-/// Preloads and drains once.
+/// Preloads and drains one run.
 fn measure(site: &Site<'_>, case: &Case, count: u64, seed: u64) -> Outcome<Run> {
     let servers = site.servers;
     let sent = sent(site, case, count, seed)?;
@@ -371,7 +369,7 @@ fn measure(site: &Site<'_>, case: &Case, count: u64, seed: u64) -> Outcome<Run> 
     let resident_max = pids.iter().filter_map(|pid| resident_max(*pid)).sum();
     let metrics = metrics(&mut daemons)?.since(&drained.metrics);
     daemons.into_iter().try_for_each(Daemon::stop)?;
-    // Sessions that have ended have told the server all that they counted.
+    // Sessions that have ended have reported all their statistics to the server.
     let postgres_transactions = counter.transactions()? - drained.transactions;
     let reached = drained.reached;
     let expected = &sent.expected;
@@ -383,8 +381,8 @@ fn measure(site: &Site<'_>, case: &Case, count: u64, seed: u64) -> Outcome<Run> 
     Ok(Run { records, timed, seconds, cpu, others, resident_max, postgres_transactions, metrics })
 }
 
-/// Fills the current generation with random ids, on the server. The index is built afterwards: that is several
-/// times faster and ends in the same pages.
+/// Fills the current generation with random ids, on the server. The index is built afterwards: that is
+/// several times faster and gives the same pages.
 fn fill(site: &Site<'_>, millions: u64) -> Outcome<()> {
     let ids = millions * 1_000_000;
     site.servers.connected(&site.url, async |client| {
@@ -403,7 +401,7 @@ fn fill(site: &Site<'_>, millions: u64) -> Outcome<()> {
         ];
         let work = async {
             for statement in &statements {
-                client.batch_execute(statement).await.map_err(|e| payment_writer::postgres::describe(&e))?;
+                client.batch_execute(statement).await.map_err(|e| payment_writer::postgres::connection::describe(&e))?;
             }
             Ok::<(), String>(())
         };
@@ -416,7 +414,7 @@ fn fill(site: &Site<'_>, millions: u64) -> Outcome<()> {
 
 fn rate_line(run: &Run) -> String {
     format!(
-        "{:>7.0}/s  CPU us a record: daemon {:5.2}  broker {:5.2}  postgres {:5.2}  all {:5.2}  (others used {:2.0} %)",
+        "{:>7.0}/s  CPU µs a record: daemon {:5.2}  broker {:5.2}  postgres {:5.2}  all {:5.2}  (others used {:2.0} %)",
         run.rate(),
         run.micros(0),
         run.micros(1),
@@ -440,7 +438,7 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
     for _ in 0..arguments.warm_up {
         measure(&Site::create(&servers)?, &cases[0], count, 1)?;
     }
-    // Databases with a big table serve all cases of their size, and every run of those.
+    // Databases with a big table are shared by all cases of their size, and all their runs.
     let mut tables: Vec<(u64, Site<'_>)> = Vec::new();
     for case in &cases {
         let Some(millions) = case.table_millions else { continue };
@@ -448,7 +446,7 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
             eprintln!("bench: filling a table with {millions} million ids");
             let site = Site::create(&servers)?;
             fill(&site, millions)?;
-            // The first run over a fresh table is slower than any after it.
+            // The first run on a new table is slower than later ones.
             measure(&site, case, (count / 4).max(1_000), 2)?;
             tables.push((millions, site));
         }
@@ -464,14 +462,14 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
                 ceilings.push(ceiling);
             }
         }
-        // Every other round backwards: what drifts evenly hits all alike.
+        // Every second round runs backwards: a steady drift affects all alike.
         let mut order: Vec<usize> = (0..cases.len()).collect();
         if round % 2 == 0 {
             order.reverse();
         }
         for index in order {
             let case = &cases[index];
-            // The same for a case and its baseline.
+            // The same seed for a case and its baseline.
             let seed =
                 round * 100 + 1 + index as u64 / if arguments.baseline.baseline.is_some() { 2 } else { 1 };
             let run = match tables.iter().find(|(millions, _)| Some(*millions) == case.table_millions) {
@@ -505,7 +503,7 @@ fn ceiling_json(ceiling: &Ceiling, round: u64) -> Value {
     })
 }
 
-/// Median and extremes of one figure of all runs.
+/// Median, minimum and maximum of one figure over all runs.
 fn spread(runs: &[Run], decimals: usize, figure: impl Fn(&Run) -> f64) -> String {
     Spread::of(runs.iter().map(figure)).map_or(String::new(), |spread| format!("{spread:.decimals$}"))
 }
@@ -539,7 +537,7 @@ fn print_all(cases: &[Case], runs: &[Vec<Run>], ceilings: &[Ceiling]) {
             ]);
         }
     }
-    report::print("All runs; CPU in us a record", &rows);
+    report::print("All runs; CPU in µs a record", &rows);
 
     let mut rows = vec![row!["case", "records/s", "daemon", "broker", "postgres", "all", "resident MB"]];
     for (case, runs) in each() {
@@ -554,7 +552,7 @@ fn print_all(cases: &[Case], runs: &[Vec<Run>], ceilings: &[Ceiling]) {
             spread(runs, 0, |run| run.resident_max as f64 / 1e6),
         ]);
     }
-    report::print("Median (least..most); CPU in us a record", &rows);
+    report::print("Median (min..max); CPU in µs a record", &rows);
 
     let mut rows = vec![row!["case", "Postgres tx/s", "Kafka tx/s", "batch records"]];
     rows[0].extend(PHASES.iter().map(|phase| format!("{phase} ms")));
@@ -568,7 +566,7 @@ fn print_all(cases: &[Case], runs: &[Vec<Run>], ceilings: &[Ceiling]) {
         row.extend(PHASES.iter().map(|phase| spread(runs, 1, |run| run.phase_ms(phase))));
         rows.push(row);
     }
-    report::print("Transactions, and what a lane spends on a batch; median (least..most)", &rows);
+    report::print("Transactions, and time of a lane per batch; median (min..max)", &rows);
 
     let mut rows = vec![vec!["case".to_owned()]];
     rows[0].extend(DATABASE_STEPS.iter().map(|step| format!("database: {step}")));
@@ -582,7 +580,7 @@ fn print_all(cases: &[Case], runs: &[Vec<Run>], ceilings: &[Ceiling]) {
         }
         rows.push(row);
     }
-    report::print("The steps of both transactions, ms a batch; median (least..most)", &rows);
+    report::print("The steps of both transactions, ms a batch; median (min..max)", &rows);
 
     let mut rows =
         vec![row!["case", "compared with", "CPU of the daemon", "of the broker", "of all", "records/s"]];
@@ -590,7 +588,7 @@ fn print_all(cases: &[Case], runs: &[Vec<Run>], ceilings: &[Ceiling]) {
         let Some(base) = cases.iter().position(|other| case.base.as_ref() == Some(&other.name)) else {
             continue;
         };
-        // Run by run, so that what slows a whole round down cancels out.
+        // Compared run by run, so that what slows a whole round down cancels out.
         let ratio = |figure: fn(&Run) -> f64| {
             let pairs = own.iter().zip(&runs[base]).map(|(run, base)| figure(run) / figure(base));
             Spread::of(pairs).map_or(String::new(), |spread| format!("{spread:.2}"))
@@ -605,7 +603,7 @@ fn print_all(cases: &[Case], runs: &[Vec<Run>], ceilings: &[Ceiling]) {
         ]);
     }
     if rows.len() > 1 {
-        report::print("Ratios to the base case, of the runs of one round; median (least..most)", &rows);
+        report::print("Ratios to the base case, within each round; median (min..max)", &rows);
     }
     print_ceilings(&cases[0], &runs[0], ceilings);
 }
@@ -626,10 +624,10 @@ fn print_ceilings(case: &Case, runs: &[Run], ceilings: &[Ceiling]) {
         rows.push(row![name, format!("{rate:.0}"), micros(0), micros(1), micros(2)]);
     }
     let (Some((least, name)), Some(rate)) = (lowest, Spread::of(runs.iter().map(Run::rate))) else { return };
-    report::print("What the servers can do; median (least..most); CPU in us a payment", &rows);
+    report::print("Maximum of the servers; median (min..max); CPU in µs a payment", &rows);
     let share = rate.median / least;
     println!(
-        "The daemon ({}, {:.0}/s) reaches {share:.2} of the lowest of them ({name}).",
+        "The daemon ({}, {:.0}/s) reaches {share:.2} of the lowest ceiling ({name}).",
         case.name, rate.median
     );
 }

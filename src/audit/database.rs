@@ -1,4 +1,4 @@
-//! What the audit asks of the database: one read-only session, short statements, a time limit on each.
+//! Database queries of the audit: one read-only session with short statements and a time limit for each.
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
@@ -10,28 +10,29 @@ use tokio_postgres::{Client, Statement};
 use uuid::Uuid;
 
 use super::verdict::{Cursor, Payment, Pruned};
-use crate::batch::Owner;
-use crate::postgres::{Endpoint, describe};
+use crate::config::Endpoint;
+use crate::domain::batch::Owner;
+use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
+use crate::postgres::connection::describe;
 use crate::reconcile::Exempt;
 use crate::reconcile::database::skips;
-use crate::record::{NextOffset, Offset, Partition, TimestampMs};
 
-/// Ids are looked up by index, whatever the planner thinks of tables that grow fast; housekeeping must not wait for
-/// long behind a statement that itself waits for a lock.
+/// Forces index lookups of ids, because planner statistics lag behind tables that grow fast. The short
+/// timeouts keep housekeeping from waiting behind a statement that itself waits for a lock.
 const SESSION: &str = "\
     SET default_transaction_read_only = on; \
     SET statement_timeout = '10s'; SET lock_timeout = '2s'; \
     SET enable_seqscan = off; SET max_parallel_workers_per_gather = 0";
-/// A server that was stopped does not end a statement by itself.
+/// Client-side limit: a stopped server does not enforce `statement_timeout`.
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
-/// The payment tables have no index: a look for single rows reads the months that they are in.
+/// The payment tables have no index on the source position, so a row lookup scans whole months.
 const ROWS_TIMEOUT: &str = "SET statement_timeout = '60s'";
 const ROWS_WITHIN: Duration = Duration::from_secs(65);
 const LEAVE_WITHIN: Duration = Duration::from_secs(1);
 const USUAL_TIMEOUT: &str = "SET statement_timeout = '10s'";
 
-/// Cursors, owners and what was dropped, in one statement and therefore in one snapshot: a record below `applied` in it
-/// was decided by a transaction whose claims are in it, too.
+/// Cursors, owners and pruning in one statement, hence one snapshot: the claims of every record below
+/// `applied` are visible in it.
 const SNAPSHOT: &str = "\
     SELECT 0 AS kind, partition, applied AS number, published AS other, NULL::uuid AS id
     FROM payment_writer.source_cursor WHERE topic_id = $1 AND partition = ANY ($2)
@@ -50,17 +51,17 @@ const ROWS: &str = "\
         ON m.source_partition = wanted.partition AND m.source_offset = wanted.number
     WHERE m.created_at BETWEEN to_timestamp($3::bigint / 1000) AND to_timestamp($4::bigint / 1000 + 1)";
 
-/// Why there is no answer; names no payment.
+/// Why a query failed; contains no payment data.
 pub type Unanswered = String;
 
-/// What one statement saw.
+/// Result of one statement.
 #[derive(Debug, Default)]
 pub struct Snapshot {
-    /// Cursors of the partitions that were asked for.
+    /// Cursors of the requested partitions.
     pub cursors: HashMap<Partition, Cursor>,
-    /// Owners of the ids that were asked for.
+    /// Owners of the requested ids.
     pub owners: HashMap<Uuid, Vec<Owner>>,
-    /// What has been dropped of the claims.
+    /// Claims that have been dropped.
     pub pruned: Pruned,
 }
 
@@ -70,11 +71,11 @@ struct Session {
     snapshot: Statement,
 }
 
-/// The database, with a session while there is something to ask.
+/// Database with a session that is opened on demand.
 pub struct Database {
     endpoint: Endpoint,
     topic_id: Uuid,
-    /// Of the audit's thread alone, so that its time is that thread's.
+    /// Runs on the audit's thread, so that its CPU time counts as the audit's.
     runtime: Runtime,
     session: Option<Session>,
 }
@@ -103,22 +104,22 @@ impl Session {
 }
 
 impl Database {
-    /// The database at `endpoint`; opens no session yet.
+    /// Creates a handle without opening a session.
     pub fn new(endpoint: Endpoint, topic_id: Uuid) -> std::io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Ok(Self { endpoint, topic_id, runtime, session: None })
     }
 
-    /// Closes the session until there is something to ask again.
+    /// Closes the session until the next query.
     pub fn rest(&mut self) {
         if let Some(Session { client, driver, .. }) = self.session.take() {
             drop(client);
-            // It takes leave of the server, which it can do only while this runtime runs.
+            // The connection sends its termination message only while this runtime runs.
             let _ = self.runtime.block_on(async { tokio::time::timeout(LEAVE_WITHIN, driver).await });
         }
     }
 
-    /// Runs `question` on the session; after an error the session is given up.
+    /// Runs `question` on the session; closes the session after an error.
     fn ask<T>(
         &mut self,
         question: impl AsyncFnOnce(&Session, Uuid) -> Result<T, Unanswered>,
@@ -173,7 +174,7 @@ impl Database {
         })
     }
 
-    /// What persons gave up.
+    /// Records that operators skipped.
     pub fn exempt(&mut self) -> Result<Exempt, Unanswered> {
         self.ask(async |session, topic_id| {
             let asked = skips(&session.client, topic_id);
@@ -181,7 +182,7 @@ impl Database {
         })
     }
 
-    /// Which of these payments `payment_metadata` names.
+    /// Which of these payments have a row in `payment_metadata`.
     pub fn rows(&mut self, payments: &[Payment]) -> Result<HashSet<(Partition, Offset)>, Unanswered> {
         let partitions: Vec<i32> = payments.iter().map(|p| p.partition.0).collect();
         let offsets: Vec<i64> = payments.iter().map(|p| p.offset.0).collect();

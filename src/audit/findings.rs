@@ -1,33 +1,33 @@
-//! What the log says of records that nothing accounts for.
+//! Log messages about records that nothing accounts for.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
-use crate::logging::RateLimited;
-use crate::record::{Offset, Partition};
+use crate::domain::record::{Offset, Partition};
+use crate::telemetry::logging::RateLimited;
 
-/// Runs of offsets that one line names.
+/// Maximum number of offset ranges in a line.
 const RUNS_MAX: usize = 20;
-/// Each line is about a partition; a loss may be in all of them.
+/// One line per partition; a loss can affect all partitions.
 static LIMIT: RateLimited = RateLimited::new(100, Duration::from_secs(60));
 
-/// Records by partition and by what is wrong with them.
+/// Records by partition and by finding.
 #[derive(Debug, Default)]
 pub struct Findings(BTreeMap<(Partition, String), Vec<Offset>>);
 
 impl Findings {
-    /// Adds one.
+    /// Adds a record.
     pub fn push(&mut self, partition: Partition, offset: Offset, what: String) {
         self.0.entry((partition, what)).or_default().push(offset);
     }
 
-    /// How many there are.
+    /// Number of records.
     pub fn len(&self) -> u64 {
         self.0.values().map(|offsets| offsets.len() as u64).sum()
     }
 
-    /// Writes a line for each partition.
+    /// Logs one line per partition.
     pub fn tell(mut self, topic: &str) {
         for ((partition, detail), offsets) in &mut self.0 {
             offsets.sort_unstable();
@@ -53,7 +53,7 @@ impl Findings {
     }
 }
 
-/// Sorted offsets as runs: `7, 10-12`. Offsets that follow each other but for a marker are two runs.
+/// Formats sorted offsets as ranges: `7, 10-12`. A transaction marker between two offsets splits a range.
 fn runs(offsets: &[Offset]) -> String {
     let mut runs: Vec<(Offset, Offset)> = Vec::new();
     for offset in offsets {
@@ -65,7 +65,7 @@ fn runs(offsets: &[Offset]) -> String {
     let mut text = String::new();
     for (first, last) in runs.iter().take(RUNS_MAX) {
         let comma = if text.is_empty() { "" } else { ", " };
-        // Writing to a text does not fail.
+        // Writing to a String cannot fail.
         let _ = match first == last {
             true => write!(text, "{comma}{first}"),
             false => write!(text, "{comma}{first}-{last}"),

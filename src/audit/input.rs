@@ -1,5 +1,5 @@
-//! Reads ranges of the input with a client that belongs to the audit, is no member of the group, and fetches little at
-//! a time.
+//! Reads ranges of the input topic with the audit's own client, which is not a member of the group and
+//! fetches little at a time.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -9,36 +9,36 @@ use uuid::Uuid;
 use super::plan::Part;
 use super::verdict::Payment;
 use crate::config::KafkaSettings;
-use crate::cursor::LogBounds;
+use crate::domain::cursor::LogBounds;
+use crate::domain::record::{Partition, SourceBatch, TimestampMs};
+use crate::domain::wire::{self, Rules};
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
-use crate::metrics;
-use crate::record::{Partition, SourceBatch, TimestampMs};
-use crate::wire::{self, Rules};
+use crate::telemetry::metrics;
 
-/// Limits of what is fetched: a record batch or a little more of each partition, and nothing ahead of what is read.
+/// Fetch limits: about one record batch per partition, and no prefetching.
 const PROPERTIES: [(&str, &str); 4] = [
     ("fetch.message.max.bytes", "65536"),
     ("max.partition.fetch.bytes", "65536"),
     ("queued.min.messages", "1"),
-    // Waits for nothing: what is read is there.
+    // No waiting: the requested records exist.
     ("fetch.min.bytes", "1"),
 ];
 
-/// The settings of a client that fetches little.
+/// Settings of a client that fetches little.
 pub fn small(kafka: &KafkaSettings) -> KafkaSettings {
     KafkaSettings { properties: kafka.properties.overridden(&PROPERTIES), ..kafka.clone() }
 }
 
-/// What was read of some ranges.
+/// Result of reading ranges.
 #[derive(Debug, Default)]
 pub struct Read {
     /// Valid records.
     pub payments: Vec<Payment>,
-    /// Records that break a rule: how many.
+    /// Number of invalid records.
     pub invalid: u64,
 }
 
-/// The input topic, with a client while there is something to read.
+/// Input topic with a client that is created on demand.
 pub struct Input {
     kafka: KafkaSettings,
     rules: Rules,
@@ -47,17 +47,17 @@ pub struct Input {
 }
 
 impl Input {
-    /// The input topic of these settings; makes no client yet.
+    /// Creates a handle without a client.
     pub fn new(kafka: &KafkaSettings, rules: Rules) -> Self {
         Self { kafka: small(kafka), rules, scanner: None, one: SourceBatch::new() }
     }
 
-    /// Gives the client up until there is something to read again: one at rest still talks to its brokers.
+    /// Closes the client until the next read; an idle client still sends requests to its brokers.
     pub fn rest(&mut self) {
         self.scanner = None;
     }
 
-    /// Runs `question` on a client; after an error the client is given up.
+    /// Runs `question` on the client; closes the client after an error.
     fn ask<T>(
         &mut self,
         question: impl FnOnce(&Scanner, &Rules, &mut SourceBatch) -> Result<T, ScanError>,
@@ -71,18 +71,18 @@ impl Input {
         Ok(answer)
     }
 
-    /// The topic's id.
+    /// Id of the input topic.
     pub fn topic_id(&mut self) -> Result<Uuid, ScanError> {
         self.ask(|scanner, _, _| scanner.describe().map(|(id, _)| id))
     }
 
-    /// What the log has of the partitions of these ranges, in their order.
+    /// Log bounds of the partitions of these ranges, in the same order.
     pub fn bounds(&mut self, parts: &[Part]) -> Result<Vec<LogBounds>, ScanError> {
         let partitions: Vec<Partition> = parts.iter().map(|part| part.range.partition).collect();
         self.ask(|scanner, _, _| scanner.bounds(&partitions))
     }
 
-    /// Reads all records of these ranges, each of another partition.
+    /// Reads all records of these ranges; each partition may occur once.
     pub fn read(&mut self, parts: &[Part]) -> Result<Read, ScanError> {
         let ranges: Vec<ScanRange> = parts.iter().map(|part| part.range).collect();
         let now = (metrics::now(), Instant::now());
@@ -98,7 +98,7 @@ impl Input {
         };
         self.ask(|scanner, rules, one| {
             let mut read = Read::default();
-            // Never broken off.
+            // The callback never stops the scan.
             let _ = scanner.read(&ranges, |record| {
                 one.clear();
                 let (partition, offset) = (record.partition(), record.offset());

@@ -1,4 +1,4 @@
-//! Looks for the dead letters of single records: a record that the database refused has claimed no id.
+//! Searches dead letters of single records: a record that the database rejected has no claim.
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
@@ -9,32 +9,32 @@ use uuid::Uuid;
 use super::input::small;
 use super::verdict::Payment;
 use crate::config::KafkaSettings;
+use crate::domain::record::{Offset, Partition, TimestampMs};
+use crate::kafka::last_stable::stable_ends;
 use crate::kafka::scan::{ScanRange, Scanner};
-use crate::kafka::stable::stable_ends;
 use crate::reconcile::source_place;
-use crate::record::{Offset, Partition, TimestampMs};
 
-/// Dead letters that are read for one search, at most.
+/// Maximum number of dead letters read in a search.
 const LETTERS_MAX: u64 = 1_000_000;
-/// How long a search may take.
+/// Time limit of a search.
 const SEARCH_MAX: Duration = Duration::from_secs(120);
-/// A letter is stamped by the clock of the process that sent it, after its record was written to the log; a record may
-/// be stamped up to an hour ahead of that.
+/// A dead letter has the timestamp of the process that sent it, after its record was written to the log. The
+/// record's timestamp may be up to an hour ahead of that.
 const BEFORE_RECORD_MS: i64 = (60 + 10) * 60 * 1_000;
 
-/// What a search found.
+/// Result of a search.
 #[derive(Debug, Default)]
 pub struct Searched {
-    /// Records that have a dead letter.
+    /// Records with a dead letter.
     pub found: HashSet<(Partition, Offset)>,
-    /// Why the others may have one all the same; empty if they cannot.
+    /// Why a dead letter may have been missed; empty if that is impossible.
     pub but: &'static str,
 }
 
-/// Searches the dead letters for those of these payments, up to the end that the topic has now.
+/// Searches the dead letters of these payments, up to the current end of the topic.
 ///
 /// # Errors
-/// In words, when the topic cannot be read.
+/// A description, if the topic cannot be read.
 pub fn search(kafka: &KafkaSettings, topic_id: Uuid, payments: &[Payment]) -> Result<Searched, String> {
     let failed = |error: &dyn std::fmt::Display| format!("searching the dead letters: {error}");
     let Some(earliest) = payments.iter().map(|payment| payment.timestamp.0).min() else {
@@ -54,7 +54,7 @@ pub fn search(kafka: &KafkaSettings, topic_id: Uuid, payments: &[Payment]) -> Re
     let mut is_cut = false;
     for (((partition, to), bounds), position) in partitions.into_iter().zip(ends).zip(bounds).zip(positions) {
         let first = position.unwrap_or(to).max(bounds.start);
-        // Everything that is left was sent late enough: what was removed may have been as well.
+        // The oldest dead letter left is recent enough that relevant ones may have been removed.
         is_cut |= bounds.start.0 > 0 && first <= bounds.start;
         ranges.push(ScanRange { partition, from: first, to });
     }
@@ -76,7 +76,7 @@ pub fn search(kafka: &KafkaSettings, topic_id: Uuid, payments: &[Payment]) -> Re
             ControlFlow::Continue(())
         })
         .map_err(|e| failed(&e))?;
-    // All were found: the rest need not be read.
+    // Stopped because all were found.
     if flow.is_break() && searched.found.len() < wanted.len() {
         searched.but = "; there are too many dead letters to be searched";
     }

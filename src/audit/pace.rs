@@ -1,24 +1,24 @@
-//! How long the audit rests, so that it takes a small share of the processor however much there is to audit.
+//! Pauses of the audit, which keep its CPU usage small regardless of the amount of work.
 
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// After each piece it rests so many times as long as its thread ran for it. The client's threads run nearly as long
-/// again, so that the whole takes less than half a percent of one core.
+/// Length of the pause after each piece, as a multiple of the thread's CPU time for it. The client's threads
+/// use nearly as much again, so the audit uses less than half a percent of one core.
 const REST: u32 = 400;
-/// While a backlog is worked off the processor is wanted elsewhere, and others may have most of it: then it is the
-/// whole process that must have run so many times as long as the thread did. With the client's threads that is
-/// two thirds of a percent of what the daemon uses.
+/// During a backlog the CPU is needed for the pipeline and may be shared with others. Then the whole process
+/// must have used this multiple of the thread's CPU time. With the client's threads, the audit uses two
+/// thirds of a percent of the daemon's CPU time.
 const WORK_BETWEEN: u32 = 300;
-/// Records between what is written and published and the log's end that are a backlog.
+/// Lag in records from which on there is a backlog.
 const BACKLOG: i64 = 10_000;
-/// After a piece that took unusually long, and where the process hardly runs.
+/// Maximum pause: after an unusually slow piece, or if the process hardly runs.
 const REST_MAX: Duration = Duration::from_secs(30);
-/// How often a resting audit looks whether it may go on.
+/// Interval at which a pause is checked.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// Processor time that has been used so far.
+/// CPU time used so far.
 #[derive(Clone, Copy, Debug)]
 pub struct Used {
     thread: Duration,
@@ -26,24 +26,24 @@ pub struct Used {
 }
 
 impl Used {
-    /// By this thread, and by the whole process.
+    /// CPU time of this thread and of the whole process.
     pub fn now() -> Self {
         let used = |clock| Duration::try_from(clock_gettime(clock)).unwrap_or_default();
         Self { thread: used(ClockId::ThreadCPUTime), process: used(ClockId::ProcessCPUTime) }
     }
 }
 
-/// When the audit goes on after a piece.
+/// Pause after a piece.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rest {
-    /// It goes on at this time, whatever was used.
+    /// The pause ends at this time, whatever was used.
     until: Instant,
-    /// In a backlog, also when the process has used so much.
+    /// During a backlog, the pause also ends when the process has used this much CPU time.
     until_used: Option<Duration>,
 }
 
 impl Rest {
-    /// The rest that a piece needs, by what was used before and after it, and the process's lag in records.
+    /// Pause after a piece, from the CPU time before and after it and the lag of the process in records.
     pub fn after(before: Used, after: Used, lag: i64, now: Instant) -> Self {
         let ran = after.thread.saturating_sub(before.thread);
         if lag < BACKLOG {
@@ -53,7 +53,7 @@ impl Rest {
         Self { until: now + REST_MAX, until_used: Some(until_used) }
     }
 
-    /// Time until this is over, or until it is to be looked at again; `None`: it is over.
+    /// Time until the pause ends or must be checked again; `None` if it is over.
     pub fn left(self, used: Used, now: Instant) -> Option<Duration> {
         let left = self.until.saturating_duration_since(now);
         let is_over = left.is_zero() || self.until_used.is_some_and(|until| used.process >= until);
@@ -78,7 +78,7 @@ mod tests {
         let now = Instant::now();
         let rest = Rest::after(used(10, 50), used(12, 52), BACKLOG - 1, now);
         assert_eq!(rest.left(used(12, 52), now), Some(LOOK));
-        // However much the process does.
+        // However much the process uses.
         assert_eq!(rest.left(used(12, 90_000), now + ms(790)), Some(ms(10)));
         assert_eq!(rest.left(used(12, 52), now + ms(800)), None);
     }

@@ -1,41 +1,42 @@
-//! Which offsets are to be audited, and when. Pure: time and chance are handed in.
+//! Decides which offsets to audit, and when. Pure: time and randomness are inputs.
 //!
-//! All offsets just behind a begin, and blocks chosen at random of everything that cursors pass. A range waits until
-//! its partition's cursor has passed it; one that is passed in part for long is audited in part.
+//! All offsets just behind a fetch start are audited, and randomly chosen blocks of all other offsets that
+//! the cursors pass. A range waits until its partition's cursor has passed it; after a while, the passed part
+//! of it is audited.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::begins::Begin;
 use super::sampler::Sampler;
-use crate::cursor::LogBounds;
+use crate::domain::cursor::LogBounds;
+use crate::domain::record::{NextOffset, Partition};
 use crate::kafka::scan::ScanRange;
-use crate::record::{NextOffset, Partition};
+use crate::telemetry::status::begins::Begin;
 
-/// Offsets behind a begin, all of which are audited.
+/// Number of offsets behind a fetch start that are all audited.
 pub const AFTER_BEGIN: i64 = 1_000;
-/// Offsets of a block that is chosen at random. A run of lost records is the likelier met the shorter blocks are, and
+/// Offsets per randomly chosen block. Shorter blocks find a run of lost records with higher probability, and
 /// each block costs a fetch.
 const BLOCK: i64 = 50;
-/// Ranges that wait, of all partitions. Those that come beyond it are dropped and counted.
+/// Maximum number of waiting ranges of all partitions; further ones are dropped and counted.
 const RANGES_MAX: usize = 20_000;
-/// Offsets that are read and asked for at once.
+/// Maximum number of offsets that are read and checked together.
 const PIECE_OFFSETS_MAX: i64 = 1_000;
-/// Partitions of a piece.
+/// Maximum number of partitions per piece.
 const PIECE_PARTS_MAX: usize = 20;
-/// A range whose end is not passed is audited as far as it is after this time.
+/// After this time, the passed part of a range is audited.
 const PARTLY_AFTER: Duration = Duration::from_secs(30);
-/// A range that could not be read is tried again after this time, by itself.
+/// A range that could not be read is retried alone after this time.
 const RETRY: Duration = Duration::from_secs(30);
-/// What could not be audited for so long is dropped and counted.
+/// A range that could not be audited for this time is dropped and counted.
 const GIVE_UP: Duration = Duration::from_secs(60 * 60);
 
-/// A range to be audited now.
+/// A range to audit now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Part {
-    /// Its offsets; they have been passed.
+    /// Offsets; the cursor has passed them.
     pub range: ScanRange,
-    /// None of its records was decided before this moment; `None`: that is not known.
+    /// All records of the range were decided after this time; `None` if unknown.
     pub decided_after: Option<Instant>,
     ready_since: Instant,
 }
@@ -45,48 +46,48 @@ struct Waiting {
     from: NextOffset,
     to: NextOffset,
     decided_after: Option<Instant>,
-    /// When it may be audited in part.
+    /// From this time on, a part of it may be audited.
     partly_at: Instant,
-    /// Since when it is to be audited, in whole or in part.
+    /// Since when it can be audited, completely or partly.
     ready_since: Option<Instant>,
-    /// After a try that failed: when the next one is due.
+    /// Next attempt, after a failed one.
     again_at: Option<Instant>,
 }
 
-/// What is known of one partition.
+/// State of a partition.
 #[derive(Debug)]
 struct Share {
-    /// The cursor as last seen.
+    /// Last observed cursor.
     applied: NextOffset,
-    /// Where this process began to see it pass.
+    /// First observed cursor.
     seen_from: NextOffset,
-    /// When it was last seen: what lies beyond was decided later.
+    /// Time of the last observation; records beyond the cursor were decided later.
     seen_at: Instant,
-    /// The partition is assigned to this process.
+    /// Whether the partition is assigned to this process.
     is_ours: bool,
-    /// Disjoint, in order.
+    /// Disjoint and in order.
     waiting: Vec<Waiting>,
 }
 
-/// The ranges of all partitions.
+/// Ranges of all partitions.
 #[derive(Debug)]
 pub struct Plan {
     sampler: Sampler,
     shares: BTreeMap<Partition, Share>,
-    /// Ranges that wait.
+    /// Number of waiting ranges.
     ranges: usize,
-    /// Offsets that were dropped since they were last asked for.
+    /// Offsets dropped since the last [`take_dropped`](Self::take_dropped).
     dropped: u64,
 }
 
 impl Plan {
-    /// A plan that chooses this share of the offsets that are passed.
+    /// Creates a plan that audits this share of the passed offsets.
     pub fn new(share: f64, seed: u64) -> Self {
         Self { sampler: Sampler::new(share, seed), shares: BTreeMap::new(), ranges: 0, dropped: 0 }
     }
 
-    /// Notes how far the cursors of this process's partitions are. A partition that is not named went elsewhere: what it
-    /// had not passed is left to the process that has it now.
+    /// Updates the cursors of this process's partitions. Partitions that are not listed have been revoked:
+    /// the process that has them now audits what their cursors had not passed.
     pub fn passed(&mut self, cursors: &[(Partition, NextOffset)], now: Instant) {
         for share in self.shares.values_mut() {
             share.is_ours = false;
@@ -110,7 +111,7 @@ impl Plan {
         let share = self.shares.entry(partition).or_insert_with(|| Share::at(applied, now));
         share.is_ours = true;
         if applied < share.applied {
-            // A database that was restored: what it passes again is chosen from again.
+            // The database was restored: the range will be passed again and is sampled again.
             (share.applied, share.seen_from) = (applied, applied);
         }
         let (first, past) = (share.applied.0 / BLOCK, applied.0 / BLOCK);
@@ -124,19 +125,19 @@ impl Plan {
         }
     }
 
-    /// Notes a begin.
+    /// Adds the range behind a fetch start.
     pub fn begun(&mut self, begin: Begin, now: Instant) {
         let Begin { partition, position, applied } = begin;
         self.shares.entry(partition).or_insert_with(|| Share::at(applied, now));
         let after = |at: NextOffset| NextOffset(at.0.saturating_add(AFTER_BEGIN));
-        // Below the cursor, records were decided before this begin.
+        // Records below the cursor were decided before this fetch start.
         let before = ScanRange { partition, from: position, to: after(position).min(applied) };
         self.insert(before, None, now);
         let later = ScanRange { partition, from: applied, to: after(applied.max(position)) };
         self.insert(later, Some(now), now);
     }
 
-    /// Adds what of a range does not wait yet.
+    /// Adds the parts of a range that are not waiting yet.
     fn insert(&mut self, range: ScanRange, decided_after: Option<Instant>, now: Instant) {
         let Some(share) = self.shares.get_mut(&range.partition) else { return };
         let mut from = range.from;
@@ -157,8 +158,8 @@ impl Plan {
         }
     }
 
-    /// Takes what is to be audited next: ranges of different partitions, those that wait longest first. What was
-    /// tried in vain comes by itself, so that it holds up nothing else.
+    /// Takes the next piece: ranges of different partitions, those that have waited longest first. A range
+    /// that failed before is taken alone, so that it does not delay others.
     pub fn take(&mut self, now: Instant) -> Vec<Part> {
         let mut ready: Vec<(Instant, Partition, usize)> = Vec::new();
         for (partition, share) in &self.shares {
@@ -184,7 +185,7 @@ impl Plan {
                 continue;
             }
             let to = waiting.to.min(applied).min(NextOffset(waiting.from.0.saturating_add(room)));
-            // A cursor that went back since has yet to come here again.
+            // The cursor went back and has not reached this range again.
             if to <= waiting.from {
                 continue;
             }
@@ -193,7 +194,7 @@ impl Plan {
             is_alone = waiting.again_at.is_some();
             parts.push(Part { range, decided_after: waiting.decided_after, ready_since });
             if to < waiting.to {
-                // The rest keeps its age, unless it has yet to be passed.
+                // The rest keeps its age, unless the cursor has not passed it yet.
                 waiting.from = to;
                 waiting.partly_at = now + PARTLY_AFTER;
                 waiting.ready_since = waiting.ready_since.filter(|_| to < applied);
@@ -205,8 +206,8 @@ impl Plan {
         parts
     }
 
-    /// Puts back what could not be audited. `bounds` is what the log has of the partition, if that is known: the
-    /// rest cannot be audited any more.
+    /// Returns a range that could not be audited. `bounds` are the log bounds of the partition, if known;
+    /// offsets outside cannot be audited any more.
     pub fn put_back(&mut self, part: Part, bounds: Option<LogBounds>, now: Instant) {
         let Part { range: ScanRange { partition, from, to }, decided_after, ready_since } = part;
         let is_over = now.saturating_duration_since(ready_since) >= GIVE_UP;
@@ -232,7 +233,7 @@ impl Plan {
         self.ranges += 1;
     }
 
-    /// Offsets that are to be audited now, and how long the oldest of them has waited.
+    /// Number of offsets that can be audited now, and the age of the oldest.
     pub fn behind(&self, now: Instant) -> (u64, Duration) {
         let mut offsets = 0;
         let mut oldest = now;
@@ -246,7 +247,7 @@ impl Plan {
         (offsets, now.saturating_duration_since(oldest))
     }
 
-    /// Takes the number of offsets that were chosen and dropped since the last time.
+    /// Takes the number of offsets that were dropped since the last call.
     pub fn take_dropped(&mut self) -> u64 {
         std::mem::take(&mut self.dropped)
     }
@@ -257,7 +258,7 @@ impl Share {
         Self { applied, seen_from: applied, seen_at: now, is_ours: true, waiting: Vec::new() }
     }
 
-    /// Marks what has been passed far enough: to its end, or in part and long enough ago.
+    /// Marks ranges that have been passed completely, or partly for long enough.
     fn note_ready(&mut self, now: Instant) {
         let (applied, is_ours) = (self.applied, self.is_ours);
         for waiting in self.waiting.iter_mut().filter(|w| w.ready_since.is_none() && w.from < applied) {

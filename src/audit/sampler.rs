@@ -1,39 +1,39 @@
-//! Chooses blocks of offsets at random. Pure, given its random numbers.
+//! Chooses random blocks of offsets. Pure, given its random numbers.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Chooses each block with the same probability, independently of the others, at a cost that depends on how many are
-/// chosen and not on how many go by.
+/// Chooses each block independently with the same probability. The cost depends on the number of chosen
+/// blocks, not on the number of all blocks.
 #[derive(Debug)]
 pub struct Sampler {
     share: f64,
-    /// Blocks to pass over before the next one that is chosen.
+    /// Blocks to skip before the next chosen one.
     skip: u64,
     random: ChaCha8Rng,
 }
 
 impl Sampler {
-    /// `share` of the blocks, 0 to 1.
+    /// Chooses this share of the blocks, 0 to 1.
     pub fn new(share: f64, seed: u64) -> Self {
         let mut sampler = Self { share, skip: 0, random: ChaCha8Rng::seed_from_u64(seed) };
         sampler.skip = sampler.draw();
         sampler
     }
 
-    /// The number of failures before a success of probability `share`: geometrically distributed.
+    /// Number of failures before a success of probability `share`, geometrically distributed.
     fn draw(&mut self) -> u64 {
         if self.share <= 0.0 {
             return u64::MAX;
         }
-        // Above 0, so that its logarithm is finite.
+        // Greater than 0, so that the logarithm is finite.
         let uniform = 1.0 - self.random.random::<f64>();
         let skip = uniform.ln() / (1.0 - self.share).ln();
-        // Of a share of 1 the divisor is -infinity, the quotient 0. The conversion saturates.
+        // For a share of 1 the divisor is -infinity and the quotient 0. The conversion saturates.
         skip.floor().max(0.0) as u64
     }
 
-    /// The chosen ones among the next `count` blocks, by their place among these.
+    /// Indexes of the chosen blocks among the next `count`.
     pub fn choose(&mut self, count: u64) -> Vec<u64> {
         let mut chosen = Vec::new();
         let mut at = 0;

@@ -1,19 +1,19 @@
-//! Records that the claims do not account for, until it is known what became of them. Pure.
+//! Records that the claims do not account for, until their outcome is known. Pure.
 
 use std::time::{Duration, Instant};
 
 use super::verdict::{Payment, Suspicion};
 
-/// So many wait at most; no further range is audited while there is no room for a piece's records.
+/// Maximum number of suspects; no further range is audited while there is no room for the records of a piece.
 const SUSPECTS_MAX: usize = 5_000;
-/// Looked into at once, at most.
+/// Maximum number of suspects checked together.
 const TAKE_MAX: usize = 1_000;
-/// A suspicion is looked into after this time: something may have been under way.
+/// Delay before a suspect is checked, so that transactions in flight can finish.
 const LOOK_AFTER: Duration = Duration::from_secs(5);
-/// What is not published yet, or could not be looked into, is looked at again after this time.
+/// Delay before the next check of a suspect that is not published yet or could not be checked.
 const AGAIN: Duration = Duration::from_secs(30);
 
-/// A suspicious record.
+/// A suspect.
 #[derive(Clone, Copy, Debug)]
 pub struct Suspect {
     /// The record.
@@ -24,27 +24,27 @@ pub struct Suspect {
     due_at: Instant,
 }
 
-/// Those that wait.
+/// Suspects that wait for a check.
 #[derive(Debug, Default)]
 pub struct Suspects(Vec<Suspect>);
 
 impl Suspects {
-    /// Whether as many as a piece may bring have room.
+    /// Whether there is room for a piece of this many records.
     pub fn has_room(&self, piece: usize) -> bool {
         self.0.len().saturating_add(piece) <= SUSPECTS_MAX
     }
 
-    /// How many there are.
+    /// Number of suspects.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Adds one, to be looked into in a while.
+    /// Adds a suspect, to be checked after a delay.
     pub fn add(&mut self, payment: Payment, suspicion: Suspicion, now: Instant) {
         self.0.push(Suspect { payment, suspicion, since: now, due_at: now + LOOK_AFTER });
     }
 
-    /// Takes those that are due.
+    /// Takes the suspects that are due.
     pub fn take(&mut self, now: Instant) -> Vec<Suspect> {
         let mut taken = Vec::new();
         self.0.retain(|suspect| {
@@ -57,12 +57,12 @@ impl Suspects {
         taken
     }
 
-    /// Puts back those that cannot be judged yet.
+    /// Returns suspects that cannot be decided yet.
     pub fn wait(&mut self, suspects: impl IntoIterator<Item = Suspect>, now: Instant) {
         self.0.extend(suspects.into_iter().map(|suspect| Suspect { due_at: now + AGAIN, ..suspect }));
     }
 
-    /// Since when the oldest of them waits.
+    /// Time at which the oldest suspect was added.
     pub fn oldest(&self) -> Option<Instant> {
         self.0.iter().map(|suspect| suspect.since).min()
     }
@@ -73,7 +73,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::record::{Offset, Partition, TimestampMs};
+    use crate::domain::record::{Offset, Partition, TimestampMs};
 
     fn payment(offset: i64) -> Payment {
         Payment {

@@ -1,42 +1,43 @@
-//! What the owners of a message id say about a record that a cursor has passed. Pure.
+//! Judges a record that a cursor has passed, by the owners of its message id. Pure.
 
 use uuid::Uuid;
 
-use crate::batch::Owner;
+use crate::domain::batch::Owner;
+use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
 use crate::reconcile::judge::judge;
 use crate::reconcile::table::{Claim, Entry, Hashes, Notes, Seen};
-use crate::record::{NextOffset, Offset, Partition, TimestampMs};
 
-/// Between this process's clock and the database's, and between a decision and the moment at which the board is told.
+/// Allowance for clock differences between this process and the database, and for the delay of the status
+/// registry.
 const CLOCK_SLACK_MS: i64 = 10 * 60 * 1_000;
-/// How far a record's timestamp may lie ahead of the moment at which it was written to the log.
+/// How far a record's timestamp may be ahead of the time at which it was written to the log.
 const STAMPED_AHEAD_MS: i64 = 60 * 60 * 1_000;
 
 /// A valid record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Payment {
-    /// Where it stands.
+    /// Partition of the record.
     pub partition: Partition,
-    /// Where it stands.
+    /// Offset of the record.
     pub offset: Offset,
-    /// Its message id.
+    /// Message id.
     pub message_id: Uuid,
-    /// Hash of its payload.
+    /// Hash of the payload.
     pub payload_hash: i64,
-    /// Its timestamp.
+    /// Timestamp of the record.
     pub timestamp: TimestampMs,
-    /// It was decided no earlier than this, by this process's clock.
+    /// Earliest time at which the record can have been decided, by this process's clock.
     pub decided_after: TimestampMs,
 }
 
 impl Payment {
-    /// A lower bound of the moment at which a record was decided that came before this process looked.
+    /// Earliest decision time of a record that was decided before this process observed the partition.
     pub fn decided_after_log(timestamp: TimestampMs) -> TimestampMs {
         TimestampMs(timestamp.0.saturating_sub(STAMPED_AHEAD_MS))
     }
 }
 
-/// The cursor of a partition, in the snapshot in which the owners were read.
+/// Cursor of a partition, from the same snapshot as the owners.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Cursor {
     /// Next offset to write.
@@ -45,18 +46,18 @@ pub struct Cursor {
     pub published: Option<NextOffset>,
 }
 
-/// What has been dropped of the claims.
+/// Claims that have been dropped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Pruned {
-    /// Claims of records up to this time may be gone.
+    /// Claims of records up to this timestamp may have been dropped.
     pub until: Option<TimestampMs>,
     /// When claims were last dropped, by the database's clock.
     pub at: Option<TimestampMs>,
 }
 
 impl Pruned {
-    /// Whether the claim that decided this record may be gone: its own, which is as old as itself, or that of the
-    /// record that it repeated, if claims were dropped after it was decided.
+    /// Whether the claim that decided this record may have been dropped: its own, which has the record's age,
+    /// or that of an earlier record with the same id, if claims were dropped after the decision.
     pub fn may_explain(&self, payment: &Payment) -> bool {
         let is_own_gone = self.until.is_some_and(|until| payment.timestamp <= until);
         let decided_after = payment.decided_after.0.saturating_sub(CLOCK_SLACK_MS);
@@ -64,33 +65,33 @@ impl Pruned {
     }
 }
 
-/// Where a record stands by the owners of its id.
+/// Status of a record by the owners of its id.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Standing {
     /// It owns its id.
     Owned,
-    /// Another record owns the id, with the same payload.
+    /// Another record with the same payload owns the id.
     Duplicate,
-    /// Another record owns the id, with another payload.
+    /// Another record with another payload owns the id.
     Conflict,
-    /// Nobody owns the id any more, and the claim may have been dropped with its generation.
+    /// The id has no owner, and the claim may have been dropped with its generation.
     Forgotten,
-    /// Nothing that the claims say accounts for it.
+    /// The claims do not account for the record.
     Suspect(Suspicion),
 }
 
 /// What is suspicious about a record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Suspicion {
-    /// Nobody owns its id.
+    /// Its id has no owner.
     Nobody,
-    /// A later record of its partition owns its id; `true` with the same payload.
+    /// A later record of its partition owns its id; `true` if the payload is the same.
     OwnedLater(bool),
-    /// It owns its id with another payload than its own.
+    /// It owns its id, but with another payload.
     Differs,
 }
 
-/// Judges a record by the owners of its id; a generation that was retired may still show an owner beside a later one.
+/// Judges a record by the owners of its id. A retired generation may hold an owner beside a later one.
 pub fn standing(payment: &Payment, owners: &[Owner], pruned: &Pruned) -> Standing {
     let is_at = |owner: &&Owner| owner.partition == payment.partition && owner.offset == payment.offset;
     let is_same = |owner: &Owner| owner.payload_hash == payment.payload_hash;
@@ -111,9 +112,9 @@ pub fn standing(payment: &Payment, owners: &[Owner], pruned: &Pruned) -> Standin
     })
 }
 
-/// What is wrong with a suspicious record that has no dead letter and was not given up, in the words of `reconcile`;
-/// `None` where `reconcile` excuses it, because a database without dead letters cannot tell what it refused. `has_row`:
-/// whether `payment_metadata` names the record; `None` if that could not be asked.
+/// Describes what is wrong with a suspect that has no dead letter and was not skipped, in the words of
+/// `reconcile`. `None` where `reconcile` allows it: a database without dead letters cannot tell what it
+/// rejected. `has_row` tells whether `payment_metadata` has a row of the record; `None` if unknown.
 pub fn charge(suspicion: Suspicion, has_row: Option<bool>, publishes: bool) -> Option<String> {
     let (claim, notes) = match suspicion {
         Suspicion::Nobody => (Claim::Nobody, Notes::default()),
@@ -125,16 +126,16 @@ pub fn charge(suspicion: Suspicion, has_row: Option<bool>, publishes: bool) -> O
     };
     let mut entry = Entry::new(claim, notes, Hashes::default());
     if has_row == Some(true) {
-        // The other tables cannot be told from it: they are taken for right.
+        // The other tables are not read and are assumed to be correct.
         let one = Seen { count: 1, differs: false };
         (entry.found.metadata, entry.found.core) = (one, one);
     }
-    // Of the outputs only the dead letters were read: what is missing elsewhere is not told.
+    // Only dead letters were searched, so missing events are not reported.
     let verdict = judge(&entry, publishes, |_| true);
     let wrong = verdict.wrongs.first()?.to_string();
     Some(match has_row {
         Some(_) => wrong,
-        None => format!("{wrong} (its rows could not be looked for)"),
+        None => format!("{wrong} (its rows could not be read)"),
     })
 }
 
@@ -204,7 +205,7 @@ mod tests {
     fn what_is_wrong_is_said_in_the_words_of_reconcile() {
         let said = |suspicion, has_row| charge(suspicion, has_row, true).unwrap();
         assert!(said(Suspicion::Nobody, Some(false)).starts_with("lost: "));
-        assert!(said(Suspicion::Nobody, None).ends_with("(its rows could not be looked for)"));
+        assert!(said(Suspicion::Nobody, None).ends_with("(its rows could not be read)"));
         assert_eq!(said(Suspicion::Nobody, Some(true)), "written, but its message id is not in idempotency");
         assert!(said(Suspicion::OwnedLater(true), Some(false)).contains("later record"));
         assert!(said(Suspicion::OwnedLater(false), Some(false)).contains("later record"));

@@ -1,14 +1,15 @@
-//! `check-config`: what is fine, once nothing is wrong.
+//! `check-config`: reports valid settings.
 
-use super::{Failure, output};
+use super::output;
 use crate::config::{DEFAULT_PATH, Loaded, Origin};
+use crate::error::CommandError;
 
-/// Says what was read. Wrong settings never come this far: loading them has failed with exit code 2.
-pub fn check_config(loaded: &Loaded) -> Result<(), Failure> {
+/// Prints where the settings came from. Invalid settings fail earlier, while loading, with exit code 2.
+pub fn check_config(loaded: &Loaded) -> Result<(), CommandError> {
     let count = |wanted: fn(&Origin) -> bool| loaded.effective.iter().filter(|e| wanted(&e.origin)).count();
     let file = match &loaded.file {
         Some(path) => format!("file {}", path.display()),
-        None => format!("no file ({DEFAULT_PATH} is not there)"),
+        None => format!("no file ({DEFAULT_PATH} does not exist)"),
     };
     let from_file = count(|origin| matches!(origin, Origin::File(_)));
     let from_environment = count(|origin| matches!(origin, Origin::Environment(_)));

@@ -1,47 +1,47 @@
-//! `cursors`: how far each partition is, and settling a halted one.
+//! `cursors`: shows cursors and resolves halted partitions.
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::Failure;
 use super::output::{print, table};
 use crate::config::Settings;
-use crate::cursor::{Decision, Doubt, GroupOffset, Mode};
-use crate::record::{NextOffset, Partition};
-use crate::settlement::{self, Settlement, View};
+use crate::domain::cursor::{Decision, GroupOffset, HaltReason, Mode};
+use crate::domain::record::{NextOffset, Partition};
+use crate::error::CommandError;
+use crate::resolution::{self, Settlement, View};
 
 const SETTLE_HELP: &str = "\
-Without --apply nothing changes: it only says what would. With it, the decision, who made it and
-why are written to the audit table, and the daemon goes on with the partition by itself within
-seconds; it need not be stopped.";
+Without --apply nothing is changed; the command shows what it would do. With --apply the decision, the
+user and the reason are written to the audit table, and the daemon continues with the partition within
+seconds. The daemon keeps running meanwhile.";
 
 /// `cursors`
 #[derive(Clone, Debug, Subcommand)]
 pub enum CursorsCommand {
-    /// Show per partition what is written (applied), published and committed in the group
+    /// Show for each partition what is written (applied), published and committed in the group
     Show {
         /// As JSON
         #[arg(long)]
         json: bool,
     },
-    /// Settle a halted partition: say which events were sent, the others are sent
+    /// Resolve a halted partition: state which events were sent; the others are sent
     #[command(after_help = SETTLE_HELP)]
     Accept(AcceptArgs),
-    /// Settle a halted partition: go on at another offset, giving up the records before it
+    /// Resolve a halted partition: continue at another offset and skip the records before it
     #[command(after_help = SETTLE_HELP)]
     Skip(SkipArgs),
 }
 
-/// What both ways of settling take.
+/// Arguments of both resolutions.
 #[derive(Clone, Debug, Args)]
 pub struct SettleArgs {
-    /// The partition of the input topic
+    /// Partition of the input topic
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
     pub partition: i32,
-    /// Do it, instead of telling what would be done
+    /// Apply the change instead of only showing it
     #[arg(long, requires = "reason")]
     pub apply: bool,
-    /// Why, for the audit table
+    /// Reason, for the audit table
     #[arg(long, value_name = "TEXT")]
     pub reason: Option<String>,
 }
@@ -49,10 +49,10 @@ pub struct SettleArgs {
 /// `cursors accept`
 #[derive(Clone, Debug, Args)]
 pub struct AcceptArgs {
-    /// Which, whether, why.
+    /// Partition, --apply and --reason.
     #[command(flatten)]
     pub settle: SettleArgs,
-    /// Events of records before this offset were sent; those from it on are sent now
+    /// Events of records before this offset were sent; events from it on are sent now
     #[arg(long, value_name = "OFFSET", value_parser = clap::value_parser!(i64).range(0..))]
     pub published: i64,
 }
@@ -60,16 +60,16 @@ pub struct AcceptArgs {
 /// `cursors skip`
 #[derive(Clone, Debug, Args)]
 pub struct SkipArgs {
-    /// Which, whether, why.
+    /// Partition, --apply and --reason.
     #[command(flatten)]
     pub settle: SettleArgs,
-    /// The next offset to read; records before it that were not written or published never will be
+    /// Next offset to read; records before it that are not written or published never will be
     #[arg(long, value_name = "OFFSET", value_parser = clap::value_parser!(i64).range(0..))]
     pub to: i64,
 }
 
-/// Shows or settles cursors.
-pub fn cursors(settings: &Settings, command: &CursorsCommand) -> Result<(), Failure> {
+/// Shows or resolves cursors.
+pub fn cursors(settings: &Settings, command: &CursorsCommand) -> Result<(), CommandError> {
     super::small_runtime()?.block_on(async {
         match command {
             CursorsCommand::Show { json } => show(settings, *json).await,
@@ -84,19 +84,19 @@ pub fn cursors(settings: &Settings, command: &CursorsCommand) -> Result<(), Fail
     })
 }
 
-fn state(view: &View, partition: usize, mode: &Mode) -> (&'static str, Option<Doubt>, Option<String>) {
+fn state(view: &View, partition: usize, mode: &Mode) -> (&'static str, Option<HaltReason>, Option<String>) {
     match view.decision(partition, mode) {
         None => ("unknown", None, None),
         Some(Decision::Go(_)) if view.is_settled(partition) => ("settled", None, None),
         Some(Decision::Go(_) | Decision::Prove { .. }) => match partition_of(view, partition) {
             Some(of) if view.is_silent(of) => ("no answer", None, None),
             of => match of.and_then(|of| view.unreadable(of)) {
-                Some(doubt) => ("unreadable", Some(doubt), None),
+                Some(reason) => ("unreadable", Some(reason), None),
                 None => ("fine", None, None),
             },
         },
-        Some(Decision::Halt(doubt)) => ("halted", Some(doubt), None),
-        Some(Decision::Stop(doubt)) => ("identity in doubt", None, Some(doubt.to_string())),
+        Some(Decision::Halt(reason)) => ("halted", Some(reason), None),
+        Some(Decision::Stop(mismatch)) => ("identity in doubt", None, Some(mismatch.to_string())),
     }
 }
 
@@ -116,8 +116,8 @@ fn mark(offset: Option<&GroupOffset>) -> &'static str {
     }
 }
 
-async fn show(settings: &Settings, as_json: bool) -> Result<(), Failure> {
-    let mut view = settlement::view(settings).await?;
+async fn show(settings: &Settings, as_json: bool) -> Result<(), CommandError> {
+    let mut view = resolution::view(settings).await?;
     let mode = Mode { publishes: settings.kafka.publish, adopts_database: false };
     view.probe(settings, &mode, None).await?;
     let mut rows = vec![
@@ -126,12 +126,12 @@ async fn show(settings: &Settings, as_json: bool) -> Result<(), Failure> {
     ];
     let (mut objects, mut advices) = (Vec::new(), Vec::new());
     for (index, known) in view.known.iter().enumerate() {
-        let (state, doubt, identity) = state(&view, index, &mode);
+        let (state, reason, identity) = state(&view, index, &mode);
         let committed = known.group.as_ref().map(|g| g.position);
         let applied = known.row.as_ref().map(|r| r.applied);
         let published = known.row.as_ref().and_then(|r| r.published);
         let lag = known.bounds.end.0 - committed.unwrap_or(known.bounds.start).0.max(known.bounds.start.0);
-        let advice = doubt.as_ref().map(|d| d.advice(known.partition)).or(identity);
+        let advice = reason.as_ref().map(|d| d.advice(known.partition)).or(identity);
         if as_json {
             objects.push(json!({
                 "partition": known.partition.0,
@@ -143,7 +143,9 @@ async fn show(settings: &Settings, as_json: bool) -> Result<(), Failure> {
                 "log_end": known.bounds.end.0,
                 "lag_records": lag,
                 "state": state,
-                "doubt": doubt.as_ref().map(Doubt::label),
+                "halt_reason": reason.as_ref().map(HaltReason::label),
+                // The former name, kept until 1.0.
+                "doubt": reason.as_ref().map(HaltReason::label),
                 "advice": advice,
             }));
         } else {
@@ -172,13 +174,13 @@ async fn show(settings: &Settings, as_json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn settle(settings: &Settings, args: &SettleArgs, settlement: Settlement) -> Result<(), Failure> {
+async fn settle(settings: &Settings, args: &SettleArgs, settlement: Settlement) -> Result<(), CommandError> {
     let partition = Partition(args.partition);
-    let plan = settlement::plan(settings, partition, settlement).await?;
+    let plan = resolution::plan(settings, partition, settlement).await?;
     print(&plan.to_string())?;
     let Some(reason) = args.reason.as_deref().filter(|_| args.apply) else {
-        return print("nothing was changed; add --apply --reason TEXT to do it");
+        return print("nothing was changed; add --apply --reason TEXT to apply it");
     };
-    settlement::apply(settings, &plan, reason).await?;
-    print("done; the daemon takes the partition up again within seconds")
+    resolution::apply(settings, &plan, reason).await?;
+    print("done; the daemon continues with the partition within seconds")
 }

@@ -1,15 +1,15 @@
-//! `dlq`: dead letters, what there is of them, and sending them to the input topic again.
+//! `dlq`: shows dead letters and replays them to the input topic.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 
-use super::Failure;
 use crate::config::{Settings, duration};
-use crate::dlq::choice::{Choice, PLACES_MAX};
+use crate::dlq::filter::{Filter, PLACES_MAX};
 use crate::dlq::letter::Place;
-use crate::record::{Partition, TimestampMs};
-use crate::wire::Reason;
+use crate::domain::record::{Partition, TimestampMs};
+use crate::domain::wire::Reason;
+use crate::error::CommandError;
 
 mod list;
 mod replay;
@@ -24,38 +24,39 @@ pub use show::ShowArgs;
 pub enum DlqCommand {
     /// Count dead letters by reason, partition, day and replays, or list them one by one
     List(ListArgs),
-    /// Show one dead letter: where it comes from, why, when; its contents only if asked for
+    /// Show one dead letter: its origin, reason and time; its contents only on request
     Show(ShowArgs),
-    /// Send dead letters to the input topic again, each once; a dry run unless --apply
+    /// Replay dead letters to the input topic, each once; a dry run unless --apply
     Replay(ReplayArgs),
 }
 
-/// Which dead letters. What is given has to hold together.
+/// Selects dead letters; all given conditions must hold.
 #[derive(Clone, Debug, Args)]
-pub struct ChoiceArgs {
-    /// Only for this reason; may be given several times
+pub struct FilterArgs {
+    /// Only this reason; can be repeated
     #[arg(long, value_name = "REASON", value_delimiter = ',', value_parser = reason)]
     pub reason: Vec<Reason>,
-    /// Only records of this partition of the input topic; may be given several times
+    /// Only records of this partition of the input topic; can be repeated
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(0..))]
     pub partition: Vec<i32>,
-    /// Only what was dead-lettered at this time or later: 2026-03-01T12:00:00Z, 2026-03-01, or 2h ago as 2h
+    /// Only dead letters written at this time or later: 2026-03-01T12:00:00Z, 2026-03-01, or an age such as
+    /// 2h
     #[arg(long, value_name = "TIME", value_parser = moment)]
     pub since: Option<TimestampMs>,
-    /// Only what was dead-lettered before this time
+    /// Only dead letters written before this time
     #[arg(long, value_name = "TIME", value_parser = moment)]
     pub until: Option<TimestampMs>,
-    /// Only this letter, by its place in the dead-letter topic; may be given several times
+    /// Only this dead letter, by its place in the dead-letter topic; can be repeated
     #[arg(long, value_name = "PARTITION/OFFSET", value_delimiter = ',')]
     pub at: Vec<Place>,
 }
 
-impl ChoiceArgs {
-    fn choice(&self) -> Result<Choice, Failure> {
+impl FilterArgs {
+    fn choice(&self) -> Result<Filter, CommandError> {
         if self.at.len() > PLACES_MAX {
-            return Err(Failure::usage(format!("--at can name at most {PLACES_MAX} letters")));
+            return Err(CommandError::usage(format!("--at can name at most {PLACES_MAX} dead letters")));
         }
-        Ok(Choice {
+        Ok(Filter {
             reasons: self.reason.clone(),
             partitions: self.partition.iter().copied().map(Partition).collect(),
             since: self.since,
@@ -65,8 +66,8 @@ impl ChoiceArgs {
     }
 }
 
-/// Does one of them.
-pub fn dlq(settings: &Settings, command: &DlqCommand) -> Result<(), Failure> {
+/// Runs a `dlq` command.
+pub fn dlq(settings: &Settings, command: &DlqCommand) -> Result<(), CommandError> {
     match command {
         DlqCommand::List(args) => list::list(settings, args),
         DlqCommand::Show(args) => show::show(settings, args),
@@ -104,7 +105,7 @@ fn reason_text(reason: Option<Reason>) -> &'static str {
     reason.map_or("unknown", Reason::as_str)
 }
 
-/// Bytes of others as text for a terminal: control characters and what is not UTF-8 are escaped.
+/// Foreign bytes as text for a terminal: control characters and invalid UTF-8 are escaped.
 fn escaped(bytes: &[u8]) -> String {
     let mut text = String::new();
     for chunk in bytes.utf8_chunks() {

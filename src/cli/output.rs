@@ -1,25 +1,25 @@
-//! Printing that survives a reader who has seen enough (`payment-writer config show | head`).
+//! Printing that tolerates a closed pipe (`payment-writer config show | head`).
 
 use std::io::{self, ErrorKind, Write};
 
-use super::Failure;
+use crate::error::CommandError;
 
-/// A line to stdout: the result that was asked for.
-pub(super) fn print(text: &str) -> Result<(), Failure> {
+/// Prints a line of the result to stdout.
+pub(super) fn print(text: &str) -> Result<(), CommandError> {
     match writeln!(io::stdout().lock(), "{text}") {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Failure::failed(format!("cannot write to stdout: {error}")))
+            Err(CommandError::failed(format!("cannot write to stdout: {error}")))
         }
         _ => Ok(()),
     }
 }
 
-/// A line to stderr: what goes on meanwhile.
+/// Prints a progress or warning line to stderr.
 pub(super) fn to_stderr(text: &str) -> io::Result<()> {
     writeln!(io::stderr().lock(), "{text}")
 }
 
-/// Rows with their columns aligned; the last column is not padded.
+/// Formats rows as aligned columns; the last column is not padded.
 pub(super) fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let mut widths = [0; N];
     for row in rows {

@@ -10,9 +10,11 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use super::stop::StopSignal;
-use super::{Failure, duration, fraction, output, small_runtime};
-use crate::config::Settings;
+use super::{duration, fraction, output, small_runtime};
+use crate::config::{KafkaSettings, Settings};
+use crate::error::CommandError;
 use crate::generator::{BadReason, Generator, GeneratorConfig, IdKind, Record, Tally, TallyReport};
+use crate::kafka::group::running_members;
 use pace::Pace;
 use sender::{Sender, Sending};
 use transactions::{Transactions, TransactionsReport};
@@ -21,30 +23,30 @@ mod pace;
 mod sender;
 mod transactions;
 
-/// So many records between looks at signals and the progress bar.
+/// Number of records between checks for signals and updates of the progress bar.
 const RECORDS_PER_LOOK: u64 = 1_000;
 
-/// A value may be padded up to so many bytes less than payment.max_bytes: another spelling of the
+/// Values are padded to at most this many bytes less than payment.max_bytes, because another spelling of the
 /// same payment is longer.
 const SPELLING_BYTES: usize = 512;
 
 const AFTER_HELP: &str = "\
-Messages have the form of the original producer: key 57, value {\"messageId\":\"<uuid>\",\"amount\":
-123131.21,\"status\":2,\"currency\":\"EUR\",\"custId\":57,\"type\":\"BWI\",\"comment\":\"...\"}. Duplicates send an
-earlier payment again, half of them in another spelling; conflicts give an earlier message id to
-another amount; bad records must be dead-lettered, for every reason that a record can have by itself.
+Messages have the format of the original producer: key 57, value {\"messageId\":\"<uuid>\",\"amount\":
+123131.21,\"status\":2,\"currency\":\"EUR\",\"custId\":57,\"type\":\"BWI\",\"comment\":\"...\"}. Duplicates repeat an
+earlier payment, half of them in another spelling; conflicts use an earlier message id with another
+amount; bad records must be dead-lettered, and cover every reason that a single record can have.
 
 With --transaction-size the records are sent in transactions. With --aborted-share some of these are
-aborted, and their records are sent again in the next one, as a producer does that tries again. What is
-aborted stays in the log and is not to be seen by read_committed consumers: it does not count towards
---count or --rate, and the report counts it apart (\"transactions\"), not among records and outcomes.
+aborted, and their records are sent again in the next one, as by a producer that retries. Aborted
+records stay in the log but are invisible to read_committed consumers: they do not count towards
+--count or --rate, and the report counts them separately (\"transactions\"), not as records or outcomes.
 
-The producer is idempotent in any case: what it has to send twice stands in the log once.
+The producer is idempotent: a record that it retries is in the log only once.
 
-Without --seed each run sends other payments. With the same seed and version 4 ids, a second run
-sends the same payments once more, all of them duplicates to the daemon.
+Without --seed each run sends different payments. With the same seed and version 4 ids, a second run
+sends the same payments again, which are all duplicates to the daemon.
 
-Ctrl-C stops early: what was sent by then is flushed and reported.
+Ctrl-C stops early: the records sent so far are flushed and reported.
 
 Examples:
   payment-writer produce --count 200000 --duplicates 0.05 --conflicts 0.01 --bad 0.01 --report sent.json
@@ -56,59 +58,63 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP, group = ArgGroup::new("how_much").required(true).multiple(true))]
 pub struct ProduceArgs {
-    /// Send so many records; without --rate as fast as the brokers take them
+    /// Number of records to send; without --rate as fast as the brokers accept them
     #[arg(long, value_name = "N", group = "how_much", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
-    /// Send so many records a second, evenly; until --count, --duration or Ctrl-C
+    /// Records to send per second, evenly; until --count, --duration or Ctrl-C
     #[arg(long, value_name = "PER_SECOND", group = "how_much", value_parser = rate)]
     pub rate: Option<f64>,
     /// With --rate: stop after this time, such as 30s or 5m
     #[arg(long, value_name = "TIME", requires = "rate", conflicts_with = "count", value_parser = duration)]
     pub duration: Option<Duration>,
-    /// Share the payments among so many accounts
+    /// Number of accounts
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=1 << 62))]
     pub accounts: u64,
     /// Share of records that repeat an earlier payment, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = fraction)]
     pub duplicates: f64,
-    /// Share of records that give an earlier message id to another amount, 0 to 1
+    /// Share of records that use an earlier message id with another amount, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = fraction)]
     pub conflicts: f64,
     /// Share of records that must be dead-lettered, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = fraction)]
     pub bad: f64,
-    /// Which bad records; default: all but invalid_timestamp, whose segments a broker may delete
-    /// before they are read
+    /// Kinds of bad records; default: all but invalid_timestamp, whose segments a broker may delete before
+    /// they are read
     #[arg(long, value_name = "REASON", value_delimiter = ',')]
     pub bad_reasons: Vec<BadReason>,
-    /// The same seed gives the same records; default: another one each time
+    /// Seed: the same seed produces the same records; default: random
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// Which message ids to make
+    /// Kind of message ids
     #[arg(long, value_enum, default_value = "v4")]
     pub ids: IdKind,
-    /// Pad values to about so many bytes
+    /// Pad values to about this many bytes
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(200..=512 << 10))]
     pub value_bytes: Option<u32>,
-    /// Compress what is sent
+    /// Compression of record batches
     #[arg(long, value_enum, default_value = "none")]
     pub compression: Compression,
-    /// Send the records in transactions of so many; one that has been open for 5 s, as at a low --rate, is
-    /// committed with fewer. Default: no transactions
+    /// Records per transaction; a transaction that has been open for 5 s, as with a low --rate, is committed
+    /// with fewer. Default: no transactions
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub transaction_size: Option<u32>,
-    /// Share of all transactions that are aborted, 0 to 0.5; the records of each are sent again in the next one
+    /// Share of all transactions that are aborted, 0 to 0.5; the records of each are sent again in the next
+    /// one
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, requires = "transaction_size", value_parser = aborted_share)]
     pub aborted_share: f64,
-    /// Write what was sent, and what must become of it, to this file as JSON
+    /// Do not ask before sending to a topic that running members of the group read
+    #[arg(long)]
+    pub yes: bool,
+    /// Write counts and expected outcomes to this file as JSON
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
 }
 
-/// How batches are compressed on their way to the brokers.
+/// Compression of record batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Compression {
-    /// Not at all
+    /// No compression
     None,
     /// gzip
     Gzip,
@@ -121,7 +127,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// The value of `compression.type`.
+    /// Value of `compression.type`.
     fn name(self) -> &'static str {
         match self {
             Compression::None => "none",
@@ -133,7 +139,7 @@ impl Compression {
     }
 }
 
-/// At most every other transaction: each aborted one is followed by one that is committed.
+/// At most half of the transactions: each aborted one is followed by one that is committed.
 fn aborted_share(text: &str) -> Result<f64, String> {
     match fraction(text) {
         Ok(share) if share <= 0.5 => Ok(share),
@@ -141,7 +147,7 @@ fn aborted_share(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Records a second.
+/// Parses a rate in records per second.
 pub(super) fn rate(text: &str) -> Result<f64, String> {
     match text.strip_suffix("/s").unwrap_or(text).parse::<f64>() {
         Ok(rate) if (0.001..=10_000_000.0).contains(&rate) => Ok(rate),
@@ -149,7 +155,7 @@ pub(super) fn rate(text: &str) -> Result<f64, String> {
     }
 }
 
-/// What is written to `--report`.
+/// Contents of the `--report` file.
 #[derive(Serialize)]
 struct Report<'a> {
     topic: &'a str,
@@ -163,14 +169,17 @@ struct Report<'a> {
     sent: TallyReport,
 }
 
-/// Sends payments, and says what was sent.
-pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), Failure> {
+/// Sends payments and reports what was sent.
+pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), CommandError> {
     let seed = args.seed.unwrap_or_else(rand::random);
     let config = generator_config(settings, args, seed)?;
-    // Better to find out now that the report cannot be written than after an hour of sending.
+    // Fail now rather than after an hour of sending if the report cannot be written.
     let mut report_file = args.report.as_deref().map(create).transpose()?;
     let stop = StopSignal::listen(small_runtime()?)?;
     let sender = Sender::connect(&settings.kafka, args)?;
+    if !args.yes {
+        confirm(&settings.kafka)?;
+    }
 
     let mut transactions = Transactions::new(&sender, args.transaction_size, args.aborted_share);
 
@@ -197,14 +206,46 @@ pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), Failure> {
     finished
 }
 
-fn generator_config(settings: &Settings, args: &ProduceArgs, seed: u64) -> Result<GeneratorConfig, Failure> {
+/// Asks for confirmation if the group has members, because they would write the generated payments.
+fn confirm(kafka: &KafkaSettings) -> Result<(), CommandError> {
+    let members = running_members(kafka).map_err(|error| {
+        CommandError::failed(format!("asking for the members of {}: {error}", kafka.group_id))
+    })?;
+    if members == 0 {
+        return Ok(());
+    }
+    let what = format!(
+        "{members} running members of group {} read {}: they would write the generated payments to their \
+         database and publish their events",
+        kafka.group_id, kafka.input_topic
+    );
+    if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
+        return Err(CommandError::usage(format!("{what}. To send anyway, add --yes")));
+    }
+    output::to_stderr(&format!("{what}. Send them? [y/N]"))
+        .map_err(|error| CommandError::failed(error.to_string()))?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).map_err(|error| CommandError::failed(error.to_string()))?;
+    match answer.trim() {
+        "y" | "Y" | "yes" => Ok(()),
+        _ => Err(CommandError::failed("nothing was sent")),
+    }
+}
+
+fn generator_config(
+    settings: &Settings,
+    args: &ProduceArgs,
+    seed: u64,
+) -> Result<GeneratorConfig, CommandError> {
     if args.duplicates + args.conflicts + args.bad > 1.0 {
-        return Err(Failure::usage("--duplicates, --conflicts and --bad together must not be more than 1"));
+        return Err(CommandError::usage(
+            "--duplicates, --conflicts and --bad together must not be more than 1",
+        ));
     }
     let value_bytes_max = settings.payment.max_bytes.bytes();
     let value_bytes = args.value_bytes.map(|bytes| bytes as usize);
     if value_bytes.is_some_and(|bytes| bytes + SPELLING_BYTES > value_bytes_max) {
-        return Err(Failure::usage(format!(
+        return Err(CommandError::usage(format!(
             "--value-bytes must be at least {SPELLING_BYTES} less than payment.max_bytes, which is {value_bytes_max}"
         )));
     }
@@ -227,14 +268,13 @@ fn generator_config(settings: &Settings, args: &ProduceArgs, seed: u64) -> Resul
     })
 }
 
-/// Sends until all is sent, or a signal comes, or sending fails; the tally counts what was handed to
-/// the client.
+/// Sends until done, interrupted or failed; the tally counts the records passed to the client.
 fn send_all(
     args: &ProduceArgs,
     mut generator: Generator,
     transactions: &mut Transactions<'_>,
     stop: &StopSignal,
-) -> (Tally, Result<(), Failure>) {
+) -> (Tally, Result<(), CommandError>) {
     let pace = Pace::new(args.count, args.rate, args.duration);
     let progress = progress_bar(pace.total());
     let (mut tally, mut record) = (Tally::default(), Record::empty());
@@ -255,8 +295,8 @@ fn send_all(
     (tally, result)
 }
 
-/// Sends until the tally says `goal`. Once a record was not taken none may follow: it could be a
-/// repeat of that one.
+/// Sends until the tally reaches `goal`. Stops at a record that the client did not accept, because the next
+/// one could be a repeat of it.
 fn send_until(
     goal: u64,
     generator: &mut Generator,
@@ -264,7 +304,7 @@ fn send_until(
     tally: &mut Tally,
     transactions: &mut Transactions<'_>,
     stop: &StopSignal,
-) -> Result<(), Failure> {
+) -> Result<(), CommandError> {
     while tally.records() < goal {
         generator.next_into(now_ms(), record);
         match transactions.send(record, stop)? {
@@ -302,13 +342,15 @@ fn progress_bar(total: Option<u64>) -> ProgressBar {
     }
 }
 
-fn create(path: &Path) -> Result<File, Failure> {
-    File::create(path).map_err(|error| Failure::usage(format!("cannot write {}: {error}", path.display())))
+fn create(path: &Path) -> Result<File, CommandError> {
+    File::create(path)
+        .map_err(|error| CommandError::usage(format!("cannot write {}: {error}", path.display())))
 }
 
-fn write_report(file: &mut File, path: &Path, report: &Report<'_>) -> Result<(), Failure> {
-    let failed =
-        |error: &dyn std::fmt::Display| Failure::failed(format!("cannot write {}: {error}", path.display()));
+fn write_report(file: &mut File, path: &Path, report: &Report<'_>) -> Result<(), CommandError> {
+    let failed = |error: &dyn std::fmt::Display| {
+        CommandError::failed(format!("cannot write {}: {error}", path.display()))
+    };
     let text = serde_json::to_string_pretty(report).map_err(|error| failed(&error))?;
     writeln!(file, "{text}").map_err(|error| failed(&error))
 }

@@ -1,27 +1,26 @@
-//! `prune`: one housekeeping pass, for cron.
+//! `prune`: runs one housekeeping pass, for cron.
 
 use clap::Args;
 
 use super::output::{print, table};
-use super::{Exit, Failure};
 use crate::config::Settings;
+use crate::error::{CommandError, ErrorKind};
 use crate::housekeeping::{PassError, PassReport, pass, time};
 
 const AFTER_HELP: &str = "\
-One pass finishes what an earlier one left, makes months of the payment tables, rotates the
-idempotency table when its current generation is old enough, and drops the generations whose
-youngest record every partition has passed, written and published, by idempotency.window.
-Uses postgres.housekeeping_url, and asks the broker how far the group is. Rotating and dropping
-never hold a writer up for longer than 50 ms at a time; what is in use by others is left to the
-next pass.
+One pass completes what an earlier one left, creates months of the payment tables, rotates the
+idempotency table when its current generation is old enough, and drops generations whose newest record
+is older, by at least idempotency.window, than what every partition has written and published.
+Uses postgres.housekeeping_url, and reads the group's offsets from the broker. Rotating and dropping
+block writers for at most 50 ms at a time; tables in use are left to the next pass.
 
-Exits with 0 also when there was nothing to do, or when another pass is under way.";
+Exits with 0 also if there was nothing to do, or if another pass is running.";
 
 /// `prune`
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct PruneArgs {
-    /// Say what would go, how many rows and bytes, and why the rest stays; change nothing
+    /// Show what would be dropped, with rows and bytes, and why the rest stays; change nothing
     #[arg(long)]
     pub dry_run: bool,
 }
@@ -54,11 +53,11 @@ fn describe(report: &PassReport) -> String {
     match (report.rotated_to, report.rotation_waits) {
         (Some(generation), _) => text.push(format!("rotated: generation {generation} is current")),
         (None, true) if report.is_dry_run => text.push("the current generation would be rotated".to_owned()),
-        (None, true) => text.push("a rotation waits: batches held its lock all the time".to_owned()),
+        (None, true) => text.push("rotation postponed: batches held the lock all the time".to_owned()),
         (None, false) => {}
     }
     if !report.months.made.is_empty() {
-        text.push(format!("months made: {}", report.months.made.join(", ")));
+        text.push(format!("months created: {}", report.months.made.join(", ")));
     }
     if report.months.moved > 0 {
         text.push(format!("rows moved from the default partitions: {}", report.months.moved));
@@ -70,17 +69,17 @@ fn describe(report: &PassReport) -> String {
         ));
     }
     if let Some(error) = &report.months_error {
-        text.push(format!("the months could not be seen to: {error}"));
+        text.push(format!("maintaining the months failed: {error}"));
     }
     for archived in &report.months.archived {
         text.push(format!("detached for archiving: payment_writer.{archived}"));
     }
     for (month, obstacle) in &report.months.waiting {
-        text.push(format!("month not made: {month}: {obstacle}"));
+        text.push(format!("month not created: {month}: {obstacle}"));
     }
     let gone = report.gone().count();
     let (rows, bytes) = report.gone().fold((0, 0), |(r, b), g| (r + g.rows, b + g.bytes));
-    let verb = if report.is_dry_run { "would go" } else { "dropped" };
+    let verb = if report.is_dry_run { "to be dropped" } else { "dropped" };
     text.push(match gone {
         0 => "no generation to drop".to_owned(),
         _ => format!("generations {verb}: {gone}, {rows} rows, {}", size(bytes)),
@@ -88,14 +87,14 @@ fn describe(report: &PassReport) -> String {
     text.join("\n")
 }
 
-/// Runs one pass and says what it did.
-pub fn prune(settings: &Settings, args: &PruneArgs) -> Result<(), Failure> {
+/// Runs one pass and prints its result.
+pub fn prune(settings: &Settings, args: &PruneArgs) -> Result<(), CommandError> {
     let report = super::small_runtime()?.block_on(pass(settings, args.dry_run)).map_err(|error| {
-        let exit = match &error {
-            PassError::Log(failure) => failure.exit,
-            PassError::Database(_) | PassError::Connect(_) => Exit::Failed,
+        let kind = match &error {
+            PassError::Log(failure) => failure.kind,
+            PassError::Database(_) | PassError::Connect(_) => ErrorKind::Failed,
         };
-        Failure { exit, message: error.to_string() }
+        CommandError { kind, message: error.to_string() }
     })?;
     print(&describe(&report))
 }

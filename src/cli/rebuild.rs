@@ -1,31 +1,31 @@
-//! `rebuild`: the rows of the whole log again, in a second database.
+//! `rebuild`: writes the rows of the whole log to a second database and compares it.
 
 use clap::Args;
 
-use super::Failure;
 use super::output::print;
 use super::reconcile::{described, limit, progress_bar};
 use crate::config::{PostgresUrl, Settings};
+use crate::error::CommandError;
 use crate::rebuild::{Comparison, Wanted, rebuild as run};
 use crate::reconcile::Progress;
 
-/// Names the second database where the command line, which others can see, does not.
+/// Environment variable for the URL of the second database, because other users can see the command line.
 const INTO_VARIABLE: &str = "PAYMENT_WRITER_REBUILD_INTO";
 
 const AFTER_HELP: &str = "\
-Migrates the second database, which must be empty or one that an earlier `rebuild` began, and writes the
-rows of all that is in the log now, as a consumer group of its own, <group>-rebuild-<id>, that publishes
-nothing. The daemon may run beside it, and the first database is only read. Stopped with SIGTERM or
-SIGINT, it goes on where it was when it is started again.
+Migrates the second database, which must be empty or filled by an earlier `rebuild`, and writes the rows
+of everything in the log, in a separate consumer group, <group>-rebuild-<id>, that publishes nothing.
+The daemon can keep running; the first database is only read. After SIGTERM or SIGINT the same command
+continues where it stopped.
 
-Then both databases are compared, row by row, as far as both have written. They are equal but for ids
-that stand on several records, where another of them may have won, and records that the first database
-once refused or a person gave up; these are listed.
+Then both databases are compared row by row, up to where both have written. Allowed differences are
+listed: if several records have the same id, another of them may have been written first; and records
+that the first database rejected or an operator skipped may be present.
 
-To move to the second database: stop all daemons, set postgres.url to it, start one with
-`run --adopt-database`. docs/how-to/recover.md walks through it.
+To switch to the second database: stop all daemons, set postgres.url to it, and start one with
+`run --adopt-database`. docs/how-to/recover.md describes the steps.
 
-Exits with 0 when they are equal, 1 when they differ or something failed, 3 when a person must decide.
+Exits with 0 if they are equal, 1 if they differ or something failed, 3 if a person must decide.
 
 Examples:
   payment-writer rebuild --into postgresql://payment_writer@db2:5432/payments
@@ -35,13 +35,13 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct RebuildArgs {
-    /// The second database; by default what the variable PAYMENT_WRITER_REBUILD_INTO says
+    /// URL of the second database; default: environment variable PAYMENT_WRITER_REBUILD_INTO
     #[arg(long, value_name = "URL")]
     pub into: Option<String>,
     /// Write nothing; compare what an earlier rebuild wrote
     #[arg(long)]
     pub compare_only: bool,
-    /// How many differences are named; the others are counted
+    /// Number of differences to list; the others are counted
     #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = limit)]
     pub limit: usize,
     /// As one JSON object
@@ -49,22 +49,22 @@ pub struct RebuildArgs {
     pub json: bool,
 }
 
-/// Rebuilds, compares, and says what was found.
-pub fn rebuild(settings: &Settings, args: &RebuildArgs) -> Result<(), Failure> {
+/// Rebuilds, compares and prints the result.
+pub fn rebuild(settings: &Settings, args: &RebuildArgs) -> Result<(), CommandError> {
     let into = match (&args.into, std::env::var(INTO_VARIABLE)) {
         (Some(into), _) => into.clone(),
         (None, Ok(into)) => into,
         (None, Err(_)) => {
-            return Err(Failure::usage(format!("--into URL, or {INTO_VARIABLE}, must be given")));
+            return Err(CommandError::usage(format!("--into URL, or {INTO_VARIABLE}, must be given")));
         }
     };
-    let into = PostgresUrl::parse(&into).map_err(|error| Failure::usage(format!("--into: {error}")))?;
+    let into = PostgresUrl::parse(&into).map_err(|error| CommandError::usage(format!("--into: {error}")))?;
     let wanted = Wanted { into, is_compare_only: args.compare_only, limit: args.limit };
     let runtime = super::large_runtime()?;
     let bar = progress_bar();
     let outcome = run(settings, runtime.handle(), &wanted, &Progress::on(bar.clone()));
     bar.finish_and_clear();
-    // Not waited for: a request to a broker that is away may still block its thread.
+    // Not waited for: a request to an unavailable broker may still block its thread.
     runtime.shutdown_background();
     let comparison = outcome?;
     if args.json {
@@ -75,7 +75,7 @@ pub fn rebuild(settings: &Settings, args: &RebuildArgs) -> Result<(), Failure> {
     if comparison.is_equal() {
         return Ok(());
     }
-    Err(Failure::failed(format!("the databases differ in {} payments", comparison.findings.count)))
+    Err(CommandError::failed(format!("the databases differ in {} payments", comparison.findings.count)))
 }
 
 fn describe(comparison: &Comparison) -> String {
@@ -87,16 +87,16 @@ fn describe(comparison: &Comparison) -> String {
     ];
     if comparison.older > 0 {
         text.push(format!(
-            "payments of the first database whose records had left the log, and that the second has not: {}",
+            "payments only in the first database because their records had left the log: {}",
             comparison.older
         ));
     }
     if !comparison.allowed.is_empty() {
-        text.push(format!("\ndecided otherwise, as the contract allows: {}", comparison.allowed.count));
+        text.push(format!("\ndecided differently, as the contract allows: {}", comparison.allowed.count));
         described(&comparison.allowed, &mut text);
     }
     if comparison.is_equal() {
-        text.push("\nequal: the second database can take the place of the first".to_owned());
+        text.push("\nequal: the second database can replace the first".to_owned());
     } else {
         text.push(format!("\nDIFFERENT: {}", comparison.findings.count));
         described(&comparison.findings, &mut text);

@@ -1,63 +1,63 @@
-//! `reconcile`: is every record's one outcome there, exactly once?
+//! `reconcile`: checks that every record has exactly one outcome.
 
 use std::io::IsTerminal;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::Failure;
 use super::output::{print, table};
 use crate::config::{ByteSize, Settings};
+use crate::domain::record::{NextOffset, Partition, TimestampMs};
+use crate::error::CommandError;
 use crate::reconcile::{Findings, Progress, Report, Wanted, reconcile as compare};
-use crate::record::{NextOffset, Partition, TimestampMs};
 
 const AFTER_HELP: &str = "\
-Reads the log, decides by the daemon's own rules what should have become of each record, and looks for
-its rows, its events and its dead letter: there, once, and saying what the record says. Writes nothing,
-joins no group, and may run beside the daemon: it compares up to both cursors as they were when it began.
-Rows and events of records that have left the log are not compared. Outputs are read from their start.
+Reads the log, determines the expected outcome of each record by the daemon's own rules, and checks that
+its rows, events and dead letter exist exactly once and match the record. Writes nothing, joins no group,
+and can run beside the daemon: it compares up to both cursors as they were at its start. Rows and events
+of records that have left the log are not compared. Outputs are read from their start.
 
-Findings name partition and offset, never what is in a record. Ids that the contract allows to be
-decided otherwise after a recovery are listed, and are no findings.
+Findings contain partition and offset, never the contents of a record. Differences that the contract
+allows after a recovery are listed separately and are not findings.
 
-Exits with 0 when all is right, 1 when something is off or cannot be read, 3 when group, topic and
-database do not belong together.
+Exits with 0 if everything is correct, 1 if there are findings or something cannot be read, 3 if group,
+topic and database do not belong together.
 
 Examples:
   payment-writer reconcile
   payment-writer reconcile --partition 7 --from-offset 120000 --to-offset 130000
   payment-writer reconcile --since 2026-03-01T00:00:00Z --json";
 
-/// The least that one slice may take.
+/// Minimum memory of a slice.
 const MEMORY_BYTES_MIN: usize = 4 * 1024;
 
 /// `reconcile`
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ReconcileArgs {
-    /// Only this partition of the input topic; may be given more than once
+    /// Only this partition of the input topic; can be repeated
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
     pub partition: Vec<i32>,
-    /// Not before this offset of the one --partition
+    /// First offset to compare; needs exactly one --partition
     #[arg(long, value_name = "OFFSET", requires = "partition", value_parser = clap::value_parser!(i64).range(0..))]
     pub from_offset: Option<i64>,
-    /// Only before this offset of the one --partition
+    /// Offset to stop before; needs exactly one --partition
     #[arg(long, value_name = "OFFSET", requires = "partition", value_parser = clap::value_parser!(i64).range(0..))]
     pub to_offset: Option<i64>,
-    /// Of each partition, begin at the first record of this time or later (2026-03-01T00:00:00Z)
+    /// Start each partition at its first record of this time or later (2026-03-01T00:00:00Z)
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub since: Option<TimestampMs>,
-    /// Of each partition, stop before the first record of this time or later
+    /// Stop each partition before its first record of this time or later
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub until: Option<TimestampMs>,
-    /// What the records that are compared at once may take; less memory, more passes over the outputs
+    /// Memory for the records that are compared at once; less memory means more passes over the outputs
     #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = memory)]
     pub memory: usize,
-    /// How many findings are named; the others are counted
+    /// Number of findings to list; the others are counted
     #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = limit)]
     pub limit: usize,
-    /// Look as well for rows of payment_core, payment_notes and idempotency that belong to no row of
-    /// payment_metadata, whatever the range; reads these tables from end to end
+    /// Also look for rows of payment_core, payment_notes and idempotency without a row of payment_metadata,
+    /// regardless of the range; scans these tables completely
     #[arg(long)]
     pub orphans: bool,
     /// As one JSON object
@@ -85,10 +85,10 @@ pub(super) fn limit(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Compares, and says what was found.
-pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Failure> {
+/// Compares and prints the result.
+pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), CommandError> {
     if (args.from_offset.is_some() || args.to_offset.is_some()) && args.partition.len() != 1 {
-        return Err(Failure::usage("--from-offset and --to-offset need exactly one --partition"));
+        return Err(CommandError::usage("--from-offset and --to-offset need exactly one --partition"));
     }
     let wanted = Wanted {
         partitions: args.partition.iter().copied().map(Partition).collect(),
@@ -104,7 +104,7 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Failur
     let bar = progress_bar();
     let report = compare(settings, runtime.handle(), &wanted, &Progress::on(bar.clone()));
     bar.finish_and_clear();
-    // Not waited for: a request to a broker that is away may still block its thread.
+    // Not waited for: a request to an unavailable broker may still block its thread.
     runtime.shutdown_background();
     let report = report?;
     if args.json {
@@ -117,10 +117,10 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Failur
     }
     let orphans: u64 = report.orphans.iter().flatten().sum();
     let count = report.findings.count.saturating_add(orphans);
-    Err(Failure::failed(format!("findings: {count}, in {} records", report.records)))
+    Err(CommandError::failed(format!("findings: {count}, in {} records", report.records)))
 }
 
-/// A bar on a terminal, nothing elsewhere.
+/// Progress bar on a terminal, nothing elsewhere.
 pub(super) fn progress_bar() -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -162,7 +162,7 @@ fn describe(report: &Report) -> String {
     }
     if report.halted > 0 {
         text.push(format!(
-            "halted partitions: {}, compared up to where they halted (cursors show)",
+            "halted partitions: {}, compared up to the halt (see `cursors show`)",
             report.halted
         ));
     }
@@ -192,11 +192,11 @@ fn describe(report: &Report) -> String {
         text.push(format!("read events {read}, e-mail events {email}, dead letters {letters}"));
     }
     if report.foreign > 0 {
-        text.push(format!("outputs of other topics, or without a source: {}", report.foreign));
+        text.push(format!("outputs with a source in another topic, or without a source: {}", report.foreign));
     }
     if report.former > 0 {
         text.push(format!(
-            "rows and outputs of records that the log lost, whose offsets were used again: {}",
+            "rows and outputs of records that the log lost and whose offsets were used again: {}",
             report.former
         ));
     }
@@ -208,7 +208,7 @@ fn describe(report: &Report) -> String {
     }
     if !report.allowed.is_empty() {
         text.push(format!(
-            "\ndecided otherwise by an earlier database or by other settings, as the contract allows: {}",
+            "\ndecided differently by an earlier database or by other settings, as the contract allows: {}",
             report.allowed.count
         ));
         described(&report.allowed, &mut text);
@@ -219,7 +219,7 @@ fn describe(report: &Report) -> String {
         text.push(format!("rows of {table} without payment_metadata: {count}"));
     }
     if report.is_fine() {
-        text.push("\nall is right: every record has exactly its one outcome".to_owned());
+        text.push("\neverything is correct: every record has exactly one outcome".to_owned());
     } else {
         text.push(format!("\nOFF: {}", report.findings.count));
         described(&report.findings, &mut text);

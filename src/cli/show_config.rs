@@ -1,9 +1,10 @@
-//! `config show`: effective values and their origins.
+//! `config show`: shows effective values and their origins.
 
 use clap::Args;
 
-use super::{Failure, output};
+use super::output;
 use crate::config::Loaded;
+use crate::error::CommandError;
 
 /// `config show`
 #[derive(Clone, Debug, Args)]
@@ -13,11 +14,11 @@ pub struct ShowConfigArgs {
     pub json: bool,
 }
 
-/// Shows every setting; secrets were hidden when they were read.
-pub fn show_config(loaded: &Loaded, args: &ShowConfigArgs) -> Result<(), Failure> {
+/// Prints every setting; secrets are already hidden.
+pub fn show_config(loaded: &Loaded, args: &ShowConfigArgs) -> Result<(), CommandError> {
     if args.json {
         let text = serde_json::to_string_pretty(&loaded.effective)
-            .map_err(|error| Failure::failed(format!("cannot write the settings as JSON: {error}")))?;
+            .map_err(|error| CommandError::failed(format!("cannot write the settings as JSON: {error}")))?;
         return output::print(&text);
     }
     let rows: Vec<[String; 3]> = std::iter::once(["setting", "value", "origin"].map(str::to_owned))

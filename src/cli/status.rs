@@ -1,25 +1,25 @@
-//! `status MESSAGE_ID`: what is known of one message id.
+//! `status MESSAGE_ID`: shows what is known of a message id.
 
 use clap::Args;
 use serde_json::json;
 use tokio_postgres::{Client, Row};
 
-use super::Failure;
 use super::output::print;
 use crate::config::Settings;
-use crate::payment::{MessageId, payment_id};
-use crate::postgres::describe;
-use crate::record::TimestampMs;
-use crate::settlement;
+use crate::domain::payment::{MessageId, payment_id};
+use crate::domain::record::TimestampMs;
+use crate::error::CommandError;
+use crate::postgres::connection::describe;
+use crate::resolution;
 
 const AFTER_HELP: &str = "\
-Asks the idempotency table first, which knows an id for idempotency.window at least. With --search the
-payment tables are read as well, from end to end, because they have no index.
+Searches the idempotency table, which keeps an id for at least idempotency.window. With --search the
+payment tables are also scanned completely, because they have no index on the id.
 
 The answer is one of: written (by which record, when, its payment id, whether its events are published),
-or unknown: never written, dead-lettered, or written longer ago than the idempotency table goes back.
-With --partition and --offset it is said of that record: written, or a duplicate or conflict because
-another record has the id.
+or unknown: never written, dead-lettered, or older than the idempotency table. With --partition and
+--offset the answer is about that record: written, or a duplicate or conflict because another record has
+the id.
 
 Examples:
   payment-writer status 0197b2a4-5f0e-7c3a-9d1e-2f4b8c6d7e8f
@@ -29,16 +29,16 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct StatusArgs {
-    /// A UUID or a ULID, as in the message
+    /// UUID or ULID, as in the message
     #[arg(value_name = "MESSAGE_ID")]
     pub message_id: String,
-    /// Say it of the record of this partition and offset
+    /// Show the outcome of the record at this partition and offset
     #[arg(long, value_name = "N", requires = "offset", value_parser = clap::value_parser!(i32).range(0..))]
     pub partition: Option<i32>,
     /// Offset of that record
     #[arg(long, value_name = "OFFSET", requires = "partition", value_parser = clap::value_parser!(i64).range(0..))]
     pub offset: Option<i64>,
-    /// Read the payment tables too if the idempotency table does not know the id
+    /// Also search the payment tables if the idempotency table does not have the id
     #[arg(long)]
     pub search: bool,
     /// As JSON
@@ -46,17 +46,17 @@ pub struct StatusArgs {
     pub json: bool,
 }
 
-/// The record that has the id.
+/// The record that owns the id.
 struct Found {
     partition: i32,
     offset: i64,
     timestamp: TimestampMs,
-    /// Date of the claim; `None` when only the payment tables know it.
+    /// Date of the claim; `None` if only the payment tables have the id.
     claimed_on: Option<String>,
 }
 
-fn failed(error: &tokio_postgres::Error) -> Failure {
-    Failure::failed(format!("looking for the id: {}", describe(error)))
+fn failed(error: &tokio_postgres::Error) -> CommandError {
+    CommandError::failed(format!("looking for the id: {}", describe(error)))
 }
 
 fn found(row: &Row) -> Found {
@@ -68,7 +68,7 @@ fn found(row: &Row) -> Found {
     }
 }
 
-async fn look_up(client: &Client, id: MessageId) -> Result<Option<Found>, Failure> {
+async fn look_up(client: &Client, id: MessageId) -> Result<Option<Found>, CommandError> {
     let row = client
         .query_opt(
             "SELECT source_partition, source_offset, floor(extract(epoch FROM created_at) * 1000)::bigint, date::text
@@ -80,7 +80,7 @@ async fn look_up(client: &Client, id: MessageId) -> Result<Option<Found>, Failur
     Ok(row.as_ref().map(found))
 }
 
-async fn search(client: &Client, id: MessageId) -> Result<Option<Found>, Failure> {
+async fn search(client: &Client, id: MessageId) -> Result<Option<Found>, CommandError> {
     let rows = client
         .query(
             "SELECT source_partition, source_offset, floor(extract(epoch FROM created_at) * 1000)::bigint, NULL::text
@@ -92,24 +92,26 @@ async fn search(client: &Client, id: MessageId) -> Result<Option<Found>, Failure
     Ok(rows.first().map(found))
 }
 
-/// Whether the group's offset has passed the record; `None` if the broker cannot be asked.
+/// Whether the group's offset has passed the record; `None` if the broker does not answer.
 async fn is_published(settings: &Settings, found: &Found) -> Option<bool> {
-    let view = settlement::view(settings).await.ok()?;
+    let view = resolution::view(settings).await.ok()?;
     let known = view.known.iter().find(|known| known.partition.0 == found.partition)?;
     let copied = known.row.as_ref().and_then(|row| row.published);
     let committed = known.group.as_ref().map(|group| group.position);
     Some(committed.max(copied).is_some_and(|position| position.0 > found.offset))
 }
 
-/// Says what is known of an id.
-pub fn status(settings: &Settings, args: &StatusArgs) -> Result<(), Failure> {
+/// Prints what is known of an id.
+pub fn status(settings: &Settings, args: &StatusArgs) -> Result<(), CommandError> {
     let parsed = MessageId::parse(&args.message_id).map_err(|_| {
-        Failure::usage("MESSAGE_ID must be a hyphenated UUID or a ULID, and not all zero bits".to_owned())
+        CommandError::usage(
+            "MESSAGE_ID must be a hyphenated UUID or a ULID, and not all zero bits".to_owned(),
+        )
     })?;
     super::small_runtime()?.block_on(async {
         let endpoint = settings.postgres.url.endpoint();
-        let (client, _driver) = endpoint.connect().await.map_err(|e| Failure::failed(e.to_string()))?;
-        crate::schema::check(&client).await.map_err(|e| Failure::failed(e.to_string()))?;
+        let (client, _driver) = endpoint.connect().await.map_err(|e| CommandError::failed(e.to_string()))?;
+        crate::postgres::schema::check(&client).await.map_err(|e| CommandError::failed(e.to_string()))?;
         let mut answer = look_up(&client, parsed.id).await?;
         if answer.is_none() && args.search {
             answer = search(&client, parsed.id).await?;
@@ -128,7 +130,7 @@ fn tell(
     id: MessageId,
     found: Option<&Found>,
     published: Option<bool>,
-) -> Result<(), Failure> {
+) -> Result<(), CommandError> {
     let asked = args.partition.zip(args.offset);
     let state = match (found, asked) {
         (None, _) => "unknown",
@@ -139,7 +141,7 @@ fn tell(
         _ if !settings.kafka.publish => "not published by this group",
         Some(true) => "published",
         Some(false) => "not published yet",
-        None => "not known: the broker did not answer",
+        None => "unknown: the broker did not answer",
     };
     let time = |at: TimestampMs| {
         jiff::Timestamp::from_millisecond(at.0).map_or_else(|_| at.0.to_string(), |t| format!("{t:.3}"))
@@ -160,9 +162,9 @@ fn tell(
         );
     }
     let Some(found) = found else {
-        let hint = if args.search { "" } else { " (--search reads the payment tables too)" };
+        let hint = if args.search { "" } else { " (--search also reads the payment tables)" };
         return print(&format!(
-            "{state}: never written, dead-lettered, or written before the idempotency table goes back{hint}"
+            "{state}: never written, dead-lettered, or older than the idempotency table{hint}"
         ));
     };
     print(&format!("{state}: {} of {}", args.message_id, settings.kafka.input_topic))?;

@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM: the first asks to stop, the second does not ask.
+//! SIGINT and SIGTERM: the first signal requests a stop, the second one ends the process.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,17 +6,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::Failure;
+use crate::error::CommandError;
 
 /// Set by the first signal.
 #[derive(Clone)]
 pub(super) struct StopSignal(Arc<AtomicBool>);
 
 impl StopSignal {
-    /// Listens on a thread of its own until the process ends.
-    pub(super) fn listen(runtime: Runtime) -> Result<Self, Failure> {
+    /// Listens on a separate thread until the process ends.
+    pub(super) fn listen(runtime: Runtime) -> Result<Self, CommandError> {
         let stop = Self(Arc::new(AtomicBool::new(false)));
-        let failed = |error| Failure::failed(format!("cannot listen for signals: {error}"));
+        let failed = |error| CommandError::failed(format!("cannot listen for signals: {error}"));
         let (mut interrupt, mut terminate) = {
             let _inside = runtime.enter();
             (

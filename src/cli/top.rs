@@ -1,4 +1,4 @@
-//! `top`: a live view of daemons.
+//! `top`: shows a live view of daemons.
 
 use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -6,14 +6,15 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Failure, output};
+use super::output;
 use crate::config::Settings;
+use crate::error::CommandError;
 use crate::top::{self, Page, Source};
 
 const AFTER_HELP: &str = "\
-It asks the admin ports alone, and changes nothing. One sign a partition: a dot is caught up, a bar is one power
-of ten of records for each step, X is halted, ? is not known yet. Database and Kafka overlap: shares may add up
-to more than 100 %. q, Esc or Ctrl-C quit.
+Reads only the admin ports and changes nothing. Each partition is one symbol: a dot is caught up, a bar grows
+by one step per power of ten of lag in records, X is halted, ? is unknown. Database and Kafka time overlap, so
+the shares may add up to more than 100 %. Quit with q, Esc or Ctrl-C.
 
 Examples:
   payment-writer top
@@ -27,13 +28,13 @@ const INTERVAL_MAX: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct TopArgs {
-    /// Admin port of a daemon; may be given for each of several. Default: as in admin.listen
+    /// URL of a daemon's admin port; can be repeated. Default: from admin.listen
     #[arg(long = "url", value_name = "URL")]
     pub urls: Vec<String>,
-    /// How often to look, 100ms to 1m
+    /// Refresh interval, 100ms to 1m
     #[arg(long, default_value = "1s", value_parser = interval)]
     pub interval: Duration,
-    /// Print one page as text, of two looks that far apart, and end
+    /// Print one page as text, from two samples one interval apart, and exit
     #[arg(long)]
     pub once: bool,
 }
@@ -47,7 +48,7 @@ fn interval(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Where a daemon with these settings can be asked from this machine.
+/// URL of the daemon with these settings on this machine.
 fn own_url(listen: SocketAddr) -> String {
     let ip = match listen.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -57,13 +58,13 @@ fn own_url(listen: SocketAddr) -> String {
     format!("http://{}", SocketAddr::new(ip, listen.port()))
 }
 
-/// Shows a page, or one after the other.
-pub fn top(settings: &Settings, args: &TopArgs) -> Result<(), Failure> {
+/// Shows one page, or refreshes it until the user quits.
+pub fn top(settings: &Settings, args: &TopArgs) -> Result<(), CommandError> {
     let urls = if args.urls.is_empty() { vec![own_url(settings.admin.listen)] } else { args.urls.clone() };
     let sources: Vec<Source> = urls.iter().map(|url| Source::new(url)).collect();
     let first: Vec<_> = sources.iter().map(Source::fetch).collect();
     if let Some(Err(error)) = first.iter().find(|_| first.iter().all(Result::is_err)) {
-        return Err(Failure::failed(error.to_string()));
+        return Err(CommandError::failed(error.to_string()));
     }
     if args.once {
         std::thread::sleep(args.interval);
@@ -73,10 +74,10 @@ pub fn top(settings: &Settings, args: &TopArgs) -> Result<(), Failure> {
         return output::print(&top::plain(&page));
     }
     if !std::io::stdout().is_terminal() {
-        return Err(Failure::usage("top draws on a terminal, and stdout is none; --once prints a page"));
+        return Err(CommandError::usage("stdout is not a terminal; use --once to print a page"));
     }
     top::run(sources, first, args.interval)
-        .map_err(|error| Failure::failed(format!("the terminal cannot be used: {error}")))
+        .map_err(|error| CommandError::failed(format!("cannot use the terminal: {error}")))
 }
 
 #[cfg(test)]

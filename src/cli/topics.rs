@@ -1,4 +1,4 @@
-//! `topics create`: makes the four topics where absent, and looks at those that are there.
+//! `topics create`: creates the four topics where absent, and checks existing ones.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,27 +8,28 @@ use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, Top
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaErrorCode;
 
-use super::{Failure, output, small_runtime};
+use super::{output, small_runtime};
 use crate::config::Settings;
+use crate::error::CommandError;
+use crate::kafka::client::{REQUEST_TIMEOUT, base_client_config, make_client, partition_counts};
 use crate::kafka::group::QuietLog;
-use crate::kafka_client::{REQUEST_TIMEOUT, base_client_config, make_client, partition_counts};
 
-/// How long the brokers may take to spread the word of a new topic.
+/// Time limit for the brokers to propagate the metadata of a new topic.
 const VISIBLE_WITHIN: Duration = Duration::from_secs(30);
 
-/// A dead letter holds a value of up to 512 KiB with headers beside it: twice Kafka's default.
+/// A dead letter contains a value of up to 512 KiB plus headers; this is twice Kafka's default.
 const DEAD_LETTER_BYTES_MAX: &str = "2097152";
 
-/// What a dead-letter topic must keep: everything, until a person has looked at it.
+/// Topic settings that keep dead letters until an operator has handled them.
 const DEAD_LETTER_CONFIG: [(&str, &str); 3] =
     [("retention.ms", "-1"), ("retention.bytes", "-1"), ("max.message.bytes", DEAD_LETTER_BYTES_MAX)];
 
 const AFTER_HELP: &str = "\
-A topic that is there already is left as it is; if its number of partitions or, for the dead
-letters, its retention is another one, a warning says so.
+An existing topic is not changed; the command warns if its number of partitions or, for the dead-letter
+topic, its retention differs.
 
-Keep the input's number of partitions for good: with another one, an account's payments would move
-to another partition and lose their order.
+Never change the input's number of partitions: an account's payments would move to another partition
+and lose their order.
 
 Examples:
   payment-writer topics create
@@ -41,10 +42,10 @@ pub struct CreateTopicsArgs {
     /// Partitions of the input topic
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(i32).range(1..=10_000))]
     pub partitions: i32,
-    /// Partitions of each output topic; cheapest where the input's number is a multiple of it
+    /// Partitions of each output topic; most efficient if it divides the input's number
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(i32).range(1..=10_000))]
     pub output_partitions: i32,
-    /// Copies of each partition; default: the brokers' default.replication.factor
+    /// Replicas of each partition; default: the brokers' default.replication.factor
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=32))]
     pub replication_factor: Option<i32>,
 }
@@ -55,12 +56,12 @@ struct Wanted<'a> {
     dead_letters: bool,
 }
 
-/// Makes the topics that are absent, and does not return before all four are there for every client.
-pub fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), Failure> {
+/// Creates absent topics and waits until all four are visible to every client.
+pub fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), CommandError> {
     small_runtime()?.block_on(create_absent(settings, args))
 }
 
-async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), Failure> {
+async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), CommandError> {
     let kafka = &settings.kafka;
     let output = |name| Wanted { name, partitions: args.output_partitions, dead_letters: false };
     let wanted = [
@@ -70,9 +71,9 @@ async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(
         Wanted { dead_letters: true, ..output(&kafka.dead_letter_topic) },
     ];
     let admin: AdminClient<QuietLog> = make_client(&base_client_config(kafka), QuietLog)
-        .map_err(|error| Failure::failed(format!("cannot make a Kafka client: {error}")))?;
+        .map_err(|error| CommandError::failed(format!("cannot make a Kafka client: {error}")))?;
     let away = |error: KafkaError| {
-        Failure::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
+        CommandError::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
     };
     let present = partition_counts(admin.inner()).map_err(away)?;
     let new_topics: Vec<NewTopic<'_>> = wanted
@@ -105,11 +106,12 @@ fn new_topic<'a>(topic: &Wanted<'a>, replication_factor: i32) -> NewTopic<'a> {
     DEAD_LETTER_CONFIG.into_iter().fold(new, |new, (name, value)| new.set(name, value))
 }
 
-/// Names of those that this call created; another call that was faster is no failure.
+/// Returns the names of the topics that this call created; a topic that another call created first is not an
+/// error.
 async fn create_topics(
     admin: &AdminClient<QuietLog>,
     new_topics: &[NewTopic<'_>],
-) -> Result<Vec<String>, Failure> {
+) -> Result<Vec<String>, CommandError> {
     if new_topics.is_empty() {
         return Ok(Vec::new());
     }
@@ -118,7 +120,7 @@ async fn create_topics(
     let results = admin
         .create_topics(new_topics, &options)
         .await
-        .map_err(|error| Failure::failed(format!("cannot create topics: {error}")))?;
+        .map_err(|error| CommandError::failed(format!("cannot create topics: {error}")))?;
     let (mut created, mut refused) = (Vec::new(), Vec::new());
     for result in results {
         match result {
@@ -134,14 +136,14 @@ async fn create_topics(
     if !created.is_empty() {
         message.push_str(&format!(" (created: {})", created.join(", ")));
     }
-    Err(Failure::failed(message))
+    Err(CommandError::failed(message))
 }
 
-/// Waits until each topic is known and each of its partitions has a leader.
+/// Waits until each topic is visible and each of its partitions has a leader.
 async fn wait_until_visible(
     admin: &AdminClient<QuietLog>,
     wanted: &[Wanted<'_>],
-) -> Result<BTreeMap<String, i32>, Failure> {
+) -> Result<BTreeMap<String, i32>, CommandError> {
     let deadline = Instant::now() + VISIBLE_WITHIN;
     loop {
         let error = match partition_counts(admin.inner()) {
@@ -151,12 +153,12 @@ async fn wait_until_visible(
                 if missing.is_empty() {
                     return Ok(present);
                 }
-                format!("not there, or a partition without leader: {}", missing.join(", "))
+                format!("absent, or a partition without leader: {}", missing.join(", "))
             }
             Err(error) => error.to_string(),
         };
         if Instant::now() >= deadline {
-            return Err(Failure::failed(format!("the topics cannot be used yet: {error}")));
+            return Err(CommandError::failed(format!("the topics cannot be used yet: {error}")));
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -181,6 +183,6 @@ async fn warn_of_retention(admin: &AdminClient<QuietLog>, topic: &str) {
 }
 
 fn warn(text: &str) {
-    // A warning that cannot be shown changes nothing about the topics.
+    // A warning that cannot be printed is ignored.
     let _ = output::to_stderr(&format!("warning: {text}"));
 }

@@ -9,6 +9,7 @@ use config::{File, FileFormat, Map, Source, Value, ValueKind};
 use super::origin::Origin;
 use super::problem::Problem;
 use super::schema;
+use super::tree::{insert, table};
 
 /// What every environment variable of ours begins with. Two underscores, so that the variables
 /// which container platforms make up for a service of this name are not mistaken for settings.
@@ -27,30 +28,6 @@ impl Source for Layer {
 
     fn collect(&self) -> Result<Map<String, Value>, config::ConfigError> {
         Ok(self.values.clone())
-    }
-}
-
-/// Puts a value under `name` or `section.name`.
-pub(super) fn insert(root: &mut Map<String, Value>, key: &str, value: Value) {
-    match key.split_once('.') {
-        None => {
-            root.insert(key.to_owned(), value);
-        }
-        Some((section, name)) => {
-            table(root, section).insert(name.to_owned(), value);
-        }
-    }
-}
-
-fn table<'a>(parent: &'a mut Map<String, Value>, name: &str) -> &'a mut Map<String, Value> {
-    static EMPTY: fn() -> ValueKind = || ValueKind::Table(Map::new());
-    let entry = parent.entry(name.to_owned()).or_insert_with(|| Value::new(None, EMPTY()));
-    loop {
-        // A scalar in a table's place was reported when its layer was read.
-        match entry.kind {
-            ValueKind::Table(ref mut table) => return table,
-            ref mut other => *other = EMPTY(),
-        }
     }
 }
 

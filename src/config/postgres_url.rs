@@ -1,11 +1,11 @@
-//! The connection string of the database: a secret with parts that may be shown.
+//! Connection string of the database; its display form hides the password.
 
 use std::fmt;
 
+use super::endpoint::Endpoint;
 use super::secret::Secret;
-use crate::postgres::Endpoint;
 
-/// A checked `postgres://…` URL; shown without its password.
+/// A validated `postgres://…` URL; displayed without its password.
 #[derive(Clone)]
 pub struct PostgresUrl {
     text: Secret,
@@ -13,14 +13,13 @@ pub struct PostgresUrl {
 }
 
 impl PostgresUrl {
-    /// Reads the URL. The error names the rule and holds no part of the URL, which may contain the
-    /// password anywhere.
+    /// Parses a URL. The error contains no part of the URL, because the password may be anywhere in it.
     pub fn parse(text: &str) -> Result<Self, String> {
         let endpoint = Endpoint::parse(text).map_err(|error| error.to_string())?;
         Ok(Self { text: Secret::new(text), endpoint })
     }
 
-    /// Where it leads, ready to connect.
+    /// The parsed endpoint.
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
@@ -32,7 +31,7 @@ impl PartialEq for PostgresUrl {
     }
 }
 
-/// User, hosts, ports and database, for people.
+// User, hosts, ports and database.
 impl fmt::Display for PostgresUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "postgres://{}", self.endpoint)

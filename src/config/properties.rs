@@ -1,4 +1,4 @@
-//! `kafka.properties`: what is handed to librdkafka as it is, except what the daemon must own.
+//! `kafka.properties`: passed to librdkafka unchanged, except for properties that the daemon must control.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,13 +9,18 @@ use rdkafka::types::RDKafkaConfRes;
 
 use super::secret::{HIDDEN, Secret};
 
-/// Properties that decide about exactly-once or that have a setting of their own, with the reason.
+/// Property that carries the token command in a client's configuration: librdkafka leaves its meaning to the
+/// application.
+pub const TOKEN_PROPERTY: &str = "sasl.oauthbearer.config";
+
+/// Properties that exactly-once depends on, or that have their own setting, with the reason for rejecting
+/// them.
 const OWNED: [(&str, &str); 28] = [
     ("bootstrap.servers", "set kafka.bootstrap_servers instead"),
     ("metadata.broker.list", "set kafka.bootstrap_servers instead"),
     ("group.id", "set kafka.group_id instead"),
-    ("group.instance.id", "it is made of kafka.instance_id"),
-    ("transactional.id", "it is made of kafka.group_id and kafka.instance_id"),
+    ("group.instance.id", "it is derived from kafka.instance_id"),
+    ("transactional.id", "it is derived from kafka.group_id and kafka.instance_id"),
     ("group.protocol", "the daemon needs the classic group protocol"),
     ("group.remote.assignor", "the daemon needs the classic group protocol"),
     ("group.protocol.type", "the daemon needs the classic group protocol"),
@@ -26,30 +31,30 @@ const OWNED: [(&str, &str); 28] = [
     ("enable.auto.offset.store", "offsets move only inside transactions"),
     ("offset.store.method", "offsets move only inside transactions"),
     ("offset.store.path", "offsets move only inside transactions"),
-    ("auto.offset.reset", "no record may be skipped in silence"),
+    ("auto.offset.reset", "no record may be skipped silently"),
     ("isolation.level", "the input is read with read_committed"),
-    ("check.crcs", "damaged bytes must not be taken for payments: checksums are always checked"),
+    ("check.crcs", "checksums are always checked, so that damaged records are not processed"),
     ("enable.partition.eof", "the daemon needs to know where a partition ends"),
-    ("enable.idempotence", "output must be in order and without repeats"),
-    ("enable.gapless.guarantee", "output must be in order and without repeats"),
-    ("acks", "output counts when all replicas have it"),
-    ("request.required.acks", "output counts when all replicas have it"),
-    ("max.in.flight", "output must be in order and without repeats"),
-    ("max.in.flight.requests.per.connection", "output must be in order and without repeats"),
-    ("partitioner", "keys must land where the Java client puts them: murmur2_random"),
-    ("queuing.strategy", "output must be in order and without repeats"),
-    ("allow.auto.create.topics", "topics are made by `payment-writer topics create`"),
+    ("enable.idempotence", "output must be in order and without duplicates"),
+    ("enable.gapless.guarantee", "output must be in order and without duplicates"),
+    ("acks", "all in-sync replicas must acknowledge the output"),
+    ("request.required.acks", "all in-sync replicas must acknowledge the output"),
+    ("max.in.flight", "output must be in order and without duplicates"),
+    ("max.in.flight.requests.per.connection", "output must be in order and without duplicates"),
+    ("partitioner", "keys must be partitioned like the Java client's: murmur2_random"),
+    ("queuing.strategy", "output must be in order and without duplicates"),
+    ("allow.auto.create.topics", "topics are created by `payment-writer topics create`"),
 ];
 
-/// What librdkafka can do only if it was built with a library that not every machine has: property and value in capitals,
-/// the Cargo feature, and whether this binary has it.
+/// Values that librdkafka supports only if it was built with an optional library: property and value in
+/// capitals, Cargo feature, and whether this binary has it.
 const OPTIONAL: [((&str, &str), &str, bool); 3] = [
     (("sasl.mechanism", "GSSAPI"), "gssapi", cfg!(feature = "gssapi")),
     (("sasl.mechanisms", "GSSAPI"), "gssapi", cfg!(feature = "gssapi")),
     (("sasl.oauthbearer.method", "OIDC"), "curl", cfg!(feature = "curl")),
 ];
 
-/// Whether the value of a librdkafka property must not be shown.
+/// Whether the value of a librdkafka property is secret.
 pub fn is_secret(property: &str) -> bool {
     if property.ends_with(".location") || property.ends_with(".file") {
         return false;
@@ -58,33 +63,32 @@ pub fn is_secret(property: &str) -> bool {
         || property == "sasl.oauthbearer.config"
 }
 
-/// Properties for librdkafka, checked by librdkafka itself.
+/// librdkafka properties, validated by librdkafka.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct KafkaProperties(BTreeMap<String, Secret>);
 
 impl KafkaProperties {
-    /// Name and value of each property, secrets included: for the client's configuration only.
+    /// Names and values, including secrets: only for the client's configuration.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(name, value)| (name.as_str(), value.expose()))
     }
 
-    /// The value of a property, if it is set.
+    /// Value of a property, if set.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(Secret::expose)
     }
 
-    /// The same with these properties, whatever they were: for a client whose limits are the program's own.
+    /// A copy with these properties overridden, for a client with limits of its own.
     pub(crate) fn overridden(&self, properties: &[(&str, &str)]) -> Self {
         let mut all = self.0.clone();
         all.extend(properties.iter().map(|(name, value)| ((*name).to_owned(), Secret::new(*value))));
         Self(all)
     }
 
-    /// Adds a property; the error says what is wrong with it, and holds the value only where
-    /// [`is_secret`] allows that.
+    /// Adds a property. The error contains the value only if [`is_secret`] allows it.
     pub(super) fn add(&mut self, name: &str, value: &str) -> Result<(), Refusal> {
         if let Some((_, reason)) = OWNED.iter().find(|(owned, _)| *owned == name) {
-            return Err(Refusal::Rule(format!("is not yours to set: {reason}")));
+            return Err(Refusal::Rule(format!("cannot be set: {reason}")));
         }
         if let Some((_, feature, _)) = OPTIONAL.iter().find(|(setting, _, is_built_in)| {
             *setting == (name, value.to_ascii_uppercase().as_str()) && !is_built_in
@@ -106,7 +110,7 @@ impl KafkaProperties {
         }
     }
 
-    /// The property most like `name` among those that people set.
+    /// The common property most similar to `name`.
     pub(super) fn nearest(name: &str) -> &'static str {
         COMMON
             .iter()
@@ -116,11 +120,11 @@ impl KafkaProperties {
     }
 }
 
-/// Why a property was not taken.
+/// Why a property was rejected.
 pub(super) enum Refusal {
-    /// librdkafka knows no such property.
+    /// librdkafka does not know the property.
     Unknown,
-    /// It may not be set, or not to this value.
+    /// The property, or this value of it, is not allowed.
     Rule(String),
 }
 
@@ -131,7 +135,7 @@ impl fmt::Debug for KafkaProperties {
     }
 }
 
-/// What a mistyped name is most likely to have meant.
+/// Properties suggested for a misspelled name.
 const COMMON: [&str; 48] = [
     "broker.address.family",
     "broker.address.ttl",
@@ -234,7 +238,7 @@ mod tests {
         for name in COMMON {
             assert!(!OWNED.iter().any(|(owned, _)| *owned == name), "{name}");
             if !name.starts_with("ssl.key") && !name.starts_with("sasl.oauth") {
-                // A property without a value has none to get, yet is known.
+                // A property without a default has no value to get, but is known.
                 let known = ClientConfig::new().set(name, "no such value").create_native_config();
                 let unknown =
                     matches!(known, Err(KafkaError::ClientConfig(RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN, ..)));

@@ -113,7 +113,7 @@ pub(super) fn defaults() -> Map<String, Value> {
             Fallback::Table => ValueKind::Table(Map::new()),
             Fallback::SameAs(_) => continue,
         };
-        super::layers::insert(&mut root, spec.key, Value::new(None, kind));
+        super::tree::insert(&mut root, spec.key, Value::new(None, kind));
     }
     root
 }

@@ -2,21 +2,20 @@
 
 use std::fmt;
 
-/// What stands in the place of a secret wherever one would be shown.
+/// Placeholder shown instead of a secret.
 pub const HIDDEN: &str = "***";
 
-/// A text that no log, error or listing may contain. There is no `Display`, and `Debug` says only
-/// that something is there.
+/// A secret text. It has no `Display`, and its `Debug` form does not contain the text.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes the text into keeping.
+    /// Wraps a secret.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
-    /// The text itself, for handing to the library that needs it.
+    /// The text itself, for the library that needs it.
     pub fn expose(&self) -> &str {
         &self.0
     }

@@ -1,22 +1,25 @@
-//! The settings as types, and what is allowed in each.
+//! Typed settings and their rules.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::cron::CronSchedule;
 use super::postgres_url::PostgresUrl;
-use super::properties::KafkaProperties;
+use super::properties::{KafkaProperties, TOKEN_PROPERTY};
 use super::reader::{Raw, Reader, Rule};
 use super::size::ByteSize;
+use crate::domain::payment::Status;
+use crate::domain::wire::Rules;
 
-/// Everything that can be set.
+/// All settings.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// `[kafka]`
     pub kafka: KafkaSettings,
     /// `[postgres]`
     pub postgres: PostgresSettings,
-    /// `lanes`: shares of this process's partitions, each with its producer and database connection.
+    /// `lanes`: number of lanes that share this process's partitions, each with its own producer and database
+    /// connection.
     pub lanes: usize,
     /// `[batch]`
     pub batch: BatchSettings,
@@ -40,6 +43,19 @@ pub struct Settings {
     pub tracing: TracingSettings,
 }
 
+impl Settings {
+    /// Rules for valid messages.
+    pub fn rules(&self) -> Rules {
+        let codes = self.email.statuses.iter();
+        Rules {
+            payment_types: self.payment.types.clone(),
+            payment_bytes_max: self.payment.max_bytes.bytes(),
+            idempotency_window: self.idempotency.window,
+            email_statuses: codes.filter_map(|code| Status::from_code(i64::from(*code))).collect(),
+        }
+    }
+}
+
 /// `[kafka]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct KafkaSettings {
@@ -47,110 +63,110 @@ pub struct KafkaSettings {
     pub bootstrap_servers: String,
     /// The consumer group, which is also bound to one database.
     pub group_id: String,
-    /// Names this process among those of the group; the same after a restart.
+    /// Identifies this process within the group; the same after a restart.
     pub instance_id: String,
-    /// Payments come from here.
+    /// Topic of the payments.
     pub input_topic: String,
-    /// Read events go here.
+    /// Topic of the read events.
     pub read_topic: String,
-    /// E-mail events go here.
+    /// Topic of the e-mail events.
     pub email_topic: String,
-    /// Records that cannot be written go here.
+    /// Topic of the records that cannot be written.
     pub dead_letter_topic: String,
-    /// Whether events and dead letters are sent, or only rows written.
+    /// Whether to send events and dead letters, or only write rows.
     pub publish: bool,
-    /// Makes tokens for SASL OAUTHBEARER: a program and its arguments. Empty: none.
+    /// Program and arguments that print tokens for SASL OAUTHBEARER; empty for none.
     pub token_command: Vec<String>,
-    /// Handed to librdkafka.
+    /// Properties passed to librdkafka.
     pub properties: KafkaProperties,
 }
 
 /// `[postgres]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct PostgresSettings {
-    /// The role that writes payments.
+    /// URL for the role that writes payments.
     pub url: PostgresUrl,
-    /// The role that may make and drop partitions.
+    /// URL for the role that creates and drops partitions.
     pub housekeeping_url: PostgresUrl,
 }
 
 /// `[batch]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct BatchSettings {
-    /// A batch is closed at so many records.
+    /// Number of records at which a batch is closed.
     pub max_payments: usize,
-    /// A batch is closed at so many bytes of keys, values and headers.
+    /// Bytes of keys, values and headers at which a batch is closed.
     pub max_bytes: ByteSize,
-    /// How long a batch that is not full waits for more.
+    /// How long a batch that is not full waits for more records.
     pub linger: Duration,
 }
 
 /// `[payment]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct PaymentSettings {
-    /// What the field `type` may be.
+    /// Allowed values of the field `type`.
     pub types: Vec<String>,
-    /// A longer value is dead-lettered as `too_large`.
+    /// Maximum size of a value; longer ones are dead-lettered as `too_large`.
     pub max_bytes: ByteSize,
 }
 
 /// `[email]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct EmailSettings {
-    /// Payments of these statuses cause an e-mail event.
+    /// Statuses of payments that cause an e-mail event.
     pub statuses: Vec<i16>,
 }
 
 /// `[idempotency]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct IdempotencySettings {
-    /// How long a message id is known at least, in the time of the log.
+    /// Minimum time for which a message id is remembered, in log time.
     pub window: Duration,
-    /// When old generations are dropped, in UTC; `None`: never by itself.
+    /// When to drop old generations, in UTC; `None`: only by command.
     pub prune_schedule: Option<CronSchedule>,
 }
 
 /// `[audit]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct AuditSettings {
-    /// Share of the offsets that are read again and accounted for, besides all just behind a begin; 0: no audit.
+    /// Share of the offsets that are audited, besides all just behind a fetch start; 0 disables the audit.
     pub share: f64,
 }
 
 /// `[retention]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetentionSettings {
-    /// Months of the payment tables that stay before the current one; `None`: all.
+    /// Months of the payment tables to keep before the current one; `None`: all.
     pub payment_months: Option<u32>,
 }
 
 /// `[admin]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdminSettings {
-    /// Where metrics and health are served.
+    /// Address of the admin server.
     pub listen: SocketAddr,
 }
 
 /// `[shutdown]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct ShutdownSettings {
-    /// How long a drain may take.
+    /// Time limit of a drain.
     pub timeout: Duration,
 }
 
 /// `[log]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct LogSettings {
-    /// For people or for machines.
+    /// Format of the log.
     pub format: LogFormat,
-    /// A level, or directives such as `info,payment_writer=debug`.
+    /// Level, or directives such as `info,payment_writer=debug`.
     pub level: String,
 }
 
 /// `[tracing]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct TracingSettings {
-    /// Base address of an OTLP collector; `None`: no traces.
+    /// Base address of an OTLP collector; `None` disables traces.
     pub otlp_endpoint: Option<String>,
     /// Share of the batches that are traced, 0 to 1.
     pub sample_ratio: f64,
@@ -159,9 +175,9 @@ pub struct TracingSettings {
 /// `log.format`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// One line for people.
+    /// Text lines.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -169,7 +185,7 @@ const MIB: u64 = 1 << 20;
 const DAY: Duration = Duration::from_secs(86_400);
 
 impl Settings {
-    /// Every setting is read before the first problem counts.
+    // All settings are read first, so that all problems are reported together.
     pub(super) fn read(r: &mut Reader) -> Option<Self> {
         let kafka = KafkaSettings::read(r);
         let postgres = PostgresSettings::read(r);
@@ -269,7 +285,7 @@ impl BatchSettings {
 impl PaymentSettings {
     fn read(r: &mut Reader) -> Option<Self> {
         let types = r.read("payment.types", payment_types);
-        // Above 512 KiB a dead letter would no longer hold the value.
+        // A dead letter does not contain a value of more than 512 KiB.
         let max_bytes = r.read("payment.max_bytes", |raw| {
             raw.size(ByteSize::from_bytes(256), ByteSize::from_bytes(512 << 10))
         });
@@ -330,25 +346,25 @@ impl TracingSettings {
     }
 }
 
-/// Whether `text` is a filter of the log, as `log.level` takes it.
+/// Checks a log filter as used by `log.level`.
 ///
 /// # Errors
-/// What is wrong with it.
+/// A description of what is wrong.
 pub fn log_filter(text: &str) -> Result<(), String> {
     if text.is_empty() {
-        return Err("empty: a level or directives are wanted".to_owned());
+        return Err("empty: expected a level or directives".to_owned());
     }
     if text.contains('[') {
-        return Err("no spans and fields in brackets: a level, or a target and its level".to_owned());
+        return Err("no spans and fields in brackets: expected a level, or a target and a level".to_owned());
     }
     tracing_subscriber::EnvFilter::try_new(text).map_err(|error| error.to_string())?;
-    // The filter takes any word that is not a level for the name of a target, and then logs nothing.
+    // The filter would take any word that is not a level for a target name, and then log nothing.
     let levels = ["off", "error", "warn", "info", "debug", "trace"];
     let mistyped = text.split(',').map(str::trim).find(|directive| {
         !directive.contains(['=', ':']) && !levels.iter().any(|level| level.eq_ignore_ascii_case(directive))
     });
     match mistyped {
-        Some(word) => Err(format!("{word:?} is no level: off, error, warn, info, debug or trace")),
+        Some(word) => Err(format!("{word:?} is not a level: off, error, warn, info, debug or trace")),
         None => Ok(()),
     }
 }
@@ -358,7 +374,7 @@ fn count(raw: &Raw<'_>, low: i64, high: i64) -> Result<usize, Rule> {
     usize::try_from(number).map_err(|_| format!("must be a whole number from {low} to {high}"))
 }
 
-/// Kafka's own rule for names of topics; `group.instance.id` follows it too (KIP-345).
+/// Kafka's rule for topic names, which also applies to `group.instance.id` (KIP-345).
 fn name(raw: &Raw<'_>, chars_max: usize) -> Result<String, Rule> {
     let text = raw.text()?;
     let legal = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
@@ -396,7 +412,8 @@ fn socket_address(raw: &Raw<'_>) -> Result<SocketAddr, Rule> {
     raw.text()?.trim().parse().map_err(|_| rule.to_owned())
 }
 
-/// Tokens come from a command, from a server (OIDC), or are ones that nobody has to believe; one of these there must be.
+/// Tokens come from a command, from a server (OIDC), or are unsecured test tokens; exactly one source must be
+/// set.
 fn check_tokens(r: &mut Reader, command: &[String], properties: &KafkaProperties) {
     let is = |names: &[&str], wanted: &str| {
         names.iter().any(|name| properties.get(name).is_some_and(|value| value.eq_ignore_ascii_case(wanted)))
@@ -406,16 +423,16 @@ fn check_tokens(r: &mut Reader, command: &[String], properties: &KafkaProperties
         || is(&["enable.sasl.oauthbearer.unsecure.jwt"], "true")
         || is(&["enable.sasl.oauthbearer.unsecure.jwt"], "1");
     if are_wanted && command.is_empty() && !come_from_elsewhere {
-        let how = "must be the command that makes the tokens, as kafka.properties wants sasl.mechanism OAUTHBEARER \
+        let how = "must be the command that prints tokens for sasl.mechanism OAUTHBEARER of kafka.properties \
                    (or set sasl.oauthbearer.method = oidc, with a binary that has the Cargo feature `curl`)";
         r.refuse("kafka.token_command", how.to_owned());
     }
     if !command.is_empty() && (!are_wanted || come_from_elsewhere) {
-        let how = "needs kafka.properties to have sasl.mechanism OAUTHBEARER, and no other way to tokens";
+        let how = "needs sasl.mechanism OAUTHBEARER in kafka.properties, and no other source of tokens";
         r.refuse("kafka.token_command", how.to_owned());
     }
-    if !command.is_empty() && properties.get(crate::kafka::token::PROPERTY).is_some() {
-        r.refuse("kafka.token_command", "cannot stand beside sasl.oauthbearer.config".to_owned());
+    if !command.is_empty() && properties.get(TOKEN_PROPERTY).is_some() {
+        r.refuse("kafka.token_command", "cannot be combined with sasl.oauthbearer.config".to_owned());
     }
 }
 

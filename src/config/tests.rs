@@ -219,7 +219,7 @@ fn properties_that_exactly_once_rests_on_are_refused() {
         "enable.partition.eof",
     ] {
         let text = problems(&format!("[kafka.properties]\n\"{name}\" = \"x\""), &[]);
-        assert!(text.contains(name) && text.contains("is not yours to set"), "{text}");
+        assert!(text.contains(name) && text.contains("cannot be set"), "{text}");
     }
     let text = problems("[kafka.properties]\n\"session.timeout.ms\" = \"soon\"", &[]);
     assert!(text.contains("refused by librdkafka"), "{text}");

@@ -1,17 +1,14 @@
-//! A dead letter as it stands in its topic, taken apart again: pure.
+//! Parsing of a record of the dead-letter topic. Pure.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::publication::{Header, REPLACED_HEADERS};
-use crate::record::{Offset, Partition, TimestampMs};
-use crate::wire::Reason;
+use crate::domain::publication::{Header, REPLACED_HEADERS, REPLAYS_HEADER};
+use crate::domain::record::{Offset, Partition, TimestampMs};
+use crate::domain::wire::Reason;
 
-/// The header that counts how often a record was replayed.
-pub const REPLAYS_HEADER: &[u8] = b"dlq-replays";
-
-/// Where a dead letter stands in the dead-letter topic.
+/// Place of a dead letter in the dead-letter topic.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Place {
     /// Partition of the dead-letter topic.
@@ -43,53 +40,53 @@ impl FromStr for Place {
 /// One record of the dead-letter topic.
 #[derive(Clone, Debug)]
 pub struct Letter<'a> {
-    /// Where it stands.
+    /// Place in the dead-letter topic.
     pub place: Place,
-    /// Its own timestamp: when it was dead-lettered.
+    /// Timestamp of the dead letter: when the daemon wrote it.
     pub lettered_at: Option<TimestampMs>,
-    /// The record's key, untouched, or null if it was left out.
+    /// Key of the original record, or null if it was left out.
     pub key: Option<&'a [u8]>,
-    /// The record's value, untouched, or null if it was left out.
+    /// Value of the original record, or null if it was left out.
     pub value: Option<&'a [u8]>,
-    /// How often the record had been replayed when it was dead-lettered.
+    /// How often the original record had been replayed before this dead letter.
     pub replays: u32,
-    /// What the daemon says of it; `None` if this is no dead letter of the daemon.
+    /// Contents of the daemon's headers; `None` if the daemon did not write this record.
     pub label: Option<Label<'a>>,
     headers: Vec<Header<'a>>,
 }
 
-/// What the headers of a dead letter say.
+/// Contents of the headers of a dead letter.
 #[derive(Clone, Debug)]
 pub struct Label<'a> {
-    /// Why; `None` for a reason that this version does not know.
+    /// Reason; `None` if this version does not know it.
     pub reason: Option<Reason>,
-    /// Field and rule in words.
+    /// Field and rule, in words.
     pub detail: Cow<'a, str>,
-    /// The topic that the record stands in.
+    /// Topic of the original record.
     pub topic: Cow<'a, str>,
-    /// Its partition there.
+    /// Partition of the original record.
     pub partition: Partition,
-    /// Its offset there.
+    /// Offset of the original record.
     pub offset: Offset,
-    /// Its timestamp; `None` if it has none.
+    /// Timestamp of the original record; `None` if it has none.
     pub timestamp: Option<TimestampMs>,
     /// Size and SHA-256 of a value that was left out.
     pub left_out: Option<LeftOut<'a>>,
-    /// The same of a key.
+    /// Size and SHA-256 of a key that was left out.
     pub key_left_out: Option<LeftOut<'a>>,
 }
 
-/// What stands for a value or a key that was left out.
+/// Description of a value or key that was left out.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LeftOut<'a> {
-    /// Its size.
+    /// Size in bytes.
     pub bytes: Cow<'a, str>,
-    /// Its SHA-256 in hex.
+    /// SHA-256 in hex.
     pub sha256: Cow<'a, str>,
 }
 
 fn text<'a>(headers: &[Header<'a>], name: &str) -> Option<Cow<'a, str>> {
-    // The daemon writes its own behind those that the record brought.
+    // The daemon appends its headers after those of the original record.
     let (_, value) = headers.iter().rev().find(|(found, _)| *found == name.as_bytes())?;
     value.map(String::from_utf8_lossy)
 }
@@ -117,7 +114,7 @@ fn label<'a>(headers: &[Header<'a>]) -> Option<Label<'a>> {
 }
 
 impl<'a> Letter<'a> {
-    /// Takes a record of the dead-letter topic apart.
+    /// Parses a record of the dead-letter topic.
     pub fn read(
         place: Place,
         lettered_at: Option<TimestampMs>,
@@ -130,17 +127,17 @@ impl<'a> Letter<'a> {
         Self { place, lettered_at, key, value, replays, label: label(&headers), headers }
     }
 
-    /// Bytes of key and value.
+    /// Total bytes of key and value.
     pub fn bytes(&self) -> usize {
         self.key.map_or(0, <[u8]>::len) + self.value.map_or(0, <[u8]>::len)
     }
 
-    /// The headers that the record brought along, `dlq-replays` among them.
+    /// Headers of the original record, including `dlq-replays`.
     pub fn own_headers(&self) -> impl Iterator<Item = Header<'a>> + '_ {
         self.headers.iter().copied().filter(|(name, _)| !REPLACED_HEADERS.contains(name))
     }
 
-    /// The headers of the record's replay, but for the new count of replays.
+    /// Headers of the replay, without the new `dlq-replays`.
     pub fn replay_headers(&self) -> impl Iterator<Item = Header<'a>> + '_ {
         self.own_headers().filter(|(name, _)| *name != REPLAYS_HEADER)
     }

@@ -1,15 +1,15 @@
-//! Reading the dead-letter topic, letter by letter: nothing is held.
+//! Reads the dead-letter topic record by record, without buffering.
 
 use std::ops::ControlFlow;
 
 use uuid::Uuid;
 
 use super::DlqError;
-use super::choice::{Choice, Ranges};
+use super::filter::{Filter, Ranges};
 use super::letter::{Letter, Place};
 use crate::config::KafkaSettings;
+use crate::domain::record::Partition;
 use crate::kafka::scan::Scanner;
-use crate::record::Partition;
 
 /// A reader of the dead-letter topic.
 pub struct Reader {
@@ -19,24 +19,24 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Connects, and learns what the topic is.
+    /// Connects and asks for the topic's id and partitions.
     pub fn open(kafka: &KafkaSettings) -> Result<Self, DlqError> {
         let scanner = Scanner::new(kafka, &kafka.dead_letter_topic)?;
         let (topic_id, partitions) = scanner.describe()?;
         Ok(Self { scanner, topic_id, partitions })
     }
 
-    /// The topic's id.
+    /// Id of the dead-letter topic.
     pub fn topic_id(&self) -> Uuid {
         self.topic_id
     }
 
-    /// What has to be read to find the letters of a choice.
-    pub fn ranges(&self, choice: &Choice) -> Result<Ranges, DlqError> {
+    /// Ranges to read for a filter.
+    pub fn ranges(&self, choice: &Filter) -> Result<Ranges, DlqError> {
         Ok(choice.ranges(&self.scanner, &self.partitions)?)
     }
 
-    /// Hands every record of the ranges to `each`, those of a partition in their order, until it breaks.
+    /// Passes every record of the ranges to `each` until it breaks; in order within a partition.
     pub fn read(
         &self,
         ranges: &Ranges,
@@ -44,7 +44,7 @@ impl Reader {
     ) -> Result<ControlFlow<()>, DlqError> {
         for wave in &ranges.waves {
             let mut outcome = Ok(ControlFlow::Continue(()));
-            // Whether it was broken off, `outcome` says.
+            // `outcome` says whether the callback stopped the scan.
             let _ = self.scanner.read(wave, |record| {
                 let place = Place { partition: record.partition(), offset: record.offset() };
                 let headers = record.headers();

@@ -1,4 +1,4 @@
-//! A replay: chosen letters are collected, claimed, sent, and noted, chunk by chunk.
+//! A replay: dead letters are collected, claimed, sent and recorded as sent, chunk by chunk.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,44 +6,45 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::DlqError;
-use super::letter::{Letter, Place, REPLAYS_HEADER};
-use super::mark::{Doubt, Fate, Mark, fate};
-use super::register::{Audit, Register};
+use super::eligibility::{Eligibility, Judgement, Objection};
+use super::letter::{Letter, Place};
+use super::replay_store::{Audit, ReplayStore};
+use super::run_metadata::{ChunkState, RunMetadata, UnknownChunk, fate};
 use super::sender::Sender;
-use super::terms::{Judgement, Objection, Terms};
 use crate::config::Settings;
+use crate::domain::publication::REPLAYS_HEADER;
+use crate::domain::record::{RecordView, SourceBatch};
 use crate::failpoint;
-use crate::record::{RecordView, SourceBatch};
 
-/// Letters of one chunk, at most.
+/// Maximum number of dead letters in a chunk.
 pub const CHUNK_LETTERS_MAX: usize = 500;
-/// A chunk is sent when it holds so many bytes; the last letter may exceed it.
+/// A chunk is sent when it reaches this size; the last dead letter may exceed it.
 pub const CHUNK_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// What became of the chosen letters; in a dry run, what would.
+/// Result of a replay; in a dry run, the expected result.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Outcome {
-    /// Letters that were chosen.
+    /// Dead letters that match the filter.
     pub chosen: u64,
     /// Sent to the input topic.
     pub replayed: u64,
-    /// Of these, those that only `--force` lets through.
+    /// Replayed only because of `--force`; included in `replayed`.
     pub at_risk: u64,
-    /// An earlier run did it.
+    /// Replayed by an earlier run.
     pub already_replayed: u64,
-    /// A run that was cut off has claimed it; the next one finds out what became of it. Only in a dry run.
+    /// Claimed by an interrupted run and not resolved yet; the next run resolves them. Only in a dry run.
     pub unsettled: u64,
-    /// By why.
+    /// Refused dead letters by reason.
     pub refused: BTreeMap<Objection, u64>,
 }
 
 impl Outcome {
-    /// Letters that were refused, for whatever reason.
+    /// Total number of refused dead letters.
     pub fn refused_total(&self) -> u64 {
         self.refused.values().sum()
     }
 
-    /// For machines.
+    /// Machine-readable form.
     pub fn to_json(&self) -> Value {
         let refused: BTreeMap<&str, u64> =
             self.refused.iter().map(|(objection, count)| (objection.as_str(), *count)).collect();
@@ -58,7 +59,7 @@ impl Outcome {
     }
 }
 
-/// Letters on their way, as the records that they become.
+/// Dead letters to be sent, already converted to records of the input topic.
 #[derive(Debug)]
 pub struct Chunk {
     letters: SourceBatch,
@@ -71,7 +72,7 @@ fn place(record: &RecordView<'_>) -> Place {
 }
 
 impl Chunk {
-    /// An empty one for at most so many letters.
+    /// Creates an empty chunk.
     pub fn new(letters_max: usize) -> Self {
         Self {
             letters: SourceBatch::new(),
@@ -80,8 +81,8 @@ impl Chunk {
         }
     }
 
-    /// Judges a chosen letter, and takes it in if it may go.
-    pub fn consider(&mut self, letter: &Letter<'_>, terms: &Terms, outcome: &mut Outcome) {
+    /// Judges a dead letter and adds it to the chunk if it may be replayed.
+    pub fn consider(&mut self, letter: &Letter<'_>, terms: &Eligibility, outcome: &mut Outcome) {
         outcome.chosen += 1;
         match terms.judge(letter) {
             Judgement::Refuse(objection) => *outcome.refused.entry(objection).or_default() += 1,
@@ -98,7 +99,7 @@ impl Chunk {
         }
     }
 
-    /// Whether it is time to send it.
+    /// Whether the chunk must be sent.
     pub fn is_full(&self) -> bool {
         self.letters.len() >= self.letters_max || self.letters.bytes() >= CHUNK_BYTES_MAX
     }
@@ -117,7 +118,7 @@ impl Chunk {
         self.at_risk.clear();
     }
 
-    /// Counts the letters that went, the others as replayed before, and is empty afterwards.
+    /// Counts the sent dead letters, counts the others as already replayed, and clears the chunk.
     fn count(&mut self, gone: &BTreeSet<Place>, outcome: &mut Outcome) {
         let gone_count = gone.len() as u64;
         outcome.replayed += gone_count;
@@ -127,10 +128,10 @@ impl Chunk {
     }
 }
 
-/// Says what would become of a chunk, and changes nothing.
+/// Dry run of a chunk: counts what would happen and changes nothing.
 pub fn look_at(
     chunk: &mut Chunk,
-    register: &Register,
+    register: &ReplayStore,
     topic_id: Uuid,
     outcome: &mut Outcome,
 ) -> Result<(), DlqError> {
@@ -146,29 +147,29 @@ pub fn look_at(
     Ok(())
 }
 
-/// What a person says where nothing proves it.
+/// Statements of the operator for cases that nothing can prove.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Word {
-    /// `--unfinished`: what became of a chunk.
-    pub unfinished: Option<Fate>,
+    /// `--unfinished`: what happened to an interrupted chunk.
+    pub unfinished: Option<ChunkState>,
     /// `--after-restore`: the database may have forgotten replays.
     pub is_after_restore: bool,
 }
 
-/// A run that owns the register and the transactional id.
+/// A run that owns the replay store and the transactional id.
 pub struct Replay {
-    register: Register,
+    register: ReplayStore,
     sender: Sender,
     topic_id: Uuid,
-    /// What the mark names now.
+    /// Id that the commit metadata names now.
     stands: Uuid,
     run_id: Uuid,
 }
 
 impl Replay {
-    /// Takes over from whatever run was before, and settles what it left.
+    /// Takes over from the previous run and resolves the chunks that it left.
     pub fn begin(
-        mut register: Register,
+        mut register: ReplayStore,
         settings: &Settings,
         audit: &Audit,
         word: Word,
@@ -176,25 +177,26 @@ impl Replay {
         let sender = Sender::connect(&settings.kafka)?;
         let run_id = register.take_over(audit)?;
         failpoint::hit("dlq_after_take_over");
-        // In this order: whatever claims a letter from here on has begun later, and fences us.
+        // After the take-over: a run that claims dead letters from here on started later, and fences this
+        // one.
         sender.fence()?;
         failpoint::hit("dlq_after_fence");
         register.is_owner()?;
         settle(&mut register, &sender, word)?;
         failpoint::hit("dlq_after_settle");
-        // A mark of our own, so that the next run finds one that proves something.
-        let mark = Mark { id: run_id, database_id: register.database_id() };
+        // Commits metadata of this run, so that the next run has metadata to decide by.
+        let mark = RunMetadata { id: run_id, database_id: register.database_id() };
         sender.send(std::iter::empty(), &mark)?;
         failpoint::hit("dlq_after_mark");
         Ok(Self { register, sender, topic_id: audit.topic_id, stands: run_id, run_id })
     }
 
-    /// The run, as the audit has it.
+    /// Id of this run in the audit table.
     pub fn run_id(&self) -> Uuid {
         self.run_id
     }
 
-    /// Sends those letters of the chunk that nobody has sent.
+    /// Sends the dead letters of the chunk that no run has claimed.
     pub fn send(&mut self, chunk: &mut Chunk, outcome: &mut Outcome) -> Result<(), DlqError> {
         if chunk.is_empty() {
             return Ok(());
@@ -204,18 +206,18 @@ impl Replay {
             return Ok(());
         };
         failpoint::hit("dlq_after_claim");
-        let mark = Mark { id: claim.chunk_id, database_id: self.register.database_id() };
+        let mark = RunMetadata { id: claim.chunk_id, database_id: self.register.database_id() };
         let claimed = chunk.letters.iter().filter(|record| claim.places.contains(&place(record)));
         self.sender.send(claimed, &mark)?;
         failpoint::hit("dlq_after_commit");
         self.stands = claim.chunk_id;
-        self.register.settle(claim.chunk_id, Fate::Sent)?;
+        self.register.settle(claim.chunk_id, ChunkState::Sent)?;
         failpoint::hit("dlq_after_note");
         chunk.count(&claim.places, outcome);
         Ok(())
     }
 
-    /// Writes down how it ended.
+    /// Records the end of the run.
     pub fn finish(mut self, outcome: &Outcome, is_interrupted: bool) -> Result<(), DlqError> {
         let mut value = outcome.to_json();
         if let Some(object) = value.as_object_mut() {
@@ -225,16 +227,17 @@ impl Replay {
     }
 }
 
-/// Finds out what became of chunks that were cut off. Only after the take-over and the fence is the answer final.
-fn settle(register: &mut Register, sender: &Sender, word: Word) -> Result<(), DlqError> {
+/// Resolves interrupted chunks. The answer is final only after the take-over and the fencing.
+fn settle(register: &mut ReplayStore, sender: &Sender, word: Word) -> Result<(), DlqError> {
     let mark = sender.mark()?;
     let database_id = register.database_id();
     for chunk in register.unfinished()? {
-        let fate = fate(&chunk, mark.as_ref(), database_id).or(word.unfinished).ok_or(Doubt::Unfinished {
-            group: sender.group_id().to_owned(),
-            letters: chunk.letters,
-            claimed_at: chunk.claimed_at,
-        })?;
+        let fate =
+            fate(&chunk, mark.as_ref(), database_id).or(word.unfinished).ok_or(UnknownChunk::Unfinished {
+                group: sender.group_id().to_owned(),
+                letters: chunk.letters,
+                claimed_at: chunk.claimed_at,
+            })?;
         register.settle(chunk.chunk_id, fate)?;
         failpoint::hit("dlq_after_settle_one");
     }
@@ -245,19 +248,19 @@ fn settle(register: &mut Register, sender: &Sender, word: Word) -> Result<(), Dl
     if is_known || word.is_after_restore {
         Ok(())
     } else {
-        Err(Doubt::Forgotten { group: sender.group_id().to_owned() }.into())
+        Err(UnknownChunk::Forgotten { group: sender.group_id().to_owned() }.into())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::publication::Header;
-    use crate::record::TimestampMs;
+    use crate::domain::publication::Header;
+    use crate::domain::record::TimestampMs;
     use std::time::Duration;
 
-    fn terms() -> Terms {
-        Terms {
+    fn terms() -> Eligibility {
+        Eligibility {
             input_topic: "input".to_owned(),
             now: TimestampMs(1_700_000_000_000),
             window: Duration::from_secs(86_400),

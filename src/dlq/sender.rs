@@ -1,4 +1,4 @@
-//! Kafka's side of a replay: one transaction a chunk, with its mark in a group of its own.
+//! Kafka side of a replay: one transaction per chunk, with commit metadata in a separate consumer group.
 
 use std::time::{Duration, Instant};
 
@@ -8,30 +8,30 @@ use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
 use super::DlqError;
-use super::mark::Mark;
+use super::run_metadata::RunMetadata;
 use crate::config::KafkaSettings;
+use crate::domain::record::{RecordView, TimestampMs};
 use crate::failpoint;
+use crate::kafka::client::{REQUEST_TIMEOUT, base_client_config, make_client, producer_config};
 use crate::kafka::group::QuietLog;
 use crate::kafka::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer};
-use crate::kafka_client::{REQUEST_TIMEOUT, base_client_config, make_client, producer_config};
-use crate::record::{RecordView, TimestampMs};
 
 /// `init_transactions` waits until the transaction of an older run is aborted or completed.
 const INIT_DEADLINE: Duration = Duration::from_secs(60);
-/// All of one transaction has to fit in here.
+/// Time limit of a whole transaction.
 const TRANSACTION_DEADLINE: Duration = Duration::from_secs(20);
-/// The broker's own limit. For so long at most the daemon waits for a transaction that nobody ends.
+/// Transaction timeout on the broker. Consumers wait at most this long for an abandoned transaction.
 const TRANSACTION_TIMEOUT_MS: &str = "15000";
 const ABORT_DEADLINE: Duration = Duration::from_secs(10);
-/// The least that a call is given, and how long to wait for room in the producer's queue or for deliveries.
+/// Minimum timeout of a call, and interval between checks of the producer queue and of deliveries.
 const SLICE: Duration = Duration::from_millis(50);
-/// The input topic, by its place among the producer's topics.
+/// Index of the input topic among the producer's topics.
 const INPUT: usize = 0;
 
-/// The producer of replays. There is one at a time in a group: the next one fences it.
+/// Producer of replays. A group has one at a time: the next one fences it.
 pub struct Sender {
     producer: TxnProducer<QuietLog>,
-    /// A member of no group: names it, and reads its offset.
+    /// Provides the group metadata and reads the group's offset; never joins the group.
     consumer: BaseConsumer<QuietLog>,
     input_topic: String,
     dead_letter_topic: String,
@@ -42,13 +42,13 @@ fn failed(doing: &str, error: impl std::fmt::Display) -> DlqError {
     DlqError::Kafka(format!("{doing}: {error}"))
 }
 
-/// Group, and transactional id, of the replays of a daemon's group.
+/// Consumer group, and transactional id, of the replays of a daemon's group.
 pub fn replay_group(kafka: &KafkaSettings) -> String {
     format!("{}-dlq-replay", kafka.group_id)
 }
 
 impl Sender {
-    /// Makes the clients, and sees whether the input topic is there.
+    /// Creates the clients and checks that the input topic exists.
     pub fn connect(kafka: &KafkaSettings) -> Result<Self, DlqError> {
         let group_id = replay_group(kafka);
         let mut config = producer_config(kafka);
@@ -64,7 +64,7 @@ impl Sender {
         let mut config = base_client_config(kafka);
         config
             .set("group.id", &group_id)
-            // An offset of a transaction that is still open is waited for, not passed over.
+            // Wait for the offset of an open transaction instead of reading the previous one.
             .set("isolation.level", "read_committed")
             .set("enable.auto.commit", "false")
             .remove("group.instance.id");
@@ -77,7 +77,7 @@ impl Sender {
             dead_letter_topic: kafka.dead_letter_topic.clone(),
             group_id,
         };
-        // A message produced before its topic's metadata is known can abort the transaction.
+        // A message produced before the topic's metadata is known can abort the transaction.
         let doing = format!("asking for input topic {}", sender.input_topic);
         let client = sender.producer.inner().client();
         let metadata = client
@@ -89,12 +89,12 @@ impl Sender {
         Ok(sender)
     }
 
-    /// The group that the marks stand in.
+    /// Group that holds the commit metadata.
     pub fn group_id(&self) -> &str {
         &self.group_id
     }
 
-    /// `init_transactions`: what an older run left open is aborted, or completed, and it can send no more.
+    /// Calls `init_transactions`: aborts or completes what an older run left open, and fences it.
     pub fn fence(&self) -> Result<(), DlqError> {
         let deadline = Instant::now() + INIT_DEADLINE;
         loop {
@@ -112,8 +112,8 @@ impl Sender {
         list
     }
 
-    /// The mark that stands in the group. A text of other hands proves as little as none.
-    pub fn mark(&self) -> Result<Option<Mark>, DlqError> {
+    /// Commit metadata of the group; `None` if there is none or a replay did not write it.
+    pub fn mark(&self) -> Result<Option<RunMetadata>, DlqError> {
         let doing = format!("asking for the offset of group {}", self.group_id);
         let answer = self
             .consumer
@@ -124,17 +124,17 @@ impl Sender {
             .ok_or_else(|| failed(&doing, "the partition is missing in the answer"))?;
         found.error().map_err(|e| failed(&doing, e))?;
         Ok(match found.offset() {
-            KafkaOffset::Offset(_) => Mark::parse(found.metadata()),
+            KafkaOffset::Offset(_) => RunMetadata::parse(found.metadata()),
             _ => None,
         })
     }
 
-    /// Sends these records and leaves the mark, all or nothing. After an error it is not known which, but for the
-    /// next [`fence`](Self::fence) and [`mark`](Self::mark).
+    /// Sends records and commits the metadata in one transaction. After an error only the next
+    /// [`fence`](Self::fence) and [`mark`](Self::mark) tell whether it was committed.
     pub fn send<'r>(
         &self,
         records: impl Iterator<Item = RecordView<'r>>,
-        mark: &Mark,
+        mark: &RunMetadata,
     ) -> Result<(), DlqError> {
         let deadline = Instant::now() + TRANSACTION_DEADLINE;
         self.producer.begin().map_err(|e| failed("begin_transaction", e))?;
@@ -143,7 +143,7 @@ impl Sender {
             self.commit(deadline)
         });
         if outcome.is_err() {
-            // Whether this works or not: what is left open ends with the next `fence`, or by its time limit.
+            // Errors do not matter: the next `fence` or the transaction timeout ends an open transaction.
             let _ = self.producer.abort(ABORT_DEADLINE);
         }
         outcome
@@ -152,7 +152,7 @@ impl Sender {
     fn fill<'r>(
         &self,
         records: impl Iterator<Item = RecordView<'r>>,
-        mark: &Mark,
+        mark: &RunMetadata,
         deadline: Instant,
     ) -> Result<(), DlqError> {
         let doing = format!("sending to {}", self.input_topic);
@@ -172,7 +172,7 @@ impl Sender {
 
     fn produce(&self, record: &RecordView<'_>, deadline: Instant) -> Result<(), NativeError> {
         let headers: Vec<_> = record.headers.iter().collect();
-        // What has no timestamp was not chosen.
+        // Never 0: dead letters without a timestamp are refused.
         let timestamp = record.timestamp.unwrap_or(TimestampMs(0));
         loop {
             let headers = headers.iter().copied();
@@ -185,19 +185,19 @@ impl Sender {
         }
     }
 
-    fn send_mark(&self, mark: &Mark, deadline: Instant) -> Result<(), DlqError> {
-        let doing = format!("committing the mark of group {}", self.group_id);
+    fn send_mark(&self, mark: &RunMetadata, deadline: Instant) -> Result<(), DlqError> {
+        let doing = format!("committing the metadata of group {}", self.group_id);
         let group = GroupMetadata::of(&self.consumer)
             .ok_or_else(|| failed(&doing, "the client does not know its group"))?;
         let mut list = TopicPartitionList::with_capacity(1);
         {
-            // Only the text counts.
+            // Only the metadata matters, not the offset.
             let mut element = list.add_partition(&self.dead_letter_topic, 0);
             element.set_metadata(mark.to_string());
             element.set_offset(KafkaOffset::Offset(0)).map_err(|e| failed(&doing, e))?;
         }
         loop {
-            // The same call with the same arguments continues one that timed out.
+            // Repeating the call with the same arguments resumes it after a timeout.
             match self.producer.send_offsets(&list, &group, remaining(deadline)) {
                 Ok(()) => return Ok(()),
                 Err(error) if may_repeat(&error, deadline) => std::thread::sleep(SLICE),

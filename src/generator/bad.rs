@@ -1,4 +1,4 @@
-//! Records that must be dead-lettered, each for the reason that it names and for no earlier one.
+//! Records that must be dead-lettered, each with exactly the requested reason.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
@@ -6,9 +6,9 @@ use rand_chacha::rand_core::Rng;
 use super::payment::{Payment, message_id};
 use super::respell::{Fields, fields, join, set};
 use super::{GeneratorConfig, IdKind, Record, below, pick};
-use crate::wire::Reason;
+use crate::domain::wire::Reason;
 
-/// The dead-letter reasons that a record can have by itself, by their names in `dlq-reason`.
+/// The dead-letter reasons that a single record can cause, named as in `dlq-reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum)]
 #[value(rename_all = "snake_case")]
 pub enum BadReason {
@@ -33,8 +33,8 @@ pub enum BadReason {
 }
 
 impl BadReason {
-    /// What is made unless others are asked for: all but [`BadReason::InvalidTimestamp`], since a
-    /// broker may delete a segment in which all timestamps are that old, before anyone reads it.
+    /// Reasons used by default: all but [`BadReason::InvalidTimestamp`], because a broker may delete a
+    /// segment whose timestamps are all that old before it is read.
     pub const DEFAULT: [Self; 8] = [
         Self::EmptyValue,
         Self::TooLarge,
@@ -46,7 +46,7 @@ impl BadReason {
         Self::StaleMessageId,
     ];
 
-    /// The reason that its dead letter must name.
+    /// Expected reason of the dead letter.
     pub fn reason(self) -> Reason {
         match self {
             Self::EmptyValue => Reason::EmptyValue,
@@ -62,13 +62,13 @@ impl BadReason {
     }
 }
 
-/// Values of the schema-version header, repeated ones included.
+/// Invalid values of the schema-version header, including repeated headers.
 const WRONG_VERSIONS: [&[&[u8]]; 5] = [&[b"2"], &[b""], &[b"1", b"2"], &[b"01"], &[b"1 "]];
 
 const HOUR_MS: i64 = 3_600_000;
 const YEAR_1999_MS: i64 = 915_148_800_000;
 
-/// Fills `record` with something bad made of a good payment.
+/// Fills `record` with a bad variant of a valid payment.
 pub(super) fn fill(
     reason: BadReason,
     payment: Payment,
@@ -140,7 +140,7 @@ const REQUIRED: [&str; 6] = ["messageId", "custId", "amount", "currency", "statu
 fn missing(rng: &mut ChaCha8Rng, mut fields: Fields, value: &mut Vec<u8>) {
     let name = pick(rng, &REQUIRED).unwrap_or("type");
     *value = match below(rng, 3) {
-        // What the original producer sends to warm up.
+        // The original producer sends this as a warm-up.
         0 => b"{}".to_vec(),
         1 => {
             set(&mut fields, name, "null");

@@ -1,18 +1,18 @@
-//! A made-up payment, small enough to be remembered, and its message.
+//! A generated payment, small enough to be remembered, and its message.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
 
 use super::{GeneratorConfig, IdKind, below};
 
-/// Currency and ISO 4217 minor unit, the likeliest first.
+/// Currency and ISO 4217 minor unit, most frequent first.
 pub const CURRENCIES: [(&str, u32); 8] =
     [("EUR", 2), ("USD", 2), ("GBP", 2), ("CHF", 2), ("SEK", 2), ("JPY", 0), ("KWD", 3), ("BGN", 2)];
 
-/// The contract's limit on a comment.
+/// Maximum length of a comment by the contract.
 const COMMENT_CHARS_MAX: usize = 1_000;
 
-/// A payment that the daemon must write.
+/// A valid payment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Payment {
     /// The 128 bits of the message id.
@@ -23,15 +23,15 @@ pub struct Payment {
     pub account: u64,
     /// The amount in the currency's minor unit.
     pub minor_units: u64,
-    /// Which of [`CURRENCIES`].
+    /// Index in [`CURRENCIES`].
     pub currency: u8,
     /// 2, 0 or -2.
     pub status: i8,
-    /// Which of `payment.types`.
+    /// Index in `payment.types`.
     pub kind: u8,
-    /// Which comment.
+    /// Selects the comment.
     pub comment: u8,
-    /// `externalRefId`, where there is one.
+    /// `externalRefId`, if present.
     pub external_ref: Option<u32>,
 }
 
@@ -39,7 +39,7 @@ impl Payment {
     pub(super) fn random(rng: &mut ChaCha8Rng, config: &GeneratorConfig, now_ms: i64) -> Self {
         let now_ms = u64::try_from(now_ms).unwrap_or_default();
         let (high, low, draw) = (rng.next_u64(), rng.next_u64(), rng.next_u64());
-        // Amounts from cents to millions: first how long, then which.
+        // Amounts from cents to millions: first the number of digits, then the value.
         let magnitude = 10u64.pow(2 + (draw % 8) as u32);
         let currency = match (draw >> 8) % 16 {
             at @ 1..=7 => at as u8,
@@ -63,7 +63,7 @@ impl Payment {
         }
     }
 
-    /// Alphabetic code and minor unit.
+    /// Alphabetic code and minor unit of the currency.
     pub fn currency(&self) -> (&'static str, u32) {
         CURRENCIES.get(usize::from(self.currency)).copied().unwrap_or(("EUR", 2))
     }
@@ -72,7 +72,7 @@ impl Payment {
         write_number(self.account, 1, out);
     }
 
-    /// Writes the message in the form in which the original producer wrote it.
+    /// Writes the message in the format of the original producer.
     pub(super) fn write_json(&self, config: &GeneratorConfig, out: &mut Vec<u8>) {
         let (currency, scale) = self.currency();
         let kind = config.types.get(usize::from(self.kind)).map_or("BWI", String::as_str);
@@ -100,8 +100,8 @@ impl Payment {
         out.push(b'}');
     }
 
-    /// The comment comes last, so that it can be padded; what does not fit in a comment goes to a
-    /// field that the daemon does not know.
+    /// Writes the comment last, so that it can be padded; padding that exceeds a comment goes to a field that
+    /// the daemon does not know.
     fn write_comment(&self, kind: &str, currency: &str, config: &GeneratorConfig, out: &mut Vec<u8>) {
         if self.comment < 16 && config.value_bytes.is_none() {
             return;
@@ -118,7 +118,7 @@ impl Payment {
             }
         }
         let Some(wanted) = config.value_bytes else { return out.push(b'"') };
-        // Counting bytes for characters leaves the comment rather too short than too long.
+        // Counts bytes instead of characters, so the comment is never too long.
         let room = COMMENT_CHARS_MAX - (out.len() - start);
         let padding = wanted.saturating_sub(out.len() + 2).min(room);
         out.resize(out.len() + padding, b'.');
@@ -143,7 +143,7 @@ impl Payment {
     }
 }
 
-/// An id of that kind made of so much randomness.
+/// Builds a message id of a kind from random bits.
 pub(super) fn message_id(kind: IdKind, time_ms: u64, high: u64, low: u64) -> u128 {
     let random = u128::from(high) << 64 | u128::from(low);
     match kind {
@@ -165,7 +165,7 @@ pub(super) fn ulid_text(id: u128) -> [u8; 26] {
     })
 }
 
-/// Decimal digits, with zeros in front up to `digits_min`.
+/// Writes decimal digits, zero-padded to `digits_min`.
 fn write_number(mut number: u64, digits_min: usize, out: &mut Vec<u8>) {
     let start = out.len();
     while number > 0 || out.len() - start < digits_min {

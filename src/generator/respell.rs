@@ -1,4 +1,4 @@
-//! The same payload in other words: what a duplicate may look like.
+//! Rewrites a message so that its bytes differ but its payload is the same.
 
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value};
@@ -6,11 +6,11 @@ use serde_json::{Map, Value};
 use super::payment::{ulid_text, write_amount};
 use super::{Payment, below, one_in, pick};
 
-/// A JSON object as name and value texts, in order.
+/// Names and values of a JSON object as text, in order.
 pub(super) type Fields = Vec<(String, String)>;
 
-/// The fields of a message of ours. The amount is written anew from the payment: it never is a
-/// floating-point number, not even here.
+/// Fields of a generated message. The amount is formatted from the payment: amounts are never floating-point
+/// numbers.
 pub(super) fn fields(payment: &Payment, json: &[u8]) -> Option<Fields> {
     let object: Map<String, Value> = serde_json::from_slice(json).ok()?;
     Some(
@@ -30,7 +30,6 @@ pub(super) fn amount(payment: &Payment) -> String {
     String::from_utf8(digits).unwrap_or_default()
 }
 
-/// Replaces the value of a field.
 pub(super) fn set(fields: &mut Fields, name: &str, value: impl Into<String>) {
     let value = value.into();
     match fields.iter_mut().find(|(field, _)| field == name) {
@@ -39,14 +38,13 @@ pub(super) fn set(fields: &mut Fields, name: &str, value: impl Into<String>) {
     }
 }
 
-/// Writes an object.
 pub(super) fn join(fields: &Fields, between: &str) -> Vec<u8> {
     let members: Vec<String> =
         fields.iter().map(|(name, value)| format!("\"{name}\":{between}{value}")).collect();
     format!("{{{between}{}{between}}}", members.join(&format!(",{between}"))).into_bytes()
 }
 
-/// Other bytes for the same payload: `None` only if `json` is no object.
+/// Returns other bytes for the same payload; `None` if `json` is not an object.
 pub(super) fn respell(payment: &Payment, json: &[u8], rng: &mut ChaCha8Rng) -> Option<Vec<u8>> {
     let mut fields = fields(payment, json)?;
     let (_, scale) = payment.currency();
@@ -72,8 +70,8 @@ pub(super) fn respell(payment: &Payment, json: &[u8], rng: &mut ChaCha8Rng) -> O
     Some(join(&fields, pick(rng, &["", " ", "\n\t"])?))
 }
 
-/// The same 128 bits in another form or case. A ULID carries a time, so only an id that does in its
-/// first form may become one.
+/// The same 128 bits in another form or case. A ULID contains a time, so only time-ordered ids can become a
+/// ULID.
 fn other_id(payment: &Payment, rng: &mut ChaCha8Rng) -> String {
     let version_7 = payment.id >> 76 & 0xf == 7;
     let text = if (payment.ulid || version_7) && one_in(rng, 2) {

@@ -1,4 +1,4 @@
-//! What was sent, and with it what must come out.
+//! Counts the sent records and the expected outcomes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use super::payment::CURRENCIES;
 use super::{BadReason, Kind, Record};
-use crate::wire::Reason;
+use crate::domain::wire::Reason;
 
-/// Counts by kind, and sums of money that are exact.
+/// Counts by kind, and exact sums of money.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     records: u64,
@@ -47,38 +47,37 @@ impl Tally {
         }
     }
 
-    /// All records.
+    /// Total number of records.
     pub fn records(&self) -> u64 {
         self.records
     }
 
-    /// Distinct payments: rows and read events that must come of it.
+    /// Number of distinct payments, which is the expected number of rows and read events.
     pub fn payments(&self) -> u64 {
         self.payments
     }
 
-    /// Repeats of a payment.
+    /// Number of repeated payments.
     pub fn duplicates(&self) -> u64 {
         self.duplicates
     }
 
-    /// Repeats of a message id with another amount.
+    /// Number of records with an earlier message id and another amount.
     pub fn conflicts(&self) -> u64 {
         self.conflicts
     }
 
-    /// Records that are bad by themselves.
+    /// Number of bad records.
     pub fn bad_total(&self) -> u64 {
         self.bad.values().sum()
     }
 
-    /// The same by reason.
+    /// Number of bad records by reason.
     pub fn bad(&self) -> &BTreeMap<BadReason, u64> {
         &self.bad
     }
 
-    /// For reports: everything, with the outcomes that it must have where e-mail events are wanted
-    /// for `email_statuses`.
+    /// Reports counts and expected outcomes, with e-mail events for `email_statuses`.
     pub fn report(&self, email_statuses: &[i16]) -> TallyReport {
         let mut dead_letters: BTreeMap<String, u64> =
             self.bad.iter().map(|(reason, count)| (reason.reason().to_string(), *count)).collect();
@@ -137,7 +136,7 @@ fn decimal(minor_units: u128, scale: u32) -> String {
     format!("{}.{:0width$}", minor_units / factor, minor_units % factor)
 }
 
-/// A tally for reading by machines.
+/// Machine-readable form of a tally.
 #[derive(Clone, Debug, Serialize)]
 pub struct TallyReport {
     records: u64,
@@ -154,14 +153,14 @@ pub struct TallyReport {
     expected: Expected,
 }
 
-/// Exact sums over distinct payments.
+/// Exact sums of distinct payments.
 #[derive(Clone, Debug, Serialize)]
 struct CurrencyReport {
     payments: u64,
     amount: String,
 }
 
-/// What a daemon that starts with an empty database must make of it.
+/// Expected outcomes for a daemon that starts with an empty database.
 #[derive(Clone, Debug, Serialize)]
 struct Expected {
     written: u64,

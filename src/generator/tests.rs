@@ -2,9 +2,9 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::{HashMap, HashSet};
 
-use crate::payment::MessageId;
-use crate::record::{Offset, Partition, SourceBatch, TimestampMs};
-use crate::wire;
+use crate::domain::payment::MessageId;
+use crate::domain::record::{Offset, Partition, SourceBatch, TimestampMs};
+use crate::domain::wire;
 
 const NOW_MS: i64 = 1_780_000_000_000;
 

@@ -1,9 +1,9 @@
-//! Generations of the idempotency table: rotated by a flip of one row, dropped as wholes.
+//! Generations of the idempotency table: a rotation updates one row, pruning drops whole tables.
 //!
-//! Every batch holds the rotation lock shared from before it reads which generation is current until its
-//! commit. What changes that row holds it exclusively, so no batch claims into a generation that is no longer
-//! current, and none looks into one that is being dropped. The exclusive lock is asked for with a limit of
-//! [`LOCK_TIMEOUT_MS`]: writers queue behind the request for no longer than that, whoever holds the lock.
+//! Every batch takes the rotation lock in shared mode before it reads the current generation, and holds it
+//! until its commit. A change of that row takes the lock in exclusive mode, so no batch claims into a
+//! generation that is no longer current or looks into one that is being dropped. The exclusive request has a
+//! timeout of [`LOCK_TIMEOUT_MS`]: writers queue behind it for at most that long, whoever holds the lock.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -11,30 +11,30 @@ use std::time::{Duration, SystemTime};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use crate::record::TimestampMs;
-use crate::schema::locks::{self, LockKey};
-use crate::schema::{SchemaError, doing};
+use crate::domain::record::TimestampMs;
+use crate::postgres::schema::locks::{self, LockKey};
+use crate::postgres::schema::{SchemaError, doing};
 
-/// How long a writer can be made to wait for a change of generations.
+/// Longest time that a writer waits for a change of generations.
 pub const LOCK_TIMEOUT_MS: u32 = 50;
-/// Tries for each lock; what cannot be had is left to the next pass.
+/// Attempts for each lock; after that the step is left to the next pass.
 const TRIES_MAX: u32 = 20;
 const BETWEEN_TRIES: Duration = Duration::from_millis(250);
-/// A scan of a whole generation, once in its life.
+/// Timeout of the scan of a whole generation, which is done once per generation.
 const MEASURE_TIMEOUT: &str = "2h";
 
-/// Where a generation is in its life.
+/// The lifecycle state of a generation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum State {
-    /// Its table was made ahead of time.
+    /// Its table was created in advance.
     Ready,
-    /// Claims go there.
+    /// Batches write their claims to it.
     Current,
-    /// Looked into, not written.
+    /// Batches read it, but do not write it.
     Older,
-    /// Nobody looks any more; its table still hangs below `idempotency`.
+    /// Batches do not use it; its table still inherits from `idempotency`.
     Retired,
-    /// A table on its own.
+    /// Its table does not inherit from `idempotency` any more.
     Detached,
 }
 
@@ -66,17 +66,17 @@ impl fmt::Display for State {
 /// One generation that has a table.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Generation {
-    /// Its number.
+    /// Number of the generation; later ones have higher numbers.
     pub number: i64,
     /// Name of its table, without the schema.
     pub leaf: String,
-    /// Where it is in its life.
+    /// The lifecycle state.
     pub state: State,
     /// Time since it became current, by the database's clock; `None` if it never was.
     pub age: Option<Duration>,
-    /// Largest record timestamp in it; `None` while it is written or not measured. `i64::MIN`: it is empty.
+    /// Largest record timestamp; `None` while it is current or not measured; `i64::MIN` if it is empty.
     pub youngest: Option<TimestampMs>,
-    /// Rows: counted once it is no longer written, the planner's estimate before.
+    /// Rows: the planner's estimate, or the exact count once measured.
     pub rows: i64,
     /// Bytes of table and index.
     pub bytes: i64,
@@ -108,7 +108,7 @@ pub async fn list(client: &Client) -> Result<Vec<Generation>, SchemaError> {
                 number: row.get(0),
                 leaf: row.get(1),
                 state: State::parse(row.get(2))?,
-                // A clock that stepped back makes a young generation, not a negative age.
+                // After the clock stepped back the age would be negative.
                 age: seconds.map(|s| Duration::from_secs_f64(s.max(0.0))),
                 youngest: row.get::<_, Option<i64>>(4).map(TimestampMs),
                 rows: row.get(5),
@@ -118,17 +118,18 @@ pub async fn list(client: &Client) -> Result<Vec<Generation>, SchemaError> {
         .collect())
 }
 
-/// How a step that needs a lock ended.
+/// Result of a step that needs a lock.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
-    /// Done.
+    /// The step was done.
     Done,
-    /// Somebody held the lock all the time; the next pass tries again.
+    /// Other sessions held the lock during all attempts; the next pass retries.
     Locked,
 }
 
-/// Runs statements as one transaction whose locks are waited for briefly, again and again. They go out in one
-/// message together with the COMMIT: a housekeeper that is stopped or cut off does not hold the locks.
+/// Runs statements as one transaction with a short lock timeout, up to [`TRIES_MAX`] times. They are sent in
+/// one message together with the COMMIT, so a process that is stopped or disconnected does not keep the
+/// locks.
 async fn with_short_locks(client: &Client, what: &str, statements: &str) -> Result<Step, SchemaError> {
     let transaction = format!("BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; {statements}; COMMIT");
     for attempt in 1..=TRIES_MAX {
@@ -148,15 +149,15 @@ fn lock_rotation() -> String {
     format!("SELECT pg_advisory_xact_lock({}, {})", locks::CLASS, LockKey::Rotation.number())
 }
 
-/// Makes the table of a generation, ahead of the rotation that will need it.
+/// Creates the table of a generation in advance of the rotation that needs it.
 pub async fn make(client: &Client, number: i64) -> Result<Step, SchemaError> {
     let make = format!("SELECT payment_writer.make_generation_v1({number})");
-    with_short_locks(client, "cannot make a generation", &make).await
+    with_short_locks(client, "cannot create a generation", &make).await
 }
 
-/// Makes `next` the current generation. Batches that are under way finish in the old one first.
+/// Makes `next` the current generation. Batches in progress finish in the old one first.
 pub async fn rotate(client: &Client, current: i64, next: i64) -> Result<Step, SchemaError> {
-    // Newest first: that is where a duplicate most likely is.
+    // Newest first, because duplicates are most likely there.
     let rotate = format!(
         "{lock};
          UPDATE payment_writer.idempotency_generation SET state = 'older', made_older_at = now()
@@ -175,8 +176,8 @@ pub async fn rotate(client: &Client, current: i64, next: i64) -> Result<Step, Sc
     with_short_locks(client, "cannot rotate", &rotate).await
 }
 
-/// Reads a generation that is no longer written from end to end: its youngest record, its rows, and the
-/// largest first 48 bits of its ids. Takes no lock that anybody waits for.
+/// Scans a generation that is no longer current: its youngest record, its number of rows, and the largest
+/// value of the first 48 bits of its ids. Takes no lock that blocks other sessions.
 pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(), SchemaError> {
     let failed = |error| doing(format!("cannot measure {}", generation.leaf))(error);
     let transaction = client.transaction().await.map_err(failed)?;
@@ -184,8 +185,8 @@ pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(),
         .batch_execute(&format!("SET LOCAL statement_timeout = '{MEASURE_TIMEOUT}'"))
         .await
         .map_err(failed)?;
-    // By itself, so that the server may use several processes for it. Two texts of twelve hexadecimal digits
-    // compare as their numbers do.
+    // A separate SELECT, so that the server can run it in parallel. Texts of twelve hexadecimal digits
+    // compare like their numbers.
     let measure = format!(
         "SELECT count(*), max(created_at),
                 max(head COLLATE \"C\") FILTER (WHERE is_v7), max(head COLLATE \"C\") FILTER (WHERE NOT is_v7)
@@ -196,7 +197,7 @@ pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(),
     );
     let row = transaction.query_one(&measure, &[]).await.map_err(failed)?;
     let (rows, youngest): (i64, Option<SystemTime>) = (row.get(0), row.get(1));
-    // Above the bound of a kind that has no id there is everything.
+    // Without an id of a kind, the bound is below every id of that kind.
     let bound = |index| {
         row.get::<_, Option<&str>>(index).and_then(|head| i64::from_str_radix(head, 16).ok()).unwrap_or(-1)
     };
@@ -221,7 +222,7 @@ pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(),
     transaction.commit().await.map_err(failed)
 }
 
-/// Takes a generation out of those that batches look into.
+/// Removes a generation from those that batches read.
 pub async fn retire(client: &Client, number: i64) -> Result<Step, SchemaError> {
     let retire = format!(
         "{lock};
@@ -246,8 +247,8 @@ pub async fn retire(client: &Client, number: i64) -> Result<Step, SchemaError> {
     with_short_locks(client, "cannot retire a generation", &retire).await
 }
 
-/// Makes the table of a retired generation one of its own. Waits, briefly, for readers of it; writers do
-/// not use it any more.
+/// Ends the inheritance of a retired generation's table. Waits briefly for its readers; writers do not use it
+/// any more.
 pub async fn detach(client: &Client, generation: &Generation) -> Result<Step, SchemaError> {
     let Generation { number, leaf, .. } = generation;
     let detach = format!(
@@ -258,7 +259,7 @@ pub async fn detach(client: &Client, generation: &Generation) -> Result<Step, Sc
     with_short_locks(client, "cannot detach a generation", &detach).await
 }
 
-/// Drops the table of a detached generation; only its row in `idempotency_generation` is left.
+/// Drops the table of a detached generation; its row in `idempotency_generation` stays.
 pub async fn drop_table(client: &Client, generation: &Generation) -> Result<Step, SchemaError> {
     let Generation { number, leaf, .. } = generation;
     let drop = format!(

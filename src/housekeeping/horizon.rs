@@ -1,46 +1,46 @@
-//! The horizon: a moment in log time before which nothing can come any more. Pure.
+//! The horizon: the time in the log before which all records are written and published. Pure.
 //!
-//! A generation may go when its youngest record lies more than the idempotency window before the horizon.
-//! Time is that of the log, as far as it is written *and* published: after an outage of eight days of the
-//! daemon, of the database or of an output topic, the records that were written just before it are still
-//! known when their duplicates, or they themselves, are delivered.
+//! A generation may be dropped when its youngest record is older than the horizon by more than the
+//! idempotency window. The horizon follows record timestamps, not the clock: after an outage of eight days
+//! (of the daemon, the database or an output topic), the ids of records written just before it are still
+//! stored when those records or their duplicates are read.
 
 use std::time::Duration;
 
-use crate::cursor::Doubt;
-use crate::record::{Partition, TimestampMs};
-use crate::wire::{TIMESTAMP_MAX, TIMESTAMP_MIN};
+use crate::domain::cursor::HaltReason;
+use crate::domain::record::{Partition, TimestampMs};
+use crate::domain::wire::{TIMESTAMP_MAX, TIMESTAMP_MIN};
 
-/// A record is stamped when it is sent and in the log a while later: what is caught up now counts as far as
-/// this long ago. The same hour by which an id may be ahead of its record.
+/// A record gets its timestamp before it reaches the log, so a partition without lag counts as published up
+/// to this long ago. The same hour by which the time in an id may be ahead of its record's.
 pub const DELIVERY: Duration = Duration::from_secs(3_600);
 
-/// How far one partition is, in log time.
+/// Log time of one partition: the record timestamp up to which it is written and published.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum PartitionTime {
-    /// Everything in it is written and published: as far as now, less [`DELIVERY`].
+    /// Everything is written and published: log time is now minus [`DELIVERY`].
     CaughtUp,
-    /// As far as this.
+    /// The log time.
     At(TimestampMs),
-    /// It cannot be said.
+    /// The log time is unknown.
     Unknown(Hold),
 }
 
 /// Why a partition has no log time.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Hold {
-    /// It is halted.
-    Halted(Doubt),
-    /// The record at its position was not delivered in time.
+    /// The partition is halted.
+    Halted(HaltReason),
+    /// The record at its position could not be read in time.
     Unread,
-    /// Neither the record at its position nor the one before has a timestamp that can be used.
+    /// Neither the record at its position nor the one before it has a usable timestamp.
     NoTimestamp,
 }
 
 impl std::fmt::Display for Hold {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Halted(doubt) => write!(f, "is halted ({})", doubt.label()),
+            Self::Halted(reason) => write!(f, "is halted ({})", reason.label()),
             Self::Unread => f.write_str("has a record at its position that could not be read in time"),
             Self::NoTimestamp => f.write_str("has no usable timestamp at its position"),
         }
@@ -50,21 +50,21 @@ impl std::fmt::Display for Hold {
 /// The log time of the slowest partition.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Horizon {
-    /// It is this; the partition that holds it there, if one lags.
+    /// The horizon, and the slowest partition if one lags.
     At(TimestampMs, Option<Partition>),
-    /// It cannot be said, because of this partition among so many.
+    /// Unknown, because some partitions have no log time.
     Held {
-        /// The first one.
+        /// The first of these partitions.
         partition: Partition,
-        /// Why.
+        /// Why it has no log time.
         why: Hold,
-        /// How many there are.
+        /// Number of these partitions.
         count: usize,
     },
 }
 
-/// Log time at a position, from the record before it and the one at it. Producers' clocks differ: of the two
-/// the earlier counts, and one that no calendar has counts for nothing.
+/// Log time at a position, from the timestamps of the record before it and of the record at it: the earlier
+/// one, because producers' clocks differ. Timestamps outside the years 2000 to 2099 are ignored.
 pub fn log_time(before: Option<TimestampMs>, at: Option<TimestampMs>) -> Option<TimestampMs> {
     let usable = |t: &TimestampMs| (TIMESTAMP_MIN..=TIMESTAMP_MAX).contains(t);
     match (before.filter(usable), at.filter(usable)) {
@@ -73,7 +73,8 @@ pub fn log_time(before: Option<TimestampMs>, at: Option<TimestampMs>) -> Option<
     }
 }
 
-/// The horizon over all partitions. Never later than `now` less [`DELIVERY`], whatever a record says.
+/// The horizon over all partitions. Never later than `now` minus [`DELIVERY`], whatever the record timestamps
+/// are.
 pub fn horizon(now: TimestampMs, times: &[(Partition, PartitionTime)]) -> Horizon {
     let delivery = i64::try_from(DELIVERY.as_millis()).unwrap_or(i64::MAX);
     let mut slowest = (TimestampMs(now.0.saturating_sub(delivery)), None);
@@ -96,7 +97,7 @@ pub fn horizon(now: TimestampMs, times: &[(Partition, PartitionTime)]) -> Horizo
     }
 }
 
-/// The moment from which on a generation with this youngest record may go.
+/// The horizon beyond which a generation with this youngest record may be dropped.
 pub fn goes_at(youngest: TimestampMs, window: Duration) -> TimestampMs {
     let window = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
     TimestampMs(youngest.0.saturating_add(window))

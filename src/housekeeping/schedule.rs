@@ -1,4 +1,4 @@
-//! Housekeeping inside the daemon: passes on the schedule, missed ones made up, and what the metrics say.
+//! Housekeeping in the daemon: passes on schedule or after a missed one, and the metrics.
 
 use std::time::Duration;
 
@@ -7,22 +7,22 @@ use tokio_postgres::Client;
 
 use super::generations::State;
 use super::horizon::Horizon;
+use super::pass_metrics::HousekeepingMetrics;
 use super::{PassError, PassReport, current_horizon, generations, pass};
 use crate::config::{CronSchedule, Settings};
-use crate::logging::RateLimited;
-use crate::metrics::HousekeepingMetrics;
-use crate::schema::{SchemaError, doing, months};
+use crate::postgres::schema::{SchemaError, doing, months};
+use crate::telemetry::logging::RateLimited;
 
-/// How often the clock is looked at, and the tables' sizes.
+/// Interval between checks of the schedule and of the table sizes.
 const TICK: Duration = Duration::from_secs(60);
-/// A pass that failed or could not finish is tried again after this.
+/// A failed or incomplete pass is retried after this.
 const RETRY: Duration = Duration::from_secs(15 * 60);
-/// The horizon costs a few requests to the broker.
+/// Ticks between updates of the horizon, which costs a few requests to the broker.
 const HORIZON_TICKS: u32 = 5;
-/// A schedule is looked back over for no longer than this: one that names only 29 February is found.
+/// Search limit for the last due time: long enough for a schedule that matches only 29 February.
 const LOOK_BACK_DAYS: i64 = 9 * 366;
 
-/// The last minute before `now` that the schedule names.
+/// The last minute up to `now` that matches the schedule.
 pub fn last_due(schedule: &CronSchedule, now: Timestamp) -> Option<Timestamp> {
     let mut moment = now.to_zoned(TimeZone::UTC).with().second(0).subsec_nanosecond(0).build().ok()?;
     let first = moment.checked_sub(LOOK_BACK_DAYS.days()).ok()?;
@@ -33,7 +33,7 @@ pub fn last_due(schedule: &CronSchedule, now: Timestamp) -> Option<Timestamp> {
         if schedule.matches(part(moment.minute()), part(moment.hour()), day, month, weekday) {
             return Some(moment.timestamp());
         }
-        // A day that is not named has no minute that is.
+        // Skip whole days that do not match.
         let is_day = (0..24).any(|h| (0..60).any(|m| schedule.matches(m, h, day, month, weekday)));
         moment = if is_day {
             moment.checked_sub(1.minute()).ok()?
@@ -44,8 +44,8 @@ pub fn last_due(schedule: &CronSchedule, now: Timestamp) -> Option<Timestamp> {
     None
 }
 
-/// When the last pass began, whether it left nothing to a later try, and when the last such pass began; a
-/// database that saw none counts from the moment it was made.
+/// Start of the last pass, whether it was complete, and start of the last complete pass. Without a pass, both
+/// are the time when the schema was created.
 async fn last_pass(client: &Client) -> Result<(Timestamp, bool, Timestamp), SchemaError> {
     let row = client
         .query_one(
@@ -66,7 +66,7 @@ async fn last_pass(client: &Client) -> Result<(Timestamp, bool, Timestamp), Sche
     Ok((time(0), row.get(1), time(2)))
 }
 
-/// Runs for ever. Nothing that fails here stops anything else.
+/// Runs forever. Failures are logged and do not stop anything else.
 pub async fn run(settings: &Settings) {
     let mut keeper = Keeper {
         metrics: HousekeepingMetrics::default(),
@@ -86,7 +86,7 @@ struct Keeper {
     client: Option<Client>,
     retry_at: Option<tokio::time::Instant>,
     ticks: u32,
-    /// What was last complained about: one line for a change, not for a try.
+    /// The last logged error; it is logged again only when it changes.
     trouble: Option<String>,
 }
 
@@ -100,7 +100,7 @@ impl Keeper {
     }
 
     fn complain(&mut self, message: String) {
-        // Two troubles may take turns.
+        // Two errors may alternate.
         static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(10 * 60));
         if self.trouble.as_ref() != Some(&message)
             && let Some(suppressed) = LIMIT.pass()
@@ -119,9 +119,9 @@ impl Keeper {
         self.metrics.last_pass(completed);
         let now = Timestamp::now();
         let due = settings.idempotency.prune_schedule.as_ref().and_then(|s| last_due(s, now));
-        // A pass that began in the future was begun by a clock that is wrong.
+        // A start time in the future comes from a wrong clock.
         let is_due = due.is_some_and(|due| due > began || began > now);
-        // What a pass left undone is not left for a week.
+        // An incomplete pass is retried without waiting for the schedule.
         let is_retry = !was_complete && settings.idempotency.prune_schedule.is_some();
         let may_try = self.retry_at.is_none_or(|at| tokio::time::Instant::now() >= at);
         if (is_due || is_retry) && may_try {

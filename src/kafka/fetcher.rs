@@ -1,8 +1,8 @@
-//! A client that reads partitions of one topic from positions that its owner names. It is a member of no group, so
-//! that no rebalance touches what it fetches.
+//! A client that fetches partitions of one topic from positions that its owner names. It is in no consumer
+//! group, so rebalances do not affect it.
 //!
-//! It is begun and stopped, never paused or sought: the library keeps a position of its own across a pause, and
-//! that position has been wrong.
+//! Partitions are started and stopped, never paused or sought: librdkafka keeps a position of its own across
+//! a pause, and that position was wrong in tests.
 
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,22 +18,22 @@ use rdkafka::{ClientConfig, ClientContext};
 use super::group::QuietLog;
 use super::librdkafka::fetch::{FetchItem, FetchQueue};
 use super::librdkafka::{NativeError, add_brokers};
-use super::reminder::Reminder;
+use super::rebootstrap::Rebootstrap;
 use super::throttle::Throttle;
 use super::token;
 use crate::config::KafkaSettings;
-use crate::kafka_client::{client_config_over, make_client};
-use crate::record::{NextOffset, Partition};
+use crate::domain::record::{NextOffset, Partition};
+use crate::kafka::client::{client_config_over, make_client};
 
 /// Items taken from the client in one call.
 const CHUNK_MAX: usize = 1_000;
-/// What the client has to say (log lines, lost brokers) is heard this often.
+/// How often the client's log lines and errors are polled.
 const LISTEN_EVERY: Duration = Duration::from_millis(100);
-/// So much of it at most at a time.
+/// Polls at a time.
 const EVENTS_MAX: usize = 10;
 
-/// What every client that reads records has, whatever the settings say: committed records alone, checked against
-/// their checksums (brokers do not check them when they are fetched), and never a position of the library's choice.
+/// Configuration of every client that reads records. Whatever `kafka.properties` says: only committed
+/// records, checksums verified (brokers do not verify them on a fetch), and no `auto.offset.reset`.
 pub fn reader_config(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> ClientConfig {
     let mut config = client_config_over(kafka, defaults);
     config
@@ -46,9 +46,9 @@ pub fn reader_config(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> Client
     config
 }
 
-/// Callbacks of a reader's client.
+/// Callbacks of a reader.
 pub struct ReaderContext {
-    /// No broker can be reached, as the client says.
+    /// The client reported that no broker can be reached.
     all_brokers_down: AtomicBool,
     throttle: Throttle,
 }
@@ -86,7 +86,7 @@ impl ConsumerContext for ReaderContext {}
 
 struct Listening {
     at: Instant,
-    reminder: Reminder,
+    rebootstrap: Rebootstrap,
 }
 
 /// A reader of one topic.
@@ -97,53 +97,54 @@ pub struct Fetcher {
 }
 
 impl Fetcher {
-    /// A reader of `topic` by a configuration of [`reader_config`]. Asks nothing of the brokers yet.
+    /// Creates a reader of `topic` from a configuration of [`reader_config`], without a request to the
+    /// brokers.
     ///
     /// # Errors
-    /// When the client cannot be made.
+    /// When the client cannot be created.
     pub fn new(config: &ClientConfig, topic: &str) -> Result<Self, KafkaError> {
         let bootstrap_servers = config.get("bootstrap.servers").unwrap_or_default().to_owned();
         let consumer = make_client::<BaseConsumer<_>, _>(config, ReaderContext::default())?;
         let queue = FetchQueue::new(consumer, topic, CHUNK_MAX)
             .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
-        let listening = Mutex::new(Listening { at: Instant::now(), reminder: Reminder::default() });
+        let listening = Mutex::new(Listening { at: Instant::now(), rebootstrap: Rebootstrap::default() });
         Ok(Self { queue, bootstrap_servers, listening })
     }
 
-    /// The client, for questions to the brokers.
+    /// The underlying consumer, for requests to the brokers.
     pub fn consumer(&self) -> &BaseConsumer<ReaderContext> {
         self.queue.consumer()
     }
 
-    /// Fetches these partitions from these positions on, and delivers nothing of them that was fetched before.
+    /// Starts to fetch these partitions at these positions; nothing fetched before is delivered.
     ///
     /// # Errors
-    /// As librdkafka says. The client is of no more use then.
+    /// An error of librdkafka. The client has to be replaced then.
     pub fn start(&self, positions: &[(Partition, NextOffset)]) -> Result<(), NativeError> {
         positions.iter().try_for_each(|(partition, position)| self.queue.start(*partition, *position))
     }
 
-    /// Fetches no more of these partitions, and delivers nothing more of them.
+    /// Stops fetching these partitions; nothing more of them is delivered.
     ///
     /// # Errors
-    /// As librdkafka says. The client is of no more use then.
+    /// An error of librdkafka. The client has to be replaced then.
     pub fn stop(&self, partitions: &[Partition]) -> Result<(), NativeError> {
         partitions.iter().try_for_each(|partition| self.queue.stop(*partition))
     }
 
-    /// Hands at most `max` items that are there to `take`, waiting at most `wait` for the first, which blocks.
-    /// Returns how many there were.
+    /// Passes at most `max` available items to `take`, and returns their number. Blocks for at most `wait`
+    /// until the first one arrives.
     pub fn drain(&self, max: usize, wait: Duration, take: impl FnMut(FetchItem<'_>)) -> usize {
         self.listen();
         self.queue.drain(max, wait, take)
     }
 
-    /// Completes when something was put into the empty queue since it was last waited for.
+    /// Completes when the queue has become non-empty since the last wait.
     pub async fn wait_filled(&self) {
         self.queue.wait_filled().await;
     }
 
-    /// Hears what the client has to say, and names the brokers again to one that may have lost them all.
+    /// Polls the client's log lines and errors, and bootstraps it again if it may have lost all its brokers.
     pub fn listen(&self) {
         let now = Instant::now();
         let mut listening = self.listening.lock().unwrap_or_else(PoisonError::into_inner);
@@ -151,14 +152,14 @@ impl Fetcher {
             return;
         }
         listening.at = now;
-        // Records come by the queue; here come log lines and errors, one a call.
+        // Records arrive in the queue; this poll returns one log line or error per call.
         for _ in 0..EVENTS_MAX {
             let _ = self.consumer().poll(Duration::ZERO);
         }
         if self.consumer().context().all_brokers_down.swap(false, Ordering::AcqRel) {
-            listening.reminder.suspect(now);
+            listening.rebootstrap.suspect(now);
         }
-        if listening.reminder.is_due(now, false) {
+        if listening.rebootstrap.is_due(now, false) {
             add_brokers(self.consumer().client(), &self.bootstrap_servers);
         }
     }

@@ -1,4 +1,4 @@
-//! Whether a range of a partition that a reader passed over holds committed records.
+//! Checks whether a range of a partition that a reader passed over (a gap) holds committed records.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,16 +8,16 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::fetcher::{Fetcher, reader_config};
 use super::librdkafka::fetch::FetchItem;
-use super::log::listed;
+use super::offsets::listed;
 use crate::config::KafkaSettings;
+use crate::domain::record::{NextOffset, Partition};
 use crate::failpoint;
-use crate::lane::ports::{Gap, GapAnswer};
-use crate::record::{NextOffset, Partition};
+use crate::ports::{Gap, GapAnswer};
 
 const POLL: Duration = Duration::from_millis(50);
-/// Partitions that have not answered until then are asked again later.
+/// Partitions without an answer by then are checked again later.
 const PROOF_MAX: Duration = Duration::from_secs(10);
-/// Few bytes are needed: where there is a record, the first one is enough.
+/// Small fetches: the first record of each gap is enough.
 const DEFAULTS: [(&str, &str); 6] = [
     ("fetch.min.bytes", "1"),
     ("fetch.wait.max.ms", "10"),
@@ -27,9 +27,9 @@ const DEFAULTS: [(&str, &str); 6] = [
     ("fetch.message.max.bytes", "65536"),
 ];
 
-/// Finds out what is in these gaps, with a client of its own that begins at each gap's start. A gap is empty if that
-/// client meets a record or an end at or beyond the gap's end first, and nothing was removed from the log's start
-/// meanwhile. Blocks for up to ten seconds.
+/// Checks what is in these gaps with a new client that starts at each gap's start. A gap is empty if the
+/// first record or end that this client delivers is at or beyond the gap's end, and the log's start has not
+/// moved past the gap's start meanwhile. Blocks for up to ten seconds.
 pub fn prove(kafka: &KafkaSettings, gaps: &[Gap]) -> Vec<(Gap, GapAnswer)> {
     failpoint::hit("before_gap_proof");
     match read(kafka, gaps) {
@@ -60,7 +60,8 @@ fn read(kafka: &KafkaSettings, gaps: &[Gap]) -> Result<Vec<(Gap, GapAnswer)>, St
         fetcher.stop(&done).map_err(|e| e.to_string())?;
     }
     answers.extend(open.into_values().map(|gap| (gap, GapAnswer::Failed("no answer in time".to_owned()))));
-    // What was removed from the log may have been in the gap: asked last, so that it covers all of the reading.
+    // Records that were removed from the log may have been in the gap. The log's start is read last, so that
+    // it covers the whole time of the check.
     let empty: Vec<Partition> =
         answers.iter().filter(|(_, a)| *a == GapAnswer::Empty).map(|(gap, _)| gap.partition).collect();
     if !empty.is_empty() {
@@ -77,7 +78,7 @@ fn read(kafka: &KafkaSettings, gaps: &[Gap]) -> Result<Vec<(Gap, GapAnswer)>, St
     Ok(answers)
 }
 
-/// What the first thing that is met in a gap's partition tells; `None`: nothing yet.
+/// The answer that an item implies for the gap of its partition; `None`: not decided yet.
 fn met(open: &BTreeMap<Partition, Gap>, item: &FetchItem<'_>) -> Option<(Gap, GapAnswer)> {
     match item {
         FetchItem::Record(record) => {
@@ -92,7 +93,7 @@ fn met(open: &BTreeMap<Partition, Gap>, item: &FetchItem<'_>) -> Option<(Gap, Ga
         }
         FetchItem::End { partition, position } => {
             let gap = open.get(partition)?;
-            // A leader that has just taken over may not know yet how far the log goes.
+            // A new leader may report an end that lags.
             (*position >= gap.to).then_some((*gap, GapAnswer::Empty))
         }
         FetchItem::Failed { partition, code, .. } => {

@@ -1,8 +1,16 @@
-//! Membership of the consumer group: one member a process, its partitions dealt to lanes by number.
+//! Membership of the consumer group: one static member per process, `cooperative-sticky`, its partitions
+//! dealt to lanes by number. A thread polls the member, and librdkafka runs the rebalance callback in it.
 //!
-//! The member never fetches: it answers each assignment and each revocation with an empty list, and only notes what
-//! it was given. Records come by clients that are in no group ([`Fetcher`](super::fetcher::Fetcher)), so that a
-//! rebalance, in which the library pauses all that a member fetches, touches none of them.
+//! The member never fetches: it confirms each assignment and revocation with an empty list, and passes the
+//! partitions to the lanes. Records are fetched by clients in no group
+//! ([`Fetcher`](super::fetcher::Fetcher)), because librdkafka pauses everything that a member fetches during
+//! a rebalance.
+//!
+//! **Revocation.** The callback sends each lane concerned a [`LaneEvent::Revoked`] and waits for all of them,
+//! at most [`REVOKE_WAIT`]. Only then does the member confirm, so the next owner gets the partitions in a
+//! later generation. A lane that is late must not commit in that later generation: before the callback
+//! returns it raises the lane's counter of unhandled revocations ([`LaneHandle`]), and the lane publishes
+//! nothing while the counter is above zero.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -19,35 +27,61 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 
 use super::librdkafka::add_brokers;
-use super::reminder::Reminder;
+use super::rebootstrap::Rebootstrap;
 use super::token;
-use crate::cursor::IdentityDoubt;
-use crate::disposition::is_refusal;
+use crate::config::KafkaSettings;
+use crate::domain::cursor::IdentityMismatch;
+use crate::domain::outcome::is_refusal;
+use crate::domain::record::Partition;
 use crate::failpoint;
-use crate::kafka_client::make_client;
-use crate::lane::ports::{LaneEvent, RevokeDone};
-use crate::logging::RateLimited;
-use crate::record::Partition;
-use crate::status::Board;
+use crate::kafka::client::{client_config_over, make_client};
+use crate::ports::{LaneEvent, RevokeDone};
+use crate::telemetry::logging::RateLimited;
+use crate::telemetry::status::StatusRegistry;
 
-/// The group waits this long for its lanes to finish what was revoked; longer than a lane's own grace.
+/// Defaults of the group's member that `kafka.properties` may override.
+const MEMBER_DEFAULTS: [(&str, &str); 3] = [
+    ("session.timeout.ms", "10000"),
+    ("heartbeat.interval.ms", "2000"),
+    ("topic.metadata.refresh.interval.ms", "60000"),
+];
+
+/// Configuration of the group's member, which fetches nothing.
+pub fn member_config(kafka: &KafkaSettings) -> ClientConfig {
+    let mut config = client_config_over(kafka, &MEMBER_DEFAULTS);
+    config
+        .set("group.id", &kafka.group_id)
+        .set("group.instance.id", &kafka.instance_id)
+        .set("group.protocol", "classic")
+        .set("partition.assignment.strategy", "cooperative-sticky")
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "error")
+        .set("isolation.level", "read_committed")
+        .set("enable.partition.eof", "true");
+    config
+}
+
+/// How long the callback waits for the lanes to handle a revocation; longer than a lane's grace.
 const REVOKE_WAIT: Duration = Duration::from_secs(10);
-/// A lane whose channel of events stays full for so long hangs.
+/// A lane whose event channel stays full for this long hangs.
 const LANE_WAIT: Duration = Duration::from_secs(60);
 const LANE_TICK: Duration = Duration::from_millis(10);
 const POLL: Duration = Duration::from_millis(100);
-/// A fencing this soon after the broker was away may be by an earlier request of our own: one that was sent
-/// to the dying broker, or whose answer was lost, and that gave our place to a member that nobody is.
+/// A fencing this soon after a broker was lost may be caused by a join request of this process: the broker
+/// died, or its answer was lost, after it had given this `group.instance.id` to a member id that no process
+/// has.
 const OWN_FENCING_WITHIN: Duration = Duration::from_secs(60);
-/// A process that is not stopped polls this often. One that was stopped may have been replaced meanwhile.
+/// A running process polls more often than this; one that did not was suspended, and may have been replaced
+/// meanwhile.
 const AWAKE_WITHIN: Duration = Duration::from_secs(3);
-/// A client that is not polled otherwise is listened to for so long.
+/// How long [`Group::listen`] polls.
 const LISTEN: Duration = Duration::from_millis(50);
-/// Limit of one request to the broker.
+/// Timeout of one request to the broker.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Sends the client library's log lines to ours. They name brokers and topics, never a message; most
-/// repeat while a broker is away, which our own lines say once, so they are for debugging.
+/// Forwards librdkafka's log lines at level debug. They name brokers and topics, never a message. While a
+/// broker is down most of them repeat; the daemon's own lines report that once.
 #[derive(Clone, Copy, Default)]
 pub struct QuietLog;
 
@@ -69,22 +103,38 @@ impl ClientContext for QuietLog {
 
 impl ConsumerContext for QuietLog {}
 
-/// The group's side of one lane.
-#[derive(Clone)]
-pub struct Seat {
-    /// Where the lane takes its events from.
-    pub events: mpsc::Sender<LaneEvent>,
-    /// Revocations for which the group no longer waits and which the lane has not handled. While there
-    /// are any, the lane must commit nothing: the generation may be one that it has no part in.
-    pub overtaken: Arc<AtomicI64>,
+/// The present number of members of the group.
+///
+/// # Errors
+/// When the brokers do not answer.
+pub fn running_members(kafka: &KafkaSettings) -> Result<usize, KafkaError> {
+    let consumer: BaseConsumer<QuietLog> = make_client(&client_config_over(kafka, &[]), QuietLog)?;
+    let groups = consumer.fetch_group_list(Some(&kafka.group_id), REQUEST_TIMEOUT)?;
+    Ok(groups
+        .groups()
+        .iter()
+        .filter(|group| group.name() == kafka.group_id)
+        .map(|group| group.members().len())
+        .sum())
 }
 
-/// Why the member cannot go on.
+/// How the group reaches one lane.
+#[derive(Clone)]
+pub struct LaneHandle {
+    /// The lane's event channel.
+    pub events: mpsc::Sender<LaneEvent>,
+    /// Number of revocations that the callback no longer waits for and the lane has not handled. While it is
+    /// above zero the lane must not commit: in the present generation its partitions may belong to another
+    /// member.
+    pub unhandled_revocations: Arc<AtomicI64>,
+}
+
+/// Why the membership ended.
 #[derive(Clone, Debug)]
 pub enum MemberEnd {
-    /// A person has to decide.
-    Identity(IdentityDoubt),
-    /// The client library gave up.
+    /// Another process has this `group.instance.id`: the operator has to decide.
+    Identity(IdentityMismatch),
+    /// A fatal error of the client, or a lane that hangs.
     Fatal(String),
 }
 
@@ -92,11 +142,11 @@ struct Shared {
     topic: String,
     instance_id: String,
     bootstrap_servers: String,
-    seats: Vec<Seat>,
-    board: Arc<Board>,
+    lanes: Vec<LaneHandle>,
+    status: Arc<StatusRegistry>,
     ended: watch::Sender<Option<MemberEnd>>,
     is_closing: AtomicBool,
-    /// No broker can be reached, as the client says. The poll takes it.
+    /// The client reported that no broker can be reached. The polling thread resets it.
     all_brokers_down: AtomicBool,
     polled_at: Mutex<Instant>,
 }
@@ -106,20 +156,20 @@ impl Shared {
         self.polled_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the lane is there to take the event. It takes events while it waits for anything else, so that a
-    /// channel which stays full means that it hangs: the process ends then, and whoever starts it again begins anew.
-    fn send(&self, lane: usize, seat: &Seat, event: LaneEvent) -> bool {
+    /// Sends an event to a lane; false if the lane has ended. A lane receives events while it waits for
+    /// anything else, so a channel that stays full means that the lane hangs: the process then ends, to be
+    /// restarted.
+    fn send(&self, index: usize, lane: &LaneHandle, event: LaneEvent) -> bool {
         let deadline = Instant::now() + LANE_WAIT;
         let mut event = event;
         loop {
-            event = match seat.events.try_send(event) {
+            event = match lane.events.try_send(event) {
                 Ok(()) => return true,
-                // As in a shutdown.
                 Err(TrySendError::Closed(_)) => return false,
                 Err(TrySendError::Full(event)) => event,
             };
             if Instant::now() >= deadline || self.is_closing.load(Ordering::Acquire) {
-                let reason = format!("lane {lane} takes no events");
+                let reason = format!("lane {index} hangs: its event channel stays full");
                 self.ended.send_replace(Some(MemberEnd::Fatal(reason)));
                 return false;
             }
@@ -130,14 +180,15 @@ impl Shared {
     fn by_lane(&self, partitions: &[Partition]) -> BTreeMap<usize, Vec<Partition>> {
         let mut lanes: BTreeMap<usize, Vec<Partition>> = BTreeMap::new();
         for partition in partitions {
-            lanes.entry(lane_of(*partition, self.seats.len())).or_default().push(*partition);
+            lanes.entry(lane_of(*partition, self.lanes.len())).or_default().push(*partition);
         }
         lanes
     }
 }
 
-/// The lane of a partition: by residue, so that with murmur2 keys and an output partition count that
-/// divides the input's, a lane touches few output partitions.
+/// The lane of a partition: its number modulo the lanes. With murmur2 keys and a number of output partitions
+/// that divides the input's, a lane then writes to few output partitions, which makes its transactions
+/// cheaper.
 pub fn lane_of(partition: Partition, lanes: usize) -> usize {
     usize::try_from(partition.0).unwrap_or(0) % lanes.max(1)
 }
@@ -161,13 +212,13 @@ impl ClientContext for GroupContext {
             error.rdkafka_error_code(),
             Some(RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::AllBrokersDown)
         ) {
-            self.0.board.broker_lost();
+            self.0.status.broker_lost();
         }
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
             self.0.all_brokers_down.store(true, Ordering::Release);
         }
         if error.rdkafka_error_code().is_some_and(is_refusal) {
-            self.0.board.broker_refused(reason);
+            self.0.status.broker_refused(reason);
         }
         QuietLog.error(error, reason);
     }
@@ -177,28 +228,29 @@ const WAITING: u8 = 0;
 const DONE: u8 = 1;
 const OVERTAKEN: u8 = 2;
 
-/// One revocation that the group waits for and a lane answers.
+/// One lane's part of a revocation, which the callback waits for.
 struct Ticket {
     state: AtomicU8,
-    overtaken: Arc<AtomicI64>,
+    unhandled_revocations: Arc<AtomicI64>,
     count: Arc<(Mutex<usize>, Condvar)>,
 }
 
 impl Ticket {
     fn finish(&self) {
         if self.state.compare_exchange(WAITING, DONE, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            self.overtaken.fetch_sub(1, Ordering::AcqRel);
+            self.unhandled_revocations.fetch_sub(1, Ordering::AcqRel);
         }
         let (count, changed) = &*self.count;
         *count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         changed.notify_all();
     }
 
-    /// The group waits no longer. The counter goes up before the lane can find out.
+    /// Stops waiting for the lane. The counter is raised first, because the lane lowers it as soon as it
+    /// finds the ticket overtaken.
     fn overtake(&self) {
-        self.overtaken.fetch_add(1, Ordering::AcqRel);
+        self.unhandled_revocations.fetch_add(1, Ordering::AcqRel);
         if self.state.compare_exchange(WAITING, OVERTAKEN, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            self.overtaken.fetch_sub(1, Ordering::AcqRel);
+            self.unhandled_revocations.fetch_sub(1, Ordering::AcqRel);
         }
     }
 }
@@ -221,7 +273,7 @@ impl ConsumerContext for GroupContext {
                 let code: RDKafkaErrorCode = other.into();
                 static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
                 if let Some(suppressed) = LIMIT.pass() {
-                    tracing::warn!(%code, suppressed, "a rebalance failed, the client joins again");
+                    tracing::warn!(%code, suppressed, "a rebalance failed, the member joins again");
                 }
             }
         }
@@ -235,20 +287,20 @@ impl Shared {
             tracing::info!(partitions = partitions.len(), suppressed, "assigned");
         }
         metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
-        self.board.assigned(crate::metrics::now(), partitions);
+        self.status.assigned(crate::telemetry::metrics::now(), partitions);
         // The member fetches nothing.
         if let Err(error) = consumer.incremental_assign(&TopicPartitionList::new()) {
             static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
             if let Some(suppressed) = LIMIT.pass() {
-                tracing::warn!(%error, suppressed, "the assignment was not taken");
+                tracing::warn!(%error, suppressed, "the client did not accept the assignment");
             }
         }
         if self.is_closing.load(Ordering::Acquire) {
             return;
         }
-        for (lane, partitions) in self.by_lane(partitions) {
-            if let Some(seat) = self.seats.get(lane) {
-                self.send(lane, seat, LaneEvent::Assigned(partitions));
+        for (index, partitions) in self.by_lane(partitions) {
+            if let Some(lane) = self.lanes.get(index) {
+                self.send(index, lane, LaneEvent::Assigned(partitions));
             }
         }
     }
@@ -257,13 +309,13 @@ impl Shared {
         let is_lost = consumer.assignment_lost();
         let kind = if is_lost { "lost" } else { "revoked" };
         if is_lost {
-            self.board.lost(crate::metrics::now());
-            // A broker that hangs breaks no connection: it is missed when the session is over, and may still
-            // do with our requests what it likes once it wakes up. Not so if it was us who slept, or if we were
-            // fenced to begin with.
+            self.status.lost(crate::telemetry::metrics::now());
+            // A broker that hangs keeps its connections open: it is noticed only when the session expires,
+            // and may still process earlier requests later. That explains nothing if this process was
+            // suspended or fenced.
             let is_awake = self.polled_at().elapsed() < AWAKE_WITHIN;
             if is_awake && consumer.client().fatal_error().is_none() {
-                self.board.broker_lost();
+                self.status.broker_lost();
             }
         }
         static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
@@ -275,25 +327,25 @@ impl Shared {
         metrics::counter!("payment_writer_rebalances_total", "kind" => kind).increment(1);
         let count = Arc::new((Mutex::new(0), Condvar::new()));
         let mut tickets = Vec::new();
-        // While the process closes, the lanes have ended; and this may be called where the consumer is dropped,
-        // on a thread of the runtime, which must not block.
+        // While the process closes, the lanes have ended, and the consumer's drop may run this callback on a
+        // thread of the runtime, which must not block.
         let is_closing = self.is_closing.load(Ordering::Acquire);
-        for (lane, partitions) in self.by_lane(if is_closing { &[] } else { partitions }) {
-            let Some(seat) = self.seats.get(lane) else { continue };
+        for (index, partitions) in self.by_lane(if is_closing { &[] } else { partitions }) {
+            let Some(lane) = self.lanes.get(index) else { continue };
             let ticket = Arc::new(Ticket {
                 state: AtomicU8::new(WAITING),
-                overtaken: Arc::clone(&seat.overtaken),
+                unhandled_revocations: Arc::clone(&lane.unhandled_revocations),
                 count: Arc::clone(&count),
             });
             let done = Arc::clone(&ticket);
             let done = RevokeDone::new(move || done.finish());
-            if self.send(lane, seat, LaneEvent::Revoked { partitions, is_lost, done }) {
+            if self.send(index, lane, LaneEvent::Revoked { partitions, is_lost, done }) {
                 tickets.push(ticket);
             }
         }
         let (finished, changed) = &*count;
         let guard = finished.lock().unwrap_or_else(PoisonError::into_inner);
-        // A lane that ended with the event in its channel never answers: hence the bound.
+        // Bounded, because a lane that ended with the event in its channel never answers.
         let _ = changed.wait_timeout_while(guard, REVOKE_WAIT, |finished| {
             *finished < tickets.len() && !self.is_closing.load(Ordering::Acquire)
         });
@@ -304,13 +356,13 @@ impl Shared {
         if let Err(error) = consumer.incremental_unassign(&TopicPartitionList::new()) {
             static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
             if let Some(suppressed) = LIMIT.pass() {
-                tracing::warn!(%error, suppressed, "the revocation was not taken");
+                tracing::warn!(%error, suppressed, "the client did not accept the revocation");
             }
         }
     }
 }
 
-/// The process's membership.
+/// The process's membership of the consumer group.
 #[derive(Clone)]
 pub struct Group {
     consumer: Arc<BaseConsumer<GroupContext>>,
@@ -319,21 +371,31 @@ pub struct Group {
 }
 
 impl Group {
+    /// An observer: a consumer that names the group without joining it, to request offsets and log bounds.
+    ///
+    /// # Errors
+    /// When librdkafka rejects the configuration.
+    pub fn observer(kafka: &KafkaSettings) -> Result<Self, KafkaError> {
+        let status = Arc::new(StatusRegistry::default());
+        Self::new(&member_config(kafka), &kafka.input_topic, &kafka.instance_id, Vec::new(), status)
+            .map(|(group, _)| group)
+    }
+
     /// Creates the consumer; [`join`](Self::join) subscribes it.
     pub fn new(
         config: &ClientConfig,
         topic: &str,
         instance_id: &str,
-        seats: Vec<Seat>,
-        board: Arc<Board>,
+        lanes: Vec<LaneHandle>,
+        status: Arc<StatusRegistry>,
     ) -> Result<(Self, watch::Receiver<Option<MemberEnd>>), KafkaError> {
         let (ended, end) = watch::channel(None);
         let shared = Arc::new(Shared {
             topic: topic.to_owned(),
             instance_id: instance_id.to_owned(),
             bootstrap_servers: config.get("bootstrap.servers").unwrap_or_default().to_owned(),
-            seats,
-            board,
+            lanes,
+            status,
             ended,
             is_closing: AtomicBool::new(false),
             all_brokers_down: AtomicBool::new(false),
@@ -344,7 +406,7 @@ impl Group {
         Ok((group, end))
     }
 
-    /// The consumer, for questions to the broker.
+    /// The underlying consumer, for requests to the brokers.
     pub fn consumer(&self) -> &Arc<BaseConsumer<GroupContext>> {
         &self.consumer
     }
@@ -354,7 +416,7 @@ impl Group {
         &self.shared.topic
     }
 
-    /// Subscribes, and polls from a thread of its own until [`close`](Self::close).
+    /// Subscribes, and polls on a new thread until [`close`](Self::close).
     pub fn join(&self) -> Result<(), KafkaError> {
         self.consumer.subscribe(&[&self.shared.topic])?;
         let consumer = Arc::clone(&self.consumer);
@@ -362,13 +424,13 @@ impl Group {
         let spawned = std::thread::Builder::new()
             .name("group".to_owned())
             .spawn(move || poll(&consumer, &shared))
-            .map_err(|e| KafkaError::ClientCreation(format!("no thread for the group: {e}")))?;
-        // A second join would be an error of ours; the first thread serves both.
+            .map_err(|e| KafkaError::ClientCreation(format!("starting the group's thread: {e}")))?;
+        // `join` is called once; after a second call the first thread would serve both.
         let _ = self.thread.set(spawned);
         Ok(())
     }
 
-    /// Hears what the client has to tell, before [`join`](Self::join) does so all the time.
+    /// Polls the client's callbacks for a moment; for clients that have not [joined](Self::join).
     pub fn listen(&self) {
         let until = Instant::now() + LISTEN;
         while Instant::now() < until {
@@ -376,40 +438,41 @@ impl Group {
         }
     }
 
-    /// Stops polling. A static member says no goodbye: its place is kept for `session.timeout.ms`.
+    /// Stops polling. A static member does not leave the group; its assignment is kept for
+    /// `session.timeout.ms`.
     pub fn close(&self) {
         self.shared.is_closing.store(true, Ordering::Release);
     }
 }
 
 fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
-    let mut reminder = Reminder::default();
+    let mut rebootstrap = Rebootstrap::default();
     let mut was_out = true;
     while !shared.is_closing.load(Ordering::Acquire) {
         *shared.polled_at() = Instant::now();
-        let is_out = !shared.board.is_member();
+        let is_out = !shared.status.is_member();
         if was_out && !is_out {
-            reminder.settle();
+            rebootstrap.settle();
         }
         was_out = is_out;
         if shared.all_brokers_down.swap(false, Ordering::AcqRel) {
-            reminder.suspect(Instant::now());
+            rebootstrap.suspect(Instant::now());
         }
-        if reminder.is_due(Instant::now(), is_out) {
-            tracing::debug!(target: "librdkafka", "the group's client is told of its brokers once more");
+        if rebootstrap.is_due(Instant::now(), is_out) {
+            tracing::debug!(target: "librdkafka", "bootstrapping the group's member again");
             add_brokers(consumer.client(), &shared.bootstrap_servers);
         }
         match consumer.poll(POLL) {
-            // Nothing is ever assigned to this client, so that no record can come.
+            // Nothing is assigned to this client, so no record can arrive.
             None | Some(Ok(_)) => {}
             Some(Err(error)) => tracing::debug!(target: "librdkafka", %error, "poll"),
         }
         if let Some((code, reason)) = consumer.client().fatal_error() {
             let end = match code {
                 RDKafkaErrorCode::FencedInstanceId => {
-                    shared.board.fenced(OWN_FENCING_WITHIN);
+                    shared.status.fenced(OWN_FENCING_WITHIN);
                     let instance_id = shared.instance_id.clone();
-                    MemberEnd::Identity(IdentityDoubt::InstanceTaken { instance_id })
+                    MemberEnd::Identity(IdentityMismatch::InstanceTaken { instance_id })
                 }
                 _ => MemberEnd::Fatal(format!("{code}: {reason}")),
             };

@@ -1,8 +1,8 @@
-//! The one place with `unsafe`: the calls of librdkafka that the `rdkafka` crate does not offer.
+//! FFI to librdkafka for calls that the `rdkafka` crate does not offer: the one module with `unsafe`.
 //!
-//! Fetching into a queue of our own ([`fetch`]), transactional produce without an allocation per
-//! message, topic ids (`DescribeTopics`) and retention (`DescribeConfigs`), and the generation inside the consumer's group metadata.
-//! Everything that leaves this module is safe to call; each block says why it is sound.
+//! Fetching into a queue ([`fetch`]), transactional produce without an allocation per message, topic ids
+//! (`DescribeTopics`), topic settings (`DescribeConfigs`), and the generation in the consumer's group
+//! metadata. The public functions are safe to call; each `unsafe` block says why it is sound.
 #![allow(unsafe_code)]
 
 pub mod fetch;
@@ -19,19 +19,19 @@ use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{ClientContext, TopicPartitionList};
 use rdkafka_sys as sys;
 
-use crate::record::{Offset, Partition, SourceBatch, TimestampMs};
+use crate::domain::record::{Offset, Partition, SourceBatch, TimestampMs};
 
-/// An error object of librdkafka, read out: what failed and what the client may do about it.
+/// An error of librdkafka, with its flags for retry and abort.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message} ({code})")]
 pub struct NativeError {
     /// librdkafka's error code.
     pub code: RDKafkaErrorCode,
-    /// librdkafka's words; they name brokers, topics and states, never a message.
+    /// librdkafka's text; it names brokers, topics and states, never a message's contents.
     pub message: String,
-    /// The same call may be made again.
+    /// The same call may be repeated.
     pub is_retriable: bool,
-    /// The client instance is of no more use.
+    /// The client has to be replaced.
     pub is_fatal: bool,
     /// The open transaction has to be aborted.
     pub requires_abort: bool,
@@ -73,11 +73,11 @@ fn millis(timeout: Duration) -> c_int {
 }
 
 fn c_string(text: &str) -> CString {
-    // Topic names are validated by the settings; a NUL cannot name a topic, the empty name fails cleanly.
+    // The settings validate topic names, so there is no NUL in them; an empty name fails without harm.
     CString::new(text).unwrap_or_default()
 }
 
-/// A record still in the client's memory, valid during the callback that gets it.
+/// A record in the client's memory, valid during the callback that receives it.
 #[derive(Debug)]
 pub struct NativeRecord<'a> {
     message: &'a sys::rd_kafka_message_t,
@@ -157,7 +157,7 @@ impl<'a> NativeRecord<'a> {
     }
 }
 
-/// The consumer's membership at one moment, as a transaction needs it (KIP-447).
+/// The consumer's group metadata at one moment, which a transaction needs (KIP-447).
 pub struct GroupMetadata(*mut sys::rd_kafka_consumer_group_metadata_t);
 
 // SAFETY: the object is an immutable copy without ties to a thread.
@@ -166,21 +166,21 @@ unsafe impl Send for GroupMetadata {}
 unsafe impl Sync for GroupMetadata {}
 
 impl GroupMetadata {
-    /// What the consumer's membership is now.
+    /// The present group metadata; `None` if the consumer has no group.
     pub fn of<C: ConsumerContext>(consumer: &BaseConsumer<C>) -> Option<Self> {
         // SAFETY: the client is live; the copy is ours.
         let pointer = unsafe { sys::rd_kafka_consumer_group_metadata(consumer.client().native_ptr()) };
         (!pointer.is_null()).then_some(Self(pointer))
     }
 
-    /// The generation; negative when the consumer is no member. A commit made with a negative
-    /// generation would not be fenced.
+    /// The generation; negative if the consumer is not a member. The broker does not fence a commit with a
+    /// negative generation.
     pub fn generation(&self) -> i32 {
         // SAFETY: the object is live.
         unsafe { sys::rd_kafka_consumer_group_metadata_generation_id(self.0) }
     }
 
-    /// What the group calls this member; empty when the consumer is none.
+    /// The member id; empty if the consumer is not a member.
     pub fn member_id(&self) -> String {
         // SAFETY: the object is live, and its text with it.
         unsafe {
@@ -200,16 +200,16 @@ impl Drop for GroupMetadata {
     }
 }
 
-/// How long the taker of reports looks for more of them before it asks whether it is still needed.
+/// How long the thread that polls reports during an abort waits in one poll.
 const REPORTS_SLICE: Duration = Duration::from_millis(5);
 
-/// A transactional producer with the calls that cost least.
+/// A transactional producer that produces without an allocation per message.
 pub struct TxnProducer<C: ClientContext + 'static> {
     producer: BaseProducer<QuietContext<C>>,
     topics: Vec<*mut sys::rd_kafka_topic_t>,
 }
 
-/// Delivery reports are not wanted: a transaction that lost a message fails as a whole.
+/// Ignores delivery reports, because a transaction that lost a message fails as a whole.
 pub struct QuietContext<C>(pub C);
 
 impl<C: ClientContext> ClientContext for QuietContext<C> {
@@ -239,14 +239,14 @@ impl<C: ClientContext + 'static> rdkafka::producer::ProducerContext for QuietCon
 
 // SAFETY: topic handles belong to the client, which is thread safe; they are released in `drop`.
 unsafe impl<C: ClientContext> Send for TxnProducer<C> {}
-// SAFETY: as above; every call that is made of it may be made from any thread.
+// SAFETY: as above; all its calls may be made from any thread.
 unsafe impl<C: ClientContext> Sync for TxnProducer<C> {}
 
 /// One header of an output: name with a closing NUL, value.
 pub type OutputHeader<'a> = (&'a CStr, Option<&'a [u8]>);
 
 impl<C: ClientContext + 'static> TxnProducer<C> {
-    /// Wraps a producer; `topics` are the ones that [`produce`](Self::produce) names by index.
+    /// Wraps a producer; [`produce`](Self::produce) refers to `topics` by index.
     pub fn new(producer: BaseProducer<QuietContext<C>>, topics: &[&str]) -> Self {
         let topics = topics
             .iter()
@@ -270,8 +270,8 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
         self.producer.client().native_ptr()
     }
 
-    /// Copies one message into the producer's queue, to be stamped by the client when it is sent. `Err` with
-    /// `_QUEUE_FULL` may be tried again.
+    /// Copies one message into the producer's queue, with the present time as its timestamp. May be repeated
+    /// after `_QUEUE_FULL`.
     pub fn produce<'h>(
         &self,
         topic: usize,
@@ -279,7 +279,7 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
         value: Option<&[u8]>,
         headers: impl ExactSizeIterator<Item = (&'h [u8], Option<&'h [u8]>)>,
     ) -> Result<(), NativeError> {
-        // The client's own word for "now".
+        // 0 means "now" to librdkafka.
         self.produce_at(topic, TimestampMs(0), key, value, headers)
     }
 
@@ -296,7 +296,7 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
         let Some(topic) = self.topics.get(topic).copied().filter(|t| !t.is_null()) else {
             return Err(NativeError::plain(
                 sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__UNKNOWN_TOPIC,
-                "no handle for this output topic",
+                "there is no handle for this output topic",
             ));
         };
         let mem = |kind, bytes: Option<&[u8]>| sys::rd_kafka_vu_t {
@@ -358,25 +358,25 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
         }
     }
 
-    /// Waits until every message was delivered or failed; true if nothing is left. Failed messages put
-    /// the transaction into its error state, which its commit reports.
+    /// Waits until every message was delivered or failed; true if none is left. A failed message puts the
+    /// transaction into its error state, which the commit reports.
     pub fn flush(&self, timeout: Duration) -> bool {
         // SAFETY: the client is live.
         let left = unsafe { sys::rd_kafka_flush(self.native(), millis(timeout)) };
-        // Reports of failed deliveries count as outstanding until they are taken.
+        // Reports of failed deliveries count as outstanding until they are polled.
         self.producer.poll(Duration::ZERO);
         left == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR
     }
 
-    /// Hands all errors, statistics and reports that are there to the context.
+    /// Passes all pending errors, statistics and reports to the context.
     pub fn take_events(&self) {
-        // One a call; messages under way are counted as well.
+        // A poll handles one event. The count includes messages in flight.
         for _ in 0..self.producer.in_flight_count() {
             self.producer.poll(Duration::ZERO);
         }
     }
 
-    /// `init_transactions`: fences older producers of this id and settles what they left open.
+    /// `init_transactions`: fences older producers of this id and ends transactions that they left open.
     pub fn init(&self, timeout: Duration) -> Result<(), NativeError> {
         // SAFETY: the client is live.
         NativeError::check(unsafe { sys::rd_kafka_init_transactions(self.native(), millis(timeout)) })
@@ -409,8 +409,8 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
 
     /// `abort_transaction`; a retriable error means that the same call continues it.
     ///
-    /// It throws away what was not sent yet and waits until somebody has taken the reports of that. It does
-    /// not take them itself, so without a thread that does it would wait for `timeout` and fail.
+    /// librdkafka purges unsent messages and waits until their delivery reports are polled. It does not poll
+    /// them itself, so without another thread that does, the abort would time out.
     pub fn abort(&self, timeout: Duration) -> Result<(), NativeError> {
         let (producer, is_done) = (&self.producer, AtomicBool::new(false));
         let take_reports = || {
@@ -419,7 +419,7 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
             }
         };
         std::thread::scope(|scope| {
-            // Without one more thread it takes longer, and no more than that.
+            // If the thread cannot be started, the abort times out and is repeated.
             let _ = std::thread::Builder::new().name("reports".to_owned()).spawn_scoped(scope, take_reports);
             // SAFETY: the client is live.
             let aborted = unsafe { sys::rd_kafka_abort_transaction(self.native(), millis(timeout)) };
@@ -438,17 +438,19 @@ impl<C: ClientContext> Drop for TxnProducer<C> {
     }
 }
 
-/// Names brokers (as in `bootstrap.servers`) to a client that may have forgotten them all; those that it knows
-/// are left as they are. The client keeps the list for as long as it lives.
+/// Adds brokers (as in `bootstrap.servers`) to a client that may have lost them all; brokers that it knows
+/// are not affected. The client keeps the list in memory for its lifetime.
 pub fn add_brokers<C: ClientContext>(client: &Client<C>, servers: &str) {
-    // SAFETY: the client is live, and lets any thread call this; it copies the list, which is read up to its NUL.
+    // SAFETY: the client is live, and lets any thread call this; it copies the list, which is read up to its
+    // NUL.
     unsafe { sys::rd_kafka_brokers_add(client.native_ptr(), c_string(servers).as_ptr()) };
 }
 
-/// Gives a client the token of SASL OAUTHBEARER that it shows to brokers from now on.
+/// Sets a client's token for SASL OAUTHBEARER.
 ///
 /// # Errors
-/// The library's code alone when the client takes no tokens, or not this one: its text may hold the token.
+/// If the client does not use tokens, or rejects this one. Only librdkafka's code is returned, because its
+/// text may contain the token.
 pub fn set_token<C: ClientContext>(
     client: &Client<C>,
     token: &str,
@@ -457,8 +459,8 @@ pub fn set_token<C: ClientContext>(
 ) -> Result<(), RDKafkaErrorCode> {
     let (token, principal) = (c_string(token), c_string(principal));
     let mut reason: [c_char; 256] = [0; 256];
-    // SAFETY: the client is live; it copies both texts, which are read up to their NUL; there are no extensions; and
-    // it writes no more of the reason than the array holds.
+    // SAFETY: the client is live; it copies both texts, which are read up to their NUL; there are no
+    // extensions; and it writes no more of the reason than the array holds.
     let code = unsafe {
         sys::rd_kafka_oauthbearer_set_token(
             client.native_ptr(),
@@ -474,15 +476,15 @@ pub fn set_token<C: ClientContext>(
     if code == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR { Ok(()) } else { Err(code.into()) }
 }
 
-/// The 128 bits of a topic's id, and its number of partitions, as the cluster knows them now.
+/// Returns a topic's id and its number of partitions (`DescribeTopics`).
 pub fn topic_id<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     topic: &str,
     timeout: Duration,
 ) -> Result<(uuid::Uuid, usize), NativeError> {
-    // While no broker can be reached, an admin request looks for one again at every change of a connection,
-    // and is itself what changes it: two of the client's threads then keep a core busy. So a plain question
-    // goes first.
+    // While no broker can be reached, an admin request retries at every change of a connection's state, and
+    // causes such changes itself: two of the client's threads then keep a core busy. A metadata request first
+    // avoids that.
     consumer.fetch_metadata(Some(topic), timeout).map_err(|error| {
         let code = sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__TRANSPORT;
         NativeError::plain(code, &format!("no broker answers: {error}"))
@@ -507,7 +509,7 @@ pub fn topic_id<C: ConsumerContext>(
             reason.len(),
         );
         sys::rd_kafka_DescribeTopics(client, collection, options, queue);
-        // The admin call answers by itself within its own time limit; the slack lets that answer win.
+        // The admin request has its own timeout; the extra second lets its answer arrive first.
         let event = sys::rd_kafka_queue_poll(queue, millis(timeout + Duration::from_secs(1)));
         let outcome = described(event);
         if !event.is_null() {
@@ -539,7 +541,10 @@ unsafe fn described(event: *mut sys::rd_kafka_event_t) -> Result<(uuid::Uuid, us
             sys::rd_kafka_DescribeTopics_result_topics(result, &mut count)
         };
         if topics.is_null() || count == 0 {
-            return Err(NativeError::plain(code::RD_KAFKA_RESP_ERR__BAD_MSG, "DescribeTopics told nothing"));
+            return Err(NativeError::plain(
+                code::RD_KAFKA_RESP_ERR__BAD_MSG,
+                "DescribeTopics returned no topic",
+            ));
         }
         let topic = *topics;
         let error = sys::rd_kafka_TopicDescription_error(topic);
@@ -555,17 +560,18 @@ unsafe fn described(event: *mut sys::rd_kafka_event_t) -> Result<(uuid::Uuid, us
     }
 }
 
-/// One setting of a topic (`DescribeConfigs`), as text. Needs the right to describe the topic's settings.
+/// Returns one setting of a topic as text (`DescribeConfigs`). Needs the right `DescribeConfigs` on the
+/// topic.
 ///
 /// # Errors
-/// As the broker or the client says, also when that right is missing, or the topic has no such setting.
+/// An error of the broker or the client, also when that right is missing or the topic has no such setting.
 pub fn topic_setting<C: ClientContext>(
     client: &Client<C>,
     topic: &str,
     setting: &str,
     timeout: Duration,
 ) -> Result<String, NativeError> {
-    // As for the topic's id: a plain question goes first.
+    // A metadata request first, as in `topic_id`.
     client.fetch_metadata(Some(topic), timeout).map_err(|error| {
         let code = sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__TRANSPORT;
         NativeError::plain(code, &format!("no broker answers: {error}"))
@@ -583,7 +589,7 @@ pub fn topic_setting<C: ClientContext>(
         if resource.is_null() {
             sys::rd_kafka_queue_destroy(queue);
             let code = sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR__INVALID_ARG;
-            return Err(NativeError::plain(code, "this is no name of a topic"));
+            return Err(NativeError::plain(code, "this is not a topic name"));
         }
         let mut resources = [resource];
         let options = sys::rd_kafka_AdminOptions_new(
@@ -618,7 +624,7 @@ unsafe fn described_setting(event: *mut sys::rd_kafka_event_t, setting: &str) ->
     let told_nothing = || {
         NativeError::plain(
             code::RD_KAFKA_RESP_ERR__BAD_MSG,
-            &format!("DescribeConfigs told nothing about {setting}"),
+            &format!("DescribeConfigs returned no {setting}"),
         )
     };
     // SAFETY: the event is live; null results are checked, and arrays are read within their counts.

@@ -1,4 +1,4 @@
-//! Whether partitions can be read at their cursors, seen from another process than the one that reads them.
+//! Checks whether partitions can be read at their cursors, for commands that run outside the daemon.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -7,42 +7,42 @@ use super::fetcher::{Fetcher, reader_config};
 use super::librdkafka::NativeError;
 use super::librdkafka::fetch::FetchItem;
 use crate::config::KafkaSettings;
-use crate::cursor::LogBounds;
-use crate::intake::FetchFault;
-use crate::record::{NextOffset, Partition};
+use crate::domain::cursor::LogBounds;
+use crate::domain::record::{NextOffset, Partition};
+use crate::ports::fetch_buffer::FetchFault;
 
 const POLL: Duration = Duration::from_millis(50);
-/// All partitions together have to answer within this time.
+/// Limit for the answers of all partitions together.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
-/// Looking for the ends of batches that cannot be read may take so long in all.
+/// Limit for finding the ends of all unreadable batches together.
 const SEARCH_MAX: Duration = Duration::from_secs(20);
 const DEFAULTS: [(&str, &str); 6] = [
     ("fetch.min.bytes", "1"),
     ("fetch.wait.max.ms", "10"),
     ("fetch.queue.backoff.ms", "10"),
-    // The library waits so long after an error; each step of the search is one.
+    // librdkafka's pause after an error; each step of `end_of_batch` causes one.
     ("fetch.error.backoff.ms", "10"),
     ("queued.min.messages", "1"),
     ("queued.max.messages.kbytes", "1024"),
 ];
 
-/// What is at a partition's cursor.
+/// Whether a partition can be read at its cursor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Probed {
     /// It can be read, or there is nothing to read.
     Readable,
     /// It cannot be read.
     Unreadable {
-        /// Why not.
+        /// The error.
         fault: FetchFault,
-        /// The offset after the batch, if it is a batch whose end was found in time.
+        /// The offset after the unreadable batch, if it was found in time.
         after: Option<NextOffset>,
     },
-    /// Nothing came in time.
+    /// No answer in time.
     NoAnswer,
 }
 
-/// The first thing that is met at a position.
+/// The first item delivered at a position.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum First {
     Something,
@@ -52,7 +52,7 @@ enum First {
 /// Reads one batch at each of these positions of the input topic. Blocks for half a minute at most.
 ///
 /// # Errors
-/// When the client cannot be made, or fails as a whole.
+/// When the client cannot be created, or fails as a whole.
 pub fn probe(
     kafka: &KafkaSettings,
     positions: &[(Partition, NextOffset, LogBounds)],
@@ -93,7 +93,7 @@ pub fn probe(
     Ok(probed)
 }
 
-/// What is met first at each position; those that do not answer in time are absent.
+/// The first item at each position; partitions without an answer in time are absent.
 fn first(
     fetcher: &Fetcher,
     positions: &[(Partition, NextOffset)],
@@ -122,15 +122,15 @@ fn first(
     Ok(met)
 }
 
-/// The first offset after the batch that `inside` lies in. `is_inside` tells of an offset whether it lies in that very
-/// batch; `None`: it cannot be told in time.
+/// The first offset after the batch that contains `inside`. `is_inside` returns whether an offset is in the
+/// same batch; `None`: no answer in time.
 fn end_of_batch(
     inside: NextOffset,
     end: NextOffset,
     is_inside: impl Fn(NextOffset) -> Option<bool>,
 ) -> Option<NextOffset> {
     let (mut low, mut step) = (inside.0, 1_i64);
-    // The batch may reach up to the end, which is no offset of it.
+    // The batch may reach up to `end`, which is not part of it.
     let mut high = loop {
         let next = low.saturating_add(step).min(end.0);
         if next >= end.0 || !is_inside(NextOffset(next))? {

@@ -1,97 +1,43 @@
-//! The transactional producer of one lane, on a thread of its own.
+//! The thread that runs one lane's transactions, since librdkafka's transactional calls block.
 //!
-//! Transactions block, and one of librdkafka's calls is known to hang past its own time limit (librdkafka #5456): the
-//! lane waits for an answer with a limit, and abandons the thread if none comes.
+//! One of these calls is known to hang past its own timeout (librdkafka #5456): the lane waits for an answer
+//! within a limit, and abandons the thread if none comes.
 
 use std::sync::Arc;
 use std::sync::mpsc as jobs;
 use std::time::{Duration, Instant};
 
-use rdkafka::ClientConfig;
 use tokio::sync::oneshot;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::librdkafka::GroupMetadata;
-use super::reminder::Reminder;
-use super::transactions::{Slot, Transactions, transactional_config};
-use crate::config::KafkaSettings;
-use crate::cursor::Identity;
-use crate::lane::ports::{LogFailure, PublishFailure, PublishTimes};
-use crate::publication::{OutputCounts, Publication, Published};
+use super::publisher_settings::PublisherSettings;
+use super::rebootstrap::Rebootstrap;
+use super::transactions::{ProducerSlot, PublishReply, Transactions};
+use crate::domain::publication::Publication;
+use crate::ports::KafkaPortError;
 
-/// All of one transaction has to fit in here, whatever `transaction.timeout.ms` is.
-const DEADLINE_MAX: Duration = Duration::from_secs(12);
-/// Taking up a transactional id, and aborting a transaction.
-pub(super) const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The lane waits this long for an answer before it abandons the thread.
 const WATCHDOG: Duration = Duration::from_secs(25);
-/// How often it looks around meanwhile, and the thread when it has nothing to do.
+/// How often the waiting lane checks for a bootstrap, and the idle thread polls its client.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
 
-/// What became of a transaction.
-pub type PublishReply = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
-
 enum Job {
-    Init(oneshot::Sender<Result<(), LogFailure>>),
+    Init(oneshot::Sender<Result<(), KafkaPortError>>),
     Publish(Arc<Publication>, GroupMetadata, oneshot::Sender<PublishReply>),
 }
 
-/// What the thread needs to know.
-#[derive(Clone)]
-pub struct PublisherSettings {
-    /// Configuration of the producer, with its `transactional.id`.
-    pub client: ClientConfig,
-    /// All of one transaction has to fit in here: it is aborted before the broker would do it, after
-    /// `transaction.timeout.ms`, and fence the producer.
-    pub deadline: Duration,
-    /// Input topic, for marks and dead letters.
-    pub input_topic: String,
-    /// Output topics in the order of `OutputTopic::ALL`.
-    pub outputs: [String; 3],
-    /// Topic and database, for marks and `source` headers.
-    pub identity: Identity,
-    /// False: the output topics are not even asked for.
-    pub publishes: bool,
-}
-
-/// `transactional.id` of a lane: one for each, the same after a restart. Group, instance and lane are its beginning,
-/// by which rights are granted; as none of them is set apart from the next, a hash of group and instance tells
-/// `payments` with `eu-0` from `payments-eu` with `0`.
-pub fn transactional_id(group: &str, instance: &str, lane: usize) -> String {
-    // No name has a NUL.
-    let hash = xxh3_64(format!("{group}\0{instance}").as_bytes()) >> 32;
-    format!("{group}-{instance}-{lane}-{hash:08x}")
-}
-
-impl PublisherSettings {
-    /// Those of a lane, as the settings have them.
-    pub fn of(kafka: &KafkaSettings, identity: &Identity, lane: usize) -> Self {
-        let client = transactional_config(kafka, lane);
-        let timeout = client.get("transaction.timeout.ms").and_then(|ms| ms.parse().ok());
-        let deadline = timeout.map_or(DEADLINE_MAX, |ms| Duration::from_millis(ms) * 4 / 5).min(DEADLINE_MAX);
-        Self {
-            client,
-            deadline,
-            input_topic: kafka.input_topic.clone(),
-            outputs: [kafka.read_topic.clone(), kafka.email_topic.clone(), kafka.dead_letter_topic.clone()],
-            identity: identity.clone(),
-            publishes: kafka.publish,
-        }
-    }
-}
-
-/// Handle of the thread. Dropped, the thread ends as soon as its present call returns.
+/// Handle of the thread. When it is dropped, the thread ends after its present call.
 pub struct Publisher {
     jobs: jobs::SyncSender<Job>,
-    slot: Slot,
+    slot: ProducerSlot,
     bootstrap_servers: String,
 }
 
 impl Publisher {
-    /// Starts the thread; nothing is asked of the broker yet.
+    /// Starts the thread, without a request to the brokers.
     pub fn spawn(settings: PublisherSettings) -> std::io::Result<Self> {
         let (sender, receiver) = jobs::sync_channel(1);
-        let slot = Slot::default();
+        let slot = ProducerSlot::default();
         let bootstrap_servers = settings.client.get("bootstrap.servers").unwrap_or_default().to_owned();
         let held = slot.clone();
         std::thread::Builder::new()
@@ -100,20 +46,20 @@ impl Publisher {
         Ok(Self { jobs: sender, slot: held, bootstrap_servers })
     }
 
-    /// Waits for what the thread answers, no longer than the watchdog; None if it does not. Meanwhile the client is
-    /// told of its brokers, should it have forgotten them: its calls cannot be interrupted for that.
+    /// Waits for the thread's answer, at most [`WATCHDOG`]; `None`: no answer. Meanwhile it bootstraps the
+    /// client again in case it has lost its brokers, which the blocked thread cannot do.
     pub async fn answer<T>(
         &self,
         mut answer: oneshot::Receiver<T>,
     ) -> Option<Result<T, oneshot::error::RecvError>> {
         let deadline = Instant::now() + WATCHDOG;
-        let mut reminder = Reminder::default();
+        let mut rebootstrap = Rebootstrap::default();
         loop {
             let now = Instant::now();
             if now >= deadline {
                 return None;
             }
-            if reminder.is_due(now, true) {
+            if rebootstrap.is_due(now, true) {
                 self.slot.remind(&self.bootstrap_servers);
             }
             let slice = LOOK_AROUND.min(deadline - now);
@@ -123,10 +69,10 @@ impl Publisher {
         }
     }
 
-    /// `init_transactions`, after the output topics are known to exist.
-    pub fn init(&self) -> oneshot::Receiver<Result<(), LogFailure>> {
+    /// Runs `init_transactions`, after a check that the output topics exist.
+    pub fn init(&self) -> oneshot::Receiver<Result<(), KafkaPortError>> {
         let (reply, answer) = oneshot::channel();
-        // A full or closed channel drops the reply, which the waiting side reads as a failure.
+        // A full or closed channel drops the reply sender, and the receiver reports that as a failure.
         let _ = self.jobs.try_send(Job::Init(reply));
         answer
     }
@@ -154,7 +100,7 @@ fn serve(mut transactions: Transactions, receiver: &jobs::Receiver<Job>) {
             }
             Ok(Job::Publish(publication, group, reply)) => {
                 let outcome = transactions.publish(&publication, &group);
-                // Before the answer: the lane uses the batch's memory again.
+                // Before the answer, so that the lane can reuse the batch's memory.
                 drop(publication);
                 let _ = reply.send(outcome);
             }
@@ -171,9 +117,10 @@ mod tests {
 
     use rdkafka::producer::Producer;
 
-    use super::{Publisher, PublisherSettings, transactional_id as id};
+    use super::{Publisher, PublisherSettings};
     use crate::config::Settings;
-    use crate::cursor::Identity;
+    use crate::domain::cursor::Identity;
+    use crate::kafka::publisher_settings::transactional_id as id;
 
     #[test]
     fn no_two_deployments_share_a_transactional_id() {
@@ -189,14 +136,14 @@ mod tests {
         {
             assert!(id.starts_with(beginning) && id.len() == beginning.len() + 8, "{id}");
         }
-        // The same after a restart, whatever the build.
+        // The id is the same after a restart, and in every build.
         assert_eq!(ids[0], id("payments", "eu-0", 1));
     }
 
-    /// The client keeps statistics, errors and the like until somebody takes them, without a limit.
+    /// The client keeps statistics and errors until they are polled, without a limit.
     #[tokio::test]
     async fn what_an_idle_client_has_to_tell_is_taken() {
-        // GIVEN a client that tells something all the time, and has nothing to do
+        // GIVEN an idle client that produces statistics all the time
         let variables = [
             ("PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1"),
             ("PAYMENT_WRITER__KAFKA__PUBLISH", "false"),
@@ -207,9 +154,9 @@ mod tests {
         let identity = Identity { topic_id: uuid::Uuid::nil(), database_id: uuid::Uuid::nil() };
         let settings = PublisherSettings::of(&loaded.settings.kafka, &identity, 0);
         let publisher = Publisher::spawn(settings).unwrap();
-        assert!(publisher.answer(publisher.init()).await.unwrap().unwrap().is_err(), "nobody is there");
+        assert!(publisher.answer(publisher.init()).await.unwrap().unwrap().is_err(), "there is no broker");
 
-        // THEN what gathered meanwhile goes away again
+        // THEN the statistics that piled up are polled away
         let waiting = || publisher.slot.get().map(|producer| producer.inner().in_flight_count());
         let gathered = waiting().unwrap();
         assert!(gathered > 100, "{gathered}");

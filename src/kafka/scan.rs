@@ -1,4 +1,4 @@
-//! Reading ranges of a topic from outside, as a member of no group: what commands look at, and proofs.
+//! Reads ranges of offsets of a topic, without a consumer group: for commands and for the output scan.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -11,19 +11,19 @@ use super::fetcher::{Fetcher, reader_config};
 use super::group::REQUEST_TIMEOUT;
 use super::librdkafka::fetch::FetchItem;
 use super::librdkafka::{NativeRecord, topic_id};
-use super::log::{bounds_of, positions_at};
+use super::offsets::{bounds_of, positions_at};
 use crate::config::KafkaSettings;
-use crate::cursor::LogBounds;
-use crate::disposition::{FailureClass, class_of_kafka, is_refusal};
-use crate::record::{NextOffset, Partition, TimestampMs};
+use crate::domain::cursor::LogBounds;
+use crate::domain::outcome::{FailureClass, class_of_kafka, is_refusal};
+use crate::domain::record::{NextOffset, Partition, TimestampMs};
 
-/// A scan that gets nothing for so long is given up: the client itself waits for brokers without end.
+/// A scan that receives nothing for this long fails; librdkafka itself would wait for brokers for ever.
 const STALL_MAX: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(100);
-/// A partition that fails more often in a row, with an error that should pass, is given up.
+/// The scan fails if a partition has more transient errors in a row.
 const FAILURES_MAX: u32 = 20;
 
-/// Why a topic could not be read; names topic and partitions, never a record's contents.
+/// Why a topic could not be read. Names the topic and partitions, never a record's contents.
 #[derive(Debug, thiserror::Error)]
 #[error("topic {topic}: {reason}")]
 pub struct ScanError {
@@ -33,31 +33,31 @@ pub struct ScanError {
 }
 
 impl ScanError {
-    /// Whether the brokers refuse this principal.
+    /// Whether the brokers denied access.
     pub fn is_refusal(&self) -> bool {
         self.is_refusal
     }
 }
 
-/// Records `from` up to, but not including, `to`.
+/// The offsets from `from` up to, but not including, `to`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ScanRange {
     /// The partition.
     pub partition: Partition,
-    /// First offset wanted.
+    /// First offset.
     pub from: NextOffset,
-    /// The offset after the last one wanted; at most the last stable offset.
+    /// The offset after the last one; at most the last stable offset.
     pub to: NextOffset,
 }
 
 impl ScanRange {
-    /// Whether no offset is in it.
+    /// Whether the range has no offsets.
     pub fn is_empty(&self) -> bool {
         self.from >= self.to
     }
 }
 
-/// What the settings may change.
+/// Defaults that `kafka.properties` may override.
 const DEFAULTS: [(&str, &str); 4] = [
     ("fetch.queue.backoff.ms", "20"),
     ("fetch.wait.max.ms", "50"),
@@ -72,7 +72,7 @@ pub struct Scanner {
 }
 
 impl Scanner {
-    /// A reader of `topic`. Asks nothing of the broker yet.
+    /// Creates a reader of `topic`, without a request to the brokers.
     pub fn new(kafka: &KafkaSettings, topic: &str) -> Result<Self, ScanError> {
         let fetcher = Fetcher::new(&reader_config(kafka, &DEFAULTS), topic).map_err(|e| ScanError {
             topic: topic.to_owned(),
@@ -92,20 +92,20 @@ impl Scanner {
         ScanError { topic: self.topic.clone(), reason: reason.to_string(), is_refusal: false }
     }
 
-    /// The topic's id, and all its partitions.
+    /// Topic id and partitions.
     pub fn describe(&self) -> Result<(Uuid, Vec<Partition>), ScanError> {
         let (id, count) =
             topic_id(self.fetcher.consumer(), &self.topic, REQUEST_TIMEOUT).map_err(|e| self.error(e))?;
         Ok((id, (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect()))
     }
 
-    /// First offset and last stable offset of each of these partitions, in their order.
+    /// First offset and last stable offset of each partition, in the order given.
     pub fn bounds(&self, partitions: &[Partition]) -> Result<Vec<LogBounds>, ScanError> {
         bounds_of(self.fetcher.consumer(), &self.topic, partitions).map_err(|e| self.error(e))
     }
 
-    /// Of each partition the first offset whose record's timestamp is at or after `time`; `None` if there is
-    /// no such record.
+    /// The first offset of each partition whose timestamp is at or after `time`; `None` if there is no such
+    /// record.
     pub fn positions_at(
         &self,
         partitions: &[Partition],
@@ -114,13 +114,13 @@ impl Scanner {
         positions_at(self.fetcher.consumer(), &self.topic, partitions, time).map_err(|e| self.error(e))
     }
 
-    /// Hands every committed record of `ranges` to `each`, in the order of offsets within a partition, until
-    /// all are read or `each` breaks. What is beyond a partition's last stable offset is not waited for.
+    /// Passes every committed record of `ranges` to `each`, ordered by offset within a partition, until all
+    /// are read or `each` breaks. After an error of a partition, reading restarts at its last position,
+    /// because what the client delivers after an error may be at a wrong position.
     ///
     /// # Errors
-    /// When a partition cannot be read, or nothing came for a minute. The error names the partitions that are not
-    /// done. Nothing of a partition is taken that came behind an error of it: what the client delivers there may be at a
-    /// wrong place.
+    /// When a partition cannot be read, or nothing arrives for a minute. The error names the partitions that
+    /// are not finished.
     pub fn read(
         &self,
         ranges: &[ScanRange],
@@ -132,7 +132,7 @@ impl Scanner {
             .map(|range| (range.partition, Open { position: range.from, to: range.to, failures: 0 }))
             .collect();
         let outcome = self.read_open(&mut open, &mut each);
-        // Whatever happened, nothing more is fetched.
+        // Also after an error, so that nothing more is fetched.
         let partitions: Vec<Partition> = ranges.iter().map(|range| range.partition).collect();
         let stopped = self.fetcher.stop(&partitions).map_err(|e| self.error(e));
         let flow = outcome?;
@@ -151,7 +151,7 @@ impl Scanner {
             let mut met = Met::default();
             let count = self.fetcher.drain(usize::MAX, POLL, |item| met.take(open, item, each));
             if count > 0 {
-                // Once more after it: `each` may take its time.
+                // Measured after the drain, because `each` may be slow.
                 heard_at = Instant::now();
             }
             if met.is_broken_off {
@@ -161,7 +161,7 @@ impl Scanner {
             if heard_at.elapsed() > STALL_MAX {
                 let waiting: Vec<String> = open.keys().map(|partition| partition.to_string()).collect();
                 return Err(self.error(format!(
-                    "nothing came for {} s; not read to the end: partitions {}",
+                    "nothing arrived for {} s; not read to the end: partitions {}",
                     STALL_MAX.as_secs(),
                     waiting.join(", ")
                 )));
@@ -170,7 +170,7 @@ impl Scanner {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Stops what is done, and begins again what failed, where it was.
+    /// Stops finished partitions, and restarts failed ones at their positions.
     fn settle(&self, open: &mut BTreeMap<Partition, Open>, met: Met) -> Result<(), ScanError> {
         if !open.is_empty() {
             self.fetcher.stop(&met.done).map_err(|e| self.error(e))?;
@@ -178,7 +178,7 @@ impl Scanner {
         for (partition, code) in met.failed {
             let Some(range) = open.get_mut(&partition) else { continue };
             range.failures += 1;
-            if !is_passing(code) || range.failures > FAILURES_MAX {
+            if !is_transient(code) || range.failures > FAILURES_MAX {
                 let is_refusal = is_refusal(code);
                 let reason = format!("partition {partition} cannot be read at {}: {code}", range.position);
                 return Err(ScanError { is_refusal, ..self.error(reason) });
@@ -191,13 +191,13 @@ impl Scanner {
 
 /// A range that is being read.
 struct Open {
-    /// After the last record that was handed on.
+    /// The offset after the last record that was passed on.
     position: NextOffset,
     to: NextOffset,
     failures: u32,
 }
 
-/// What one look into the client's queue brought besides records.
+/// Partitions that finished or failed during one drain of the client's queue.
 #[derive(Default)]
 struct Met {
     done: Vec<Partition>,
@@ -237,7 +237,7 @@ impl Met {
             FetchItem::End { partition, position } => {
                 let has_failed = self.failed.iter().any(|(failed, _)| *failed == partition);
                 let Some(range) = open.get(&partition).filter(|_| !has_failed) else { return };
-                // A leader that has just taken over may not know yet how far the log goes: it is waited for.
+                // A new leader may report an end that lags: wait for it.
                 if position >= range.to {
                     open.remove(&partition);
                     self.done.push(partition);
@@ -250,17 +250,17 @@ impl Met {
                     self.failed.push((partition, code));
                 }
             }
-            // Brokers that are away are waited for, with a limit.
+            // Brokers are down: wait, at most `STALL_MAX`.
             FetchItem::Failed { partition: None, .. } => {}
         }
     }
 }
 
-fn is_passing(code: RDKafkaErrorCode) -> bool {
+fn is_transient(code: RDKafkaErrorCode) -> bool {
     use RDKafkaErrorCode as Code;
     match code {
-        // A lane finds another position then; here there is none.
+        // The range is gone; retrying does not help.
         Code::OffsetOutOfRange | Code::AutoOffsetReset => false,
-        code => class_of_kafka(code) == FailureClass::Passing,
+        code => class_of_kafka(code) == FailureClass::Transient,
     }
 }

@@ -1,5 +1,5 @@
-//! Brokers that hold a client back because of a quota: they answer at once and then do not read its connection for a
-//! while (KIP-219). The client library tells it in its statistics alone.
+//! Detects that brokers throttle a client because of a quota: they answer at once, and then do not read its
+//! connection for a while (KIP-219). librdkafka reports this only in its statistics.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -15,10 +15,10 @@ use serde::Deserialize;
 use super::group::QuietLog;
 use super::token;
 
-/// How often a lane's clients make statistics, in milliseconds, unless `kafka.properties` says otherwise.
+/// How often a lane's clients produce statistics, in milliseconds; `kafka.properties` may override it.
 pub const STATISTICS_INTERVAL: (&str, &str) = ("statistics.interval.ms", "5000");
 
-/// What is read of the library's statistics, which have a hundred times as much (its STATISTICS.md).
+/// The part of librdkafka's statistics that is used (see its STATISTICS.md).
 #[derive(Deserialize)]
 struct Statistics {
     brokers: HashMap<String, BrokerStatistics>,
@@ -29,19 +29,19 @@ struct BrokerStatistics {
     throttle: Window,
 }
 
-/// Over the time since the statistics before, in milliseconds.
+/// Sum over the time since the last statistics, in milliseconds.
 #[derive(Deserialize)]
 struct Window {
     sum: u64,
 }
 
-/// For how long brokers held the client back, each answer counted, in milliseconds.
+/// Throttle time of all responses since the last statistics, in milliseconds.
 fn held_back(statistics: &[u8]) -> Option<u64> {
     let found: Statistics = serde_json::from_slice(statistics).ok()?;
     Some(found.brokers.values().map(|broker| broker.throttle.sum).sum())
 }
 
-/// Measures and tells when brokers hold one client back.
+/// Counts the throttle time of one client, and logs when throttling starts and ends.
 pub struct Throttle {
     client: &'static str,
     milliseconds: Counter,
@@ -49,13 +49,13 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// Of a client that does this: `producer` or `reader`.
+    /// `client`: the label of the metric, `producer` or `reader`.
     pub fn of(client: &'static str) -> Self {
         let milliseconds = counter!("payment_writer_kafka_throttled_milliseconds_total", "client" => client);
         Self { client, milliseconds, is_held_back: AtomicBool::new(false) }
     }
 
-    /// Takes in the library's statistics.
+    /// Handles librdkafka's statistics.
     pub fn statistics(&self, statistics: &[u8]) {
         let Some(milliseconds) = held_back(statistics) else { return };
         self.milliseconds.increment(milliseconds);
@@ -64,9 +64,9 @@ impl Throttle {
             (false, true) => tracing::warn!(
                 client = self.client,
                 milliseconds,
-                "brokers hold this client back, as by a quota: payments flow as fast as that lets them"
+                "brokers throttle this client because of a quota, which slows the payments down"
             ),
-            (true, false) => tracing::info!(client = self.client, "brokers no longer hold this client back"),
+            (true, false) => tracing::info!(client = self.client, "brokers no longer throttle this client"),
             _ => {}
         }
     }
@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn what_the_library_makes_is_understood() {
-        // Of a client without a broker: the names at least are the library's own.
+        // Statistics of a client without a broker still have librdkafka's field names.
         let mut config = rdkafka::ClientConfig::new();
         config.set("bootstrap.servers", "127.0.0.1:1").set("statistics.interval.ms", "1");
         struct Keep(std::sync::Mutex<Vec<Option<u64>>>);
@@ -130,7 +130,7 @@ mod tests {
         }
         impl rdkafka::consumer::ConsumerContext for Keep {}
         let client: rdkafka::consumer::BaseConsumer<Keep> =
-            crate::kafka_client::make_client(&config, Keep(std::sync::Mutex::default())).unwrap();
+            crate::kafka::client::make_client(&config, Keep(std::sync::Mutex::default())).unwrap();
         while rdkafka::consumer::Consumer::context(&client).0.lock().unwrap().len() < 3 {
             let _ = client.poll(std::time::Duration::from_millis(10));
         }

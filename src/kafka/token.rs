@@ -1,8 +1,10 @@
-//! Tokens for SASL OAUTHBEARER that a command makes (`kafka.token_command`), as for AWS MSK with IAM.
+//! Tokens for SASL OAUTHBEARER that a command creates (`kafka.token_command`), as for AWS MSK with IAM.
 //!
-//! A client asks for its token on a thread that serves a group or a lane, which must not wait for a command. So one
-//! thread of the process runs it, before the token that it made last runs out, and keeps that for all clients.
+//! A client requests its token on a thread that serves the group or a lane, which must not wait for a
+//! command. So one thread of the process runs the command, always before the last token expires, and keeps
+//! the token for all clients.
 
+use crate::config::TOKEN_PROPERTY;
 use std::collections::HashMap;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
@@ -17,23 +19,22 @@ use serde::Deserialize;
 
 use super::librdkafka::set_token;
 
-/// Where a client's configuration holds the command: librdkafka leaves the meaning of this property to its user.
-pub const PROPERTY: &str = "sasl.oauthbearer.config";
 /// A command that takes longer is killed.
 const COMMAND_MAX: Duration = Duration::from_secs(20);
-/// What it wrote is there when it has ended, unless a process that it left behind holds the pipe open.
+/// How long to wait for the output after the command has ended; a process that it left behind may hold the
+/// pipe open.
 const OUTPUT_WAIT: Duration = Duration::from_secs(2);
-/// A token is a few hundred bytes, with many claims a few thousand; brokers refuse larger ones.
+/// A token has a few hundred bytes, with many claims a few thousand; brokers refuse larger ones.
 const OUTPUT_MAX: u64 = 256 * 1024;
-/// A command that failed is run again after so long.
+/// Pause after a command that failed.
 const RETRY: Duration = Duration::from_secs(5);
-/// A new token is made when this share of the old one's time is over. The client library asks at 0.8.
+/// A token is renewed after this share of its lifetime. librdkafka requests the next one at 0.8.
 const RENEWED_AT: f64 = 0.7;
-/// Or after so long, whatever the token says: a clock may be wrong.
+/// A token is renewed after this time at the latest, in case a clock is wrong.
 const RENEWED_WITHIN: Duration = Duration::from_secs(3_600);
 const LOOK_AROUND: Duration = Duration::from_millis(20);
 
-/// A token, and what brokers are told with it.
+/// A token, with its principal and expiry as they are passed to librdkafka.
 #[derive(Clone, PartialEq, Eq)]
 struct Token {
     text: String,
@@ -48,7 +49,7 @@ impl std::fmt::Debug for Token {
     }
 }
 
-/// What a command may say instead of a bare JSON Web Token.
+/// What a command may print instead of a bare JSON Web Token.
 #[derive(Deserialize)]
 struct Told {
     token: String,
@@ -56,7 +57,7 @@ struct Told {
     principal: Option<String>,
 }
 
-/// The claims of a JSON Web Token that are of use here (RFC 7519, 4.1).
+/// The claims of a JSON Web Token that are used here (RFC 7519, 4.1).
 #[derive(Deserialize)]
 struct Claims {
     exp: f64,
@@ -68,15 +69,15 @@ fn now_ms() -> i64 {
 }
 
 impl Token {
-    /// Reads what the command wrote. Errors never hold any of it.
+    /// Parses the command's output. Errors never contain any of it.
     fn read(output: &str) -> Result<Self, String> {
         let token = Self::parse(output.trim())?;
-        // The client library shows a token that has others in its error.
+        // librdkafka's error about a token with other characters contains the token.
         if token.text.is_empty() || !token.text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err("its token is not made of visible ASCII characters alone".to_owned());
+            return Err("its token has characters other than visible ASCII".to_owned());
         }
         if token.principal.is_empty() || token.principal.chars().any(char::is_control) {
-            return Err("its token names a principal that is empty, or has control characters".to_owned());
+            return Err("its token names a principal that is empty or has control characters".to_owned());
         }
         Ok(token)
     }
@@ -84,13 +85,13 @@ impl Token {
     fn parse(output: &str) -> Result<Self, String> {
         if output.starts_with('{') {
             let told: Told = serde_json::from_str(output).map_err(|_| {
-                "it wrote JSON, but not an object with `token` (a text) and `expires_at_ms` (milliseconds since 1970)"
+                "it wrote JSON, but not an object with `token` (a string) and `expires_at_ms` (ms since 1970)"
             })?;
             let principal = told.principal.unwrap_or_else(|| "payment-writer".to_owned());
             return Ok(Self { text: told.token, principal, expires_at_ms: told.expires_at_ms });
         }
         let claims = claims(output).ok_or(
-            "it wrote neither a JSON Web Token that says when it expires, nor a JSON object with `token` and \
+            "it wrote neither a JSON Web Token with an expiry (`exp`), nor a JSON object with `token` and \
              `expires_at_ms`",
         )?;
         let principal = claims.sub.unwrap_or_else(|| "payment-writer".to_owned());
@@ -101,14 +102,15 @@ impl Token {
         self.expires_at_ms > now_ms()
     }
 
-    /// How long it is used before the next one is made.
+    /// How long the token is used before it is renewed.
     fn renewed_after(&self) -> Duration {
         let left = u64::try_from(self.expires_at_ms - now_ms()).unwrap_or_default();
         Duration::from_millis(left).mul_f64(RENEWED_AT).min(RENEWED_WITHIN).max(Duration::from_secs(1))
     }
 }
 
-/// The middle one of the three parts of a token; whoever is to trust it checks the signature, which is the broker.
+/// The claims, which are the second of a token's three parts. The signature is not verified here; the broker
+/// does that.
 fn claims(token: &str) -> Option<Claims> {
     let mut parts = token.split('.');
     let (_, payload, _, None) = (parts.next()?, parts.next()?, parts.next()?, parts.next()) else {
@@ -119,7 +121,8 @@ fn claims(token: &str) -> Option<Claims> {
     serde_json::from_slice(&openssl::base64::decode_block(&text).ok()?).ok()
 }
 
-/// A command and whatever it started, which is a process group: killed when dropped, so that nothing gathers.
+/// A running command with all processes that it started (a process group). Dropping it kills the group, so
+/// that no processes pile up.
 struct Running(Child);
 
 impl Running {
@@ -140,16 +143,17 @@ impl Running {
         i32::try_from(self.0.id()).ok().and_then(Pid::from_raw)
     }
 
-    /// Whether it has ended. Until it is waited for, nobody else gets its number.
+    /// Whether it has ended. Does not reap it, so that its process id cannot be reused before
+    /// [`end`](Self::end).
     fn has_ended(&self) -> bool {
         let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         self.id().is_none_or(|id| !matches!(waitid(WaitId::Pid(id), look), Ok(None)))
     }
 
-    /// Kills what is left of it, and says how it ended.
+    /// Kills what is left of the group, and returns the command's exit status.
     fn end(&mut self) -> Result<ExitStatus, String> {
         if let Some(group) = self.id() {
-            // An error means that nothing is left.
+            // It fails if no process is left.
             let _ = kill_process_group(group, Signal::KILL);
         }
         self.0.wait().map_err(|error| format!("it cannot be waited for: {error}"))
@@ -158,19 +162,20 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Not a second time: once it was waited for, its number may be somebody else's.
+        // Not if it was reaped before: its process id may belong to another process by now.
         if matches!(self.0.try_wait(), Ok(None)) {
             let _ = self.end();
         }
     }
 }
 
-/// Runs the command to its end, within [`COMMAND_MAX`]. What it writes to stderr is not shown: it may hold a secret.
+/// Runs the command to its end, within [`COMMAND_MAX`]. Its stderr is not shown, because it may contain a
+/// secret.
 fn run(command: &[String]) -> Result<Token, String> {
     let mut running = Running::start(command)?;
     let (sender, receiver) = mpsc::channel();
     if let Some(stdout) = running.0.stdout.take() {
-        // Ends with the pipe, at the latest when the group is killed.
+        // The thread ends when the pipe closes, at the latest when the group is killed.
         let read = move || {
             let mut output = String::new();
             let _ = stdout.take(OUTPUT_MAX).read_to_string(&mut output);
@@ -188,13 +193,13 @@ fn run(command: &[String]) -> Result<Token, String> {
     let output = receiver.recv_timeout(OUTPUT_WAIT);
     let status = running.end()?;
     if !status.success() {
-        return Err(format!("it failed ({status}); run it by hand to see what it says"));
+        return Err(format!("it failed ({status}); run it by hand to see its error"));
     }
-    let token = Token::read(&output.map_err(|_| "what it started goes on, and its output does not end")?)?;
+    let token = Token::read(&output.map_err(|_| "a child process still runs, and its output does not end")?)?;
     if token.is_valid() { Ok(token) } else { Err("its token has expired already".to_owned()) }
 }
 
-/// The token that was made last, or why there is none.
+/// The latest token, or why there is none.
 #[derive(Default)]
 struct Keeper {
     last: Mutex<Option<Result<Token, String>>>,
@@ -206,7 +211,7 @@ impl Keeper {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes one token after the other, for as long as the process lives.
+    /// Renews the token for as long as the process runs.
     fn keep(&self, command: &[String]) {
         let mut is_failing = false;
         loop {
@@ -218,13 +223,13 @@ impl Keeper {
             match &made {
                 Ok(_) if is_failing => tracing::info!("the token command works again"),
                 Err(reason) if !is_failing => {
-                    tracing::warn!(%reason, "the token command made no token; it is run again every few seconds");
+                    tracing::warn!(%reason, "the token command created no token; retrying every few seconds");
                 }
                 _ => {}
             }
             is_failing = made.is_err();
             let mut last = self.lock();
-            // An old token is used for as long as it is valid.
+            // After a failure, the old token stays in use while it is valid.
             if made.is_ok() || !matches!(&*last, Some(Ok(token)) if token.is_valid()) {
                 *last = Some(made);
             }
@@ -234,7 +239,8 @@ impl Keeper {
         }
     }
 
-    /// Sleeps, but not for longer than the token is valid: the clock may have been set, or the machine been asleep.
+    /// Sleeps, at most until the token expires by the wall clock: the clock may have been set, or the machine
+    /// suspended.
     fn rest(&self, pause: Duration) {
         let until = Instant::now() + pause;
         while Instant::now() < until {
@@ -245,20 +251,20 @@ impl Keeper {
         }
     }
 
-    /// A valid token; the first one is waited for.
+    /// Returns a valid token; waits for the first one.
     fn token(&self) -> Result<Token, String> {
         let waited = self.changed.wait_timeout_while(self.lock(), COMMAND_MAX, |last| last.is_none());
         let (last, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &*last {
             Some(Ok(token)) if token.is_valid() => Ok(token.clone()),
-            Some(Ok(_)) => Err("the token has expired, and the token command made no other".to_owned()),
-            Some(Err(reason)) => Err(format!("the token command made no token: {reason}")),
+            Some(Ok(_)) => Err("the token has expired, and the token command created no other".to_owned()),
+            Some(Err(reason)) => Err(format!("the token command created no token: {reason}")),
             None => Err("the token command has not ended yet".to_owned()),
         }
     }
 }
 
-/// The one keeper of a command.
+/// The keeper of a command, shared by all clients.
 fn keeper(command: &[String]) -> Result<Arc<Keeper>, String> {
     static KEEPERS: OnceLock<Mutex<HashMap<Vec<String>, Arc<Keeper>>>> = OnceLock::new();
     let mut keepers = KEEPERS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
@@ -270,12 +276,12 @@ fn keeper(command: &[String]) -> Result<Arc<Keeper>, String> {
     std::thread::Builder::new()
         .name("tokens".to_owned())
         .spawn(move || kept.keep(&owned))
-        .map_err(|error| format!("no thread for the token command: {error}"))?;
+        .map_err(|error| format!("starting the token command's thread: {error}"))?;
     keepers.insert(command.to_vec(), Arc::clone(&keeper));
     Ok(keeper)
 }
 
-/// The command as [`PROPERTY`] holds it.
+/// The value of [`TOKEN_PROPERTY`] for a command.
 pub fn property_of(command: &[String]) -> String {
     serde_json::json!(command).to_string()
 }
@@ -284,31 +290,32 @@ fn command_of(property: Option<&str>) -> Option<Vec<String>> {
     property.and_then(|text| serde_json::from_str(text).ok())
 }
 
-/// For [`ClientContext::generate_oauth_token`]: what a client that is polled asks for when its token gets old.
+/// Implements [`ClientContext::generate_oauth_token`], which a client calls when it is polled and its token
+/// is due.
 ///
 /// # Errors
-/// When there is no command, or it makes no token.
+/// When there is no command, or it creates no token.
 pub fn generate(property: Option<&str>) -> Result<OAuthToken, Box<dyn std::error::Error>> {
     let command = command_of(property).ok_or("kafka.token_command is not set")?;
     let token = keeper(&command)?.token()?;
     Ok(OAuthToken { token: token.text, principal_name: token.principal, lifetime_ms: token.expires_at_ms })
 }
 
-/// Gives a new client its first token, if it is to have any: without one it connects to no broker, and it asks for one
-/// only when it is polled, which is not done before it is used. Waits for the first token of all. If none can be made, a
-/// warning has said so, and the client gets one when it is polled and there is one.
+/// Gives a new client its first token, if a token command is set. Without a token the client connects to no
+/// broker, and it requests one only when it is polled, which may be too late. Waits until the command has
+/// ended once. If it created no token, that was logged, and the client requests one later.
 pub fn authorize<C: ClientContext>(config: &ClientConfig, client: &Client<C>) {
-    let Some(command) = command_of(config.get(PROPERTY)) else { return };
+    let Some(command) = command_of(config.get(TOKEN_PROPERTY)) else { return };
     let Ok(token) = keeper(&command).and_then(|keeper| keeper.token()) else { return };
     if let Err(code) = set_token(client, &token.text, &token.principal, token.expires_at_ms) {
-        tracing::warn!(%code, "the client library does not take the token");
+        tracing::warn!(%code, "the client library rejected the token");
     }
 }
 
-/// Waits for the first token of all, if there are to be any, so that no client waits for it when it is made.
+/// Waits for the first token, if a token command is set, so that creating a client does not wait for it.
 pub async fn first_token(config: &ClientConfig) {
-    let Some(command) = command_of(config.get(PROPERTY)) else { return };
-    // Whatever comes of it, a client finds out.
+    let Some(command) = command_of(config.get(TOKEN_PROPERTY)) else { return };
+    // A client reports the failure.
     let _ = tokio::task::spawn_blocking(move || keeper(&command).map(|keeper| keeper.token().is_ok())).await;
 }
 
@@ -400,7 +407,7 @@ mod tests {
         let process = std::fs::read_to_string(file).unwrap();
         let state = || std::fs::read_to_string(format!("/proc/{}/stat", process.trim())).unwrap_or_default();
         let began = Instant::now();
-        // Gone, or waiting for whoever adopted it to hear of that.
+        // Gone, or a zombie that its new parent has not reaped yet.
         while !(state().is_empty() || state().contains(") Z ")) {
             assert!(began.elapsed() < Duration::from_secs(60), "it still runs");
             std::thread::sleep(LOOK_AROUND);

@@ -1,66 +1,51 @@
-//! The transactions of one transactional id: a batch's outputs and offsets, all of them or none.
+//! The Kafka transactions of one lane's producer: a batch's outputs and the group's offsets, all or none.
+//!
+//! The order within a transaction is: begin, `send_offsets_to_transaction` with the member's generation,
+//! produce, wait for the acknowledgements, commit. Each transaction has a time limit. A failure before the
+//! commit aborts it; if even the abort or the commit fails, the outcome is unknown and the producer is
+//! replaced.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode;
-use rdkafka::{ClientConfig, Offset as KafkaOffset, TopicPartitionList};
+use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
 use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer, add_brokers, topic_setting};
-use super::publisher::{INIT_TIMEOUT, PublishReply, PublisherSettings, transactional_id};
-use super::throttle::{ProducerCallbacks, STATISTICS_INTERVAL};
-use crate::config::KafkaSettings;
-use crate::disposition::{FailureClass, class_of_kafka};
+use super::publisher_settings::PublisherSettings;
+use super::throttle::ProducerCallbacks;
+use crate::domain::outcome::{FailureClass, class_of_kafka};
+use crate::domain::publication::{OutputCounts, Publication, Published};
 use crate::failpoint;
-use crate::kafka_client::{make_client, producer_config_over};
-use crate::lane::ports::{LogFailure, PublishFailure, PublishTimes};
-use crate::logging::RateLimited;
-use crate::metrics::{KafkaSteps, now, timed};
-use crate::publication::{OutputCounts, Publication};
+use crate::kafka::client::make_client;
+use crate::ports::{KafkaPortError, PublishError, PublishTimes};
+use crate::telemetry::logging::RateLimited;
+use crate::telemetry::metrics::{KafkaSteps, now, timed};
 
+/// Timeout of `init_transactions` and `abort_transaction`.
+const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for room in the producer's queue before looking around; also the least that a call is given.
+/// How long to wait for room in the producer's queue at a time; also the shortest timeout of a call.
 const SLICE: Duration = Duration::from_millis(50);
-/// Deliveries are waited for in slices of a growing length. The client's threads are woken only when a flush
-/// begins, and a partition that the broker lets into the transaction after that waits for the next one: with
-/// slices of 50 ms a transaction of a few messages took 80.
+/// Deliveries are waited for in slices of growing length. A flush wakes the client's threads only when it
+/// begins, and a partition that the broker adds to the transaction later waits for the next flush: with
+/// slices of 50 ms a transaction of a few messages took 80 ms.
 const FLUSH_SLICE_MIN: Duration = Duration::from_millis(1);
 const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
 
-/// After so many aborted transactions in a row for a reason that should have passed, the producer is made anew.
+/// The producer is replaced after this many aborts in a row with a transient cause.
 const ABORTED_MAX: u32 = 5;
 
-/// What `kafka.properties` may change of a lane's producer.
-const PRODUCER_DEFAULTS: [(&str, &str); 10] = [
-    STATISTICS_INTERVAL,
-    ("transaction.timeout.ms", "15000"),
-    ("linger.ms", "20"),
-    ("batch.size", "900000"),
-    ("batch.num.messages", "20000"),
-    ("queue.buffering.max.messages", "200000"),
-    ("queue.buffering.max.kbytes", "65536"),
-    ("message.max.bytes", "4000000"),
-    ("retry.backoff.ms", "5"),
-    // Would begin at `retry.backoff.ms`.
-    ("topic.metadata.refresh.fast.interval.ms", "20"),
-];
+/// The outcome of a transaction.
+pub type PublishReply = Result<(Published, OutputCounts, PublishTimes), PublishError>;
 
-/// Configuration of a lane's producer.
-pub fn transactional_config(kafka: &KafkaSettings, lane: usize) -> ClientConfig {
-    let mut config = producer_config_over(kafka, &PRODUCER_DEFAULTS);
-    config
-        .set("transactional.id", transactional_id(&kafka.group_id, &kafka.instance_id, lane))
-        .set("delivery.report.only.error", "true");
-    config
-}
-
-/// The thread's producer. Only the thread holds it for longer than the lock, so that no other has to wait until it
-/// is destroyed.
+/// The publisher thread's producer. Only that thread keeps a reference after the lock is released, so no
+/// other thread destroys the producer, which blocks.
 #[derive(Clone, Default)]
-pub struct Slot(Arc<Mutex<Option<Arc<TxnProducer<ProducerCallbacks>>>>>);
+pub struct ProducerSlot(Arc<Mutex<Option<Arc<TxnProducer<ProducerCallbacks>>>>>);
 
-impl Slot {
+impl ProducerSlot {
     fn lock(&self) -> MutexGuard<'_, Option<Arc<TxnProducer<ProducerCallbacks>>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -75,57 +60,58 @@ impl Slot {
         drop(producer);
     }
 
-    /// Names the brokers to the client once more, if there is one: it may have forgotten them all.
+    /// Bootstraps the client again, if there is one.
     pub fn remind(&self, bootstrap_servers: &str) {
         if let Some(producer) = &*self.lock() {
-            tracing::debug!(target: "librdkafka", "a producer is told of its brokers once more");
+            tracing::debug!(target: "librdkafka", "bootstrapping a producer again");
             add_brokers(producer.inner().client(), bootstrap_servers);
         }
     }
 }
 
-/// Runs the transactions of one transactional id, one at a time. Calls block, each within its time limit.
+/// Runs the transactions of one `transactional.id`, one at a time. Calls block, each within a time limit.
 pub struct Transactions {
     settings: PublisherSettings,
-    slot: Slot,
+    slot: ProducerSlot,
     steps: KafkaSteps,
-    /// Transactions that were aborted since the last one that was committed.
+    /// Aborted transactions in a row.
     aborted: u32,
 }
 
 impl Transactions {
-    /// With a producer that is made when it is needed, in `slot`.
-    pub fn new(settings: PublisherSettings, slot: Slot) -> Self {
+    /// The producer is created by [`init`](Self::init), in `slot`.
+    pub fn new(settings: PublisherSettings, slot: ProducerSlot) -> Self {
         Self { settings, slot, steps: KafkaSteps::default(), aborted: 0 }
     }
 
-    /// Takes up the transactional id: fences older producers of it and settles what they left open, after the
-    /// output topics are known to exist.
+    /// Runs `init_transactions`, which fences older producers of the id and ends transactions that they left
+    /// open; first checks that the output topics exist.
     ///
     /// # Errors
-    /// As the broker or the client says; the producer is made anew if it can be of no more use.
-    pub fn init(&mut self) -> Result<(), LogFailure> {
+    /// An error of the broker or the client; the next call creates a new producer if this one cannot be used
+    /// any more.
+    pub fn init(&mut self) -> Result<(), KafkaPortError> {
         init(&mut self.settings, &self.slot)
     }
 
     /// Runs one transaction.
     ///
     /// # Errors
-    /// What is known of the transaction: see [`PublishFailure`].
+    /// The state of the transaction, see [`PublishError`].
     pub fn publish(&mut self, publication: &Publication, group: &GroupMetadata) -> PublishReply {
         self.run(publication, Some(group))
     }
 
-    /// Sends the outputs and commits them, without any offsets: for measurements.
+    /// Runs a transaction without offsets, for benchmarks.
     ///
     /// # Errors
     /// As [`publish`](Self::publish).
-    pub fn send_alone(&mut self, publication: &Publication) -> Result<(), PublishFailure> {
+    pub fn send_alone(&mut self, publication: &Publication) -> Result<(), PublishError> {
         self.run(publication, None).map(|_| ())
     }
 
-    /// Takes what the client has to tell while there is nothing to publish: it keeps errors and statistics
-    /// until they are taken, without a limit.
+    /// Polls errors and statistics while there is nothing to publish; the client keeps them without a limit
+    /// otherwise.
     pub fn rest(&self) {
         if let Some(producer) = self.slot.get() {
             producer.take_events();
@@ -134,21 +120,20 @@ impl Transactions {
 
     fn run(&mut self, publication: &Publication, group: Option<&GroupMetadata>) -> PublishReply {
         let Some(producer) = self.slot.get() else {
-            return Err(PublishFailure::Unknown("the producer is not initialised".to_owned()));
+            return Err(PublishError::Unknown("the producer is not initialised".to_owned()));
         };
         let reply = publish(&producer, &self.settings, &self.steps, publication, group);
-        self.aborted =
-            if matches!(reply, Err(PublishFailure::Aborted { .. })) { self.aborted + 1 } else { 0 };
+        self.aborted = if matches!(reply, Err(PublishError::Aborted { .. })) { self.aborted + 1 } else { 0 };
         let reply = match reply {
-            // It may be the client that does not find its brokers any more: another one is tried.
-            Err(PublishFailure::Aborted { class: FailureClass::Passing, message })
+            // The client may have lost its brokers: it is replaced.
+            Err(PublishError::Aborted { class: FailureClass::Transient, message })
                 if self.aborted >= ABORTED_MAX =>
             {
-                Err(PublishFailure::Unknown(message))
+                Err(PublishError::Unknown(message))
             }
             reply => reply,
         };
-        if matches!(reply, Err(PublishFailure::Unknown(_))) {
+        if matches!(reply, Err(PublishError::Unknown(_))) {
             drop(producer);
             self.slot.clear();
         }
@@ -158,26 +143,26 @@ impl Transactions {
 
 impl Drop for Transactions {
     fn drop(&mut self) {
-        // Here, for whoever holds the slot as well would have to wait for it.
+        // Destroys the producer on this thread; another holder of the slot would block.
         self.slot.clear();
     }
 }
 
-fn create(settings: &PublisherSettings) -> Result<TxnProducer<ProducerCallbacks>, LogFailure> {
+fn create(settings: &PublisherSettings) -> Result<TxnProducer<ProducerCallbacks>, KafkaPortError> {
     let native =
         make_client::<BaseProducer<_>, _>(&settings.client, QuietContext(ProducerCallbacks::default()))
-            .map_err(|e| LogFailure::passing(format!("creating the producer: {e}")))?;
+            .map_err(|e| KafkaPortError::transient(format!("creating the producer: {e}")))?;
     let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
     Ok(TxnProducer::new(native, &names))
 }
 
-fn init(settings: &mut PublisherSettings, slot: &Slot) -> Result<(), LogFailure> {
+fn init(settings: &mut PublisherSettings, slot: &ProducerSlot) -> Result<(), KafkaPortError> {
     if slot.lock().is_none() {
         *slot.lock() = Some(Arc::new(create(settings)?));
     }
     let Some(mut producer) = slot.get() else { return Ok(()) };
     if let Err(failure) = outputs_exist(settings, &producer) {
-        // Or it is asked for ever, though it may be the client that knows no broker any more.
+        // The client may have lost its brokers: the next try creates another one.
         slot.clear();
         return Err(failure);
     }
@@ -192,20 +177,21 @@ fn init(settings: &mut PublisherSettings, slot: &Slot) -> Result<(), LogFailure>
         if !error.is_retriable {
             slot.clear();
         }
-        LogFailure::Failed {
+        KafkaPortError::Failed {
             class: class_of_kafka(error.code),
             message: format!("init_transactions: {error}"),
         }
     })
 }
 
-/// The largest record batch that every output topic takes, if it is smaller than the producer's.
+/// The smallest `max.message.bytes` of the output topics, if it is below the producer's `batch.size`.
 fn smaller_batches(settings: &PublisherSettings, producer: &TxnProducer<ProducerCallbacks>) -> Option<usize> {
     let own: usize = settings.client.get("batch.size")?.parse().ok()?;
     let limit = |topic: &String| -> Option<usize> {
         let told = topic_setting(producer.inner().client(), topic, "max.message.bytes", METADATA_TIMEOUT);
-        // Without the right to ask, a batch that is too large is refused, and the refusal says what to do.
-        told.inspect_err(|error| tracing::debug!(topic, %error, "max.message.bytes is not told"))
+        // Without the right to read it, the broker refuses a batch that is too large, and the error says what
+        // to do.
+        told.inspect_err(|error| tracing::debug!(topic, %error, "reading max.message.bytes failed"))
             .ok()?
             .parse()
             .ok()
@@ -218,20 +204,20 @@ fn smaller_batches(settings: &PublisherSettings, producer: &TxnProducer<Producer
 fn outputs_exist(
     settings: &PublisherSettings,
     producer: &TxnProducer<ProducerCallbacks>,
-) -> Result<(), LogFailure> {
+) -> Result<(), KafkaPortError> {
     for topic in settings.outputs.iter().filter(|_| settings.publishes) {
         let metadata =
             producer.inner().client().fetch_metadata(Some(topic), METADATA_TIMEOUT).map_err(|e| {
-                LogFailure::Failed {
-                    class: e.rdkafka_error_code().map_or(FailureClass::Passing, class_of_kafka),
+                KafkaPortError::Failed {
+                    class: e.rdkafka_error_code().map_or(FailureClass::Transient, class_of_kafka),
                     message: format!("asking for output topic {topic}: {e}"),
                 }
             })?;
         if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
-            return Err(LogFailure::Failed {
-                class: FailureClass::Systemic,
+            return Err(KafkaPortError::Failed {
+                class: FailureClass::Persistent,
                 message: format!(
-                    "output topic {topic} does not exist or cannot be used; payment-writer topics create makes it"
+                    "output topic {topic} is missing or unusable; `payment-writer topics create` creates it"
                 ),
             });
         }
@@ -239,7 +225,7 @@ fn outputs_exist(
     Ok(())
 }
 
-/// Says of whom another producer took the transactional id over, if that is what the error says.
+/// Logs that the producer was fenced, if that is the error.
 fn tell_of_fencing(settings: &PublisherSettings, error: &NativeError) {
     static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
     let is_fenced = matches!(
@@ -251,14 +237,14 @@ fn tell_of_fencing(settings: &PublisherSettings, error: &NativeError) {
             transactional_id = settings.client.get("transactional.id"),
             %error,
             suppressed,
-            "this lane's producer was fenced: another one took up its transactional id, or the broker ended a transaction \
-             that took too long. The lane takes the id up again; if that goes on, two processes have the same \
-             kafka.group_id and kafka.instance_id"
+            "this lane's producer was fenced: another producer has its transactional id, or the broker \
+             aborted a transaction that took too long. The lane initialises its producer again; if this \
+             repeats, two processes have the same kafka.group_id and kafka.instance_id"
         );
     }
 }
 
-/// What went wrong inside a transaction that is still open.
+/// Why an open transaction has to be aborted.
 enum Broken {
     Native(NativeError),
     Late(&'static str),
@@ -275,7 +261,7 @@ fn publish(
     failpoint::hit("before_kafka_begin");
     if let Err(error) = producer.begin() {
         tell_of_fencing(settings, &error);
-        return Err(PublishFailure::Unknown(format!("begin_transaction: {error}")));
+        return Err(PublishError::Unknown(format!("begin_transaction: {error}")));
     }
     let mut times = PublishTimes::default();
     match fill(producer, settings, steps, &mut times, publication, group, deadline) {
@@ -298,8 +284,9 @@ fn fill(
     group: Option<&GroupMetadata>,
     deadline: Instant,
 ) -> Result<OutputCounts, Broken> {
-    // The offsets first: until the broker has ended the transaction before this one, it answers "try again", and the
-    // client asks again after `retry.backoff.ms`, which doubles; of the outputs' partitions it would do so after 20 ms.
+    // Offsets are sent first. Until the broker has completed the previous transaction it refuses requests of
+    // the next one. The client repeats the request for offsets after `retry.backoff.ms`, which doubles; it
+    // would repeat the one for output partitions only after 20 ms.
     if let Some(group) = group {
         timed(&steps.offsets, &mut times.offsets, || {
             send_offsets(producer, settings, publication, group, deadline)
@@ -319,7 +306,7 @@ fn produce(
     publication: &Publication,
     deadline: Instant,
 ) -> Result<OutputCounts, Broken> {
-    // One time for all, or the client would ask the clock for each message.
+    // One timestamp for all outputs, so that the client does not read the clock for each message.
     let now = now();
     publication.for_each_output(&settings.input_topic, settings.identity.topic_id, |output| {
         loop {
@@ -350,7 +337,7 @@ fn send_offsets(
     group: &GroupMetadata,
     deadline: Instant,
 ) -> Result<(), Broken> {
-    let mut offsets = TopicPartitionList::with_capacity(publication.spans().len());
+    let mut offsets = TopicPartitionList::with_capacity(publication.commits().len());
     for (partition, position, mark) in publication.offsets(&settings.identity) {
         let mut element = offsets.add_partition(&settings.input_topic, partition.0);
         element.set_metadata(mark);
@@ -358,7 +345,7 @@ fn send_offsets(
             return Err(Broken::Late("an offset that cannot be represented"));
         }
     }
-    // The same call with the same arguments continues one that timed out.
+    // Repeating the call with the same arguments continues one that timed out.
     while let Err(error) = producer.send_offsets(&offsets, group, remaining(deadline)) {
         if !error.is_retriable || error.is_fatal || error.requires_abort {
             return Err(Broken::Native(error));
@@ -371,7 +358,7 @@ fn send_offsets(
     Ok(())
 }
 
-/// Waits until nothing is left to deliver. `commit_transaction` would do so in steps of 100 ms.
+/// Waits until all outputs are acknowledged. `commit_transaction` would wait in steps of 100 ms.
 fn deliver(producer: &TxnProducer<ProducerCallbacks>, deadline: Instant) -> Result<(), Broken> {
     let mut slice = FLUSH_SLICE_MIN;
     while !producer.flush(slice) {
@@ -387,7 +374,7 @@ fn commit(
     producer: &TxnProducer<ProducerCallbacks>,
     settings: &PublisherSettings,
     deadline: Instant,
-) -> Result<(), PublishFailure> {
+) -> Result<(), PublishError> {
     loop {
         match producer.commit(remaining(deadline)) {
             Ok(()) => return Ok(()),
@@ -397,7 +384,7 @@ fn commit(
             Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
             Err(error) => {
                 tell_of_fencing(settings, &error);
-                return Err(PublishFailure::Unknown(format!("commit_transaction: {error}")));
+                return Err(PublishError::Unknown(format!("commit_transaction: {error}")));
             }
         }
     }
@@ -407,30 +394,30 @@ fn remaining(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(SLICE)
 }
 
-/// The error, with what is to be done about it where a setting outside the daemon is at fault.
+/// The error's text, with a remedy if a setting outside the daemon is the cause.
 fn explained(error: &NativeError, settings: &PublisherSettings) -> String {
     let [read, email, dead_letters] = &settings.outputs;
     match error.code {
         RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => format!(
-            "{error}: an output is larger than its topic takes; raise max.message.bytes of {read} and {email} to 64 KiB, \
-             of {dead_letters} to 1 MiB at least"
+            "{error}: an output is larger than its topic permits; raise max.message.bytes of {read} and \
+             {email} to at least 64 KiB, of {dead_letters} to at least 1 MiB"
         ),
         _ => error.to_string(),
     }
 }
 
-/// Aborts the open transaction; only when that succeeded is it certain that nothing is visible.
+/// Aborts the open transaction. Only a successful abort guarantees that nothing is visible.
 fn abort(
     producer: &TxnProducer<ProducerCallbacks>,
     settings: &PublisherSettings,
     broken: Broken,
-) -> PublishFailure {
+) -> PublishError {
     if let Broken::Native(error) = &broken {
         tell_of_fencing(settings, error);
     }
     let (message, code) = match &broken {
         Broken::Native(error) if error.is_fatal => {
-            return PublishFailure::Unknown(error.to_string());
+            return PublishError::Unknown(error.to_string());
         }
         Broken::Native(error) => (explained(error, settings), Some(error.code)),
         Broken::Late(doing) => (format!("no answer in time: {doing}"), None),
@@ -442,16 +429,16 @@ fn abort(
             Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
             Err(error) => {
                 tell_of_fencing(settings, &error);
-                return PublishFailure::Unknown(format!("{message}; abort_transaction: {error}"));
+                return PublishError::Unknown(format!("{message}; abort_transaction: {error}"));
             }
         }
     }
-    match (code, code.map_or(FailureClass::Passing, class_of_kafka)) {
-        // Another producer has taken over: this one is of no more use, whatever the abort said.
+    match (code, code.map_or(FailureClass::Transient, class_of_kafka)) {
+        // Another producer has the transactional id: this one is useless, even if the abort succeeded.
         (Some(RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::Fenced), _) => {
-            PublishFailure::Unknown(message)
+            PublishError::Unknown(message)
         }
-        (_, FailureClass::Fenced) => PublishFailure::Fenced(message),
-        (_, class) => PublishFailure::Aborted { class, message },
+        (_, FailureClass::Fenced) => PublishError::Fenced(message),
+        (_, class) => PublishError::Aborted { class, message },
     }
 }

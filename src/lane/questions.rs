@@ -1,26 +1,26 @@
-//! Questions to the cluster that are under way, and whose answers still count.
+//! Pending questions to the cluster (committed offsets, log bounds), and which of their answers still count.
 //!
-//! An answer says how things stood when it was asked for. Whatever makes that out of date (the partition was taken
-//! away or given again, the lane forgot what it held, its producer was made anew) forgets the question, and its answer
-//! is dropped: a group offset from before another owner's last transaction would have events sent twice.
+//! An answer describes the moment of its question. A revocation, an assignment, a reset or a new producer
+//! outdates it: the question is forgotten, and the answer dropped when it arrives. Otherwise a committed
+//! offset read before another owner's last transaction would make the lane send events twice.
 
 use std::collections::BTreeMap;
 
-use super::ports::Question;
-use crate::cursor::CursorRow;
-use crate::record::{Partition, TimestampMs};
+use crate::domain::cursor::CursorRow;
+use crate::domain::record::{Partition, TimestampMs};
+use crate::ports::Question;
 
-/// Questions under way, those that are forgotten included: each has a thread of its own.
+/// Pending questions, forgotten ones included, because each occupies a thread.
 const QUESTIONS_MAX: usize = 8;
-/// Partitions of a question that failed are asked about again in so many questions.
+/// A question that failed is asked again, split into this many.
 const DIVIDED_BY: usize = 8;
 
-/// What was known when a question was asked.
+/// What the lane knew when it asked a question.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Asked {
-    /// The database's rows.
+    /// The cursor rows in the database.
     pub rows: BTreeMap<Partition, Option<CursorRow>>,
-    /// By the wall clock.
+    /// Wall-clock time of the question.
     pub at: TimestampMs,
 }
 
@@ -31,35 +31,35 @@ pub(super) struct Questions {
     under_way: BTreeMap<u64, Asked>,
     /// The question whose answer counts for a partition.
     current: BTreeMap<Partition, u64>,
-    /// How many of these may be in one question: one about them and others failed, as where a transaction holds one of
-    /// the offsets. The others are found in a few rounds.
+    /// How many partitions a question with this one may have, after a larger one failed, as while an open
+    /// transaction blocks one of the offsets. Splitting isolates that partition in a few rounds.
     together_max: BTreeMap<Partition, usize>,
 }
 
 impl Questions {
-    /// Whether another question may be asked.
+    /// Whether the limit of pending questions permits another one.
     pub fn has_room(&self) -> bool {
         self.under_way.len() < QUESTIONS_MAX
     }
 
-    /// Whether an answer about `partition` is waited for.
+    /// Whether an answer about `partition` is pending.
     pub fn is_asked(&self, partition: Partition) -> bool {
         self.current.contains_key(&partition)
     }
 
-    /// Which partitions go into one question, as far as there is room for questions.
+    /// Groups partitions into questions, no more than the limit of pending questions permits.
     pub fn divided(&self, partitions: Vec<Partition>) -> Vec<Vec<Partition>> {
         let mut by_max: BTreeMap<usize, Vec<Partition>> = BTreeMap::new();
         for partition in partitions {
             let together_max = self.together_max.get(&partition).copied().unwrap_or(usize::MAX);
             by_max.entry(together_max).or_default().push(partition);
         }
-        // Those that never failed first.
+        // Partitions whose questions never failed come first.
         let parts = by_max.iter().rev().flat_map(|(max, partitions)| partitions.chunks((*max).max(1)));
         parts.map(<[Partition]>::to_vec).take(QUESTIONS_MAX.saturating_sub(self.under_way.len())).collect()
     }
 
-    /// The next question.
+    /// Creates a question and notes it as pending.
     pub fn ask(&mut self, asked: Asked) -> Question {
         self.last_id += 1;
         let partitions: Vec<Partition> = asked.rows.keys().copied().collect();
@@ -68,7 +68,7 @@ impl Questions {
         Question { id: self.last_id, partitions }
     }
 
-    /// Answers about these partitions that are under way do not count any more.
+    /// Invalidates pending answers about these partitions.
     pub fn forget(&mut self, partitions: &[Partition]) {
         for partition in partitions {
             self.current.remove(partition);
@@ -76,12 +76,13 @@ impl Questions {
         }
     }
 
-    /// No answer that is under way counts any more.
+    /// Invalidates all pending answers.
     pub fn forget_all(&mut self) {
         self.current.clear();
     }
 
-    /// An answer came: what was known when it was asked for, and for which partitions it counts.
+    /// Removes an answered question. Returns what was known when it was asked, and the partitions for which
+    /// the answer still counts.
     pub fn take(&mut self, id: u64) -> Option<(Asked, Vec<Partition>)> {
         let asked = self.under_way.remove(&id)?;
         let counts = |partition: &Partition| self.current.get(partition) == Some(&id);
@@ -92,13 +93,13 @@ impl Questions {
         Some((asked, partitions))
     }
 
-    /// The cluster did not tell: these are asked about in smaller questions.
+    /// Notes that a question failed: these partitions go into smaller questions next time.
     pub fn failed(&mut self, partitions: &[Partition]) {
         let together_max = (partitions.len() / DIVIDED_BY).max(1);
         self.together_max.extend(partitions.iter().map(|partition| (*partition, together_max)));
     }
 
-    /// The cluster told.
+    /// Lifts the limit of [`failed`](Self::failed).
     pub fn succeeded(&mut self, partitions: &[Partition]) {
         for partition in partitions {
             self.together_max.remove(partition);
@@ -153,7 +154,6 @@ mod tests {
         questions.succeeded(&all[5..]);
         questions.failed(&all[..5]);
         assert_eq!(sizes(questions.divided(all.clone())), [35, 1, 1, 1, 1, 1]);
-        // No more than there is room for.
         for partition in 0..6 {
             questions.ask(asked(&[partition]));
         }

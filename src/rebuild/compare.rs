@@ -1,5 +1,5 @@
-//! Two databases written from one log, row by row in the order of the log. They are equal except for what the
-//! order of writing decides, and that is listed.
+//! Compares two databases written from the same log, row by row in log order. Differences that only the order
+//! of writing explains are allowed and listed.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -15,46 +15,46 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::{database, ranges};
-use crate::cli::Failure;
-use crate::columns::postgres_timestamp;
 use crate::config::Settings;
+use crate::domain::columns::postgres_timestamp;
+use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
+use crate::domain::wire::Reason;
+use crate::error::CommandError;
 use crate::kafka::scan::{ScanRange, Scanner};
-use crate::postgres::describe;
+use crate::postgres::connection::describe;
 use crate::reconcile::database::{Database, PAYMENT_COLUMNS, arrays, encode, is_null, payment_tables};
 use crate::reconcile::{Exempt, Findings, Progress};
-use crate::record::{NextOffset, Offset, Partition, TimestampMs};
-use crate::settlement::View;
-use crate::wire::Reason;
+use crate::resolution::View;
 
-/// Differences that are looked at more closely; beyond it they count as what they are.
+/// Maximum number of differences to recheck; all others count as wrong without a recheck.
 const OPEN_MAX: usize = 100_000;
 
-/// What the comparison found.
+/// Result of the comparison.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Comparison {
-    /// The second database, without a password.
+    /// Second database, without the password.
     pub into: String,
-    /// The group that wrote it.
+    /// Group that wrote the second database.
     pub group_id: String,
-    /// Offsets that both have written, by partition.
+    /// Compared ranges of offsets by partition: from, to.
     pub compared: Vec<(Partition, NextOffset, NextOffset)>,
-    /// Payments in both, each with the same rows and the same claim.
+    /// Number of payments with the same rows and the same claim in both databases.
     pub equal: u64,
-    /// Payments of the first database whose records had left the log when the rebuild began.
+    /// Number of payments of the first database whose records had left the log when the rebuild started.
     pub older: u64,
     /// Differences that the contract allows.
     pub allowed: Findings,
-    /// Differences.
+    /// Differences that are wrong.
     pub findings: Findings,
 }
 
 impl Comparison {
-    /// Whether the second database can take the place of the first one.
+    /// Whether the second database can replace the first one.
     pub fn is_equal(&self) -> bool {
         self.findings.is_empty()
     }
 
-    /// As one object.
+    /// Machine-readable form.
     pub fn json(&self) -> Value {
         let compared: Vec<Value> = self
             .compared
@@ -76,19 +76,19 @@ impl Comparison {
 
 type Place = (Partition, Offset);
 
-/// One payment of one database.
+/// A payment in one of the databases.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Payment {
     place: Place,
     message_id: Uuid,
     created_at_us: i64,
-    /// All columns of all three tables.
+    /// Hash of all columns of the three payment tables.
     rows: u128,
-    /// Who has claimed its id, and the whole claim.
+    /// Owner of the message id, and hash of the whole claim.
     claim: Option<(Place, u128)>,
 }
 
-/// Which database a payment is missing in, or what is not the same.
+/// The database that lacks a payment, or what differs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Difference {
     OnlyFirst,
@@ -96,14 +96,14 @@ enum Difference {
     Claim,
 }
 
-/// What is still to be explained.
+/// A difference to be rechecked.
 #[derive(Clone, Copy, Debug)]
 struct Open {
     difference: Difference,
     payment: Payment,
 }
 
-/// Compares what both databases have written since the rebuild began.
+/// Compares what both databases have written since the start of the rebuild.
 pub(super) fn compare(
     settings: &Settings,
     rebuilding: &Settings,
@@ -112,13 +112,13 @@ pub(super) fn compare(
     starts: &BTreeMap<Partition, NextOffset>,
     limit: usize,
     progress: &Progress,
-) -> Result<Comparison, Failure> {
+) -> Result<Comparison, CommandError> {
     progress.say("comparing");
     let first = Database::open(runtime, settings.postgres.url.endpoint())?;
     let second = Database::open(runtime, rebuilding.postgres.url.endpoint())?;
     let topic_id = view.identity.topic_id;
     let ranges = runtime.block_on(async {
-        Ok::<_, Failure>(ranges(
+        Ok::<_, CommandError>(ranges(
             starts,
             &applied(first.client(), topic_id).await?,
             &applied(second.client(), topic_id).await?,
@@ -135,7 +135,7 @@ pub(super) fn compare(
     };
     let open = runtime.block_on(merge(&first, &second, &ranges, &mut comparison))?;
     if !open.is_empty() {
-        progress.say("a closer look");
+        progress.say("rechecking");
         explain(settings, &first, &second, topic_id, open, &mut comparison)?;
     }
     comparison.findings.named.sort();
@@ -143,7 +143,7 @@ pub(super) fn compare(
     Ok(comparison)
 }
 
-async fn applied(client: &Client, topic_id: Uuid) -> Result<BTreeMap<Partition, NextOffset>, Failure> {
+async fn applied(client: &Client, topic_id: Uuid) -> Result<BTreeMap<Partition, NextOffset>, CommandError> {
     let failed = database("reading cursors");
     let rows = client
         .query(
@@ -159,7 +159,7 @@ async fn applied(client: &Client, topic_id: Uuid) -> Result<BTreeMap<Partition, 
         .collect()
 }
 
-async fn older(client: &Client, starts: &BTreeMap<Partition, NextOffset>) -> Result<u64, Failure> {
+async fn older(client: &Client, starts: &BTreeMap<Partition, NextOffset>) -> Result<u64, CommandError> {
     let failed = database("counting what is older than the log");
     let partitions: Vec<i32> = starts.keys().map(|p| p.0).collect();
     let from: Vec<i64> = starts.values().map(|o| o.0).collect();
@@ -188,7 +188,7 @@ async fn stream(client: &Client, ranges: &[ScanRange]) -> Result<RowStream, toki
     client.query_raw(&query, parameters).await
 }
 
-/// One database's payments in order.
+/// Payments of one database in log order.
 struct Side<'s> {
     rows: Pin<&'s mut RowStream>,
     buffer: Vec<u8>,
@@ -223,7 +223,7 @@ async fn merge(
     second: &Database,
     ranges: &[ScanRange],
     comparison: &mut Comparison,
-) -> Result<Vec<Open>, Failure> {
+) -> Result<Vec<Open>, CommandError> {
     let mut open = Vec::new();
     let merged = async {
         let first = pin!(stream(first.client(), ranges).await?);
@@ -257,7 +257,7 @@ async fn merge(
         }
         Ok::<_, tokio_postgres::Error>(())
     };
-    merged.await.map_err(|e| Failure::failed(format!("reading both databases: {}", describe(&e))))?;
+    merged.await.map_err(|e| CommandError::failed(format!("reading both databases: {}", describe(&e))))?;
     Ok(open)
 }
 
@@ -284,12 +284,12 @@ fn differs(difference: Difference, (partition, offset): Place, comparison: &mut 
     let what = match difference {
         Difference::OnlyFirst => "its rows are missing in the second database",
         Difference::OnlySecond => "its rows are in the second database only",
-        Difference::Claim => "its message id is not claimed alike in both databases",
+        Difference::Claim => "its claim is not the same in both databases",
     };
     comparison.findings.push(partition, offset, what);
 }
 
-/// What is allowed: see the contract, "What 'exactly once' covers".
+/// Explains a difference that is allowed: see the contract, "What 'exactly once' covers".
 fn explain(
     settings: &Settings,
     first: &Database,
@@ -297,7 +297,7 @@ fn explain(
     topic_id: Uuid,
     open: Vec<Open>,
     comparison: &mut Comparison,
-) -> Result<(), Failure> {
+) -> Result<(), CommandError> {
     let ids: Vec<Uuid> = open.iter().map(|o| o.payment.message_id).collect();
     let (in_first, in_second) = (first.claims(&ids)?, second.claims(&ids)?);
     let exempt = Exempt::of(&first.skips(topic_id)?);
@@ -318,17 +318,17 @@ fn explain(
         };
         let allowed = match difference {
             Difference::OnlyFirst => owner(&in_second).map(|(p, o)| {
-                format!("its message id stands on several records: in the second database it is partition {p}, offset {o}'s")
+                format!("several records have its message id: in the second database partition {p}, offset {o} has it")
             }),
             Difference::OnlySecond => match owner(&in_first) {
                 Some((p, o)) => Some(format!(
-                    "its message id stands on several records: in the first database it is partition {p}, offset {o}'s"
+                    "several records have its message id: in the first database partition {p}, offset {o} has it"
                 )),
                 None if exempt.is_given_up(partition, offset) => {
-                    Some("it was given up in the first database (cursors skip)".to_owned())
+                    Some("it was skipped in the first database (cursors skip)".to_owned())
                 }
                 None if is_before(archived_before, &payment) => {
-                    Some("its month was taken out of the first database".to_owned())
+                    Some("its month was detached from the first database".to_owned())
                 }
                 None => {
                     refused.push(Open { difference, payment });
@@ -355,11 +355,7 @@ fn explain(
     for Open { difference, payment } in refused {
         let (partition, offset) = payment.place;
         if letters.contains(&payment.place) {
-            comparison.allowed.push(
-                partition,
-                offset,
-                "once refused by the first database, and dead-lettered",
-            );
+            comparison.allowed.push(partition, offset, "rejected by the first database, and dead-lettered");
         } else {
             differs(difference, payment.place, comparison);
         }
@@ -367,9 +363,13 @@ fn explain(
     Ok(())
 }
 
-/// Those of these records that a dead letter calls refused by the database.
-fn rejected(settings: &Settings, topic_id: Uuid, places: &HashSet<Place>) -> Result<HashSet<Place>, Failure> {
-    let failed = |e: crate::kafka::scan::ScanError| Failure::failed(e.to_string());
+/// The records among `places` whose dead letter says that the database rejected them.
+fn rejected(
+    settings: &Settings,
+    topic_id: Uuid,
+    places: &HashSet<Place>,
+) -> Result<HashSet<Place>, CommandError> {
+    let failed = |e: crate::kafka::scan::ScanError| CommandError::failed(e.to_string());
     let scanner = Scanner::new(&settings.kafka, &settings.kafka.dead_letter_topic).map_err(failed)?;
     let (_, partitions) = scanner.describe().map_err(failed)?;
     let bounds = scanner.bounds(&partitions).map_err(failed)?;
@@ -380,7 +380,7 @@ fn rejected(settings: &Settings, topic_id: Uuid, places: &HashSet<Place>) -> Res
         .collect();
     let prefix = format!("{:08x}", topic_id.as_fields().0);
     let mut found = HashSet::new();
-    // Never broken off.
+    // The callback never stops the scan.
     let _ = scanner
         .read(&ranges, |record| {
             let (mut place, mut is_rejected) = (None, false);

@@ -1,4 +1,4 @@
-//! What the comparison asks of the database: short statements for claims, one stream of rows a slice.
+//! Database queries of the comparison: short statements for claims, and one stream of rows per slice.
 
 use std::collections::HashMap;
 use std::error::Error as StdError;
@@ -10,23 +10,24 @@ use tokio_postgres::types::{FromSql, ToSql, Type};
 use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
-use super::cut::Skip;
 use super::hash;
+use super::range::Skip;
 use super::sums::numeric_millionths;
 use super::table::RowSeen;
-use crate::batch::Owner;
-use crate::cli::Failure;
-use crate::columns::postgres_timestamp;
+use crate::config::Endpoint;
+use crate::domain::batch::Owner;
+use crate::domain::columns::postgres_timestamp;
+use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
+use crate::error::CommandError;
 use crate::kafka::scan::ScanRange;
-use crate::postgres::{Endpoint, describe};
-use crate::record::{NextOffset, Offset, Partition, TimestampMs};
+use crate::postgres::connection::describe;
 
-/// Read-only: what looks at a database by mistake does no harm. Joins of whole months like memory.
-/// The server waits for as long as we look at something else between two rows; a sort of ours may take minutes.
+/// Read-only as a safeguard. Joins of whole months need memory. No timeouts: the server waits while the
+/// client reads Kafka between two rows, and large sorts take minutes.
 const SESSION: &str =
     "SET default_transaction_read_only = on; SET work_mem = '64MB'; SET tcp_user_timeout = 0";
 
-/// A field as the server sent it.
+/// A field in the binary format of the server.
 struct Raw<'a>(Option<&'a [u8]>);
 
 impl<'a> FromSql<'a> for Raw<'a> {
@@ -43,8 +44,8 @@ impl<'a> FromSql<'a> for Raw<'a> {
     }
 }
 
-/// Writes columns of a row as a binary COPY would have them. They come back as they went in, because the binary
-/// format has one form for each value.
+/// Encodes columns of a row in the format of a binary COPY. The result equals what the daemon wrote, because
+/// the binary format has exactly one form per value.
 pub(crate) fn encode(
     row: &Row,
     columns: std::ops::Range<usize>,
@@ -72,28 +73,28 @@ pub(crate) fn is_null(row: &Row, column: usize) -> Result<bool, tokio_postgres::
 /// The claim of a message id.
 #[derive(Clone, Copy, Debug)]
 pub struct Claimed {
-    /// The record that claimed it, and its payload.
+    /// The record that claimed the id, and the hash of its payload.
     pub owner: Owner,
-    /// Microseconds since 2000: the timestamp of that record.
+    /// Timestamp of that record, in microseconds since 2000.
     pub created_at_us: i64,
 }
 
 impl Claimed {
-    /// Whether it is the claim that a record of this time makes.
+    /// Whether a record with this timestamp makes this claim.
     pub fn is_of(&self, timestamp: TimestampMs) -> bool {
         self.created_at_us == postgres_timestamp(timestamp)
     }
 }
 
-/// One row of each payment table, joined.
+/// Joined row of the payment tables.
 pub struct PaymentRow {
-    /// Where the record stands.
+    /// Partition of the record.
     pub partition: Partition,
-    /// Where the record stands.
+    /// Offset of the record.
     pub offset: Offset,
-    /// As hashes.
+    /// Hashes of the rows.
     pub seen: RowSeen,
-    /// Currency and amount in millionths, of `payment_core`.
+    /// Currency and amount in millionths, from `payment_core`.
     pub amount: Option<(String, i128)>,
 }
 
@@ -102,8 +103,9 @@ pub(crate) const PAYMENT_COLUMNS: &str = "\
     m.payment_id, m.created_at, m.updated_at, m.version, m.message_id, m.source_partition, m.source_offset,
     c.payment_id, c.created_at, c.cust_id, c.amount, c.currency, c.status, c.type,
     n.payment_id, n.created_at, n.external_ref_id, n.comment";
-/// The payment tables, joined: of the records in the ranges $1 (partitions), $2 (from), $3 (to). With `timed`,
-/// only the months from that of $4 to that of $5 (ms), said of each table, because the others are then not read.
+/// The joined payment tables, for records in the ranges $1 (partitions), $2 (from), $3 (to). With `timed`,
+/// only the months from $4 to $5 (ms); the condition is repeated for each table so that Postgres prunes
+/// partitions.
 pub(crate) fn payment_tables(timed: bool) -> String {
     let between = |table: &str| {
         match timed {
@@ -128,7 +130,7 @@ pub(crate) fn payment_tables(timed: bool) -> String {
     )
 }
 
-/// Ranges as three arrays.
+/// Converts ranges to three arrays.
 pub(crate) fn arrays(ranges: &[ScanRange]) -> (Vec<i32>, Vec<i64>, Vec<i64>) {
     (
         ranges.iter().map(|r| r.partition.0).collect(),
@@ -137,35 +139,35 @@ pub(crate) fn arrays(ranges: &[ScanRange]) -> (Vec<i32>, Vec<i64>, Vec<i64>) {
     )
 }
 
-/// A read-only session, asked from a thread that may block.
+/// A read-only session for blocking callers.
 pub struct Database {
     runtime: Handle,
     client: Client,
 }
 
-/// For `map_err`: what was being done when the database failed.
-fn failed(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> Failure {
-    move |error| Failure::failed(format!("{doing}: {}", describe(&error)))
+/// Error mapping that says what was being done.
+fn failed(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> CommandError {
+    move |error| CommandError::failed(format!("{doing}: {}", describe(&error)))
 }
 
 impl Database {
     /// Opens a session.
-    pub fn open(runtime: &Handle, endpoint: &Endpoint) -> Result<Self, Failure> {
+    pub fn open(runtime: &Handle, endpoint: &Endpoint) -> Result<Self, CommandError> {
         let client = runtime.block_on(async {
-            let (client, _) = endpoint.connect().await.map_err(|e| Failure::failed(e.to_string()))?;
+            let (client, _) = endpoint.connect().await.map_err(|e| CommandError::failed(e.to_string()))?;
             client.batch_execute(SESSION).await.map_err(failed("setting up the session"))?;
-            Ok::<_, Failure>(client)
+            Ok::<_, CommandError>(client)
         })?;
         Ok(Self { runtime: runtime.clone(), client })
     }
 
-    /// The session itself.
+    /// The underlying client.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
-    /// Who has claimed these ids.
-    pub fn claims(&self, ids: &[Uuid]) -> Result<HashMap<[u8; 16], Claimed>, Failure> {
+    /// Looks up the claims of message ids.
+    pub fn claims(&self, ids: &[Uuid]) -> Result<HashMap<[u8; 16], Claimed>, CommandError> {
         let mut found = HashMap::with_capacity(ids.len());
         if ids.is_empty() {
             return Ok(found);
@@ -194,8 +196,8 @@ impl Database {
         Ok(found)
     }
 
-    /// Those of these ids that stand in a row of some payment, claimed or not. Reads the table from end to end.
-    pub fn written_ids(&self, ids: &[Uuid]) -> Result<Vec<Uuid>, Failure> {
+    /// The message ids among these that occur in a payment row, claimed or not. Scans the whole table.
+    pub fn written_ids(&self, ids: &[Uuid]) -> Result<Vec<Uuid>, CommandError> {
         let rows = self
             .runtime
             .block_on(self.client.query(
@@ -208,7 +210,7 @@ impl Database {
     }
 
     /// Claims of records up to this time may have been dropped with their generation.
-    pub fn pruned_until(&self) -> Result<Option<TimestampMs>, Failure> {
+    pub fn pruned_until(&self) -> Result<Option<TimestampMs>, CommandError> {
         self.one(
             "SELECT ceil(extract(epoch FROM max(youngest_record)) * 1000)::bigint
              FROM payment_writer.idempotency_generation WHERE state IN ('retired', 'detached', 'dropped')",
@@ -217,7 +219,7 @@ impl Database {
     }
 
     /// Rows of records before this time may have been detached with their month.
-    pub fn archived_before(&self, months: u32) -> Result<Option<TimestampMs>, Failure> {
+    pub fn archived_before(&self, months: u32) -> Result<Option<TimestampMs>, CommandError> {
         self.one(
             &format!(
                 "SELECT (extract(epoch FROM (date_trunc('month', now() AT TIME ZONE 'UTC')
@@ -227,14 +229,14 @@ impl Database {
         )
     }
 
-    fn one(&self, query: &str, doing: &'static str) -> Result<Option<TimestampMs>, Failure> {
+    fn one(&self, query: &str, doing: &'static str) -> Result<Option<TimestampMs>, CommandError> {
         let row = self.runtime.block_on(self.client.query_one(query, &[])).map_err(failed(doing))?;
         Ok(row.try_get::<_, Option<i64>>(0).map_err(failed(doing))?.map(TimestampMs))
     }
 
-    /// Rows that belong to nothing: of `payment_core`, of `payment_notes`, of `idempotency`, each without a row of
-    /// `payment_metadata`. Reads the tables from end to end.
-    pub fn orphans(&self, archived_before: Option<TimestampMs>) -> Result<[u64; 3], Failure> {
+    /// Counts rows of `payment_core`, `payment_notes` and `idempotency` without a row of `payment_metadata`.
+    /// Scans the whole tables.
+    pub fn orphans(&self, archived_before: Option<TimestampMs>) -> Result<[u64; 3], CommandError> {
         const DOING: &str = "looking for rows that belong to nothing";
         let of_payments = |table: &str| {
             format!(
@@ -260,19 +262,19 @@ impl Database {
         Ok(counts)
     }
 
-    /// What persons gave up in this topic.
-    pub fn skips(&self, topic_id: Uuid) -> Result<Vec<Skip>, Failure> {
+    /// Skips in this topic by operators.
+    pub fn skips(&self, topic_id: Uuid) -> Result<Vec<Skip>, CommandError> {
         self.runtime.block_on(skips(&self.client, topic_id)).map_err(failed("reading cursor_audit"))
     }
 
-    /// Hands every row of these ranges in the months from the first to the last of `times` to `each`: one statement,
-    /// and so one snapshot.
+    /// Passes every row of these ranges, in the months from the first to the last of `times`, to `each`. Uses
+    /// one statement and therefore one snapshot.
     pub fn payment_rows(
         &self,
         ranges: &[ScanRange],
         times: (TimestampMs, TimestampMs),
         mut each: impl FnMut(PaymentRow),
-    ) -> Result<(), Failure> {
+    ) -> Result<(), CommandError> {
         let query = format!("SELECT {PAYMENT_COLUMNS} FROM {}", payment_tables(true));
         let (partitions, from, to) = arrays(ranges);
         let (first, last) = (times.0.0, times.1.0);
@@ -291,7 +293,7 @@ impl Database {
     }
 }
 
-/// What persons gave up in this topic, by `cursor_audit`.
+/// Skips in this topic by operators, from `cursor_audit`.
 pub async fn skips(client: &Client, topic_id: Uuid) -> Result<Vec<Skip>, tokio_postgres::Error> {
     let rows = client
         .query(

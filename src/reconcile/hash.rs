@@ -1,23 +1,23 @@
-//! Rows and outputs as hashes of 32 bits: what differs is found but for one case in four thousand million. Pure.
+//! 32-bit hashes of rows and outputs; a difference stays undetected with probability 1 in 2^32. Pure.
 
 use std::fmt::Write;
 
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::publication::DEAD_LETTER_VALUE_BYTES_MAX;
+use crate::domain::publication::DEAD_LETTER_VALUE_BYTES_MAX;
 
-/// 0 stands for "none".
+// 0 means "none".
 fn folded(hash: u64) -> u32 {
     ((hash ^ (hash >> 32)) as u32).max(1)
 }
 
-/// A row as a binary COPY has it.
+/// Hash of a row in the format of a binary COPY.
 pub fn row(bytes: &[u8]) -> u32 {
     folded(xxh3_64(bytes))
 }
 
-/// A key and a value.
+/// Hash of a key and a value.
 pub fn message(key: Option<&[u8]>, value: Option<&[u8]>) -> u32 {
     let mut hash = Xxh3::new();
     for part in [key, value] {
@@ -27,7 +27,7 @@ pub fn message(key: Option<&[u8]>, value: Option<&[u8]>) -> u32 {
     folded(hash.digest())
 }
 
-/// The dead letter of a record with this key and value: a long value is left out, its SHA-256 stands for it.
+/// Hash of the dead letter of a record; the SHA-256 represents a value that was left out for its length.
 pub fn dead_letter(key: Option<&[u8]>, value: Option<&[u8]>) -> u32 {
     match value.filter(|v| v.len() > DEAD_LETTER_VALUE_BYTES_MAX) {
         None => message(key, value),
@@ -42,7 +42,7 @@ pub fn dead_letter(key: Option<&[u8]>, value: Option<&[u8]>) -> u32 {
     }
 }
 
-/// Where Java's partitioner puts a key, modulo the number of partitions: murmur2 of `Utils.murmur2`, made
+/// Hash by which Java's partitioner assigns a key, before the modulo: murmur2 (`Utils.murmur2`), made
 /// positive.
 pub fn java_partition_hash(key: &[u8]) -> u32 {
     const M: u32 = 0x5bd1_e995;

@@ -1,23 +1,23 @@
-//! What is wrong with a record, if anything. Pure.
+//! Decides whether a record's outcome is correct. Pure.
 
 use std::fmt;
 
 use super::table::{Claim, Entry, Seen};
-use crate::publication::OutputTopic;
-use crate::wire::Reason;
+use crate::domain::publication::OutputTopic;
+use crate::domain::wire::Reason;
 
-/// What became of a record.
+/// Outcome of a record.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Outcome {
     /// It was written.
     Written,
-    /// Another record of the same payload was.
+    /// Another record with the same payload was written.
     Duplicate,
-    /// It went to the dead letters.
+    /// It was dead-lettered.
     DeadLetter(Reason),
-    /// A person gave it up, and nothing came of it.
+    /// An operator skipped it, and it has no outcome.
     GivenUp,
-    /// Nothing came of it.
+    /// It has no outcome.
     Lost,
 }
 
@@ -33,41 +33,41 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// A table, by its name.
+/// Name of a table.
 pub type TableName = &'static str;
 
-/// One thing that is wrong with a record.
+/// A deviation from the expected outcome.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wrong {
-    /// Valid, and neither written nor anything else.
+    /// Valid, but without any outcome.
     Lost,
-    /// It was written, but its message id is not claimed.
+    /// Written, but its message id is not claimed.
     Unclaimed,
-    /// Its claim says something else than the record.
+    /// Its claim does not match the record.
     ClaimDiffers,
-    /// A later record of its partition has its id.
+    /// A later record of its partition has claimed its id.
     OwnedLater,
-    /// It should be in this table and is not.
+    /// A row is missing in this table.
     NoRow(TableName),
-    /// It has a row in this table that it should not have.
+    /// This table has a row that should not exist.
     ExtraRow(TableName, Outcome),
-    /// Its row in this table is not what the record says.
+    /// The row in this table does not match the record.
     RowDiffers(TableName),
-    /// It has more than one row in at least one table.
+    /// At least one table has more than one row.
     RowsTwice(u8),
-    /// It should have an output there and has none.
+    /// An output is missing in this topic.
     NoOutput(OutputTopic),
-    /// It has an output there that it should not have.
+    /// This topic has an output that should not exist.
     ExtraOutput(OutputTopic, Outcome),
-    /// It has so many outputs there instead of one.
+    /// This topic has this many outputs instead of one.
     OutputTwice(OutputTopic, u8),
-    /// Its output there is not what the record says.
+    /// The output in this topic does not match the record.
     OutputDiffers(OutputTopic),
-    /// Its dead letter names another reason.
+    /// The dead letter has another reason than expected.
     OtherReason(Option<Reason>, Reason),
 }
 
-/// An output of this topic, with its article.
+/// Name of an output of this topic, with its article.
 pub fn an_output(topic: OutputTopic) -> &'static str {
     match topic {
         OutputTopic::Read => "a read event",
@@ -87,7 +87,7 @@ fn output_name(topic: OutputTopic) -> &'static str {
 impl fmt::Display for Wrong {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Lost => f.write_str("lost: it is valid, nobody has its message id, and it has no outcome"),
+            Self::Lost => f.write_str("lost: it is valid, its id is not claimed, and it has no outcome"),
             Self::Unclaimed => f.write_str("written, but its message id is not in idempotency"),
             Self::ClaimDiffers => f.write_str("its row in idempotency is not what the record says"),
             Self::OwnedLater => f.write_str("a later record of its partition has its message id"),
@@ -95,7 +95,7 @@ impl fmt::Display for Wrong {
             Self::ExtraRow(table, outcome) => write!(f, "a row in {table}, though it should be {outcome}"),
             Self::RowDiffers(table) => write!(f, "its row in {table} is not what the record says"),
             Self::RowsTwice(count) => {
-                write!(f, "its rows are there more than once ({count} in a join of the tables)")
+                write!(f, "its rows exist more than once ({count} in a join of the tables)")
             }
             Self::NoOutput(topic) => write!(f, "no {}", output_name(*topic)),
             Self::ExtraOutput(topic, outcome) => {
@@ -110,25 +110,26 @@ impl fmt::Display for Wrong {
             Self::OtherReason(found, expected) => write!(
                 f,
                 "dead-lettered as {}, not as {expected}",
-                found.map_or("nothing known", Reason::as_str)
+                found.map_or("an unknown reason", Reason::as_str)
             ),
         }
     }
 }
 
-/// The verdict on one record.
+/// Verdict on a record.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Verdict {
-    /// What became of it, or should have.
+    /// Actual or expected outcome.
     pub outcome: Outcome,
-    /// What is wrong.
+    /// Deviations.
     pub wrongs: Vec<Wrong>,
-    /// Outputs that are missing where the topic has lost its beginning.
+    /// Missing outputs that may have been removed from their topic by retention.
     pub untold: u8,
 }
 
-/// A record that is valid by the present settings, and has the dead letter of one that breaks a rule, and nothing
-/// else: the settings were others when it came. It claimed no id, so its replay may have been written since.
+/// Reason of a record whose only trace is a dead letter for a rule that it fulfils by the current settings:
+/// the settings were different when it was processed. It claimed no id, so its replay may have been written
+/// since.
 pub fn refused_by_other_settings(entry: &Entry, publishes: bool) -> Option<Reason> {
     let found = &entry.found;
     let is_valid_now = !matches!(entry.claim, Claim::Refused(_) | Claim::Own);
@@ -143,14 +144,14 @@ pub fn refused_by_other_settings(entry: &Entry, publishes: bool) -> Option<Reaso
     })
 }
 
-/// What should have become of the record, by the log, the claims and, where claims may be gone, the rows.
+/// Expected outcome by the log, the claims and, where claims may have been pruned, the rows.
 pub fn outcome(entry: &Entry, publishes: bool) -> Outcome {
     let (found, notes) = (&entry.found, &entry.circumstances);
     if notes.is_given_up && found.is_nothing() && !matches!(entry.claim, Claim::Own) {
         return Outcome::GivenUp;
     }
     let has_row = found.metadata.count > 0;
-    // Such a record claims no id, so that its replay, a later record of the same id, can be written.
+    // Such a record claims no id, so that its replay, a later record with the same id, can be written.
     let is_rejected = publishes && !has_row && found.reason == Some(Reason::RejectedByDatabase);
     if let Some(reason) = refused_by_other_settings(entry, publishes) {
         return Outcome::DeadLetter(reason);
@@ -158,7 +159,7 @@ pub fn outcome(entry: &Entry, publishes: bool) -> Outcome {
     match entry.claim {
         Claim::Refused(reason) => Outcome::DeadLetter(reason),
         Claim::Own => Outcome::Written,
-        // Its own claim went with its generation, and a later record claimed the id again.
+        // Its own claim was dropped with its generation, and a later record claimed the id again.
         Claim::Same | Claim::Other if notes.is_prunable && has_row => Outcome::Written,
         Claim::Same | Claim::Other | Claim::Nobody if is_rejected => {
             Outcome::DeadLetter(Reason::RejectedByDatabase)
@@ -174,7 +175,8 @@ pub fn outcome(entry: &Entry, publishes: bool) -> Outcome {
     }
 }
 
-/// Judges one record. `is_cut_off` says of an output topic that what it held of this record may have left it.
+/// Judges a record. `is_cut_off` tells for an output topic whether the record's outputs may have been removed
+/// by retention.
 pub fn judge(entry: &Entry, publishes: bool, is_cut_off: impl Fn(OutputTopic) -> bool) -> Verdict {
     let outcome = outcome(entry, publishes);
     let mut verdict = Verdict { outcome, wrongs: Vec::new(), untold: 0 };
@@ -196,7 +198,7 @@ pub fn judge(entry: &Entry, publishes: bool, is_cut_off: impl Fn(OutputTopic) ->
     if notes.is_claim_wrong {
         wrongs.push(Wrong::ClaimDiffers);
     }
-    // Without dead letters it cannot be told whether the database refused it when it came.
+    // Without dead letters it is unknown whether the database rejected it.
     let is_excused = notes.is_given_up
         || notes.is_prunable
         || !publishes
@@ -246,7 +248,7 @@ fn rows(entry: &Entry, outcome: Outcome, wrongs: &mut Vec<Wrong>) {
         return;
     }
     if found.metadata.count == 0 {
-        // Without this row the others cannot be found: they do not say where they come from.
+        // The other tables are found through this row only; they do not contain the source position.
         if !notes.is_archived && !notes.is_given_up {
             wrongs.push(Wrong::NoRow("payment_metadata"));
         }
@@ -379,7 +381,7 @@ mod tests {
         }
         let elsewhere = Notes { is_elsewhere: true, ..pruned };
         assert_eq!(wrongs(&Entry::new(Claim::Nobody, elsewhere, hashes())), []);
-        // Refused by the database, and its replay was written.
+        // Rejected by the database, and its replay was written.
         let mut replayed = letter(Claim::Same, Reason::RejectedByDatabase);
         replayed.circumstances.is_owned_later = true;
         assert_eq!(wrongs(&replayed), []);
@@ -395,7 +397,7 @@ mod tests {
         entry.found.outputs[1].count = 0;
         let verdict = judge(&entry, true, |topic| topic == OutputTopic::Email);
         assert_eq!((verdict.wrongs, verdict.untold), (vec![], 1));
-        // Without publishing nothing is asked of the outputs.
+        // Without publishing, outputs are not checked.
         entry.found.outputs = [Seen::default(); 3];
         assert_eq!(judge(&entry, false, |_| false).wrongs, []);
     }

@@ -1,33 +1,33 @@
-//! The first pass over a slice: every record of the log, parsed by the daemon's own rules, and who has its id.
+//! First pass over a slice: parses every record of the log by the daemon's rules and looks up its claim.
 
 use std::ops::ControlFlow;
 
 use uuid::Uuid;
 
-use super::cut::Exempt;
 use super::database::{Claimed, Database};
 use super::hash;
+use super::range::Exempt;
 use super::sums::numeric_millionths;
 use super::table::{Claim, Entry, Hashes, Notes, Table};
 use super::{Fault, Progress};
-use crate::batch::{Batch, PaymentView};
-use crate::cli::Failure;
+use crate::domain::batch::{Batch, PaymentView};
+use crate::domain::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use crate::domain::wire::{self, Rules};
+use crate::error::CommandError;
 use crate::kafka::scan::{ScanRange, Scanner};
-use crate::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
-use crate::wire::{self, Rules};
 
-/// Records that are parsed and looked up at once.
+/// Maximum number of records that are parsed and looked up together.
 const CHUNK_RECORDS_MAX: usize = 5_000;
-/// Or so many bytes of them.
+/// Maximum bytes of records that are parsed and looked up together.
 const CHUNK_BYTES_MAX: usize = 4 * 1024 * 1024;
-/// Records of a slice whose id nobody has claimed. Each is kept with its id, to be looked for in the tables.
+/// Maximum number of unclaimed records of a slice; their ids are kept and looked up in the tables.
 pub(super) const UNCLAIMED_MAX: usize = 2_000_000;
 
-/// What is the same for all slices.
+/// Inputs that are the same for all slices.
 pub(super) struct Circumstances<'a> {
-    /// The daemon's rules.
+    /// Validation rules of the daemon.
     pub rules: &'a Rules,
-    /// What persons gave up.
+    /// Records that operators skipped.
     pub exempt: &'a Exempt,
     /// See [`Database::pruned_until`].
     pub pruned_until: Option<TimestampMs>,
@@ -35,16 +35,16 @@ pub(super) struct Circumstances<'a> {
     pub archived_before: Option<TimestampMs>,
 }
 
-/// What the pass leaves besides the table.
+/// Results of the pass besides the table.
 #[derive(Default)]
 pub(super) struct Gathered {
-    /// Earliest and latest timestamp that a row of these records may have.
+    /// Earliest and latest timestamp of rows of these records.
     pub times: Option<(TimestampMs, TimestampMs)>,
-    /// Valid records whose id nobody has claimed, with the id.
+    /// Valid records whose id is not claimed, with the id.
     pub unclaimed: Vec<(Partition, Offset, Uuid)>,
 }
 
-/// Reads the log's part of a slice into the table.
+/// Reads the log of a slice into the table.
 pub(super) fn read(
     scanner: &Scanner,
     ranges: &[ScanRange],
@@ -55,7 +55,7 @@ pub(super) fn read(
 ) -> Result<Gathered, Fault> {
     let mut gathered = Gathered::default();
     let mut source = SourceBatch::new();
-    let mut failure: Option<Failure> = None;
+    let mut failure: Option<CommandError> = None;
     let mut flush = |source: &mut SourceBatch, table: &mut Table| {
         let taken = std::mem::take(source);
         progress.advance(taken.len() as u64);
@@ -84,7 +84,7 @@ pub(super) fn read(
     if let Some(failure) = failure {
         return Err(failure.into());
     }
-    // Broken off only by the failure above.
+    // Only the failure above stops the scan.
     let _ = flow.map_err(|e| Fault::Scan(e.to_string()))?;
     Ok(gathered)
 }
@@ -95,8 +95,8 @@ fn settle(
     database: &Database,
     table: &mut Table,
     gathered: &mut Gathered,
-) -> Result<SourceBatch, Failure> {
-    // Only what it encodes is used: nothing is claimed, and so no progress is named.
+) -> Result<SourceBatch, CommandError> {
+    // Only the encoded rows and outputs are used; without claims the cursors do not matter.
     let batch = Batch::assemble(source, Vec::new(), circumstances.rules);
     let ids: Vec<Uuid> = (0..batch.len())
         .filter_map(|i| batch.payment_view(i))
@@ -134,9 +134,9 @@ fn settle(
                 let claim = claim(partition, offset, &payment, claims.get(&payment.message_id), &mut notes);
                 if claim == Claim::Nobody {
                     if gathered.unclaimed.len() >= UNCLAIMED_MAX {
-                        return Err(Failure::failed(format!(
+                        return Err(CommandError::failed(format!(
                             "partition {partition}, offset {offset}: more than {UNCLAIMED_MAX} records before it have \
-                             message ids that nobody has claimed; compare fewer at once (--partition, \
+                             message ids that are not claimed; compare fewer records at once (--partition, \
                              --from-offset, --since, or a smaller --memory)"
                         )));
                     }
@@ -173,7 +173,7 @@ fn claim(
     if owner.payload_hash == payment.payload_hash { Claim::Same } else { Claim::Other }
 }
 
-/// Amount and currency of a row of `payment_core`, its fourth and fifth column.
+/// Amount and currency of a row of `payment_core`: its fourth and fifth column.
 fn amount(row: &[u8]) -> (u64, [u8; 3]) {
     let mut rest = row.get(2..).unwrap_or_default();
     let mut fields = std::iter::from_fn(|| {
@@ -188,7 +188,7 @@ fn amount(row: &[u8]) -> (u64, [u8; 3]) {
     (u64::try_from(millionths / 100).unwrap_or_default(), currency)
 }
 
-/// The ids and times of single records, for what is to be looked at more closely.
+/// Looks up ids and timestamps of single records for a recheck.
 pub(super) fn identify(
     scanner: &Scanner,
     places: &[(Partition, Offset)],
@@ -211,7 +211,7 @@ pub(super) fn identify(
     let wanted: std::collections::HashSet<(Partition, Offset)> = places.iter().copied().collect();
     let mut found = Vec::with_capacity(places.len());
     let mut one = SourceBatch::new();
-    // Never broken off.
+    // The callback never stops the scan.
     let _ = scanner
         .read(&ranges, |record| {
             if wanted.contains(&(record.partition(), record.offset())) {

@@ -1,4 +1,4 @@
-//! The last pass over a slice: every event and dead letter whose `source` is one of its records.
+//! Last pass over a slice: every event and dead letter whose `source` is a record of the slice.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
@@ -11,21 +11,21 @@ use super::report::Findings;
 use super::sums::Sums;
 use super::table::{Placed, Table};
 use super::{Fault, Progress, hash, judge};
-use crate::cli::Failure;
 use crate::config::KafkaSettings;
+use crate::domain::payment::{Amount, MessageId};
+use crate::domain::publication::OutputTopic;
+use crate::domain::record::{NextOffset, Offset, Partition};
+use crate::domain::wire::Reason;
+use crate::error::CommandError;
+use crate::kafka::last_stable::stable_ends;
 use crate::kafka::librdkafka::NativeRecord;
 use crate::kafka::scan::{ScanRange, Scanner};
-use crate::kafka::stable::stable_ends;
-use crate::payment::{Amount, MessageId};
-use crate::publication::OutputTopic;
-use crate::record::{NextOffset, Offset, Partition};
-use crate::wire::Reason;
 
-/// One output topic, and how far it is read.
+/// An output topic and the ends up to which it is read.
 struct Topic {
     output: OutputTopic,
     scanner: Scanner,
-    /// Every partition's end, as it was after the cursors were read.
+    /// End of every partition, determined after the cursors were read.
     ends: Vec<(Partition, NextOffset)>,
 }
 
@@ -35,20 +35,20 @@ pub(super) struct Outputs {
     prefix: String,
 }
 
-/// What the pass over a slice counts.
+/// Counts of a slice.
 pub(super) struct Counted {
     /// Outputs of the slice's records, by [`OutputTopic::index`].
     pub outputs: [u64; 3],
-    /// Amounts in the read events.
+    /// Sums of the amounts in read events.
     pub sums: Sums,
-    /// Outputs whose `source` is none of this topic.
+    /// Outputs whose `source` is in another topic or missing.
     pub foreign: u64,
-    /// Outputs of records that the log lost, whose offsets were used again.
+    /// Outputs of records that the log has lost and whose offsets were used again.
     pub former: u64,
-    /// Sources in the slice at which the log has no record.
+    /// Sources within the slice for which the log has no record.
     pub nowhere: Findings,
-    /// The first source offset by output, source partition and output partition, where the output partition
-    /// has lost its beginning: absent where nothing is left.
+    /// Output partitions that no longer start at offset 0: the lowest source offset by output, source
+    /// partition and output partition; absent if the partition is empty.
     cut: Cut,
 }
 
@@ -59,7 +59,7 @@ struct Cut {
 }
 
 impl Counted {
-    /// Nothing yet; at most `limit` findings are named.
+    /// Creates empty counts; at most `limit` findings are listed.
     pub fn new(limit: usize) -> Self {
         Self {
             outputs: [0; 3],
@@ -71,8 +71,8 @@ impl Counted {
         }
     }
 
-    /// Whether the output of this record may have left its topic. Outputs of one partition's records are in the
-    /// order of their offsets in each output partition, and a topic loses its oldest records first.
+    /// Whether the output of this record may have been removed by retention. Each output partition holds the
+    /// outputs of an input partition in offset order, and retention removes the oldest first.
     pub fn is_cut_off(
         &self,
         topic: OutputTopic,
@@ -111,10 +111,10 @@ struct Money<'m> {
 }
 
 impl Outputs {
-    /// Finds out how far the outputs must be read. To be asked after the cursors were read: what the group's
-    /// offset covers was committed with it.
-    pub fn open(kafka: &KafkaSettings, topic_id: Uuid) -> Result<Self, Failure> {
-        let failed = |e: &dyn std::fmt::Display| Failure::failed(format!("an output: {e}"));
+    /// Determines the ends of the outputs. Call it after reading the cursors: outputs covered by the group's
+    /// offset are then below these ends.
+    pub fn open(kafka: &KafkaSettings, topic_id: Uuid) -> Result<Self, CommandError> {
+        let failed = |e: &dyn std::fmt::Display| CommandError::failed(format!("an output: {e}"));
         let mut topics = Vec::new();
         for (output, name) in [
             (OutputTopic::Read, &kafka.read_topic),
@@ -129,12 +129,12 @@ impl Outputs {
         Ok(Self { topics, prefix: format!("{:08x}", topic_id.as_fields().0) })
     }
 
-    /// Records in the outputs, at most.
+    /// Maximum number of records in the outputs.
     pub fn len(&self) -> u64 {
         self.topics.iter().flat_map(|t| &t.ends).map(|(_, end)| end.0.unsigned_abs()).sum()
     }
 
-    /// Notes every output of the table's records.
+    /// Records every output of the table's records.
     pub fn read(&self, table: &mut Table, limit: usize, progress: &Progress) -> Result<Counted, Fault> {
         let mut counted = Counted::new(limit);
         for topic in &self.topics {
@@ -143,11 +143,11 @@ impl Outputs {
         Ok(counted)
     }
 
-    /// The records that have a read event with one of these message ids, wherever they stand.
+    /// Finds the records that have a read event with one of these message ids.
     pub fn senders(&self, ids: &HashSet<Uuid>) -> Result<HashMap<Uuid, Vec<(Partition, Offset)>>, Fault> {
         let mut found: HashMap<Uuid, Vec<(Partition, Offset)>> = HashMap::new();
         for topic in self.topics.iter().filter(|t| t.output == OutputTopic::Read) {
-            // Never broken off.
+            // The callback never stops the scan.
             let _ = topic
                 .scanner
                 .read(&ranges(topic)?, |record| {
@@ -185,7 +185,7 @@ impl Outputs {
             *cut = ranges.iter().map(|range| range.from.0 > 0).collect();
         }
         let mut seen = 0_u64;
-        // Never broken off.
+        // The callback never stops the scan.
         let _ = topic
             .scanner
             .read(&ranges, |record| {
@@ -251,7 +251,7 @@ impl Outputs {
     }
 }
 
-/// What there is of a topic, up to where it is to be read.
+/// Ranges of a topic that still exist, up to the recorded ends.
 fn ranges(topic: &Topic) -> Result<Vec<ScanRange>, Fault> {
     let partitions: Vec<Partition> = topic.ends.iter().map(|(partition, _)| *partition).collect();
     let bounds = topic.scanner.bounds(&partitions).map_err(|e| Fault::Scan(e.to_string()))?;
@@ -261,7 +261,7 @@ fn ranges(topic: &Topic) -> Result<Vec<ScanRange>, Fault> {
         .collect())
 }
 
-/// Partition and offset of a `source` of this topic.
+/// Parses partition and offset of a `source` of this topic.
 pub(crate) fn source_place(source: &[u8], prefix: &str) -> Option<(Partition, Offset)> {
     let mut parts = std::str::from_utf8(source).ok()?.split('/');
     let (topic, partition, offset) = (parts.next()?, parts.next()?, parts.next()?);

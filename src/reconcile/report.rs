@@ -1,4 +1,4 @@
-//! What a comparison found.
+//! Result of a comparison.
 
 use std::collections::BTreeMap;
 
@@ -6,36 +6,36 @@ use serde_json::{Value, json};
 
 use super::judge::Outcome;
 use super::sums::Sums;
-use crate::record::{NextOffset, Offset, Partition};
+use crate::domain::record::{NextOffset, Offset, Partition};
 
-/// One thing about one record, in words that quote nothing of it.
+/// A finding about a record; never quotes its contents.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Finding {
-    /// Where the record stands.
+    /// Partition of the record.
     pub partition: Partition,
-    /// Where the record stands.
+    /// Offset of the record.
     pub offset: Offset,
-    /// What is the matter.
+    /// Description.
     pub what: String,
 }
 
-/// Findings, of which only so many are named.
+/// Findings; only the first ones are kept.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Findings {
-    /// The first ones.
+    /// The first findings, up to the limit.
     pub named: Vec<Finding>,
-    /// All of them.
+    /// Total number.
     pub count: u64,
     limit: usize,
 }
 
 impl Findings {
-    /// None yet.
+    /// Creates an empty list.
     pub fn new(limit: usize) -> Self {
         Self { named: Vec::new(), count: 0, limit }
     }
 
-    /// Adds one.
+    /// Adds a finding.
     pub fn push(&mut self, partition: Partition, offset: Offset, what: impl Into<String>) {
         self.count += 1;
         if self.named.len() < self.limit {
@@ -43,19 +43,19 @@ impl Findings {
         }
     }
 
-    /// Adds others.
+    /// Adds the findings of another list.
     pub fn merge(&mut self, other: Self) {
         self.count += other.count;
         let room = self.limit.saturating_sub(self.named.len());
         self.named.extend(other.named.into_iter().take(room));
     }
 
-    /// Whether there is none.
+    /// Whether there are no findings.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 
-    /// As JSON.
+    /// Machine-readable form.
     pub fn json(&self) -> Value {
         let named = self.named.iter();
         let named: Vec<Value> = named
@@ -65,7 +65,7 @@ impl Findings {
     }
 }
 
-/// What was compared of one partition.
+/// Compared range of a partition.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Compared {
     /// The partition.
@@ -81,23 +81,23 @@ pub struct Compared {
 pub struct Report {
     /// Name of the input topic.
     pub topic: String,
-    /// The group whose work it is.
+    /// Consumer group of the daemon.
     pub group_id: String,
-    /// Where the rows are, without a password.
+    /// Database, without the password.
     pub database: String,
     /// Whether outputs were compared.
     pub publishes: bool,
-    /// What was compared, by partition.
+    /// Compared ranges by partition.
     pub compared: Vec<Compared>,
-    /// Partitions that are halted or in doubt; compared up to where they were settled.
+    /// Number of halted partitions; compared only up to the halt.
     pub halted: u64,
-    /// Slices that were needed to stay within the bound of memory.
+    /// Number of slices.
     pub slices: usize,
-    /// Records.
+    /// Number of records.
     pub records: u64,
-    /// Records by outcome.
+    /// Number of records by outcome.
     pub outcomes: BTreeMap<Outcome, u64>,
-    /// Payments that should have been written, by the log.
+    /// Payments that should have been written according to the log.
     pub log: Sums,
     /// Payments in the tables.
     pub rows: Sums,
@@ -105,24 +105,24 @@ pub struct Report {
     pub events: Sums,
     /// Outputs of these records: read events, e-mail events, dead letters.
     pub outputs: [u64; 3],
-    /// Outputs that name another topic as their source, or none.
+    /// Outputs whose source is in another topic or missing.
     pub foreign: u64,
-    /// Rows and outputs of records that the log lost, whose offsets were used again.
+    /// Rows and outputs of records that the log has lost and whose offsets were used again.
     pub former: u64,
-    /// Outputs that are not there, where the topic has lost its beginning.
+    /// Missing outputs that may have been removed by retention.
     pub untold: u64,
-    /// Rows without a row of `payment_metadata`, if they were looked for: of `payment_core`, `payment_notes`,
+    /// Number of rows without a row of `payment_metadata`, if requested: `payment_core`, `payment_notes`,
     /// `idempotency`.
     pub orphans: Option<[u64; 3]>,
-    /// What is wrong.
+    /// Findings that are wrong.
     pub findings: Findings,
-    /// What is out of the ordinary and allowed: what another database, the database's own rules or
-    /// earlier settings decided otherwise.
+    /// Deviations that are allowed: caused by another database, by the database's own rules or by earlier
+    /// settings.
     pub allowed: Findings,
 }
 
 impl Report {
-    /// Nothing compared yet.
+    /// Creates an empty report.
     pub fn new(topic: &str, group_id: &str, database: String, publishes: bool, limit: usize) -> Self {
         Self {
             topic: topic.to_owned(),
@@ -147,7 +147,7 @@ impl Report {
         }
     }
 
-    /// Adds what a slice found.
+    /// Adds the report of a slice.
     pub fn add(&mut self, slice: Self) {
         self.records += slice.records;
         for (outcome, count) in slice.outcomes {
@@ -159,7 +159,7 @@ impl Report {
         for (sum, count) in self.outputs.iter_mut().zip(slice.outputs) {
             *sum += count;
         }
-        // Every slice reads all outputs, and meets the same strangers.
+        // Every slice reads all outputs and counts the same foreign ones.
         self.foreign = self.foreign.max(slice.foreign);
         self.former += slice.former;
         self.untold += slice.untold;
@@ -167,18 +167,18 @@ impl Report {
         self.allowed.merge(slice.allowed);
     }
 
-    /// Whether every record has exactly its one outcome.
+    /// Whether every record has exactly one correct outcome.
     pub fn is_fine(&self) -> bool {
         self.findings.is_empty() && self.orphans.is_none_or(|counts| counts == [0; 3])
     }
 
-    /// The currencies that occur anywhere.
+    /// Currencies that occur in the log, the rows or the events.
     pub fn currencies(&self) -> Vec<&str> {
         let all = self.log.currencies().chain(self.rows.currencies()).chain(self.events.currencies());
         all.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
     }
 
-    /// As one object.
+    /// Machine-readable form.
     pub fn json(&self) -> Value {
         let sum = |sums: &Sums, currency: &str| {
             let sum = sums.of(currency);

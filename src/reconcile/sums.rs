@@ -1,23 +1,23 @@
-//! Sums of money per currency, exact. Pure.
+//! Exact sums of money per currency. Pure.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-/// How many payments and how much, per currency.
+/// Number of payments and total amount per currency.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Sums(BTreeMap<String, Sum>);
 
-/// Of one currency.
+/// Sum of one currency.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Sum {
-    /// Payments.
+    /// Number of payments.
     pub count: u64,
-    /// Their amounts in millionths: 2^63 payments of the largest amount fit.
+    /// Total amount in millionths; 2^63 payments of the maximum amount fit.
     pub millionths: i128,
 }
 
 impl Sums {
-    /// Adds one payment.
+    /// Adds a payment.
     pub fn add(&mut self, currency: &str, millionths: i128) {
         let one = Sum { count: 1, millionths };
         match self.0.get_mut(currency) {
@@ -35,7 +35,7 @@ impl Sums {
         }
     }
 
-    /// Of this currency.
+    /// Sum of this currency.
     pub fn of(&self, currency: &str) -> Sum {
         self.0.get(currency).copied().unwrap_or_default()
     }
@@ -52,7 +52,7 @@ impl Sum {
         self.millionths = self.millionths.saturating_add(other.millionths);
     }
 
-    /// The sum as a plain decimal number without needless zeros.
+    /// The total amount as a decimal number without trailing zeros.
     pub fn text(self) -> String {
         let (whole, rest) = (self.millionths / 1_000_000, self.millionths.unsigned_abs() % 1_000_000);
         let mut text = if self.millionths < 0 && whole == 0 { "-0".to_owned() } else { whole.to_string() };
@@ -65,8 +65,8 @@ impl Sum {
     }
 }
 
-/// A `numeric` as Postgres sends it, in millionths; `None` if it is none, not finite, or has more than six
-/// decimals. Format: `numeric_send` in the server's sources.
+/// Parses a binary `numeric` of Postgres into millionths; `None` if it is invalid, not finite, or has more
+/// than six decimals. Format: `numeric_send` in the server's source.
 pub fn numeric_millionths(bytes: &[u8]) -> Option<i128> {
     let mut words = bytes.chunks_exact(2).map(|w| match w {
         [high, low] => i16::from_be_bytes([*high, *low]),
@@ -91,7 +91,7 @@ pub fn numeric_millionths(bytes: &[u8]) -> Option<i128> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::columns::RowWriter;
+    use crate::domain::columns::RowWriter;
 
     #[test]
     fn an_amount_comes_back_from_its_row_as_it_went_in() {

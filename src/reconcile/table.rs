@@ -1,45 +1,45 @@
-//! What is kept of each record of a slice: what should have come of it, as hashes, and what was found. Pure.
+//! Expected and actual results of each record of a slice, as hashes. Pure.
 
+use crate::domain::publication::OutputTopic;
+use crate::domain::record::{Offset, Partition};
+use crate::domain::wire::Reason;
 use crate::kafka::scan::ScanRange;
-use crate::publication::OutputTopic;
-use crate::record::{Offset, Partition};
-use crate::wire::Reason;
 
-/// What the log and the claims say about a record.
+/// Status of a record by the log and the claims.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Claim {
-    /// It breaks a rule.
+    /// It violates a rule.
     Refused(Reason),
     /// It claimed its message id itself.
     Own,
-    /// Another record has the id, with the same payload.
+    /// Another record with the same payload has claimed the id.
     Same,
-    /// Another record has the id, with another payload.
+    /// Another record with another payload has claimed the id.
     Other,
-    /// Nobody has the id.
+    /// The id is not claimed.
     Nobody,
 }
 
 /// Special circumstances of a record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Notes {
-    /// A person gave it up.
+    /// An operator skipped it.
     pub is_given_up: bool,
-    /// Its offset was used before, by a record that the log lost.
+    /// Its offset was used before by a record that the log has lost.
     pub is_rewound: bool,
     /// It is so old that its claim may have been pruned.
     pub is_prunable: bool,
-    /// Its month may have been taken out of the payment tables.
+    /// Its month may have been detached from the payment tables.
     pub is_archived: bool,
-    /// Its own claim does not say what the record does.
+    /// Its own claim does not match the record.
     pub is_claim_wrong: bool,
-    /// A later record of its own partition has its id.
+    /// A later record of its own partition has claimed its id.
     pub is_owned_later: bool,
-    /// A row of another record has its id, though nobody has claimed it.
+    /// A row of another record has its id, though the id is not claimed.
     pub is_elsewhere: bool,
 }
 
-/// Hashes of what a record should have become, were it written or dead-lettered. 0 is "none".
+/// Hashes of the expected rows and outputs, for both outcomes: written and dead-lettered. 0 means none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Hashes {
     /// Row of `payment_metadata`.
@@ -50,9 +50,9 @@ pub struct Hashes {
     pub notes: u32,
     /// Key and value of the read event.
     pub read: u32,
-    /// Of the e-mail event.
+    /// Key and value of the e-mail event.
     pub email: u32,
-    /// Of the dead letter.
+    /// Key and value of the dead letter.
     pub letter: u32,
 }
 
@@ -66,12 +66,12 @@ impl Hashes {
     }
 }
 
-/// How often something was found, and whether it was ever not what it should be.
+/// Number of occurrences, and whether any of them differs from the expected one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Seen {
-    /// Saturates.
+    /// Number of occurrences; saturates.
     pub count: u8,
-    /// One of them differs from what the record says.
+    /// Whether at least one differs.
     pub differs: bool,
 }
 
@@ -82,85 +82,85 @@ impl Seen {
     }
 }
 
-/// What was found of a record.
+/// Rows and outputs found for a record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Found {
-    /// Rows of `payment_metadata`, each counted as often as there are rows of the other two for it.
+    /// Joined rows, counted by `payment_metadata`.
     pub metadata: Seen,
-    /// Of these, with a row of `payment_core`.
+    /// Joined rows with a row of `payment_core`.
     pub core: Seen,
-    /// Of these, with a row of `payment_notes`.
+    /// Joined rows with a row of `payment_notes`.
     pub notes: Seen,
     /// Outputs by [`OutputTopic::index`].
     pub outputs: [Seen; 3],
-    /// The reason in the last dead letter.
+    /// Reason of the last dead letter.
     pub reason: Option<Reason>,
 }
 
 impl Found {
-    /// What was found in this topic.
+    /// Outputs found in this topic.
     pub fn output(&self, topic: OutputTopic) -> Seen {
         self.outputs.get(topic.index()).copied().unwrap_or_default()
     }
 
-    /// Whether there is any trace at all.
+    /// Whether nothing was found.
     pub fn is_nothing(&self) -> bool {
         self.metadata.count == 0 && self.outputs.iter().all(|seen| seen.count == 0)
     }
 }
 
-/// One record.
+/// A record of the slice.
 #[derive(Clone, Debug)]
 pub struct Entry {
     delta: u32,
-    /// Hash of its key as Java's partitioner computes it; `None` without a key, which is put anywhere.
+    /// Hash of the key by Java's partitioner; `None` without a key, which can be in any output partition.
     pub key: Option<u32>,
-    /// What log and claims say.
+    /// Status by log and claims.
     pub claim: Claim,
-    /// Circumstances.
+    /// Special circumstances.
     pub circumstances: Notes,
-    /// What should be there.
+    /// Expected rows and outputs.
     pub expected: Hashes,
-    /// What is there.
+    /// Actual rows and outputs.
     pub found: Found,
-    /// Ten-thousandths; 0 if it is no payment.
+    /// Amount in ten-thousandths; 0 if the record is not a payment.
     pub amount: u64,
-    /// Three letters.
+    /// ISO 4217 code.
     pub currency: [u8; 3],
 }
 
-/// Bytes of memory that a record takes.
+/// Memory per record, in bytes.
 pub const ENTRY_BYTES: usize = size_of::<Entry>();
 
 impl Entry {
-    /// A record of which nothing was found yet.
+    /// Creates a record without any findings.
     pub fn new(claim: Claim, circumstances: Notes, expected: Hashes) -> Self {
         let found = Found::default();
         Self { delta: 0, key: None, claim, circumstances, expected, found, amount: 0, currency: [0; 3] }
     }
 }
 
-/// One row of `payment_metadata` with one row each of the other tables, as hashes.
+/// Hashes of a row of `payment_metadata` and the rows joined to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RowSeen {
-    /// Of `payment_metadata`.
+    /// Hash of the row of `payment_metadata`.
     pub metadata: u32,
-    /// Of `payment_core`.
+    /// Hash of the row of `payment_core`.
     pub core: Option<u32>,
-    /// Of `payment_notes`.
+    /// Hash of the row of `payment_notes`.
     pub notes: Option<u32>,
 }
 
-/// Where a row or an output belongs.
+/// Where the source of a row or an output is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Placed {
-    /// To no offset of this slice.
+    /// Not in this slice.
     Outside,
-    /// To an offset of this slice at which the log has no record.
+    /// In this slice, but the log has no record at that offset.
     Nowhere,
-    /// To a record that the log lost, whose offset was used again.
+    /// A record that the log has lost and whose offset was used again.
     Former,
-    /// To a record.
+    /// A record of this slice.
     Here,
 }
 
@@ -169,7 +169,7 @@ struct Share {
     entries: Vec<Entry>,
 }
 
-/// The records of one slice.
+/// Records of a slice.
 pub struct Table {
     shares: Vec<Share>,
 }
@@ -181,7 +181,7 @@ enum Place<'t> {
 }
 
 impl Table {
-    /// A table for these ranges: by partition, each partition once.
+    /// Creates a table for ranges sorted by partition, one range per partition.
     pub fn new(ranges: &[ScanRange]) -> Self {
         Self { shares: ranges.iter().map(|range| Share { range: *range, entries: Vec::new() }).collect() }
     }
@@ -191,13 +191,14 @@ impl Table {
         self.shares.get_mut(at)
     }
 
-    /// Adds a record; they come in the order of offsets within a partition.
+    /// Adds a record; within a partition, records must be added in offset order.
     pub fn push(&mut self, partition: Partition, offset: Offset, mut entry: Entry) {
         let Some(share) = self.share(partition) else { return };
         let Ok(delta) = u32::try_from(offset.0.saturating_sub(share.range.from.0)) else { return };
         if share.entries.is_empty() {
             let room = share.range.to.0.saturating_sub(share.range.from.0);
-            // The bound of memory is kept in offsets: a vector that doubles would pass it.
+            // Reserve exactly: the memory limit is computed from offsets, and a doubling vector would exceed
+            // it.
             share.entries.reserve_exact(usize::try_from(room).unwrap_or_default());
         }
         entry.delta = delta;
@@ -217,7 +218,7 @@ impl Table {
         }
     }
 
-    /// The record at this place.
+    /// The record at this position.
     pub fn entry(&mut self, partition: Partition, offset: Offset) -> Option<&mut Entry> {
         match self.place(partition, offset) {
             Place::Here(entry) => Some(entry),
@@ -225,7 +226,7 @@ impl Table {
         }
     }
 
-    /// Notes a row of `payment_metadata` with what is joined to it.
+    /// Counts a row of `payment_metadata` with the rows joined to it.
     pub fn note_row(&mut self, partition: Partition, offset: Offset, row: RowSeen) -> Placed {
         let entry = match self.place(partition, offset) {
             Place::Outside => return Placed::Outside,
@@ -247,7 +248,7 @@ impl Table {
         Placed::Here
     }
 
-    /// Notes an output.
+    /// Counts an output.
     pub fn note_output(
         &mut self,
         partition: Partition,
@@ -285,7 +286,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::NextOffset;
+    use crate::domain::record::NextOffset;
 
     #[test]
     fn a_record_is_found_again_whatever_gaps_the_log_has() {

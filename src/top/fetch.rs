@@ -1,4 +1,4 @@
-//! Asking a daemon's admin port.
+//! Client of a daemon's admin port.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,10 +8,10 @@ use serde::Deserialize;
 use super::samples::Samples;
 
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// With 1,000 partitions `/metrics` is below 1 MB.
+/// Maximum size of an answer; with 1,000 partitions `/metrics` is below 1 MB.
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
 
-/// An admin port could not be asked.
+/// A request to an admin port failed.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{url} does not answer as a daemon's admin port: {reason}")]
 pub struct FetchError {
@@ -23,13 +23,13 @@ pub struct FetchError {
 /// A daemon's admin port.
 #[derive(Clone)]
 pub struct Source {
-    /// `http://host:port`, for people: without user and password.
+    /// `http://host:port` for display, without user and password.
     pub url: String,
     address: String,
     agent: ureq::Agent,
 }
 
-/// An address without what stands before an `@`.
+/// Removes user and password from an address.
 fn without_user(address: &str) -> String {
     let Some((scheme, rest)) = address.split_once("://") else { return address.to_owned() };
     let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
@@ -37,7 +37,7 @@ fn without_user(address: &str) -> String {
     format!("{scheme}://{host}{path}")
 }
 
-/// `/status`, as far as it is shown.
+/// The parts of `/status` that are shown.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct Status {
     #[serde(default)]
@@ -67,7 +67,7 @@ pub(super) struct Problem {
     pub(super) message: String,
 }
 
-/// What one daemon said at one moment.
+/// Answers of one daemon at one time.
 #[derive(Clone, Debug)]
 pub struct Instance {
     pub(super) at: Instant,
@@ -76,7 +76,7 @@ pub struct Instance {
 }
 
 impl Source {
-    /// The admin port at `url`, such as `http://127.0.0.1:9464`; `http://` may be left out.
+    /// Creates a client for `url`, such as `http://127.0.0.1:9464`; `http://` is optional.
     pub fn new(url: &str) -> Self {
         let address = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
         let address = address.trim_end_matches('/').to_owned();
@@ -85,10 +85,10 @@ impl Source {
         Self { url: without_user(&address), address, agent }
     }
 
-    /// Asks for everything.
+    /// Requests metrics and status.
     ///
     /// # Errors
-    /// Nobody answers there, or not as a daemon would.
+    /// If there is no answer, or it is not a daemon's.
     pub fn fetch(&self) -> Result<Instance, FetchError> {
         let (metrics, status) = (self.get("/metrics")?, self.get("/status")?);
         let status =

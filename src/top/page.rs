@@ -1,4 +1,4 @@
-//! What is shown, worked out from two looks at each daemon: pure.
+//! Contents of the page, computed from two samples of each daemon. Pure.
 
 use super::fetch::{FetchError, Instance, Problem};
 use super::samples::quantile;
@@ -10,9 +10,9 @@ const PHASES: [&str; 4] = ["waiting", "assembling", "database", "kafka"];
 #[derive(Clone, Debug, Default)]
 pub(super) struct Row {
     pub(super) url: String,
-    /// Version and group; empty if it does not answer.
+    /// Version and group; empty if the daemon does not answer.
     pub(super) what: String,
-    /// What is missing, or why it does not answer; empty while it is ready.
+    /// What is missing, or why the daemon does not answer; empty if it is ready.
     pub(super) trouble: String,
     pub(super) breakers: Vec<String>,
     pub(super) partitions: usize,
@@ -31,35 +31,35 @@ pub(super) struct Lag {
     pub(super) state: String,
 }
 
-/// Everything that is shown.
+/// The whole page.
 #[derive(Clone, Debug, Default)]
 pub struct Page {
     pub(super) rows: Vec<Row>,
-    /// By outcome: a second, and since the start.
+    /// By outcome: per second, and since the start.
     pub(super) outcomes: Vec<(&'static str, f64, f64)>,
-    /// Transactions a second.
+    /// Transactions per second.
     pub(super) database_rate: f64,
     pub(super) kafka_rate: f64,
     pub(super) batch_records: f64,
-    /// Errors a second.
+    /// Errors per second.
     pub(super) database_errors: f64,
     pub(super) kafka_errors: f64,
     /// Share of the lanes' time by phase; database and Kafka overlap.
     pub(super) phases: Vec<(&'static str, f64)>,
-    /// Upper bounds of latency from record to event, in seconds: half, 99 %.
+    /// Upper bounds of the latency from record to event, in seconds: median and 99th percentile.
     pub(super) latency: [Option<f64>; 2],
-    /// By partition.
+    /// Lag by partition.
     pub(super) lags: Vec<Lag>,
     pub(super) oldest_seconds: f64,
-    /// The oldest first.
+    /// Oldest first.
     pub(super) problems: Vec<Problem>,
 }
 
-/// One daemon's address with two looks at it: the one before, if there was one, and the last.
+/// A daemon's address with two samples: the previous one, if any, and the last one.
 pub type Looks<'a> = (&'a str, Option<&'a Instance>, &'a Result<Instance, FetchError>);
 
 impl Page {
-    /// Works it out from what each daemon said.
+    /// Computes the page from the answers of the daemons.
     pub fn of<'a>(looks: impl Iterator<Item = Looks<'a>>) -> Self {
         let mut page = Self {
             outcomes: OUTCOMES.map(|name| (name, 0.0, 0.0)).to_vec(),
@@ -99,7 +99,7 @@ impl Page {
             }
             let Some(before) = before else { continue };
             let seconds = now.at.saturating_duration_since(before.at).as_secs_f64().max(0.001);
-            // A daemon that was started anew counts from 0 again.
+            // The counters of a restarted daemon start at 0 again.
             let rate = |name: &str, labels: &[(&str, &str)]| {
                 (now.samples.sum(name, labels) - before.samples.sum(name, labels)).max(0.0) / seconds
             };
@@ -129,7 +129,7 @@ impl Page {
         page
     }
 
-    /// The partitions that are furthest behind, the worst first; none that is caught up.
+    /// The partitions with the most lag, worst first; without those that are caught up.
     pub(super) fn worst(&self, count: usize) -> Vec<&Lag> {
         let is_behind = |lag: &&Lag| lag.records.is_none_or(|r| r > 0) || lag.state != "live";
         let mut worst: Vec<&Lag> = self.lags.iter().filter(is_behind).collect();
@@ -169,7 +169,7 @@ fn row(url: &str, now: &Instance) -> Row {
     }
 }
 
-/// Adds the counts of histograms with the same bounds.
+/// Adds counts of histograms with the same bounds.
 fn add(sums: &mut Vec<(f64, f64)>, buckets: Vec<(f64, f64)>) {
     if sums.is_empty() {
         *sums = buckets;

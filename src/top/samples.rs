@@ -1,11 +1,11 @@
-//! Samples of one scrape, as far as `top` needs them.
+//! Samples of a scrape, as far as `top` needs them.
 //!
-//! The text is that of our own exporter, so this reads what it writes (the Prometheus text format 0.0.4, without
-//! escapes in labels other than those that it makes), and passes over what it does not know.
+//! Parses the Prometheus text format 0.0.4 as written by this program's exporter, with only the label escapes
+//! that it uses, and ignores everything else.
 
 use std::collections::BTreeMap;
 
-/// One line of a scrape.
+/// A line of a scrape.
 #[derive(Clone, Debug, PartialEq)]
 struct Sample {
     name: String,
@@ -13,7 +13,7 @@ struct Sample {
     value: f64,
 }
 
-/// All of a scrape.
+/// All samples of a scrape.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Samples(Vec<Sample>);
 
@@ -29,28 +29,28 @@ impl Samples {
         self.0.iter().filter(move |s| s.name == name && labels.iter().all(|label| has(s, label)))
     }
 
-    /// The sum of all samples of that name with these labels.
+    /// Sum of all samples with this name and these labels.
     pub(super) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.of(name, labels).map(|sample| sample.value).sum()
     }
 
-    /// The greatest of them.
+    /// Maximum of all samples with this name.
     pub(super) fn max(&self, name: &str) -> Option<f64> {
         self.of(name, &[]).map(|sample| sample.value).reduce(f64::max)
     }
 
-    /// How many there are.
+    /// Number of samples with this name.
     pub(super) fn count(&self, name: &str) -> usize {
         self.of(name, &[]).count()
     }
 
-    /// A label's value with that of each sample.
+    /// Value of a label and of the sample, for each sample with this name.
     pub(super) fn by_label(&self, name: &str, label: &str) -> Vec<(String, f64)> {
         let pair = |sample: &Sample| Some((sample.labels.get(label)?.clone(), sample.value));
         self.of(name, &[]).filter_map(pair).collect()
     }
 
-    /// Cumulative counts by upper bound of a histogram, bounds ascending.
+    /// Cumulative counts of a histogram by upper bound, ascending.
     pub(super) fn buckets(&self, name: &str) -> Vec<(f64, f64)> {
         let name = format!("{name}_bucket");
         let mut buckets: Vec<(f64, f64)> = self
@@ -90,7 +90,7 @@ fn sample(line: &str) -> Option<Sample> {
     Some(Sample { name: name.to_owned(), labels: found, value: value.parse().ok()? })
 }
 
-/// The value below which that share of what came between two scrapes lies; bounds of the histogram's buckets.
+/// Quantile of the values observed between two scrapes; the result is a bucket bound.
 pub(super) fn quantile(before: &[(f64, f64)], after: &[(f64, f64)], share: f64) -> Option<f64> {
     let count_before = |bound: f64| before.iter().find(|(b, _)| *b == bound).map_or(0.0, |(_, count)| *count);
     let all = after.last().map(|(bound, count)| count - count_before(*bound)).filter(|all| *all > 0.0)?;

@@ -1,4 +1,4 @@
-//! The page on a terminal, or as plain text.
+//! Renders the page on a terminal or as plain text.
 
 use std::io;
 use std::sync::mpsc;
@@ -14,9 +14,9 @@ use ratatui::widgets::{Block, Paragraph};
 use super::fetch::{FetchError, Instance, Source};
 use super::page::{Lag, Page, Row};
 
-/// Keys are looked for this often.
+/// Interval of checks for keys.
 const KEYS_TICK: Duration = Duration::from_millis(100);
-/// Partitions that are named.
+/// Maximum number of listed partitions.
 const WORST_MAX: usize = 5;
 const PROBLEMS_MAX: usize = 8;
 const BAR_CHARS: usize = 20;
@@ -26,7 +26,7 @@ struct Section {
     lines: Vec<Line<'static>>,
 }
 
-/// Everything that is shown passes here: nothing that a daemon says may steer the terminal.
+/// All output passes through here, so that text from a daemon cannot control the terminal.
 fn section(title: impl Into<String>, mut lines: Vec<Line<'static>>) -> Section {
     for span in lines.iter_mut().flat_map(|line| &mut line.spans) {
         if span.content.contains(char::is_control) {
@@ -40,7 +40,7 @@ fn daemons(page: &Page) -> Section {
     section("payment-writer top, q to quit", page.rows.iter().flat_map(daemon).collect())
 }
 
-/// A number for people: 12, 1.2k, 3.4M.
+/// Formats a number: 12, 1.2k, 3.4M.
 fn short(number: f64) -> String {
     match number.abs() {
         n if n >= 1e9 => format!("{:.1}G", number / 1e9),
@@ -51,7 +51,7 @@ fn short(number: f64) -> String {
     }
 }
 
-/// A time for people: 12ms, 3.4s, 5m, 2h, 3d.
+/// Formats a duration: 12ms, 3.4s, 5m, 2h, 3d.
 fn age(seconds: f64) -> String {
     match seconds {
         s if s < 1.0 => format!("{:.0}ms", s * 1e3),
@@ -140,7 +140,7 @@ fn time(page: &Page) -> Section {
     section("share of the lanes' time", lines)
 }
 
-/// One sign a partition, higher the further behind it is.
+/// Symbol of a partition; the higher, the more lag.
 fn heat(lag: &Lag) -> Span<'static> {
     if lag.state == "halted" {
         return coloured("X", Color::Magenta);
@@ -149,7 +149,7 @@ fn heat(lag: &Lag) -> Span<'static> {
         None => coloured("?", Color::Yellow),
         Some(0) => coloured("·", Color::Green),
         Some(records) => {
-            // One level for each power of ten.
+            // One level per power of ten.
             let level = (records.max(1) as f64).log10().floor() as usize;
             let signs = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
             let sign = signs.get(level).or(signs.last()).copied().unwrap_or('█');
@@ -179,7 +179,7 @@ fn problems(page: &Page) -> Section {
     let last = page.problems.get(from..).unwrap_or_default();
     let line = |problem: &super::fetch::Problem| {
         let colour = if problem.level == "ERROR" { Color::Red } else { Color::Yellow };
-        // The moment without its date and fraction.
+        // The time without date and fraction.
         let at = problem.at.get(11..19).unwrap_or(&problem.at).to_owned();
         Line::from(vec![
             Span::raw(format!("{at} ")),
@@ -230,14 +230,14 @@ fn draw(frame: &mut Frame<'_>, page: &Page) {
 
 type Look = Result<Instance, FetchError>;
 
-/// Shows the page until somebody quits; the terminal is restored then, also by a panic.
+/// Shows the page until the user quits, and restores the terminal then, also on a panic.
 ///
 /// # Errors
-/// The terminal cannot be used.
+/// If the terminal cannot be used.
 pub fn run(sources: Vec<Source>, mut last: Vec<Look>, interval: Duration) -> io::Result<()> {
     let (looks, news) = mpsc::sync_channel::<Vec<Look>>(1);
     let asked = sources.clone();
-    // Ends with the process, or at its next look once nobody listens.
+    // Ends with the process, or at the next sample after the receiver is gone.
     std::thread::Builder::new().name("top".to_owned()).spawn(move || {
         loop {
             std::thread::sleep(interval);
@@ -267,7 +267,8 @@ pub fn run(sources: Vec<Source>, mut last: Vec<Look>, interval: Duration) -> io:
     outcome
 }
 
-/// The next looks; `None`: somebody quits. A changed size of the terminal waits for the next looks, too.
+/// Waits for the next samples; `None`: the user quits. A changed terminal size takes effect with the next
+/// samples.
 fn wait_for(news: &mpsc::Receiver<Vec<Look>>) -> io::Result<Option<Vec<Look>>> {
     loop {
         match news.try_recv() {

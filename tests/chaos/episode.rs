@@ -1,11 +1,11 @@
-//! One history: topics and a database of its own, instances, adversarial load; faults happen to it one
-//! after the other, and in between it is asked whether every record has its one outcome.
+//! One episode: its own topics and database, several instances, adversarial load. Faults are injected one
+//! after the other, and in between every record is checked for exactly one outcome.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use payment_writer::schema::{NEWEST_KNOWN, OLDEST_SUPPORTED};
+use payment_writer::postgres::schema::{NEWEST_KNOWN, OLDEST_SUPPORTED};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -18,33 +18,34 @@ use crate::support::{Check, Daemon, Flow, Member, Scope, Servers, TRANSACTION_MA
 use crate::watch::{Offsets, Watch, has_reached};
 
 pub const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
-/// A recovery that takes so long is asked whether it can come to an end at all.
+/// After this time of recovery, the test checks whether recovery is possible at all.
 const SPOILT_ASKED_AFTER: Duration = Duration::from_secs(20);
-/// Whoever is not over it by now is stuck: longer than every time limit there is.
+/// After this time an instance is stuck: longer than every timeout in the system.
 const STUCK_AFTER: Duration = Duration::from_secs(150);
-/// This many seeds in a row share an episode, so that a seed alone says in which one it belongs.
+/// This many consecutive seeds share an episode, so that a seed determines its episode.
 const CYCLES_AN_EPISODE: u64 = 20;
 pub const INPUT_PARTITIONS: i32 = 6;
 pub const OUTPUT_PARTITIONS: i32 = 2;
 const MARKERS_DROPPED: &str = "these partitions are likely deleted already and hence can be skipped";
-/// So many new records have to arrive, and to be written and published, before a fault is over.
+/// A fault is over when this many new records have arrived and are written and published.
 const RECORDS_SINCE: i64 = 20;
 const LOG_LINES_TOLD: usize = 30;
-/// About 80 a second: a machine with two cores that others use, too, has to keep up with it.
+/// About 80 a second: a shared machine with two cores can process that.
 const RECORDS_A_TICK: usize = 2;
 
-/// What may happen in an episode, besides what may happen in each.
+/// Additional faults that an episode allows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stage {
-    /// One id may stand on several partitions.
+    /// One id may occur on several partitions.
     Twins,
-    /// The database may go back. Of several partitions with one id, another could win then: there are none.
+    /// The database may be restored. No id is on several partitions, as another of its records could win
+    /// then.
     Rewinding,
     /// The database is on a disk that can be filled.
     SmallDisk,
 }
 
-/// Servers and the network to them, for all episodes of a run.
+/// Servers and the network proxy, for all episodes of a run.
 pub struct Lab {
     pub servers: Servers,
     pub proxy: Proxy,
@@ -59,14 +60,14 @@ impl Lab {
         Lab { servers, proxy, has_small_disk }
     }
 
-    /// How often brokers said that they dropped markers of a transaction.
+    /// How often brokers logged that they dropped transaction markers.
     pub fn markers_dropped(&self) -> usize {
         let log = |node| self.servers.dir().join(format!("data/logs/kafka-{node}.log"));
         let count = |node| std::fs::read_to_string(log(node)).unwrap().matches(MARKERS_DROPPED).count();
         (1..=self.servers.brokers()).map(count).sum()
     }
 
-    /// Copies what the servers said to a place where it stays.
+    /// Copies the server logs to a folder that is kept.
     pub fn keep_logs(&self, number: u64) -> PathBuf {
         let kept =
             Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("chaos-{}-{number}", std::process::id()));
@@ -79,7 +80,7 @@ impl Lab {
     }
 }
 
-/// What an episode is like, by the seeds that belong to it.
+/// Properties of an episode, derived from its seeds.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     pub number: u64,
@@ -90,7 +91,7 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// `instances` and `faults` as the command line wants them.
+    /// `instances` and `faults` come from the command line.
     pub fn of_seed(seed: u64, instances: Option<usize>, faults: &[Fault], lab: &Lab) -> Setup {
         let number = seed / CYCLES_AN_EPISODE;
         let mut random = ChaCha8Rng::seed_from_u64(number ^ 0xE915_0DE5);
@@ -123,7 +124,7 @@ impl Setup {
     }
 }
 
-/// One of the daemons, over its restarts.
+/// One of the daemons, across restarts.
 pub struct Instance {
     pub name: String,
     pub member: Member,
@@ -138,9 +139,9 @@ pub struct Episode<'l> {
     pub instances: Vec<Instance>,
     pub flow: Flow<Adversary>,
     pub watch: Watch,
-    /// What has been done to it, for the message of a failure.
+    /// Injected faults, for the message of a failure.
     pub history: Vec<String>,
-    /// Accidents beside the one that a cycle is about.
+    /// Random additional faults during a cycle's main fault.
     pub asides: Vec<String>,
     schemas_ahead: i32,
 }
@@ -182,7 +183,7 @@ impl<'l> Episode<'l> {
         episode
     }
 
-    /// The settings of an instance: its database is behind the proxy.
+    /// The settings of an instance: it connects to the database through the proxy.
     pub fn member(&self, name: &str) -> Member {
         let url = format!(
             "postgres://payment_writer:payment_writer@127.0.0.1:{}/{}",
@@ -197,19 +198,19 @@ impl<'l> Episode<'l> {
             .with("KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", "1000")
     }
 
-    /// Starts an instance anew, with a place at which it dies or stops, or without.
+    /// Starts an instance, optionally with a failpoint at which it exits or stops.
     pub fn restart_at(&mut self, index: usize, failpoint: &str) {
         let instance = &mut self.instances[index];
         instance.daemon = instance.member.start_at(&self.scope, failpoint);
     }
 
-    /// SIGKILL and a new start.
+    /// Sends SIGKILL and starts it again.
     pub fn kill_and_restart(&mut self, index: usize) {
         self.instances[index].daemon.kill();
         self.restart_at(index, "");
     }
 
-    /// Lets a state last, and at times an instance die meanwhile.
+    /// Keeps a fault active for some time, and sometimes kills an instance meanwhile.
     pub fn hold(&mut self, random: &mut ChaCha8Rng, from_ms: u64, to_ms: u64) {
         let whole = Duration::from_millis(random.random_range(from_ms..to_ms));
         if random.random_bool(0.2) {
@@ -224,13 +225,13 @@ impl<'l> Episode<'l> {
         }
     }
 
-    /// Waits until records flow again: all that was there at the fault's end, and the first that came after
-    /// it, is written and published. Says how long it took.
+    /// Waits until records flow again: everything that was there when the fault ended, and the first records
+    /// after it, are written and published. Returns how long it took.
     pub fn recover(&mut self, ended_at: Instant) -> Duration {
-        self.recover_unless(ended_at, || false).expect("nothing spoils it")
+        self.recover_unless(ended_at, || false).expect("`is_spoilt` is always false")
     }
 
-    /// As [`recover`](Self::recover); none if `is_spoilt` turns true while it takes long.
+    /// As [`recover`](Self::recover); `None` if `is_spoilt` becomes true during a long recovery.
     pub fn recover_unless(&mut self, ended_at: Instant, is_spoilt: impl Fn() -> bool) -> Option<Duration> {
         let mut ask_at = SPOILT_ASKED_AFTER;
         let mut is_given_up = |episode: &mut Self, state: &str| {
@@ -248,12 +249,12 @@ impl<'l> Episode<'l> {
         };
         let sum = |ends: &Offsets| ends.values().sum::<i64>();
         let mut first = None;
-        // Records that came after the fault's end belong to it: what stood still has nothing left to do.
+        // Later records are required, too: a component that stalled may have no other work left.
         let ends = loop {
             let state = match self.watch.ends() {
                 Some(ends) if sum(&ends) >= *first.get_or_insert(sum(&ends)) + RECORDS_SINCE => break ends,
                 Some(_) => "no records come",
-                None => "the brokers do not tell the log's ends",
+                None => "the brokers do not return the end offsets",
             };
             if is_given_up(self, state) {
                 return None;
@@ -262,7 +263,7 @@ impl<'l> Episode<'l> {
         loop {
             let committed = self.watch.committed().unwrap_or_default();
             let state = if has_reached(&committed, &ends) {
-                // The first moment at which it was seen is not made later by the second question.
+                // The second check does not move the time at which the first one succeeded.
                 let seen_at = ended_at.elapsed();
                 let applied = self.watch.applied(&self.scope).unwrap_or_default();
                 if has_reached(&applied, &ends) {
@@ -278,7 +279,7 @@ impl<'l> Episode<'l> {
         }
     }
 
-    /// What the daemons said lately, for a look at what took them so long.
+    /// The daemons' latest log lines, to explain a slow recovery.
     pub fn tell_logs(&self) {
         for instance in &self.instances {
             let log = instance.daemon.log();
@@ -288,7 +289,7 @@ impl<'l> Episode<'l> {
         }
     }
 
-    /// Each instance is expected to outlive what happens around it.
+    /// Asserts that no instance has exited.
     pub fn assert_alive(&mut self) {
         for instance in &mut self.instances {
             assert!(
@@ -300,8 +301,7 @@ impl<'l> Episode<'l> {
         }
     }
 
-    /// The strict question, by an auditor that shares no code with the daemon, by the tests' own check, and
-    /// by `reconcile`.
+    /// Checks for exactly one outcome, with the independent auditor, the tests' own check, and `reconcile`.
     pub fn check(&mut self) -> Checked {
         self.flow.pause();
         self.assert_alive();
@@ -315,11 +315,11 @@ impl<'l> Episode<'l> {
         checked
     }
 
-    /// Waits until everything is written and published, and both cursors say so.
+    /// Waits until everything is written and published, and both cursors agree.
     pub fn wait_until_settled(&mut self) {
         self.scope.await_input_markers();
         wait_until_within(STUCK_AFTER, "STUCK: everything is written and published", || {
-            // Asked again: the broker ends in its own time what a client of the load left open.
+            // Repeated: the broker may take time to abort a transaction that a client of the load left open.
             let ends = self.scope.ends();
             let (committed, cursors) = (self.watch.committed().unwrap_or_default(), self.scope.cursors());
             let is_there = |partition: &i32, end: i64| {
@@ -330,7 +330,7 @@ impl<'l> Episode<'l> {
         });
     }
 
-    /// Drains all instances; each must say that all went well.
+    /// Drains all instances; each must exit with code 0.
     pub fn drain(&mut self) {
         for instance in &self.instances {
             instance.daemon.terminate();
@@ -341,7 +341,7 @@ impl<'l> Episode<'l> {
         }
     }
 
-    /// The episode's last question, after a drain.
+    /// The episode's last check, after a drain.
     pub fn end(mut self) -> Checked {
         let checked = self.check();
         self.flow.pause();
@@ -350,7 +350,7 @@ impl<'l> Episode<'l> {
         checked
     }
 
-    /// Says how the records were written, and that each writer had its part in it.
+    /// Prints how the records were written, and asserts that each kind of writer took part.
     fn tell_load(&self) {
         let [plain, own, java] = self.flow.written()[..] else { panic!("three writers") };
         println!(
@@ -364,10 +364,10 @@ impl<'l> Episode<'l> {
             java.committed,
             java.aborted
         );
-        assert!(own.committed > 0 && java.committed > 0, "a writer of the load has written nothing");
+        assert!(own.committed > 0 && java.committed > 0, "one kind of writer has written nothing");
     }
 
-    /// The schema becomes newer, in a way that this version need not know: what upgrades promise.
+    /// Upgrades the schema in a compatible way, as rolling upgrades do.
     pub fn raise_schema(&mut self) {
         self.scope.command(&["migrate"]).succeeds();
         self.schemas_ahead += 1;
@@ -385,7 +385,7 @@ impl Drop for Episode<'_> {
     fn drop(&mut self) {
         self.lab.proxy.set_open(true);
         if std::thread::panicking() {
-            eprintln!("--- what was done in this episode ---\n{}", self.history.join("\n"));
+            eprintln!("--- faults of this episode ---\n{}", self.history.join("\n"));
         }
         if self.setup.stage == Stage::SmallDisk {
             self.instances.clear();
@@ -396,7 +396,7 @@ impl Drop for Episode<'_> {
                     "DROP TABLESPACE small".to_owned(),
                 ]);
             };
-            // On a thread of its own: a second panic in this one would end the process.
+            // On a separate thread: a second panic in this one would abort the process.
             let _ = std::thread::scope(|threads| threads.spawn(leave).join());
         }
     }
@@ -405,7 +405,7 @@ impl Drop for Episode<'_> {
 fn move_to_small_disk(lab: &Lab, scope: &Scope<'_>) {
     let disk = lab.servers.small_disk().expect("a small disk");
     let database = &scope.database;
-    // A failed episode may have left its own behind.
+    // A failed episode may have left its database behind.
     let _ = std::fs::remove_file(disk.join("ballast"));
     scope.on_server(&[
         format!("DROP DATABASE \"{database}\" WITH (FORCE)"),
@@ -415,7 +415,7 @@ fn move_to_small_disk(lab: &Lab, scope: &Scope<'_>) {
     ]);
 }
 
-/// Runs the auditor and takes its counts.
+/// Runs the auditor and reads its counts.
 fn audit(scope: &Scope<'_>) -> Checked {
     let output = Command::new(env!("CARGO_BIN_EXE_audit"))
         .args(["--quiet", "--kafka", scope.servers.bootstrap_servers()])
@@ -426,7 +426,7 @@ fn audit(scope: &Scope<'_>) -> Checked {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "the auditor objects:\n{said}\n{errors}");
+    assert!(output.status.success(), "the auditor found:\n{said}\n{errors}");
     let number = |name: &str| {
         let line = said.lines().find(|line| line.starts_with(name));
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0)
@@ -439,7 +439,7 @@ fn audit(scope: &Scope<'_>) -> Checked {
     }
 }
 
-/// Runs `reconcile` where this version has it; whether it did.
+/// Runs `reconcile` if this build has it; returns whether it did.
 fn reconcile(scope: &Scope<'_>) -> bool {
     if scope.command(&["reconcile", "--help"]).code != Some(0) {
         return false;

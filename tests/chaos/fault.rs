@@ -1,4 +1,4 @@
-//! What can happen: the kinds of faults, where each may occur, how often, and how soon it is to be over.
+//! The kinds of faults: where each may occur, how often, and the time limit for recovery.
 
 use std::time::Duration;
 
@@ -11,23 +11,23 @@ use crate::episode::{Lab, SESSION_TIMEOUT, Stage};
 /// One kind of fault.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum)]
 pub enum Fault {
-    /// SIGKILL at a named step of a batch, or of taking partitions up
+    /// SIGKILL at a failpoint of a batch, or of the recovery of partitions
     KillAtStep,
     /// SIGKILL at any moment
     KillAnywhere,
     /// SIGKILL of all instances at once
     KillAll,
-    /// SIGSTOP at any moment, past the session time limit, and back
+    /// SIGSTOP at any moment, beyond the session timeout, then SIGCONT
     Zombie,
-    /// SIGSTOP at a named step, past the session time limit, and back
+    /// SIGSTOP at a failpoint, beyond the session timeout, then SIGCONT
     ZombieAtStep,
-    /// An instance joins while batches are in flight, and leaves again, in order or not
+    /// An instance joins while batches are in flight, and leaves again, gracefully or not
     PartialRevoke,
-    /// An instance dies, or hangs, when it is told to give partitions away
+    /// An instance dies or hangs when partitions are revoked from it
     RevokeAtStep,
-    /// Restarts one by one
+    /// Rolling restart
     RollingRestart,
-    /// Restarts one by one while the schema becomes newer
+    /// Rolling restart while the schema is upgraded
     RollingUpgrade,
     /// A second daemon with the same instance id
     SameInstanceId,
@@ -35,49 +35,49 @@ pub enum Fault {
     PostgresImmediate,
     /// SIGKILL of all of Postgres's processes
     PostgresKill,
-    /// SIGSTOP of all of Postgres's processes, and back
+    /// SIGSTOP of all of Postgres's processes, then SIGCONT
     PostgresPause,
-    /// Backends are terminated again and again, before, in and after COMMIT
+    /// Backends are terminated repeatedly, before, in and after COMMIT
     BackendsTerminated,
-    /// The database is replaced by an older copy beside running daemons
+    /// The database is replaced by an older copy under running daemons
     DatabaseRestored,
     /// A standby that lacks the last commits is promoted
     StandbyPromoted,
     /// The database's disk runs full
     DiskFull,
-    /// All connections to Postgres are cut
+    /// All connections to Postgres are closed
     ConnectionsCut,
-    /// Nothing gets through to Postgres, and nobody says so
+    /// Packets to Postgres are dropped silently
     BlackHole,
-    /// Connections to Postgres die and the daemon's side is never told
+    /// Connections to Postgres die, and the daemon's side is not closed
     HalfOpen,
-    /// The reply to a COMMIT is lost with its connection
+    /// The reply to a COMMIT and its connection are lost
     SwallowedCommit,
-    /// A COMMIT is lost with its connection
+    /// A COMMIT and its connection are lost
     LostCommit,
     /// A connection is lost, and its COMMIT arrives later
     LateCommit,
     /// SIGKILL of a broker, and a restart
     BrokerKill,
-    /// A broker stops in order and starts again
+    /// Clean stop and start of a broker
     BrokerStop,
-    /// SIGSTOP of a broker, and back
+    /// SIGSTOP of a broker, then SIGCONT
     BrokerPause,
-    /// SIGKILL of the broker that leads a partition of the input
+    /// SIGKILL of the leader of an input partition
     LeaderKill,
-    /// SIGKILL of the broker that coordinates the group
+    /// SIGKILL of the group coordinator
     GroupCoordinatorKill,
-    /// SIGKILL of the broker that coordinates a lane's transactions
+    /// SIGKILL of the transaction coordinator of a lane
     TransactionCoordinatorKill,
     /// The group's offsets are moved back or deleted after a drain
     OffsetsMovedBack,
-    /// An output topic is deleted and made again
+    /// An output topic is deleted and created again
     OutputRecreated,
-    /// The input topic is deleted and made again
+    /// The input topic is deleted and created again
     InputRecreated,
 }
 
-/// The longest recovery where no setting names another bound.
+/// The longest recovery if no setting implies another limit.
 const RECOVERY_MAX: Duration = Duration::from_secs(15);
 
 impl Fault {
@@ -85,7 +85,7 @@ impl Fault {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// How often it is chosen, relative to the others; 0 where it cannot be.
+    /// Relative weight of this kind; 0 where it is not possible.
     fn weight(self, stage: Stage, brokers: usize) -> u32 {
         let goes_back = u32::from(stage == Stage::Rewinding);
         let fills_up = u32::from(stage == Stage::SmallDisk);
@@ -126,20 +126,21 @@ impl Fault {
         })
     }
 
-    /// A single broker that was killed and comes back at once is the leader of its partitions, then of
-    /// none, then of all again; what Kafka 4.3 has to finish of transactions in between it drops.
+    /// A single broker that was killed and restarts at once is the leader of its partitions, then of none,
+    /// then of all again; Kafka 4.3 drops the transactions that it has to complete in between.
     pub fn may_spoil(self, lab: &Lab) -> bool {
         matches!(self, Fault::BrokerKill | Fault::BrokerStop | Fault::BrokerPause)
             && lab.servers.brokers() < 3
     }
 
-    /// The longest that records may take to flow again, and which setting says so if it is not the rule.
+    /// Time limit for records to flow again, and the setting that it depends on if it is not the default.
     pub fn recovery_max(self) -> (Duration, &'static str) {
         match self {
-            // A member that died is missed after the session time limit; its transaction, if nobody takes
-            // its name again, ends by its own limit.
+            // A dead member is removed after the session timeout; its transaction, if nobody takes its
+            // transactional id over, ends at the transaction timeout.
             Fault::PartialRevoke => (SESSION_TIMEOUT + RECOVERY_MAX, "session and transaction time limit"),
-            // Nothing is ever heard of such a connection: only the limit of a transaction ends the wait.
+            // The daemon gets no error on such a connection: only the time limit of a transaction ends the
+            // wait.
             Fault::HalfOpen => (Duration::from_secs(60) + RECOVERY_MAX, "limit of a database transaction"),
             _ => (RECOVERY_MAX, ""),
         }

@@ -1,4 +1,4 @@
-//! Records written by Apache Kafka's own client: a Java process that is handed whole transactions.
+//! Records written by Apache Kafka's own client: a Java process that receives whole transactions.
 
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -9,19 +9,19 @@ use std::time::Duration;
 
 use crate::support::{Message, Scope, TransactionWriter};
 
-/// Longer than all time limits of one transaction in `WriteRecords.java` together.
+/// Longer than all timeouts of one transaction in `WriteRecords.java` together.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 
 fn tool(name: &str) -> PathBuf {
     std::env::var_os("JAVA_HOME").map_or(name.into(), |home| PathBuf::from(home).join("bin").join(name))
 }
 
-/// Kafka's client, which `dev/servers install` has fetched with the broker.
+/// Kafka's client, fetched by `dev/servers install` with the broker.
 fn class_path() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(".local/kafka/libs/*")
 }
 
-/// Where the compiled program is; it is compiled once in a run.
+/// Folder of the compiled program; it is compiled once in a run.
 fn classes() -> &'static Path {
     static CLASSES: OnceLock<PathBuf> = OnceLock::new();
     CLASSES.get_or_init(|| {
@@ -33,13 +33,13 @@ fn classes() -> &'static Path {
             .arg(&folder)
             .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/chaos/java/WriteRecords.java"))
             .output()
-            .expect("dev/install brings a JDK");
+            .expect("dev/install installs a JDK");
         assert!(compiled.status.success(), "javac: {}", String::from_utf8_lossy(&compiled.stderr));
         folder
     })
 }
 
-/// A Java process that lives until it does not answer any more; then another one takes its place.
+/// A Java process that is replaced when it does not answer any more.
 pub struct JavaWriter {
     arguments: [String; 4],
     process: Option<Process>,
@@ -78,7 +78,7 @@ impl Process {
         let class_path = std::env::join_paths([classes().to_owned(), class_path()]).unwrap();
         let mut child = Command::new(tool("java"))
             .args(["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xmx96m"])
-            // Outages are what it is there for: a client's words about them are not of interest.
+            // Outages are expected here: the client's log is not needed.
             .arg("-Dorg.slf4j.simpleLogger.defaultLogLevel=off")
             .arg("-cp")
             .arg(class_path)
@@ -87,7 +87,7 @@ impl Process {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("dev/install brings a JDK");
+            .expect("dev/install installs a JDK");
         let records = BufWriter::new(child.stdin.take().unwrap());
         let output = BufReader::new(child.stdout.take().unwrap());
         let (said, answers) = channel();
@@ -122,7 +122,7 @@ impl Drop for Process {
     }
 }
 
-/// As `WriteRecords.java` reads it.
+/// The input format of `WriteRecords.java`.
 fn line(record: &Message) -> String {
     let partition = record.partition.map_or("-".to_owned(), |partition| partition.to_string());
     let mut words = vec![partition, word(record.key.as_deref()), word(record.value.as_deref())];

@@ -1,4 +1,4 @@
-//! Records that make trouble.
+//! Adversarial records.
 
 use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -9,9 +9,9 @@ use uuid::{Builder, Uuid};
 
 use crate::support::{Message, Payment, Source, ulid, uuid_v7};
 
-/// Earlier payments that may be repeated or contradicted.
+/// Earlier payments that may be repeated or conflicted with.
 const REMEMBERED_MAX: usize = 2_000;
-/// So recent that their batches may still be on the way.
+/// Payments recent enough that their batches may still be in flight.
 const RECENT: usize = 30;
 const ACCOUNTS: i64 = 80;
 
@@ -24,8 +24,8 @@ struct Sent {
     comment: bool,
 }
 
-/// An endless supply of records, in an order that only the seed decides: new payments, repeated ones in other
-/// spellings, contradictions, and what is no payment at all.
+/// An endless supply of records, in an order that depends only on the seed: new payments, repeats in other
+/// spellings, conflicts, and invalid records.
 pub struct Adversary {
     random: ChaCha8Rng,
     sent: VecDeque<Sent>,
@@ -34,7 +34,8 @@ pub struct Adversary {
 }
 
 impl Adversary {
-    /// With twins, one id also stands on several partitions: which of its records wins is a race.
+    /// With twins, one id also occurs on several partitions: which of its records is written depends on
+    /// timing.
     pub fn new(seed: u64, partitions: i32, has_twins: bool) -> Adversary {
         Adversary { random: ChaCha8Rng::seed_from_u64(seed), sent: VecDeque::new(), partitions, has_twins }
     }
@@ -48,7 +49,7 @@ impl Adversary {
             match kind {
                 0..6 => return self.spell(&earlier),
                 6..9 => return self.spell(&Sent { cents: earlier.cents + 1, ..earlier }),
-                // The same payment by a producer that chooses partitions in another way.
+                // The same payment from a producer with another partitioner.
                 9..12 if self.has_twins => {
                     let partition = self.random.random_range(0..self.partitions);
                     return self.spell(&earlier).partition(partition);
@@ -98,12 +99,12 @@ impl Adversary {
         }
     }
 
-    /// In one of the many ways in which the same can be said.
+    /// One of many spellings of the same payload.
     fn spell(&mut self, sent: &Sent) -> Message {
         let (units, hundredths) = (sent.cents / 100, sent.cents % 100);
         let id = match self.random.random_range(0..4) {
             0 => sent.id.to_string().to_uppercase(),
-            // A ULID carries a time: it would be another one than that of the record.
+            // A ULID contains a time, which would differ from the record's.
             1 if sent.id.get_version_num() == 7 => ulid(sent.id),
             _ => sent.id.to_string(),
         };
@@ -114,7 +115,7 @@ impl Adversary {
         };
         let comment = if sent.comment { r#","comment":"again and again""# } else { "" };
         let payment = Payment::new(id, sent.account).amount(&amount).status(sent.status).more(comment);
-        // At a time of its own, as its client says.
+        // With a timestamp set by the client.
         Message { timestamp_ms: None, ..payment.message() }
     }
 }

@@ -1,12 +1,12 @@
-//! Faults of every kind, one after the other, under load, against a real Kafka and a real Postgres; and
-//! after them the question whether every record had its one outcome.
+//! Faults of every kind, one after the other, under load, against a real Kafka and a real Postgres; then a
+//! check that every record had exactly one outcome.
 //!
-//! Without arguments, as `cargo test` runs it, this is a bounded share with a fixed seed. `make chaos
-//! CYCLES=n SEED=s BROKERS=3` runs as many as one likes. Each cycle has a seed of its own, from which the
-//! fault, its moment and its victim follow, and which is printed with it; what the daemons and the servers
-//! make of it is up to their threads, so a seed repeats what was done, not what came of it.
+//! Without arguments, as `cargo test` runs it, this is a bounded selection with a fixed seed. `make chaos
+//! CYCLES=n SEED=s BROKERS=3` runs any number of cycles. The seed of a cycle, which is printed, determines
+//! the fault, its time and its target. How daemons and servers react depends on their threads, so a seed
+//! repeats the faults and not necessarily the result.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
-// Clients of the tests' own, beside the program's.
+// The tests use their own clients, besides those of the program.
 #![allow(clippy::disallowed_methods)]
 
 mod episode;
@@ -34,8 +34,8 @@ use crate::episode::{Episode, Lab, Setup};
 use crate::fault::Fault;
 use crate::report::Cycle;
 
-/// What runs without arguments: the quick kinds, each at a place of its own in the code. Database and log
-/// go back in it, so it is on the stage where they may.
+/// The faults without arguments: the quick kinds, each at a different failpoint. They include a restored
+/// database and deleted records, so the episode must allow these.
 const SHARE: [Fault; 14] = [
     Fault::KillAtStep,
     Fault::SwallowedCommit,
@@ -53,37 +53,37 @@ const SHARE: [Fault; 14] = [
     Fault::StandbyPromoted,
 ];
 const SHARE_SEED: u64 = 7;
-/// A whole episode is looked at after this many cycles.
+/// The whole episode is checked after this many cycles.
 const CHECK_EVERY: u64 = 5;
 
-/// Faults under load, and whether every record had its one outcome.
+/// Injects faults under load, and checks that every record had exactly one outcome
 #[derive(Parser)]
 struct Arguments {
-    /// How many cycles; without it a bounded share with a fixed seed
+    /// How many cycles; without it, a bounded selection with a fixed seed
     #[arg(long)]
     cycles: Option<u64>,
-    /// The first cycle's seed; the others count on from there
+    /// The first cycle's seed; later cycles count up from it
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Only these kinds
     #[arg(long, value_delimiter = ',')]
     faults: Vec<Fault>,
-    /// One broker, or three that stand in for each other
+    /// One broker, or three with replication
     #[arg(long, default_value_t = 1)]
     brokers: usize,
-    /// How many daemons; by the seed, one to three
+    /// How many daemons; by default one to three, depending on the seed
     #[arg(long)]
     instances: Option<usize>,
-    /// Appends a line of JSON for each cycle
+    /// Append a JSON line for each cycle to this file
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Goes on with a new episode after a failure
+    /// Continue with a new episode after a failure
     #[arg(long)]
     keep_going: bool,
-    /// After a failure, leaves the servers running for this many seconds, for a look at them
+    /// After a failure, keep the servers running for this many seconds
     #[arg(long, value_name = "SECONDS")]
     linger: Option<u64>,
-    /// What `cargo test` hands to all tests alike
+    /// Arguments that `cargo test` passes to every test binary
     #[arg(hide = true)]
     filter: Vec<String>,
     #[arg(long, hide = true)]
@@ -105,14 +105,14 @@ struct Arguments {
 }
 
 impl Arguments {
-    /// Whether somebody looks for other tests than this.
+    /// Whether the filter selects other tests than this one.
     fn is_for_others(&self) -> bool {
         let is_named = self.filter.iter().any(|name| "chaos".contains(name.as_str()));
         self.list || self.ignored || (!self.filter.is_empty() && !is_named)
     }
 }
 
-/// How far a run has come.
+/// Progress of a run.
 struct Progress {
     next_seed: u64,
     episodes: usize,
@@ -150,7 +150,7 @@ impl Progress {
     }
 }
 
-/// All cycles from the next seed on that belong to one episode; of a plan, all.
+/// Runs all cycles from the next seed on that belong to one episode; with a plan, all of them.
 fn run_episode(lab: &Lab, faults: &[Fault], setup: Setup, plan: &[Fault], end: u64, run: &mut Progress) {
     let first_seed = run.next_seed;
     let mut episode: Option<Episode<'_>> = None;
@@ -159,7 +159,7 @@ fn run_episode(lab: &Lab, faults: &[Fault], setup: Setup, plan: &[Fault], end: u
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let planned = plan.get(usize::try_from(seed - first_seed).unwrap()).copied();
         let chosen = Fault::choose(&mut random, faults, setup.stage, lab.servers.brokers());
-        run.fault = planned.or(chosen).expect("none of these faults is possible here");
+        run.fault = planned.or(chosen).expect("none of these faults is possible in this episode");
         let present = episode.get_or_insert_with(|| Episode::begin(lab, setup, run.fault));
         let (mut cycle, is_over) = run_cycle(present, seed, run, &mut random);
         let is_last = is_over || seed + 1 == end;
@@ -175,7 +175,7 @@ fn run_episode(lab: &Lab, faults: &[Fault], setup: Setup, plan: &[Fault], end: u
     }
 }
 
-/// One fault and the way out of it; whether the episode is over with it.
+/// Injects one fault and waits for recovery; returns whether the episode ends with it.
 fn run_cycle(episode: &mut Episode<'_>, seed: u64, run: &Progress, random: &mut ChaCha8Rng) -> (Cycle, bool) {
     let fault = run.fault;
     episode.history.push(format!("seed {seed}: {}", fault.name()));
@@ -188,7 +188,7 @@ fn run_cycle(episode: &mut Episode<'_>, seed: u64, run: &Progress, random: &mut 
     let (recovery, checked, is_spoilt) = match done.verdict {
         Some((recovery, checked)) => (recovery, Some(checked), is_spoilt()),
         None if is_spoilt() => (Duration::ZERO, None, true),
-        // A broker that was paused for longer than its own session drops them a moment after it woke up.
+        // A broker paused for longer than its session drops markers a moment after it resumes.
         None => match episode.recover_unless(done.ended_at, is_spoilt) {
             Some(recovery) => (recovery, None, false),
             None => (Duration::ZERO, None, true),
@@ -223,7 +223,7 @@ fn main() -> ExitCode {
     if arguments.is_for_others() {
         return ExitCode::SUCCESS;
     }
-    // Where a check failed says its message; a backtrace of the checker says nothing.
+    // The message of a failed check names the location; the checker's backtrace adds nothing.
     std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     let lab = Lab::open(arguments.brokers);
     let mut skipped = Vec::new();

@@ -1,7 +1,6 @@
-//! A TCP proxy between the daemons and Postgres: the network, with its accidents.
+//! A TCP proxy between the daemons and Postgres that simulates network failures.
 //!
-//! It knows one thing of the protocol: what a `COMMIT` looks like, so that one can be lost, come late, or
-//! have its reply lost.
+//! It recognises a `COMMIT` in the protocol, so that one can be dropped, delayed, or have its reply dropped.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -17,25 +16,25 @@ use tokio::sync::watch;
 /// A simple query `COMMIT`, as the driver sends it.
 const COMMIT: &[u8] = b"Q\x00\x00\x00\x0bCOMMIT\x00";
 const CHUNK_BYTES: usize = 64 * 1024;
-/// A server that was sent a late COMMIT gets this long to answer.
+/// Time in which a server must answer a delayed COMMIT.
 const LATE_REPLY_MAX: Duration = Duration::from_secs(10);
 
-/// What is to become of the next COMMIT.
+/// What happens to the next COMMIT.
 #[derive(Clone, Copy, Debug)]
 pub enum OnCommit {
-    /// The server gets it; its reply is lost, and the connection with it.
+    /// The server receives it; its reply and the connection are lost.
     SwallowReply,
-    /// The server never gets it.
+    /// The server never receives it.
     Lose,
-    /// The daemon loses its connection; the server gets the COMMIT only then.
+    /// The daemon loses its connection; the server receives the COMMIT after that.
     Delay(Duration),
 }
 
-/// How connections end that are there now.
+/// How current connections are ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ending {
     Cut,
-    /// The daemon is not told: its side stays open, and nobody answers any more.
+    /// The daemon's side stays open, and nothing answers any more.
     Silent,
 }
 
@@ -83,7 +82,7 @@ impl Proxy {
         self.port
     }
 
-    /// New connections lead there.
+    /// New connections use this address.
     pub fn point_at(&self, server_port: u16) {
         self.state.server_port.store(server_port, Ordering::Relaxed);
     }
@@ -93,17 +92,17 @@ impl Proxy {
         self.state.ending.send_replace(Ending::Cut);
     }
 
-    /// Ends all connections without a word to the daemons.
+    /// Ends all connections without closing the daemons' side.
     pub fn forget(&self) {
         self.state.ending.send_replace(Ending::Silent);
     }
 
-    /// Whether anything is forwarded. What is not waits.
+    /// Turns forwarding on or off. While it is off, data waits.
     pub fn set_open(&self, is_open: bool) {
         self.state.is_open.send_replace(is_open);
     }
 
-    /// Waits until the next COMMIT came by and had this happen to it. False if none came in time.
+    /// Waits until this has happened to the next COMMIT. False if none arrived in time.
     pub fn at_next_commit(&self, trap: OnCommit, timeout: Duration) -> bool {
         let before = self.state.sprung.load(Ordering::Acquire);
         *self.state.trap.lock().unwrap() = Some(trap);
@@ -118,11 +117,11 @@ impl Proxy {
     }
 }
 
-/// How a connection came to its end.
+/// How a connection ended.
 enum End {
     Closed,
     Silent,
-    /// What the server is to get, and when.
+    /// What the server should still receive, and when.
     Late(Vec<u8>, Duration),
 }
 
@@ -131,7 +130,7 @@ async fn serve(state: Arc<State>, mut client: TcpStream) {
     let mut is_open = state.is_open.subscribe();
     let port = state.server_port.load(Ordering::Relaxed);
     let opened = async {
-        // A hole accepts, and that is all.
+        // While nothing is forwarded, connections are accepted and stay silent.
         is_open.wait_for(|open| *open).await.ok()?;
         TcpStream::connect(("127.0.0.1", port)).await.ok()
     };
@@ -158,7 +157,7 @@ async fn serve(state: Arc<State>, mut client: TcpStream) {
         End::Closed => {}
         End::Silent => {
             drop(server);
-            // Until the next accident. What the daemon sends is taken and answered by nobody.
+            // Until the next fault. Data from the daemon is read and never answered.
             let _ = tokio::time::timeout(Duration::from_secs(300), swallow(&mut client)).await;
         }
         End::Late(message, delay) => {
@@ -180,7 +179,7 @@ async fn swallow(client: &mut TcpStream) {
 async fn upward(state: &State, from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, is_muted: &AtomicU64) -> End {
     let mut is_open = state.is_open.subscribe();
     let mut buffer = vec![0; CHUNK_BYTES];
-    // The end of what went before: a message may come in two pieces.
+    // The end of the previous chunk: a message may arrive in two pieces.
     let mut recent: Vec<u8> = Vec::new();
     loop {
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return End::Closed };

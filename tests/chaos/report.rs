@@ -1,4 +1,4 @@
-//! What a run leaves behind: a line for each cycle, and a table by kind of fault.
+//! The results of a run: a JSON line for each cycle, and a table by kind of fault.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -11,7 +11,7 @@ use crate::fault::Fault;
 
 const SPOILT: &str = "the broker itself dropped transaction markers";
 
-/// What was looked at by a check, counted.
+/// Counts of what a check looked at.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Checked {
     pub records: usize,
@@ -22,7 +22,7 @@ pub struct Checked {
     pub is_reconciled: bool,
 }
 
-/// One cycle: a fault, and what came of it.
+/// One cycle: a fault and its result.
 #[derive(Clone, Debug, Serialize)]
 pub struct Cycle {
     pub seed: u64,
@@ -33,14 +33,14 @@ pub struct Cycle {
     pub instances: usize,
     pub detail: String,
     pub fault_ms: u128,
-    /// From the fault's end until all that was there by then was written and published.
+    /// From the end of the fault until all records sent by then were written and published.
     pub recovery_ms: u128,
-    /// None: not looked at after this cycle, but after a later one of its episode.
+    /// `None`: not checked after this cycle, but after a later one of its episode.
     pub checked: Option<Checked>,
     /// The broker, alone and killed, dropped markers of transactions that it had decided to commit or abort,
-    /// because it took their partitions for deleted. Nothing can be asked of what follows.
+    /// because it took their partitions for deleted. Nothing can be checked after that.
     pub is_spoilt: bool,
-    /// What was wrong, in its first lines.
+    /// The first lines of the failure.
     pub failure: Option<String>,
 }
 
@@ -56,11 +56,11 @@ impl Cycle {
         }
         let seconds = |ms: u128| Duration::from_millis(u64::try_from(ms).unwrap()).as_secs_f64();
         if self.is_spoilt {
-            println!("seed {:<7} {:<28} given up: {SPOILT}", self.seed, self.fault.name());
+            println!("seed {:<7} {:<28} abandoned: {SPOILT}", self.seed, self.fault.name());
             return;
         }
         let checked = self.checked.map_or(String::new(), |c| {
-            format!("  [{} records, {} events: each its one outcome]", c.records, c.events)
+            format!("  [{} records, {} events: each with one outcome]", c.records, c.events)
         });
         println!(
             "seed {:<7} {:<28} {:>6.1} s, flows again after {:>5.1} s  {}{checked}",
@@ -72,7 +72,7 @@ impl Cycle {
         );
     }
 
-    /// How to see it again.
+    /// How to reproduce it.
     pub fn command(&self) -> String {
         format!(
             "make chaos SEED={} CYCLES=1 BROKERS={} FAULTS={} INSTANCES={}",
@@ -89,7 +89,7 @@ impl Cycle {
     }
 }
 
-/// Prints the table; returns whether all was well.
+/// Prints the table; returns whether every cycle passed.
 pub fn conclude(cycles: &[Cycle], skipped: &[String]) -> bool {
     let mut by_fault: BTreeMap<Fault, Vec<&Cycle>> = BTreeMap::new();
     for cycle in cycles {
@@ -122,12 +122,12 @@ pub fn conclude(cycles: &[Cycle], skipped: &[String]) -> bool {
     }
     let spoilt = cycles.iter().filter(|c| c.is_spoilt).count();
     if spoilt > 0 {
-        println!("given up: {spoilt} episodes, at a cycle where {SPOILT}");
+        println!("abandoned: {spoilt} episodes, at a cycle where {SPOILT}");
     }
     for line in skipped {
         println!("not tried: {line}");
     }
-    // An episode's last check has looked at all of its records.
+    // An episode's last check covers all of its records.
     let mut last: BTreeMap<usize, Checked> = BTreeMap::new();
     for cycle in cycles {
         last.extend(cycle.checked.map(|checked| (cycle.episode, checked)));

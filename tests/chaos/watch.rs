@@ -1,4 +1,4 @@
-//! How far the daemons are, asked from outside and without a word to them.
+//! Progress of the daemons, read from Kafka and Postgres.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -11,15 +11,15 @@ use tokio_postgres::NoTls;
 
 use crate::support::{Scope, block_on};
 
-/// Short: while this is waited for, records may flow again already.
+/// Short: while this blocks, records may already flow again.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
-/// A client that has had no answer for so long may have forgotten its brokers for good (librdkafka #5301).
+/// A client without any response for this long may have lost all its brokers for good (librdkafka #5301).
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 
 /// Offsets by partition.
 pub type Offsets = BTreeMap<i32, i64>;
 
-/// A client of its own for each question that servers may be too ill to answer.
+/// Uses a separate client for each question, as servers may not answer.
 pub struct Watch {
     config: ClientConfig,
     consumer: RefCell<BaseConsumer>,
@@ -33,7 +33,8 @@ impl Watch {
         let mut config = scope.client_config();
         config
             .set("group.id", &scope.group_id)
-            // Or an answer waits for a moment without a transaction, of which a busy group has few.
+            // Otherwise a response waits for a moment without a transaction, and a busy group has few of
+            // those.
             .set("isolation.level", "read_uncommitted")
             .set("topic.metadata.refresh.interval.ms", "2000")
             .set("reconnect.backoff.max.ms", "500");
@@ -41,7 +42,7 @@ impl Watch {
         Watch { config, consumer, answered_at: Cell::new(Instant::now()), topic, partitions }
     }
 
-    /// Asks by the client, which is made anew after a long silence.
+    /// Queries with the client, which is recreated after a long silence.
     fn asked<T>(&self, question: impl FnOnce(&BaseConsumer) -> Option<T>) -> Option<T> {
         let asked_at = Instant::now();
         let answer = question(&self.consumer.borrow());
@@ -54,7 +55,7 @@ impl Watch {
         answer
     }
 
-    /// The input's ends; none while the brokers do not tell.
+    /// The input's end offsets; `None` while the brokers do not answer.
     pub fn ends(&self) -> Option<Offsets> {
         let end = |consumer: &BaseConsumer, partition| {
             let (_, end) = consumer.fetch_watermarks(&self.topic, partition, ANSWER_MAX).ok()?;
@@ -63,7 +64,7 @@ impl Watch {
         self.asked(|consumer| (0..self.partitions).map(|partition| end(consumer, partition)).collect())
     }
 
-    /// The group's offsets, 0 where there is none; none while the brokers do not tell.
+    /// The group's offsets, 0 where there is none; `None` while the brokers do not answer.
     pub fn committed(&self) -> Option<Offsets> {
         let mut list = TopicPartitionList::new();
         for partition in 0..self.partitions {
@@ -77,7 +78,7 @@ impl Watch {
         Some(answer.elements().iter().map(|e| (e.partition(), offset(e.offset()))).collect())
     }
 
-    /// `applied` of the cursors; none while the database does not tell.
+    /// `applied` of the cursors; `None` while the database does not answer.
     pub fn applied(&self, scope: &Scope<'_>) -> Option<Offsets> {
         let asked = async {
             let (client, connection) = tokio_postgres::connect(&scope.postgres_url(), NoTls).await.ok()?;
@@ -89,7 +90,7 @@ impl Watch {
         block_on(async { tokio::time::timeout(ANSWER_MAX, asked).await.ok().flatten() })
     }
 
-    /// The leader of a partition, and its replicas in sync.
+    /// The leader of a partition, and its in-sync replicas.
     pub fn leader(&self, topic: &str, partition: i32) -> Option<(i32, usize)> {
         let metadata = self.asked(|consumer| consumer.fetch_metadata(Some(topic), ANSWER_MAX).ok())?;
         let found = metadata.topics().first()?.partitions().iter().find(|p| p.id() == partition)?;
@@ -106,7 +107,7 @@ impl Watch {
     }
 }
 
-/// Whether every partition has come to `ends`.
+/// Whether every partition has reached `ends`.
 pub fn has_reached(found: &Offsets, ends: &Offsets) -> bool {
     ends.iter().all(|(partition, end)| found.get(partition).copied().unwrap_or(0) >= *end)
 }

@@ -1,4 +1,4 @@
-//! The auditor of the demo is worth something only if it passes what is right and finds what is wrong.
+//! The demo's auditor accepts a correct state and reports an incorrect one.
 
 use std::process::Command;
 
@@ -10,7 +10,7 @@ const PAID: &str = "2f1c6a52-7a0e-4b57-9c39-0d5f6e1b8a41";
 const PENDING: &str = "b7c9e0d4-13f2-4f6b-8a75-c2d4e6f80913";
 const TOPIC_ID: &str = "01234567-89ab-4def-8123-456789abcdef";
 
-/// By the contract's words, in binary digits.
+/// Follows the contract's wording, in binary digits.
 fn payment_id(message_id: &str) -> String {
     let bytes = uuid::Uuid::parse_str(message_id).unwrap().into_bytes();
     let hash = format!("{:0128b}", xxhash_rust::xxh3::xxh3_128(&bytes));
@@ -46,7 +46,7 @@ fn dead_letter(scope: &Scope<'_>, offset: i64, value: &str, reason: &str) -> Mes
         .header("dlq-timestamp", TIMESTAMP_MS.to_string())
 }
 
-/// Two payments written, one duplicate, two dead letters: topics and tables as the contract wants them.
+/// Two payments written, one duplicate, two dead letters: topics and tables as the contract requires.
 fn settled(scope: &Scope<'_>) {
     scope.create_topics(1, 1);
     let paid = format!(
@@ -113,7 +113,7 @@ fn settled(scope: &Scope<'_>) {
 }
 
 #[test]
-fn the_auditor_passes_what_is_right() {
+fn the_auditor_accepts_a_correct_state() {
     let scope = Scope::new(Servers::shared(), "audit_passes");
     settled(&scope);
     let shown = audit(&scope).succeeds().stdout;
@@ -127,14 +127,14 @@ fn the_auditor_passes_what_is_right() {
 }
 
 #[test]
-fn the_auditor_names_what_is_wrong_in_the_tables() {
+fn the_auditor_reports_what_is_wrong_in_the_tables() {
     let scope = Scope::new(Servers::shared(), "audit_tables");
     settled(&scope);
     for (harm, finding) in [
         ("DELETE FROM payment_notes", "0/0 (written): 0 in payment_notes, not 1"),
         (
             "UPDATE payment_core SET amount = amount + 0.01",
-            "payment_core: the row of 0/0 is not its record's",
+            "payment_core: the row of 0/0 differs from its record",
         ),
         (
             "INSERT INTO payment_core SELECT * FROM payment_core WHERE status = 0",
@@ -163,7 +163,7 @@ fn the_auditor_names_what_is_wrong_in_the_tables() {
 }
 
 #[test]
-fn the_auditor_names_what_is_wrong_in_the_topics() {
+fn the_auditor_reports_what_is_wrong_in_the_topics() {
     let scope = Scope::new(Servers::shared(), "audit_topics");
     settled(&scope);
     let event = scope.read_all(&scope.read_topic).remove(1);
@@ -179,7 +179,7 @@ fn the_auditor_names_what_is_wrong_in_the_topics() {
         "0/4 (written): 2 in read events, not 1",
         "source 01234567/0/9 is not in the input",
         "0/1 (duplicate): 1 in dead letters, not 0",
-        "the dead letter of 0/1 has not its record's key and value",
+        "the dead letter of 0/1 does not have its record's key and value",
     ] {
         assert!(found.stdout.contains(finding), "{finding} is not in\n{}", found.stdout);
     }

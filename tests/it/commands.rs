@@ -1,4 +1,4 @@
-//! What a person at a terminal, or a script, gets from each command.
+//! Output and exit code of each command.
 
 use std::process::{Command, Stdio};
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::support::{AT_MS, Finished, Message, Payment, Scope, Servers, free_address, uuid_v4, wait_until};
 
-/// Runs the program without any server, with nothing but these settings.
+/// Runs the program without servers, with only these settings.
 fn offline(arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(env!("CARGO_BIN_EXE_payment-writer"))
@@ -24,7 +24,7 @@ fn offline(arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
 }
 
 #[test]
-fn wrong_usage_ends_with_exit_code_2_and_says_what_was_meant() {
+fn wrong_usage_ends_with_exit_code_2_and_a_hint() {
     for (arguments, words) in [
         (vec![], "Usage"),
         (vec!["rum"], "run"),
@@ -53,7 +53,7 @@ fn a_wrong_setting_ends_every_command_with_exit_code_2_and_its_name() {
             assert!(finished.stderr.contains(words), "{command:?} {name}: {}", finished.stderr);
         }
     }
-    // In a file, an unknown key names the nearest known one, too.
+    // For an unknown key in a file, too, the nearest known key is named.
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("settings.toml");
     std::fs::write(&file, "[kafka]\ninput_topics = \"x\"\n").unwrap();
@@ -95,12 +95,12 @@ fn check_config_needs_no_server_and_config_show_hides_secrets() {
         ("PAYMENT_WRITER__KAFKA__GROUP_ID", "blue"),
     ];
 
-    // WHEN they are checked and shown
+    // WHEN they are validated and shown
     let checked = offline(&[&config[..], &["check-config"]].concat(), &settings).succeeds();
     let shown = offline(&[&config[..], &["config", "show"]].concat(), &settings).succeeds();
     let json = offline(&[&config[..], &["config", "show", "--json"]].concat(), &settings).succeeds();
 
-    // THEN values are there with their origins, but no secret
+    // THEN values are shown with their origins, and secrets are not
     for finished in [&checked, &shown, &json] {
         assert!(!finished.stdout.contains("hush") && !finished.stderr.contains("hush"), "{finished:?}");
     }
@@ -119,18 +119,18 @@ fn check_config_needs_no_server_and_config_show_hides_secrets() {
 
 #[test]
 fn migrate_and_topics_create_may_be_repeated() {
-    // GIVEN nothing
+    // GIVEN no schema and no topics
     let scope = Scope::new(Servers::shared(), "setup");
     assert_eq!(scope.command(&["migrate", "status"]).succeeds().stdout.matches("applied").count(), 0);
 
-    // WHEN each is done twice
+    // WHEN each command runs twice
     let first = scope.command(&["migrate"]).succeeds().stdout;
     let second = scope.command(&["migrate"]).succeeds().stdout;
     let create = ["topics", "create", "--partitions", "6", "--output-partitions", "3"];
     let created = scope.command(&create).succeeds().stdout;
     let found = scope.command(&create).succeeds();
 
-    // THEN the second time finds it done
+    // THEN the second run finds everything in place
     assert!(first.contains("applied") && second.contains("nothing to do"), "{first}{second}");
     let status = scope.command(&["migrate", "status"]).succeeds().stdout;
     assert!(status.contains("applied") && !status.contains("pending"), "{status}");
@@ -146,16 +146,16 @@ fn migrate_and_topics_create_may_be_repeated() {
             "{found:?}"
         );
     }
-    assert_eq!(found.stderr, "", "a second time warns of nothing");
-    // AND what was made is what the daemon needs
+    assert_eq!(found.stderr, "", "the second run has no warnings");
+    // AND what they created is what the daemon needs
     scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
     scope.drain();
     assert_eq!(scope.count("payment_core"), 1);
 }
 
 #[test]
-fn a_command_that_meets_no_server_fails_with_exit_code_1() {
-    // A port that nobody listens on.
+fn a_command_without_a_server_fails_with_exit_code_1() {
+    // A port without a listener.
     let port = free_address().port();
     let url = format!("postgresql://nobody:hush@127.0.0.1:{port}/none");
     let settings = [("PAYMENT_WRITER__POSTGRES__URL", url.as_str())];
@@ -168,17 +168,17 @@ fn a_command_that_meets_no_server_fails_with_exit_code_1() {
 
 #[test]
 fn until_caught_up_stops_at_the_ends_seen_at_the_start() {
-    // GIVEN records on some partitions, others empty
+    // GIVEN records on some partitions, and none on others
     let scope = Scope::ready("caught_up", 5, 1);
     scope.produce(&scope.input_topic, (0..100).map(|i| Payment::new(uuid_v4(i), 31).message().partition(1)));
     scope.produce(&scope.input_topic, [Message::new("31", "{}").partition(3)]);
 
-    // WHEN it runs, twice
+    // WHEN the daemon runs with --until-caught-up, twice
     let daemon = scope.drain();
     assert_eq!(scope.count("payment_core"), 100);
     scope.drain();
 
-    // THEN all is settled and nothing was done again; each run ended with exit code 0
+    // THEN every record has its outcome, none was processed twice, and each run ended with exit code 0
     assert_eq!(scope.count("payment_core"), 100);
     assert_eq!(scope.read_all(&scope.read_topic).len(), 100);
     assert_eq!(scope.read_all(&scope.dead_letter_topic).len(), 1);
@@ -190,7 +190,7 @@ fn until_caught_up_stops_at_the_ends_seen_at_the_start() {
 #[test]
 fn sigterm_and_sigint_drain_and_end_with_exit_code_0() {
     for signal in ["TERM", "INT"] {
-        // GIVEN a daemon in the middle of a stream of records
+        // GIVEN a daemon that is processing a stream of records
         let scope = Scope::ready("drain", 3, 2);
         let mut daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__BATCH__MAX_PAYMENTS", "50")]);
         let sent = 6_000;
@@ -198,13 +198,13 @@ fn sigterm_and_sigint_drain_and_end_with_exit_code_0() {
             &scope.input_topic,
             (0..sent).map(|i| Payment::new(uuid_v4(i), (i % 40) as i64).message()),
         );
-        wait_until("it is in the middle", || scope.count("payment_core") > 0);
+        wait_until("some payments are written", || scope.count("payment_core") > 0);
 
-        // WHEN it is told to stop
+        // WHEN it receives the signal
         daemon.signal(signal);
         let status = daemon.wait();
 
-        // THEN it has published and committed all that it wrote, and noted it
+        // THEN it has published and committed everything that it wrote, and stored that
         assert_eq!(status.code(), Some(0), "SIG{signal}: {}", daemon.log());
         assert!(daemon.log().contains("draining"));
         let written = scope.count("payment_core");
@@ -227,7 +227,7 @@ fn sigterm_and_sigint_drain_and_end_with_exit_code_0() {
         }
         assert_eq!(sum, written);
 
-        // AND the next one goes on where it stopped
+        // AND the next run continues where it stopped
         scope.drain();
         assert_eq!(scope.count("payment_core"), sent as i64);
         assert_eq!(scope.read_all(&scope.read_topic).len(), sent as usize);
@@ -235,18 +235,18 @@ fn sigterm_and_sigint_drain_and_end_with_exit_code_0() {
 }
 
 #[test]
-fn cursors_show_tells_what_is_written_published_and_committed() {
-    // GIVEN two partitions, one drained and then sent more, one never used
+fn cursors_show_prints_what_is_written_published_and_committed() {
+    // GIVEN two partitions: one drained and then sent more records, one never used
     let scope = Scope::ready("cursors_show", 2, 1);
     scope.produce(&scope.input_topic, (0..5).map(|i| Payment::new(uuid_v4(i), 31).message().partition(0)));
     scope.drain();
     scope.produce(&scope.input_topic, [Message::new("31", "{}").timestamp_ms(AT_MS).partition(0)]);
 
-    // WHEN they are shown
+    // WHEN the cursors are shown
     let table = scope.command(&["cursors", "show"]).succeeds().stdout;
     let json = scope.command(&["cursors", "show", "--json"]).succeeds().stdout;
 
-    // THEN both ways say the same
+    // THEN the table and the JSON agree
     let partitions: Vec<Value> = serde_json::from_str(&json).unwrap();
     assert_eq!(partitions.len(), 2);
     let first = &partitions[0];
@@ -276,11 +276,11 @@ fn a_daemon_of_another_group_is_refused_with_exit_code_3() {
     scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
     scope.drain();
 
-    // WHEN another group wants to
+    // WHEN another group starts with it
     let other = format!("{}-other", scope.group_id);
     let mut daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__KAFKA__GROUP_ID", &other)]);
 
-    // THEN it stops, and says what to check
+    // THEN the daemon stops, and says what to check
     assert_eq!(daemon.wait().code(), Some(3), "{}", daemon.log());
     assert!(daemon.log().contains(&scope.group_id), "{}", daemon.log());
     assert_eq!(scope.read_all(&scope.read_topic).len(), 1);

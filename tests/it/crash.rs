@@ -1,8 +1,8 @@
-//! A process that dies at any moment loses nothing and doubles nothing.
+//! A crash at any moment loses nothing and duplicates nothing.
 
 use crate::support::{Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
 
-/// Between and inside the two transactions of a batch, in their order.
+/// Failpoints between and inside the two transactions of a batch, in order.
 const STEPS_OF_A_BATCH: [&str; 7] = [
     "before_postgres_commit",
     "after_postgres_commit",
@@ -17,9 +17,9 @@ pub fn small_batches() -> Member {
     Member::new("a").with("LANES", "1").with("BATCH__MAX_PAYMENTS", "40")
 }
 
-/// Kills at each step, the `hit`-th time that it is reached, with more than enough records waiting.
+/// Crashes at each step, the `hit`-th time it is reached, with more than enough records waiting.
 pub fn kill_at_each_step(scope: &Scope<'_>, member: &Member, hit: usize, mut load: Load) {
-    // GIVEN a partition's worth of history, so that nothing but batches moves the cursors
+    // GIVEN partitions with a history, so that only batches move the cursors
     scope.prepare(4, 2);
     scope.feed(load.take(60));
     member.catch_up(scope);
@@ -36,27 +36,27 @@ pub fn kill_at_each_step(scope: &Scope<'_>, member: &Member, hit: usize, mut loa
 }
 
 #[test]
-fn a_kill_at_any_step_of_the_first_batch_loses_and_doubles_nothing() {
+fn a_kill_at_any_step_of_the_first_batch_loses_and_duplicates_nothing() {
     let scope = Scope::new(Servers::shared(), "kill_first");
     kill_at_each_step(&scope, &small_batches(), 1, Load::new(1));
 }
 
-/// Here the Postgres transaction of a batch runs beside the Kafka transaction of the one before.
+/// Here the Postgres transaction of a batch overlaps the Kafka transaction of the one before.
 #[test]
-fn a_kill_at_any_step_of_overlapping_batches_loses_and_doubles_nothing() {
+fn a_kill_at_any_step_of_overlapping_batches_loses_and_duplicates_nothing() {
     let scope = Scope::new(Servers::shared(), "kill_overlap");
     kill_at_each_step(&scope, &small_batches(), 3, Load::new(2));
 }
 
 #[test]
-fn a_kill_while_partitions_are_taken_up_for_the_first_time_loses_and_doubles_nothing() {
+fn a_kill_during_the_first_recovery_of_partitions_loses_and_duplicates_nothing() {
     // GIVEN a group and a database without any offset
     let scope = Scope::new(Servers::shared(), "kill_opening");
     scope.prepare(4, 2);
     scope.feed(Load::new(3).take(150));
     let member = small_batches();
 
-    // WHEN the process dies at each step on the way from nothing to the first batch
+    // WHEN the process dies at each step up to the first batch
     for step in [
         "before_kafka_begin",
         "after_send_offsets",
@@ -73,7 +73,7 @@ fn a_kill_while_partitions_are_taken_up_for_the_first_time_loses_and_doubles_not
     // THEN
     scope.assert_exactly_once();
 
-    // AND the same when the first offsets are committed in one go
+    // AND the same when the first offsets are committed in one request
     let other = Scope::new(Servers::shared(), "kill_first_offsets");
     other.prepare(4, 2);
     other.feed(Load::new(4).take(150));
@@ -83,7 +83,7 @@ fn a_kill_while_partitions_are_taken_up_for_the_first_time_loses_and_doubles_not
 }
 
 #[test]
-fn dying_again_and_again_at_the_same_step_ends_well() {
+fn repeated_crashes_at_the_same_step_lose_and_duplicate_nothing() {
     let scope = Scope::new(Servers::shared(), "kill_again");
     scope.prepare(4, 2);
     scope.feed(Load::new(5).take(300));
@@ -98,7 +98,7 @@ fn dying_again_and_again_at_the_same_step_ends_well() {
 }
 
 #[test]
-fn random_kills_of_two_instances_under_load_lose_and_double_nothing() {
+fn random_kills_of_two_instances_under_load_lose_and_duplicate_nothing() {
     // GIVEN two instances and a flow of records
     let scope = Scope::new(Servers::shared(), "random_kills");
     scope.prepare(8, 4);
@@ -117,12 +117,12 @@ fn random_kills_of_two_instances_under_load_lose_and_double_nothing() {
     }
     drop(flow.end());
 
-    // THEN what came is written and published by those that are left, each once
+    // THEN the surviving instances write and publish every record exactly once
     scope.wait_until_caught_up();
     for daemon in &mut daemons {
         daemon.drains();
     }
-    wait_until_within(PATIENCE, "the copies of the group's offsets are there", || {
+    wait_until_within(PATIENCE, "the copies of the group's offsets are stored", || {
         scope.cursors().values().all(|(applied, published)| published == &Some(*applied))
     });
     eprintln!("{:?}", scope.assert_exactly_once());

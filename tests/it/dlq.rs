@@ -1,4 +1,5 @@
-//! Dead letters: counted, shown without a word of their contents, and replayed once, whatever is killed.
+//! Dead letters: counted, shown without their contents, and replayed exactly once, even if processes are
+//! killed.
 
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -33,7 +34,7 @@ fn replay(scope: &Scope<'_>, arguments: &[&str]) -> Finished {
     scope.command(&[&["dlq", "replay"], arguments].concat())
 }
 
-/// Replays and returns how many went, had gone before, and were refused.
+/// Replays, and returns how many were sent, had been sent before, and were rejected.
 #[track_caller]
 fn applied(scope: &Scope<'_>, arguments: &[&str]) -> (i64, i64, i64) {
     let told = json(&replay(scope, &[arguments, &APPLY, &["--json"]].concat()).succeeds());
@@ -47,7 +48,7 @@ fn counts(told: &Value) -> (i64, i64, i64) {
     (number("replayed"), number("already_replayed"), refused)
 }
 
-/// A dead letter as the daemon writes it, without a daemon. `n` tells it from the others.
+/// A dead letter as the daemon writes it, written without a daemon. `n` makes it distinct.
 fn letter(scope: &Scope<'_>, n: u64, timestamp_ms: i64) -> Message {
     let message = Message::new("7", Payment::new(uuid_v4(n), 7).kind("NEW").json());
     [
@@ -64,7 +65,7 @@ fn letter(scope: &Scope<'_>, n: u64, timestamp_ms: i64) -> Message {
     .fold(message, |message, (name, value)| message.header(name, value))
 }
 
-/// With topics and schema, and so many letters from `first` on, over two partitions.
+/// Topics, schema, and this many dead letters from `first` on, over two partitions.
 fn with_letters(name: &str, numbers: std::ops::Range<u64>) -> Scope<'static> {
     let scope = Scope::ready(name, 2, 2);
     add_letters(&scope, numbers);
@@ -77,7 +78,7 @@ fn add_letters(scope: &Scope<'_>, numbers: std::ops::Range<u64>) {
     scope.produce(&scope.dead_letter_topic, letters);
 }
 
-/// How often each letter stands in the input topic.
+/// How often each letter occurs in the input topic.
 fn replayed(scope: &Scope<'_>) -> BTreeMap<u64, usize> {
     let mut found = BTreeMap::new();
     for record in scope.read_all(&scope.input_topic) {
@@ -93,11 +94,11 @@ fn assert_each_once(scope: &Scope<'_>, numbers: std::ops::Range<u64>) {
     let found = replayed(scope);
     let wrong: Vec<_> =
         numbers.clone().filter(|n| found.get(n) != Some(&1)).map(|n| (n, found.get(&n))).collect();
-    assert!(wrong.is_empty(), "not there once, of {numbers:?}: {wrong:?}");
-    assert_eq!(found.len() as u64, numbers.end - numbers.start, "there are others: {found:?}");
+    assert!(wrong.is_empty(), "not exactly once in the topic, of {numbers:?}: {wrong:?}");
+    assert_eq!(found.len() as u64, numbers.end - numbers.start, "unexpected letters: {found:?}");
 }
 
-/// A run that stops itself at a place, like a process that hangs.
+/// A run that stops itself at a failpoint, like a process that hangs.
 fn stopped_at(scope: &Scope<'_>, failpoint: &str, arguments: &[&str]) -> Daemon {
     let failpoint = format!("{failpoint}:stop");
     let run = scope.daemon_with(
@@ -124,7 +125,7 @@ fn delete_replay_group(scope: &Scope<'_>) {
 
 #[test]
 fn list_counts_by_reason_partition_day_and_replays_and_needs_no_database() {
-    // GIVEN records that the daemon refused, for several reasons, from two partitions
+    // GIVEN records that were dead-lettered for several reasons, from two partitions
     let scope = Scope::ready("dlq_list", 2, 2);
     let secret = Payment::new(uuid_v4(1), 31).kind("SECRET");
     scope.produce(
@@ -146,7 +147,7 @@ fn list_counts_by_reason_partition_day_and_replays_and_needs_no_database() {
     // WHEN they are listed
     let told = json(&without_database(&["dlq", "list", "--json"]));
 
-    // THEN each is counted under all that it is
+    // THEN each is counted in every breakdown
     assert_eq!((&told["letters"], &told["topic"]), (&4.into(), &scope.dead_letter_topic.as_str().into()));
     let by = |name: &str, key: &str| -> Vec<(Value, i64)> {
         let groups = told[name].as_array().unwrap();
@@ -158,7 +159,7 @@ fn list_counts_by_reason_partition_day_and_replays_and_needs_no_database() {
     assert_eq!(by("by_day", "day").iter().map(|(_, letters)| letters).sum::<i64>(), 4);
     assert_eq!((&told["not_dead_letters"], &told["of_other_topics"]), (&0.into(), &0.into()));
 
-    // AND a choice narrows it down
+    // AND a filter restricts the list
     let letters = scope.read_all(&scope.dead_letter_topic);
     let place = format!("{}/{}", letters[0].partition, letters[0].offset);
     for (arguments, letters) in [
@@ -174,7 +175,7 @@ fn list_counts_by_reason_partition_day_and_replays_and_needs_no_database() {
         assert_eq!(told["letters"], letters, "{arguments:?}");
     }
 
-    // AND one by one, as far as asked for, the newest, and never with contents
+    // AND shown one by one, newest first, up to the limit, and never with contents
     let told = json(&without_database(&["dlq", "list", "--each", "--limit", "3", "--json"]));
     let each = told["each"].as_array().unwrap();
     assert_eq!((each.len(), &told["more"]), (3, &1.into()));
@@ -191,8 +192,8 @@ fn list_counts_by_reason_partition_day_and_replays_and_needs_no_database() {
 }
 
 #[test]
-fn show_tells_where_a_letter_comes_from_and_its_contents_only_when_asked() {
-    // GIVEN a dead letter with something of everything
+fn show_prints_the_origin_of_a_letter_and_its_contents_only_on_request() {
+    // GIVEN a dead letter that has every field
     let scope = Scope::ready("dlq_show", 1, 1);
     let secret = Payment::new(uuid_v4(1), 31).kind("SECRET").message();
     let value = secret.value.clone().unwrap();
@@ -203,7 +204,7 @@ fn show_tells_where_a_letter_comes_from_and_its_contents_only_when_asked() {
     let text = scope.command(&["dlq", "show", "0/0"]).succeeds();
     let told = json(&scope.command(&["dlq", "show", "0/0", "--json"]).succeeds());
 
-    // THEN there is where it comes from and why, and nothing that it holds
+    // THEN the output has its origin and reason, and none of its contents
     assert!(text.stdout.contains("invalid_field"), "{text:?}");
     for hidden in ["SECRET", "own-name", "own-value", "31\n"] {
         assert!(!text.stdout.contains(hidden) && !told.to_string().contains(hidden), "{hidden}: {text:?}");
@@ -212,7 +213,7 @@ fn show_tells_where_a_letter_comes_from_and_its_contents_only_when_asked() {
     assert_eq!((&told["own_headers"], &told["key_bytes"]), (&1.into(), &2.into()));
     assert_eq!(told["value_bytes"], value.len());
 
-    // AND what it holds when that is asked for, harmless to a terminal, or as it is
+    // AND its contents on request, escaped for a terminal or raw
     let text = scope.command(&["dlq", "show", "0/0", "--payload"]).succeeds();
     assert!(text.stdout.contains("SECRET") && text.stdout.contains("own-value\\u{1b}"), "{text:?}");
     let told = json(&scope.command(&["dlq", "show", "0/0", "--payload", "--json"]).succeeds());
@@ -221,13 +222,13 @@ fn show_tells_where_a_letter_comes_from_and_its_contents_only_when_asked() {
     assert_eq!(raw.stdout.as_bytes(), value);
     says(&scope.command(&["dlq", "show", "0/0", "--raw"]), 2, "--payload");
     says(&scope.command(&["dlq", "show", "0/9"]), 2, "holds no record at 0/9");
-    // The transaction that the letter came in takes the place behind it.
+    // The control record of the letter's transaction takes the next offset.
     says(&scope.command(&["dlq", "show", "0/1"]), 2, "a transaction's marker");
 }
 
 #[test]
-fn what_was_refused_is_written_when_the_cause_is_mended_and_the_letter_replayed() {
-    // GIVEN payments of three days ago with ids that carry their time, refused for their type
+fn a_letter_is_written_when_its_cause_is_fixed_and_it_is_replayed() {
+    // GIVEN payments of three days ago with ids that contain a time, dead-lettered for their type
     let scope = Scope::ready("dlq_mended", 2, 2);
     let then = now_ms() - 3 * DAY_MS;
     let payment = |n: u64| Payment::new(uuid_v7(then, n), 30 + n as i64).kind("NEW");
@@ -236,12 +237,12 @@ fn what_was_refused_is_written_when_the_cause_is_mended_and_the_letter_replayed(
     scope.drain();
     assert_eq!((scope.read_all(&scope.dead_letter_topic).len(), scope.count("payment_core")), (6, 0));
 
-    // WHEN they are replayed, and the type is allowed
+    // WHEN the type is allowed and they are replayed
     assert_eq!(applied(&scope, &["--reason", "invalid_field"]), (5, 0, 0));
     let mended = [("PAYMENT_WRITER__PAYMENT__TYPES", "BWI,NEW")];
     scope.drain_with(&mended);
 
-    // THEN each is written as of its time: not one is stale
+    // THEN each is written with its original time: none is stale
     assert_eq!(scope.count("payment_core"), 5);
     let read = scope.read_all(&scope.read_topic);
     assert_eq!(read.len(), 5);
@@ -249,14 +250,14 @@ fn what_was_refused_is_written_when_the_cause_is_mended_and_the_letter_replayed(
     assert!(read.iter().all(|event| event.json()["createdAt"] == created.as_str()));
     assert_eq!(scope.read_all(&scope.dead_letter_topic).len(), 6);
 
-    // AND asking again replays nothing
+    // AND a second replay sends nothing
     assert_eq!(applied(&scope, &["--reason", "invalid_field"]), (0, 5, 0));
     let told = json(&replay(&scope, &["--all", "--json"]).succeeds());
     assert_eq!((counts(&told), &told["dry_run"]), ((1, 5, 0), &true.into()));
     scope.drain_with(&mended);
     assert_eq!(scope.read_all(&scope.read_topic).len(), 5);
 
-    // AND who did it, and why, is on record
+    // AND the operator and the reason are recorded
     let runs = scope.sql(
         "SELECT note, choice, who, finished_at IS NOT NULL, (outcome->>'replayed')::int
          FROM payment_writer.dead_letter_replay_run ORDER BY started_at",
@@ -270,15 +271,15 @@ fn what_was_refused_is_written_when_the_cause_is_mended_and_the_letter_replayed(
     );
 }
 
-/// As events show a time.
+/// The time format of events.
 fn jiff(at_ms: i64) -> String {
     let at = UNIX_EPOCH + std::time::Duration::from_millis(u64::try_from(at_ms).unwrap());
     humantime::format_rfc3339_millis(at).to_string()
 }
 
 #[test]
-fn a_replayed_record_is_the_record_that_it_was() {
-    // GIVEN dead letters of records with null, empty and odd parts
+fn a_replayed_record_is_identical_to_the_original() {
+    // GIVEN dead letters of records with null, empty and unusual parts
     let scope = Scope::ready("dlq_bytes", 1, 1);
     let at = now_ms() - HOUR_MS;
     let good = Payment::new(uuid_v4(1), 31).message();
@@ -301,7 +302,7 @@ fn a_replayed_record_is_the_record_that_it_was() {
     // WHEN they are replayed
     assert_eq!(applied(&scope, &["--all"]), (6, 0, 0));
 
-    // THEN key, value, headers and timestamp are as they were, and the replay is counted
+    // THEN key, value, headers and timestamp are unchanged, and the replay is counted
     let all = scope.read_all(&scope.input_topic);
     let (before, after): (Vec<Received>, Vec<Received>) =
         all.into_iter().partition(|record| !record.has_header("dlq-replays"));
@@ -316,13 +317,13 @@ fn a_replayed_record_is_the_record_that_it_was() {
 }
 
 #[test]
-fn a_record_that_keeps_coming_back_is_refused_after_so_many_replays() {
-    // GIVEN a record that nothing can mend
+fn a_record_that_stays_invalid_reaches_the_limit_of_replays() {
+    // GIVEN a record that stays invalid
     let scope = Scope::ready("dlq_loop", 1, 1);
     scope.produce(&scope.input_topic, [Message::new("31", "{}").timestamp_ms(now_ms())]);
     scope.drain();
 
-    // WHEN it is replayed each time that it comes back
+    // WHEN it is replayed each time it is dead-lettered again
     for round in 0..2 {
         assert_eq!(applied(&scope, &["--all", "--max-replays", "2"]), (1, round, 0));
         scope.drain();
@@ -330,7 +331,7 @@ fn a_record_that_keeps_coming_back_is_refused_after_so_many_replays() {
         assert_eq!(letters.last().unwrap().header("dlq-replays"), (round + 1).to_string());
     }
 
-    // THEN that ends, and a higher limit is a decision
+    // THEN replays stop at the limit, and the operator can raise the limit
     let guarded = replay(&scope, &["--all", "--max-replays", "2"]);
     says(&guarded, 0, "too_many_replays");
     assert_eq!(applied(&scope, &["--all", "--max-replays", "2"]), (0, 2, 1));
@@ -339,7 +340,7 @@ fn a_record_that_keeps_coming_back_is_refused_after_so_many_replays() {
 }
 
 #[test]
-fn where_a_payment_could_be_written_twice_only_force_replays_and_says_so() {
+fn a_letter_that_could_be_written_twice_is_replayed_only_with_force() {
     // GIVEN letters older than the window, a conflict, and one that is neither
     let scope = Scope::ready("dlq_window", 1, 1);
     let (old, fresh) = (now_ms() - 8 * DAY_MS, now_ms() - HOUR_MS);
@@ -355,10 +356,10 @@ fn where_a_payment_could_be_written_twice_only_force_replays_and_says_so() {
     );
     scope.drain();
 
-    // WHEN all are to be replayed
+    // WHEN all are selected for replay
     let dry = replay(&scope, &["--all"]);
 
-    // THEN what is at risk stays, and why is told
+    // THEN those that could be written twice are not sent, and the output says why
     says(&dry, 0, "beyond_window");
     says(&dry, 0, "message_id_conflict");
     assert_eq!(applied(&scope, &["--all"]), (1, 0, 2));
@@ -368,7 +369,7 @@ fn where_a_payment_could_be_written_twice_only_force_replays_and_says_so() {
     };
     assert_eq!(sent(&scope).len(), 1);
 
-    // AND with --force it goes, with the risk named beforehand
+    // AND with --force they are, after a warning
     let forced = replay(&scope, &["--all", "--force"]);
     says(&forced, 0, "--force: 2 of these letters");
     assert_eq!(sent(&scope).len(), 1, "a dry run");
@@ -383,18 +384,18 @@ fn where_a_payment_could_be_written_twice_only_force_replays_and_says_so() {
 }
 
 #[test]
-fn a_dry_run_changes_nothing_and_a_careless_command_does_nothing() {
-    // GIVEN letters, one of them of another topic, and a record that is none
+fn a_dry_run_changes_nothing_and_a_careless_command_is_rejected() {
+    // GIVEN letters, one of them of another topic, and a record that is no dead letter
     let scope = with_letters("dlq_dry", 0..3);
     let mut foreign = letter(&scope, 3, now_ms());
     foreign.headers.iter_mut().find(|(name, _)| name == "dlq-topic").unwrap().1 = Some(b"elsewhere".to_vec());
     scope.produce(&scope.dead_letter_topic, [foreign, Message::new("1", "2")]);
 
-    // WHEN one looks at what would be replayed
+    // WHEN a dry run shows what would be replayed
     let told = json(&replay(&scope, &["--all", "--json"]).succeeds());
     let text = replay(&scope, &["--at", "0/0,1/0"]);
 
-    // THEN it is told, and nothing else has happened
+    // THEN that is printed, and nothing else has happened
     assert_eq!(counts(&told), (3, 0, 2));
     assert_eq!(told["refused"]["other_topic"], 1);
     assert_eq!(told["refused"]["not_a_dead_letter"], 1);
@@ -405,7 +406,7 @@ fn a_dry_run_changes_nothing_and_a_careless_command_does_nothing() {
     }
     assert!(scope.read_all(&scope.input_topic).is_empty());
 
-    // AND what is not meant well is refused
+    // AND careless commands are rejected
     says(&replay(&scope, &APPLY), 2, "--all");
     says(&replay(&scope, &["--all", "--apply"]), 2, "--note");
     says(&replay(&scope, &["--at", "0/100"]), 2, "holds no record at 0/100");
@@ -418,7 +419,7 @@ fn a_dry_run_changes_nothing_and_a_careless_command_does_nothing() {
 
 #[test]
 fn the_writers_role_is_enough_to_replay() {
-    // GIVEN a role with just these
+    // GIVEN a role with only these privileges
     let scope = with_letters("dlq_grants", 0..10);
     let role = format!("{}_w", scope.database);
     scope.execute_as_admin(include_str!("../../sql/roles.sql"));
@@ -430,7 +431,7 @@ fn the_writers_role_is_enough_to_replay() {
         scope.command_with(&[&["dlq", "replay", "--all"], &APPLY[..]].concat(), &settings)
     };
 
-    // WHEN it replays, and settles what a killed run left, sent or not
+    // WHEN it replays, and resolves what a killed run left behind, sent or not
     assert_eq!(run("dlq_before_commit:2").code, None);
     assert_eq!(run("dlq_after_commit:1").code, None);
     run("").succeeds();
@@ -441,10 +442,10 @@ fn the_writers_role_is_enough_to_replay() {
 }
 
 #[test]
-fn letters_named_one_by_one_go_alone() {
+fn letters_selected_one_by_one_are_replayed_alone() {
     let scope = with_letters("dlq_named", 0..10);
     assert_eq!(applied(&scope, &["--at", "0/1,0/3", "--at", "1/0"]), (3, 0, 0));
-    // Even numbers stand in partition 0, odd ones in 1, each in their order.
+    // Even numbers are in partition 0, odd ones in 1, each in order.
     assert_eq!(replayed(&scope), BTreeMap::from([(1, 1), (2, 1), (6, 1)]));
     assert_eq!(applied(&scope, &["--since", "1h"]), (7, 3, 0));
     assert_each_once(&scope, 0..10);
@@ -453,7 +454,7 @@ fn letters_named_one_by_one_go_alone() {
 #[test]
 fn a_replay_killed_at_any_step_and_run_again_sends_each_letter_once() {
     const LETTERS: u64 = 30;
-    // Two chunks a run, and before them a transaction with the run's mark alone.
+    // A run has two chunks, preceded by a transaction that commits only the run's metadata.
     let arguments = ["--all", "--rate", "20"];
     let scope = with_letters("dlq_kill", 0..0);
     let steps = [
@@ -476,7 +477,7 @@ fn a_replay_killed_at_any_step_and_run_again_sends_each_letter_once() {
         "dlq_after_note:2",
     ];
     for (step, first) in steps.into_iter().zip((0..).step_by(LETTERS as usize)) {
-        // GIVEN letters that nobody has replayed
+        // GIVEN letters that were never replayed
         add_letters(&scope, first..first + LETTERS);
 
         // WHEN the command dies there, and is run again
@@ -488,7 +489,7 @@ fn a_replay_killed_at_any_step_and_run_again_sends_each_letter_once() {
         assert_each_once(&scope, 0..first + LETTERS);
     }
 
-    // AND it may die again where it settles what a dead one left
+    // AND it may also die while it resolves what an earlier run left behind
     let first = LETTERS * steps.len() as u64;
     for (left, step, first) in [
         ("dlq_after_commit:1", "dlq_after_settle_one", first),
@@ -506,7 +507,7 @@ fn a_replay_killed_at_any_step_and_run_again_sends_each_letter_once() {
 }
 
 #[test]
-fn of_two_runs_at_once_one_replays_and_a_hung_one_is_fenced() {
+fn of_two_concurrent_runs_one_replays_and_a_hung_one_is_fenced() {
     let scope = with_letters("dlq_two", 0..0);
     let steps = [
         "dlq_after_take_over:1",
@@ -522,14 +523,14 @@ fn of_two_runs_at_once_one_replays_and_a_hung_one_is_fenced() {
         add_letters(&scope, first..first + 10);
         let mut hung = stopped_at(&scope, step, &["--all"]);
 
-        // WHEN another begins beside it
+        // WHEN another starts beside it
         says(&replay(&scope, &[&["--all"], &APPLY[..]].concat()), 1, "under way");
-        // and again, when the database has given the hung one up
+        // and once more, when the database has ended the hung run's session
         scope.cut_connections();
         applied(&scope, &["--all"]);
         assert_each_once(&scope, 0..first + 10);
 
-        // THEN the hung one can do no more when it wakes up
+        // THEN the hung one can do nothing when it resumes
         hung.signal("CONT");
         assert_eq!(hung.wait().code(), Some(1), "{step}: {}", hung.log());
         assert_each_once(&scope, 0..first + 10);
@@ -538,25 +539,25 @@ fn of_two_runs_at_once_one_replays_and_a_hung_one_is_fenced() {
 
 #[test]
 fn runs_that_fence_each_other_leave_nothing_sent_twice() {
-    // GIVEN a run that hangs with the database's word that it is its turn, and one after it that hangs in the
-    // middle of its work
+    // GIVEN a run that hangs after it has taken over in the database, and a later one that hangs in the middle
+    // of its work
     let scope = with_letters("dlq_cross", 0..20);
     let mut first = stopped_at(&scope, "dlq_after_take_over:1", &["--all"]);
     scope.cut_connections();
     let mut second = stopped_at(&scope, "dlq_before_commit:2", &["--all"]);
 
-    // WHEN the first wakes up, fences the second in Kafka, and finds that it has lost the database
+    // WHEN the first resumes, fences the second in Kafka, and finds that the database has another owner
     first.signal("CONT");
     assert_eq!(first.wait().code(), Some(1), "{}", first.log());
     second.signal("CONT");
     assert_eq!(second.wait().code(), Some(1), "{}", second.log());
 
-    // THEN a third one puts it right
+    // THEN a third one completes the replay
     assert_eq!(replayed(&scope), BTreeMap::new());
     assert_eq!(applied(&scope, &["--all"]), (20, 0, 0));
     assert_each_once(&scope, 0..20);
 
-    // AND a run whose turn is over in the database alone notices there
+    // AND a run that is no longer the owner in the database detects that
     add_letters(&scope, 20..40);
     for (step, sent) in [("dlq_after_fence:1", 20), ("dlq_after_settle:1", 20), ("dlq_before_commit:2", 40)] {
         let mut late = stopped_at(&scope, step, &["--all"]);
@@ -571,23 +572,23 @@ fn runs_that_fence_each_other_leave_nothing_sent_twice() {
 }
 
 #[test]
-fn a_replay_that_nothing_proves_any_more_waits_for_a_persons_word() {
+fn a_replay_without_proof_waits_for_the_operators_decision() {
     let scope = with_letters("dlq_doubt", 0..10);
     let apply = |more: &[&str]| replay(&scope, &[&["--all"], &APPLY[..], more].concat());
 
-    // GIVEN a chunk that was sent and not noted, and a group that was deleted
+    // GIVEN a chunk that was sent but not recorded, and a group that was deleted
     dies_at(&scope, "dlq_after_commit:1", &["--all"]);
     delete_replay_group(&scope);
     let told = json(&replay(&scope, &["--all", "--json"]).succeeds());
     assert_eq!((counts(&told), &told["unsettled"]), ((0, 0, 0), &10.into()));
 
-    // WHEN and THEN: nothing goes until somebody says what became of it
+    // WHEN and THEN: nothing is sent until the operator says whether the chunk was
     says(&apply(&[]), 3, "--unfinished");
     assert_each_once(&scope, 0..10);
     apply(&["--unfinished", "sent"]).succeeds();
     assert_each_once(&scope, 0..10);
 
-    // AND the same with one that was not sent
+    // AND the same for a chunk that was not sent
     add_letters(&scope, 10..20);
     dies_at(&scope, "dlq_before_commit:2", &["--all"]);
     delete_replay_group(&scope);
@@ -597,7 +598,7 @@ fn a_replay_that_nothing_proves_any_more_waits_for_a_persons_word() {
 }
 
 #[test]
-fn a_database_that_has_forgotten_replays_is_noticed() {
+fn a_database_restored_from_before_a_replay_is_detected() {
     // GIVEN a backup that is older than a replay
     let scope = with_letters("dlq_restored", 0..10);
     scope.back_up_database();
@@ -606,19 +607,19 @@ fn a_database_that_has_forgotten_replays_is_noticed() {
     // WHEN it is restored
     scope.restore_database();
 
-    // THEN its word that nothing was replayed is not taken
+    // THEN its record that nothing was replayed is not trusted
     let refused = replay(&scope, &[&["--all"], &APPLY[..]].concat());
     says(&refused, 3, "forgotten");
     assert_each_once(&scope, 0..10);
 
-    // AND somebody may take it all the same
+    // AND the operator can accept it anyway
     assert_eq!(applied(&scope, &["--all", "--after-restore"]), (10, 0, 0));
     assert!(replayed(&scope).values().all(|times| *times == 2));
     assert_eq!(applied(&scope, &["--all"]), (0, 10, 0));
 }
 
 #[test]
-fn an_interrupted_replay_ends_between_two_chunks_and_goes_on_when_run_again() {
+fn an_interrupted_replay_ends_between_two_chunks_and_continues_when_run_again() {
     // GIVEN a replay that would take days
     let scope = with_letters("dlq_interrupt", 0..4);
     let arguments = ["dlq", "replay", "--all", "--rate", "0.001", "--json", APPLY[0], APPLY[1], APPLY[2]];
@@ -631,7 +632,7 @@ fn an_interrupted_replay_ends_between_two_chunks_and_goes_on_when_run_again() {
     run.signal("INT");
     let status = run.wait();
 
-    // THEN it says how far it came, and the rest goes the next time
+    // THEN it reports its progress, and the rest is sent by the next run
     assert_eq!(status.code(), Some(0), "{}", run.log());
     let told: Value = serde_json::from_str(run.log().lines().last().unwrap()).unwrap();
     assert_eq!((&told["replayed"], &told["interrupted"]), (&1.into(), &true.into()));
@@ -642,7 +643,7 @@ fn an_interrupted_replay_ends_between_two_chunks_and_goes_on_when_run_again() {
 
 #[test]
 fn replays_beside_a_running_daemon_leave_every_record_with_one_outcome() {
-    // GIVEN a daemon that has refused some of what it got
+    // GIVEN a daemon that has dead-lettered some of its records
     let scope = Scope::new(Servers::shared(), "dlq_beside");
     scope.prepare(4, 2);
     let (member, mut load) = (Member::new("a"), Load::new(31));
@@ -652,7 +653,8 @@ fn replays_beside_a_running_daemon_leave_every_record_with_one_outcome() {
     assert!(letters > 0);
     let mut daemon = member.start(&scope);
 
-    // WHEN all of it is replayed while more comes, by commands that are killed, and once more what comes back
+    // WHEN all of them are replayed under load, by commands that are killed, and once more when dead-lettered
+    // again
     let flow = Flow::start(&scope, load, 5);
     let all = ["--all", "--force"];
     for step in ["dlq_before_commit:2", "dlq_after_commit:1"] {
@@ -663,13 +665,13 @@ fn replays_beside_a_running_daemon_leave_every_record_with_one_outcome() {
         let letters = scope.read_all(&scope.dead_letter_topic);
         letters.iter().filter(|letter| letter.has_header("dlq-replays")).count() >= 1
     };
-    wait_until("what was replayed is refused again", || came_back(&scope));
+    wait_until("the replayed record is dead-lettered again", || came_back(&scope));
     applied(&scope, &all);
     flow.end();
     daemon.drains();
     member.catch_up(&scope);
 
-    // THEN each record, replayed or not, has its one outcome, and each letter of the beginning went once
+    // THEN each record, replayed or not, has exactly one outcome, and each original letter was sent once
     scope.assert_exactly_once();
     let all = scope.read_all(&scope.input_topic);
     let first: Vec<_> = all

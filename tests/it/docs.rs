@@ -1,4 +1,4 @@
-//! What the documentation says of the program and its tests.
+//! Compares the documentation with the program and its tests.
 
 mod commands;
 mod generated;
@@ -36,12 +36,12 @@ fn every_test_that_the_guarantees_name_exists() {
             }
         };
         let has = |text: &str| test == "*" || text.contains(&format!("fn {test}()"));
-        assert!(has(&text.unwrap()), "docs/guarantees.md names {name}, which is not there");
+        assert!(has(&text.unwrap()), "docs/guarantees.md names {name}, which does not exist");
     }
-    assert!(named > 30, "{named} tests are named");
+    assert!(named > 30, "only {named} tests are named");
 }
 
-/// Notes what is described, and nothing else.
+/// Records the described metrics, and nothing else.
 #[derive(Default)]
 struct Describing(Mutex<BTreeMap<String, (&'static str, Option<Unit>)>>);
 
@@ -75,9 +75,9 @@ impl Recorder for Describing {
 }
 
 #[test]
-fn the_page_of_metrics_and_the_program_name_the_same_ones() {
+fn the_metrics_page_matches_the_program() {
     let described = Describing::default();
-    metrics::with_local_recorder(&described, payment_writer::metrics::describe);
+    metrics::with_local_recorder(&described, payment_writer::telemetry::metrics::describe);
     let described = described.0.into_inner().unwrap();
     let page = metrics_page();
     let names = |known: Vec<&String>| known.into_iter().cloned().collect::<BTreeSet<_>>();
@@ -85,7 +85,7 @@ fn the_page_of_metrics_and_the_program_name_the_same_ones() {
     for (name, entry) in &page {
         let (kind, unit) = &described[name];
         assert_eq!(entry.kind, *kind, "{name}");
-        // The last word of a name is its unit, but for totals.
+        // The last word of a name is its unit, except for totals.
         let in_name = name.trim_end_matches("_total").rsplit('_').next().unwrap();
         if matches!(in_name, "seconds" | "bytes") {
             assert!(entry.unit.starts_with(in_name), "{name} is in {}", entry.unit);
@@ -95,7 +95,7 @@ fn the_page_of_metrics_and_the_program_name_the_same_ones() {
         assert_eq!(name.ends_with("_total"), *kind == "counter", "{name}");
         assert!(!entry.meaning.is_empty(), "{name}");
     }
-    // What the process itself says is named by the library.
+    // The library defines the names of the process metrics.
     assert!(
         page.keys().filter(|name| !name.starts_with("payment_writer_")).all(|n| n.starts_with("process_"))
     );

@@ -1,5 +1,5 @@
-//! Record batches that are small in the log and huge once they are decompressed: the worst that the topic's
-//! `max.message.bytes` lets in, in each codec. The library decompresses a batch as a whole, and has a limit of its own
+//! Record batches that are small in the log and huge when decompressed: the worst that the topic's
+//! `max.message.bytes` allows, in each codec. librdkafka decompresses a batch as a whole, and limits the size
 //! for zstd alone.
 
 use sha2::{Digest, Sha256};
@@ -11,15 +11,15 @@ use crate::support::{Member, Message, Payment, Scope, uuid_v4};
 struct Bomb {
     codec: &'static str,
     bytes: usize,
-    /// What the daemon may take when each of two lanes meets one, as docs/sizing.md says it.
+    /// Memory that the daemon may use when each of two lanes reads one, as in docs/sizing.md.
     resident_mb_max: u64,
 }
 
-/// The library gives zstd no more than `receive.message.max.bytes`, 100 MB, and of that a third at times.
+/// librdkafka limits zstd to `receive.message.max.bytes`, 100 MB, and in some cases to a third of that.
 const ZSTD: Bomb = Bomb { codec: "zstd", bytes: 30_000_000, resident_mb_max: 320 };
 const SNAPPY: Bomb = Bomb { codec: "snappy", bytes: 20_000_000, resident_mb_max: 320 };
 const LZ4: Bomb = Bomb { codec: "lz4", bytes: 240_000_000, resident_mb_max: 1_200 };
-/// A thousand to one, and as large as a librdkafka producer can send it.
+/// A ratio of a thousand to one, and as large as a librdkafka producer can send.
 const GZIP: Bomb = Bomb { codec: "gzip", bytes: 999_000_000, resident_mb_max: 4_096 };
 
 impl Bomb {
@@ -34,9 +34,9 @@ fn payments(scope: &Scope<'_>, seeds: std::ops::Range<u64>, partition: i32) {
     scope.produce(&scope.input_topic, seeds.map(payment));
 }
 
-/// Two lanes meet the bomb at the same time; a third partition has payments alone.
+/// Two lanes read the batch at the same time; a third partition has only payments.
 fn drill(name: &str, bomb: &Bomb) {
-    // GIVEN payments before and behind the batch
+    // GIVEN payments before and after the batch
     let scope = Scope::ready(name, 3, 2);
     for partition in 0..3 {
         let first = u64::try_from(partition).unwrap() * 100;
@@ -50,7 +50,7 @@ fn drill(name: &str, bomb: &Bomb) {
     // WHEN they are drained
     let mut daemon = Member::new("a").start(&scope);
 
-    // THEN the value is a dead letter that names its size, and everything else is written
+    // THEN the value is a dead letter with its size, and everything else is written
     scope.wait_until_caught_up();
     assert_eq!(scope.count("payment_core"), 30);
     let letters = scope.read_all(&scope.dead_letter_topic);
@@ -59,7 +59,7 @@ fn drill(name: &str, bomb: &Bomb) {
         assert_eq!(letter.header("dlq-reason"), "too_large");
         assert_eq!(letter.header("dlq-value-bytes"), bomb.bytes.to_string());
     }
-    // AND the memory that it took has a limit
+    // AND memory use stays below the limit
     let peak = resident_peak_mb(&daemon);
     println!("{}: {} bytes in each of two lanes, resident at most {peak} MB", bomb.codec, bomb.bytes);
     assert!(peak < bomb.resident_mb_max, "{}: {peak} MB", bomb.codec);
@@ -67,11 +67,11 @@ fn drill(name: &str, bomb: &Bomb) {
 }
 
 #[test]
-fn a_batch_that_grows_a_hundredfold_is_read_within_a_limit_of_memory() {
+fn a_batch_that_decompresses_to_a_hundred_times_its_size_is_read_within_a_memory_limit() {
     drill("grows_zstd", &ZSTD);
 }
 
-/// The worst of each other codec.
+/// The worst batch of each other codec.
 #[test]
 #[ignore = "takes minutes and gigabytes: make worst-batches"]
 fn the_worst_batch_of_each_codec_is_survived() {
@@ -81,8 +81,9 @@ fn the_worst_batch_of_each_codec_is_survived() {
 }
 
 #[test]
-fn keys_and_crowds_of_headers_too_large_for_any_output_do_not_stop_their_partition() {
-    // GIVEN what fits into a compressed batch: a key of megabytes, and headers without names and values
+fn keys_and_headers_too_large_for_any_output_do_not_stop_their_partition() {
+    // GIVEN what fits into a compressed batch: a key of megabytes, and many headers with empty names and
+    // values
     let scope = Scope::ready("large_keys", 1, 1);
     let key = "3".repeat(3_000_000);
     let crowd = (0..300_000).fold(Message::new("31", "{"), |message, _| message.header("", ""));
@@ -92,10 +93,10 @@ fn keys_and_crowds_of_headers_too_large_for_any_output_do_not_stop_their_partiti
         scope.produce_compressed("gzip", message);
     }
 
-    // WHEN the daemon has seen them
+    // WHEN the daemon has processed them
     scope.drain();
 
-    // THEN each has its outcome, the key by size and hash
+    // THEN each has its outcome; the key is replaced by its size and hash
     assert_eq!(scope.count("payment_core"), 1);
     let letters = scope.read_all(&scope.dead_letter_topic);
     let reasons: Vec<&str> = letters.iter().map(|letter| letter.header("dlq-reason")).collect();
@@ -106,7 +107,7 @@ fn keys_and_crowds_of_headers_too_large_for_any_output_do_not_stop_their_partiti
         assert_eq!(letter.header("dlq-key-bytes"), "3000000");
         assert_eq!(letter.header("dlq-key-sha256"), hash);
     }
-    // AND the command that shows a letter says so, and that it cannot be replayed
+    // AND the command that shows a dead letter says so, and that it cannot be replayed
     let shown = scope.command(&["dlq", "show", &format!("0/{}", letters[0].offset)]).succeeds().stdout;
     assert!(
         shown.contains(&format!("a key of 3000000 bytes, SHA-256 {hash}; cannot be replayed")),

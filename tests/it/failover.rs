@@ -1,9 +1,9 @@
-//! Three brokers: whichever of them dies for good, payments flow again, and nothing is lost, doubled or stuck.
+//! Three brokers: whichever of them is lost, payments flow again, and nothing is lost, duplicated or stuck.
 
 use std::fs;
 use std::time::Instant;
 
-use payment_writer::kafka::publisher::transactional_id;
+use payment_writer::kafka::publisher_settings::transactional_id;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde_json::json;
 
@@ -13,7 +13,7 @@ use crate::support::{
 };
 
 const BROKERS: usize = 3;
-/// Read events that must come after a fault before it counts as survived.
+/// Read events that must arrive after a fault before it counts as survived.
 const EVENTS: f64 = 200.0;
 
 struct Cluster<'a> {
@@ -35,7 +35,7 @@ impl Cluster<'_> {
         leader
     }
 
-    /// Waits until every replica of every topic is in sync again: the next broker may die then.
+    /// Waits until all replicas of all topics are in sync: then the next broker may be killed.
     fn is_whole(&self) {
         wait_until_within(PATIENCE, "all replicas are in sync", || {
             self.consumer.fetch_metadata(None, DEADLINE).is_ok_and(|metadata| {
@@ -47,7 +47,7 @@ impl Cluster<'_> {
         });
     }
 
-    /// Has a broker take the place of one that is gone in every partition, and lead all of them.
+    /// Moves every replica of a lost broker to another one, and makes that one the leader of all partitions.
     fn moves_to(&self, broker: i32, gone: i32) {
         let metadata = self.consumer.fetch_metadata(None, DEADLINE).unwrap();
         let moves: Vec<_> = metadata
@@ -76,7 +76,7 @@ impl Cluster<'_> {
         });
     }
 
-    /// Payments flow again while this broker stays dead.
+    /// Asserts that payments flow again while this broker stays down.
     fn dies_for_good(&self, broker: i32, what: &str, daemon: &Daemon) {
         self.is_whole();
         self.servers.broker(broker, Act::Kill);
@@ -90,7 +90,7 @@ impl Cluster<'_> {
     }
 }
 
-/// Waits until a good many of the payments that came since are published.
+/// Waits until a good number of the payments sent since are published.
 fn flows(daemon: &Daemon, what: &str) {
     let published = || daemon.metric("payment_writer_published_total", "topic=\"read\"");
     let before = published();
@@ -98,8 +98,8 @@ fn flows(daemon: &Daemon, what: &str) {
 }
 
 #[test]
-fn whichever_broker_dies_for_good_payments_flow_again_and_nothing_is_lost_or_doubled() {
-    // GIVEN three brokers, payments that keep coming, half of them in transactions, and one daemon
+fn whichever_broker_dies_for_good_payments_flow_again_and_nothing_is_lost_or_duplicated() {
+    // GIVEN three brokers, a flow of payments, half of them in transactions, and one daemon
     let servers = Servers::with_brokers(BROKERS);
     let scope = Scope::new(&servers, "failover");
     scope.prepare(12, 4);
@@ -109,11 +109,11 @@ fn whichever_broker_dies_for_good_payments_flow_again_and_nothing_is_lost_or_dou
     let flow = Flow::start(&scope, Load::without_bad_records(71), 12);
     flows(&daemon, "at the start");
 
-    // WHEN the broker that coordinates the group is gone
+    // WHEN the group coordinator is killed
     let group = cluster.leader("__consumer_offsets", coordinator_partition(&scope.group_id));
     cluster.dies_for_good(group, "the group's coordinator", &daemon);
 
-    // AND the one that coordinates a lane's transactions
+    // AND the transaction coordinator of a lane
     let id = transactional_id(&scope.group_id, "a", 0);
     let transactions = cluster.leader("__transaction_state", coordinator_partition(&id));
     cluster.dies_for_good(transactions, "the coordinator of a lane's transactions", &daemon);
@@ -130,13 +130,13 @@ fn whichever_broker_dies_for_good_payments_flow_again_and_nothing_is_lost_or_dou
     }
     flows(&daemon, "after a rolling restart");
 
-    // AND one is replaced by another, of another number and at another address, which then leads everything
+    // AND one is replaced by another, with another id and address, which then leads everything
     cluster.is_whole();
     let replacement = servers.replace_broker(3);
     cluster.moves_to(replacement, 3);
     flows(&daemon, "after a broker was replaced");
 
-    // THEN every record has its one outcome
+    // THEN every record has exactly one outcome
     cluster.is_whole();
     flow.end();
     cluster.scope.wait_until_caught_up();

@@ -1,4 +1,4 @@
-//! What a lane reads: positions that move only over what is proved, and partitions that cannot be read.
+//! Fetching: positions move only over offsets that are accounted for, and some partitions cannot be read.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,10 +20,10 @@ fn payments(seeds: std::ops::Range<u64>, partition: i32) -> Vec<Message> {
     seeds.map(payment).collect()
 }
 
-/// A daemon whose client loses what it delivers first after a begin: so many records or ends, at so many begins, of
-/// this partition.
+/// A daemon whose client drops the first deliveries after a fetch starts: the number of records or
+/// end-of-partition events, at this number of starts, of this partition.
 fn forgetful(scope: &Scope<'_>, withheld: &str, failpoint: &str) -> Daemon {
-    // As in `Member::run_at`: without the feature nothing would be withheld.
+    // As in `Member::run_at`: without the feature nothing would be dropped.
     assert!(
         withheld == "0" || cfg!(feature = "failpoints"),
         "this test needs `cargo test --features failpoints`"
@@ -31,7 +31,7 @@ fn forgetful(scope: &Scope<'_>, withheld: &str, failpoint: &str) -> Daemon {
     let settings = [
         ("PAYMENT_WRITER__KAFKA__INSTANCE_ID", "forgetful"),
         ("PAYMENT_WRITER__LANES", "1"),
-        // Longer than a test stops it.
+        // Longer than a test pauses it.
         ("PAYMENT_WRITER__KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "60000"),
         ("PAYMENT_WRITER_WITHHOLD", withheld),
         ("PAYMENT_WRITER_FAILPOINT", failpoint),
@@ -48,15 +48,15 @@ fn gaps(daemon: &Daemon) -> f64 {
 }
 
 #[test]
-fn records_that_the_client_passes_over_after_a_begin_are_found_and_read() {
-    // GIVEN records in two partitions, the first of each delivered behind the position asked for
+fn records_that_the_client_skips_when_fetching_starts_are_found_and_read() {
+    // GIVEN records in two partitions, where the client starts to deliver behind the requested position
     let scope = Scope::ready("passed_over", 2, 2);
     for partition in [0_i32, 1] {
         let seeds = u64::from(partition.unsigned_abs()) * 100;
         scope.produce(&scope.input_topic, payments(seeds..seeds + 50, partition));
     }
     let mut daemon = forgetful(&scope, "7:1", "");
-    // THEN they are read all the same, counted and told
+    // THEN they are read anyway, counted and logged
     scope.wait_until_caught_up();
     assert_eq!(gaps(&daemon), 2.0);
     assert!(daemon.log().contains("the client passed over records"), "{}", daemon.log());
@@ -65,19 +65,19 @@ fn records_that_the_client_passes_over_after_a_begin_are_found_and_read() {
 }
 
 #[test]
-fn a_gap_without_records_is_proved_empty_and_passed_over() {
-    // GIVEN a log that begins with an aborted transaction, and ends with one
+fn a_gap_without_records_is_proved_empty_and_skipped() {
+    // GIVEN a log that starts and ends with an aborted transaction
     let scope = Scope::ready("empty_gap", 1, 1);
     scope.produce_in_transaction(&scope.input_topic, payments(0..20, 0), false);
     scope.produce_in_transaction(&scope.input_topic, payments(100..120, 0), true);
     scope.produce_in_transaction(&scope.input_topic, payments(200..205, 0), false);
     let mut daemon = forgetful(&scope, "0", "");
     scope.wait_until_caught_up();
-    // AND a restart in the middle of it: the group's offset is that of a marker
+    // AND a restart in the middle: the group's offset is that of a control record
     daemon.drains();
     scope.produce_in_transaction(&scope.input_topic, payments(300..310, 0), false);
     let mut daemon = forgetful(&scope, "0", "");
-    // THEN the position moves to the end, and nothing was passed over
+    // THEN the position moves to the end, and no record was skipped
     scope.wait_until_caught_up();
     assert_eq!(gaps(&daemon), 0.0);
     assert_eq!(scope.assert_exactly_once().written, 20);
@@ -85,22 +85,22 @@ fn a_gap_without_records_is_proved_empty_and_passed_over() {
 }
 
 #[test]
-fn a_gap_waits_alone_while_nobody_can_tell_what_is_in_it() {
-    // GIVEN a daemon that is about to look into a gap with records
+fn a_gap_that_cannot_be_checked_blocks_only_its_partition() {
+    // GIVEN a daemon that is about to check a gap that has records
     let servers = Servers::own();
     let scope = Scope::new(&servers, "unproved_gap");
     scope.prepare(2, 2);
     scope.produce(&scope.input_topic, payments(0..50, 0));
     let mut daemon = forgetful(&scope, "7:1:0", "before_gap_proof:1:stop");
-    wait_until_within(PATIENCE, "it is about to ask", || daemon.is_stopped());
-    // WHEN the broker is away meanwhile
+    wait_until_within(PATIENCE, "it is about to check the gap", || daemon.is_stopped());
+    // WHEN the broker is stopped meanwhile
     servers.kafka(Act::Stop);
     daemon.signal("CONT");
     wait_until_within(PATIENCE, "it says that it cannot be told", || {
-        daemon.log().contains("whether records were passed over could not be found out")
+        daemon.log().contains("could not check whether records were passed over")
     });
     assert_eq!(scope.count("payment_core"), 0, "nothing behind the gap is written");
-    // THEN it goes on by itself once the broker is back
+    // THEN it continues by itself once the broker is back
     servers.kafka(Act::Start);
     scope.wait_until_caught_up();
     daemon.drains();
@@ -108,16 +108,16 @@ fn a_gap_waits_alone_while_nobody_can_tell_what_is_in_it() {
 }
 
 #[test]
-fn a_gap_that_the_logs_start_moved_into_halts_its_partition() {
-    // GIVEN a daemon that is about to look into a gap with records
+fn a_gap_that_retention_truncates_halts_its_partition() {
+    // GIVEN a daemon that is about to check a gap that has records
     let scope = Scope::ready("removed_gap", 2, 2);
     scope.produce(&scope.input_topic, payments(0..50, 0));
     let mut daemon = forgetful(&scope, "7:1:0", "before_gap_proof:1:stop");
-    wait_until_within(PATIENCE, "it is about to ask", || daemon.is_stopped());
+    wait_until_within(PATIENCE, "it is about to check the gap", || daemon.is_stopped());
     // WHEN retention removes some of them
     scope.delete_records(0, 5);
     daemon.signal("CONT");
-    // THEN the partition halts, and a person decides
+    // THEN the partition halts until an operator resolves it
     wait_until_within(PATIENCE, "it halts", || halted(&daemon, 0)["doubt"] == "log_gap");
     let skip = ["cursors", "skip", "--partition", "0", "--to", "5", "--apply", "--reason", "test"];
     scope.command(&skip).succeeds();
@@ -127,16 +127,16 @@ fn a_gap_that_the_logs_start_moved_into_halts_its_partition() {
 }
 
 #[test]
-fn the_same_gap_again_and_again_halts_its_partition_alone() {
+fn the_same_gap_repeatedly_halts_only_its_partition() {
     let scope = Scope::ready("stubborn_gap", 2, 2);
     scope.produce(&scope.input_topic, payments(0..50, 0));
     scope.produce(&scope.input_topic, payments(100..150, 1));
-    // GIVEN a client that passes over records of one partition each time
+    // GIVEN a client that skips records of one partition each time
     let mut daemon = forgetful(&scope, "7:1000:0", "");
     wait_until_within(PATIENCE, "it halts", || halted(&daemon, 0)["doubt"] == "fetch_gap");
     assert!(gaps(&daemon) >= 3.0);
     wait_until_within(PATIENCE, "the other one is written", || scope.count("payment_core") == 50);
-    // WHEN it is restarted with a better one, THEN everything is written
+    // WHEN it is restarted with a working client, THEN everything is written
     daemon.drains();
     let mut daemon = forgetful(&scope, "0", "");
     scope.wait_until_caught_up();
@@ -145,13 +145,13 @@ fn the_same_gap_again_and_again_halts_its_partition_alone() {
 }
 
 #[test]
-fn a_partition_that_nothing_is_heard_of_is_read_by_a_new_client() {
+fn a_silent_partition_is_read_by_a_new_client() {
     let scope = Scope::ready("silent", 2, 2);
     scope.produce(&scope.input_topic, payments(0..50, 0));
     scope.produce(&scope.input_topic, payments(100..150, 1));
-    // GIVEN a client that never delivers anything of one partition
+    // GIVEN a client that never delivers anything from one partition
     let mut daemon = forgetful(&scope, "1000000:1:0", "");
-    // THEN it is found out, and the partition read by another client
+    // THEN that is detected, and a new client reads the partition
     scope.wait_until_caught_up();
     assert!(daemon.metric("payment_writer_fetch_clients_renewed_total", "") >= 1.0);
     assert!(daemon.log().contains("nothing was fetched of this partition"), "{}", daemon.log());
@@ -161,7 +161,7 @@ fn a_partition_that_nothing_is_heard_of_is_read_by_a_new_client() {
 
 #[test]
 fn an_open_transaction_on_one_group_offset_does_not_stop_the_other_partitions() {
-    // GIVEN a transaction of a peer that died, which holds the group's offset of one partition
+    // GIVEN a transaction of a crashed member, with a pending offset of the group for one partition
     let scope = Scope::ready("held_offset", 3, 2);
     let peer: BaseProducer = scope
         .client_config()
@@ -181,21 +181,21 @@ fn an_open_transaction_on_one_group_offset_does_not_stop_the_other_partitions() 
         let seeds = u64::from(partition.unsigned_abs()) * 100;
         scope.produce(&scope.input_topic, payments(seeds..seeds + 20, partition));
     }
-    // WHEN a daemon with a single lane takes all partitions up
+    // WHEN a daemon with a single lane is assigned all partitions
     let mut daemon = Member::new("heir").with("LANES", "1").start(&scope);
-    // THEN the others are written, and go on being written
+    // THEN the others are written, and continue to be
     wait_until_within(PATIENCE, "the others are written", || scope.count("payment_core") == 40);
     scope.produce(&scope.input_topic, payments(1_000..1_020, 0));
-    wait_until_within(PATIENCE, "they go on", || scope.count("payment_core") == 60);
+    wait_until_within(PATIENCE, "more of their records are written", || scope.count("payment_core") == 60);
     assert_eq!(daemon.status()["partitions"]["1"]["state"], "opening");
-    // AND that one once the transaction has ended
+    // AND that one is written once the transaction has ended
     peer.abort_transaction(DEADLINE).unwrap();
     scope.wait_until_caught_up();
     daemon.drains();
     assert_eq!(scope.assert_exactly_once().written, 80);
 }
 
-/// Where a broker keeps a partition's first segment.
+/// Path of a partition's first segment on a broker.
 fn segment(folder: &Path, topic: &str, partition: i32) -> PathBuf {
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
@@ -222,7 +222,7 @@ fn damage(servers: &Servers, topic: &str, partition: i32, amount: &str, by: &str
 }
 
 #[test]
-fn damaged_bytes_are_no_payments_and_halt_their_partition_alone_until_they_can_be_read_or_are_given_up() {
+fn damaged_batches_halt_only_their_partition_until_they_are_repaired_or_skipped() {
     // GIVEN three batches of three payments in each of four partitions
     let servers = Servers::own();
     let scope = Scope::new(&servers, "damaged");
@@ -238,7 +238,7 @@ fn damaged_bytes_are_no_payments_and_halt_their_partition_alone_until_they_can_b
             scope.produce(&scope.input_topic, (seeds..seeds + 3).map(payment));
         }
     }
-    // WHEN a digit of the first, a middle and the last batch of a partition changes on the broker's disk
+    // WHEN a digit in the first, a middle or the last batch of a partition changes on the broker's disk
     servers.kafka(Act::Stop);
     for (partition, batch) in [(0, 0), (1, 1), (2, 2)] {
         let amount = format!("{}.61", 700_000 + partition * 100 + batch * 10 + 1);
@@ -249,7 +249,7 @@ fn damaged_bytes_are_no_payments_and_halt_their_partition_alone_until_they_can_b
     scope.wait_for_brokers();
     let mut daemon = Member::new("a").with("LANES", "1").start(&scope);
 
-    // THEN that partition halts at that batch, whatever good batches lie behind it, and the others are written
+    // THEN that partition halts at that batch, even with good batches behind it, and the others are written
     let doubts =
         || -> Vec<Value> { (0..4).map(|partition| halted(&daemon, partition)["doubt"].clone()).collect() };
     wait_until_within(PATIENCE, "they halt", || {
@@ -267,21 +267,23 @@ fn damaged_bytes_are_no_payments_and_halt_their_partition_alone_until_they_can_b
     }
     assert_eq!(daemon.metric("payment_writer_partitions_halted", ""), 3.0);
 
-    // AND another process says the same, and the offset after the batch
+    // AND another process reports the same, and the offset after the batch
     let shown = scope.command(&["cursors", "show"]).succeeds().stdout;
     for (partition, after) in [(0, 3), (1, 6), (2, 9)] {
         assert!(shown.contains(&format!("cursors skip --partition {partition} --to {after}")), "{shown}");
     }
-    // AND new records of the good one go on
+    // AND new records of the good partition are written
     scope.produce(&scope.input_topic, payments(5_000..5_005, 3));
-    wait_until_within(PATIENCE, "the good one goes on", || scope.count("payment_core") == 18 + 5);
+    wait_until_within(PATIENCE, "new records of the good one are written", || {
+        scope.count("payment_core") == 18 + 5
+    });
 
-    // WHEN one is repaired, THEN it goes on by itself
+    // WHEN one is repaired, THEN it continues by itself
     servers.kafka(Act::Stop);
     damage(&servers, &scope.input_topic, 1, "900111.61", "700111.61");
     servers.kafka(Act::Start);
-    wait_until_within(Duration::from_secs(120), "it goes on by itself", || halted(&daemon, 1).is_null());
-    // AND the others are given up by the command
+    wait_until_within(Duration::from_secs(120), "it continues by itself", || halted(&daemon, 1).is_null());
+    // AND the records of the others are skipped by the command
     for (partition, after) in [("0", "3"), ("2", "9")] {
         let skip =
             ["cursors", "skip", "--partition", partition, "--to", after, "--apply", "--reason", "test"];
@@ -294,8 +296,8 @@ fn damaged_bytes_are_no_payments_and_halt_their_partition_alone_until_they_can_b
 }
 
 #[test]
-fn a_batch_that_grows_beyond_a_limit_halts_its_partition_alone_and_is_read_once_the_limit_is_raised() {
-    // GIVEN a few kilobytes of zstd that are 120 MB
+fn a_batch_that_decompresses_beyond_a_limit_halts_only_its_partition_until_the_limit_is_raised() {
+    // GIVEN a few kilobytes of zstd that decompress to 120 MB
     let scope = Scope::ready("bomb", 2, 2);
     let producer: BaseProducer = scope
         .client_config()
@@ -317,7 +319,7 @@ fn a_batch_that_grows_beyond_a_limit_halts_its_partition_alone_and_is_read_once_
     scope.produce(&scope.input_topic, payments(0..10, 0));
     scope.produce(&scope.input_topic, payments(100..110, 1));
 
-    // THEN that partition halts, named, and the other one is written
+    // THEN that partition halts, which is logged, and the other one is written
     let mut daemon = Member::new("a").with("LANES", "1").start(&scope);
     wait_until_within(PATIENCE, "it halts", || halted(&daemon, 0)["doubt"] == "unreadable");
     wait_until_within(PATIENCE, "the other one is written", || scope.count("payment_core") == 10);
@@ -327,7 +329,7 @@ fn a_batch_that_grows_beyond_a_limit_halts_its_partition_alone_and_is_read_once_
     assert!(shown.contains("cursors skip --partition 0 --to 120"), "{shown}");
     daemon.drains();
 
-    // WHEN the limit is raised, THEN its records are what they are
+    // WHEN the limit is raised, THEN its records get their normal outcomes
     let mut raised = Member::new("a")
         .with("LANES", "1")
         .with("KAFKA__PROPERTIES__RECEIVE_MESSAGE_MAX_BYTES", "400000000")

@@ -1,4 +1,4 @@
-//! Any input bytes at all lead to an outcome of the contract.
+//! Any input bytes lead to an outcome of the contract.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use crate::support::{AT_MS, Message, Payment, Scope, Servers, ulid, uuid_v4, uui
 
 const RECORDS: usize = 100_000;
 const PARTITIONS: i32 = 4;
-/// Planted wherever a message has room for it; the daemon must never say it.
+/// Inserted in every field that can hold it; the daemon must never log it.
 const SECRET: &str = "tell-no-one";
 
 struct Fuzzer(ChaCha8Rng);
@@ -35,7 +35,7 @@ impl Fuzzer {
         bytes
     }
 
-    /// Valid. Ids come again now and then: mostly with the same payload, spelled in another way.
+    /// A valid message. Ids repeat now and then, mostly with the same payload in another spelling.
     fn payment(&mut self) -> Payment {
         let seed = self.below(30_000) as u64;
         let mut content = Fuzzer(ChaCha8Rng::seed_from_u64(seed));
@@ -72,7 +72,7 @@ impl Fuzzer {
         payment
     }
 
-    /// A message that is well formed and breaks a rule, or only looks as if it did.
+    /// A well-formed message that breaks a rule, or looks as if it did.
     fn strange(&mut self) -> String {
         let levels = self.pick(&[31, 32, 33, 500, 4_000]);
         let digits = self.pick(&[14, 15, 400, 8_000]);
@@ -177,11 +177,11 @@ impl Fuzzer {
                     let len = self.below(40);
                     Some(self.bytes(len))
                 }
-                // The contract has these two in the log lines of their record.
+                // The contract allows these two in a record's log lines.
                 _ if ["correlation-id", "traceparent"].contains(&name.as_str()) => Some(b"an-id".to_vec()),
                 _ => Some(SECRET.as_bytes().to_vec()),
             };
-            // A foreign version would end most of these messages' way too early.
+            // Another version would make most of these messages invalid at the first byte.
             let value = if name == "schema-version" && !self.one_in(4) { Some(b"1".to_vec()) } else { value };
             message.headers.push((name, value));
         }
@@ -199,7 +199,7 @@ impl Fuzzer {
             5..=8 => Some(self.strange().into_bytes()),
             9..=14 => Some(self.mutate(payment.json().into_bytes())),
             15 if self.one_in(20) => {
-                // Around the limit of 16 KiB, and far above.
+                // Around the limit of 16 KiB, and far above it.
                 let len = self.pick(&[16_383, 16_384, 16_385, 200_000]);
                 let mut value = payment.json().into_bytes();
                 value.resize(len, b' ');
@@ -239,8 +239,8 @@ impl Fuzzer {
 }
 
 #[test]
-fn any_bytes_lead_to_one_outcome_and_none_of_them_to_the_log() {
-    // GIVEN 100,000 random, mutated and strange records, in a topic that takes any time
+fn any_bytes_lead_to_one_outcome_and_are_never_logged() {
+    // GIVEN 100,000 random, mutated and unusual records, in a topic that accepts any timestamp
     let scope = Scope::new(Servers::shared(), "fuzz");
     let any_time = ("message.timestamp.after.max.ms", "9223372036854775807");
     scope.create_topic_with(&scope.input_topic, PARTITIONS, &[any_time]);
@@ -251,12 +251,12 @@ fn any_bytes_lead_to_one_outcome_and_none_of_them_to_the_log() {
     let mut fuzzer = Fuzzer(ChaCha8Rng::seed_from_u64(20_260_801));
     let places = scope.produce(&scope.input_topic, (0..RECORDS).map(|_| fuzzer.message()));
 
-    // WHEN a daemon that says all it can drains them
+    // WHEN a daemon with the most verbose log level drains them
     let wordy =
         [("PAYMENT_WRITER__LOG__LEVEL", "debug"), ("PAYMENT_WRITER__KAFKA__PROPERTIES__DEBUG", "cgrp,fetch")];
     let daemon = scope.drain_with(&wordy);
 
-    // THEN each record was written, or dead-lettered, or is a duplicate, and the daemon counted the same
+    // THEN each record was written, dead-lettered or a duplicate, and the daemon's counters agree
     let all: BTreeSet<(i32, i64)> = places.into_iter().collect();
     assert_eq!(all.len(), RECORDS);
     let rows = scope.sql(
@@ -288,14 +288,14 @@ fn any_bytes_lead_to_one_outcome_and_none_of_them_to_the_log() {
     );
     assert!(log.contains(&totals), "{totals} is not what the daemon says");
     for (outcome, count) in [("written", written.len()), ("dead", dead.len()), ("duplicate", duplicates)] {
-        assert!(count > 1_000, "only {count} records {outcome}: the fuzzer has become too tame");
+        assert!(count > 1_000, "only {count} records {outcome}: the fuzzer no longer covers this outcome");
     }
-    // AND what was written was published once
+    // AND what was written was published exactly once
     let (mut written, mut read) = (written, sources(&scope.read_topic));
     written.sort_unstable();
     read.sort_unstable();
     assert_eq!(written, read);
-    // AND the log tells nothing of what was in them
+    // AND the log contains nothing of their contents
     assert!(log.contains("DEBUG"), "the log was to be at level debug");
     assert!(!log.contains(SECRET), "a payload in the log");
     for bytes in uuids.iter().map(Uuid::as_bytes) {
@@ -307,6 +307,6 @@ fn any_bytes_lead_to_one_outcome_and_none_of_them_to_the_log() {
             assert!(!log.contains(&form), "message id {id} in the log as {form}");
         }
     }
-    // AND a checker with rules of its own comes to the same outcomes
+    // AND the auditor, which has its own implementation of the rules, finds the same outcomes
     audit(&scope).succeeds();
 }

@@ -1,10 +1,10 @@
-//! Topics made, and payments generated, as a person does it; the daemon makes of them what the report says.
+//! Creating topics and generating payments with the commands; the daemon's outcomes match the report.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use payment_writer::record::{Offset, Partition, SourceBatch, TimestampMs};
-use payment_writer::wire::{self, Rules};
+use payment_writer::domain::record::{Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::wire::{self, Rules};
 use rdkafka::admin::{AdminOptions, ResourceSpecifier};
 
 use crate::audit::audit;
@@ -22,7 +22,7 @@ fn partitions(scope: &Scope<'_>, topic: &str) -> usize {
     metadata.topics()[0].partitions().len()
 }
 
-/// What the daemon would make of a record by itself: its message id and payload hash, or the reason.
+/// The outcome of a record by itself: its message id and payload hash, or the reason it is invalid.
 fn outcome(record: &Received) -> Result<(String, i64), String> {
     let mut batch = SourceBatch::new();
     let headers = record.headers.iter().map(|(name, value)| (name.as_bytes(), value.as_deref()));
@@ -85,7 +85,7 @@ fn dead_letters_are_kept_for_ever_and_may_be_large() {
 }
 
 #[test]
-fn topics_that_are_there_with_other_numbers_are_left_alone_with_a_warning() {
+fn existing_topics_with_other_settings_are_kept_with_a_warning() {
     let scope = Scope::new(Servers::shared(), "topics_there");
     scope.create_topics(2, 1);
 
@@ -132,7 +132,7 @@ fn produce_sends_what_its_report_says() {
     assert_eq!(records.len(), 5_000);
     let (mut payments, mut bad) = (BTreeMap::new(), BTreeMap::<String, u64>::new());
     let (mut duplicates, mut conflicts) = (0, 0);
-    // By partition and offset: a repeat must follow its payment there.
+    // By partition and offset: there a repeat must follow its payment.
     for record in &records {
         match outcome(record) {
             Err(reason) => *bad.entry(reason).or_default() += 1,
@@ -153,7 +153,7 @@ fn produce_sends_what_its_report_says() {
 }
 
 #[test]
-fn the_daemon_makes_of_the_generators_records_what_the_report_expects() {
+fn the_daemons_outcomes_match_the_generators_report() {
     let scope = Scope::new(Servers::shared(), "produce_run");
     scope.create_topics(4, 2);
     scope.command(&["migrate"]).succeeds();
@@ -226,13 +226,39 @@ fn an_interrupted_produce_reports_exactly_what_it_sent() {
 }
 
 #[test]
-fn produce_does_not_make_the_topic_that_is_missing() {
+fn produce_does_not_create_a_missing_topic() {
     let scope = Scope::new(Servers::shared(), "produce_missing");
     let refused = scope.command(&["produce", "--count", "1"]);
     assert_eq!(refused.code, Some(1));
     assert!(refused.stderr.contains("topics create"), "{}", refused.stderr);
     let metadata = scope.admin().inner().fetch_metadata(None, crate::support::DEADLINE).unwrap();
     assert!(metadata.topics().iter().all(|topic| topic.name() != scope.input_topic));
+}
+
+#[test]
+fn produce_sends_to_a_topic_that_a_daemon_reads_only_if_that_is_confirmed() {
+    // GIVEN a daemon that reads the topic
+    let scope = Scope::new(Servers::shared(), "produce_confirmed");
+    scope.prepare(2, 1);
+    let mut daemon = scope.daemon(&["run"]);
+    daemon.wait_for_partitions("it is a member", |partitions| partitions == 2);
+
+    // WHEN there is no terminal for a confirmation, THEN nothing is sent, and the error names the option
+    let refused = scope.command(&["produce", "--count", "5"]);
+    assert_eq!(refused.code, Some(2), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("--yes") && refused.stderr.contains(&scope.group_id),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(offsets(&scope), 0);
+
+    // AND with it they are sent; without a daemon they are sent without it
+    scope.command(&["produce", "--count", "5", "--yes"]).succeeds();
+    daemon.drains();
+    scope.delete_group_when_empty();
+    scope.command(&["produce", "--count", "5"]).succeeds();
+    assert_eq!(offsets(&scope), 10);
 }
 
 #[test]
@@ -254,14 +280,14 @@ fn records_are_compressed_as_asked() {
     assert_eq!(scope.read_all(&scope.input_topic).len(), 1_500);
 }
 
-/// Records in the log, aborted ones and markers too.
+/// Records in the log, including aborted ones and control records.
 fn offsets(scope: &Scope<'_>) -> i64 {
     scope.ends().values().sum()
 }
 
 #[test]
-fn aborted_transactions_are_sent_again_and_count_for_nothing() {
-    // GIVEN records in transactions, a fifth of which is aborted
+fn aborted_transactions_are_sent_again_and_not_counted() {
+    // GIVEN records in transactions, a fifth of which are aborted
     let scope = Scope::ready("produce_aborts", 4, 2);
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("report.json");
@@ -271,22 +297,22 @@ fn aborted_transactions_are_sent_again_and_count_for_nothing() {
 
     let printed = scope.command(&sending).succeeds().stdout;
 
-    // THEN all of them are there for readers of what is committed
+    // THEN a read_committed consumer gets all of them
     let report = report(&path);
     assert_eq!(scope.read_all(&scope.input_topic).len(), 3_000);
-    // AND the report knows the transactions: 42 of 70 records and one of 60; each fourth is aborted before
+    // AND the report counts the transactions: 42 of 70 records and one of 60; each fourth is aborted before
     assert_eq!(
         report["transactions"],
         serde_json::json!({"committed": 43, "aborted": 10, "aborted_records": 700})
     );
     assert_eq!((&report["records"], &report["undelivered"]), (&3_000.into(), &0.into()));
     assert!(printed.contains("transactions aborted"), "{printed}");
-    // AND what was aborted stands in the log, too, and each partition ends with a marker
+    // AND the log also has the aborted records, and each partition ends with a control record
     assert!(offsets(&scope) > 3_700 + 4, "{}", offsets(&scope));
 
     // WHEN the daemon has read them
     scope.drain();
-    // THEN only what is committed had its outcome, as the report expects
+    // THEN only the committed records had an outcome, as the report expects
     assert_eq!(report["expected"]["written"], scope.count("payment_core"));
     let (reads, emails, letters) = outputs(&scope);
     assert_eq!(report["expected"]["read_events"], reads);
@@ -296,7 +322,7 @@ fn aborted_transactions_are_sent_again_and_count_for_nothing() {
 }
 
 #[test]
-fn transactions_keep_to_a_rate_and_are_committed_at_its_end_and_when_interrupted() {
+fn transactions_keep_their_rate_and_are_committed_at_the_end_and_when_interrupted() {
     let scope = Scope::new(Servers::shared(), "produce_rate");
     scope.create_topics(2, 1);
     // Longer than any of the runs here.
@@ -310,7 +336,7 @@ fn transactions_keep_to_a_rate_and_are_committed_at_its_end_and_when_interrupted
     let path = dir.path().join("report.json");
     let endless = ["produce", "--rate", "700", "--report", path.to_str().unwrap()];
     let mut producing = scope.daemon(&[&endless[..], &in_transactions].concat());
-    // What is committed by itself after some seconds is not the last.
+    // A transaction that is committed after some seconds is not the last one.
     wait_until("a transaction was committed", || scope.read_all(&scope.input_topic).len() > 500);
     producing.signal("INT");
     assert_eq!(producing.wait().code(), Some(0), "{}", producing.log());

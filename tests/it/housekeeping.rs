@@ -1,18 +1,18 @@
-//! Generations, pruning and months: exact across rotations, held back by whatever is behind, harmless to
-//! writers, and finished by the next pass when interrupted.
+//! Generations, pruning and months: exact across rotations, held back by any partition that lags, harmless to
+//! writers, and completed by the next pass after an interruption.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use payment_writer::batch::{Batch, Progress};
-use payment_writer::cursor::Identity;
-use payment_writer::disposition::Fate;
+use payment_writer::domain::batch::{Batch, Progress};
+use payment_writer::domain::cursor::Identity;
+use payment_writer::domain::outcome::Outcome;
+use payment_writer::domain::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::wire::Rules;
 use payment_writer::housekeeping::generations;
-use payment_writer::lane::ports::{CursorMove, Ledger};
-use payment_writer::ledger::PgLedger;
-use payment_writer::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
-use payment_writer::wire::Rules;
+use payment_writer::ports::{CursorMove, Store};
+use payment_writer::postgres::store::PgStore;
 use uuid::Uuid;
 
 use crate::support::{
@@ -35,12 +35,12 @@ fn live(scope: &Scope<'_>) -> Vec<(i64, String)> {
 }
 
 fn states(scope: &Scope<'_>) -> String {
-    // One is always ready for the next rotation.
+    // One table is always ready for the next rotation.
     let in_use = live(scope).into_iter().filter(|(_, state)| state != "ready");
     in_use.map(|(n, state)| format!("{n} {state}")).collect::<Vec<_>>().join(", ")
 }
 
-/// Lets the current generation be old enough to be left.
+/// Makes the current generation old enough for a rotation.
 fn age_current(scope: &Scope<'_>) {
     scope.execute(
         "UPDATE payment_writer.idempotency_generation SET made_current_at = made_current_at - interval '8 days'
@@ -48,7 +48,7 @@ fn age_current(scope: &Scope<'_>) {
     );
 }
 
-/// A pass of its own; one that a daemon has under way is waited for.
+/// Runs one pass; waits for a pass of a daemon that is in progress.
 fn prune(scope: &Scope<'_>) -> Finished {
     let mut finished = None;
     wait_until("no other pass is under way", || {
@@ -64,7 +64,7 @@ fn record(seed: u64, timestamp_ms: i64) -> Message {
 }
 
 fn settled(daemon: &crate::support::Daemon, outcome: &str) -> usize {
-    // The last line of a run says what became of the records.
+    // The last line of a run counts the records by outcome.
     let log = daemon.log();
     log.lines()
         .rev()
@@ -84,8 +84,8 @@ async fn race(
     ids: Vec<Uuid>,
 ) -> usize {
     const BATCH: usize = 2_500;
-    let pool = payment_writer::postgres::pool(&scope_url, 1).unwrap();
-    let mut ledger = PgLedger::new(pool, topic, identity);
+    let pool = payment_writer::postgres::connection::pool(&scope_url, 1).unwrap();
+    let mut store = PgStore::new(pool, topic, identity);
     let partition = Partition(partition);
     let mut seen = NextOffset(from);
     let mut written = 0;
@@ -105,9 +105,12 @@ async fn race(
         let progress = Progress { partition, seen, reached, timestamp: None };
         let batch = Batch::assemble(source, vec![progress], &Rules::default());
         let moved = CursorMove { partition, seen, applied: reached, published: None, timestamp: None };
-        let (fates, ..) = ledger.write(&batch, &[moved]).await.unwrap();
-        written += fates.0.iter().filter(|fate| **fate == Fate::Written).count();
-        assert!(fates.0.iter().all(|fate| matches!(fate, Fate::Written | Fate::Duplicate)), "{fates:?}");
+        let (fates, ..) = store.write(&batch, &[moved]).await.unwrap();
+        written += fates.0.iter().filter(|fate| **fate == Outcome::Written).count();
+        assert!(
+            fates.0.iter().all(|fate| matches!(fate, Outcome::Written | Outcome::Duplicate)),
+            "{fates:?}"
+        );
         seen = reached;
     }
     written
@@ -143,11 +146,11 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
         let lane = |partition, ids| {
             runtime.spawn(race(scope.postgres_url(), "t".to_owned(), identity.clone(), partition, from, ids))
         };
-        // WHEN two lanes write them while the generation changes under them, and is measured at once
+        // WHEN two lanes write them while generations are rotated, and each closed one is measured at once
         let (first, second) = (lane(0, ids), lane(1, other));
         let url = scope.postgres_url();
         let rotations = async {
-            let (mut client, _driver) = payment_writer::postgres::connect(&url).await.unwrap();
+            let (mut client, _driver) = payment_writer::postgres::connection::connect(&url).await.unwrap();
             for _ in 0..2 {
                 let all = generations::list(&client).await.unwrap();
                 let current = all.iter().find(|g| g.state == generations::State::Current).unwrap().number;
@@ -167,7 +170,7 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
             rotations.await;
             first.await.unwrap() + second.await.unwrap()
         });
-        // THEN each was claimed once, over all generations
+        // THEN each was claimed once across all generations
         assert_eq!(written as u64, IDS, "round {round}");
         let counts =
             scope.sql("SELECT count(*), count(DISTINCT message_id) FROM payment_writer.idempotency", &[]);
@@ -176,9 +179,10 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
             (10_000, 10_000),
             "round {round}"
         );
-        // Older rounds are of no interest to the next one.
+        // The next round does not need the older ones.
         runtime.block_on(async {
-            let (client, _driver) = payment_writer::postgres::connect(&scope.postgres_url()).await.unwrap();
+            let (client, _driver) =
+                payment_writer::postgres::connection::connect(&scope.postgres_url()).await.unwrap();
             for generation in generations::list(&client).await.unwrap() {
                 if generation.state == generations::State::Older {
                     generations::retire(&client, generation.number).await.unwrap();
@@ -186,7 +190,7 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
                     generations::drop_table(&client, &generation).await.unwrap();
                 }
             }
-            // The current one goes the same way with the next round.
+            // The current one is emptied now, and dropped after the next round.
             client
                 .batch_execute(
                     "DO $$ BEGIN EXECUTE format('TRUNCATE payment_writer.idempotency_g%s',
@@ -200,8 +204,8 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
 }
 
 #[test]
-fn after_eight_days_of_the_daemon_being_away_duplicates_are_told() {
-    // GIVEN a payment of more than eight days ago, written, and its repeats in the log, which nobody has read
+fn after_eight_days_without_the_daemon_duplicates_are_recognised() {
+    // GIVEN a payment written more than eight days ago, and repeats of it in the log that are still unread
     let scope = Scope::ready("daemon_away", 2, 2);
     let then = now_ms() - 8 * DAY_MS;
     scope.produce(&scope.input_topic, [record(1, then - HOUR_MS).partition(0)]);
@@ -209,29 +213,29 @@ fn after_eight_days_of_the_daemon_being_away_duplicates_are_told() {
     let repeats = [record(1, then).partition(0), record(1, then).partition(1), record(2, then).partition(1)];
     scope.produce(&scope.input_topic, repeats);
 
-    // WHEN it is time to rotate and to prune, by any clock
+    // WHEN the clock says that it is time to rotate and to prune
     age_current(&scope);
     let pass = prune(&scope);
     assert!(pass.stdout.contains("held there by partition"), "{pass:?}");
     assert_eq!(states(&scope), "1 older, 2 current");
     age_current(&scope);
     prune(&scope);
-    assert_eq!(states(&scope), "1 older, 2 current", "an empty generation is not left");
+    assert_eq!(states(&scope), "1 older, 2 current", "an empty generation is not rotated");
 
-    // THEN the repeats are told when the daemon is back, and only then the old ids go
+    // THEN the repeats are duplicates when the daemon is back, and only then the old ids are pruned
     let daemon = scope.drain();
     assert_eq!((settled(&daemon, "written"), settled(&daemon, "duplicates")), (1, 2));
     assert_eq!(scope.count("payment_core"), 2);
     assert_eq!(scope.read_all(&scope.read_topic).len(), 2);
-    // All of it is older than the window, also what the rotation of this pass has closed.
+    // All of it is older than the window, including the generation that this pass closed.
     prune(&scope);
     assert_eq!(states(&scope), "3 current");
     assert_eq!(scope.count("idempotency"), 0);
 }
 
 #[test]
-fn after_eight_days_of_an_output_topic_being_away_what_was_written_is_still_owned() {
-    // GIVEN rows of eight days ago whose events could not be sent: the daemon died between the two commits
+fn after_eight_days_without_an_output_topic_written_ids_are_still_owned() {
+    // GIVEN rows of eight days ago without events: the daemon crashed between the two commits
     let scope = Scope::ready("output_away", 1, 1);
     let then = now_ms() - 8 * DAY_MS;
     scope.produce(&scope.input_topic, (1..=20).map(|n| record(n, then)));
@@ -240,14 +244,14 @@ fn after_eight_days_of_an_output_topic_being_away_what_was_written_is_still_owne
     assert!(written > 0);
     assert_eq!(scope.read_all(&scope.read_topic).len(), 0);
 
-    // WHEN the generation that owns them is old by every clock
+    // WHEN the generation that owns them is old enough to prune
     age_current(&scope);
     prune(&scope);
     let dry = scope.command(&["prune", "--dry-run"]).succeeds();
     assert!(dry.stdout.contains("held there by partition 0"), "{dry:?}");
     assert!(live(&scope).contains(&(1, "older".to_owned())));
 
-    // THEN their redelivery is told, and each event is sent once
+    // THEN the redelivered records are recognised, and each event is sent once
     scope.drain();
     assert_eq!(scope.count("payment_core"), 20);
     assert_eq!(scope.read_all(&scope.read_topic).len(), 20);
@@ -257,7 +261,7 @@ fn after_eight_days_of_an_output_topic_being_away_what_was_written_is_still_owne
 }
 
 #[test]
-fn a_halted_partition_and_a_broker_that_does_not_answer_hold_pruning_back() {
+fn a_halted_partition_or_an_unreachable_broker_blocks_pruning() {
     let scope = Scope::ready("held_back", 2, 1);
     let then = now_ms() - 20 * DAY_MS;
     scope.produce(&scope.input_topic, [record(1, then).partition(0), record(2, then).partition(1)]);
@@ -271,15 +275,15 @@ fn a_halted_partition_and_a_broker_that_does_not_answer_hold_pruning_back() {
     assert!(pass.stdout.contains("partition 1 is halted (moved_forward)"), "{pass:?}");
     let rows =
         scope.sql("SELECT is_complete FROM payment_writer.housekeeping_pass ORDER BY id DESC LIMIT 1", &[]);
-    assert!(!rows[0].get::<_, bool>(0), "what is held back is tried again before the next week");
+    assert!(!rows[0].get::<_, bool>(0), "a pass that was held back is repeated within a week");
 
-    // A broker that is not there: an error, for whoever reads cron's mails, and nothing goes.
+    // An unreachable broker is an error in the output, for the reader of cron's mails, and nothing is pruned.
     let away = scope.command_with(&["prune"], &[("PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")]);
     assert_eq!(away.code, Some(1), "{away:?}");
     assert!(away.stderr.contains("nothing was pruned"), "{away:?}");
     assert!(live(&scope).contains(&(1, "older".to_owned())));
 
-    // Settled, it goes.
+    // After the halt is resolved, it is pruned.
     let settle = ["cursors", "accept", "--partition", "1", "--published", "1", "--apply", "--reason", "test"];
     scope.command(&settle).succeeds();
     scope.drain();
@@ -288,13 +292,13 @@ fn a_halted_partition_and_a_broker_that_does_not_answer_hold_pruning_back() {
 }
 
 #[test]
-fn a_log_that_is_not_this_databases_own_lets_nothing_go() {
-    // GIVEN ids that are old by every clock
+fn settings_of_another_log_prune_nothing() {
+    // GIVEN ids that are old enough to prune
     let scope = Scope::ready("other_log", 1, 1);
     scope.produce(&scope.input_topic, (1..=5).map(|n| record(n, now_ms() - 20 * DAY_MS)));
     scope.drain();
     age_current(&scope);
-    // WHEN cron's settings lead to another group, another mode or another topic THEN nothing goes, and it says so
+    // WHEN cron's settings name another group, mode or topic THEN nothing is pruned, and the output says so
     let other_topic = format!("{}_other", scope.input_topic);
     scope.create_topic(&other_topic, 1);
     for (name, value) in [("GROUP_ID", "other"), ("PUBLISH", "false"), ("INPUT_TOPIC", &other_topic)] {
@@ -315,7 +319,7 @@ fn a_log_that_is_not_this_databases_own_lets_nothing_go() {
 }
 
 #[test]
-fn a_dry_run_says_what_would_go_and_changes_nothing() {
+fn a_dry_run_prints_what_would_be_pruned_and_changes_nothing() {
     let scope = Scope::ready("dry_run", 1, 1);
     scope.produce(&scope.input_topic, (1..=50).map(|n| record(n, now_ms() - 9 * DAY_MS)));
     scope.drain();
@@ -323,20 +327,20 @@ fn a_dry_run_says_what_would_go_and_changes_nothing() {
     let dry = scope.command(&["prune", "--dry-run"]).succeeds();
     assert!(dry.stdout.contains("would be rotated"), "{dry:?}");
     assert_eq!(states(&scope), "1 current");
-    // The pass rotates, and drops what it has just closed: everything in it is older than the window.
+    // The pass rotates, and drops the generation that it closed: everything in it is older than the window.
     let before = scope.count("idempotency");
     assert_eq!(before, 50);
     let pass = prune(&scope);
     assert!(pass.stdout.contains("generations dropped: 1, 50 rows"), "{pass:?}");
     assert_eq!(scope.count("idempotency"), 0);
-    // Nothing to do is no failure.
+    // It is no error if there is nothing to do.
     let again = prune(&scope);
     assert!(again.stdout.contains("no generation to drop"), "{again:?}");
 }
 
 #[test]
 fn no_writer_waits_for_a_prune_behind_a_long_reader() {
-    // GIVEN a daemon at work, an old generation that may go, and a session that reads the ids for ever
+    // GIVEN a running daemon, an old generation that can be dropped, and a session that keeps reading the ids
     let scope = Scope::ready("long_reader", 4, 2);
     scope.produce(&scope.input_topic, (1..=20).map(|n| record(n, now_ms() - 20 * DAY_MS)));
     scope.drain();
@@ -349,13 +353,13 @@ fn no_writer_waits_for_a_prune_behind_a_long_reader() {
     daemon.wait_until_ready();
     let flow = Flow::start(&scope, Load::without_bad_records(5), 200);
 
-    // WHEN passes run, and the server's own view of who waits for whom is watched
+    // WHEN passes run, and the server's own view of lock waits is sampled
     let is_over = Arc::new(AtomicBool::new(false));
     let watcher = {
         let (url, is_over) = (scope.postgres_url(), Arc::clone(&is_over));
         std::thread::spawn(move || {
             block_on(async {
-                let (client, _driver) = payment_writer::postgres::connect(&url).await.unwrap();
+                let (client, _driver) = payment_writer::postgres::connection::connect(&url).await.unwrap();
                 let mut longest = 0.0f64;
                 while !is_over.load(Ordering::Relaxed) {
                     let row = client
@@ -382,10 +386,10 @@ fn no_writer_waits_for_a_prune_behind_a_long_reader() {
     is_over.store(true, Ordering::Relaxed);
     let longest = watcher.join().unwrap();
     println!("longest wait of a writer for a lock: {:.0} ms", longest * 1_000.0);
-    // Promised are 100 ms; the margin is for machines that stand still.
+    // The promise is 100 ms; the margin is for stalled machines.
     assert!(longest < 2.0, "a writer waited for {longest} s");
 
-    // THEN the next pass after the reader has gone drops it, and nothing was lost meanwhile
+    // THEN the next pass after the reader has ended drops it, and nothing was lost meanwhile
     block_on(reader.batch_execute("COMMIT")).unwrap();
     prune(&scope);
     assert!(!live(&scope).iter().any(|(n, _)| *n == 1), "{}", states(&scope));
@@ -409,7 +413,7 @@ fn a_pass_that_dies_between_its_steps_is_finished_by_the_next() {
             "{left:?}"
         );
 
-        // The daemon does not mind, and the next pass finishes.
+        // The daemon is not affected, and the next pass completes.
         scope.produce(&scope.input_topic, [record(21, now_ms())]);
         scope.drain();
         prune(&scope);
@@ -421,11 +425,11 @@ fn a_pass_that_dies_between_its_steps_is_finished_by_the_next() {
 }
 
 #[test]
-fn a_clock_that_steps_back_and_a_late_rotation_cost_nothing_but_time() {
+fn a_clock_that_steps_back_or_a_late_rotation_only_delays_pruning() {
     let scope = Scope::ready("clock", 1, 1);
     scope.produce(&scope.input_topic, [record(1, now_ms())]);
     scope.drain();
-    // Made current tomorrow, says the clock that was put back.
+    // It was made current tomorrow, by the clock that was set back.
     scope.execute(
         "UPDATE payment_writer.idempotency_generation SET made_current_at = now() + interval '1 day' WHERE generation = 1",
     );
@@ -443,8 +447,8 @@ fn a_clock_that_steps_back_and_a_late_rotation_cost_nothing_but_time() {
 }
 
 #[test]
-fn ids_with_a_time_are_spared_the_look_into_the_older_generation() {
-    // GIVEN an older generation with ids of all kinds, one of them a ULID that came as a plain UUID
+fn ids_with_a_recent_time_skip_the_lookup_in_the_older_generation() {
+    // GIVEN an older generation with ids of all kinds, one of them a ULID that was written as a plain UUID
     let scope = Scope::ready("spared", 1, 1);
     let then = now_ms() - 2 * DAY_MS;
     let strange = Uuid::from_u128((u128::try_from(now_ms()).unwrap() << 80) | (0x4 << 76) | (0b10 << 62) | 5);
@@ -458,7 +462,7 @@ fn ids_with_a_time_are_spared_the_look_into_the_older_generation() {
     prune(&scope);
     assert_eq!(states(&scope), "1 older, 2 current");
 
-    // WHEN the same bits come as a ULID, whose time is fresh, beside an id of now and a repeat of the old one
+    // WHEN the same bits arrive as a ULID, whose time is recent, with a new id and a repeat of the old one
     scope.produce(
         &scope.input_topic,
         [
@@ -470,7 +474,7 @@ fn ids_with_a_time_are_spared_the_look_into_the_older_generation() {
     let daemon = Member::new("drain").start(&scope);
     scope.wait_until_caught_up();
 
-    // THEN the new one alone is spared, and the others are told
+    // THEN only the new one skips the lookup, and the others are recognised
     wait_until("the outcomes are counted", || {
         daemon.metric("payment_writer_records_total", "outcome=\"duplicate\"") == 2.0
     });
@@ -480,8 +484,8 @@ fn ids_with_a_time_are_spared_the_look_into_the_older_generation() {
 }
 
 #[test]
-fn of_several_daemons_one_makes_up_a_missed_pass() {
-    // GIVEN a database that has seen no pass for longer than the schedule allows
+fn one_of_several_daemons_runs_a_missed_pass() {
+    // GIVEN a database that has had no pass for longer than the schedule allows
     let scope = Scope::ready("missed_pass", 2, 1);
     scope.produce(&scope.input_topic, [record(1, now_ms() - 20 * DAY_MS)]);
     scope.drain();
@@ -492,7 +496,7 @@ fn of_several_daemons_one_makes_up_a_missed_pass() {
     // WHEN two daemons start
     let daemons = ["a", "b"].map(|name| Member::new(name).soon_forgotten().start(&scope));
 
-    // THEN one pass is made, and both know
+    // THEN one of them runs a pass, and both report it
     let passes = || scope.count("housekeeping_pass");
     wait_until("a pass was made", || passes() == 1);
     wait_until("the old generation is gone", || !live(&scope).iter().any(|(n, _)| *n == 1));
@@ -505,7 +509,7 @@ fn of_several_daemons_one_makes_up_a_missed_pass() {
 }
 
 #[test]
-fn a_writer_without_ddl_claims_into_generations_that_another_role_made() {
+fn a_writer_without_ddl_claims_in_generations_that_another_role_created() {
     let scope = Scope::ready("roles_rotation", 1, 1);
     let database = scope.sql("SELECT current_database()", &[])[0].get::<_, String>(0);
     let writer = format!("{database}_w");
@@ -537,9 +541,9 @@ fn a_writer_without_ddl_claims_into_generations_that_another_role_made() {
 }
 
 #[test]
-fn rows_in_a_default_partition_move_to_their_month_and_old_months_are_handed_over() {
+fn rows_in_a_default_partition_move_to_their_month_and_old_months_are_detached() {
     let scope = Scope::ready("months_kept", 1, 1);
-    // GIVEN payments of a month that nobody has made
+    // GIVEN payments of a month that has no table
     let long_ago = now_ms() - 100 * DAY_MS;
     scope.produce(&scope.input_topic, (1..=30).map(|n| record(n, long_ago)));
     scope.drain();
@@ -549,11 +553,11 @@ fn rows_in_a_default_partition_move_to_their_month_and_old_months_are_handed_ove
     let pass = prune(&scope);
     assert!(pass.stdout.contains("rows moved from the default partitions: 60"), "{pass:?}");
 
-    // THEN they are where they belong, and nothing is lost
+    // THEN they are in their month's table, and nothing is lost
     assert_eq!((scope.count("payment_core_default"), scope.count("payment_core")), (0, 30));
     assert_eq!((scope.count("payment_metadata_default"), scope.count("payment_metadata")), (0, 30));
 
-    // WHEN only two months are to be kept THEN older ones are detached and renamed, with all their rows
+    // WHEN only two months are retained THEN older ones are detached and renamed, with all their rows
     let kept = [("PAYMENT_WRITER__RETENTION__PAYMENT_MONTHS", "2")];
     let pass = scope.command_with(&["prune"], &kept).succeeds();
     assert!(
@@ -566,7 +570,7 @@ fn rows_in_a_default_partition_move_to_their_month_and_old_months_are_handed_ove
     assert_eq!(archived.len(), 1);
     assert_eq!(scope.count(archived[0].get::<_, &str>(0)), 30);
 
-    // WHEN another of that month comes late THEN it is handed over beside them, and nothing is held up
+    // WHEN another payment of that month arrives late THEN it is stored beside them, and nothing is blocked
     scope.produce(&scope.input_topic, [record(31, long_ago)]);
     scope.drain();
     let pass = scope.command_with(&["prune"], &kept).succeeds();
@@ -576,7 +580,7 @@ fn rows_in_a_default_partition_move_to_their_month_and_old_months_are_handed_ove
 }
 
 #[test]
-fn status_tells_what_is_known_of_an_id() {
+fn status_prints_what_is_known_about_an_id() {
     let scope = Scope::ready("status_of_id", 2, 1);
     let id = uuid_v7(now_ms(), 9);
     let at = now_ms();
@@ -596,7 +600,7 @@ fn status_tells_what_is_known_of_an_id() {
     assert_eq!((&second["partition"], &second["offset"]), (&1.into(), &0.into()));
     let other = scope.command(&["status", &uuid_v4(77).to_string()]).succeeds().stdout;
     assert!(other.starts_with("unknown"), "{other}");
-    // Forgotten by the idempotency table, it is still in the payment tables.
+    // The idempotency table no longer has it, the payment tables do.
     scope.execute("TRUNCATE payment_writer.idempotency_g1");
     assert!(scope.command(&["status", &text]).succeeds().stdout.starts_with("unknown"));
     assert!(scope.command(&["status", &text, "--search"]).succeeds().stdout.starts_with("written"));

@@ -1,4 +1,4 @@
-//! What monitoring sees: liveness, readiness, status, metrics.
+//! Liveness, readiness, status and metrics.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +11,7 @@ fn json(daemon: &Daemon, path: &str) -> Option<(u16, Value)> {
     Some((reply.status, serde_json::from_str(&reply.body).unwrap()))
 }
 
-/// The names of what keeps the daemon from being ready.
+/// What keeps the daemon from being ready.
 fn missing(daemon: &Daemon) -> Option<Vec<String>> {
     let (status, body) = json(daemon, "/readyz")?;
     assert_eq!(status, if body["ready"] == true { 200 } else { 503 });
@@ -26,7 +26,7 @@ fn readiness_names_what_is_missing_until_nothing_is() {
     // WHEN the daemon starts
     let mut daemon = scope.daemon(&["run"]);
 
-    // THEN it lives, and says one after the other what it waits for
+    // THEN it is live, and reports one after the other what it waits for
     wait_until("the schema is missing", || {
         json(&daemon, "/readyz").is_some_and(|(status, body)| {
             status == 503 && body["missing"]["database"].as_str().is_some_and(|why| why.contains("migrate"))
@@ -47,7 +47,7 @@ fn readiness_names_what_is_missing_until_nothing_is() {
     scope.create_topics(2, 1);
     daemon.wait_until_ready();
 
-    // AND it goes on by itself
+    // AND it continues by itself
     assert_eq!(missing(&daemon), Some(vec![]));
     assert_eq!(["database", "broker", "group"].map(is_missing), [0.0; 3]);
     scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
@@ -73,7 +73,7 @@ fn samples(daemon: &Daemon) -> Vec<(String, BTreeMap<String, String>, f64)> {
 }
 
 #[test]
-fn metrics_and_status_say_what_became_of_the_records() {
+fn metrics_and_status_count_the_records_by_outcome() {
     // GIVEN a daemon that was sent payments, duplicates, a conflict and bad records
     let scope = Scope::ready("metrics", 3, 2);
     let daemon = scope.daemon(&["run"]);
@@ -91,7 +91,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
     let count = |name: &str, label: &str| daemon.metric(&format!("payment_writer_{name}"), label);
     wait_until("every record is counted", || count("records_total", "") == sent.len() as f64);
 
-    // THEN the counters say which
+    // THEN the counters match
     for (name, label, expected) in [
         ("records_total", r#"outcome="written""#, 60.0),
         ("records_total", r#"outcome="duplicate""#, 7.0),
@@ -108,20 +108,20 @@ fn metrics_and_status_say_what_became_of_the_records() {
         // One of each lane.
         ("database_up", "", 2.0),
         ("broker_up", "", 2.0),
-        // Counters are there before the first event, so that their first step is seen as one.
+        // Counters exist before the first event, so that `increase()` sees their first step.
         ("database_errors_total", r#"sqlstate_class="53""#, 0.0),
         ("batch_records_sum", "", sent.len() as f64),
     ] {
         assert_eq!(count(name, label), expected, "{name} {label}");
     }
     assert!(count("end_to_end_seconds_count", "") > 0.0, "sampled: about as many as records");
-    // AND lag is 0 once the ends were asked for
+    // AND lag is 0 once the end offsets have been fetched
     wait_until("lag is known of all partitions", || {
         samples(&daemon).iter().filter(|(name, _, _)| name == "payment_writer_lag_records").count() == 3
     });
     wait_until("lag is 0", || count("lag_records", "") == 0.0 && count("lag_seconds", "") == 0.0);
 
-    // AND every metric that is promised is there, under the prefix, with labels from small sets
+    // AND every documented metric exists, with the prefix, and with labels from small sets
     let samples = samples(&daemon);
     let names: BTreeSet<&str> = samples.iter().map(|(name, _, _)| name.as_str()).collect();
     for name in [
@@ -148,7 +148,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
     ] {
         assert!(names.contains(format!("payment_writer_{name}").as_str()), "{name} is not among {names:?}");
     }
-    // AND each of them stands in the documentation, with its labels and, where these are few, their values
+    // AND each of them is documented, with its labels and, if there are few, their values
     let page = metrics_page();
     for (name, labels, _) in &samples {
         let family = ["_bucket", "_sum", "_count"].iter().find_map(|end| {
@@ -173,7 +173,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
     ] {
         assert_eq!(count(name, ""), expected, "{name}");
     }
-    wait_until("the broker told the topic's retention", || count("input_retention_seconds", "") > 3_600.0);
+    wait_until("the topic's retention is known", || count("input_retention_seconds", "") > 3_600.0);
     assert!(count("memory_limit_bytes", "") > 1e8);
     assert!(daemon.metric("process_resident_memory_bytes", "") > 1e6);
     assert!(daemon.metric("process_open_fds", "") > 10.0);
@@ -217,7 +217,7 @@ fn metrics_and_status_say_what_became_of_the_records() {
     assert_eq!(values["reason"].len(), 11);
     assert_eq!(values["outcome"], BTreeSet::from(["dead_lettered", "duplicate", "redelivered", "written"]));
 
-    // AND the status page tells each partition's positions, and the build
+    // AND the status page has each partition's positions, and the build
     wait_until("the status page has all partitions", || {
         json(&daemon, "/status")
             .is_some_and(|(_, status)| status["partitions"].as_object().unwrap().len() == 3)
@@ -243,19 +243,19 @@ fn metrics_and_status_say_what_became_of_the_records() {
 }
 
 #[test]
-fn lag_is_told_in_records_and_seconds_of_what_waits() {
+fn lag_is_reported_in_records_and_seconds() {
     // GIVEN a daemon that has caught up with old records
     let scope = Scope::ready("lag", 1, 1);
     let daemon = scope.daemon(&["run"]);
     scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
     wait_until("the payment is written", || scope.count("payment_core") == 1);
 
-    // WHEN a lock keeps the database from being written, and records wait
+    // WHEN a lock blocks writes to the database, and records wait
     let lock = scope.connect();
     crate::support::block_on(lock.batch_execute("BEGIN; LOCK TABLE payment_writer.payment_core")).unwrap();
     scope.produce(&scope.input_topic, (2..12).map(|seed| Payment::new(uuid_v4(seed), 31).message()));
 
-    // THEN status and metrics tell how many, and how old the last written one is
+    // THEN status and metrics show how many wait, and the age of the last written one
     wait_until("10 records of lag", || {
         daemon.metric("payment_writer_lag_records", r#"partition="0""#) == 10.0
     });
@@ -263,13 +263,13 @@ fn lag_is_told_in_records_and_seconds_of_what_waits() {
     assert_eq!(status["partitions"]["0"]["lag_records"], 10);
     assert_eq!(status["partitions"]["0"]["published"], 1);
     assert_eq!(status["partitions"]["0"]["end"], 11);
-    // The last one written carries a date long past.
+    // The last written one has a timestamp in the distant past.
     let years_ago = 365.0 * 86_400.0;
     assert!(status["partitions"]["0"]["lag_seconds"].as_f64().unwrap() > years_ago);
     assert!(daemon.metric("payment_writer_lag_seconds", "") > years_ago);
     assert!(daemon.metric("payment_writer_oldest_pending_seconds", "") > years_ago);
 
-    // AND that it is gone when they are written
+    // AND both are 0 when they are written
     crate::support::block_on(lock.batch_execute("COMMIT")).unwrap();
     wait_until("no lag", || daemon.metric("payment_writer_lag_records", r#"partition="0""#) == 0.0);
     assert_eq!(daemon.metric("payment_writer_lag_seconds", ""), 0.0);
@@ -277,18 +277,18 @@ fn lag_is_told_in_records_and_seconds_of_what_waits() {
 }
 
 #[test]
-fn lag_is_known_of_a_partition_of_which_nothing_was_ever_written() {
-    // GIVEN a lock that keeps the database from being written, and a daemon that has just begun
+fn lag_is_reported_for_a_partition_without_written_records() {
+    // GIVEN a lock that blocks writes to the database, and a daemon that has just started
     let scope = Scope::ready("first_lag", 1, 1);
     let lock = scope.connect();
     crate::support::block_on(lock.batch_execute("BEGIN; LOCK TABLE payment_writer.payment_core")).unwrap();
     let daemon = scope.daemon(&["run"]);
     daemon.wait_until_ready();
 
-    // WHEN the first records come, with a date long past
+    // WHEN the first records arrive, with a timestamp in the distant past
     scope.produce(&scope.input_topic, (1..4).map(|seed| Payment::new(uuid_v4(seed), 31).message()));
 
-    // THEN their number and age are told
+    // THEN their number and age are reported
     wait_until("3 records of lag", || daemon.metric("payment_writer_lag_records", "") == 3.0);
     wait_until("their age", || daemon.metric("payment_writer_lag_seconds", "") > 365.0 * 86_400.0);
     crate::support::block_on(lock.batch_execute("COMMIT")).unwrap();
@@ -297,8 +297,8 @@ fn lag_is_known_of_a_partition_of_which_nothing_was_ever_written() {
 }
 
 #[test]
-fn the_logs_level_is_told_and_changed_while_the_daemon_runs() {
-    // GIVEN a daemon that logs errors alone
+fn the_log_level_can_be_read_and_changed_while_the_daemon_runs() {
+    // GIVEN a daemon that logs errors only
     let scope = Scope::ready("log_level", 1, 1);
     let daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__LOG__LEVEL", "error")]);
     daemon.wait_until_ready();
@@ -307,7 +307,7 @@ fn the_logs_level_is_told_and_changed_while_the_daemon_runs() {
     let settle = |message: Message| {
         scope.produce(&scope.input_topic, [message]);
         sent.set(sent.get() + 1.0);
-        wait_until("it is settled", || daemon.metric("payment_writer_records_total", "") == sent.get());
+        wait_until("it has its outcome", || daemon.metric("payment_writer_records_total", "") == sent.get());
     };
     let send_bad_record = || settle(Message::new("1", "{}").timestamp_ms(AT_MS));
     let told = || daemon.log().matches("a record is a dead letter").count();
@@ -315,9 +315,9 @@ fn the_logs_level_is_told_and_changed_while_the_daemon_runs() {
     send_bad_record();
     assert_eq!(told(), 0);
 
-    // WHEN a filter makes no sense, it is refused with the reason
+    // WHEN a filter is invalid, it is rejected with the reason
     for (bad, why) in [
-        ("inof", "no level"),
+        ("inof", "not a level"),
         ("payment_writer=loud", "error parsing"),
         ("info,[span{field=x}]=debug", "brackets"),
         ("", "empty"),
@@ -329,7 +329,7 @@ fn the_logs_level_is_told_and_changed_while_the_daemon_runs() {
     assert_eq!(daemon.put("/log-level", &"a=info,".repeat(200)).unwrap().status, 413);
     assert_eq!(level(), "error\n");
 
-    // WHEN it asks for all that there is, nothing of a payment is told
+    // WHEN everything is logged, the log contains no data of a payment
     assert_eq!(daemon.put("/log-level", "debug,tokio_postgres::query=trace").unwrap().status, 200);
     let id = uuid_v4(7);
     settle(Payment::new(id, 31).message());
@@ -338,16 +338,16 @@ fn the_logs_level_is_told_and_changed_while_the_daemon_runs() {
     assert!(!log.contains(&id.to_string()) && !log.lines().any(says), "{log}");
     assert_eq!(daemon.put("/log-level", "error").unwrap().status, 200);
 
-    // WHEN it makes sense, it takes effect, and back
+    // WHEN the filter is valid, it takes effect, and can be set back
     assert_eq!(daemon.put("/log-level", "warn,payment_writer::lane=info\n").unwrap().status, 200);
     assert_eq!(level(), "warn,payment_writer::lane=info\n");
     send_bad_record();
-    wait_until("it is told", || told() == 1);
+    wait_until("the change is logged", || told() == 1);
     assert_eq!(daemon.put("/log-level", "off").unwrap().status, 200);
     send_bad_record();
     assert_eq!(told(), 1);
 
-    // AND each change is told, at whatever level
+    // AND each change is logged, at any level
     let log = daemon.log();
     for change in ["from=error to=\"warn,payment_writer::lane=info\"", "to=\"off\""] {
         assert!(log.contains(change), "{change} is not in\n{log}");
@@ -355,8 +355,8 @@ fn the_logs_level_is_told_and_changed_while_the_daemon_runs() {
 }
 
 #[test]
-fn lag_is_told_through_an_outage_of_the_database_and_a_restart_in_it() {
-    // GIVEN a daemon that has caught up, on a topic whose records stay for ever
+fn lag_is_reported_during_a_database_outage_and_after_a_restart_in_it() {
+    // GIVEN a daemon that has caught up, on a topic without retention
     let scope = Scope::new(crate::support::Servers::shared(), "lag_outage");
     scope.create_topic_with(&scope.input_topic, 1, &[("retention.ms", "-1")]);
     for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
@@ -368,7 +368,7 @@ fn lag_is_told_through_an_outage_of_the_database_and_a_restart_in_it() {
     let payment = |seed| Message { timestamp_ms: None, ..Payment::new(uuid_v4(seed), 31).message() };
     scope.produce(&scope.input_topic, [payment(1)]);
     wait_until("the payment is written", || scope.count("payment_core") == 1);
-    wait_until("the broker told that retention is unlimited", || {
+    wait_until("unlimited retention is reported", || {
         daemon.metric("payment_writer_input_retention_seconds", "") == f64::INFINITY
     });
     let pending = |daemon: &Daemon| daemon.metric("payment_writer_oldest_pending_seconds", "");
@@ -379,25 +379,25 @@ fn lag_is_told_through_an_outage_of_the_database_and_a_restart_in_it() {
     wait_until("it has caught up", || pending(&daemon) == 0.0);
     assert_eq!((open(&daemon, "database"), open(&daemon, "broker")), (0.0, 0.0));
 
-    // WHEN nobody may connect to the database any more, and records wait
+    // WHEN new connections to the database are rejected, and records wait
     let database = &scope.database;
     scope.on_server(&[format!("ALTER DATABASE \"{database}\" ALLOW_CONNECTIONS false")]);
     scope.cut_connections();
     scope.produce(&scope.input_topic, [payment(2), payment(3)]);
 
-    // THEN it says so, and how long
-    wait_until("the breaker is open", || open(&daemon, "database") == 1.0);
-    wait_until("they grow old", || pending(&daemon) > 0.5);
+    // THEN it reports that, and for how long
+    wait_until("the backoff is reported", || open(&daemon, "database") == 1.0);
+    wait_until("their age is reported", || pending(&daemon) > 0.5);
     assert_eq!(daemon.metric("payment_writer_database_up", ""), 0.0);
     assert_eq!(open(&daemon, "broker"), 0.0);
 
-    // AND so does one that was started meanwhile, and knows of no record yet
+    // AND so does one that was started meanwhile and has read no record yet
     daemon.kill();
     let daemon = member.start(&scope);
-    wait_until("the breaker is open", || open(&daemon, "database") == 1.0);
-    wait_until("they grow old", || pending(&daemon) > 0.5);
+    wait_until("the backoff is reported", || open(&daemon, "database") == 1.0);
+    wait_until("their age is reported", || pending(&daemon) > 0.5);
 
-    // WHEN the database is back, all of it is gone
+    // WHEN the database is back, lag returns to 0
     scope.on_server(&[format!("ALTER DATABASE \"{database}\" ALLOW_CONNECTIONS true")]);
     wait_until("the payments are written", || scope.count("payment_core") == 3);
     wait_until("nothing is pending", || {

@@ -1,5 +1,5 @@
-//! A database that is ill for a while: it refuses good rows, all or a part of them. No good record goes to the dead
-//! letters, however many come a second, and a record that is at fault itself still does.
+//! A database that temporarily rejects good rows, all or some of them. No good record becomes a dead letter,
+//! at any rate; a record that is itself bad still does.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -10,7 +10,7 @@ use crate::support::{
     wait_until, wait_until_within,
 };
 
-/// After so many rounds each table was ill in one way, after twice as many in both.
+/// Rounds in which each table alone rejects rows; after twice as many, both have been rejecting at once.
 const TABLES: usize = 5;
 
 fn member() -> Member {
@@ -27,7 +27,7 @@ fn ready(name: &str) -> Scope<'static> {
     scope
 }
 
-/// What makes a table refuse every row, and what mends it.
+/// SQL that makes a table reject every row, and SQL that ends it.
 fn illness(scope: &Scope<'_>, round: usize) -> (String, String) {
     let month = &scope.sql("SELECT to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')", &[])[0];
     let table = match round % TABLES {
@@ -53,7 +53,7 @@ fn illness(scope: &Scope<'_>, round: usize) -> (String, String) {
     }
 }
 
-/// Makes the tables ill one after the other, each for a time from 50 ms to `longest`, while payments flow.
+/// Makes one table after the other reject rows, each for 50 ms to `longest`, while payments flow.
 fn fall_ill(scope: &Scope<'_>, daemon: &Daemon, rounds: usize, longest: Duration, chance: &mut Load) {
     let longest_ms = u64::try_from(longest.as_millis()).unwrap();
     for round in 0..rounds {
@@ -61,23 +61,26 @@ fn fall_ill(scope: &Scope<'_>, daemon: &Daemon, rounds: usize, longest: Duration
         wait_until_within(PATIENCE, "payments are written", || scope.count("payment_core") > written);
         let (fall, mend) = illness(scope, round);
         scope.execute(&fall);
-        // As many short ones as long ones.
+        // Durations are distributed logarithmically.
         let exponent = chance.number(0, 1_000) as f64 / 1_000.0;
         let ms = 50.0 * (longest_ms as f64 / 50.0).powf(exponent);
         thread::sleep(Duration::from_millis(ms as u64));
         scope.execute(&mend);
-        assert_eq!(rejected(scope), 0, "good records were diverted in round {round}, {fall}, {ms} ms");
+        assert_eq!(rejected(scope), 0, "good records were dead-lettered in round {round}, {fall}, {ms} ms");
     }
-    assert!(daemon.metric("payment_writer_database_errors_total", "") >= 1.0, "none was noticed");
+    assert!(
+        daemon.metric("payment_writer_database_errors_total", "") >= 1.0,
+        "no database error was counted"
+    );
 }
 
-/// Dead letters that the database is the reason of.
+/// Dead letters caused by the database.
 fn rejected(scope: &Scope<'_>) -> usize {
     let letters = scope.read_all(&scope.dead_letter_topic);
     letters.iter().filter(|letter| letter.header("dlq-reason") == "rejected_by_database").count()
 }
 
-/// All was written, and nothing went to the dead letters.
+/// Asserts that every payment was written and that there are no dead letters.
 #[track_caller]
 fn all_is_written(scope: &Scope<'_>, daemon: &mut Daemon) {
     scope.wait_until_caught_up();
@@ -100,7 +103,7 @@ fn at_five_a_second(name: &str, rounds: usize, longest: Duration) {
                 thread::sleep(Duration::from_millis(180));
             }
         });
-        // Also if this one fails.
+        // Runs even if this statement fails.
         let over = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             fall_ill(&scope, &daemon, rounds, longest, &mut Load::new(52));
         }));
@@ -120,14 +123,14 @@ fn at_five_hundred_a_second(name: &str, rounds: usize, longest: Duration) {
     all_is_written(&scope, &mut daemon);
 }
 
-/// As fast as the daemon can, which is more than 50,000 a second where there are cores enough.
+/// As fast as the daemon can: more than 50,000 a second with enough cores.
 fn in_a_backlog(name: &str, backlog: usize, rounds: usize, longest: Duration) {
     let scope = ready(name);
     let mut load = Load::without_bad_records(55);
     for _ in 0..backlog / 10_000 {
         scope.produce(&scope.input_topic, load.take(10_000));
     }
-    // A flow that keeps the batches coming once the backlog is written.
+    // This flow keeps batches coming after the backlog is written.
     let flow = Flow::start(&scope, load, 10);
     let mut daemon = member().start(&scope);
     daemon.wait_until_ready();
@@ -137,23 +140,23 @@ fn in_a_backlog(name: &str, backlog: usize, rounds: usize, longest: Duration) {
 }
 
 #[test]
-fn a_database_that_refuses_everything_for_a_while_diverts_nothing_at_5_payments_a_second() {
+fn a_database_that_rejects_everything_for_a_while_causes_no_dead_letters_at_5_payments_a_second() {
     at_five_a_second("ill_5", TABLES, Duration::from_secs(2));
 }
 
 #[test]
-fn a_database_that_refuses_everything_for_a_while_diverts_nothing_at_500_payments_a_second() {
+fn a_database_that_rejects_everything_for_a_while_causes_no_dead_letters_at_500_payments_a_second() {
     at_five_hundred_a_second("ill_500", 2 * TABLES, Duration::from_secs(1));
 }
 
 #[test]
-fn a_database_that_refuses_everything_for_a_while_diverts_nothing_in_a_backlog() {
+fn a_database_that_rejects_everything_for_a_while_causes_no_dead_letters_in_a_backlog() {
     in_a_backlog("ill_backlog", 60_000, 2 * TABLES, Duration::from_millis(500));
 }
 
 #[test]
-#[ignore = "a quarter of an hour: all three rates, each table ill in each way five times, for 50 ms to 10 s"]
-fn a_database_that_refuses_everything_for_up_to_ten_seconds_diverts_nothing_at_any_rate() {
+#[ignore = "a quarter of an hour: all three rates, each table rejects rows in each way five times, for 50 ms to 10 s"]
+fn a_database_that_rejects_everything_for_up_to_ten_seconds_causes_no_dead_letters_at_any_rate() {
     let longest = Duration::from_secs(10);
     at_five_a_second("ill_long_5", 10 * TABLES, longest);
     at_five_hundred_a_second("ill_long_500", 10 * TABLES, longest);
@@ -161,8 +164,8 @@ fn a_database_that_refuses_everything_for_up_to_ten_seconds_diverts_nothing_at_a
 }
 
 #[test]
-fn a_constraint_that_goes_while_refused_rows_are_looked_for_diverts_nothing() {
-    // GIVEN a constraint that refuses every row, and a daemon that hangs once it has found a first one
+fn a_constraint_dropped_while_rejected_rows_are_searched_for_causes_no_dead_letters() {
+    // GIVEN a constraint that rejects every row, and a daemon paused when it has found the first rejected one
     let scope = ready("ill_gone");
     scope.execute("ALTER TABLE payment_writer.payment_core ADD CONSTRAINT ill CHECK (false) NOT VALID");
     let records = (1..=200).map(|seed| Payment::new(uuid_v4(seed), 7).message());
@@ -171,13 +174,13 @@ fn a_constraint_that_goes_while_refused_rows_are_looked_for_diverts_nothing() {
     let mut daemon = member.start_at(&scope, "after_part_refused:1:stop");
     wait_until_within(PATIENCE, "it hangs", || daemon.is_stopped());
 
-    // WHEN the constraint goes as soon as the daemon's locks allow it, and the daemon goes on
+    // WHEN the constraint is dropped as soon as the daemon's locks allow it, and the daemon continues
     let mending = scope.connect();
     let mended = thread::spawn(move || {
         let mend = "ALTER TABLE payment_writer.payment_core DROP CONSTRAINT ill";
         block_on(mending.batch_execute(mend)).unwrap();
     });
-    wait_until("the constraint is gone, or waited for", || {
+    wait_until("the constraint is dropped, or its lock is waited for", || {
         let waits = "SELECT FROM pg_stat_activity WHERE datname = current_database()
                      AND query LIKE '%DROP CONSTRAINT ill' AND wait_event_type = 'Lock'";
         mended.is_finished() || !scope.sql(waits, &[]).is_empty()
@@ -185,13 +188,14 @@ fn a_constraint_that_goes_while_refused_rows_are_looked_for_diverts_nothing() {
     daemon.signal("CONT");
     mended.join().unwrap();
 
-    // THEN all are written
+    // THEN all payments are written
     all_is_written(&scope, &mut daemon);
 }
 
 #[test]
-fn a_row_that_is_refused_once_and_taken_then_is_written() {
-    // GIVEN a trigger that refuses by what stands in a table: no lock on the payment tables keeps that from changing
+fn a_row_that_is_rejected_once_and_then_accepted_is_written() {
+    // GIVEN a trigger that rejects rows depending on another table, which locks on the payment tables do not
+    // protect
     let scope = ready("ill_moody");
     scope.execute(
         "CREATE TABLE payment_writer.mood AS SELECT true AS is_bad;
@@ -209,15 +213,15 @@ fn a_row_that_is_refused_once_and_taken_then_is_written() {
     let mut daemon = member.start_at(&scope, "after_part_refused:3:stop");
     wait_until_within(PATIENCE, "it hangs", || daemon.is_stopped());
 
-    // WHEN it takes all rows again after it has refused three
+    // WHEN it accepts all rows again after it has rejected three
     scope.execute("UPDATE payment_writer.mood SET is_bad = false");
     daemon.signal("CONT");
 
-    // THEN these three are written with the others
+    // THEN those three are written like the others
     all_is_written(&scope, &mut daemon);
 }
 
-/// A limit that each of these payments keeps but the ones of `account`.
+/// A constraint that every one of these payments satisfies except those of `account`.
 const LIMIT: &str = "ALTER TABLE payment_writer.payment_core ADD CONSTRAINT closed CHECK (cust_id <> 13)";
 
 fn of_account(seed: u64, account: i64) -> Message {
@@ -225,36 +229,36 @@ fn of_account(seed: u64, account: i64) -> Message {
 }
 
 #[test]
-fn a_bad_record_alone_is_set_aside_though_nothing_else_comes() {
+fn a_bad_record_is_dead_lettered_even_if_no_other_record_arrives() {
     let scope = ready("poison_alone");
     scope.execute(LIMIT);
     scope.produce(&scope.input_topic, [of_account(1, 7)]);
     member().catch_up(&scope);
 
-    // GIVEN that one month has a rule of its own, so that others tell nothing about it
+    // GIVEN a month whose table has its own constraint, so that other months' rows are no evidence
     scope.execute(
         "ALTER TABLE payment_writer.payment_metadata_default ADD CONSTRAINT own CHECK (version < 9)",
     );
 
-    // WHEN bad records come one by one: of this month, with a note, and of a month without any payment yet
+    // WHEN bad records arrive one at a time: of this month, with a note, and of a month without payments
     for (seed, at, more) in [(2, None, ""), (3, None, r#","comment":"c""#), (4, Some(AT_MS), "")] {
         let payment = Payment::new(uuid_v4(seed), 13).more(more).message();
         scope.produce(&scope.input_topic, [Message { timestamp_ms: at, ..payment }]);
         member().catch_up(&scope);
     }
 
-    // THEN each went to the dead letters
+    // THEN each becomes a dead letter
     let outcomes = scope.assert_exactly_once();
     assert_eq!((outcomes.written, outcomes.dead_letters, rejected(&scope)), (1, 3, 3));
 }
 
 #[test]
-fn a_good_record_alone_is_not_diverted_by_a_database_that_refuses_everything() {
+fn a_single_good_record_is_not_dead_lettered_by_a_database_that_rejects_everything() {
     let scope = ready("ill_alone");
     scope.produce(&scope.input_topic, [of_account(1, 7)]);
     member().catch_up(&scope);
     for round in 0..TABLES {
-        // GIVEN a table that refuses everything, WHEN one record comes
+        // GIVEN a table that rejects everything, WHEN one record arrives
         let (fall, mend) = illness(&scope, round);
         scope.execute(&fall);
         let payment = Payment::new(uuid_v4(round as u64 + 2), 7).more(r#","comment":"c""#).message();
@@ -273,16 +277,17 @@ fn a_good_record_alone_is_not_diverted_by_a_database_that_refuses_everything() {
 }
 
 #[test]
-fn a_bad_record_that_nothing_tells_about_waits_for_others_and_holds_up_none_of_them() {
-    // GIVEN the first record ever, which the database refuses: nothing tells whether it would take another one
+fn a_bad_first_record_waits_for_another_record_and_does_not_block_it() {
+    // GIVEN the first record ever, which the database rejects: it is not known whether another row would be
+    // accepted
     let scope = ready("poison_first");
     scope.execute(LIMIT);
     scope.produce(&scope.input_topic, [of_account(1, 13).partition(0)]);
     let mut daemon = member().start(&scope);
-    wait_until_within(PATIENCE, "it waits", || daemon.log().contains("taken to be ill"));
+    wait_until_within(PATIENCE, "it waits", || daemon.log().contains("assumed to be at fault"));
     assert_eq!(rejected(&scope), 0);
 
-    // WHEN a good one comes, on another partition
+    // WHEN a good one arrives on another partition
     scope.produce(&scope.input_topic, [of_account(2, 7).partition(1)]);
 
     // THEN both have their outcome
@@ -293,32 +298,32 @@ fn a_bad_record_that_nothing_tells_about_waits_for_others_and_holds_up_none_of_t
 }
 
 #[test]
-fn a_month_that_refuses_everything_diverts_none_of_its_few_rows_among_many_others() {
-    // GIVEN a table for the payments of months that have none of their own, which refuses everything
+fn a_month_that_rejects_everything_causes_no_dead_letters_among_many_other_rows() {
+    // GIVEN a default partition that rejects everything
     let scope = ready("ill_month");
     let ill = "payment_writer.payment_metadata_default";
     scope.execute(&format!("ALTER TABLE {ill} ADD CONSTRAINT ill CHECK (false) NOT VALID"));
 
-    // WHEN three such payments come among 200 others
+    // WHEN three payments for it arrive among 200 others
     let few = (1..=3).map(|seed| Payment::new(uuid_v4(seed), 7).message());
     let many = (4..=203).map(|seed| of_account(seed, 7));
     scope.produce(&scope.input_topic, few.chain(many));
     let mut daemon = member().with("BATCH__LINGER", "2s").start(&scope);
 
-    // THEN all wait until it is mended
-    wait_until_within(PATIENCE, "it waits", || daemon.log().contains("taken to be ill"));
+    // THEN all wait until the constraint is dropped
+    wait_until_within(PATIENCE, "it waits", || daemon.log().contains("assumed to be at fault"));
     assert_eq!((rejected(&scope), scope.count("payment_core")), (0, 0));
     scope.execute(&format!("ALTER TABLE {ill} DROP CONSTRAINT ill"));
     all_is_written(&scope, &mut daemon);
 }
 
 #[test]
-fn a_record_whose_time_the_database_refuses_is_set_aside() {
+fn a_record_with_a_timestamp_that_the_database_rejects_is_dead_lettered() {
     let scope = ready("poison_time");
     scope.execute(
         "ALTER TABLE payment_writer.payment_core ADD CONSTRAINT recent CHECK (created_at >= '2025-01-01')",
     );
-    // Among others, and alone.
+    // Among other records, and alone.
     scope.produce(&scope.input_topic, [of_account(1, 7), Payment::new(uuid_v4(2), 7).message()]);
     member().with("BATCH__LINGER", "2s").catch_up(&scope);
     scope.produce(&scope.input_topic, [Payment::new(uuid_v4(3), 7).message()]);

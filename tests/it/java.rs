@@ -1,4 +1,4 @@
-//! The Java original's messages are understood, and its reader understands the events.
+//! Messages of the Java original's producer are processed, and its reader can parse the events.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ fn jackson() -> PathBuf {
     folder.join("libs")
 }
 
-/// What the original's reader makes of these events, one a line.
+/// What the original's reader parses from these events, one a line.
 fn read_by_jackson(events: &[String]) -> String {
     let java =
         std::env::var_os("JAVA_HOME").map_or("java".into(), |home| PathBuf::from(home).join("bin/java"));
@@ -39,7 +39,7 @@ fn read_by_jackson(events: &[String]) -> String {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("dev/install brings a JDK");
+        .expect("dev/install installs a JDK");
     child.stdin.take().unwrap().write_all(events.join("\n").as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -57,7 +57,7 @@ fn the_originals_payment_is_written_its_warm_up_is_a_dead_letter_and_its_reader_
         );
         Message::new("57", value)
     };
-    // AND one on a full second, whose text has more to escape
+    // AND one at a full second, with more characters to escape
     let odd = Payment::new(second, 57)
         .amount("99999999999999.99")
         .more(r#","comment":"\"é\\😀 \u0007""#)
@@ -68,17 +68,17 @@ fn the_originals_payment_is_written_its_warm_up_is_a_dead_letter_and_its_reader_
         [Message::new("57", "{}"), message(first).timestamp_ms(AT_MS), odd, message(uuid_v4(3))],
     );
 
-    // WHEN the daemon has seen them
+    // WHEN the daemon has processed them
     scope.drain();
 
-    // THEN the warm-up stopped nothing
+    // THEN the warm-up message blocked nothing
     let letters = scope.read_all(&scope.dead_letter_topic);
     assert_eq!(letters.len(), 1);
     assert_eq!(letters[0].header("dlq-reason"), "missing_field");
     assert_eq!(letters[0].value.as_deref(), Some(&b"{}"[..]));
     // AND the payments are written
     assert_eq!(scope.count("payment_core"), 3);
-    // AND the events have the fields that the original has, and no other
+    // AND the events have exactly the fields of the original's events
     let read = scope.read_all(&scope.read_topic);
     let mut fields: Vec<String> = read[0].json().as_object().unwrap().keys().cloned().collect();
     fields.sort();
@@ -100,7 +100,7 @@ fn the_originals_payment_is_written_its_warm_up_is_a_dead_letter_and_its_reader_
     );
     assert_eq!(read[0].json()["createdAt"], AT_ISO);
     assert_eq!(read[1].json()["createdAt"], "2024-03-01T00:00:00.000Z");
-    // AND the original's way of reading them finds every value
+    // AND the original's reader finds every value
     let events: Vec<String> =
         read[..2].iter().map(|event| String::from_utf8(event.value.clone().unwrap()).unwrap()).collect();
     let (first_id, second_id) = (payment_id(first, AT_MS), payment_id(second, AT_MS + 1));

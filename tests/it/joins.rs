@@ -1,7 +1,6 @@
-//! Instances that join and leave while a backlog of transactions is drained: nothing may be passed over.
-//!
-//! Every rebalance meets a client whose queue is full of records and of the markers of their transactions. The tests
-//! here are a size that CI bears; `make joins` runs [`full_size`] with the release build.
+//! Instances join and leave while a backlog of transactions is drained: no record may be skipped.  At every
+//! rebalance the client's queue is full of records and control records. The tests here have a size that fits
+//! CI; `make joins` runs [`full_size`] with the release build.
 
 use std::fmt;
 use std::path::Path;
@@ -16,17 +15,17 @@ use crate::support::{
 const INPUT_PARTITIONS: i32 = 100;
 const OUTPUT_PARTITIONS: i32 = 4;
 const ACCOUNTS: u64 = 10_000;
-/// Producers that fill the backlog side by side.
+/// Producers that fill the backlog in parallel.
 const PRODUCERS: usize = 4;
-/// How long a joined instance stays, at least.
+/// Minimum time that a joined instance stays.
 const STAY: Duration = Duration::from_millis(2_500);
 /// Share of the backlog that must be written before an instance joins, and again before the next one does.
 const WRITTEN_FIRST: f64 = 0.03;
 const WRITTEN_BETWEEN: f64 = 0.005;
-/// The slow database takes so long for a batch, and all batches together at least four minutes of two lanes' time.
+/// The slow database takes this long for a batch; all batches together take two lanes at least four minutes.
 const DATABASE_PAUSE: Duration = Duration::from_millis(20);
 const BATCHES: usize = 25_000;
-/// A join with less of the backlog unread does not show anything.
+/// With less of the backlog unread, a join shows nothing.
 const UNREAD_MIN: f64 = 0.5;
 
 /// A backlog, and what happens while it is drained.
@@ -35,24 +34,24 @@ struct Drill {
     /// Payments of one transaction.
     transaction: usize,
     joins: usize,
-    /// After the joins the first instance goes on for so long at most, until its own audit tells of a loss.
+    /// Time after the joins during which the first instance's own audit may report a loss.
     listens: Option<Duration>,
 }
 
-/// One instance's joining and leaving.
+/// An instance that joins and leaves.
 struct Join {
-    /// Share of the backlog that was unread when it had its partitions.
+    /// Share of the backlog that was unread when its partitions were assigned.
     unread: f64,
     partitions: usize,
     is_killed: bool,
 }
 
-/// What came of a drill.
+/// Result of a drill.
 struct Report {
     joins: Vec<Join>,
-    /// Records that the first instance's own audit told of, if that was waited for.
+    /// Records reported missing by the first instance's own audit, if that was waited for.
     told: Option<f64>,
-    /// What the auditor said, and whether it found nothing.
+    /// The auditor's output, and whether it found nothing.
     audit: String,
     is_right: bool,
 }
@@ -77,14 +76,14 @@ impl fmt::Display for Report {
             number("lost ")
         )?;
         if let Some(told) = self.told {
-            write!(f, "; the daemon's own audit told of {told} records that nothing accounts for")?;
+            write!(f, "; the daemon's own audit reported {told} records as unaccounted for")?;
         }
         write!(f, "; {verdict}")
     }
 }
 
 impl Report {
-    /// Whether every join took place while enough was unread to show something.
+    /// Whether enough was unread at every join.
     fn is_telling(&self) -> bool {
         self.joins.iter().all(|join| join.unread >= UNREAD_MIN)
     }
@@ -93,7 +92,7 @@ impl Report {
     fn holds(&self) {
         println!("{self}");
         assert!(self.is_right, "{self}\n{}", self.audit);
-        assert!(self.is_telling(), "too little was unread to show anything: {self}");
+        assert!(self.is_telling(), "too little of the backlog was unread: {self}");
     }
 }
 
@@ -109,18 +108,18 @@ impl Drill {
             (ends - applied) as f64 / ends as f64
         };
 
-        // AND one instance that drains it: in small batches into a slow database, so that its client's queue is always
-        // full, and no machine is so fast that the backlog is gone before the last join
+        // AND one instance that drains it in small batches into a slow database, so that its client's queue
+        // is always full, and the backlog outlasts the last join on any machine
         slow_down(&scope);
         let batch = (self.payments / BATCHES).max(1).to_string();
         let member = |name: &str| Member::new(name).soon_forgotten().with("BATCH__MAX_PAYMENTS", &batch);
         let mut first = member("first").start(&scope);
         let mut written_by = 1.0 - WRITTEN_FIRST;
 
-        // WHEN others, each with a name that is new to the group, join and leave
+        // WHEN others, each with a new instance id, join and leave
         let mut joins = Vec::new();
         for number in 0..self.joins {
-            wait_until_within(PATIENCE, "enough is written for the next one to join", || {
+            wait_until_within(PATIENCE, "enough is written before the next instance joins", || {
                 unread() <= written_by
             });
             let began = Instant::now();
@@ -140,17 +139,17 @@ impl Drill {
             joins.push(Join { unread: unread_now, partitions, is_killed });
         }
 
-        // AND, of a daemon that is known to lose some, its own audit has had time to tell
+        // AND the own audit of a daemon that is known to lose records has had time to report them
         let told = self.listens.map(|limit| listen(&first, limit));
 
-        // AND the rest is drained as fast as it can be
+        // AND the rest is drained at full speed
         first.drains();
         speed_up(&scope);
         let mut last = Member::new("first").soon_forgotten().start(&scope);
         scope.wait_until_caught_up();
         last.drains();
 
-        // THEN every offset has its outcome, says one who shares no code with the daemon
+        // THEN every offset has its outcome, according to the auditor
         let audit = audit(&scope);
         let is_right = audit.code == Some(0);
         Report { joins, told, audit: audit.stdout + &audit.stderr, is_right }
@@ -181,8 +180,8 @@ impl Drill {
     }
 }
 
-/// Waits until a daemon's own audit tells of records that nothing accounts for, and prints the line; says how many there
-/// were by then.
+/// Waits until a daemon's own audit reports records that are unaccounted for, prints the line, and returns
+/// how many there were.
 fn listen(daemon: &Daemon, limit: Duration) -> f64 {
     let told = || daemon.metric("payment_writer_audit_records_total", "result=\"unaccounted\"");
     let began = Instant::now();
@@ -194,7 +193,7 @@ fn listen(daemon: &Daemon, limit: Duration) -> f64 {
     told()
 }
 
-/// From now on the database takes [`DATABASE_PAUSE`] for a batch, however small.
+/// From now on the database takes [`DATABASE_PAUSE`] for a batch of any size.
 fn slow_down(scope: &Scope<'_>) {
     let seconds = DATABASE_PAUSE.as_secs_f64();
     scope.execute(&format!(
@@ -211,12 +210,12 @@ fn speed_up(scope: &Scope<'_>) {
 }
 
 #[test]
-fn instances_that_join_and_leave_while_large_transactions_are_drained_pass_nothing_over() {
+fn instances_that_join_and_leave_while_large_transactions_are_drained_skip_nothing() {
     Drill { payments: 50_000, transaction: 500, joins: 6, listens: None }.run("joins_500").holds();
 }
 
 #[test]
-fn instances_that_join_and_leave_while_small_transactions_are_drained_pass_nothing_over() {
+fn instances_that_join_and_leave_while_small_transactions_are_drained_skip_nothing() {
     Drill { payments: 50_000, transaction: 50, joins: 6, listens: None }.run("joins_50").holds();
 }
 
@@ -229,7 +228,7 @@ fn number(variable: &str, default: usize) -> usize {
     }
 }
 
-/// Of the size that the words of `make joins` say; prints a line a run, and fails after the last one.
+/// With the size that `make joins` describes; prints a line for each run, and fails after the last one.
 #[test]
 #[ignore = "takes half an hour: make joins"]
 fn full_size() {
@@ -239,13 +238,13 @@ fn full_size() {
     };
     let (payments, joins, runs) =
         (number("JOINS_COUNT", 600_000), number("JOINS_JOINS", 6), number("JOINS_RUNS", 5));
-    // Of a program that is known to lose payments.
+    // For a build that is known to lose payments.
     let listens = match number("JOINS_LISTENS", 0) {
         0 => None,
         seconds => Some(Duration::from_secs(seconds as u64)),
     };
     if let Some(program) = std::env::var_os("PAYMENT_WRITER_TESTED_PROGRAM") {
-        println!("the program is {}", Path::new(&program).display());
+        println!("testing {}", Path::new(&program).display());
     }
     let mut failed = 0;
     for transaction in transactions {
@@ -258,5 +257,5 @@ fn full_size() {
             failed += usize::from(!(report.is_right && report.is_telling()));
         }
     }
-    assert_eq!(failed, 0, "runs that lost or doubled something, or showed nothing");
+    assert_eq!(failed, 0, "runs with losses or duplicates, or without a valid test");
 }

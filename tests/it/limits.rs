@@ -1,11 +1,12 @@
-//! Bounds that hold whatever comes: memory, nesting, sizes, numbers of partitions.
+//! Limits that hold for any input: memory, nesting, sizes, numbers of partitions.
 
 use crate::support::{
     Act, Daemon, Load, Member, Message, PATIENCE, Scope, Servers, uuid_v4, wait_until_within,
 };
 
-/// What one instance with the default settings may take, whatever waits for it. Seen here: 96 MB while the
-/// database did not answer, 122 MB in all; 296 MB where small records are drained as fast as a release build can.
+/// Memory limit of one instance with the default settings, with any backlog. Measured here: 96 MB while the
+/// database did not answer, 122 MB in all; 296 MB where small records are drained as fast as a release build
+/// can.
 const RESIDENT_MB_MAX: u64 = 320;
 
 fn padded(seed: u64, bytes: usize) -> Message {
@@ -18,7 +19,7 @@ fn padded(seed: u64, bytes: usize) -> Message {
     Message::new(account.to_string(), format!("{start}{padding}\"}}"))
 }
 
-/// The most memory that the process has had so far.
+/// Peak memory of the process so far.
 pub fn resident_peak_mb(daemon: &Daemon) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
@@ -26,8 +27,8 @@ pub fn resident_peak_mb(daemon: &Daemon) -> u64 {
 }
 
 #[test]
-fn a_full_batch_of_the_largest_values_and_a_database_that_does_not_take_it_stay_within_memory() {
-    // GIVEN a backlog of values of the largest size that is allowed, far more than is to be held at once
+fn memory_is_bounded_with_a_full_batch_of_the_largest_values_and_a_hanging_database() {
+    // GIVEN a backlog of values of the largest allowed size, far more than may be held in memory
     let servers = Servers::own();
     let scope = Scope::new(&servers, "memory");
     scope.prepare(6, 3);
@@ -35,17 +36,17 @@ fn a_full_batch_of_the_largest_values_and_a_database_that_does_not_take_it_stay_
         scope.produce(&scope.input_topic, (chunk * 1_000..(chunk + 1) * 1_000).map(|n| padded(n, 16_384)));
     }
 
-    // WHEN the database is there, and does not answer
+    // WHEN the database accepts connections and does not answer
     let mut daemon = Member::new("a").start(&scope);
     wait_until_within(PATIENCE, "the first batches are written", || scope.count("payment_core") > 1_000);
     servers.postgres(Act::Pause);
-    wait_until_within(PATIENCE, "the database is missed", || {
+    wait_until_within(PATIENCE, "the missing database is reported", || {
         daemon.get("/readyz").is_some_and(|reply| reply.status == 503 && reply.body.contains("database"))
     });
     let blocked = resident_peak_mb(&daemon);
     servers.postgres(Act::Resume);
 
-    // THEN what waits in memory has a limit, then as well as while it catches up
+    // THEN memory is bounded, then and while it catches up
     scope.wait_until_caught_up();
     let peak = resident_peak_mb(&daemon);
     eprintln!("resident at most {blocked} MB while blocked, {peak} MB in all");
@@ -55,7 +56,7 @@ fn a_full_batch_of_the_largest_values_and_a_database_that_does_not_take_it_stay_
 }
 
 #[test]
-fn bombs_of_nesting_and_of_digits_are_dead_letters_like_any_other() {
+fn deeply_nested_values_and_very_long_numbers_are_ordinary_dead_letters() {
     let scope = Scope::new(Servers::shared(), "bombs");
     scope.prepare(1, 1);
     let id = uuid_v4(1);
@@ -90,14 +91,14 @@ fn bombs_of_nesting_and_of_digits_are_dead_letters_like_any_other() {
     let count = bombs.len();
     scope.produce(&scope.input_topic, bombs.into_iter().chain([deep("[", "]", 31), payment("2.00", "")]));
     Member::new("a").soon_forgotten().catch_up(&scope);
-    // The last two: one that is as deep as allowed, and one that contradicts it.
+    // The last two: one at the nesting limit, and one that conflicts with it.
     assert_eq!(scope.read_all(&scope.dead_letter_topic).len(), count + 1);
     assert_eq!(scope.count("payment_core"), 1);
 }
 
 #[test]
-fn a_topic_of_two_thousand_partitions_is_written_and_passed_on() {
-    // GIVEN more partitions than anybody planned for, with records in all of them
+fn a_topic_of_two_thousand_partitions_is_written_and_published() {
+    // GIVEN many more partitions than usual, with records in all of them
     let servers = Servers::own();
     let scope = Scope::new(&servers, "thousands");
     scope.prepare(2_000, 4);
@@ -105,7 +106,7 @@ fn a_topic_of_two_thousand_partitions_is_written_and_passed_on() {
     let partitions: Vec<i32> = (0..2_000).collect();
     scope.spread(load.take(2_000), &partitions);
 
-    // WHEN an instance takes them all, and another joins
+    // WHEN an instance is assigned all of them, and another joins
     let member = |name| Member::new(name).soon_forgotten();
     let mut first = member("a").start(&scope);
     first.wait_for_partitions("the first has all", |partitions| partitions == 2_000);
@@ -113,7 +114,7 @@ fn a_topic_of_two_thousand_partitions_is_written_and_passed_on() {
     second.wait_for_partitions("the second has its share", |partitions| partitions == 1_000);
     scope.spread(load.take(2_000), &partitions);
 
-    // THEN all is written and sent, once
+    // THEN every record is written and published exactly once
     scope.wait_until_caught_up();
     for daemon in [&first, &second] {
         let peak = resident_peak_mb(daemon);

@@ -1,4 +1,4 @@
-//! The log as others read it: JSON lines by the documented schema, and nothing of a payment in them.
+//! The log as JSON lines that follow the documented schema and contain no payment data.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::support::{AT_MS, Daemon, Message, Payment, Scope, rows, uuid_v4, wait_until};
 
-/// Type of each field, as docs/reference/logs.md has it.
+/// Type of each field, from docs/reference/logs.md.
 fn schema() -> BTreeMap<String, String> {
     let page = include_str!("../../docs/reference/logs.md");
     let (_, table) = page.split_once("| field | type |").unwrap();
@@ -18,7 +18,7 @@ fn schema() -> BTreeMap<String, String> {
 fn lines(daemon: &Daemon) -> Vec<Map<String, Value>> {
     let schema = schema();
     let mut lines = Vec::new();
-    // The last line may be being written.
+    // The last line may be incomplete.
     let log = daemon.log();
     for line in log.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
         let value: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
@@ -49,8 +49,8 @@ fn having<'a>(lines: &'a [Map<String, Value>], message: &str) -> Vec<&'a Map<Str
 const JSON: (&str, &str) = ("PAYMENT_WRITER__LOG__FORMAT", "json");
 
 #[test]
-fn json_lines_follow_the_documented_schema_and_name_the_records_that_are_meant() {
-    // GIVEN a daemon that logs JSON, and sees a fault of the database
+fn json_lines_follow_the_documented_schema_and_identify_their_records() {
+    // GIVEN a daemon that logs JSON, and sees a database error
     let scope = Scope::new(crate::support::Servers::shared(), "logs");
     scope.create_topics(2, 1);
     let daemon = scope.daemon_with(&["run"], &[JSON]);
@@ -59,7 +59,8 @@ fn json_lines_follow_the_documented_schema_and_name_the_records_that_are_meant()
     scope.command(&["migrate"]).succeeds();
     daemon.wait_until_ready();
 
-    // WHEN it is sent more bad records than are to be named, and then a conflict, with ids of its own
+    // WHEN it reads more bad records than the rate limit of their log line, and then a conflict, with its own
+    // id
     let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let first = Payment::new(uuid_v4(1), 31).message();
     let conflict = Payment::new(uuid_v4(1), 31).amount("11").message();
@@ -72,10 +73,10 @@ fn json_lines_follow_the_documented_schema_and_name_the_records_that_are_meant()
     sent.extend(std::iter::repeat_n(secret, 100));
     sent.push(conflict);
     let places = scope.produce(&scope.input_topic, sent);
-    wait_until("every record is settled", || daemon.metric("payment_writer_records_total", "") == 102.0);
+    wait_until("every record has its outcome", || daemon.metric("payment_writer_records_total", "") == 102.0);
 
-    // THEN the conflict is named with its place, and the ids by which its outputs are found
-    wait_until("the lines are there", || having(&lines(&daemon), "a payment is a dead letter").len() == 1);
+    // THEN the conflict is logged with its partition and offset, and the ids by which its outputs are found
+    wait_until("the lines are logged", || having(&lines(&daemon), "a payment is a dead letter").len() == 1);
     let lines = lines(&daemon);
     let conflict = having(&lines, "a payment is a dead letter")[0];
     let letter = scope
@@ -92,24 +93,24 @@ fn json_lines_follow_the_documented_schema_and_name_the_records_that_are_meant()
     assert_eq!(conflict["traceparent"], trace);
     assert_eq!(conflict["reason"], "message_id_conflict");
 
-    // AND of the others ten at most are named in ten seconds, by their source
+    // AND of the others at most ten are logged in ten seconds, by their source
     let named = having(&lines, "a record is a dead letter");
     assert!((1..=20).contains(&named.len()), "{}", named.len());
     assert!(named.iter().all(|line| line["correlation_id"] == line["source"]));
     assert!(named.iter().all(|line| line["level"] == "INFO"));
 
-    // AND nothing of what the records hold is told anywhere
+    // AND the records' contents are not logged anywhere
     assert!(!daemon.log().contains("hunter2") && !daemon.log().contains("with\\nbreak"));
     let status = daemon.get("/status").unwrap().body;
     assert!(!status.contains("hunter2"));
 
-    // AND the last warnings are in the status, for those who look now
+    // AND the last warnings are in the status
     let status: Value = serde_json::from_str(&status).unwrap();
     let problems = status["recent_problems"].as_array().unwrap();
     assert!((1..=20).contains(&problems.len()));
     let told = |p: &Value, text: &str| p["message"].as_str().unwrap().contains(text);
     assert!(problems.iter().any(|p| told(p, "message_id_conflict") && told(p, letter.header("source"))));
-    // AND without what its producer chose: the port answers everybody
+    // AND without anything that the producer chose: the port has no authentication
     assert!(problems.iter().all(|p| !told(p, "c-1") && !told(p, trace)));
     assert!(problems.iter().all(|p| ["WARN", "ERROR"].contains(&p["level"].as_str().unwrap())));
 }
@@ -126,7 +127,7 @@ fn every_documented_field_is_one_that_the_program_logs() {
             }
         }
     }
-    /// What stands between the parentheses that begin the text, without the words in quotes.
+    /// The text in the parentheses that the argument starts with, without string literals.
     fn arguments(text: &str) -> String {
         let (mut found, mut depth, mut is_quoted, mut is_escaped) = (String::new(), 0, false, false);
         for sign in text.chars() {
@@ -162,18 +163,18 @@ fn every_documented_field_is_one_that_the_program_logs() {
     for name in
         schema.keys().filter(|name| !["timestamp", "level", "target", "message"].contains(&name.as_str()))
     {
-        // A field of its own name ends with a comma or the line; all others say what they are.
+        // A field without an explicit name ends with a comma or the line; all others have one.
         let is_field = |word: &str| {
             let word = word.trim_start_matches(['(', '%', '?']);
             word.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest == ",")
         };
         let is_logged = lines.iter().any(|line| line.split(' ').any(is_field));
-        assert!(is_logged, "{name} is documented and not logged");
+        assert!(is_logged, "{name} is documented but not logged");
     }
 }
 
 #[test]
-fn a_halted_partition_is_named_with_the_first_record_in_doubt() {
+fn a_halted_partition_is_logged_with_its_first_uncertain_record() {
     // GIVEN a group whose offset was moved by hand over records that were never written
     let scope = Scope::ready("logs_halted", 1, 1);
     scope.produce(&scope.input_topic, (1..6).map(|seed| Payment::new(uuid_v4(seed), 31).message()));
@@ -184,14 +185,16 @@ fn a_halted_partition_is_named_with_the_first_record_in_doubt() {
     wait_until("the partition is halted", || daemon.metric("payment_writer_partitions_halted", "") == 1.0);
     let lines = lines(&daemon);
     let halted = having(&lines, "partition halted");
-    assert_eq!(halted.len(), 1, "told once");
+    assert_eq!(halted.len(), 1, "logged once");
     assert_eq!(halted[0]["level"], "ERROR");
     assert_eq!((&halted[0]["partition"], &halted[0]["offset"]), (&0.into(), &0.into()));
     assert!(halted[0]["correlation_id"].as_str().unwrap().ends_with("/0/0"));
     assert_eq!(halted[0]["doubt"], "moved_forward");
-    // AND its lag is known, though nothing of it goes on, and grows
+    // AND its lag is reported while it is halted, and grows
     assert_eq!(daemon.metric("payment_writer_lag_records", ""), 5.0);
-    wait_until("its records grow old", || daemon.metric("payment_writer_lag_seconds", "") > 0.5);
+    wait_until("the age of its records is reported", || {
+        daemon.metric("payment_writer_lag_seconds", "") > 0.5
+    });
     assert!(daemon.metric("payment_writer_oldest_pending_seconds", "") > 0.5);
     let partition = &daemon.status()["partitions"]["0"];
     assert_eq!((&partition["published"], &partition["unpublished_from"]), (&Value::Null, &0.into()));

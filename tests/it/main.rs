@@ -1,6 +1,6 @@
 //! Integration tests against a real Kafka and a real Postgres, which this one binary starts for itself.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
-// Clients of the tests' own, beside the program's.
+// The tests use their own clients, besides those of the program.
 #![allow(clippy::disallowed_methods)]
 
 mod audit;

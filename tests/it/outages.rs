@@ -1,11 +1,11 @@
-//! What is away is waited for: nothing is lost, nothing diverted, the group keeps its member, and the
-//! daemon says what is missing, once.
+//! The daemon waits for what is unavailable: nothing is lost or dead-lettered, the group keeps its member,
+//! and the daemon logs once what is missing.
 
 use serde_json::Value;
 
 use crate::support::{Act, Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
 
-/// Waits until the daemon is not ready, for the lack of `what`.
+/// Waits until readiness fails because of `what`.
 #[track_caller]
 fn misses(daemon: &Daemon, what: &str, reason: &str) {
     wait_until_within(PATIENCE, &format!("/readyz names {what} {reason}"), || {
@@ -18,7 +18,7 @@ fn misses(daemon: &Daemon, what: &str, reason: &str) {
     assert_eq!(daemon.get("/livez").map(|reply| reply.status), Some(200));
 }
 
-/// Waits until the daemon is ready, and has published something since.
+/// Waits until the daemon is ready and has published something since the call.
 #[track_caller]
 fn recovers(daemon: &Daemon) {
     wait_until_within(PATIENCE, "the daemon is ready again", || {
@@ -29,7 +29,7 @@ fn recovers(daemon: &Daemon) {
     wait_until_within(PATIENCE, "it publishes again", || published() > before);
 }
 
-/// Lines that say that something is wrong or right again.
+/// Log lines about a problem or a recovery.
 fn complaints(daemon: &Daemon) -> usize {
     let words = ["WARN", "ERROR", "answers again"];
     let ours =
@@ -37,7 +37,7 @@ fn complaints(daemon: &Daemon) -> usize {
     daemon.log().lines().filter(ours).count()
 }
 
-/// Waits until the daemon has tried `count` more times in vain.
+/// Waits until the daemon has failed `count` more attempts.
 #[track_caller]
 fn tries(daemon: &Daemon, count: f64) {
     let errors = || daemon.metric("payment_writer_database_errors_total", "");
@@ -46,8 +46,8 @@ fn tries(daemon: &Daemon, count: f64) {
 }
 
 #[test]
-fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
-    // GIVEN servers of our own, no output topics yet, and the database away
+fn the_daemon_waits_for_whatever_is_unavailable_and_recovers_by_itself() {
+    // GIVEN own servers, no output topics yet, and a stopped database
     let servers = Servers::own();
     let scope = Scope::new(&servers, "outages");
     scope.create_topic(&scope.input_topic, 6);
@@ -60,7 +60,7 @@ fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
         .with("KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", "1000");
     let mut daemon = member.start(&scope);
 
-    // THEN it waits, first for the one, then for the other
+    // THEN it waits, first for the database, then for the topics
     misses(&daemon, "database", "");
     servers.postgres(Act::Start);
     misses(&daemon, "broker", "output topic");
@@ -80,30 +80,30 @@ fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
         assert_eq!(daemon.metric("payment_writer_rebalances_total", ""), rebalances);
     };
 
-    // WHEN the database stops in the middle of everything, for longer than the group's patience with members
+    // WHEN the database stops in the middle of a load, for longer than the group's session timeout
     servers.postgres(Act::Immediate);
     misses(&daemon, "database", "");
     tries(&daemon, 16.0);
-    // THEN the group still counts on this one
+    // THEN it is still a member of the group
     keeps_its_place(&daemon);
     servers.postgres(Act::Start);
     recovers(&daemon);
-    // AND it said so once for each of its two lanes, not for each of its tries
+    // AND it logged that once for each of its two lanes, not for each attempt
     let told = complaints(&daemon) - at_start;
     assert!(told <= 8, "{told} lines:\n{}", daemon.log());
 
-    // WHEN connections are cut again and again, before, in and after commits
+    // WHEN connections are terminated again and again, before, in and after commits
     let errors = || daemon.metric("payment_writer_database_errors_total", "");
     for _ in 0..20 {
         let before = errors();
-        wait_until_within(PATIENCE, "the cut was noticed", || {
+        wait_until_within(PATIENCE, "the lost connection was noticed", || {
             scope.cut_connections();
             errors() > before
         });
     }
     recovers(&daemon);
 
-    // WHEN the password is another one, or a table is not there
+    // WHEN the password changes, or a table is missing
     let begin = complaints(&daemon);
     let errors = |class: &str| {
         let label = format!("sqlstate_class=\"{class}\"");
@@ -121,14 +121,15 @@ fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
     misses(&daemon, "database", "systemic");
     errors("42");
     scope.execute_as_admin("ALTER TABLE payment_writer.elsewhere RENAME TO payment_core");
-    // THEN it goes on without a restart, and its place in the group was never in question
+    // THEN it continues without a restart, and stayed a member throughout
     recovers(&daemon);
     keeps_its_place(&daemon);
     let told = complaints(&daemon) - begin;
     assert!(told <= 16, "{told} lines:\n{}", daemon.log());
 
-    // WHEN the broker dies. Nothing is on its way meanwhile: a broker alone may drop the markers of transactions
-    // when it comes back (known limits). Under load brokers die in the fault suite, which knows that when it sees it.
+    // WHEN the broker is killed. No transaction is open meanwhile: a single broker may drop transaction
+    // markers when it restarts (known limits). The fault suite kills brokers under load, and detects that
+    // case.
     let load = flow.end();
     scope.wait_until_caught_up();
     servers.kafka(Act::Kill);
@@ -137,7 +138,7 @@ fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
     let flow = Flow::start(&scope, load, 6);
     recovers(&daemon);
 
-    // WHEN both are gone, the broker when the lanes wait for the database
+    // WHEN both stop, the broker while the lanes wait for the database
     let begin = complaints(&daemon);
     servers.postgres(Act::Immediate);
     misses(&daemon, "database", "");
@@ -149,7 +150,7 @@ fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
     let told = complaints(&daemon) - begin;
     assert!(told <= 24, "{told} lines:\n{}", daemon.log());
 
-    // THEN at the end every record had its one outcome, and none was diverted
+    // THEN at the end every record had exactly one outcome, and none was dead-lettered
     drop(flow.end());
     scope.wait_until_caught_up();
     daemon.drains();
@@ -158,9 +159,9 @@ fn whatever_is_away_is_waited_for_and_the_daemon_recovers_by_itself() {
     eprintln!("{outcomes:?}");
 }
 
-/// As a standby does that nobody has promoted yet, or a primary that is being replaced.
+/// A database that is read-only: a standby not promoted yet, or a primary that is being replaced.
 #[test]
-fn a_database_that_reads_and_does_not_write_is_waited_for_without_a_word_a_try() {
+fn a_read_only_database_is_waited_for_and_logged_once() {
     // GIVEN a daemon, and an older copy of its database
     let scope = Scope::new(Servers::shared(), "read_only");
     scope.prepare(2, 2);
@@ -174,7 +175,7 @@ fn a_database_that_reads_and_does_not_write_is_waited_for_without_a_word_a_try()
     scope.wait_until_caught_up();
     let before = complaints(&daemon);
 
-    // WHEN the copy takes the database's place, so that partitions are taken up anew, and cannot be written
+    // WHEN the copy replaces the database, so that partitions are recovered, and it is read-only
     let database = &scope.database;
     let read_only = format!("ALTER DATABASE \"{database}_copy\" SET default_transaction_read_only = on");
     scope.on_server(&[read_only]);
@@ -184,24 +185,24 @@ fn a_database_that_reads_and_does_not_write_is_waited_for_without_a_word_a_try()
         daemon.metric("payment_writer_database_errors_total", "sqlstate_class=\"25\"") >= 6.0
     });
 
-    // THEN it says so once, however often it can be read meanwhile
+    // THEN the daemon logs that once, however often it can read meanwhile
     let told = complaints(&daemon) - before;
     assert!(told <= 8, "{told} lines:\n{}", daemon.log());
     misses(&daemon, "database", "25006");
 
-    // AND goes on by itself as soon as it can be written
+    // AND continues by itself as soon as the database accepts writes
     scope.on_server(&[format!("ALTER DATABASE \"{database}\" RESET default_transaction_read_only")]);
     scope.wait_until_caught_up();
     daemon.drains();
     scope.assert_exactly_once();
 }
 
-/// A broker that hangs breaks no connection. When it wakes up it is fenced for a moment, knows of no broker, and does
-/// with old requests what it likes. Nothing is on its way meanwhile: a broker alone may drop the markers of
-/// transactions then (known limits).
+/// A paused broker breaks no connection. When it resumes, it is fenced for a moment, reports no brokers, and
+/// may or may not process old requests. No transaction is open meanwhile: a single broker may drop
+/// transaction markers then (known limits).
 #[test]
-fn a_broker_that_hangs_for_longer_than_its_own_session_is_found_again() {
-    // GIVEN two daemons that have nothing left to do
+fn the_daemon_recovers_from_a_broker_that_hangs_for_longer_than_its_session() {
+    // GIVEN two daemons that have caught up
     let servers = Servers::own();
     let scope = Scope::new(&servers, "hung_broker");
     scope.prepare(6, 2);
@@ -216,19 +217,21 @@ fn a_broker_that_hangs_for_longer_than_its_own_session_is_found_again() {
     for round in 1..=3 {
         scope.feed(load.take(100));
         scope.wait_until_caught_up();
-        // One that is not a member again yet has no place to lose.
+        // A daemon that is not a member again yet cannot lose its membership.
         for daemon in &daemons {
             daemon.wait_for_partitions("it is a member again", |partitions| partitions > 0);
         }
-        // WHEN the broker hangs until both have lost their places, and its controller has lost the broker
+        // WHEN the broker is paused until both have lost their membership, and the controller has lost the
+        // broker
         servers.kafka(Act::Pause);
-        wait_until_within(PATIENCE, "both have lost their places", || {
+        wait_until_within(PATIENCE, "both have lost their membership", || {
             daemons.iter().all(|daemon| lost(daemon) >= f64::from(round))
         });
         std::thread::sleep(std::time::Duration::from_secs(4));
         servers.kafka(Act::Resume);
         scope.wait_for_brokers();
-        // THEN neither takes the other, or its own former self, for a namesake
+        // THEN neither mistakes the other, or its own earlier membership, for a second process with its
+        // instance id
     }
     scope.feed(load.take(100));
     scope.wait_until_caught_up();

@@ -1,4 +1,4 @@
-//! What becomes of a record: each outcome of the contract, seen from outside.
+//! Each outcome of the contract, seen from outside.
 
 use std::process::Command;
 
@@ -11,7 +11,7 @@ use crate::support::{
 
 const AT_ROW: &str = "2024-02-29T23:59:59.999+00:00";
 
-/// Names and texts of the headers, sorted.
+/// Names and values of the headers, sorted.
 fn headers(record: &Received) -> Vec<(&str, &str)> {
     let mut headers: Vec<(&str, &str)> = record
         .headers
@@ -29,7 +29,7 @@ fn text(record: &Received) -> &str {
     std::str::from_utf8(record.value.as_deref().unwrap()).unwrap()
 }
 
-/// The topic's id as Kafka's own tool tells it.
+/// The topic's id as Kafka's own tool prints it.
 fn topic_id_by_kafkas_tool(scope: &Scope<'_>) -> Uuid {
     let output = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/servers"))
         .arg("--dir")
@@ -50,7 +50,7 @@ fn topic_id_by_kafkas_tool(scope: &Scope<'_>) -> Uuid {
 
 #[test]
 fn a_payment_becomes_its_rows_one_read_event_and_one_email_event() {
-    // GIVEN a payment with everything, on a record with trace headers and one of its own
+    // GIVEN a payment with every field, on a record with trace headers and another header
     let scope = Scope::ready("written", 3, 2);
     let id = uuid_v7(AT_MS - 5, 1);
     let message = Payment::new(id.to_string().to_uppercase(), 4711)
@@ -67,10 +67,10 @@ fn a_payment_becomes_its_rows_one_read_event_and_one_email_event() {
     )
     .unwrap();
 
-    // WHEN the daemon has seen it
+    // WHEN the daemon has processed it
     scope.drain();
 
-    // THEN each table has its row, exactly
+    // THEN each table has exactly the expected row
     let payment_id = payment_id(id, AT_MS);
     assert_eq!(
         scope.rows("payment_core", "payment_id"),
@@ -104,7 +104,8 @@ fn a_payment_becomes_its_rows_one_read_event_and_one_email_event() {
     assert_eq!(claims[0].get::<_, i32>(3), partition);
     assert!(claims[0].get::<_, bool>(4), "date is today's, in UTC");
 
-    // AND each event is there once, to the byte, with the record's key and the headers of the contract
+    // AND each event was sent once, byte for byte as expected, with the record's key and the contract's
+    // headers
     let read = scope.read_all(&scope.read_topic);
     let email = scope.read_all(&scope.email_topic);
     let upper = id.to_string().to_uppercase();
@@ -139,8 +140,8 @@ fn a_payment_becomes_its_rows_one_read_event_and_one_email_event() {
 }
 
 #[test]
-fn values_at_the_edges_of_their_rules_are_written_exactly() {
-    // GIVEN amounts, currencies, ids and texts at the edges of what is allowed
+fn values_at_their_limits_are_written_exactly() {
+    // GIVEN amounts, currencies, ids and texts at the limits of what is allowed
     let scope = Scope::ready("edges", 4, 2);
     let long = "😀".repeat(1_000);
     let payments = [
@@ -161,7 +162,7 @@ fn values_at_the_edges_of_their_rules_are_written_exactly() {
     ];
     scope.produce(&scope.input_topic, payments.iter().map(Payment::message));
 
-    // WHEN the daemon has seen them
+    // WHEN the daemon has processed them
     scope.drain();
 
     // THEN amounts are the numbers that were sent
@@ -178,7 +179,7 @@ fn values_at_the_edges_of_their_rules_are_written_exactly() {
         (i64::MAX, "99999999999999.990000", "EUR", 2, "VSA"),
     ];
     assert_eq!(amounts, expected.map(|(a, b, c, d, e)| (a, b.to_owned(), c.to_owned(), d, e.to_owned())));
-    // AND notes are there where there is something to note
+    // AND only payments with something to note have a row of notes
     let notes = scope.sql(
         "SELECT c.cust_id, n.external_ref_id, n.comment
          FROM payment_writer.payment_notes n JOIN payment_writer.payment_core c USING (payment_id)
@@ -188,7 +189,7 @@ fn values_at_the_edges_of_their_rules_are_written_exactly() {
     let notes: Vec<(i64, Option<String>, Option<String>)> =
         notes.iter().map(|r| (r.get(0), r.get(1), r.get(2))).collect();
     assert_eq!(notes, [(7, Some("é\"\\\n".to_owned()), None), (i64::MAX, None, Some(long.clone()))]);
-    // AND the events say the same; message ids are as they came
+    // AND the events have the same values; message ids are as they were sent
     let mut read = scope.read_all(&scope.read_topic);
     read.sort_by_key(|event| event.key.clone().map(|key| (key.len(), key)));
     for (event, (payment, amount)) in read.iter().zip([
@@ -228,7 +229,7 @@ fn email_events_are_sent_for_the_configured_statuses_alone() {
     assert_eq!(scope.read_all(&scope.read_topic).len(), 3);
 }
 
-/// One payload, spelled in many ways.
+/// Many spellings of one payload.
 fn spellings(id: Uuid) -> Vec<Message> {
     let message = |value: String| Message::new("31", value).timestamp_ms(AT_MS);
     let upper = id.to_string().to_uppercase();
@@ -259,12 +260,12 @@ fn a_repeat_is_a_duplicate_however_it_is_spelled_and_whenever_it_comes() {
     let all = spellings(id);
     scope.produce(&scope.input_topic, all.iter().cloned().map(|m| m.partition(1)));
 
-    // WHEN the daemon sees them, and after a restart sees them again on both partitions
+    // WHEN the daemon reads them, and reads them again after a restart on both partitions
     scope.drain();
     scope.produce(&scope.input_topic, all.iter().cloned().map(|m| m.partition(0)));
     scope.produce(&scope.input_topic, all.iter().cloned().map(|m| m.partition(1)));
     scope.drain();
-    // AND another daemon sees them one batch at a time
+    // AND another daemon reads them in batches of one
     let mut daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__KAFKA__INSTANCE_ID", "drain")]);
     for (batch, message) in all.iter().enumerate() {
         scope.produce(&scope.input_topic, [message.clone()]);
@@ -276,7 +277,7 @@ fn a_repeat_is_a_duplicate_however_it_is_spelled_and_whenever_it_comes() {
     daemon.terminate();
     assert_eq!(daemon.wait().code(), Some(0));
 
-    // THEN the first one was written, and nothing else
+    // THEN only the first one was written
     assert_eq!(scope.count("payment_core"), 1);
     assert_eq!(scope.count("payment_metadata"), 1);
     assert_eq!(scope.count("payment_notes"), 1);
@@ -291,7 +292,7 @@ fn a_repeat_is_a_duplicate_however_it_is_spelled_and_whenever_it_comes() {
 
 #[test]
 fn an_id_seen_with_another_payload_is_a_conflict_in_the_batch_and_after_a_restart() {
-    // GIVEN a payment, its twin, and messages of the same id that differ in one field each
+    // GIVEN a payment, its duplicate, and messages of the same id that differ in one field each
     let scope = Scope::ready("conflicts", 2, 1);
     let id = uuid_v4(1);
     let payment = Payment::new(id, 31).more(r#","comment":"c","externalRefId":"r""#);
@@ -311,13 +312,13 @@ fn an_id_seen_with_another_payload_is_a_conflict_in_the_batch_and_after_a_restar
     let first_len = first.len() as i64;
     scope.produce(&scope.input_topic, first);
 
-    // WHEN they come in one batch, and the others again after a restart, on another partition too
+    // WHEN they arrive in one batch, and the others again after a restart, on another partition too
     scope.drain();
     scope.produce(&scope.input_topic, others.iter().map(|other| other.message().partition(1)));
     scope.produce(&scope.input_topic, [payment.message().partition(0)]);
     scope.drain();
 
-    // THEN the lowest offset has won, its twins are duplicates, and each other one is a dead letter
+    // THEN the lowest offset is written, its duplicates are counted, and each other one is a dead letter
     assert_eq!(scope.count("payment_core"), 1);
     assert_eq!(scope.read_all(&scope.read_topic).len(), 1);
     assert_eq!(scope.read_all(&scope.read_topic)[0].header("source"), scope.source(0, 0));
@@ -345,7 +346,7 @@ fn bad(reason: &'static str, names: &'static str, message: Message) -> Bad {
     Bad { reason, names, message }
 }
 
-/// A record for every reason that the record alone gives, most of them in several ways.
+/// Records for every reason that depends on the record alone, most reasons in several ways.
 fn every_bad_record() -> Vec<Bad> {
     let good = || Payment::new(uuid_v4(1), 31);
     let raw = |value: &[u8]| Message::new("31", value).timestamp_ms(AT_MS);
@@ -443,12 +444,12 @@ fn every_bad_record() -> Vec<Bad> {
         bad("invalid_timestamp", "timestamp", good().message().timestamp_ms(946_684_799_999)),
         bad("invalid_timestamp", "timestamp", good().message().timestamp_ms(1)),
         bad("invalid_timestamp", "timestamp", good().message().timestamp_ms(4_102_444_800_000)),
-        // The key comes before the timestamp, and that before the time in the id.
+        // The key is checked before the timestamp, and the timestamp before the time in the id.
         bad("key_mismatch", "key", Message { key: None, ..good().message().timestamp_ms(1) }),
         bad("invalid_timestamp", "timestamp", at(uuid_v7(1, 1)).timestamp_ms(1)),
         bad("stale_message_id", "messageId", at(uuid_v7(AT_MS - 7 * 24 * hour - 1, 1))),
         bad("stale_message_id", "messageId", at(uuid_v7(AT_MS + hour + 1, 1))),
-        // A ULID carries a time as well.
+        // A ULID carries a time, too.
         bad("stale_message_id", "messageId", Payment::new(ulid(uuid_v7(1, 1)), 31).message()),
     ]
 }
@@ -478,14 +479,14 @@ fn every_bad_record_is_dead_lettered_untouched_with_its_reason() {
     sent.push(good(2));
     let places = scope.produce(&scope.input_topic, sent);
 
-    // WHEN the daemon has seen them
+    // WHEN the daemon has processed them
     let daemon = scope.drain();
 
     // THEN the good ones are written
     assert_eq!(scope.count("payment_core"), 2);
     assert_eq!(scope.count("idempotency"), 2);
     assert_eq!(scope.read_all(&scope.read_topic).len(), 2);
-    // AND each bad one is a dead letter: key, value and headers as they came, then the reason
+    // AND each bad one is a dead letter: the original key, value and headers, then the reason
     let mut letters = scope.read_all(&scope.dead_letter_topic);
     letters.sort_by_key(|letter| letter.header("dlq-offset").parse::<i64>().unwrap());
     assert_eq!(letters.len(), bad.len());
@@ -505,7 +506,7 @@ fn every_bad_record_is_dead_lettered_untouched_with_its_reason() {
         assert_eq!(letter.header("source"), scope.source(0, *offset));
         assert_eq!(letter.headers.len(), bad.message.headers.len() + 7, "{case}: {:?}", letter.headers);
     }
-    // AND the log says nothing of what was in them
+    // AND the log contains nothing of their contents
     assert!(!daemon.log().contains("secret-payload"));
 }
 
@@ -538,8 +539,8 @@ fn a_stale_id_is_a_dead_letter_even_if_it_would_be_a_duplicate() {
 }
 
 #[test]
-fn what_a_record_claims_of_its_own_origin_is_replaced() {
-    // GIVEN a good and a bad record that bring headers of the daemon's own names, several times
+fn reserved_headers_of_a_record_are_replaced() {
+    // GIVEN a good and a bad record with headers that have the daemon's own names, several times
     let scope = Scope::ready("forged", 1, 1);
     let forge = |message: Message| {
         [
@@ -562,10 +563,10 @@ fn what_a_record_claims_of_its_own_origin_is_replaced() {
     let good = Payment::new(uuid_v4(1), 31).message();
     scope.produce(&scope.input_topic, [forge(good), forge(Message::new("31", "{}").timestamp_ms(AT_MS))]);
 
-    // WHEN the daemon has seen them
+    // WHEN the daemon has processed them
     scope.drain();
 
-    // THEN no output carries what they brought, apart from the count of replays
+    // THEN no output has the values they carried, except the count of replays
     let read = scope.read_all(&scope.read_topic);
     assert_eq!(read[0].header("source"), scope.source(0, 0));
     assert!(!read[0].has_header("dlq-reason"));
@@ -590,7 +591,7 @@ fn what_a_record_claims_of_its_own_origin_is_replaced() {
 
 #[test]
 fn a_dead_lettered_record_claims_no_id_so_its_replay_succeeds() {
-    // GIVEN a record that is refused for its type, and a good one of the same id behind it in the batch
+    // GIVEN a record rejected for its type, and a good one of the same id behind it in the batch
     let scope = Scope::ready("replay", 1, 1);
     let id = uuid_v4(1);
     let refused = Payment::new(id, 31).kind("NEW");
@@ -599,7 +600,7 @@ fn a_dead_lettered_record_claims_no_id_so_its_replay_succeeds() {
     let letter = scope.read_all(&scope.dead_letter_topic).remove(0);
     assert_eq!(scope.count("idempotency"), 0);
 
-    // WHEN the type is allowed and the dead letter is sent again as it is
+    // WHEN the type is allowed and the dead letter is sent again unchanged
     let replay = Message {
         key: letter.key,
         value: letter.value,
@@ -610,7 +611,7 @@ fn a_dead_lettered_record_claims_no_id_so_its_replay_succeeds() {
     scope.produce(&scope.input_topic, [replay.header("dlq-replays", "1")]);
     scope.drain_with(&[("PAYMENT_WRITER__PAYMENT__TYPES", "BWI,NEW")]);
 
-    // THEN it is written, as what it was replayed from does not count
+    // THEN it is written: a dead letter does not claim the id
     assert_eq!(scope.count("payment_core"), 1);
     let read = scope.read_all(&scope.read_topic);
     assert_eq!(read.len(), 1);
@@ -621,7 +622,7 @@ fn a_dead_lettered_record_claims_no_id_so_its_replay_succeeds() {
 
 #[test]
 fn a_value_over_512_kib_is_left_out_of_its_dead_letter_and_named_by_size_and_hash() {
-    // GIVEN values around the limit and far above it, in a topic that takes them
+    // GIVEN values around the limit and far above it, in a topic that accepts them
     let scope = Scope::new(Servers::shared(), "large_values");
     scope.create_topic_with(&scope.input_topic, 1, &[("max.message.bytes", "8000000")]);
     for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
@@ -634,10 +635,10 @@ fn a_value_over_512_kib_is_left_out_of_its_dead_letter_and_named_by_size_and_has
         .produce(&scope.input_topic, sizes.map(|bytes| Message::new("31", value(bytes)).timestamp_ms(AT_MS)));
     scope.produce(&scope.input_topic, [Payment::new(uuid_v4(1), 31).message()]);
 
-    // WHEN the daemon has seen them
+    // WHEN the daemon has processed them
     scope.drain();
 
-    // THEN the first is there as it came, the others by size and hash, and what follows is written
+    // THEN the first is kept as it was, the others by size and hash, and later records are written
     let letters = scope.read_all(&scope.dead_letter_topic);
     assert_eq!(letters.len(), 3);
     assert_eq!(letters[0].value, Some(value(sizes[0])));
@@ -657,7 +658,7 @@ fn a_value_over_512_kib_is_left_out_of_its_dead_letter_and_named_by_size_and_has
 
 #[test]
 fn headers_too_large_for_any_output_do_not_stop_their_partition() {
-    // GIVEN records whose headers, with their value, exceed what an output topic takes
+    // GIVEN records whose headers and value together exceed what an output topic accepts
     let scope = Scope::ready("large_headers", 1, 1);
     let huge = "h".repeat(450_000);
     scope.produce(
@@ -672,7 +673,7 @@ fn headers_too_large_for_any_output_do_not_stop_their_partition() {
         ],
     );
 
-    // WHEN the daemon has seen them
+    // WHEN the daemon has processed them
     scope.drain();
 
     // THEN each has its outcome
@@ -686,14 +687,14 @@ fn headers_too_large_for_any_output_do_not_stop_their_partition() {
 
 #[test]
 fn payments_of_an_account_are_written_and_published_in_the_order_of_their_offsets() {
-    // GIVEN payments of many accounts on several partitions, some records bad, some repeated
+    // GIVEN payments of many accounts on several partitions, with some invalid and some repeated records
     let scope = Scope::ready("order", 6, 3);
     let accounts = 20;
     let mut messages = Vec::new();
     for round in 0..60_u64 {
         for account in 0..accounts {
             let id = uuid_v4(round * 1_000 + account);
-            // Every seventh round repeats the one before, every eleventh is not valid.
+            // Every seventh round repeats the one before, every eleventh is invalid.
             let id = if round % 7 == 6 { uuid_v4((round - 1) * 1_000 + account) } else { id };
             let amount = if round % 7 == 6 { round } else { round + 1 };
             let payment = Payment::new(id, account as i64).amount(&amount.to_string());
@@ -704,7 +705,7 @@ fn payments_of_an_account_are_written_and_published_in_the_order_of_their_offset
     let sent = messages.len();
     scope.produce(&scope.input_topic, messages);
 
-    // WHEN small batches carry them
+    // WHEN they are read in small batches
     let daemon = scope.drain_with(&[("PAYMENT_WRITER__BATCH__MAX_PAYMENTS", "37")]);
 
     // THEN every account's events are in the order in which its payments were sent
@@ -724,7 +725,7 @@ fn payments_of_an_account_are_written_and_published_in_the_order_of_their_offset
             assert_eq!(partitions.len(), 1, "an account's events are on one partition");
         }
     }
-    // AND what is written is what was read about, and nothing is missing
+    // AND the written payments are those with a read event, and none is missing
     assert_eq!(scope.count("payment_core"), read.len() as i64);
     let bad = 60 / 11 * accounts as usize;
     let repeats_of_good = (0..60).filter(|r| r % 7 == 6 && r % 11 != 10 && (r - 1) % 11 != 10).count();
@@ -733,8 +734,9 @@ fn payments_of_an_account_are_written_and_published_in_the_order_of_their_offset
 }
 
 #[test]
-fn aborted_records_never_appear_and_control_records_are_passed_over() {
-    // GIVEN committed and aborted transactions, so that control records stand everywhere, at the tails too
+fn aborted_records_have_no_outcome_and_control_records_are_skipped() {
+    // GIVEN committed and aborted transactions, with control records throughout and at the ends of the
+    // partitions
     let scope = Scope::ready("transactional", 2, 1);
     let payment = |seed: u64, partition: i32| Payment::new(uuid_v4(seed), 31).message().partition(partition);
     scope.produce_in_transaction(&scope.input_topic, [payment(1, 0), payment(2, 1)], true);
@@ -762,7 +764,7 @@ fn aborted_records_never_appear_and_control_records_are_passed_over() {
     daemon.terminate();
     assert_eq!(daemon.wait().code(), Some(0));
 
-    // THEN the committed ones are written, the aborted ones have no outcome at all
+    // THEN the committed records are written, the aborted ones have no outcome
     let ids: Vec<String> = scope
         .sql("SELECT message_id::text FROM payment_writer.payment_metadata ORDER BY source_partition, source_offset", &[])
         .iter()
@@ -771,8 +773,7 @@ fn aborted_records_never_appear_and_control_records_are_passed_over() {
     assert_eq!(ids, [1, 4, 5, 6, 2].map(|seed| uuid_v4(seed).to_string()));
     assert_eq!(scope.read_all(&scope.read_topic).len(), 5);
     assert!(scope.read_all(&scope.dead_letter_topic).is_empty());
-    // AND all cursors stand at the ends: five
-    // records and five control records on 0
+    // AND all cursors are at the ends: five records and five control records on partition 0
     let cursors: Vec<(i32, i64, Option<i64>)> = scope
         .sql("SELECT partition, applied, published FROM payment_writer.source_cursor ORDER BY partition", &[])
         .iter()
@@ -788,7 +789,7 @@ fn an_open_transaction_holds_its_partition_back_until_it_ends() {
     use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
     use std::time::Duration;
 
-    // GIVEN a transaction that is open, and a record behind it
+    // GIVEN an open transaction, and a record behind it
     let scope = Scope::ready("open_transaction", 1, 1);
     let producer: BaseProducer = scope.client_config().set("transactional.id", "open").create().unwrap();
     producer.init_transactions(Duration::from_secs(60)).unwrap();
@@ -804,7 +805,7 @@ fn an_open_transaction_holds_its_partition_back_until_it_ends() {
     // WHEN a daemon runs until it has caught up
     scope.drain();
 
-    // THEN neither is written: the end is that of what is settled
+    // THEN neither is written: the end is the last stable offset
     assert_eq!(scope.count("payment_core"), 0);
     assert!(scope.read_all(&scope.dead_letter_topic).is_empty());
 

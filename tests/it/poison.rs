@@ -1,5 +1,5 @@
-//! Rows that the database alone refuses: found, set aside, and nothing else with them. And a database that is
-//! ill: blocked on, and nothing set aside.
+//! Rows that only the database rejects are found and dead-lettered, and no others. While the database rejects
+//! everything, the daemon waits and dead-letters nothing.
 
 use serde_json::Value;
 
@@ -21,7 +21,7 @@ fn payment(seed: u64, account: u64, amount: &str, comment: &str) -> Message {
     )
 }
 
-/// The sources of the dead letters that were refused by the database, with what they say about it.
+/// The sources of dead letters that the database rejected, with their error details.
 fn rejected(scope: &Scope<'_>) -> Vec<(i32, i64, String)> {
     let mut found: Vec<(i32, i64, String)> = scope
         .read_all(&scope.dead_letter_topic)
@@ -37,8 +37,8 @@ fn rejected(scope: &Scope<'_>) -> Vec<(i32, i64, String)> {
 }
 
 #[test]
-fn rows_that_the_database_refuses_are_set_aside_and_all_others_are_written_once() {
-    // GIVEN constraints on every table, of every kind, that came later
+fn rows_that_the_database_rejects_are_dead_lettered_and_all_others_are_written_once() {
+    // GIVEN constraints of every kind on every table, added later
     let scope = Scope::new(Servers::shared(), "poison");
     scope.prepare(4, 2);
     scope.execute(
@@ -65,16 +65,16 @@ fn rows_that_the_database_refuses_are_set_aside_and_all_others_are_written_once(
     for (place, record, _) in &bad {
         records.insert(*place, record.clone());
     }
-    // Twins of refused rows: the same again, and one that the database takes.
+    // Repeats of rejected rows: an identical one, and one that the database accepts.
     records.push(payment(9001, 1013, "1.00", "c"));
     records.push(payment(9003, 8, "1.00", "short"));
     records.push(payment(9003, 8, "1", "short"));
     scope.produce(&scope.input_topic, records);
 
-    // WHEN all of it is one batch, and is written
+    // WHEN all of it is written as one batch
     let daemon = member().with("LANES", "1").with("BATCH__LINGER", "2s").catch_up(&scope);
 
-    // THEN the refused ones are dead letters with their SQLSTATE, and all others are written
+    // THEN the rejected ones are dead letters with their SQLSTATE, and all others are written
     let outcomes = scope.assert_exactly_once();
     let letters = rejected(&scope);
     assert_eq!(letters.len(), 6, "{letters:?}");
@@ -90,14 +90,14 @@ fn rows_that_the_database_refuses_are_set_aside_and_all_others_are_written_once(
         "the twin that the database takes is written, its own twin is not"
     );
     assert!(outcomes.written > 400, "{outcomes:?}");
-    // AND nothing of a payment is in the log
+    // AND the log contains no payment data
     for secret in ["1013", "is closed", "too long", "99999999999", &uuid_v4(9001).to_string()] {
         assert!(!daemon.log().contains(secret), "{secret} in:\n{}", daemon.log());
     }
 }
 
 #[test]
-fn a_kill_while_refused_rows_are_set_aside_loses_and_doubles_nothing() {
+fn a_kill_while_rejected_rows_are_dead_lettered_loses_and_duplicates_nothing() {
     let scope = Scope::new(Servers::shared(), "poison_kill");
     scope.prepare(4, 2);
     scope.execute("ALTER TABLE payment_writer.payment_core ADD CONSTRAINT odd CHECK (cust_id % 20 <> 3)");
@@ -112,7 +112,7 @@ fn a_kill_while_refused_rows_are_set_aside_loses_and_doubles_nothing() {
         "after_kafka_commit:2",
     ] {
         scope.produce(&scope.input_topic, load.take(500));
-        // WHEN the process dies there, and another goes on
+        // WHEN the process crashes there, and another continues
         member.die_at(&scope, step);
         member.catch_up(&scope);
         // THEN
@@ -124,8 +124,8 @@ fn a_kill_while_refused_rows_are_set_aside_loses_and_doubles_nothing() {
 }
 
 #[test]
-fn a_database_that_refuses_too_much_is_waited_for_and_fills_no_dead_letters() {
-    // GIVEN a flow of small batches, and a database that takes them
+fn a_database_that_rejects_too_much_is_waited_for_and_causes_no_dead_letters() {
+    // GIVEN a flow of small batches, and a database that accepts them
     let scope = Scope::new(Servers::shared(), "ill");
     scope.prepare(4, 2);
     let flow = Flow::start(&scope, Load::without_bad_records(43), 3);
@@ -133,31 +133,31 @@ fn a_database_that_refuses_too_much_is_waited_for_and_fills_no_dead_letters() {
     daemon.wait_until_ready();
     wait_until_within(PATIENCE, "payments are written", || scope.count("payment_core") > 100);
 
-    // WHEN it begins to refuse every row
+    // WHEN it begins to reject every row
     scope.execute(
         "ALTER TABLE payment_writer.payment_core ADD CONSTRAINT nothing CHECK (cust_id < 0) NOT VALID",
     );
 
-    // THEN the daemon stops taking records, and says so loudly
+    // THEN the daemon stops reading records, and logs an error
     let database = || {
         let reply = daemon.get("/readyz").unwrap();
         let body: Value = serde_json::from_str(&reply.body).unwrap_or_default();
         body["missing"]["database"].as_str().unwrap_or_default().to_owned() + &body.to_string()
     };
     wait_until_within(PATIENCE, "it is not ready", || database().contains("taken to be ill"));
-    assert!(daemon.log().contains("blocked until somebody mends this"), "{}", daemon.log());
+    assert!(daemon.log().contains("blocked until this is fixed"), "{}", daemon.log());
     let diverted = rejected(&scope).len();
-    assert_eq!(diverted, 0, "good records were diverted");
-    // AND goes on with that: no further one is diverted however long it lasts
+    assert_eq!(diverted, 0, "good records were dead-lettered");
+    // AND stays blocked: no further record is dead-lettered
     let tries = || daemon.metric("payment_writer_database_errors_total", "sqlstate_class=\"23\"");
     let before = tries();
     wait_until_within(PATIENCE, "it tries again", || tries() >= before + 2.0);
     assert_eq!(rejected(&scope).len(), diverted);
 
-    // WHEN it is mended
+    // WHEN the cause is fixed
     scope.execute("ALTER TABLE payment_writer.payment_core DROP CONSTRAINT nothing");
 
-    // THEN the daemon goes on by itself
+    // THEN the daemon continues by itself
     daemon.wait_until_ready();
     drop(flow.end());
     scope.wait_until_caught_up();
@@ -167,7 +167,7 @@ fn a_database_that_refuses_too_much_is_waited_for_and_fills_no_dead_letters() {
 }
 
 #[test]
-fn a_batch_of_which_more_than_a_tenth_is_refused_blocks_and_one_with_less_does_not() {
+fn a_batch_of_which_more_than_a_tenth_is_rejected_blocks_and_one_with_less_does_not() {
     let scope = Scope::new(Servers::shared(), "a_tenth");
     scope.prepare(1, 1);
     scope.execute("ALTER TABLE payment_writer.payment_core ADD CONSTRAINT lucky CHECK (cust_id <> 13)");
@@ -178,19 +178,19 @@ fn a_batch_of_which_more_than_a_tenth_is_refused_blocks_and_one_with_less_does_n
     };
     let member = member().with("LANES", "1").with("BATCH__LINGER", "2s");
 
-    // WHEN one in ten is refused, THEN they are set aside
+    // WHEN one in ten is rejected, THEN those are dead-lettered
     scope.produce(&scope.input_topic, records(1_000, 180, 20));
     member.catch_up(&scope);
     scope.assert_exactly_once();
     assert_eq!(rejected(&scope).len(), 20);
 
-    // WHEN one more is, THEN nothing is written and nothing is set aside
+    // WHEN one more is, THEN nothing is written and nothing is dead-lettered
     scope.produce(&scope.input_topic, records(2_000, 180, 21));
     let mut daemon = member.start(&scope);
-    wait_until_within(PATIENCE, "it blocks", || daemon.log().contains("taken to be ill"));
+    wait_until_within(PATIENCE, "it blocks", || daemon.log().contains("assumed to be at fault"));
     assert_eq!((scope.count("payment_core"), rejected(&scope).len()), (180, 20));
 
-    // WHEN the constraint goes, THEN all of them are written
+    // WHEN the constraint is dropped, THEN all of them are written
     scope.execute("ALTER TABLE payment_writer.payment_core DROP CONSTRAINT lucky");
     scope.wait_until_caught_up();
     daemon.drains();

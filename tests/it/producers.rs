@@ -1,20 +1,20 @@
-//! The producer's transactions, in whichever of the protocol's two ways: what is lost, refused or overtaken loses and
-//! doubles nothing.
+//! Transactions of the producer, in both versions of the protocol: lost requests, rejected messages and
+//! fenced producers cause no loss and no duplicates.
 
 use std::path::Path;
 
 use kafka_protocol::messages::ApiKey;
-use payment_writer::batch::{Batch, Fates, Progress};
 use payment_writer::config::Settings;
-use payment_writer::cursor::Identity;
-use payment_writer::disposition::Fate;
-use payment_writer::kafka::publisher::PublisherSettings;
-use payment_writer::kafka::transactions::{Slot, Transactions};
-use payment_writer::kafka_client::partition_counts;
-use payment_writer::lane::ports::PublishFailure;
-use payment_writer::publication::{Publication, Span};
-use payment_writer::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
-use payment_writer::wire::Rules;
+use payment_writer::domain::batch::{Batch, Outcomes, Progress};
+use payment_writer::domain::cursor::Identity;
+use payment_writer::domain::outcome::Outcome;
+use payment_writer::domain::publication::{OffsetCommit, Publication};
+use payment_writer::domain::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::wire::Rules;
+use payment_writer::kafka::client::partition_counts;
+use payment_writer::kafka::publisher_settings::PublisherSettings;
+use payment_writer::kafka::transactions::{ProducerSlot, Transactions};
+use payment_writer::ports::PublishError;
 use rdkafka::TopicPartitionList;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
@@ -26,14 +26,14 @@ use crate::support::{
     wait_until, wait_until_within,
 };
 
-/// A cluster whose transactions are as they were before KIP-890: partitions join by a request, and a producer keeps
-/// its epoch.
+/// A cluster with transactions as before KIP-890: partitions are added by a request, and the producer epoch
+/// does not change.
 fn older_transactions() -> Servers {
     let servers = Servers::own();
     let feature = ["downgrade", "--feature", "transaction.version=1"];
     servers.kafka_tool(&[&["FeatureCommand"], &feature[..]].concat());
-    // Brokers hear of it a little later, and a test of the newer way would prove nothing here.
-    wait_until("transactions are of the older kind", || {
+    // Brokers apply the feature level with a delay; with the new protocol the test would prove nothing here.
+    wait_until("transactions use the older protocol", || {
         let told = servers.kafka_tool(&["FeatureCommand", "describe"]);
         told.lines()
             .any(|line| line.contains("transaction.version") && line.contains("FinalizedVersionLevel: 1"))
@@ -42,18 +42,18 @@ fn older_transactions() -> Servers {
 }
 
 #[test]
-fn with_older_transactions_a_kill_at_any_step_loses_and_doubles_nothing() {
+fn with_older_transactions_a_kill_at_any_step_loses_and_duplicates_nothing() {
     let servers = older_transactions();
     let scope = Scope::new(&servers, "kill_older");
     kill_at_each_step(&scope, &small_batches(), 2, Load::new(62));
 
-    // AND none that is lost on the way
+    // AND neither does one that is lost in the network
     let requests = [ApiKey::AddPartitionsToTxn, ApiKey::AddOffsetsToTxn];
-    whatever_is_lost_on_the_way_loses_and_doubles_nothing(&servers, &requests, 63);
+    lost_requests_and_responses_lose_and_duplicate_nothing(&servers, &requests, 63);
 
-    // AND what can go wrong in a transaction goes as well as with newer ones
-    what_is_refused_is_aborted_and_the_same_producer_goes_on(&servers);
-    a_producer_that_was_succeeded_commits_nothing(&servers);
+    // AND other errors in a transaction are handled as in the new protocol
+    rejected_messages_abort_the_transaction_and_the_producer_continues(&servers);
+    fenced_producers_commit_nothing(&servers);
 }
 
 fn producer(scope: &Scope<'_>) -> Transactions {
@@ -71,11 +71,11 @@ fn producer(scope: &Scope<'_>) -> Transactions {
     let loaded = Settings::load_from(None, Path::new("nowhere.toml"), variables).unwrap();
     let kafka = loaded.settings.kafka;
     let identity = Identity { topic_id: Uuid::nil(), database_id: Uuid::nil() };
-    Transactions::new(PublisherSettings::of(&kafka, &identity, 0), Slot::default())
+    Transactions::new(PublisherSettings::of(&kafka, &identity, 0), ProducerSlot::default())
 }
 
-fn whatever_is_lost_on_the_way_loses_and_doubles_nothing(servers: &Servers, more: &[ApiKey], seed: u64) {
-    // GIVEN a daemon that reaches its broker by a network with accidents
+fn lost_requests_and_responses_lose_and_duplicate_nothing(servers: &Servers, more: &[ApiKey], seed: u64) {
+    // GIVEN a daemon that reaches its broker through a proxy
     let scope = Scope::new(servers, "lost");
     scope.prepare(4, 2);
     let proxy = KafkaProxy::to(servers.bootstrap_servers());
@@ -86,7 +86,7 @@ fn whatever_is_lost_on_the_way_loses_and_doubles_nothing(servers: &Servers, more
         for lost in [Lost::Request, Lost::Answer] {
             scope.feed(load.take(60));
 
-            // WHEN one request of a transaction is lost, or the answer to it
+            // WHEN one request of a transaction, or its response, is lost
             proxy.lose(*api, lost);
             member.catch_up(&scope);
             assert!(proxy.has_lost(), "no {api:?} was made");
@@ -98,8 +98,8 @@ fn whatever_is_lost_on_the_way_loses_and_doubles_nothing(servers: &Servers, more
 }
 
 #[test]
-fn a_request_or_an_answer_that_is_lost_on_the_way_loses_and_doubles_nothing() {
-    whatever_is_lost_on_the_way_loses_and_doubles_nothing(Servers::shared(), &[], 64);
+fn a_lost_request_or_response_loses_and_duplicates_nothing() {
+    lost_requests_and_responses_lose_and_duplicate_nothing(Servers::shared(), &[], 64);
 }
 
 /// The outputs of payments of these accounts.
@@ -122,8 +122,8 @@ fn publication(accounts: impl Iterator<Item = i64>) -> Publication {
     let reached = NextOffset(count);
     let progress = vec![Progress { partition: Partition(0), seen: NextOffset(0), reached, timestamp: None }];
     let batch = Batch::assemble(source, progress, &Rules::default());
-    let fates = Fates(vec![Fate::Written; batch.len()]);
-    let spans = vec![Span { partition: Partition(0), gate: NextOffset(0), commit: reached }];
+    let fates = Outcomes(vec![Outcome::Written; batch.len()]);
+    let spans = vec![OffsetCommit { partition: Partition(0), publish_from: NextOffset(0), commit: reached }];
     Publication::of_batch(batch, fates, spans, true)
 }
 
@@ -134,8 +134,8 @@ fn accounts_of(scope: &Scope<'_>, topic: &str) -> Vec<i64> {
     accounts
 }
 
-fn a_producer_that_was_succeeded_commits_nothing(servers: &Servers) {
-    // GIVEN two producers of one transactional id
+fn fenced_producers_commit_nothing(servers: &Servers) {
+    // GIVEN two producers with one transactional id
     let scope = Scope::new(servers, "succeeded");
     scope.create_topics(4, 2);
     let (mut first, mut second) = (producer(&scope), producer(&scope));
@@ -143,35 +143,35 @@ fn a_producer_that_was_succeeded_commits_nothing(servers: &Servers) {
     first.send_alone(&publication(1..=3)).unwrap();
     second.init().unwrap();
 
-    // WHEN the one that was there before goes on
+    // WHEN the earlier one continues
     let refused = first.send_alone(&publication(4..=6)).unwrap_err();
 
-    // THEN it has to find out, and none of it is to be seen
-    assert!(matches!(refused, PublishFailure::Unknown(_)), "{refused}");
+    // THEN it gets an error, and nothing of its transaction is visible
+    assert!(matches!(refused, PublishError::Unknown(_)), "{refused}");
     let is_fenced = ["ProducerFenced", "InvalidProducerEpoch", "Fenced"]
         .iter()
         .any(|code| refused.to_string().contains(code));
     assert!(is_fenced, "{refused}");
     second.send_alone(&publication(7..=9)).unwrap();
     let again = first.send_alone(&publication(4..=6)).unwrap_err();
-    assert!(matches!(again, PublishFailure::Unknown(_)), "{again}");
+    assert!(matches!(again, PublishError::Unknown(_)), "{again}");
     assert_eq!(accounts_of(&scope, &scope.read_topic), [1, 2, 3, 7, 8, 9]);
 }
 
 #[test]
-fn a_producer_that_was_succeeded_by_another_commits_nothing() {
-    a_producer_that_was_succeeded_commits_nothing(Servers::shared());
+fn a_fenced_producer_commits_nothing() {
+    fenced_producers_commit_nothing(Servers::shared());
 }
 
-fn what_is_refused_is_aborted_and_the_same_producer_goes_on(servers: &Servers) {
-    // GIVEN a producer that knows its topics
+fn rejected_messages_abort_the_transaction_and_the_producer_continues(servers: &Servers) {
+    // GIVEN a producer that has metadata of its topics
     let scope = Scope::new(servers, "refused");
     scope.create_topics(4, 2);
     let mut producer = producer(&scope);
     producer.init().unwrap();
     producer.send_alone(&publication(1..=20)).unwrap();
 
-    // WHEN one of them is gone
+    // WHEN one of them is deleted
     scope.delete_topic(&scope.email_topic);
     let consumer: BaseConsumer = scope.client_config().create().unwrap();
     wait_until("the topic is gone", || {
@@ -179,14 +179,14 @@ fn what_is_refused_is_aborted_and_the_same_producer_goes_on(servers: &Servers) {
     });
     let refused = producer.send_alone(&publication(21..=40)).unwrap_err();
 
-    // THEN what went to the others is not to be seen, and the next try says what is missing
-    assert!(matches!(refused, PublishFailure::Unknown(_) | PublishFailure::Aborted { .. }), "{refused}");
+    // THEN what was sent to the others is not visible, and the next attempt names the missing topic
+    assert!(matches!(refused, PublishError::Unknown(_) | PublishError::Aborted { .. }), "{refused}");
     let missing = producer.init().unwrap_err().to_string();
     assert!(missing.contains(&scope.email_topic), "{missing}");
 
-    // AND when it is there again, with more partitions, it goes on
+    // AND after it is created again, with more partitions, the producer continues
     scope.create_topic(&scope.email_topic, 3);
-    wait_until("the topic is served", || {
+    wait_until("the topic is available", || {
         producer.init().is_ok() && producer.send_alone(&publication(41..=60)).is_ok()
     });
     producer.send_alone(&publication(61..=80)).unwrap();
@@ -196,11 +196,11 @@ fn what_is_refused_is_aborted_and_the_same_producer_goes_on(servers: &Servers) {
 }
 
 #[test]
-fn what_a_broker_refuses_is_aborted_and_the_same_producer_goes_on() {
-    what_is_refused_is_aborted_and_the_same_producer_goes_on(Servers::shared());
+fn a_rejected_message_aborts_the_transaction_and_the_producer_continues() {
+    rejected_messages_abort_the_transaction_and_the_producer_continues(Servers::shared());
 }
 
-/// Each dead letter here fills a batch of its own, and together they fill more than one request.
+/// Each dead letter here fills a record batch of its own, and together they fill more than one request.
 #[test]
 fn outputs_that_fill_many_requests_keep_their_order() {
     let scope = Scope::new(Servers::shared(), "large_outputs");
@@ -224,8 +224,8 @@ fn outputs_that_fill_many_requests_keep_their_order() {
 }
 
 #[test]
-fn outputs_that_take_small_batches_alone_are_respected_and_one_that_takes_no_event_is_named() {
-    // GIVEN output topics that take batches of 20 kB at most, and one batch of hundreds of payments
+fn small_batch_limits_of_outputs_are_respected_and_one_below_an_event_is_reported() {
+    // GIVEN output topics that accept batches of 20 kB at most, and one batch of hundreds of payments
     let scope = Scope::new(Servers::shared(), "small_batches");
     scope.create_topic(&scope.input_topic, 2);
     for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
@@ -234,17 +234,18 @@ fn outputs_that_take_small_batches_alone_are_respected_and_one_that_takes_no_eve
     scope.command(&["migrate"]).succeeds();
     scope.feed(Load::without_bad_records(65).take(2_000));
 
-    // WHEN they are published, THEN in batches that the topics take
+    // WHEN they are published, THEN in record batches that the topics accept
     let member = Member::new("a").with("LANES", "1").with("BATCH__LINGER", "500ms");
     member.catch_up(&scope);
     scope.assert_exactly_once();
 
-    // AND where not even one event fits, the refusal names topics, setting and remedy, and it goes on once that is done
+    // AND if not even one event fits, the error names topic, setting and remedy, and publishing resumes
+    // afterwards
     set_topic(&scope, &scope.read_topic, "max.message.bytes=100");
     scope.feed(Load::without_bad_records(66).take(20));
     let mut daemon = member.start(&scope);
     let told = || daemon.get("/readyz").map_or(String::new(), |reply| reply.body);
-    wait_until("the refusal names the setting", || {
+    wait_until("the error names the setting", || {
         told().contains("max.message.bytes") || daemon.log().contains("raise max.message.bytes")
     });
     let log = daemon.log();
@@ -261,17 +262,17 @@ fn set_topic(scope: &Scope<'_>, topic: &str, setting: &str) {
 }
 
 #[test]
-fn no_client_creates_topics_by_asking_for_them() {
-    // GIVEN brokers that create what is asked for
+fn no_client_creates_topics_automatically() {
+    // GIVEN brokers that create topics automatically
     let servers = Servers::with_kafka_settings("auto.create.topics.enable=true\n");
     let scope = Scope::new(&servers, "created");
     scope.create_topic(&scope.input_topic, 2);
     scope.command(&["migrate"]).succeeds();
 
-    // WHEN the outputs are not there, the daemon has payments, and every command looks at them
+    // WHEN the outputs do not exist, the daemon has payments, and every command looks at the outputs
     scope.feed(Load::without_bad_records(67).take(20));
     let mut daemon = Member::new("a").start(&scope);
-    wait_until("an output is missed", || {
+    wait_until("the missing output is reported", || {
         daemon.get("/readyz").is_some_and(|reply| reply.body.contains("output topic"))
     });
     for words in
@@ -291,8 +292,8 @@ fn no_client_creates_topics_by_asking_for_them() {
 }
 
 #[test]
-fn a_quota_of_the_producer_is_told_and_payments_flow_at_its_pace() {
-    // GIVEN a quota that lets through a fraction of a batch in the time of a transaction
+fn a_producer_quota_is_logged_and_payments_flow_at_its_rate() {
+    // GIVEN a quota that allows a fraction of a batch within the transaction timeout
     let servers = Servers::own();
     let scope = Scope::new(&servers, "quota");
     scope.prepare(4, 2);
@@ -303,19 +304,19 @@ fn a_quota_of_the_producer_is_told_and_payments_flow_at_its_pace() {
     };
     quota(&["--add-config", "producer_byte_rate=100000"]);
 
-    // WHEN they are published, THEN the quota is told, and some of them come through it, again and again
+    // WHEN they are published, THEN the throttling is logged, and some of them get through, again and again
     let mut daemon = Member::new("a").with("LANES", "1").start(&scope);
     let published = || daemon.metric("payment_writer_published_total", "topic=\"read\"");
     wait_until_within(PATIENCE, "the quota is told", || {
-        daemon.log().contains("brokers hold this client back")
+        daemon.log().contains("brokers throttle this client")
     });
     for _ in 0..3 {
         let before = published();
-        wait_until_within(PATIENCE, "some come through", || published() > before);
+        wait_until_within(PATIENCE, "some are published", || published() > before);
     }
-    assert!(published() < 12_000.0, "nothing was held back");
+    assert!(published() < 12_000.0, "the quota had no effect");
 
-    // AND without it the rest follows at once, each once
+    // AND without the quota the rest follows at once, exactly once
     quota(&["--delete-config", "producer_byte_rate"]);
     scope.wait_until_caught_up();
     daemon.drains();
@@ -323,9 +324,9 @@ fn a_quota_of_the_producer_is_told_and_payments_flow_at_its_pace() {
 }
 
 #[test]
-fn a_transaction_that_an_older_version_left_open_under_its_name_is_waited_out() {
-    // GIVEN payments that are written and published, and an open transaction of the lane's former transactional id, with
-    // an event and the group's offsets in it
+fn an_open_transaction_of_an_older_version_is_waited_for() {
+    // GIVEN payments that are written and published, and an open transaction under the older version's
+    // transactional id, with an event and the group's offsets in it
     let scope = Scope::new(Servers::shared(), "former_name");
     scope.prepare(2, 2);
     let mut load = Load::without_bad_records(69);
@@ -352,12 +353,12 @@ fn a_transaction_that_an_older_version_left_open_under_its_name_is_waited_out() 
     former.send_offsets_to_transaction(&offsets, &consumer.group_metadata().unwrap(), DEADLINE).unwrap();
     former.flush(DEADLINE).unwrap();
 
-    // WHEN this version goes on, with more payments
+    // WHEN this version continues with more payments
     scope.feed(load.take(50));
     let mut daemon = member.start(&scope);
     scope.wait_until_caught_up();
     daemon.drains();
 
-    // THEN what was open came to nothing, and every record has its one outcome
+    // THEN the open transaction was aborted, and every record has exactly one outcome
     scope.assert_exactly_once();
 }

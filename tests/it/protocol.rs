@@ -1,4 +1,4 @@
-//! Two cursors, one log: what hands, losses and mistakes do to them, and what must not follow from it.
+//! Group offsets and cursors that were moved, lost or restored: nothing is lost and nothing is sent twice.
 
 use serde_json::Value;
 use uuid::Uuid;
@@ -9,19 +9,19 @@ fn member() -> Member {
     Member::new("a").soon_forgotten()
 }
 
-/// A table's rows as texts, in an order of their own.
+/// A table's rows as texts, sorted.
 fn rows(scope: &Scope<'_>, table: &str) -> Vec<String> {
     let query =
         format!("SELECT (to_jsonb(t) - 'date')::text AS row FROM payment_writer.{table} t ORDER BY row");
     scope.sql(&query, &[]).iter().map(|row| row.get(0)).collect()
 }
 
-/// The rows that are a function of the log.
+/// The rows that depend on the log alone.
 fn payments(scope: &Scope<'_>) -> Vec<Vec<String>> {
     ["payment_core", "payment_metadata", "payment_notes", "idempotency"].map(|t| rows(scope, t)).into()
 }
 
-/// As `assert_eq`, but names only what differs.
+/// Like `assert_eq`, but prints only the differences.
 #[track_caller]
 fn same(found: &[Vec<String>], expected: &[Vec<String>]) {
     for (found, expected) in found.iter().zip(expected) {
@@ -53,7 +53,7 @@ fn group_offsets_moved_back_or_deleted_after_a_drain_send_nothing_twice() {
     scope.spread(load.take(120), &partitions);
     member().catch_up(&scope);
 
-    // THEN each of its offsets bears our mark: version, topic, offset, database
+    // THEN each of its offsets has our commit metadata: version, topic, offset, database
     let identity = scope.sql(
         "SELECT topic_id, database_id FROM payment_writer.bound_group, payment_writer.database_identity",
         &[],
@@ -65,14 +65,14 @@ fn group_offsets_moved_back_or_deleted_after_a_drain_send_nothing_twice() {
         assert_eq!(text, &format!("pw1 {topic} {offset} {database}"));
     }
 
-    // WHEN offsets are moved back with and without the old text, and then all forgotten
+    // WHEN offsets are moved back with and without the old metadata, and then all deleted
     for (partition, offset, text) in [(0, 0, ""), (1, 10, committed[&1].1.as_str()), (2, 29, "by hand")] {
         scope.move_group_offset(partition, offset, text);
     }
     scope.spread(load.take(40), &partitions);
     member().catch_up(&scope);
 
-    // THEN nothing comes twice and what is new is not lost
+    // THEN nothing is sent twice, and new records are not lost
     scope.assert_exactly_once();
 
     scope.delete_group_when_empty();
@@ -82,7 +82,7 @@ fn group_offsets_moved_back_or_deleted_after_a_drain_send_nothing_twice() {
 }
 
 #[test]
-fn a_partition_in_doubt_halts_alone_until_a_person_settles_it_beside_the_running_daemon() {
+fn only_uncertain_partitions_halt_until_an_operator_resolves_them_beside_the_running_daemon() {
     // GIVEN six partitions, written up to 20, and 20 more records in all but one
     let scope = Scope::new(Servers::shared(), "doubts");
     scope.prepare(6, 2);
@@ -94,20 +94,21 @@ fn a_partition_in_doubt_halts_alone_until_a_person_settles_it_beside_the_running
         scope.read_all(&scope.input_topic).into_iter().filter(|r| r.partition == 3 && r.offset < 20);
     let removed = removed.collect();
 
-    // WHEN two offsets are moved over unwritten records, retention removes some, a cursor is beyond the end
+    // WHEN two offsets are moved over unwritten records, retention removes some, and a cursor is beyond the
+    // end
     scope.move_group_offset(1, 33, "");
     scope.move_group_offset(2, 37, "");
     scope.delete_records(3, 30);
     scope.execute("UPDATE payment_writer.source_cursor SET applied = 25, published = 25 WHERE partition = 4");
     let mut daemon = member().start(&scope);
 
-    // THEN those partitions halt, each with the commands that settle it, and the others go on
+    // THEN those partitions halt, each with the commands that resolve it, and the others continue
     let doubt = |partition: i32| daemon.status()["partitions"][partition.to_string()]["halted"].clone();
     let settled = |partition: i32| scope.committed_all()[&partition].0 == 40 && doubt(partition).is_null();
     wait_until_within(PATIENCE, "three partitions are halted", || {
         [1, 2, 3].iter().all(|partition| !doubt(*partition).is_null())
     });
-    wait_until_within(PATIENCE, "the others go on", || settled(0) && settled(5));
+    wait_until_within(PATIENCE, "the others continue", || settled(0) && settled(5));
     for (partition, label, advice) in [
         (1, "moved_forward", "cursors accept --partition 1 --published 20"),
         (2, "moved_forward", "cursors skip --partition 2 --to 37"),
@@ -124,7 +125,7 @@ fn a_partition_in_doubt_halts_alone_until_a_person_settles_it_beside_the_running
     assert_eq!((&shown[0]["state"], &shown[1]["state"]), (&"fine".into(), &"halted".into()), "{shown}");
     assert_eq!(shown[2]["doubt"], "moved_forward");
 
-    // WHEN commands are tried that do nothing or must not
+    // WHEN commands are run that have nothing to do, or must be rejected
     let state = || (scope.cursors()[&1], rows(&scope, "cursor_settlement"), rows(&scope, "cursor_audit"));
     let before = state();
     let accept = ["cursors", "accept", "--partition", "1", "--published", "20"];
@@ -134,23 +135,25 @@ fn a_partition_in_doubt_halts_alone_until_a_person_settles_it_beside_the_running
     let beyond = ["cursors", "accept", "--partition", "1", "--published", "33"];
     says(&scope.command(&[&beyond[..], &apply].concat()), 2, "not written yet");
     let healthy = ["cursors", "skip", "--partition", "0", "--to", "40"];
-    says(&scope.command(&[&healthy[..], &apply].concat()), 1, "not in doubt");
+    says(&scope.command(&[&healthy[..], &apply].concat()), 1, "is not halted");
     says(&scope.command(&["cursors", "skip", "--partition", "6", "--to", "0"]), 2, "no partition 6");
 
     // THEN nothing has changed
     assert_eq!(before, state());
 
-    // WHEN a person decides, beside the running daemon
+    // WHEN the operator resolves the halts, beside the running daemon
     scope.command(&[&accept[..], &apply].concat()).succeeds();
     for (partition, to) in [("2", "37"), ("3", "30")] {
         let skip = ["cursors", "skip", "--partition", partition, "--to", to];
         scope.command(&[&skip[..], &apply].concat()).succeeds();
     }
 
-    // THEN it goes on from there by itself
-    wait_until_within(PATIENCE, "the settled partitions go on", || settled(1) && settled(2) && settled(3));
+    // THEN it continues from there by itself
+    wait_until_within(PATIENCE, "the resolved partitions continue", || {
+        settled(1) && settled(2) && settled(3)
+    });
 
-    // AND a cursor beyond the end is a lagging leader for half a minute, then a doubt
+    // AND a cursor beyond the end is taken for a lagging leader for half a minute, then it is a halt reason
     wait_until_within(PATIENCE, "the partition beyond its end is halted", || {
         doubt(4)["doubt"] == "beyond_end"
     });
@@ -162,7 +165,7 @@ fn a_partition_in_doubt_halts_alone_until_a_person_settles_it_beside_the_running
         daemon.metric("payment_writer_partitions_halted", "") == 0.0
     });
 
-    // AND who did what and why is written down
+    // AND who resolved what, and why, is recorded
     let audit = scope.sql("SELECT command, partition, before->>'doubt', reason, who FROM payment_writer.cursor_audit ORDER BY id", &[]);
     let audit: Vec<(String, i32, String)> = audit
         .iter()
@@ -184,7 +187,7 @@ fn a_partition_in_doubt_halts_alone_until_a_person_settles_it_beside_the_running
 }
 
 #[test]
-fn a_partition_that_stays_in_doubt_is_told_of_once_and_searched_for_once() {
+fn a_partition_that_stays_halted_is_logged_once_and_scanned_for_once() {
     // GIVEN a written partition whose group offset was moved over records that are not
     let scope = Scope::new(Servers::shared(), "told_once");
     scope.prepare(1, 1);
@@ -197,7 +200,7 @@ fn a_partition_that_stays_in_doubt_is_told_of_once_and_searched_for_once() {
     let halted = |daemon: &crate::support::Daemon| daemon.metric("payment_writer_partitions_halted", "");
     wait_until_within(PATIENCE, "the partition is halted", || halted(&daemon) == 1.0);
 
-    // WHEN it has been looked at again, twice at least, and then twice with another row
+    // WHEN it is checked again, at least twice, and then twice with another row
     let looks = || {
         let query = "SELECT query_start::text FROM pg_stat_activity
              WHERE datname = current_database() AND query LIKE '%FROM payment_writer.source_cursor c%LEFT JOIN%'
@@ -205,7 +208,7 @@ fn a_partition_that_stays_in_doubt_is_told_of_once_and_searched_for_once() {
         scope.sql(query, &[]).iter().map(|row| row.get::<_, String>(0)).next()
     };
     let mut seen = std::collections::BTreeSet::new();
-    wait_until_within(PATIENCE, "it was looked at again", || {
+    wait_until_within(PATIENCE, "it was checked again", || {
         assert_eq!(halted(&daemon), 1.0);
         seen.extend(looks());
         seen.len() >= 4
@@ -225,12 +228,12 @@ fn a_partition_that_stays_in_doubt_is_told_of_once_and_searched_for_once() {
         told("searched the outputs for what was sent") == 3
     });
 
-    // THEN it is told of once, and halted all the time
+    // THEN it is logged once, and stays halted
     assert_eq!(told("partition halted"), 1, "{}", daemon.log());
     let doubt = daemon.status()["partitions"]["0"]["halted"]["doubt"].clone();
     assert_eq!(doubt, "moved_forward");
 
-    // AND goes on as soon as a person has settled it
+    // AND continues as soon as it is resolved
     let accept = ["cursors", "accept", "--partition", "0", "--published", "20"];
     scope.command(&[&accept[..], &["--apply", "--reason", "a test"]].concat()).succeeds();
     scope.wait_until_caught_up();
@@ -240,8 +243,8 @@ fn a_partition_that_stays_in_doubt_is_told_of_once_and_searched_for_once() {
 }
 
 #[test]
-fn what_was_sent_is_proved_from_the_outputs_when_the_groups_offsets_are_lost() {
-    // GIVEN partitions with a history, and a process that dies at a step of a batch
+fn the_output_scan_proves_what_was_sent_when_the_groups_offsets_are_lost() {
+    // GIVEN partitions with a history, and a process that crashes at a step of a batch
     let scope = Scope::new(Servers::shared(), "proved");
     scope.prepare(4, 3);
     let mut load = Load::new(18);
@@ -260,7 +263,7 @@ fn what_was_sent_is_proved_from_the_outputs_when_the_groups_offsets_are_lost() {
         scope.spread(load.take(160), &partitions);
         member.die_at(&scope, step);
 
-        // WHEN the group's offsets are gone, or moved back by hand
+        // WHEN the group's offsets are deleted, or moved back by hand
         match moved {
             None => scope.delete_group_when_empty(),
             Some(text) => {
@@ -271,7 +274,7 @@ fn what_was_sent_is_proved_from_the_outputs_when_the_groups_offsets_are_lost() {
         }
         let daemon = member.catch_up(&scope);
 
-        // THEN the outputs tell what was sent, and nothing comes twice or not at all
+        // THEN the output scan finds what was sent, and nothing is lost or sent twice
         assert!(daemon.log().contains("searched the outputs for what was sent"), "{}", daemon.log());
         eprintln!("{step}: {:?}", scope.assert_exactly_once());
     }
@@ -279,7 +282,7 @@ fn what_was_sent_is_proved_from_the_outputs_when_the_groups_offsets_are_lost() {
 
 #[test]
 fn an_older_database_and_lost_group_offsets_together_send_nothing_twice() {
-    // GIVEN a copy of the database of a drained group, after which more was written and sent
+    // GIVEN a copy of a drained group's database, after which more was written and sent
     let scope = Scope::new(Servers::shared(), "older_and_lost");
     scope.prepare(3, 2);
     let mut load = Load::new(19);
@@ -289,20 +292,20 @@ fn an_older_database_and_lost_group_offsets_together_send_nothing_twice() {
     scope.produce(&scope.input_topic, load.take(90));
     member().catch_up(&scope);
 
-    // WHEN the copy takes its place, and the group's offsets are gone as well
+    // WHEN the copy replaces it, and the group's offsets are deleted as well
     scope.restore_database();
     scope.delete_group_when_empty();
     scope.produce(&scope.input_topic, load.take(30));
     member().catch_up(&scope);
 
-    // THEN rows come again, and events do not
+    // THEN rows are written again, and events are not sent again
     scope.assert_exactly_once();
 }
 
 #[test]
-fn events_that_cannot_be_proved_sent_halt_their_partition_until_a_person_says_which_were() {
-    // GIVEN a process that died between its two commits, a group whose offsets were deleted, and outputs from
-    // which retention took what would prove what was sent
+fn unproved_events_halt_their_partition_until_an_operator_states_which_were_sent() {
+    // GIVEN a process that crashed between its two commits, a group whose offsets were deleted, and outputs
+    // from which retention removed the events that would prove what was sent
     let scope = Scope::new(Servers::shared(), "unproved");
     scope.prepare(3, 2);
     let mut load = Load::new(13);
@@ -325,10 +328,10 @@ fn events_that_cannot_be_proved_sent_halt_their_partition_until_a_person_says_wh
         }
     }
 
-    // WHEN it is to write what is there
+    // WHEN the daemon starts
     scope.spread(load.take(10), &[2]);
 
-    // THEN it goes on where there is no doubt, and leaves the others to a person
+    // THEN it continues where the state is certain, and halts the other partitions
     member.refuses(&scope, &["run", "--until-caught-up"], "halted partition");
     let mut daemon = member.start(&scope);
     wait_until_within(PATIENCE, "the partitions are halted", || {
@@ -336,21 +339,21 @@ fn events_that_cannot_be_proved_sent_halt_their_partition_until_a_person_says_wh
         in_doubt.iter().all(|p| status["partitions"][p.to_string()]["halted"]["doubt"] == "unproved_events")
     });
 
-    // WHEN a person says what was sent
+    // WHEN the operator states what was sent
     for partition in &in_doubt {
         let (partition, published) = (partition.to_string(), sent[partition].0.to_string());
         let accept = ["cursors", "accept", "--partition", &partition, "--published", &published];
         scope.command(&[&accept[..], &["--apply", "--reason", "seen in the outputs"]].concat()).succeeds();
     }
 
-    // THEN each event is there once
+    // THEN each event was sent once
     scope.wait_until_caught_up();
     daemon.drains();
     Check::of(&scope).outputs_removed(removed).holds();
 }
 
 #[test]
-fn a_topic_that_is_made_again_stops_the_daemon_and_keeps_it_stopped() {
+fn a_recreated_topic_stops_the_daemon_and_keeps_it_stopped() {
     let scope = Scope::new(Servers::shared(), "made_again");
     scope.prepare(2, 2);
     let mut load = Load::new(14);
@@ -359,17 +362,17 @@ fn a_topic_that_is_made_again_stops_the_daemon_and_keeps_it_stopped() {
     scope.wait_until_caught_up();
     let (before, sent) = (payments(&scope), outputs(&scope));
 
-    // WHEN the topic is deleted and made again, with fewer records than were read of the old one
+    // WHEN the topic is deleted and created again, with fewer records than were read from the old one
     scope.delete_topic(&scope.input_topic);
-    wait_until_within(PATIENCE, "the topic is made again", || {
+    wait_until_within(PATIENCE, "the topic is created again", || {
         std::panic::catch_unwind(|| scope.create_topic(&scope.input_topic, 2)).is_ok()
     });
     scope.produce(&scope.input_topic, load.take(15));
 
-    // THEN the running daemon stops for a person, and none can be started
-    daemon.ends_for_a_person("deleted and made again");
-    member().refuses(&scope, &["run"], "another cluster, or a topic that was deleted and made again");
-    // AND nothing of the new topic was written or sent
+    // THEN the running daemon stops, and none can be started
+    daemon.ends_for_a_person("deleted and recreated");
+    member().refuses(&scope, &["run"], "another cluster, or a topic that was deleted and recreated");
+    // AND nothing of the new topic was written or published
     assert!(payments(&scope) == before, "rows of the new topic were written");
     assert_eq!(outputs(&scope), sent);
 }
@@ -387,17 +390,17 @@ fn a_group_and_a_database_that_do_not_belong_together_stop_the_daemon() {
     // THEN another group cannot write to that database
     let other_group = format!("{}_other", scope.group_id);
     member().with("KAFKA__GROUP_ID", &other_group).refuses(&scope, &["run"], "bound to group");
-    // AND rows only, without events, would be another group's work, too
+    // AND a mode without events needs another group, too
     member().with("KAFKA__PUBLISH", "false").refuses(&scope, &["run"], "bound to group");
 
     // WHEN the database is replaced by an empty one
     scope.recreate_database();
     scope.command(&["migrate"]).succeeds();
-    // THEN it is not taken for the group's by itself
+    // THEN the daemon does not accept it as the group's database on its own
     member().refuses(&scope, &["run"], "--adopt-database");
     assert_eq!((scope.count("payment_core"), scope.count("idempotency")), (0, 0));
 
-    // WHEN a person says so, and the process dies on the way
+    // WHEN the operator confirms it, and the process crashes on the way
     let sent = outputs(&scope);
     let mut dying = member().run_at(&scope, &["run", "--adopt-database"], "after_postgres_commit");
     assert_eq!(dying.wait().code(), None, "{}", dying.log());
@@ -416,7 +419,7 @@ fn a_group_and_a_database_that_do_not_belong_together_stop_the_daemon() {
 #[test]
 fn rows_can_be_written_without_events_by_a_group_of_their_own() {
     let scope = Scope::new(Servers::shared(), "rows_only");
-    // The outputs need not even exist.
+    // The output topics need not exist.
     scope.create_topic(&scope.input_topic, 3);
     scope.command(&["migrate"]).succeeds();
     let mut load = Load::new(16);
@@ -424,7 +427,7 @@ fn rows_can_be_written_without_events_by_a_group_of_their_own() {
         member().with("KAFKA__PUBLISH", "false").with("LANES", "1").with("BATCH__MAX_PAYMENTS", "20");
     scope.produce(&scope.input_topic, load.take(100));
 
-    // WHEN it runs, dies between rows and offsets, has its offsets taken away, and goes on
+    // WHEN the daemon crashes between rows and offsets, has its offsets deleted, and continues
     member.catch_up(&scope);
     scope.produce(&scope.input_topic, load.take(100));
     member.die_at(&scope, "after_postgres_commit:2");
@@ -433,12 +436,12 @@ fn rows_can_be_written_without_events_by_a_group_of_their_own() {
     scope.produce(&scope.input_topic, load.take(20));
     member.catch_up(&scope);
 
-    // THEN every row is there once, nothing was published, and the database says so
+    // THEN every row was written once, nothing was published, and the database records the mode
     for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
         scope.create_topic(topic, 1);
     }
     Check::of(&scope).rows_only().holds();
-    // AND it cannot turn into one that publishes: nobody knows what was sent
+    // AND it cannot be changed to a mode that publishes: what was sent would be unknown
     self::member().refuses(&scope, &["run"], "bound to group");
     assert_eq!(outputs(&scope), 0);
 }
@@ -449,10 +452,10 @@ fn of_two_daemons_with_one_instance_id_the_first_is_fenced_and_stops() {
     scope.prepare(4, 2);
     let flow = Flow::start(&scope, Load::new(17), 8);
     let mut first = member().start(&scope);
-    first.wait_for_partitions("the first works", |partitions| partitions == 4);
+    first.wait_for_partitions("the first has all partitions", |partitions| partitions == 4);
     let mut second = member().start(&scope);
     first.ends_for_a_person("kafka.instance_id");
-    second.wait_for_partitions("the second works", |partitions| partitions == 4);
+    second.wait_for_partitions("the second has all partitions", |partitions| partitions == 4);
     drop(flow.end());
     scope.wait_until_caught_up();
     second.drains();
@@ -473,22 +476,22 @@ fn a_database_restored_to_an_older_state_gets_its_rows_again_and_no_event_twice(
     member.catch_up(&scope);
     let (before, sent) = (payments(&scope), outputs(&scope));
 
-    // WHEN it is restored, the process dies while it writes the rows again, and then, the worst moment of
-    // all, somebody deletes the group's offsets
+    // WHEN it is restored, the process crashes while it writes the rows again, and then, at the worst moment,
+    // the group's offsets are deleted
     scope.restore_database();
     assert!(payments(&scope) != before);
     member.die_at(&scope, "after_postgres_commit:2");
     scope.delete_group_when_empty();
     member.catch_up(&scope);
 
-    // THEN the rows are as they were, and nothing was sent again
+    // THEN the rows are as before, and no event was sent again
     same(&payments(&scope), &before);
     assert_eq!(outputs(&scope), sent);
     scope.produce(&scope.input_topic, load.take(60));
     member.catch_up(&scope);
     scope.assert_exactly_once();
 
-    // AND a running daemon, too, notices that its database went back
+    // AND a running daemon also detects that its database was restored
     scope.back_up_database();
     let mut daemon = member.start(&scope);
     scope.produce(&scope.input_topic, load.take(90));
@@ -505,7 +508,7 @@ fn a_schema_that_is_newer_than_known_is_refused_before_anything_is_written() {
     let scope = Scope::new(Servers::shared(), "too_new");
     scope.prepare(1, 1);
     scope.produce(&scope.input_topic, Load::new(19).take(5));
-    // WHEN a later release has migrated the database in a way that needs that release
+    // WHEN a later release has migrated the database in a way that requires that release
     scope.execute(
         "UPDATE payment_writer.schema_compatibility SET oldest_known_version = 999;
          INSERT INTO payment_writer.schema_history (version, name, applied_on, checksum)

@@ -1,4 +1,4 @@
-//! Partitions that change hands, in order and out of it, while records flow.
+//! Partitions that move between instances, gracefully and after failures, while records flow.
 
 use crate::support::{Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
 
@@ -18,7 +18,7 @@ fn an_instance_joins_and_leaves_while_records_flow() {
     for _ in 0..2 {
         // WHEN a second one joins
         let mut second = member("b").start(&scope);
-        // THEN they share
+        // THEN they share the partitions
         second.wait_for_partitions("the second has its share", |partitions| partitions >= 4);
         first.wait_for_partitions("the first keeps the rest", |partitions| partitions <= 5);
         wait_until_within(PATIENCE, "the second publishes", || {
@@ -35,8 +35,8 @@ fn an_instance_joins_and_leaves_while_records_flow() {
 }
 
 #[test]
-fn partitions_that_a_dying_member_gave_away_find_an_owner() {
-    // GIVEN an instance with all partitions, whose place the group keeps while it is restarted
+fn partitions_revoked_from_a_dying_member_are_reassigned() {
+    // GIVEN an instance with all partitions, a static member that stays in the group during a restart
     let scope = Scope::new(Servers::shared(), "given_away");
     scope.prepare(9, 4);
     let mut load = Load::new(29);
@@ -45,12 +45,12 @@ fn partitions_that_a_dying_member_gave_away_find_an_owner() {
     let mut first = member("a").start_at(&scope, "before_revoked");
     first.wait_for_partitions("the first has all", |partitions| partitions == 9);
 
-    // WHEN it dies after it was told to give some to another, and before it asked that they be dealt out
+    // WHEN it dies after it was told to revoke some, and before it rejoined to complete the rebalance
     let mut second = member("b").start(&scope);
     first.wait();
     first = member("a").start(&scope);
 
-    // THEN they do not stay with nobody
+    // THEN they are assigned to an instance again
     wait_until_within(PATIENCE, "every partition has an owner", || {
         first.partitions() + second.partitions() == 9
     });
@@ -67,7 +67,7 @@ fn rebalances(daemon: &Daemon) -> f64 {
 
 #[test]
 fn a_rolling_restart_under_load_moves_no_partition() {
-    // GIVEN two instances that are not forgotten while they restart
+    // GIVEN two instances whose session timeout is longer than a restart
     let scope = Scope::new(Servers::shared(), "rolling");
     scope.prepare(8, 4);
     let patient = |name: &str| {
@@ -89,7 +89,7 @@ fn a_rolling_restart_under_load_moves_no_partition() {
         daemons[restarted].drains();
         daemons[restarted] = members[restarted].start(&scope);
         daemons[restarted].wait_for_partitions("it has its half again", |partitions| partitions == 4);
-        // THEN the other one keeps what it has
+        // THEN the other one keeps its partitions
         assert_eq!(rebalances(&daemons[other]), before);
     }
     drop(flow.end());
@@ -100,8 +100,8 @@ fn a_rolling_restart_under_load_moves_no_partition() {
     scope.assert_exactly_once();
 }
 
-/// A process stops at a step of a batch until the group has given its partitions to another, which
-/// goes on with them; then it wakes up and wants to finish what it began.
+/// A process stops at a step of a batch until the group has assigned its partitions to another, which
+/// processes them; then it resumes and tries to finish its batch.
 fn zombie(step: &str, seed: u64) {
     let scope = Scope::new(Servers::shared(), step);
     scope.prepare(4, 2);
@@ -118,17 +118,17 @@ fn zombie(step: &str, seed: u64) {
     let mut zombie = member("a").start_at(&scope, &format!("{step}:4:stop"));
     wait_until_within(PATIENCE, "the step is reached", || zombie.is_stopped());
 
-    // WHEN another one takes its partitions over and does all there is to do
+    // WHEN another one takes its partitions over and processes everything
     let mut heir = member("b").start(&scope);
     heir.wait_for_partitions("the other one has taken over", |partitions| partitions == 4);
     scope.feed(load.take(100));
     scope.wait_until_caught_up();
-    // AND the first one wakes up in the middle of its batch
+    // AND the first one resumes in the middle of its batch
     zombie.signal("CONT");
     zombie.wait_for_partitions("it is a member again", |partitions| partitions > 0);
     scope.feed(load.take(100));
 
-    // THEN what it held has no effect, and both go on
+    // THEN its batch has no effect, and both continue
     scope.wait_until_caught_up();
     zombie.drains();
     heir.drains();
@@ -140,9 +140,9 @@ fn a_zombie_before_its_postgres_commit_changes_nothing() {
     zombie("before_postgres_commit", 23);
 }
 
-/// Its session is not idle: to the server it is busy with a COPY, and holds its cursors for as long as it likes.
+/// Its session is not idle: it is busy with a COPY, and holds row locks on its cursors.
 #[test]
-fn a_zombie_in_the_middle_of_a_copy_does_not_hold_up_its_heir() {
+fn a_zombie_in_the_middle_of_a_copy_does_not_block_its_successor() {
     zombie("before_copy_ends", 28);
 }
 
@@ -163,7 +163,7 @@ fn a_zombie_before_its_kafka_commit_changes_nothing() {
 
 #[test]
 fn a_zombie_between_its_first_offsets_and_its_first_cursors_changes_nothing() {
-    // GIVEN a process that hangs before it has stored where it begins
+    // GIVEN a process that hangs before it has stored its start offsets
     let scope = Scope::new(Servers::shared(), "zombie_opening");
     scope.prepare(4, 2);
     let mut load = Load::new(27);
@@ -171,7 +171,7 @@ fn a_zombie_between_its_first_offsets_and_its_first_cursors_changes_nothing() {
     let mut zombie = member("a").with("LANES", "1").start_at(&scope, "before_store_cursors:1:stop");
     wait_until_within(PATIENCE, "the step is reached", || zombie.is_stopped());
 
-    // WHEN another one has written everything, and the first wakes up
+    // WHEN another one has written everything, and the first resumes
     let mut heir = member("b").start(&scope);
     heir.wait_for_partitions("the other one has taken over", |partitions| partitions == 4);
     scope.wait_until_caught_up();
@@ -179,7 +179,7 @@ fn a_zombie_between_its_first_offsets_and_its_first_cursors_changes_nothing() {
     zombie.wait_for_partitions("it is a member again", |partitions| partitions > 0);
     scope.feed(load.take(100));
 
-    // THEN its cursors of old are not stored over the new ones
+    // THEN its old cursors do not overwrite the new ones
     scope.wait_until_caught_up();
     zombie.drains();
     heir.drains();

@@ -1,4 +1,4 @@
-//! A second database from the log, equal to the first, and the whole way to its taking over.
+//! A second database rebuilt from the log equals the first and can replace it.
 
 use serde_json::{Value, json};
 
@@ -17,7 +17,7 @@ fn second_name(scope: &Scope<'_>) -> String {
     format!("{}_second", scope.database)
 }
 
-/// Makes an empty database beside the scope's, and returns its URL.
+/// Creates an empty database beside the scope's, and returns its URL.
 fn second_database(scope: &Scope<'_>) -> String {
     let name = second_name(scope);
     scope.on_server(&[format!("CREATE DATABASE \"{name}\" OWNER payment_writer")]);
@@ -44,7 +44,7 @@ fn outputs(scope: &Scope<'_>) -> usize {
 
 #[test]
 fn a_database_rebuilt_beside_the_daemon_is_equal_and_takes_over_without_an_event_twice() {
-    // GIVEN a daemon at work
+    // GIVEN a running daemon
     let mut scope = Scope::new(Servers::shared(), "rebuild_walk");
     scope.prepare(4, 2);
     scope.feed(Load::new(81).take(300));
@@ -52,44 +52,44 @@ fn a_database_rebuilt_beside_the_daemon_is_equal_and_takes_over_without_an_event
     let flow = Flow::start(&scope, Load::new(82), 5);
     wait_until_within(PATIENCE, "payments are written", || scope.count("payment_core") > 100);
 
-    // WHEN a second database is rebuilt beside it, dying once on the way
+    // WHEN a second database is rebuilt beside it; the rebuild crashes once
     let into = second_database(&scope);
     let dying = [LANES, ("PAYMENT_WRITER_FAILPOINT", "after_postgres_commit:1")];
     assert_eq!(rebuild(&scope, &into, &[], &dying).code, None);
     let said = says(&rebuild(&scope, &into, &[], &[]), 0);
 
-    // THEN the two are equal, as far as both have written
+    // THEN the two are equal up to the offsets that both have written
     assert_eq!((&said["is_equal"], &said["allowed"]["count"]), (&json!(true), &json!(0)), "{said:#}");
     assert!(said["equal"].as_u64().unwrap() > 100, "{said:#}");
     drop(flow.end());
     scope.wait_until_caught_up();
 
-    // WHEN all is stopped, the rest is rebuilt, and the settings lead to the second database
+    // WHEN everything is stopped, the rebuild is finished, and the settings name the second database
     daemon.drains();
     let first_rows = scope.count("payment_core");
     let said = says(&rebuild(&scope, &into, &[], &[]), 0);
     assert_eq!(said["equal"], first_rows, "{said:#}");
     let sent = outputs(&scope);
     scope.database = second_name(&scope);
-    // THEN it is not taken for the group's by itself
+    // THEN the daemon does not accept it as the group's database on its own
     member().refuses(&scope, &["run"], "--adopt-database");
-    // AND with a person's word it is, and nothing is sent again
+    // AND after the operator confirms it, it does, and no event is sent again
     let mut adopting = member().run(&scope, &["run", "--until-caught-up", "--adopt-database"]);
     assert_eq!(adopting.wait().code(), Some(0), "{}", adopting.log());
     assert_eq!(outputs(&scope), sent);
 
-    // WHEN new records come
+    // WHEN new records arrive
     scope.feed(Load::new(83).take(60));
     member().catch_up(&scope);
-    // THEN they are written and published, once, as all before them
+    // THEN they are written and published exactly once
     scope.assert_exactly_once();
     assert!(outputs(&scope) > sent);
     is_fine(&scope, &[]);
 }
 
 #[test]
-fn what_the_order_of_writing_decides_is_listed_and_is_no_difference() {
-    // GIVEN ids on two partitions, written first where they have the higher offsets
+fn differences_caused_by_the_write_order_are_listed_and_are_no_findings() {
+    // GIVEN ids that are on two partitions, and were written first from the one with the higher offsets
     let mut scope = Scope::new(Servers::shared(), "rebuild_twins");
     scope.prepare(2, 2);
     let ids = 500..510;
@@ -99,7 +99,7 @@ fn what_the_order_of_writing_decides_is_listed_and_is_no_difference() {
     scope
         .produce(&scope.input_topic, ids.clone().map(|seed| at(Payment::new(uuid_v4(seed), 3).message(), 1)));
     member().catch_up(&scope);
-    // A duplicate each, and of every other one a conflict.
+    // One duplicate for each id, and a conflict for every second one.
     let twin = |seed: u64| {
         Payment::new(uuid_v4(seed), 3).amount(if seed.is_multiple_of(2) { "10.50" } else { "11" })
     };
@@ -107,7 +107,7 @@ fn what_the_order_of_writing_decides_is_listed_and_is_no_difference() {
     member().catch_up(&scope);
     scope.assert_exactly_once();
     assert_eq!(is_fine(&scope, &[])["allowed"]["count"], 0);
-    // AND a record that this database once refused
+    // AND a record that this database once rejected
     scope.execute(
         "SET search_path = payment_writer;
          DELETE FROM payment_core WHERE payment_id IN (SELECT payment_id FROM payment_metadata WHERE source_offset = 15);
@@ -117,39 +117,40 @@ fn what_the_order_of_writing_decides_is_listed_and_is_no_difference() {
     let refused = Message::new("3", "").header("source", scope.source(1, 15));
     scope.produce(&scope.dead_letter_topic, [refused.header("dlq-reason", "rejected_by_database")]);
 
-    // WHEN it is rebuilt by a lane that takes both partitions together
+    // WHEN it is rebuilt by one lane that reads both partitions
     let into = second_database(&scope);
     let together = [LANES, ("PAYMENT_WRITER__BATCH__LINGER", "6s")];
     let said = says(&rebuild(&scope, &into, &[], &together), 0);
 
-    // THEN the lower offsets have won, and both sides of each are listed
+    // THEN the lower offsets win, and both records of each id are listed
     let allowed = texts(&said["allowed"]);
     assert_eq!(allowed.len(), 10 + 10 + 1, "{allowed:#?}");
     let in_second =
-        "0/3: its message id stands on several records: in the first database it is partition 1, offset 23's";
-    let in_first = "1/23: its message id stands on several records: in the second database it is partition 0, offset 3's";
-    let once_refused = "1/15: once refused by the first database, and dead-lettered";
+        "0/3: several records have its message id: in the first database partition 1, offset 23 has it";
+    let in_first =
+        "1/23: several records have its message id: in the second database partition 0, offset 3 has it";
+    let once_refused = "1/15: rejected by the first database, and dead-lettered";
     for expected in [in_second, in_first, once_refused] {
         assert!(allowed.iter().any(|text| text == expected), "{expected} is not in {allowed:#?}");
     }
 
-    // WHEN the second database has taken over
+    // WHEN the second database has replaced the first
     scope.database = second_name(&scope);
     let mut adopting = member().run(&scope, &["run", "--until-caught-up", "--adopt-database"]);
     assert_eq!(adopting.wait().code(), Some(0), "{}", adopting.log());
-    // THEN rows and events of these ids belong to different records, and that is said and is no finding
+    // THEN rows and events of these ids belong to different records; that is reported, and is not a finding
     let (_, said) = crate::reconcile::reconcile_with(&scope, &[], &[]);
     let allowed = texts(&said["allowed"]);
     assert_eq!(allowed.len(), 20, "{said:#}");
-    let twin = "1/22: its message id stands on several records: the rows are those of partition 0, offset 2";
+    let twin = "1/22: several records have its message id: the rows are those of partition 0, offset 2";
     assert!(allowed.iter().any(|text| text == twin), "{allowed:#?}");
-    // But for the dead letter that was made by hand: that record has its events, too.
+    // Except for the dead letter that this test wrote: that record has events, too.
     assert_eq!(texts(&said["findings"]), ["1/15: a dead letter, though it should be written"]);
 }
 
 #[test]
-fn a_difference_is_named_and_the_wrong_database_is_refused() {
-    // GIVEN a database and its rebuild
+fn a_difference_is_reported_and_the_wrong_database_is_rejected() {
+    // GIVEN a database and its rebuilt copy
     let scope = Scope::new(Servers::shared(), "rebuild_harms");
     scope.prepare(3, 2);
     scope.produce(
@@ -159,7 +160,7 @@ fn a_difference_is_named_and_the_wrong_database_is_refused() {
     member().catch_up(&scope);
     let (cursors, sent) = (scope.cursors(), outputs(&scope));
 
-    // WHEN it is to be rebuilt into itself, or into somebody's database
+    // WHEN the target is the source database itself, or one with other contents
     let own = scope.postgres_url();
     for arguments in [&[][..], &["--compare-only"]] {
         let refused = rebuild(&scope, &own, arguments, &[]);
@@ -177,12 +178,12 @@ fn a_difference_is_named_and_the_wrong_database_is_refused() {
     let into = second_database(&scope);
     assert_eq!(rebuild(&scope, &into, &["--compare-only"], &[]).code, Some(1));
 
-    // THEN nothing was written, and where it is right nothing is sent
+    // THEN nothing is written, and with the right target nothing is sent
     assert_eq!(others.count("source_cursor"), 0);
     assert_eq!(says(&rebuild(&scope, &into, &[], &[]), 0)["equal"], 12);
     assert_eq!((scope.cursors(), outputs(&scope)), (cursors, sent));
 
-    // WHEN either database is harmed
+    // WHEN either database is altered
     let mut second = Scope::new(Servers::shared(), "rebuild_second");
     second.database = second_name(&scope);
     let of = |offset: i64| {
@@ -202,14 +203,14 @@ fn a_difference_is_named_and_the_wrong_database_is_refused() {
          DELETE FROM payment_writer.idempotency WHERE source_offset = 7",
     );
 
-    // THEN each difference is named
+    // THEN each difference is reported
     let said = says(&rebuild(&scope, &into, &["--compare-only"], &[]), 1);
     assert_eq!(
         texts(&said["findings"]),
         [
             "1/2: its rows are not the same in both databases",
             "1/3: its rows are not the same in both databases",
-            "1/4: its message id is not claimed alike in both databases",
+            "1/4: its claim is not the same in both databases",
             "1/5: its rows are missing in the second database",
             "1/6: its rows are in the second database only",
             "1/7: its rows are in the second database only",

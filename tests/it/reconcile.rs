@@ -1,5 +1,5 @@
-//! `reconcile` is worth something only if it passes what is right, also beside a working daemon, and names what
-//! is wrong by its place.
+//! `reconcile` accepts a correct state, also beside a running daemon, and reports each difference by
+//! partition and offset.
 
 use std::collections::BTreeSet;
 
@@ -16,7 +16,7 @@ fn member() -> Member {
     Member::new("a").soon_forgotten()
 }
 
-/// Runs it, and returns what it says as JSON.
+/// Runs it, and returns its output as JSON.
 #[track_caller]
 pub fn reconcile_with(
     scope: &Scope<'_>,
@@ -36,7 +36,7 @@ pub fn is_fine(scope: &Scope<'_>, arguments: &[&str]) -> Value {
     said
 }
 
-/// What is wrong, as `partition/offset: what`.
+/// The findings, as `partition/offset: what`.
 #[track_caller]
 fn findings_with(scope: &Scope<'_>, settings: &[(&str, &str)]) -> Vec<String> {
     let (code, said) = reconcile_with(scope, &[], settings);
@@ -74,7 +74,7 @@ fn settled(name: &str) -> Scope<'static> {
 }
 
 #[test]
-fn a_healthy_system_is_found_right_whatever_the_memory_and_the_sums_are_exact() {
+fn a_healthy_system_has_no_findings_with_any_memory_and_exact_sums() {
     // GIVEN records of all outcomes, ids on several partitions, and amounts of every size
     let scope = Scope::new(Servers::shared(), "reconcile_fine");
     scope.prepare(4, 3);
@@ -94,7 +94,7 @@ fn a_healthy_system_is_found_right_whatever_the_memory_and_the_sums_are_exact() 
         payment(seed, 90).currency(currency).amount(amount).message().partition(3)
     });
     scope.produce(&scope.input_topic, payments);
-    // What is left out of its dead letter, and what has no key.
+    // One whose dead letter omits the value, and one without a key.
     scope.produce(&scope.input_topic, [Message::new("1", "x".repeat(600 * 1024)).partition(3)]);
     let keyless = Message { key: None, ..payment(2_000, 90).message() };
     scope.produce_in_transaction(&scope.input_topic, [keyless.clone().partition(3)], false);
@@ -117,7 +117,7 @@ fn a_healthy_system_is_found_right_whatever_the_memory_and_the_sums_are_exact() 
     );
     assert_eq!(said["outcomes"]["dead-lettered: too_large"], 1);
     assert_eq!(said["outcomes"]["dead-lettered: key_mismatch"], 1);
-    // AND money by currency, to the last digit, in all three places
+    // AND amounts by currency, to the last digit, in all three places
     for (currency, payments, sum) in
         [("CLF", 2, "100000000000000"), ("KWD", 3, "100000000000000.001"), ("JPY", 2, "100000000000000")]
     {
@@ -132,13 +132,13 @@ fn a_healthy_system_is_found_right_whatever_the_memory_and_the_sums_are_exact() 
     .get(0);
     assert_eq!(said["currencies"]["EUR"]["log"]["sum"], eur);
 
-    // AND with little memory it takes many passes and says the same
+    // AND with little memory it takes many passes and prints the same
     let mut in_slices = is_fine(&scope, &["--memory", "4KiB"]);
     assert!(in_slices["slices"].as_u64().unwrap() > 5, "{in_slices:#}");
     in_slices["slices"] = said["slices"].clone();
     assert_eq!(in_slices, said);
 
-    // AND ranges are what they say
+    // AND ranges restrict the comparison
     let part = is_fine(&scope, &["--partition", "1", "--from-offset", "10", "--to-offset", "30"]);
     assert_eq!((&part["records"], part["partitions"].as_array().unwrap().len()), (&json!(20), 1));
     let old = is_fine(&scope, &["--partition", "3", "--until", "2025-01-01T00:00:00Z"]);
@@ -146,7 +146,7 @@ fn a_healthy_system_is_found_right_whatever_the_memory_and_the_sums_are_exact() 
     assert_eq!((&old["records"], &young["records"]), (&json!(7), &json!(1 + 1)), "{old:#} {young:#}");
     assert_eq!(is_fine(&scope, &["--since", "2090-01-01T00:00:00Z"])["records"], 0);
     let shown = scope.command(&["reconcile"]).succeeds().stdout;
-    assert!(shown.contains("all is right") && shown.contains("100000000000000.001"), "{shown}");
+    assert!(shown.contains("everything is correct") && shown.contains("100000000000000.001"), "{shown}");
     for (arguments, words) in [
         (&["--from-offset", "1"][..], "--partition"),
         (&["--partition", "0", "--partition", "1", "--to-offset", "1"], "exactly one --partition"),
@@ -160,8 +160,8 @@ fn a_healthy_system_is_found_right_whatever_the_memory_and_the_sums_are_exact() 
 }
 
 #[test]
-fn beside_a_working_daemon_there_is_no_false_alarm() {
-    // GIVEN a daemon that works, and records that keep coming
+fn beside_a_running_daemon_there_is_no_false_alarm() {
+    // GIVEN a running daemon, and a flow of records
     let scope = Scope::new(Servers::shared(), "reconcile_beside");
     scope.prepare(4, 2);
     let mut daemon = member().start(&scope);
@@ -175,17 +175,21 @@ fn beside_a_working_daemon_there_is_no_false_alarm() {
         compared.push(said["records"].as_u64().unwrap());
     }
 
-    // THEN each time it finds more, and nothing wrong
+    // THEN each run finds more records, and nothing wrong
     assert!(compared[0] > 0 && compared.windows(2).all(|w| w[0] <= w[1]), "{compared:?}");
     drop(flow.end());
     scope.wait_until_caught_up();
     daemon.drains();
     let all = is_fine(&scope, &[])["records"].as_u64().unwrap();
-    assert_eq!(all, scope.read_all(&scope.input_topic).len() as u64, "all that is settled is compared");
+    assert_eq!(
+        all,
+        scope.read_all(&scope.input_topic).len() as u64,
+        "all records with an outcome are compared"
+    );
 }
 
 #[test]
-fn each_harm_to_the_tables_is_named_by_partition_and_offset() {
+fn each_change_to_the_tables_is_reported_by_partition_and_offset() {
     let scope = settled("reconcile_rows");
     is_fine(&scope, &[]);
     let join = "(SELECT payment_id FROM payment_metadata WHERE source_offset = 1)";
@@ -193,11 +197,11 @@ fn each_harm_to_the_tables_is_named_by_partition_and_offset() {
         (format!("DELETE FROM payment_core WHERE payment_id IN {join}"), vec!["0/1: no row in payment_core"]),
         (
             "INSERT INTO payment_metadata SELECT * FROM payment_metadata WHERE source_offset = 1".to_owned(),
-            vec!["0/1: its rows are there more than once (2 in a join of the tables)"],
+            vec!["0/1: its rows exist more than once (2 in a join of the tables)"],
         ),
         (
             format!("INSERT INTO payment_core SELECT * FROM payment_core WHERE payment_id IN {join}"),
-            vec!["0/1: its rows are there more than once (2 in a join of the tables)"],
+            vec!["0/1: its rows exist more than once (2 in a join of the tables)"],
         ),
         (
             format!("UPDATE payment_core SET amount = amount + 0.000001 WHERE payment_id IN {join}"),
@@ -229,7 +233,7 @@ fn each_harm_to_the_tables_is_named_by_partition_and_offset() {
             "DELETE FROM idempotency WHERE source_partition = 1".to_owned(),
             vec!["1/0: written, but its message id is not in idempotency"],
         ),
-        // Rows of a record that is none, and of one that was dead-lettered.
+        // Rows of an invalid record, and of one that was dead-lettered.
         (
             "UPDATE payment_metadata SET source_offset = 4 WHERE source_offset = 1".to_owned(),
             vec![
@@ -252,7 +256,7 @@ fn each_harm_to_the_tables_is_named_by_partition_and_offset() {
     }
     is_fine(&scope, &["--orphans"]);
 
-    // AND rows that belong to nothing are counted, if that is asked for
+    // AND rows that belong to no record are counted on request
     scope.execute(
         "SET search_path = payment_writer;
          INSERT INTO payment_core SELECT gen_random_uuid(), created_at, cust_id, amount, currency, status, type FROM payment_core;
@@ -266,10 +270,10 @@ fn each_harm_to_the_tables_is_named_by_partition_and_offset() {
 }
 
 #[test]
-fn each_harm_to_the_outputs_is_named_by_partition_and_offset() {
+fn each_change_to_the_outputs_is_reported_by_partition_and_offset() {
     let scope = settled("reconcile_outputs");
     is_fine(&scope, &[]);
-    // GIVEN copies of the outputs, each with another harm done to it
+    // GIVEN copies of the outputs, each altered in another way
     let copy = |name: &str, topic: &str, harm: &dyn Fn(Vec<Message>) -> Vec<Message>| {
         let copy = format!("{topic}_{name}");
         scope.create_topic(&copy, 2);
@@ -347,14 +351,15 @@ fn each_harm_to_the_outputs_is_named_by_partition_and_offset() {
             "0/3: its dead letter is not what the record says",
         ),
     ] {
-        // WHEN that copy is taken for the output
+        // WHEN that copy is configured as the output
         let setting = format!("PAYMENT_WRITER__KAFKA__{setting}_TOPIC");
         let found = findings_with(&scope, &[(&setting, &topic)]);
         // THEN exactly that is found
         assert_eq!(found.join("; "), expected, "{topic}");
     }
 
-    // WHEN an event is sent again by hand, another names a record that never was, and some are not ours
+    // WHEN an event is sent again by hand, another names a record that does not exist, and some are from
+    // others
     let event = scope.read_all(read).into_iter().find(|r| r.header("source").ends_with("/1/0")).unwrap();
     let again = |source: &str| Message::new("7", event.value.clone().unwrap()).header("source", source);
     let topic_id = scope.topic_id_text();
@@ -368,7 +373,7 @@ fn each_harm_to_the_outputs_is_named_by_partition_and_offset() {
         ],
     );
 
-    // THEN what is beyond the cursors or not ours is no finding
+    // THEN events beyond the cursors, or from others, are no finding
     let (_, said) = reconcile_with(&scope, &[], &[]);
     assert_eq!(texts(&said["findings"]), ["1/0: its read event is there 2 times"]);
     assert_eq!(said["outputs"]["foreign"], 2);
@@ -380,8 +385,8 @@ fn each_harm_to_the_outputs_is_named_by_partition_and_offset() {
 }
 
 #[test]
-fn what_is_gone_for_a_reason_is_no_finding() {
-    // GIVEN records that a person gave up, behind and before others
+fn data_removed_for_a_known_reason_is_no_finding() {
+    // GIVEN records that an operator skipped, behind and before others
     let scope = settled("reconcile_reasons");
     scope.spread(Load::new(73).take(30), &[0, 1, 2]);
     scope.move_group_offset(2, 6, "");
@@ -392,7 +397,7 @@ fn what_is_gone_for_a_reason_is_no_finding() {
     assert_eq!(said["outcomes"]["given up"], 6, "{said:#}");
     assert_eq!(Check::of(&scope).given_up(2, 0..6).holds().given_up, 6);
 
-    // WHEN the log of a partition went back, its offsets were used again, and a person said so
+    // WHEN the log of a partition was truncated, its offsets were used again, and the operator resolved that
     let topic = scope.topic_id_text();
     scope.execute(&format!(
         "SET search_path = payment_writer;
@@ -406,7 +411,7 @@ fn what_is_gone_for_a_reason_is_no_finding() {
     ));
     let event = Message::new("1", "{}").header("source", format!("{topic}/1/4"));
     scope.produce(&scope.read_topic, [event]);
-    // THEN what the lost records left behind is counted, where they stood; anywhere else it is wrong
+    // THEN rows and events of the lost records are counted in that range; anywhere else they are findings
     let (_, said) = reconcile_with(&scope, &[], &[]);
     assert_eq!(said["of_lost_records"], 2, "{said:#}");
     let places = texts(&said["findings"]);
@@ -415,12 +420,12 @@ fn what_is_gone_for_a_reason_is_no_finding() {
          AND payment_id = message_id");
     is_fine(&scope, &[]);
 
-    // WHEN claims are gone with their generation
+    // WHEN claims were pruned with their generation
     scope.execute(
         "INSERT INTO payment_writer.idempotency_generation (generation, leaf, state, youngest_record)
          VALUES (99, 'gone', 'dropped', '2024-03-01'); DELETE FROM payment_writer.idempotency",
     );
-    // THEN the rows say what was written; but only of records that are old enough
+    // THEN the rows show what was written, but only for records that are old enough
     let (_, said) = reconcile_with(&scope, &[], &[]);
     let old: BTreeSet<String> = ["0/0", "0/1", "0/2", "0/3", "1/0"].map(str::to_owned).into();
     let named: BTreeSet<String> =
@@ -431,30 +436,30 @@ fn what_is_gone_for_a_reason_is_no_finding() {
     );
     is_fine(&scope, &[]);
 
-    // WHEN the read topic loses its beginning
+    // WHEN retention removes the start of the read topic
     let mut list = TopicPartitionList::new();
     for partition in [0, 1] {
         list.add_partition_offset(&scope.read_topic, partition, Offset::End).unwrap();
     }
     block_on(scope.admin().delete_records(&list, &AdminOptions::new())).unwrap();
-    // THEN it cannot be told what was in it, and that is said
+    // THEN the removed events cannot be checked, and the output says so
     let said = is_fine(&scope, &[]);
     assert_eq!(said["outputs"]["read"], 0);
     assert!(said["outputs"]["beyond_retention"].as_u64().unwrap() > 0, "{said:#}");
-    // AND what came after is asked for again
+    // AND the later events are still compared
     scope.produce(&scope.input_topic, [payment(400, 5).message().partition(0)]);
     member().catch_up(&scope);
     assert_eq!(is_fine(&scope, &[])["outputs"]["read"], 1);
 }
 
 #[test]
-fn a_database_of_others_is_not_compared() {
+fn a_database_of_another_group_is_not_compared() {
     let scope = settled("reconcile_strangers");
     let group = format!("{}_other", scope.group_id);
     let refused = scope.command_with(&["reconcile"], &[("PAYMENT_WRITER__KAFKA__GROUP_ID", &group)]);
     assert_eq!(refused.code, Some(3), "{refused:?}");
     assert!(refused.stderr.contains("bound to group"), "{refused:?}");
-    // Rows without events, by a group of its own: nothing is asked of the outputs.
+    // Rows without events, by a group of its own: the outputs are not compared.
     let rows_only = Scope::new(Servers::shared(), "reconcile_rows_only");
     rows_only.create_topic(&rows_only.input_topic, 2);
     rows_only.command(&["migrate"]).succeeds();
@@ -466,7 +471,7 @@ fn a_database_of_others_is_not_compared() {
 }
 
 #[test]
-fn after_each_recovery_all_is_right_again() {
+fn after_each_recovery_there_are_no_findings() {
     // GIVEN a backup from the middle of the history
     let mut scope = Scope::new(Servers::shared(), "reconcile_recoveries");
     scope.prepare(3, 2);
@@ -480,7 +485,7 @@ fn after_each_recovery_all_is_right_again() {
 
     // WHEN it is restored
     scope.restore_database();
-    // THEN it is right as far as it goes, and in whole when the rows have come again
+    // THEN it is correct up to the backup's cursors, and entirely once the rows are written again
     assert_eq!(is_fine(&scope, &[])["records"], 80);
     member().catch_up(&scope);
     assert_eq!(is_fine(&scope, &[])["records"], 160);
@@ -488,24 +493,24 @@ fn after_each_recovery_all_is_right_again() {
     // WHEN the group's offsets are lost after a clean stop
     scope.delete_group_when_empty();
     scope.produce(&scope.input_topic, load.take(20));
-    // THEN the database's copy of them serves
+    // THEN the database's copy of them is used
     assert_eq!(is_fine(&scope, &[])["records"], 160);
     member().catch_up(&scope);
     assert_eq!(is_fine(&scope, &["--orphans"])["records"], 180);
 
-    // WHEN an empty database takes the place of the old one
+    // WHEN an empty database replaces the old one
     scope.recreate_database();
     scope.command(&["migrate"]).succeeds();
-    // THEN it is not compared before it is the group's
+    // THEN it is not compared until it is the group's database
     let refused = scope.command(&["reconcile"]);
     assert_eq!((refused.code, refused.stderr.contains("--adopt-database")), (Some(3), true), "{refused:?}");
     let mut adopting = member().run(&scope, &["run", "--until-caught-up", "--adopt-database"]);
     assert_eq!(adopting.wait().code(), Some(0), "{}", adopting.log());
     assert_eq!(is_fine(&scope, &["--orphans"])["records"], 180);
 
-    // WHEN the topic is made again, and a new group begins with a new database
+    // WHEN the topic is created again, and a new group starts with a new database
     scope.delete_topic(&scope.input_topic);
-    wait_until_within(PATIENCE, "the topic is made again", || {
+    wait_until_within(PATIENCE, "the topic is created again", || {
         std::panic::catch_unwind(|| scope.create_topic(&scope.input_topic, 3)).is_ok()
     });
     assert_eq!(scope.command(&["reconcile"]).code, Some(3));
@@ -515,7 +520,7 @@ fn after_each_recovery_all_is_right_again() {
     scope.command(&["migrate"]).succeeds();
     scope.produce(&scope.input_topic, load.take(30));
     member().catch_up(&scope);
-    // THEN its records are right, and the old events are those of another topic
+    // THEN its records are correct, and the old events belong to another topic
     let said = is_fine(&scope, &["--orphans"]);
     assert_eq!(said["records"], 30);
     assert!(said["outputs"]["foreign"].as_u64().unwrap() as usize >= sent, "{said:#}");

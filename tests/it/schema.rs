@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use payment_writer::postgres::{self, ConnectError};
-use payment_writer::record::{NextOffset, Partition};
-use payment_writer::schema::cursors::{CURSOR_ARGUMENTS, CURSOR_GUARD, LostGuard, MOVE_CURSORS};
-use payment_writer::schema::months::{Month, Obstacle, make_months, make_months_ahead};
-use payment_writer::schema::{
+use payment_writer::domain::record::{NextOffset, Partition};
+use payment_writer::postgres::connection::{self, ConnectError};
+use payment_writer::postgres::schema::cursors::{CURSOR_ARGUMENTS, CURSOR_GUARD, LostGuard, MOVE_CURSORS};
+use payment_writer::postgres::schema::months::{Month, Obstacle, make_months, make_months_ahead};
+use payment_writer::postgres::schema::{
     self, NEWEST_KNOWN, OLDEST_SUPPORTED, SchemaError, SchemaVersion, StepState, check, migrate, status, undo,
 };
 use tokio_postgres::Client;
@@ -20,7 +20,7 @@ use crate::support::{DEADLINE, Scope, Servers, block_on};
 const ALL: u32 = 1_000;
 const TOPIC_ID: Uuid = Uuid::from_u128(0x1111_2222_3333_4444_5555_6666_7777_8888);
 
-/// A scope with an empty database, and a session in it as its owner.
+/// A scope with an empty database, and a session of its owner.
 fn empty(name: &str) -> (Scope<'static>, Client) {
     let scope = Scope::new(Servers::shared(), name);
     let client = session(&scope);
@@ -34,14 +34,14 @@ fn migrated(name: &str) -> (Scope<'static>, Client) {
 }
 
 fn session(scope: &Scope<'_>) -> Client {
-    block_on(postgres::connect(&scope.postgres_url())).unwrap().0
+    block_on(connection::connect(&scope.postgres_url())).unwrap().0
 }
 
 fn text_column(scope: &Scope<'_>, query: &str) -> Vec<String> {
     scope.sql(query, &[]).iter().map(|row| row.get(0)).collect()
 }
 
-/// Everything that the catalogs know of the schema, one line a fact; no oids, no times, no ids.
+/// All facts of the schema in the catalogs, one a line; no oids, times or ids.
 fn catalog(scope: &Scope<'_>) -> BTreeSet<String> {
     const FACTS: &str = "
         WITH ours AS (SELECT c.* FROM pg_class c WHERE c.relnamespace = to_regnamespace('payment_writer'))
@@ -94,7 +94,7 @@ fn eight_migrations_at_once_make_one_schema() {
     assert_eq!(block_on(check(&sessions[0])).unwrap(), NEWEST_KNOWN);
     let locks = "SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database
                  WHERE l.locktype = 'advisory' AND d.datname = current_database()";
-    assert!(scope.sql(locks, &[]).is_empty(), "the migration lock is given back");
+    assert!(scope.sql(locks, &[]).is_empty(), "the migration lock is released");
 }
 
 #[test]
@@ -157,7 +157,7 @@ fn undo_drops_months_and_generations_that_came_after_the_migration() {
 }
 
 #[test]
-fn status_tells_what_ran_when_and_what_did_not() {
+fn status_prints_which_steps_ran_when_and_which_did_not() {
     let (_scope, mut client) = empty("status");
     let before = block_on(status(&client)).unwrap();
     assert_eq!(before.version(), None);
@@ -178,7 +178,7 @@ fn status_tells_what_ran_when_and_what_did_not() {
 }
 
 #[test]
-fn a_step_that_ran_otherwise_is_reported_and_refused() {
+fn a_step_with_another_checksum_is_reported_and_rejected() {
     let (scope, mut client) = migrated("divergent");
     scope.execute("UPDATE payment_writer.schema_history SET checksum = '1' WHERE version = 2");
     let found = block_on(status(&client)).unwrap();
@@ -253,7 +253,7 @@ async fn until(condition: impl AsyncFn() -> bool) {
 }
 
 #[test]
-fn migrate_tries_again_until_a_long_statement_lets_it() {
+fn migrate_retries_until_a_long_statement_ends() {
     let (scope, mut client) = migrated("migrate_locked");
     block_on(undo(&mut client, 1, false)).unwrap();
     let (holder, watcher) = (scope.connect(), scope.connect());
@@ -320,14 +320,14 @@ fn tables_have_the_columns_of_the_contract() {
         );
         assert_eq!(found[0].get::<_, &str>(0), columns, "{table}");
     }
-    // Foreign keys nowhere, indexes not on payments.
+    // No foreign keys at all, and no index on payments.
     assert!(scope.sql("SELECT FROM pg_constraint WHERE contype = 'f'", &[]).is_empty());
     let indexes = "SELECT FROM pg_indexes WHERE schemaname = 'payment_writer' AND tablename LIKE 'payment%'";
     assert!(scope.sql(indexes, &[]).is_empty());
 }
 
 #[test]
-fn a_message_id_is_claimed_once_and_read_under_one_name() {
+fn a_message_id_is_claimed_once_and_read_from_one_view() {
     let (scope, client) = migrated("claims");
     let current = scope.sql(
         "SELECT g.leaf, cardinality(c.older_generations)
@@ -374,7 +374,7 @@ fn only_one_generation_is_current() {
 }
 
 #[test]
-fn a_later_generation_has_the_shape_of_the_first() {
+fn a_later_generation_has_the_structure_of_the_first() {
     let (scope, _client) = migrated("same_shape");
     scope.execute("SELECT payment_writer.make_generation_v1(2)");
     let of = |leaf: &str| -> Vec<String> {
@@ -393,7 +393,7 @@ fn with_cursors(name: &str) -> (Scope<'static>, Client) {
     (scope, client)
 }
 
-/// Partition, seen, applied, published; the timestamps stay away.
+/// Partition, seen, applied, published; without the timestamps.
 type Move = (i32, i64, i64, Option<i64>);
 
 async fn move_cursors(client: &Client, moves: &[Move]) -> Result<(), tokio_postgres::Error> {
@@ -427,7 +427,7 @@ fn cursor(scope: &Scope<'_>, partition: i32) -> (i64, Option<i64>, Option<String
 fn cursors_move_forward_and_only_forward() {
     let (scope, client) = with_cursors("cursors");
     let day = || Some("2026-01-01".to_owned());
-    // Out of order, one with nothing published, one that goes back.
+    // Not in order of partitions, one with nothing published, one that moves back.
     block_on(move_cursors(&client, &[(7, 100, 150, Some(120)), (3, 100, 101, None), (5, 100, 40, Some(40))]))
         .unwrap();
     assert_eq!(cursor(&scope, 7), (150, Some(120), day()));
@@ -435,7 +435,7 @@ fn cursors_move_forward_and_only_forward() {
     assert_eq!(cursor(&scope, 5), (100, Some(90), day()));
     assert_eq!(cursor(&scope, 0), (100, Some(90), day()));
 
-    // After a restore, `published` runs ahead of `applied`.
+    // After a restore, `published` is ahead of `applied`.
     block_on(move_cursors(&client, &[(7, 150, 150, Some(1_000))])).unwrap();
     assert_eq!(cursor(&scope, 7), (150, Some(1_000), day()));
     block_on(move_cursors(&client, &[])).unwrap();
@@ -452,13 +452,13 @@ fn the_timestamp_is_that_of_the_last_record_before_the_cursor() {
         cursor(&scope, 1).2
     };
     assert_eq!(call(100, 110, "2026-02-02"), Some("2026-02-02".into()));
-    assert_eq!(call(110, 110, "2026-03-03"), Some("2026-02-02".into()), "nothing was passed");
+    assert_eq!(call(110, 110, "2026-03-03"), Some("2026-02-02".into()), "no record was passed");
     assert_eq!(call(110, 111, "null"), Some("2026-02-02".into()), "only control records were passed");
-    assert_eq!(call(111, 112, "-infinity"), None, "the last record has none");
+    assert_eq!(call(111, 112, "-infinity"), None, "the last record has no timestamp");
 }
 
 #[test]
-fn a_cursor_that_another_moved_lets_nothing_commit() {
+fn a_cursor_moved_by_another_session_prevents_the_commit() {
     let (scope, client) = with_cursors("guard");
     let error =
         block_on(move_cursors(&client, &[(2, 100, 130, None), (9, 99, 130, None), (4, 70, 130, None)]))
@@ -497,7 +497,7 @@ fn a_lost_guard_rolls_back_a_simple_query_of_several_statements() {
 }
 
 #[test]
-fn arrays_that_do_not_fit_are_the_callers_error() {
+fn arrays_of_different_lengths_or_with_repeated_partitions_are_rejected() {
     let (_scope, client) = with_cursors("guard_arguments");
     let twice = block_on(move_cursors(&client, &[(2, 100, 130, None), (2, 100, 130, None)])).unwrap_err();
     assert_eq!(twice.code().unwrap().code(), CURSOR_ARGUMENTS);
@@ -563,12 +563,12 @@ fn lanes_that_name_partitions_in_opposite_order_do_not_deadlock() {
 fn partitions(scope: &Scope<'_>) -> Vec<String> {
     const SELECT: &str = "SELECT c.relname || ' ' || pg_get_expr(c.relpartbound, c.oid) FROM pg_class c
                           WHERE c.relispartition AND c.relname LIKE 'payment_core_2%' ORDER BY 1";
-    // A session of ours, because bounds are shown in the session's time zone.
+    // A session with a known time zone, in which bounds are displayed.
     block_on(session(scope).query(SELECT, &[])).unwrap().iter().map(|row| row.get(0)).collect()
 }
 
 #[test]
-fn months_are_made_ahead_once_by_whoever_comes_first() {
+fn concurrent_sessions_create_months_ahead_exactly_once() {
     let (scope, _client) = migrated("months");
     let mut sessions: Vec<Client> = (0..8).map(|_| session(&scope)).collect();
     let reports = block_on(join_all(sessions.iter_mut().map(make_months_ahead)));
@@ -593,7 +593,7 @@ fn months_are_made_ahead_once_by_whoever_comes_first() {
 }
 
 #[test]
-fn a_month_reaches_from_its_first_moment_to_the_next_ones_in_utc() {
+fn a_month_starts_and_ends_at_midnight_in_utc() {
     let (scope, mut client) = migrated("month_bounds");
     block_on(client.batch_execute("SET TimeZone = 'Pacific/Kiritimati'")).unwrap();
     block_on(make_months(&mut client, Month::new(2026, 12).unwrap(), 2)).unwrap();
@@ -607,7 +607,7 @@ fn a_month_reaches_from_its_first_moment_to_the_next_ones_in_utc() {
 }
 
 #[test]
-fn rows_in_the_default_partition_are_moved_when_their_month_is_made() {
+fn rows_in_the_default_partition_are_moved_when_their_month_is_created() {
     let (scope, mut client) = migrated("month_rows");
     scope.execute(
         "INSERT INTO payment_writer.payment_core VALUES (gen_random_uuid(), '2026-05-31 23:59:59+00', 1, 1.5, 'EUR', 2, 'BWI')",
@@ -619,18 +619,18 @@ fn rows_in_the_default_partition_are_moved_when_their_month_is_made() {
 }
 
 #[test]
-fn writers_do_not_notice_a_month_being_made() {
+fn creating_a_month_does_not_block_writers() {
     let (scope, mut client) = migrated("month_writers");
     block_on(make_months(&mut client, Month::new(2026, 5).unwrap(), 1)).unwrap();
     let row = "INSERT INTO payment_writer.payment_core VALUES (gen_random_uuid(), '2026-05-05', 1, 1.5, 'EUR', 2, 'BWI')";
     let writer = scope.connect();
     block_on(writer.batch_execute(&format!("BEGIN; {row}"))).unwrap();
 
-    // An open transaction of a writer keeps nobody from making the next month …
+    // A writer's open transaction does not block the creation of the next month …
     let report = block_on(make_months(&mut client, Month::new(2026, 6).unwrap(), 1)).unwrap();
     assert_eq!(report.made.len(), 3, "{report:?}");
 
-    // … nor does the making of a month keep it from writing.
+    // … and the creation of a month does not block the writer.
     let maker = scope.connect();
     block_on(maker.batch_execute(
         "BEGIN; CREATE TABLE payment_writer.x (LIKE payment_writer.payment_core INCLUDING ALL);
@@ -654,7 +654,7 @@ fn a_long_reader_delays_the_month_and_nobody_else() {
         tokio::pin!(make);
         let mut longest_wait = Duration::ZERO;
         loop {
-            // The worst place for a row: it needs the very partition that the month's maker waits for.
+            // The worst case for a row: it needs the partition whose lock the creation of a month waits for.
             let begin = Instant::now();
             let write = writer.batch_execute(
                 "INSERT INTO payment_writer.payment_core VALUES (gen_random_uuid(), '2031-05-05', 1, 1.5, 'EUR', 2, 'BWI')",
@@ -677,7 +677,7 @@ fn a_long_reader_delays_the_month_and_nobody_else() {
 }
 
 #[test]
-fn a_detached_month_is_not_made_again() {
+fn a_detached_month_is_not_created_again() {
     let (scope, mut client) = migrated("month_detached");
     let may = Month::new(2026, 5).unwrap();
     block_on(make_months(&mut client, may, 1)).unwrap();
@@ -706,7 +706,7 @@ fn a_writer_needs_no_ddl_not_even_for_later_generations() {
          SELECT payment_writer.make_generation_v1(2)"
     ));
     let url = scope.postgres_url().replace("//payment_writer:payment_writer@", &format!("//{role}:w@"));
-    let writer = block_on(postgres::connect(&url)).unwrap().0;
+    let writer = block_on(connection::connect(&url)).unwrap().0;
 
     assert_eq!(block_on(check(&writer)).unwrap(), NEWEST_KNOWN);
     block_on(move_cursors(&writer, &[(1, 100, 110, None)])).unwrap();
@@ -725,24 +725,24 @@ fn a_writer_needs_no_ddl_not_even_for_later_generations() {
     .unwrap();
     let ddl = block_on(writer.batch_execute("CREATE TABLE payment_writer.mine ()")).unwrap_err();
     assert_eq!(ddl.code().unwrap().code(), "42501");
-    // Up to date is up to date, whoever asks.
+    // It is up to date for any role.
     let mut writer = writer;
     assert!(block_on(migrate(&mut writer)).unwrap().applied.is_empty());
     drop(client);
 }
 
 #[test]
-fn a_wrong_password_is_told_and_not_repeated() {
+fn the_error_for_a_wrong_password_does_not_contain_it() {
     let scope = Scope::new(Servers::shared(), "password");
     let url = scope.postgres_url().replace(":payment_writer@", ":s3cret-and-wrong@");
-    let error = block_on(postgres::connect(&url)).err().unwrap();
+    let error = block_on(connection::connect(&url)).err().unwrap();
     assert!(matches!(error, ConnectError::Refused { .. }), "{error}");
     assert_eq!(error.sqlstate(), Some("28P01"), "{error}");
     assert!(!error.to_string().contains("s3cret"), "{error}");
 }
 
 #[test]
-fn sessions_are_set_up_alike_from_pool_or_alone() {
+fn sessions_have_the_same_settings_with_and_without_a_pool() {
     let scope = Scope::new(Servers::shared(), "session");
     scope.execute_as_admin(&format!("ALTER DATABASE \"{}\" SET synchronous_commit = off", scope.database));
     let settings =
@@ -753,7 +753,7 @@ fn sessions_are_set_up_alike_from_pool_or_alone() {
     let alone = session(&scope);
     assert_eq!(block_on(alone.query_one(settings, &[])).unwrap().get::<_, &str>(0), expected);
     block_on(async {
-        let pool = postgres::pool(&scope.postgres_url(), 2).unwrap();
+        let pool = connection::pool(&scope.postgres_url(), 2).unwrap();
         let pooled = pool.get().await.unwrap();
         assert_eq!(pooled.query_one(settings, &[]).await.unwrap().get::<_, &str>(0), expected);
     });
@@ -778,5 +778,5 @@ fn the_commands_print_what_they_did() {
     let text = String::from_utf8(out).unwrap();
     assert!(text.starts_with("applied V1__payment_tables\napplied V2__idempotency_generations\n"), "{text}");
     assert!(text.contains("3  cursors_and_identity     applied 20"), "{text}");
-    assert!(text.ends_with("undone V1__payment_tables\nnothing of the schema is left\n"), "{text}");
+    assert!(text.ends_with("undone V1__payment_tables\nthe schema is removed\n"), "{text}");
 }

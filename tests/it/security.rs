@@ -1,4 +1,4 @@
-//! TLS and passwords towards both servers, and how little a daemon needs to be allowed.
+//! TLS and authentication towards both servers, and the least privileges that the daemon needs.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -27,7 +27,7 @@ fn builder(name: &str, key: &PKey<Private>) -> X509Builder {
     builder
 }
 
-/// An authority's certificate, and one for 127.0.0.1 that it signed.
+/// A CA certificate, and a certificate for 127.0.0.1 signed by it.
 fn make_certificates(folder: &Path) {
     let new_key = || PKey::from_rsa(Rsa::generate(2048).unwrap()).unwrap();
     let (authority_key, server_key) = (new_key(), new_key());
@@ -57,14 +57,14 @@ fn missing(daemon: &Daemon) -> String {
     daemon.get("/readyz").map_or(String::new(), |reply| reply.body)
 }
 
-/// Gives the user of the secure listener another password.
+/// Changes the password of the secure listener's user.
 fn set_password(servers: &Servers, password: &str) {
     let user = ["--entity-type", "users", "--entity-name", "writer"];
     let changed = ["--add-config", &format!("SCRAM-SHA-512=[password={password}]")];
     servers.kafka_tool(&[&["kafka.admin.ConfigCommand", "--alter"], &user[..], &changed[..]].concat());
 }
 
-/// The rights that docs/how-to/secure.md names, to a principal that has none.
+/// Grants a principal the ACLs that docs/how-to/secure.md names.
 fn grant_rights(scope: &Scope<'_>, instance: &str) {
     let principal = "User:writer";
     let add = |arguments: &[&str]| {
@@ -83,7 +83,7 @@ fn grant_rights(scope: &Scope<'_>, instance: &str) {
 }
 
 #[test]
-fn certificates_passwords_and_rights_are_asked_for_and_whoever_lacks_one_waits_and_says_so() {
+fn certificates_passwords_and_acls_are_checked_and_a_daemon_without_them_waits_and_logs_why() {
     let folder = tempfile::tempdir().unwrap();
     let (certificates, others) = (folder.path().join("ours"), folder.path().join("others"));
     make_certificates(&certificates);
@@ -110,12 +110,12 @@ fn certificates_passwords_and_rights_are_asked_for_and_whoever_lacks_one_waits_a
     let waits = |member: &Member, words: &str| {
         let daemon = member.start(&scope);
         wait_until_within(PATIENCE, words, || missing(&daemon).contains(words));
-        assert!(daemon.log().contains("blocked until somebody mends this"), "{}", daemon.log());
+        assert!(daemon.log().contains("blocked until this is fixed"), "{}", daemon.log());
         assert!(!daemon.log().contains("sesame"), "{}", daemon.log());
         daemon
     };
 
-    // WHEN the server's certificate is another authority's, or another host's, THEN nothing is told to it
+    // WHEN the server's certificate is from another CA, or for another host, THEN nothing is sent to it
     let strangers = postgres("127.0.0.1", &others, "verify-full");
     let daemon = member.clone().with("POSTGRES__URL", &strangers).start(&scope);
     wait_until_within(PATIENCE, "the certificate is refused", || {
@@ -136,7 +136,8 @@ fn certificates_passwords_and_rights_are_asked_for_and_whoever_lacks_one_waits_a
     // WHEN the password is wrong
     set_password(&servers, "another");
     let mut daemon = waits(&member, "uthentication failed");
-    // AND then right, but no right is granted, THEN it tells what is missing, and goes on by itself with each
+    // AND then right but without ACLs, THEN the daemon names what is missing, and continues when each is
+    // granted
     set_password(&servers, "sesame");
     wait_until_within(PATIENCE, "rights are missing", || missing(&daemon).contains("uthorization failed"));
     assert!(daemon.is_running());
@@ -145,7 +146,7 @@ fn certificates_passwords_and_rights_are_asked_for_and_whoever_lacks_one_waits_a
     scope.produce(&scope.input_topic, load.take(100));
     scope.wait_until_caught_up();
 
-    // THEN all of it went through TLS
+    // THEN all connections used TLS
     let open = scope.sql(
         "SELECT count(*) FILTER (WHERE s.ssl), count(*) FROM pg_stat_ssl s JOIN pg_stat_activity a USING (pid)
          WHERE a.application_name = 'payment-writer' AND a.datname = current_database()",
@@ -156,7 +157,7 @@ fn certificates_passwords_and_rights_are_asked_for_and_whoever_lacks_one_waits_a
     daemon.drains();
     assert!(!daemon.log().contains("sesame"), "{}", daemon.log());
 
-    // AND these rights are enough to find out what was sent when the group's offsets are gone
+    // AND these ACLs are enough to scan the outputs after the group's offsets were deleted
     scope.produce(&scope.input_topic, load.take(100));
     member.die_at(&scope, "after_postgres_commit");
     scope.delete_group_when_empty();
@@ -166,7 +167,7 @@ fn certificates_passwords_and_rights_are_asked_for_and_whoever_lacks_one_waits_a
 
 #[test]
 fn the_daemon_needs_no_more_than_the_writers_role() {
-    // GIVEN a schema with its owner, and a user that only has the role of a writer
+    // GIVEN a schema with its owner, and a user that has only the writer role
     let servers = Servers::shared();
     let scope = Scope::new(servers, "least_rights");
     scope.prepare(3, 2);
@@ -181,7 +182,7 @@ fn the_daemon_needs_no_more_than_the_writers_role() {
         .with("POSTGRES__HOUSEKEEPING_URL", &scope.postgres_url());
     let mut load = Load::new(52);
 
-    // WHEN it writes, dies between its commits, finds its group's offsets moved, and meets refused rows
+    // WHEN it writes, crashes between its commits, finds its group's offsets moved, and has rows rejected
     scope.produce(&scope.input_topic, load.take(150));
     member.catch_up(&scope);
     scope.produce(&scope.input_topic, load.take(150));
@@ -192,12 +193,12 @@ fn the_daemon_needs_no_more_than_the_writers_role() {
     scope.produce(&scope.input_topic, load.take(150));
     member.catch_up(&scope);
 
-    // THEN everything is as it should be
+    // THEN every record has its outcome
     scope.assert_exactly_once();
     let settings = [("PAYMENT_WRITER__POSTGRES__URL", url.as_str())];
     scope.command_with(&["cursors", "show"], &settings).succeeds();
 
-    // AND that user can neither change the schema nor take anything away
+    // AND that user can neither change the schema nor delete anything
     for forbidden in [
         "DROP TABLE payment_writer.payment_core",
         "ALTER TABLE payment_writer.payment_core ADD COLUMN x integer",
@@ -215,7 +216,7 @@ fn the_daemon_needs_no_more_than_the_writers_role() {
     scope.execute_as_admin(&format!("DROP ROLE \"{user}\"; DROP OWNED BY payment_writer_app"));
 }
 
-/// Writes a token that says who its bearer is and that it expires in 8 s, signed by nobody; and counts its runs.
+/// Writes an unsigned token that names its bearer and expires in 8 s, and counts its runs.
 fn token_command(folder: &Path) -> String {
     let command = folder.join("token");
     let script = r#"#!/bin/sh
@@ -229,7 +230,7 @@ printf '%s.%s.' "$(part '{"alg":"none"}')" "$(part "{\"sub\":\"writer\",\"iat\":
     command.to_str().unwrap().to_owned()
 }
 
-/// A member that shows tokens to the secure listener.
+/// A member that authenticates with tokens.
 fn with_tokens(servers: &Servers, certificates: &Path) -> Member {
     Member::new("a")
         .with("KAFKA__BOOTSTRAP_SERVERS", servers.kafka_secure())
@@ -239,8 +240,8 @@ fn with_tokens(servers: &Servers, certificates: &Path) -> Member {
 }
 
 #[test]
-fn with_tokens_of_a_command_payments_flow_beyond_the_life_of_each() {
-    // GIVEN a listener that takes tokens, and asks for them again on open connections
+fn with_tokens_from_a_command_payments_flow_beyond_the_expiry_of_each() {
+    // GIVEN a listener that accepts tokens and requires re-authentication on open connections
     let folder = tempfile::tempdir().unwrap();
     make_certificates(folder.path());
     let servers = Servers::with_tls(folder.path());
@@ -250,12 +251,12 @@ fn with_tokens_of_a_command_payments_flow_beyond_the_life_of_each() {
     let command = token_command(folder.path());
     let member = with_tokens(&servers, folder.path());
 
-    // WHEN there is no command, it is asked for
+    // WHEN the token command is not set, the error asks for it
     let mut refused = member.run(&scope, &["check-config"]);
     assert_eq!(refused.wait().code(), Some(2), "{}", refused.log());
-    assert!(refused.log().contains("must be the command that makes the tokens"), "{}", refused.log());
+    assert!(refused.log().contains("must be the command that prints tokens"), "{}", refused.log());
 
-    // AND with one, payments come while one token after the other expires
+    // AND with one, payments arrive while one token after the other expires
     let mut daemon = member.with("KAFKA__TOKEN_COMMAND", &command).start(&scope);
     let mut load = Load::new(52);
     let ran = || fs::read(folder.path().join("runs")).map_or(0, |runs| runs.len());
@@ -265,7 +266,7 @@ fn with_tokens_of_a_command_payments_flow_beyond_the_life_of_each() {
         scope.wait_until_caught_up();
     }
 
-    // THEN each has its outcome, and no token was shown to anybody
+    // THEN each has its outcome, and no token was logged
     daemon.drains();
     scope.assert_exactly_once();
     assert!(!daemon.log().contains("eyJ"), "{}", daemon.log());
@@ -281,7 +282,8 @@ mod oidc {
 
     use super::*;
 
-    /// A token endpoint: answers each request that names the client and its secret with a token of 8 s, and counts them.
+    /// A token endpoint: answers each request with the client's id and secret with a token of 8 s, and counts
+    /// them.
     fn token_endpoint(command: String) -> (String, Arc<AtomicUsize>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/token", listener.local_addr().unwrap());
@@ -313,8 +315,8 @@ mod oidc {
     }
 
     #[test]
-    fn with_oidc_payments_flow_beyond_the_life_of_each_token() {
-        // GIVEN a listener that takes tokens, and an endpoint that gives them to whoever has the client's secret
+    fn with_oidc_payments_flow_beyond_the_expiry_of_each_token() {
+        // GIVEN a listener that accepts tokens, and an endpoint that issues them for the client's secret
         let folder = tempfile::tempdir().unwrap();
         make_certificates(folder.path());
         let servers = Servers::with_tls(folder.path());
@@ -328,7 +330,7 @@ mod oidc {
             .with("KAFKA__PROPERTIES__SASL_OAUTHBEARER_CLIENT_ID", "writer")
             .with("KAFKA__PROPERTIES__SASL_OAUTHBEARER_CLIENT_SECRET", "sesame");
 
-        // WHEN payments come while one token after the other expires
+        // WHEN payments arrive while one token after the other expires
         let mut daemon = member.start(&scope);
         let mut load = Load::new(53);
         for tokens in [1, 3, 5] {
@@ -337,7 +339,7 @@ mod oidc {
             scope.wait_until_caught_up();
         }
 
-        // THEN each has its outcome, and neither token nor secret was shown to anybody
+        // THEN each has its outcome, and neither token nor secret was logged
         daemon.drains();
         scope.assert_exactly_once();
         assert!(!daemon.log().contains("eyJ") && !daemon.log().contains("sesame"), "{}", daemon.log());

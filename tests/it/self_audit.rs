@@ -1,4 +1,4 @@
-//! The daemon's audit of itself tells what was passed over, within minutes, and raises no false alarm.
+//! The daemon's audit of itself reports skipped records within minutes, and raises no false alarm.
 
 use crate::support::{
     AT_MS, Daemon, Flow, Load, Member, Message, PATIENCE, Payment, Scope, block_on, uuid_v4,
@@ -13,7 +13,7 @@ fn audited(daemon: &Daemon, result: &str) -> f64 {
     daemon.metric("payment_writer_audit_records_total", &format!("result=\"{result}\""))
 }
 
-/// Records that were audited, whatever the result, those that break a rule included.
+/// Audited records, with any result, including invalid ones.
 fn audited_in_all(daemon: &Daemon) -> f64 {
     daemon.metric("payment_writer_audit_records_total", "")
 }
@@ -23,14 +23,14 @@ fn alarms(daemon: &Daemon) -> Vec<String> {
     log.lines().filter(|line| line.contains("are not accounted for")).map(str::to_owned).collect()
 }
 
-/// Payments of ids of their own, on one partition.
+/// Payments with distinct ids, on one partition.
 fn payments(seeds: std::ops::Range<u64>, partition: i32) -> Vec<Message> {
     seeds.map(|seed| Payment::new(uuid_v4(seed), 31).message().partition(partition)).collect()
 }
 
 #[test]
-fn rows_and_ids_that_vanish_just_behind_a_begin_are_told_with_partition_and_offsets() {
-    // GIVEN a daemon with the settings that it comes with, at work, and an audit that has to wait for a lock
+fn rows_and_ids_deleted_just_behind_the_fetch_start_are_reported_with_partition_and_offsets() {
+    // GIVEN a running daemon with default settings, and an audit that waits for a lock
     let scope = Scope::ready("audit_alarm", 4, 2);
     let mut daemon = member().start(&scope);
     daemon.wait_until_ready();
@@ -43,8 +43,8 @@ fn rows_and_ids_that_vanish_just_behind_a_begin_are_told_with_partition_and_offs
     }
     scope.wait_until_caught_up();
 
-    // WHEN payments vanish behind its back, just behind the place from which it began to fetch; of others the id alone;
-    // and others that a person has given up
+    // WHEN payments are deleted just behind the offset at which fetching started; of others the id alone; and
+    // others that an operator skipped
     run("
         SET search_path = payment_writer;
         CREATE TEMPORARY TABLE gone AS SELECT payment_id, message_id FROM payment_metadata
@@ -60,9 +60,10 @@ fn rows_and_ids_that_vanish_just_behind_a_begin_are_told_with_partition_and_offs
             FROM bound_group;
         COMMIT");
 
-    // THEN it is told within minutes: by the metric that the alert asks, and by a line that names the place
-    wait_until_within(PATIENCE, "the loss is told", || audited(&daemon, "unaccounted") == 7.0);
-    wait_until_within(PATIENCE, "the lines are there", || alarms(&daemon).len() == 2);
+    // THEN it is reported within minutes: by the metric of the alert, and by a log line with partition and
+    // offsets
+    wait_until_within(PATIENCE, "the loss is reported", || audited(&daemon, "unaccounted") == 7.0);
+    wait_until_within(PATIENCE, "the lines are logged", || alarms(&daemon).len() == 2);
     let lines = alarms(&daemon);
     let of = |partition: i32| {
         let named = format!("partition={partition} ");
@@ -76,7 +77,7 @@ fn rows_and_ids_that_vanish_just_behind_a_begin_are_told_with_partition_and_offs
     // AND all others are accounted for
     wait_until_within(PATIENCE, "all are audited", || audited_in_all(&daemon) == 180.0);
     assert_eq!((audited(&daemon, "owned"), audited(&daemon, "given_up")), (168.0, 5.0));
-    // AND reconcile says the same
+    // AND reconcile finds the same
     let said = scope.command(&["reconcile"]);
     assert_eq!(said.code, Some(1));
     let lost =
@@ -102,7 +103,7 @@ fn with_the_audit_turned_off_nothing_is_read_again() {
 
 #[test]
 fn a_healthy_daemon_with_every_kind_of_outcome_raises_no_alarm() {
-    // GIVEN a database with a rule of its own, an audit that reads everything, and records of every kind
+    // GIVEN a database with a constraint, an audit that reads everything, and records of every kind
     let scope = Scope::ready("audit_healthy", 4, 2);
     scope.execute(
         "ALTER TABLE payment_writer.payment_core ADD CONSTRAINT no_thirteen CHECK (cust_id <> 1013)",
@@ -123,16 +124,16 @@ fn a_healthy_daemon_with_every_kind_of_outcome_raises_no_alarm() {
     ]);
     sent.push(Message::new("31", "{}").timestamp_ms(AT_MS).partition(3));
     scope.produce_in_transaction(&scope.input_topic, sent, true);
-    // And what was never committed.
+    // And aborted records.
     scope.produce_in_transaction(&scope.input_topic, payments(20_000..20_020, 2), false);
     scope.produce(&scope.input_topic, payments(9_100..9_130, 3));
-    wait_until_within(PATIENCE, "all of it is settled", || {
+    wait_until_within(PATIENCE, "all records have their outcome", || {
         daemon.metric("payment_writer_records_total", "") >= 436.0
     });
     scope.wait_until_caught_up();
     wait_until_within(PATIENCE, "all of it is audited", || audited_in_all(&daemon) >= 436.0);
 
-    // WHEN the generations are rotated, and repeats come of what is in the older one
+    // WHEN generations are rotated, and ids of the older one are repeated
     scope.execute(
         "UPDATE payment_writer.idempotency_generation SET made_current_at = now() - interval '30 days'
          WHERE state = 'current'",
@@ -146,8 +147,8 @@ fn a_healthy_daemon_with_every_kind_of_outcome_raises_no_alarm() {
     scope.produce(&scope.input_topic, load.take(100));
     scope.wait_until_caught_up();
     wait_until_within(PATIENCE, "that is audited", || audited_in_all(&daemon) >= 539.0);
-    // Some lie behind a begin and in a block that was chosen: they are audited twice.
-    wait_until_within(PATIENCE, "the refused ones are found", || audited(&daemon, "dead_letter") >= 3.0);
+    // Some are both behind a start of fetching and in a sampled block: they are audited twice.
+    wait_until_within(PATIENCE, "the dead letters are found", || audited(&daemon, "dead_letter") >= 3.0);
     wait_until_within(PATIENCE, "nothing waits", || {
         daemon.metric("payment_writer_audit_waiting_offsets", "") == 0.0
             && daemon.metric("payment_writer_audit_suspects", "") == 0.0
@@ -157,7 +158,7 @@ fn a_healthy_daemon_with_every_kind_of_outcome_raises_no_alarm() {
     assert!(audited(&daemon, "invalid") >= 1.0 && audited(&daemon, "owned") > 200.0);
     daemon.drains();
 
-    // WHEN a person gives records up, and the daemon begins anew
+    // WHEN an operator skips records, and the daemon restarts
     scope.produce(&scope.input_topic, payments(9_200..9_220, 2));
     let end = scope.ends()[&2];
     scope.move_group_offset(2, end, "");
@@ -176,7 +177,7 @@ fn a_healthy_daemon_with_every_kind_of_outcome_raises_no_alarm() {
 
 #[test]
 fn a_restored_database_raises_no_alarm() {
-    // GIVEN a backup, and payments since then
+    // GIVEN a backup, and payments written after it
     let scope = Scope::ready("audit_restored", 2, 2);
     let member = member().with("AUDIT__SHARE", "1");
     scope.produce(&scope.input_topic, payments(0..50, 0));
@@ -188,11 +189,11 @@ fn a_restored_database_raises_no_alarm() {
     scope.produce(&scope.input_topic, payments(200..300, 1));
     scope.wait_until_caught_up();
 
-    // WHEN the older database takes its place under the running daemon
+    // WHEN the backup replaces the database under the running daemon
     scope.restore_database();
 
     // THEN what is written again is audited, and there is no alarm
-    wait_until_within(PATIENCE, "the rows are there again", || scope.count("payment_core") == 250);
+    wait_until_within(PATIENCE, "the rows are written again", || scope.count("payment_core") == 250);
     wait_until_within(PATIENCE, "they are audited", || audited(&daemon, "owned") >= 200.0);
     assert_eq!((alarms(&daemon), audited(&daemon, "unaccounted")), (vec![], 0.0));
     daemon.drains();

@@ -1,4 +1,4 @@
-//! The harness itself: if these fail, no other result means anything.
+//! Tests of the harness itself: if these fail, no other result means anything.
 
 use std::process::Command;
 
@@ -46,19 +46,19 @@ fn assert_written_as_real_producers_do(batches: &[StoredBatch], committed: usize
     let (all, transactional) = (records(&|_| true), records(&|batch| batch.is_transactional));
     assert!(2 * transactional >= all && transactional < all, "{transactional} of {all} are in transactions");
     assert!(records(&|batch| batch.codec != "none") > 0, "nothing is compressed");
-    assert!(all > committed, "no aborted record stands in the log");
+    assert!(all > committed, "no aborted record is in the log");
     let markers = |wanted| batches.iter().filter(|batch| batch.marker == Some(wanted)).count();
     assert!(markers(Marker::Abort) > 0 && markers(Marker::Commit) > markers(Marker::Abort), "{batches:?}");
-    assert!(batches.last().unwrap().marker.is_some(), "the log does not end with a marker");
+    assert!(batches.last().unwrap().marker.is_some(), "the log does not end with a control record");
 }
 
 #[test]
-fn what_is_fed_is_written_as_real_producers_write() {
+fn fed_records_are_written_as_real_producers_write() {
     let scope = Scope::new(Servers::shared(), "feed");
     scope.create_topic(&scope.input_topic, 1);
     let mut load = Load::new(1);
     let mut places = Vec::new();
-    // Of different sizes: the largest transaction is as large as what is fed.
+    // Sizes vary: the largest transaction has as many records as are fed.
     for count in [1, 60, 400, 2_500].into_iter().cycle().take(12) {
         places.extend(scope.feed(load.take(count)));
     }
@@ -79,7 +79,7 @@ fn a_flow_is_written_as_real_producers_write() {
     let written: usize = flow.written().iter().map(|written| written.records).sum();
     assert_eq!(scope.read_all(&scope.input_topic).len(), written);
     assert_written_as_real_producers_do(&scope.batches(&scope.input_topic, 0), written);
-    // AND it goes on
+    // AND it continues
     flow.resume();
     wait_until("more comes", || flow.written().iter().map(|w| w.records).sum::<usize>() > written);
     drop(flow.end());
@@ -127,7 +127,7 @@ fn servers_end_with_the_process_that_owns_them() {
 
     owner.kill().unwrap();
 
-    // The owner is not reaped yet: a process that only waits for that is gone, too.
+    // The owner may not be reaped yet: a zombie process has ended, too.
     wait_until("the servers and their data are gone", || !dir.exists());
     owner.wait().unwrap();
 }

@@ -1,9 +1,9 @@
-//! The view on a terminal, as text.
+//! The terminal view, as text.
 
 use crate::support::{Payment, Scope, uuid_v4, wait_until};
 
 #[test]
-fn top_shows_a_daemon_at_work_and_says_where_nobody_answers() {
+fn top_shows_a_running_daemon_and_reports_instances_that_do_not_answer() {
     let scope = Scope::ready("top", 3, 1);
     let daemon = scope.daemon(&["run"]);
     daemon.wait_until_ready();
@@ -32,7 +32,7 @@ fn top_shows_a_daemon_at_work_and_says_where_nobody_answers() {
         assert!(shown.contains(expected), "{expected:?} is not in\n{shown}");
     }
 
-    // One of several that does not answer is a line; if none does, that is an error that says so.
+    // If some instances do not answer, each gets a line; if none answers, the command fails.
     let shown = top(&["--url", "http://127.0.0.1:1"]).succeeds().stdout;
     assert!(shown.contains("http://127.0.0.1:1  not ready") && shown.contains("does not answer"), "{shown}");
     let failed = scope.command(&["top", "--once", "--url", "127.0.0.1:1"]);

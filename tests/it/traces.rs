@@ -1,4 +1,4 @@
-//! Traces, as a collector of somebody else's receives them.
+//! Traces, as received by a third-party collector.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,7 +15,7 @@ use crate::support::{Daemon, Payment, Scope, free_address, listen, uuid_v4, wait
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
-/// The collector's program, built once by Cargo, out of sight of the program under test.
+/// The collector's program, built once by Cargo, separately from the program under test.
 fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
@@ -33,7 +33,7 @@ fn program() -> &'static Path {
     })
 }
 
-/// An OTLP collector (HTTP, protobuf) of somebody else's.
+/// A third-party OTLP collector (HTTP, protobuf).
 struct Collector {
     child: Child,
     ask: ChildStdin,
@@ -60,7 +60,7 @@ impl Collector {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// All spans so far, each with the resource that it is of.
+    /// All spans so far, each with its resource.
     fn spans(&mut self) -> Vec<Value> {
         self.ask.write_all(b"\n").unwrap();
         let mut line = String::new();
@@ -76,16 +76,16 @@ impl Drop for Collector {
     }
 }
 
-/// Where a collector should be, and is none.
+/// An address where the collector does not answer properly.
 struct NoCollector {
     address: SocketAddr,
-    /// What was sent, each once: a request that is tried again is the same.
+    /// What was sent, each request once: a retried request is identical.
     exports: Arc<Mutex<BTreeSet<Vec<u8>>>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl NoCollector {
-    /// Takes every connection, and answers 503, or never.
+    /// Accepts every connection, and answers 503 or never.
     fn start(answers: bool) -> Self {
         let listener = listen();
         let address = listener.local_addr().unwrap();
@@ -95,7 +95,7 @@ impl NoCollector {
             let mut kept = Vec::new();
             for connection in listener.incoming() {
                 let mut connection = connection.unwrap();
-                // The end: nobody else sends nothing.
+                // The test's own connection that ends the thread: it sends nothing.
                 let Some(body) = request(&connection) else { return };
                 noted.lock().unwrap().insert(body);
                 if answers {
@@ -173,15 +173,15 @@ fn a_collector_receives_a_batch_with_its_phases_and_the_links_to_its_payments() 
     let mut daemon = traced(&scope, &collector.endpoint(), &[("PAYMENT_WRITER__LOG__FORMAT", "json")]);
     daemon.wait_until_ready();
 
-    // WHEN it writes a payment that belongs to a trace, and meets a conflict
+    // WHEN it writes a payment with a trace context, and then a conflict
     let payment = Payment::new(uuid_v4(1), 31);
     let conflict = Payment::new(uuid_v4(1), 31).amount("11").message();
     scope.produce(&scope.input_topic, [payment.message().header("traceparent", PARENT), conflict]);
-    wait_until("both are settled", || daemon.metric("payment_writer_records_total", "") == 2.0);
+    wait_until("both have their outcome", || daemon.metric("payment_writer_records_total", "") == 2.0);
     daemon.terminate();
     assert!(daemon.wait().success());
 
-    // THEN the collector has spans of the batch, with what the conventions ask for
+    // THEN the collector has spans of the batch, with the attributes of the semantic conventions
     let all = collector.spans();
     let batch = format!("process {}", scope.input_topic);
     let roots: Vec<&Value> = all.iter().filter(|s| s["span"]["name"] == *batch).collect();
@@ -197,7 +197,7 @@ fn a_collector_receives_a_batch_with_its_phases_and_the_links_to_its_payments() 
         ] {
             assert_eq!(attribute(&root["span"]["attributes"], key).unwrap(), value, "{key}");
         }
-        // AND of its phases, and their steps
+        // AND of its phases and their steps
         let below = |parent: &Value| -> Vec<&Value> {
             all.iter().filter(|s| s["span"]["parentSpanId"] == parent["span"]["spanId"]).collect()
         };
@@ -209,7 +209,7 @@ fn a_collector_receives_a_batch_with_its_phases_and_the_links_to_its_payments() 
         assert_eq!(names(&below(phases[1])), ["claim", "copy", "commit"]);
         assert_eq!(names(&below(phases[2])), ["produce", "offsets", "deliver", "commit"]);
     }
-    // AND the link to the payment's own trace
+    // AND the link to the payment's trace
     let links: Vec<&Value> = roots.iter().flat_map(|r| r["span"]["links"].as_array().unwrap()).collect();
     assert_eq!(links.iter().map(|link| link["traceId"].as_str().unwrap()).collect::<Vec<_>>(), [TRACE]);
     // AND the dead letter's log line names the trace
@@ -217,11 +217,11 @@ fn a_collector_receives_a_batch_with_its_phases_and_the_links_to_its_payments() 
     let line = log.lines().find(|line| line.contains("a payment is a dead letter")).unwrap();
     let line: Value = serde_json::from_str(line).unwrap();
     assert!(roots.iter().any(|root| root["span"]["traceId"] == line["trace_id"]), "{line}");
-    // AND nothing of a payment is in any of them
+    // AND no span contains data of a payment
     let text = serde_json::to_string(&all).unwrap();
     assert!(!text.contains(&uuid_v4(1).to_string()) && !text.contains("123131"), "{text}");
 
-    // AND the payment's trace goes on in its outputs
+    // AND the payment's trace context is passed on in its outputs
     let outputs = [&scope.read_topic, &scope.email_topic].map(|topic| scope.read_all(topic));
     for output in outputs.iter().flatten() {
         assert_eq!(output.header("traceparent"), PARENT);
@@ -230,15 +230,15 @@ fn a_collector_receives_a_batch_with_its_phases_and_the_links_to_its_payments() 
 }
 
 #[test]
-fn a_collector_that_is_away_holds_nothing_up_and_is_told_of_once() {
-    // GIVEN somebody who refuses all, where the collector should be
+fn an_unavailable_collector_blocks_nothing_and_is_logged_once() {
+    // GIVEN a server that rejects everything at the collector's address
     let nobody = NoCollector::start(true);
     let port = nobody.address.port();
     let scope = Scope::ready("traces_away", 1, 1);
     let daemon = traced(&scope, &nobody.endpoint(), &[]);
     daemon.wait_until_ready();
 
-    // WHEN payments come, they are written all the same, and the log says once that spans are lost
+    // WHEN payments arrive, they are still written, and the log says once that spans are lost
     let told = || daemon.log().matches("spans cannot be exported").count();
     let mut seed = 0;
     let mut pay = || {
@@ -246,27 +246,27 @@ fn a_collector_that_is_away_holds_nothing_up_and_is_told_of_once() {
         scope.produce(&scope.input_topic, [Payment::new(uuid_v4(seed), 31).message()]);
         wait_until("it is written", || scope.count("payment_core") == seed as i64);
     };
-    // One export comes after the other: with the third, two have failed.
-    wait_until("it was tried in vain three times", || {
+    // Exports are sequential: when the third starts, two have failed.
+    wait_until("three exports were attempted", || {
         pay();
         nobody.exports() >= 3
     });
     assert_eq!(told(), 1);
     assert!(daemon.log().contains("the collector answers 503"), "{}", daemon.log());
 
-    // AND when the collector is there, spans arrive again, which is told once
+    // AND when the collector is back, spans arrive again, which is logged once
     drop(nobody);
     let mut collector = Collector::start(port);
     wait_until("a span arrives", || {
         pay();
         !collector.spans().is_empty()
     });
-    wait_until("it is told", || daemon.log().contains("spans are exported again"));
+    wait_until("the change is logged", || daemon.log().contains("spans are exported again"));
     assert_eq!(told(), 1);
 }
 
 #[test]
-fn a_collector_that_never_answers_does_not_keep_the_daemon_from_ending() {
+fn a_collector_that_never_answers_does_not_prevent_shutdown() {
     let silent = NoCollector::start(false);
     let scope = Scope::ready("traces_silent", 1, 1);
     let mut daemon = traced(&scope, &silent.endpoint(), &[]);

@@ -1,4 +1,4 @@
-//! What the daemon relies on in the client's transactions, asked of a real broker.
+//! Properties of librdkafka transactions that the daemon depends on, checked against a real broker.
 
 use std::time::Duration;
 
@@ -14,8 +14,7 @@ impl ClientContext for Quiet {}
 
 #[test]
 fn a_transaction_with_unsent_messages_is_aborted_and_the_next_one_commits() {
-    // GIVEN an open transaction whose messages still wait in the client, as when the group has just refused
-    // its offsets
+    // GIVEN an open transaction with messages still queued in the client, as after a rejected offset commit
     let scope = Scope::new(Servers::shared(), "abort");
     scope.create_topic(&scope.read_topic, 2);
     let mut config = scope.client_config();
@@ -35,10 +34,10 @@ fn a_transaction_with_unsent_messages_is_aborted_and_the_next_one_commits() {
     // WHEN it is aborted
     let aborted = producer.abort(Duration::from_secs(20));
 
-    // THEN that succeeds, instead of waiting for the reports of what was thrown away until its time is over
+    // THEN the abort succeeds at once; it does not wait for the purged messages' reports until it times out
     aborted.unwrap();
 
-    // AND the same producer goes on
+    // AND the same producer can be used again
     producer.begin().unwrap();
     producer.produce(0, Some(b"57"), Some(b"committed"), std::iter::empty()).unwrap();
     while !producer.flush(Duration::from_millis(100)) {}

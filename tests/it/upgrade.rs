@@ -1,4 +1,4 @@
-//! An earlier build and this one side by side, as in a rolling upgrade, and the way back.
+//! An earlier build and this one side by side, as in a rolling upgrade and a rollback.
 
 use crate::audit::audit;
 use crate::support::{Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
@@ -17,11 +17,11 @@ fn published(daemon: &Daemon) -> f64 {
     daemon.metric("payment_writer_published_total", "topic=\"read\"")
 }
 
-/// Replaces one instance after the other by the new build, back by the former, and forward again.
+/// Replaces one instance after the other by the new build, back by the earlier one, and forward again.
 #[test]
 #[ignore = "needs an earlier build: make upgrade"]
-fn instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_doubled() {
-    // GIVEN two instances of the earlier build, and records of all kinds of producers that keep coming
+fn instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated() {
+    // GIVEN two instances of the earlier build, and a flow of records of all kinds of producers
     let former = std::env::var(FORMER_PROGRAM).expect("the earlier build: make upgrade FROM=COMMIT");
     let scope = Scope::new(Servers::shared(), "upgrade");
     scope.prepare(12, 4);
@@ -45,7 +45,7 @@ fn instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_dou
         }
         let member = if is_new { this(name) } else { earlier(name) };
         daemons[place] = member.start(&scope);
-        // THEN old and new publish side by side
+        // THEN both builds publish side by side
         let before = daemons.each_ref().map(published);
         let what =
             format!("both publish after {name} {end:?} for {}", if is_new { "this" } else { "former" });
@@ -55,7 +55,7 @@ fn instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_dou
         });
     }
 
-    // AND every offset has its outcome, by the tests' own check and by the auditor that shares no code with the daemon
+    // AND every offset has its outcome, according to the tests' own check and the independent auditor
     drop(flow.end());
     scope.wait_until_caught_up();
     daemons.iter_mut().for_each(Daemon::drains);

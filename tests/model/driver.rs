@@ -1,4 +1,4 @@
-//! Drives one history: the group's coordinator, operators and accidents around a few processes.
+//! Drives one history: the group coordinator, operators and faults around a few processes.
 
 use std::collections::BTreeSet;
 use std::panic::AssertUnwindSafe;
@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use payment_writer::cursor::{CursorRow, Doubt, GroupOffset, Identity, Mark, Mode};
-use payment_writer::lane::ports::{LaneEvent, RevokeDone};
+use payment_writer::domain::cursor::{CommitMetadata, CursorRow, GroupOffset, HaltReason, Identity, Mode};
+use payment_writer::domain::record::{NextOffset, Partition};
+use payment_writer::domain::wire::Rules;
 use payment_writer::lane::{Lane, LaneSettings};
-use payment_writer::record::{NextOffset, Partition};
-use payment_writer::status::{Board, Phase};
-use payment_writer::wire::Rules;
+use payment_writer::ports::{LaneEvent, RevokeDone};
+use payment_writer::telemetry::status::{Phase, StatusRegistry};
 use rand::RngExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_local};
@@ -22,16 +22,16 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::oracle;
 use crate::ports::{ModelLedger, ModelLog};
 use crate::records::{Generator, PAYMENT_BYTES_MAX};
-use crate::world::{Database, Handle, Item, Plan, Seat, Shared, Who, World};
+use crate::world::{Database, Handle, Item, LaneHandle, Plan, Shared, Who, World};
 
-/// The group waits this long for a lane to give partitions up.
+/// Time that the group waits for a lane to give up revoked partitions.
 const REVOKE_WAIT: Duration = Duration::from_secs(10);
-/// A process that is gone keeps its partitions for this long.
+/// Session timeout: a process that is gone keeps its partitions for this long.
 const SESSION_TIMEOUT: Duration = Duration::from_secs(10);
-/// After the faults have stopped, the world has to come to rest within this time.
+/// After faults have stopped, the world must come to rest within this time.
 const REST_WITHIN: Duration = Duration::from_secs(240);
 
-/// What a history is made of.
+/// Parameters of a history.
 #[derive(Clone, Debug)]
 pub struct Setup {
     pub seed: u64,
@@ -45,7 +45,7 @@ pub struct Setup {
     pub plan: Plan,
 }
 
-/// What the world looked like at its end.
+/// State of the world at its end.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
     pub points: u64,
@@ -82,7 +82,7 @@ const OVERTAKEN: u8 = 2;
 
 struct Ticket {
     state: Arc<AtomicU8>,
-    overtaken: Arc<AtomicI64>,
+    unhandled_revocations: Arc<AtomicI64>,
     finished: oneshot::Receiver<()>,
 }
 
@@ -127,7 +127,8 @@ impl Driver {
 
     // ---- the log -----------------------------------------------------------------------------
 
-    /// Records of producers with transactions and without: markers behind some, aborted ones between them.
+    /// Records of producers with and without transactions: some are followed by control records or aborted
+    /// ones.
     pub fn append(&mut self, count: usize) {
         for _ in 0..count {
             let p = self.random(self.setup.partitions);
@@ -167,7 +168,7 @@ impl Driver {
         (0..self.setup.members).filter(|m| world.members[*m].is_up && world.members[*m].is_known).collect()
     }
 
-    /// A new generation, which the members that the group knows learn of.
+    /// Starts a new generation, which the current members learn of.
     fn new_generation(&self) {
         let mut world = self.world();
         world.generation += 1;
@@ -188,7 +189,7 @@ impl Driver {
             world.members[m].is_frozen = false;
             world.members[m].held.clear();
             world.members[m].threads.clear();
-            world.members[m].board = Arc::new(Board::default());
+            world.members[m].status = Arc::new(StatusRegistry::default());
             LaneSettings {
                 index: 0,
                 rules: Arc::new(Rules { payment_bytes_max: PAYMENT_BYTES_MAX, ..Rules::default() }),
@@ -202,29 +203,29 @@ impl Driver {
             }
         };
         self.new_generation();
-        let (mut seats, mut lanes) = (Vec::new(), Vec::new());
-        let (incarnation, board) = {
+        let (mut lanes, mut handles) = (Vec::new(), Vec::new());
+        let (incarnation, status) = {
             let world = self.world();
-            (world.members[m].incarnation, Arc::clone(&world.members[m].board))
+            (world.members[m].incarnation, Arc::clone(&world.members[m].status))
         };
         for lane in 0..self.setup.lanes {
             let (events, receiver) = mpsc::channel(1_000);
-            let overtaken = Arc::new(AtomicI64::new(0));
-            seats.push(Seat { events, overtaken: Arc::clone(&overtaken) });
+            let unhandled_revocations = Arc::new(AtomicI64::new(0));
+            handles.push(LaneHandle { events, unhandled_revocations: Arc::clone(&unhandled_revocations) });
             let who = Who { member: m, incarnation, lane };
             let settings = LaneSettings { index: lane, ..settings.clone() };
             let identity = settings.identity.clone();
-            let log = ModelLog::new(Rc::clone(&self.shared), who, identity.clone(), overtaken);
-            let ledger = ModelLedger::new(Rc::clone(&self.shared), who, identity.clone());
+            let log = ModelLog::new(Rc::clone(&self.shared), who, identity.clone(), unhandled_revocations);
+            let store = ModelLedger::new(Rc::clone(&self.shared), who, identity.clone());
             let jitter = self.setup.seed ^ (m as u64) << 8 ^ (lane as u64) << 16 ^ incarnation << 24;
-            let lane = Lane::new(settings, log, ledger, receiver, Arc::clone(&board)).with_jitter(jitter);
+            let lane = Lane::new(settings, log, store, receiver, Arc::clone(&status)).with_jitter(jitter);
             let shared = Rc::clone(&self.shared);
             lanes.push(spawn_local(async move {
                 let ended = AssertUnwindSafe(lane.run()).catch_unwind().await;
                 let mut world = shared.world.borrow_mut();
                 match ended {
                     Ok(Ok(())) => world.note(|| format!("{who:?} drained")),
-                    // A process of before the database was replaced is right to stop.
+                    // A process from before the database was replaced is right to stop.
                     Ok(Err(_)) if identity.database_id != world.db.id => {
                         world.note(|| format!("{who:?} stops: another database"));
                         world.crashes.push((m, incarnation));
@@ -236,7 +237,7 @@ impl Driver {
                 }
             }));
         }
-        self.world().members[m].seats = seats;
+        self.world().members[m].lanes = handles;
         self.processes[m] = Process { lanes, down_since: None, restart_at: None };
         let known = self.known_up();
         for p in 0..self.setup.partitions {
@@ -252,7 +253,7 @@ impl Driver {
         self.assign(m, &mine);
     }
 
-    /// Processes gone without a word.
+    /// Crashes processes.
     pub fn kill(&mut self, m: usize) {
         if !self.is_up(m) {
             return;
@@ -266,7 +267,7 @@ impl Driver {
             for thread in member.threads.drain(..) {
                 thread.abort();
             }
-            member.seats.clear();
+            member.lanes.clear();
             member.held.clear();
         }
         for lane in self.processes[m].lanes.drain(..) {
@@ -282,17 +283,17 @@ impl Driver {
         self.shared.changed.notify_waiters();
     }
 
-    /// Processes are told to end, and do.
+    /// Shuts processes down.
     pub async fn drain(&mut self, m: usize) {
         if !self.is_up(m) {
             return;
         }
-        self.note(&format!("process {m} is to drain"));
-        let seats = self.world().members[m].seats.clone();
-        for seat in &seats {
-            let _ = seat.events.try_send(LaneEvent::Drain);
+        self.note(&format!("process {m} starts to drain"));
+        let lanes = self.world().members[m].lanes.clone();
+        for lane in &lanes {
+            let _ = lane.events.try_send(LaneEvent::Drain);
         }
-        drop(seats);
+        drop(lanes);
         let deadline = Instant::now() + Duration::from_secs(40);
         while !self.processes[m].lanes.iter().all(JoinHandle::is_finished) {
             if Instant::now() > deadline || !self.is_up(m) || self.is_broken() {
@@ -312,7 +313,7 @@ impl Driver {
         }
     }
 
-    /// Restarts what is due and takes partitions from who is away too long.
+    /// Restarts the processes that are due, and takes partitions from those that are gone for too long.
     fn tick(&mut self) {
         self.handle_crashes();
         let now = Instant::now();
@@ -325,7 +326,7 @@ impl Driver {
             } else if self.processes[m].down_since.is_some_and(|at| now - at > SESSION_TIMEOUT)
                 && self.world().members[m].is_known
             {
-                self.note(&format!("the group forgets process {m}"));
+                self.note(&format!("the group removes process {m}"));
                 self.world().members[m].is_known = false;
                 self.new_generation();
                 self.deal_out(m);
@@ -333,7 +334,7 @@ impl Driver {
         }
     }
 
-    /// Gives the partitions of a member that the group forgot to others.
+    /// Assigns the partitions of a removed member to others.
     fn deal_out(&mut self, from: usize) {
         let known = self.known_up();
         for p in 0..self.setup.partitions {
@@ -346,7 +347,7 @@ impl Driver {
         }
     }
 
-    /// Lets virtual time pass, and looks after processes meanwhile.
+    /// Advances virtual time, and maintains processes meanwhile.
     pub async fn pause(&mut self, duration: Duration) {
         let until = Instant::now() + duration;
         loop {
@@ -378,7 +379,7 @@ impl Driver {
         partition as usize % self.setup.lanes
     }
 
-    /// Makes a process the owner of partitions that nobody has.
+    /// Assigns unowned partitions to a process.
     pub fn give(&mut self, m: usize, partitions: &[i32]) {
         for p in partitions {
             self.owners[*p as usize] = Some(m);
@@ -392,44 +393,49 @@ impl Driver {
             return;
         }
         self.note(&format!("process {m} is assigned {partitions:?}"));
-        let seats = {
+        let lanes = {
             let mut world = self.world();
             world.members[m].held.extend(partitions);
-            world.members[m].seats.clone()
+            world.members[m].lanes.clone()
         };
-        for (lane, seat) in seats.iter().enumerate() {
+        for (index, lane) in lanes.iter().enumerate() {
             let share: Vec<_> =
-                partitions.iter().filter(|p| self.lane_of(**p) == lane).map(|p| Partition(*p)).collect();
+                partitions.iter().filter(|p| self.lane_of(**p) == index).map(|p| Partition(*p)).collect();
             if !share.is_empty() {
-                let _ = seat.events.try_send(LaneEvent::Assigned(share));
+                let _ = lane.events.try_send(LaneEvent::Assigned(share));
             }
         }
     }
 
     async fn revoke(&mut self, m: usize, partitions: &[i32], is_lost: bool) {
-        self.note(&format!("process {m} is to give up {partitions:?}, lost: {is_lost}"));
-        let seats = self.world().members[m].seats.clone();
+        self.note(&format!("process {m} has to give up {partitions:?}, lost: {is_lost}"));
+        let lanes = self.world().members[m].lanes.clone();
         let mut tickets = Vec::new();
-        for (lane, seat) in seats.iter().enumerate() {
+        for (index, lane) in lanes.iter().enumerate() {
             let share: Vec<_> =
-                partitions.iter().filter(|p| self.lane_of(**p) == lane).map(|p| Partition(*p)).collect();
+                partitions.iter().filter(|p| self.lane_of(**p) == index).map(|p| Partition(*p)).collect();
             if share.is_empty() {
                 continue;
             }
             let state = Arc::new(AtomicU8::new(WAITING));
             let (finish, finished) = oneshot::channel();
-            let (its_state, overtaken) = (Arc::clone(&state), Arc::clone(&seat.overtaken));
+            let (its_state, unhandled_revocations) =
+                (Arc::clone(&state), Arc::clone(&lane.unhandled_revocations));
             let done = RevokeDone::new(move || {
                 if its_state.compare_exchange(WAITING, DONE, Ordering::AcqRel, Ordering::Acquire).is_err() {
-                    overtaken.fetch_sub(1, Ordering::AcqRel);
+                    unhandled_revocations.fetch_sub(1, Ordering::AcqRel);
                 }
                 let _ = finish.send(());
             });
-            if seat.events.try_send(LaneEvent::Revoked { partitions: share, is_lost, done }).is_ok() {
-                tickets.push(Ticket { state, overtaken: Arc::clone(&seat.overtaken), finished });
+            if lane.events.try_send(LaneEvent::Revoked { partitions: share, is_lost, done }).is_ok() {
+                tickets.push(Ticket {
+                    state,
+                    unhandled_revocations: Arc::clone(&lane.unhandled_revocations),
+                    finished,
+                });
             }
         }
-        drop(seats);
+        drop(lanes);
         let deadline = Instant::now() + REVOKE_WAIT;
         while Instant::now() < deadline && !self.is_broken() {
             tickets.retain_mut(|t| t.finished.try_recv() == Err(oneshot::error::TryRecvError::Empty));
@@ -439,12 +445,12 @@ impl Driver {
             self.pause(Duration::from_millis(10)).await;
         }
         for ticket in tickets {
-            ticket.overtaken.fetch_add(1, Ordering::AcqRel);
+            ticket.unhandled_revocations.fetch_add(1, Ordering::AcqRel);
             let was = ticket.state.compare_exchange(WAITING, OVERTAKEN, Ordering::AcqRel, Ordering::Acquire);
             if was.is_err() {
-                ticket.overtaken.fetch_sub(1, Ordering::AcqRel);
+                ticket.unhandled_revocations.fetch_sub(1, Ordering::AcqRel);
             } else {
-                self.note(&format!("the group does not wait for process {m} any more"));
+                self.note(&format!("the group no longer waits for process {m}"));
             }
         }
         for p in partitions {
@@ -469,7 +475,7 @@ impl Driver {
         self.hand(from, to, &moved).await;
     }
 
-    /// All partitions of one process go to another.
+    /// Moves all partitions of one process to another.
     pub async fn hand_over(&mut self, from: usize, to: usize) {
         let moved: Vec<i32> =
             (0..self.setup.partitions).filter(|p| self.owners[*p] == Some(from)).map(|p| p as i32).collect();
@@ -484,11 +490,11 @@ impl Driver {
         self.new_generation();
         self.revoke(from, moved, false).await;
         if self.world().members[from].incarnation != incarnation || !self.is_up(from) {
-            // It died meanwhile: its partitions are dealt with when the group notices.
+            // It crashed meanwhile: its partitions are reassigned when the group notices.
             return;
         }
         self.new_generation();
-        // `to` may be gone as well, and `from` itself is as good as any.
+        // `to` may be gone as well; then `from` can take them.
         let to = if self.known_up().contains(&to) { to } else { from };
         for p in moved {
             self.owners[*p as usize] = Some(to);
@@ -496,7 +502,7 @@ impl Driver {
         self.assign(to, moved);
     }
 
-    /// The group forgets a member that goes on.
+    /// The group removes a member that is still running.
     pub fn make_zombie(&mut self, m: usize, is_frozen: bool) {
         if !self.known_up().contains(&m) {
             return;
@@ -511,7 +517,7 @@ impl Driver {
         self.deal_out(m);
     }
 
-    /// A zombie learns of its loss and joins again.
+    /// A removed member learns of it and joins again.
     pub async fn wake(&mut self, m: usize) {
         {
             let mut world = self.world();
@@ -569,11 +575,11 @@ impl Driver {
         }
     }
 
-    /// Somebody changes a group offset while nobody is a member.
+    /// Changes a group offset while the group has no members.
     pub fn tamper(&mut self, p: usize) {
         let mut world = self.shared.world.borrow_mut();
         if world.untaken.contains(&(p as i32)) && world.is_tail_removed {
-            // The last one who knew what was sent would be silenced: no promise covers that.
+            // This would remove the last proof of what was sent, and that case has no guarantee.
             return;
         }
         let (start, end) = (world.logs[p].start, world.logs[p].end());
@@ -600,35 +606,35 @@ impl Driver {
         world.tampered.insert(p as i32);
     }
 
-    /// The group's own state is lost in part: an older commit of ours stands there again.
+    /// The group's state is partly lost: an older offset commit of ours takes effect again.
     pub fn roll_back(&mut self, p: usize, position: i64) {
         let mut world = self.world();
         let identity = Identity { topic_id: world.topic_id, database_id: world.db.id };
         let position = NextOffset(position);
         world.note(|| format!("group offset of {p} rolled back to {position}"));
-        let metadata = Mark::new(&identity, position).to_string();
+        let metadata = CommitMetadata::new(&identity, position).to_string();
         world.offsets[p] = Some(GroupOffset { position, metadata });
         world.tampered.insert(p as i32);
     }
 
-    /// The log loses its last records, as with an unclean election.
+    /// The log loses its last records, as after an unclean leader election.
     pub fn truncate(&mut self, p: usize, end: usize) {
         let mut world = self.world();
         world.note(|| format!("the log of {p} ends at {end} again"));
         world.logs[p].items.truncate(end);
     }
 
-    /// A person who knows what was published settles the partitions that halted for want of proof.
-    pub fn settle(&mut self, halted: &[(i32, Doubt)]) -> bool {
+    /// An operator who knows what was published resolves the partitions that halted for lack of proof.
+    pub fn settle(&mut self, halted: &[(i32, HaltReason)]) -> bool {
         let mut is_settled = false;
         for (p, doubt) in halted {
-            if !matches!(doubt, Doubt::Unproved { .. } | Doubt::MovedForward { .. }) {
+            if !matches!(doubt, HaltReason::Unproved { .. } | HaltReason::MovedForward { .. }) {
                 continue;
             }
             let mut world = self.shared.world.borrow_mut();
             let truth = world.truly_published[*p as usize];
-            world.note(|| format!("partition {p} settled at {truth}"));
-            // The settlement comes with the cursor itself, if there is none yet.
+            world.note(|| format!("partition {p} resolved at {truth}"));
+            // The resolution creates the cursor if there is none yet.
             let start = NextOffset(world.logs[*p as usize].start);
             let row = world.db.cursors.entry(*p).or_insert(CursorRow {
                 applied: start,
@@ -643,7 +649,7 @@ impl Driver {
         is_settled
     }
 
-    /// Settles, once nothing can change any more what was published.
+    /// Resolves a halt once what was published can no longer change.
     pub async fn settle_later(&mut self) {
         self.pause(Duration::from_secs(20)).await;
         let is_pending = {
@@ -669,7 +675,7 @@ impl Driver {
     pub fn retain(&mut self, p: usize, is_careless: bool) {
         let mut world = self.shared.world.borrow_mut();
         let applied = world.db.cursors.get(&(p as i32)).map_or(0, |row| row.applied.0);
-        // What is gone before the first start is nobody's.
+        // An offset deleted before the first start is nobody's.
         let Some(k) = world.offsets[p].as_ref().map(|o| o.position.0) else { return };
         let (start, end) = (world.logs[p].start, world.logs[p].end());
         let furthest = if is_careless { end } else { applied.min(k) };
@@ -693,11 +699,11 @@ impl Driver {
         world.end_lag = 0;
     }
 
-    pub fn halted(&self) -> Vec<(i32, Doubt)> {
+    pub fn halted(&self) -> Vec<(i32, HaltReason)> {
         let world = self.world();
         let mut halted = Vec::new();
         for (m, member) in world.members.iter().enumerate().filter(|(_, m)| m.is_up) {
-            for (partition, status) in member.board.partitions() {
+            for (partition, status) in member.status.partitions() {
                 if let Phase::Halted(doubt) = status.phase
                     && self.owners[partition.0 as usize] == Some(m)
                 {
@@ -708,13 +714,17 @@ impl Driver {
         halted
     }
 
-    /// Waits until every partition is published to its end or halted; `None`: it takes too long.
-    pub async fn rest(&mut self) -> Option<Vec<(i32, Doubt)>> {
-        self.rest_unless(|doubt| matches!(doubt, Doubt::BeyondEnd { .. }) || doubt.is_about_reading()).await
+    /// Waits until every partition is published to its end or halted; `None` if it takes too long.
+    pub async fn rest(&mut self) -> Option<Vec<(i32, HaltReason)>> {
+        self.rest_unless(|doubt| matches!(doubt, HaltReason::BeyondEnd { .. }) || doubt.is_about_reading())
+            .await
     }
 
-    /// The same, where some halts are none to rest in.
-    async fn rest_unless(&mut self, is_passing: impl Fn(&Doubt) -> bool) -> Option<Vec<(i32, Doubt)>> {
+    /// Like the above, but some halt reasons do not count as rest.
+    async fn rest_unless(
+        &mut self,
+        is_transient: impl Fn(&HaltReason) -> bool,
+    ) -> Option<Vec<(i32, HaltReason)>> {
         let deadline = Instant::now() + REST_WITHIN;
         loop {
             self.pause(Duration::from_secs(1)).await;
@@ -732,7 +742,7 @@ impl Driver {
                         && row.is_some_and(|r| {
                             r.applied.0 == end && (!world.publishes || r.published.map(|k| k.0) == Some(end))
                         });
-                    let is_halted = halted.iter().any(|(h, doubt)| *h == p as i32 && !is_passing(doubt));
+                    let is_halted = halted.iter().any(|(h, doubt)| *h == p as i32 && !is_transient(doubt));
                     is_done || is_halted
                 })
             };
@@ -758,26 +768,28 @@ impl Driver {
         }
     }
 
-    /// Halts that the contract does not call for.
-    fn check_halts(&self, halted: &[(i32, Doubt)]) {
+    /// Halts that the contract does not allow.
+    fn check_halts(&self, halted: &[(i32, HaltReason)]) {
         let mut world = self.world();
         for (p, doubt) in halted {
             let log_start = world.logs[*p as usize].start;
             let k = world.offsets[*p as usize].as_ref().map_or(0, |o| o.position.0);
             let applied = world.db.cursors.get(p).map(|row| row.applied.0);
             let is_right = match doubt {
-                Doubt::LogGap { .. } => applied.unwrap_or(k).min(k) < log_start,
-                Doubt::Unproved { .. } => world.tampered.contains(p) && world.is_tail_removed,
-                Doubt::MovedForward { .. } => world.tampered.contains(p),
-                Doubt::BeyondEnd { .. } | Doubt::Unreadable { .. } | Doubt::FetchGap { .. } => false,
+                HaltReason::LogGap { .. } => applied.unwrap_or(k).min(k) < log_start,
+                HaltReason::Unproved { .. } => world.tampered.contains(p) && world.is_tail_removed,
+                HaltReason::MovedForward { .. } => world.tampered.contains(p),
+                HaltReason::BeyondEnd { .. }
+                | HaltReason::Unreadable { .. }
+                | HaltReason::FetchGap { .. } => false,
             };
             if !is_right {
-                world.fail(format!("partition {p} halted without need: {doubt:?}"));
+                world.fail(format!("partition {p} halted unnecessarily: {doubt:?}"));
             }
         }
     }
 
-    /// Faults stop; the world comes to rest; the oracle speaks.
+    /// Stops faults, waits until the world is at rest, and checks it with the oracle.
     pub async fn finish(mut self) -> Stats {
         self.calm();
         for m in 0..self.setup.members {
@@ -788,7 +800,7 @@ impl Driver {
         if let Some(found) = halted.clone() {
             self.check_halts(&found);
             if self.settle(&found) {
-                halted = self.rest_unless(|doubt| !matches!(doubt, Doubt::LogGap { .. })).await;
+                halted = self.rest_unless(|doubt| !matches!(doubt, HaltReason::LogGap { .. })).await;
             }
         }
         if let Some(halted) = halted {
@@ -830,7 +842,7 @@ impl Driver {
         self.pause(Duration::from_millis(ms)).await;
     }
 
-    /// Does something soon, whatever else is going on.
+    /// Schedules an action in the near future, during whatever else happens.
     pub fn soon(&self, act: impl FnOnce(&mut World) + 'static) {
         let ms = self.world().rng.random_range(0..3_000);
         let shared = Rc::clone(&self.shared);
@@ -843,7 +855,7 @@ impl Driver {
         });
     }
 
-    /// The database is lost, and an empty one takes its place.
+    /// Replaces the database by an empty one.
     pub async fn replace_database(&mut self) {
         let is_graceful = self.world().rng.random_bool(0.5);
         self.stop_all(is_graceful).await;

@@ -1,51 +1,51 @@
-//! A model of the whole: lanes over a log and a database in memory, where every call may fail, hang,
-//! lose its answer or be the last one of its process.
+//! A model of the whole system: lanes with an in-memory log and database, where every call may fail, hang,
+//! lose its response, or crash its process.
 //!
-//! Real are the lane and all that is pure below it: batches, cursors, publications, intake, wire. In
-//! memory are the two traits at its edges ([`ports`]) over one [`world`]: the log with its control
-//! records and retention, a client that at times begins at a position of its own choice and reads on behind an error,
-//! the group with generations, revocations and static members, the transaction
-//! coordinator with epochs, pending offsets and time limits, the outputs as a read_committed consumer
-//! sees them, and the database with sessions, late COMMITs and backups. The [`driver`] is coordinator,
-//! operator and accident; the [`oracle`] knows the contract and nothing of the code.
+//! The lane is the real one, and so is all pure code below it: batches, cursors, publications, buffer, wire.
+//! The two traits at its edges ([`ports`]) are implemented over one [`world`]: the log with its control
+//! records and retention, a client that sometimes starts at another position or continues behind an error,
+//! the group with generations, revocations and static members, the transaction coordinator with epochs,
+//! pending offsets and timeouts, the outputs as a read_committed consumer reads them, and the database with
+//! sessions, late COMMITs and backups. The [`driver`] is coordinator, operator and source of faults; the
+//! [`oracle`] implements the contract independently of the code.
 //!
-//! Time is virtual and chance is seeded: a seed repeats its history.
-//! `MODEL_SEED=42 cargo test --test model whatever -- --nocapture` replays one with all its steps;
-//! `MODEL_SEEDS=100000` runs more of them, `MODEL_FROM=2000` begins there.
+//! Time is virtual and randomness is seeded: a seed reproduces its history. `MODEL_SEED=42 cargo test --test
+//! model whatever -- --nocapture` replays one and prints all its steps; `MODEL_SEEDS=100000` runs more of
+//! them, `MODEL_FROM=2000` starts at that seed.
 //!
-//! A test of this kind is worth what it notices. Each of these was broken by hand once:
+//! Each of these mutations was made by hand once, to check that the model detects it:
 //!
-//! | broken | noticed |
+//! | mutation | detected as |
 //! | - | - |
-//! | the emission gate dropped | emitted twice |
+//! | publish-from ignored | emitted twice |
 //! | `published` not stored on assignment | emitted twice after a restore and a deleted group |
-//! | an unmarked or rolled-back group offset trusted | emitted twice, ahead of the rows, or lost |
-//! | events in doubt taken for unsent (no `unproved_events`), or the outputs not asked | emitted twice |
-//! | gaps in the log, cursors beyond its end not asked for | stuck; no halt |
+//! | a group offset trusted without commit metadata, or after a rollback | twice, ahead of the rows, or lost |
+//! | unproved events taken for unsent (no `unproved_events`), or no output scan | emitted twice |
+//! | gaps in the log, or cursors beyond its end, not checked | stuck; no halt |
 //! | the cursor guard ignored | no rows for an id, or a later record owns it |
 //! | offsets committed past a batch dropped on revocation, or nothing dropped | lost, or twice |
 //! | an unknown outcome taken for an abort, also while revoking | emitted twice, or lost |
 //! | the producer not renewed after it | stuck |
 //! | a reset that keeps written batches, or fetched records | emitted twice |
-//! | redelivered records: offsets committed up to `applied` | lost |
-//! | redelivery inside the client not filtered, control records not followed | twice; stuck |
-//! | an answer about a partition taken that was asked for before it was taken up anew, or before a reset | emitted twice |
-//! | the first record after a begin taken wherever it is, without a proof of the gap | lost |
-//! | what the client delivers behind an error taken | lost |
-//! | no copy of K at rest, or on a drain | stuck; not equal after a drain |
-//! | twins of a batch, or a record's own claim, not told apart | two rows of an id; events lost |
-//! | K not committed before the first rows | halted without need |
+//! | redelivered records: offsets committed only up to `applied` | lost |
+//! | redelivery inside the client not filtered, control records not counted | twice; stuck |
+//! | an answer accepted that was requested before a partition's latest assignment or reset | emitted twice |
+//! | the first record after fetching starts accepted at any offset, without proof of the gap | lost |
+//! | records that the client delivers behind an error accepted | lost |
+//! | no copy of the committed offset at rest, or on a drain | stuck; not equal after a drain |
+//! | duplicates in a batch, or a record's own claim, not distinguished | two rows of an id; events lost |
+//! | the group's offset not committed before the first rows | halted without need |
 //! | a stale generation, or a revocation that the group no longer waits for, not fenced | emitted twice |
 //! | pending offsets of another process not waited for | emitted twice |
 //!
-//! Not noticed, because something else still holds: a session that is not compared, or a lost COMMIT
-//! reply taken for a failure, ends at the cursor guard; a first cursor stored without its guard ends at
-//! the owners of the ids; a lane that gives up what is in flight and forgets nothing is reset by the
-//! revocation that made it give up. Claims below the cursor need a row that the database itself refused;
-//! the tests of `batch` have it.
+//! Not detected, because another mechanism still protects: a session that is not compared, or a lost COMMIT
+//! reply taken for a failure, fails at the cursor guard; a first cursor stored without its guard fails at the
+//! owners of the ids; a lane that gives up what is in flight and keeps its state is reset by the revocation
+//! that caused it. Claims below the cursor need a row that the database itself rejected; the tests of `batch`
+//! cover that.
 //!
-//! What is not in it: generations of ids and their pruning, rows that the database refuses, months,
-//! topics made again.
+//! Not modelled: generations of ids and their pruning, rows that the database rejects, months, topics that
+//! are created again.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod driver;
@@ -56,8 +56,8 @@ mod world;
 
 use std::time::Duration;
 
-use payment_writer::cursor::Doubt;
-use payment_writer::record::NextOffset;
+use payment_writer::domain::cursor::HaltReason;
+use payment_writer::domain::record::NextOffset;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::time::Instant;
@@ -65,7 +65,7 @@ use tokio::time::Instant;
 use crate::driver::{Driver, Setup, Stats};
 use crate::world::{Fault, Plan};
 
-/// What operators and accidents do to a history.
+/// Actions of operators, and faults, in a history.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
     Plain,
@@ -131,13 +131,13 @@ async fn history(seed: u64, is_traced: bool) -> Stats {
             11 => driver.drain(m).await,
             12 => driver.soon(|world| {
                 let until = Instant::now() + Duration::from_millis(world.rng.random_range(100..8_000));
-                world.note(|| "database away".to_owned());
+                world.note(|| "database unavailable".to_owned());
                 world.db_down_until = Some(until);
                 world.db_epoch += 1;
             }),
             13 => driver.soon(|world| {
                 let until = Instant::now() + Duration::from_millis(world.rng.random_range(100..8_000));
-                world.note(|| "broker away".to_owned());
+                world.note(|| "broker unavailable".to_owned());
                 world.broker_down_until = Some(until);
             }),
             14 => driver.soon(|world| world.end_lag = if world.end_lag > 0 { 0 } else { 3 }),
@@ -215,13 +215,13 @@ fn whatever_happens_each_record_has_one_outcome_once() {
             println!("seed {seed}: {breach}");
         }
         println!("{}", traced.trace.join("\n"));
-        panic!("{} histories broken; the first is MODEL_SEED={seed}: {breach}", broken.len());
+        panic!("{} histories failed; the first is MODEL_SEED={seed}: {breach}", broken.len());
     }
-    assert!(is_replay || totals.taken_ahead > 0, "no lane made its next batch while one was being written");
-    assert!(is_replay || totals.passed_over > 0, "no client ever began at a wrong position");
+    assert!(is_replay || totals.taken_ahead > 0, "no lane built its next batch while one was being written");
+    assert!(is_replay || totals.passed_over > 0, "no client ever started at a wrong position");
 }
 
-/// A small history without chance; `at` says what goes wrong at which call.
+/// A small history without randomness; `at` chooses the call and its fault.
 async fn small_history(at: Option<(u64, Option<Fault>)>, is_traced: bool) -> Stats {
     let plan = Plan { rate: 0, crash_of: 1, at, has_delays: false };
     let setup = Setup {
@@ -247,7 +247,7 @@ async fn small_history(at: Option<(u64, Option<Fault>)>, is_traced: bool) -> Sta
     driver.finish().await
 }
 
-/// Two processes with a lane each, where nothing fails by itself.
+/// Two processes with a lane each, without random faults.
 fn quiet_setup(linger_ms: u64) -> Setup {
     Setup {
         seed: 1,
@@ -275,16 +275,16 @@ fn expect_kept(stats: &Stats) {
 }
 
 #[test]
-fn a_lane_that_gave_up_all_that_it_had_fetched_rests() {
+fn a_lane_that_gave_up_all_its_fetched_records_does_not_spin() {
     let stats = in_world(async {
-        // GIVEN records that linger until there is a batch
+        // GIVEN records that wait for a batch to fill
         let mut driver = at_rest(Driver::new(quiet_setup(500), true)).await;
         driver.append_to(0, 1, 0, 0);
         driver.append_to(1, 2, 0, 0);
         driver.pause(Duration::from_millis(100)).await;
-        // WHEN their partitions go to another process, and nothing more comes
+        // WHEN their partitions are moved to another process, and no more records arrive
         driver.hand_over(0, 1).await;
-        // THEN the first one waits for events, it does not spin
+        // THEN the first process waits for events without spinning
         driver.pause(Duration::from_secs(20)).await;
         driver.finish().await
     });
@@ -301,10 +301,10 @@ fn a_quiet_lane_writes_again_what_a_restored_database_lost() {
         driver.append_to(0, 1, 0, 0);
         driver.append_to(1, 2, 0, 0);
         driver.rest().await;
-        // WHEN the backup is restored, and no record comes
+        // WHEN the backup is restored, and no record arrives
         let backup = driver.world().snapshots[0].clone();
         driver.world().restore(backup);
-        // THEN the rows come again, without events
+        // THEN the rows are written again, without events
         driver.finish().await
     });
     expect_kept(&stats);
@@ -313,9 +313,9 @@ fn a_quiet_lane_writes_again_what_a_restored_database_lost() {
 }
 
 #[test]
-fn what_a_restored_database_was_told_on_assignment_outlives_the_group() {
+fn published_offsets_stored_on_assignment_outlive_the_group() {
     let stats = in_world(async {
-        // GIVEN payments written and published, and a backup from before, restored while nobody ran
+        // GIVEN payments written and published, and an earlier backup, restored while no process ran
         let mut driver = at_rest(Driver::new(quiet_setup(500), true)).await;
         driver.world().snapshot();
         driver.append_to(0, 1, 0, 0);
@@ -324,13 +324,13 @@ fn what_a_restored_database_was_told_on_assignment_outlives_the_group() {
         driver.stop_all(true).await;
         let backup = driver.world().snapshots[0].clone();
         driver.world().restore(backup);
-        // WHEN the lanes take the partitions up and die before their first batch, and the group is deleted
+        // WHEN the lanes recover the partitions and crash before their first batch, and the group is deleted
         driver.start_all();
         driver.pause(Duration::from_millis(100)).await;
         driver.stop_all(false).await;
         driver.delete_offsets();
         driver.start_all();
-        // THEN rows come again, events do not
+        // THEN rows are written again, events are not sent again
         driver.finish().await
     });
     expect_kept(&stats);
@@ -338,7 +338,7 @@ fn what_a_restored_database_was_told_on_assignment_outlives_the_group() {
 }
 
 #[test]
-fn group_offsets_deleted_after_a_drain_are_found_again_in_the_database() {
+fn group_offsets_deleted_after_a_drain_are_recovered_from_the_database() {
     let stats = in_world(async {
         // GIVEN a drain right after the last batch
         let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
@@ -346,7 +346,7 @@ fn group_offsets_deleted_after_a_drain_are_found_again_in_the_database() {
         driver.append_to(1, 2, 0, 0);
         driver.pause(Duration::from_millis(200)).await;
         driver.stop_all(true).await;
-        // THEN both cursors agree already
+        // THEN both cursors already agree
         for row in driver.world().db.cursors.values() {
             assert_eq!((row.applied, row.published), (NextOffset(1), Some(NextOffset(1))));
         }
@@ -370,7 +370,7 @@ fn a_log_that_lost_its_end_halts_the_partition_and_not_the_others() {
         }
         driver.rest().await;
         for is_restarted in [false, true] {
-            // WHEN the log ends before them, and goes on from there, but not so far
+            // WHEN the log loses them, and continues from there, but with fewer records
             driver.truncate(0, 1);
             if is_restarted {
                 driver.stop_all(true).await;
@@ -378,11 +378,11 @@ fn a_log_that_lost_its_end_halts_the_partition_and_not_the_others() {
             }
             driver.append_to(0, 10, 0, 0);
             driver.append_to(1, 20, 0, 0);
-            // THEN it is waited for a while, and then it halts
+            // THEN the lane waits for a while, and then the partition halts
             driver.pause(Duration::from_secs(20)).await;
             assert_eq!(driver.halted(), []);
             driver.pause(Duration::from_secs(30)).await;
-            let doubt = Doubt::BeyondEnd { position: NextOffset(3), end: NextOffset(2) };
+            let doubt = HaltReason::BeyondEnd { position: NextOffset(3), end: NextOffset(2) };
             assert_eq!(driver.halted(), [(0, doubt)]);
             assert!(driver.world().emitted.contains(&("read", "00000000/1/0".to_owned())));
         }
@@ -390,10 +390,10 @@ fn a_log_that_lost_its_end_halts_the_partition_and_not_the_others() {
 }
 
 #[test]
-fn a_group_offset_rolled_back_with_its_mark_sends_nothing_twice() {
+fn a_group_offset_rolled_back_with_its_metadata_sends_nothing_twice() {
     for is_tail_removed in [false, true] {
         let stats = in_world(async {
-            // GIVEN two batches published, the second one not yet copied to the database
+            // GIVEN two batches published, the second of which is not yet copied to the database
             let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
             driver.world().is_tail_removed = is_tail_removed;
             driver.append_to(0, 1, 0, 0);
@@ -402,10 +402,10 @@ fn a_group_offset_rolled_back_with_its_mark_sends_nothing_twice() {
             driver.pause(Duration::from_millis(200)).await;
             driver.stop_all(false).await;
             assert_eq!(driver.world().db.cursors[&0].published, Some(NextOffset(1)));
-            // WHEN the group's state of long ago stands there again
+            // WHEN an old state of the group takes effect again
             driver.roll_back(0, 0);
             driver.start_all();
-            // THEN the outputs tell what was sent, or the partition halts until a person does
+            // THEN the output scan finds what was sent, or the partition halts until an operator resolves it
             driver.finish().await
         });
         expect_kept(&stats);
@@ -426,8 +426,8 @@ fn a_lane_that_learns_too_late_that_it_lost_a_partition_publishes_nothing_of_it(
         while !driver.world().ordered.is_empty() {
             driver.pause(Duration::from_millis(1)).await;
         }
-        // WHEN it hangs in taking up another partition, for longer than the group waits for it,
-        // while the batch's partition goes to another process
+        // WHEN it hangs in the recovery of another partition for longer than the group waits for it, while
+        // the batch's partition goes to another process
         driver.world().ordered.push((0, "cursors", Fault::Hang));
         driver.give(0, &[1]);
         driver.pause(Duration::from_millis(300)).await;
@@ -436,7 +436,7 @@ fn a_lane_that_learns_too_late_that_it_lost_a_partition_publishes_nothing_of_it(
         driver.append_to(0, 2, 0, 0);
         driver.pause(Duration::from_secs(5)).await;
         assert_eq!(driver.world().truly_published[0], 2, "the other one has published the batch");
-        // THEN it publishes nothing with the generation that it has got meanwhile
+        // THEN it publishes nothing with the generation that it has received meanwhile
         driver.pause(Duration::from_secs(60)).await;
         driver.finish().await
     });
@@ -453,7 +453,7 @@ fn at_every_call(fault: Fault) {
             panic!("{fault:?} at call {k}: {breach}");
         }
         if stats.faults == 0 {
-            assert!(k > 60, "the history is too short to prove anything: {k} calls");
+            assert!(k > 60, "the history is too short: {k} calls");
             println!("{fault:?} at each of {} calls", k - 1);
             return;
         }
@@ -461,21 +461,21 @@ fn at_every_call(fault: Fault) {
 }
 
 #[test]
-fn a_crash_at_any_call_loses_and_doubles_nothing() {
+fn a_crash_at_any_call_loses_and_duplicates_nothing() {
     at_every_call(Fault::Crash);
 }
 
 #[test]
-fn a_failure_at_any_call_loses_and_doubles_nothing() {
+fn a_failure_at_any_call_loses_and_duplicates_nothing() {
     at_every_call(Fault::Before);
 }
 
 #[test]
-fn a_lost_answer_at_any_call_loses_and_doubles_nothing() {
+fn a_lost_answer_at_any_call_loses_and_duplicates_nothing() {
     at_every_call(Fault::After);
 }
 
 #[test]
-fn a_hang_at_any_call_loses_and_doubles_nothing() {
+fn a_hang_at_any_call_loses_and_duplicates_nothing() {
     at_every_call(Fault::Hang);
 }

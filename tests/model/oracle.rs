@@ -1,4 +1,4 @@
-//! Compares a world at rest with the contract. Knows nothing of lanes, batches and cursors.
+//! Compares a world at rest with the contract. Independent of lanes, batches and cursors.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,7 +27,7 @@ struct Claimant<'w> {
     record: &'w Record,
     payload: u32,
     is_success: bool,
-    /// The database never takes it.
+    /// The database never accepts it.
     is_refused: bool,
 }
 
@@ -56,7 +56,7 @@ fn parse_source(world: &World, message: &Message) -> Result<(i32, i64), String> 
     Ok((partition, offset))
 }
 
-/// Every breach found. `halted` partitions are not expected to be complete.
+/// Returns every violation. `halted` partitions need not be complete.
 pub fn check(world: &World, halted: &BTreeSet<i32>) -> Vec<String> {
     let mut breaches = Vec::new();
     let mut sent: BTreeMap<(i32, i64), Sent<'_>> = BTreeMap::new();
@@ -120,7 +120,7 @@ pub fn check(world: &World, halted: &BTreeSet<i32>) -> Vec<String> {
             .get(&row.message_id)
             .is_some_and(|c| c.iter().any(|c| (c.partition, c.offset) == (row.partition, row.offset)));
         if !is_known {
-            breaches.push(format!("a row of no record: {row:?}"));
+            breaches.push(format!("a row without a record: {row:?}"));
         }
     }
     breaches
@@ -158,8 +158,8 @@ fn check_id(
     let is_spread = claimants.iter().any(|c| c.partition != claimants[0].partition);
     let in_log = |c: &&Claimant<'_>| c.offset >= world.logs[c.partition as usize].start;
     let is_expired = !claimants.iter().all(|c| in_log(&c));
-    // The contract's exception: after the loss of rows another record of the id may win, and what left
-    // the log does not come again.
+    // The contract's exception: after the loss of rows another record of the id may win, and records that
+    // retention removed are not read again.
     let is_loose = world.has_rewound && (is_spread || is_expired);
     let is_due = claimants
         .iter()
@@ -185,14 +185,15 @@ fn check_id(
             check_event(&at, c, message, row.payment_id, is_loose, breaches);
         }
         for message in &sent.dead {
-            // Whether a twin that was taken came before it, or was decided again after a crash, nobody knows.
+            // Unknown whether an accepted record of the same id came before it, or was decided again after a
+            // crash.
             let is_rejected = message.header("dlq-reason") == Some("rejected_by_database") && c.is_refused;
             let reason = if is_rejected { "rejected_by_database" } else { "message_id_conflict" };
             check_dead_letter(&at, c.record, message, reason, breaches);
         }
         let counts = sent.counts();
         if !world.publishes || is_loose {
-            // Twice of the same is excluded everywhere.
+            // Sending the same output twice is never allowed.
             if counts.0 > 1 || counts.1 > counts.0 || counts.2 > 1 {
                 breaches.push(format!("{at}: read, e-mail, dead letter: {counts:?}"));
             }
@@ -228,14 +229,14 @@ fn check_event(
 ) {
     let value = message.value.as_deref().unwrap_or_default();
     let Ok(event) = serde_json::from_slice::<serde_json::Value>(value) else {
-        return breaches.push(format!("{at}: an event that is no JSON"));
+        return breaches.push(format!("{at}: an event that is not JSON"));
     };
     let is_right = event["messageId"] == claimant.record.id_text.as_str()
         && (is_loose || event["id"] == payment_id.to_string())
         && event["custId"] == i64::from(claimant.payload % 2 + 1)
         && message.key == claimant.record.key;
     if !is_right {
-        breaches.push(format!("{at}: not its event: {event}"));
+        breaches.push(format!("{at}: an event that differs from its record: {event}"));
     }
 }
 
@@ -251,6 +252,6 @@ fn check_dead_letter(at: &str, record: &Record, message: &Message, reason: &str,
         || message.key != record.key
         || message.value != record.value
     {
-        breaches.push(format!("{at}: not its dead letter: {message:?}"));
+        breaches.push(format!("{at}: a dead letter that differs from its record: {message:?}"));
     }
 }

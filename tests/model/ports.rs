@@ -1,4 +1,4 @@
-//! `Log` and `Ledger` over the world, with everything that can go wrong at each call.
+//! `KafkaPort` and `Store` on top of the world, with every possible fault at each call.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use payment_writer::batch::{Answer, Batch, Fates};
-use payment_writer::cursor::{CursorRow, GroupOffset, Identity, IdentityDoubt, LogBounds, Proof};
-use payment_writer::disposition::FailureClass;
-use payment_writer::intake::{FetchFault, Intake};
-use payment_writer::lane::ports::{
-    CursorMove, Gap, GapAnswer, LaneEvent, Ledger, LedgerFailure, Log, LogFailure, Positions, Proved,
-    PublishFailure, PublishTimes, Question, WriteStats,
+use payment_writer::domain::batch::{Answer, Batch, Outcomes};
+use payment_writer::domain::cursor::{CursorRow, GroupOffset, Identity, IdentityMismatch, LogBounds, Proof};
+use payment_writer::domain::outcome::FailureClass;
+use payment_writer::domain::publication::{OutputCounts, Publication, Published, Source};
+use payment_writer::domain::record::{NextOffset, Offset, Partition};
+use payment_writer::ports::fetch_buffer::{FetchBuffer, FetchFault};
+use payment_writer::ports::{
+    CursorMove, Gap, GapAnswer, KafkaPort, KafkaPortError, LaneEvent, Positions, Proved, PublishError,
+    PublishTimes, Question, Store, StoreError, WriteStats,
 };
-use payment_writer::publication::{OutputCounts, Publication, Published, Source};
-use payment_writer::record::{NextOffset, Offset, Partition};
 use rand::RngExt;
 use rdkafka::types::RDKafkaErrorCode;
 use tokio::sync::oneshot;
@@ -24,23 +24,23 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::world::{CALLS_MAX, Fault, Item, Message, OpenTxn, Shared, Who};
 
-/// The lane's side gives a hanging publisher up after this.
+/// After this time the lane gives up a hanging publisher.
 const WATCHDOG: Duration = Duration::from_secs(25);
-/// The client waits this long for offsets that a pending transaction holds.
+/// Time that the client waits for offsets that a pending transaction holds.
 const STABLE_WAIT: Duration = Duration::from_secs(10);
-/// A hanging request to the broker.
+/// Timeout of a hanging broker request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// A hanging database transaction.
+/// Timeout of a hanging database transaction.
 const LEDGER_TIMEOUT: Duration = Duration::from_secs(60);
 
-type Sent = Result<(Published, OutputCounts, PublishTimes), PublishFailure>;
+type Sent = Result<(Published, OutputCounts, PublishTimes), PublishError>;
 
-/// What the client knows of a partition that it fetches.
+/// The client's state of a fetched partition.
 #[derive(Clone, Copy, Debug)]
 struct Fetch {
     position: i64,
     is_end_told: bool,
-    /// Nothing was delivered since it was begun.
+    /// Nothing was delivered since fetching started.
     is_fresh: bool,
 }
 
@@ -49,20 +49,20 @@ pub struct ModelLog {
     shared: Shared,
     who: Who,
     identity: Identity,
-    overtaken: Arc<AtomicI64>,
+    unhandled_revocations: Arc<AtomicI64>,
     fetches: BTreeMap<i32, Fetch>,
-    /// Epoch of the producer, once it is initialised.
+    /// Producer epoch, once it is initialised.
     producer: Option<u64>,
     is_in_doubt: bool,
 }
 
 impl ModelLog {
-    pub fn new(shared: Shared, who: Who, identity: Identity, overtaken: Arc<AtomicI64>) -> Self {
+    pub fn new(shared: Shared, who: Who, identity: Identity, unhandled_revocations: Arc<AtomicI64>) -> Self {
         Self {
             shared,
             who,
             identity,
-            overtaken,
+            unhandled_revocations,
             fetches: BTreeMap::new(),
             producer: None,
             is_in_doubt: false,
@@ -73,17 +73,17 @@ impl ModelLog {
         Caller { shared: Rc::clone(&self.shared), who: self.who }
     }
 
-    /// One request to the broker.
-    async fn request(&self, name: &'static str) -> Result<bool, LogFailure> {
+    /// Sends one request to the broker.
+    async fn request(&self, name: &'static str) -> Result<bool, KafkaPortError> {
         self.caller().request(name).await
     }
 
-    /// The answer on its way back.
-    async fn reply(&self, name: &'static str, is_lost: bool) -> Result<(), LogFailure> {
+    /// Returns the response.
+    async fn reply(&self, name: &'static str, is_lost: bool) -> Result<(), KafkaPortError> {
         self.caller().reply(name, is_lost).await
     }
 
-    fn deliver(&mut self, intake: &mut Intake) -> bool {
+    fn deliver(&mut self, buffer: &mut FetchBuffer) -> bool {
         let mut world = self.shared.world.borrow_mut();
         let mut is_delivered = false;
         if world.is_broker_down() {
@@ -102,23 +102,23 @@ impl ModelLog {
             let end = world.logs[p as usize].end();
             if !(world.logs[p as usize].start..=end).contains(&position) {
                 // auto.offset.reset=error
-                intake.fail(Partition(p), FetchFault::new(RDKafkaErrorCode::AutoOffsetReset, -1));
+                buffer.fail(Partition(p), FetchFault::new(RDKafkaErrorCode::AutoOffsetReset, -1));
                 self.fetches.remove(&p);
                 is_delivered = true;
                 continue;
             }
             if is_fresh && world.plan.has_delays && position < end && world.rng.random_ratio(1, 6) {
-                // A fault of the library: it begins at a position of its own choice.
+                // Simulates a bug of librdkafka: it starts at another position.
                 position = world.rng.random_range(position + 1..=end);
                 world.passed_over += 1;
-                world.note(|| format!("       the client begins {p} at {position} instead"));
+                world.note(|| format!("       the client starts {p} at {position} instead"));
             }
             let chunk = if world.plan.has_delays { world.rng.random_range(1..6) } else { 100 };
             let mut taken = 0;
-            while position < end && intake.room() > 0 && taken < chunk {
+            while position < end && buffer.room() > 0 && taken < chunk {
                 if let Item::Record(record) = world.item(p, Offset(position)) {
                     let headers = record.headers.iter().map(|(n, v)| (n.as_slice(), v.as_deref()));
-                    intake.record(
+                    buffer.record(
                         Partition(p),
                         Offset(position),
                         record.timestamp,
@@ -133,7 +133,7 @@ impl ModelLog {
                 position += 1;
             }
             if position == end && !is_end_told {
-                intake.end(Partition(p), NextOffset(end));
+                buffer.end(Partition(p), NextOffset(end));
                 is_end_told = true;
                 taken += 1;
             }
@@ -145,10 +145,10 @@ impl ModelLog {
         is_delivered
     }
 
-    /// A partition fails, and the client reads on behind the error, at a wrong place.
-    fn fail_one(&mut self, intake: &mut Intake) {
+    /// A partition fails, and the client continues behind the error, at a wrong offset.
+    fn fail_one(&mut self, buffer: &mut FetchBuffer) {
         let Some(p) = self.fetches.keys().next().copied() else { return };
-        intake.fail(Partition(p), FetchFault::new(RDKafkaErrorCode::BadMessage, 0));
+        buffer.fail(Partition(p), FetchFault::new(RDKafkaErrorCode::BadMessage, 0));
         let mut world = self.shared.world.borrow_mut();
         let end = world.logs[p as usize].end();
         if let Some(fetch) = self.fetches.get_mut(&p)
@@ -159,31 +159,31 @@ impl ModelLog {
         }
     }
 
-    /// A task of this process, which tells the lane something.
+    /// Spawns a task of this process that sends the lane an event.
     fn spawn(&self, work: impl Future<Output = LaneEvent> + 'static) {
         let (shared, who) = (Rc::clone(&self.shared), self.who);
         let task = spawn_local(async move {
             let event = work.await;
             shared.thaw(who).await;
-            let seat = {
+            let lane = {
                 let world = shared.world.borrow();
-                world.is_alive(who).then(|| world.members[who.member].seats.get(who.lane).cloned()).flatten()
+                world.is_alive(who).then(|| world.members[who.member].lanes.get(who.lane).cloned()).flatten()
             };
-            if let Some(seat) = seat {
-                let _ = seat.events.send(event).await;
+            if let Some(lane) = lane {
+                let _ = lane.events.send(event).await;
                 shared.changed.notify_waiters();
             }
         });
         self.shared.world.borrow_mut().members[self.who.member].threads.push(task.abort_handle());
     }
 
-    /// Whether somebody fetches without end: that history is over.
+    /// Detects an endless fetch loop, which ends the history.
     fn spins(&self) -> bool {
         let mut world = self.shared.world.borrow_mut();
         world.calls += 1;
         if world.calls > CALLS_MAX {
             let who = self.who;
-            world.fail(format!("stuck: {who:?} fetches without end"));
+            world.fail(format!("stuck: {who:?} fetches endlessly"));
         }
         world.calls > CALLS_MAX
     }
@@ -198,38 +198,38 @@ impl ModelLog {
     }
 }
 
-/// Who asks the broker something, in the background or not.
+/// Sends requests to the broker, in the background or not.
 struct Caller {
     shared: Shared,
     who: Who,
 }
 
 impl Caller {
-    /// One request to the broker.
-    async fn request(&self, name: &'static str) -> Result<bool, LogFailure> {
-        let passing = |text: &str| Err(LogFailure::passing(format!("{name}: {text}")));
+    /// Sends one request to the broker.
+    async fn request(&self, name: &'static str) -> Result<bool, KafkaPortError> {
+        let transient = |text: &str| Err(KafkaPortError::transient(format!("{name}: {text}")));
         match self.shared.point(self.who, name).await {
-            Fault::Before => passing("no answer"),
+            Fault::Before => transient("no answer"),
             Fault::Hang => {
                 sleep(REQUEST_TIMEOUT).await;
-                passing("no answer in time")
+                transient("no answer in time")
             }
-            _ if self.shared.world.borrow().is_broker_down() => passing("broker away"),
+            _ if self.shared.world.borrow().is_broker_down() => transient("broker unavailable"),
             fault => Ok(fault == Fault::After),
         }
     }
 
-    /// The answer on its way back.
-    async fn reply(&self, name: &'static str, is_lost: bool) -> Result<(), LogFailure> {
+    /// Returns the response.
+    async fn reply(&self, name: &'static str, is_lost: bool) -> Result<(), KafkaPortError> {
         match self.shared.point(self.who, name).await {
-            _ if is_lost => Err(LogFailure::passing(format!("{name}: answer lost"))),
+            _ if is_lost => Err(KafkaPortError::transient(format!("{name}: answer lost"))),
             Fault::None => Ok(()),
-            _ => Err(LogFailure::passing(format!("{name}: answer lost"))),
+            _ => Err(KafkaPortError::transient(format!("{name}: answer lost"))),
         }
     }
 
-    /// What the cluster says of partitions; the answer may have been long on its way.
-    async fn positions(&self, partitions: &[Partition]) -> Result<Vec<Positions>, LogFailure> {
+    /// The cluster's answer about partitions, possibly outdated.
+    async fn positions(&self, partitions: &[Partition]) -> Result<Vec<Positions>, KafkaPortError> {
         let is_lost = self.request("group_offsets").await?;
         let deadline = Instant::now() + STABLE_WAIT;
         let offsets: Vec<Option<GroupOffset>> = loop {
@@ -243,7 +243,7 @@ impl Caller {
                 break found;
             }
             if Instant::now() > deadline {
-                return Err(LogFailure::passing("offsets are held by a transaction".to_owned()));
+                return Err(KafkaPortError::transient("offsets are held by a transaction".to_owned()));
             }
             sleep(Duration::from_millis(200)).await;
         };
@@ -285,7 +285,7 @@ impl Caller {
     }
 }
 
-impl Log for ModelLog {
+impl KafkaPort for ModelLog {
     fn ask(&mut self, question: Question) {
         let caller = self.caller();
         self.spawn(async move {
@@ -305,12 +305,15 @@ impl Log for ModelLog {
         });
     }
 
-    async fn prove(&mut self, wanted: &[(Partition, NextOffset)]) -> Result<Option<Vec<Proved>>, LogFailure> {
+    async fn prove(
+        &mut self,
+        wanted: &[(Partition, NextOffset)],
+    ) -> Result<Option<Vec<Proved>>, KafkaPortError> {
         let is_lost = self.request("prove").await?;
         let found = {
             let mut world = self.shared.world.borrow_mut();
             if world.has_open_outputs() {
-                // Its end is waited for.
+                // This waits for its end.
                 None
             } else if world.is_tail_removed {
                 let impossible = |(partition, from): &(Partition, NextOffset)| Proved {
@@ -335,7 +338,7 @@ impl Log for ModelLog {
         Ok(found)
     }
 
-    async fn start(&mut self, positions: &[(Partition, NextOffset)]) -> Result<(), LogFailure> {
+    async fn start(&mut self, positions: &[(Partition, NextOffset)]) -> Result<(), KafkaPortError> {
         let is_lost = self.request("start").await?;
         {
             let mut world = self.shared.world.borrow_mut();
@@ -351,7 +354,7 @@ impl Log for ModelLog {
         self.reply("start reply", is_lost).await
     }
 
-    async fn stop(&mut self, partitions: &[Partition]) -> Result<(), LogFailure> {
+    async fn stop(&mut self, partitions: &[Partition]) -> Result<(), KafkaPortError> {
         let is_lost = self.request("stop").await?;
         for partition in partitions {
             self.fetches.remove(&partition.0);
@@ -365,7 +368,7 @@ impl Log for ModelLog {
         self.fetches.clear();
     }
 
-    async fn fetch(&mut self, intake: &mut Intake, wait: Duration) {
+    async fn fetch(&mut self, buffer: &mut FetchBuffer, wait: Duration) {
         if self.spins() {
             std::future::pending::<()>().await;
         }
@@ -382,30 +385,30 @@ impl Log for ModelLog {
             Fault::None | Fault::Crash => {}
             Fault::Hang => sleep(Duration::from_secs(2)).await,
             Fault::Before | Fault::After => {
-                self.fail_one(intake);
+                self.fail_one(buffer);
             }
         }
-        self.deliver(intake);
+        self.deliver(buffer);
     }
 
     async fn publish(&mut self, publication: &Arc<Publication>) -> Sent {
         match self.shared.point(self.who, "publish").await {
-            Fault::Before => return Err(PublishFailure::Fenced("rebalance in progress".to_owned())),
-            Fault::After => return Err(PublishFailure::aborted("coordinator is moving".to_owned())),
+            Fault::Before => return Err(PublishError::Fenced("rebalance in progress".to_owned())),
+            Fault::After => return Err(PublishError::aborted("coordinator is moving".to_owned())),
             _ => {}
         }
         if self.is_in_doubt {
-            return Err(PublishFailure::Unknown("an earlier transaction was given up".to_owned()));
+            return Err(PublishError::Unknown("the outcome of an earlier transaction is unknown".to_owned()));
         }
         let Some(epoch) = self.producer else {
-            return Err(PublishFailure::Unknown("there is no producer yet".to_owned()));
+            return Err(PublishError::Unknown("there is no producer yet".to_owned()));
         };
         let generation = self.shared.world.borrow().members[self.who.member].generation;
         if generation < 0 {
-            return Err(PublishFailure::Fenced("between two generations".to_owned()));
+            return Err(PublishError::Fenced("between two generations".to_owned()));
         }
-        if self.overtaken.load(Ordering::Acquire) != 0 {
-            return Err(PublishFailure::Fenced("partitions were taken away meanwhile".to_owned()));
+        if self.unhandled_revocations.load(Ordering::Acquire) != 0 {
+            return Err(PublishError::Fenced("a revocation is not handled yet".to_owned()));
         }
         self.is_in_doubt = true;
         let (reply, answer) = oneshot::channel();
@@ -424,15 +427,15 @@ impl Log for ModelLog {
         self.shared.world.borrow_mut().members[self.who.member].threads.push(task.abort_handle());
         let outcome = match timeout(WATCHDOG, answer).await {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) => Err(PublishFailure::Unknown("the thread is gone".to_owned())),
-            Err(_) => Err(PublishFailure::Unknown("the producer hangs".to_owned())),
+            Ok(Err(_)) => Err(PublishError::Unknown("the thread is gone".to_owned())),
+            Err(_) => Err(PublishError::Unknown("the producer hangs".to_owned())),
         };
-        self.is_in_doubt = matches!(outcome, Err(PublishFailure::Unknown(_)));
+        self.is_in_doubt = matches!(outcome, Err(PublishError::Unknown(_)));
         self.shared.thaw(self.who).await;
         outcome
     }
 
-    async fn renew(&mut self) -> Result<(), LogFailure> {
+    async fn renew(&mut self) -> Result<(), KafkaPortError> {
         let is_lost = self.request("renew").await?;
         self.is_in_doubt = false;
         let epoch = {
@@ -449,7 +452,7 @@ impl Log for ModelLog {
     }
 }
 
-/// The publisher's thread: goes on whether or not the lane waits for it.
+/// The publisher's thread: continues whether or not the lane waits for it.
 struct Thread {
     shared: Shared,
     who: Who,
@@ -463,21 +466,21 @@ impl Thread {
         (self.who.member, self.who.lane)
     }
 
-    /// Aborts, and says what is known then.
-    async fn abort(&self, number: u64, failure: PublishFailure) -> PublishFailure {
+    /// Aborts, and returns what is known by then.
+    async fn abort(&self, number: u64, failure: PublishError) -> PublishError {
         let fault = self.shared.point(self.who, "abort").await;
         if matches!(fault, Fault::Before | Fault::Hang) {
-            return PublishFailure::Unknown("abort: no answer".to_owned());
+            return PublishError::Unknown("abort: no answer".to_owned());
         }
         let is_aborted = self.shared.world.borrow_mut().abort_txn(self.id(), self.epoch, number);
         if is_aborted && fault == Fault::None {
             failure
         } else {
-            PublishFailure::Unknown("abort: fenced, or the answer was lost".to_owned())
+            PublishError::Unknown("abort: fenced, or the answer was lost".to_owned())
         }
     }
 
-    /// The commit request arrives some time later, if nothing settled the transaction before.
+    /// The commit request arrives some time later, unless the transaction has ended before.
     fn commit_later(&self, number: u64, reply: Option<oneshot::Sender<bool>>) {
         let (shared, id, epoch) = (Rc::clone(&self.shared), self.id(), self.epoch);
         let delay = shared.world.borrow_mut().rng.random_range(0..12_000);
@@ -491,7 +494,7 @@ impl Thread {
     }
 
     async fn publish(&self, publication: &Publication) -> Sent {
-        let unknown = |text: &str| Err(PublishFailure::Unknown(text.to_owned()));
+        let unknown = |text: &str| Err(PublishError::Unknown(text.to_owned()));
         if self.shared.point(self.who, "begin").await != Fault::None {
             return unknown("begin: invalid state");
         }
@@ -531,7 +534,7 @@ impl Thread {
             Fault::None | Fault::Crash => {}
             Fault::Before | Fault::After => {
                 return Err(self
-                    .abort(number, PublishFailure::aborted("an output topic is away".to_owned()))
+                    .abort(number, PublishError::aborted("an output topic is away".to_owned()))
                     .await);
             }
             Fault::Hang => std::future::pending().await,
@@ -549,12 +552,12 @@ impl Thread {
             is_member
         };
         if !is_taken {
-            return Err(self.abort(number, PublishFailure::Fenced("illegal generation".to_owned())).await);
+            return Err(self.abort(number, PublishError::Fenced("illegal generation".to_owned())).await);
         }
         match self.shared.point(self.who, "send_offsets").await {
             Fault::None | Fault::Crash => {}
             Fault::Before | Fault::After => {
-                return Err(self.abort(number, PublishFailure::aborted("send_offsets".to_owned())).await);
+                return Err(self.abort(number, PublishError::aborted("send_offsets".to_owned())).await);
             }
             Fault::Hang => std::future::pending().await,
         }
@@ -563,7 +566,7 @@ impl Thread {
             world.plan.has_delays && world.rng.random_ratio(1, 20)
         };
         if is_late {
-            // The request is on its way, whatever becomes of this process.
+            // The request is on its way, even if this process crashes.
             let (reply, answer) = oneshot::channel();
             self.commit_later(number, Some(reply));
             let is_committed = answer.await.unwrap_or(false);
@@ -598,12 +601,12 @@ pub struct ModelLedger {
     who: Who,
     identity: Identity,
     session: Option<u64>,
-    /// Batches that were not written.
+    /// Batches that failed.
     refused: u32,
 }
 
-fn failed(class: FailureClass, message: impl Into<String>) -> LedgerFailure {
-    LedgerFailure { class, sqlstate: None, message: message.into(), identity: None }
+fn failed(class: FailureClass, message: impl Into<String>) -> StoreError {
+    StoreError { class, sqlstate: None, message: message.into(), identity: None }
 }
 
 impl ModelLedger {
@@ -612,20 +615,20 @@ impl ModelLedger {
     }
 
     /// The session, or a new one; it is put back only after a success.
-    async fn take_session(&mut self) -> Result<u64, LedgerFailure> {
+    async fn take_session(&mut self) -> Result<u64, StoreError> {
         if let Some(epoch) = self.session.take() {
             return Ok(epoch);
         }
         let fault = self.shared.point(self.who, "connect").await;
         let world = self.shared.world.borrow();
         if fault != Fault::None || world.is_db_down() {
-            return Err(failed(FailureClass::Passing, "connecting: no answer"));
+            return Err(failed(FailureClass::Transient, "connecting: no answer"));
         }
         if world.db.id != self.identity.database_id {
             let doubt =
-                IdentityDoubt::OtherDatabase { marked: self.identity.database_id, found: world.db.id };
-            return Err(LedgerFailure {
-                class: FailureClass::Systemic,
+                IdentityMismatch::OtherDatabase { marked: self.identity.database_id, found: world.db.id };
+            return Err(StoreError {
+                class: FailureClass::Persistent,
                 sqlstate: None,
                 message: doubt.to_string(),
                 identity: Some(doubt),
@@ -634,38 +637,38 @@ impl ModelLedger {
         Ok(world.db_epoch)
     }
 
-    /// One short statement on the session; true: it takes effect, but the answer is lost.
-    async fn statement(&self, name: &'static str, session: u64) -> Result<bool, LedgerFailure> {
+    /// Runs one short statement on the session; true means that it takes effect, but the response is lost.
+    async fn statement(&self, name: &'static str, session: u64) -> Result<bool, StoreError> {
         let fault = self.shared.point(self.who, name).await;
         if fault == Fault::Hang {
             sleep(LEDGER_TIMEOUT).await;
         }
         if matches!(fault, Fault::Hang | Fault::Before) {
-            return Err(failed(FailureClass::Passing, format!("{name}: connection lost")));
+            return Err(failed(FailureClass::Transient, format!("{name}: connection lost")));
         }
         self.is_open(session)?;
         Ok(fault == Fault::After)
     }
 
-    fn is_open(&self, session: u64) -> Result<(), LedgerFailure> {
+    fn is_open(&self, session: u64) -> Result<(), StoreError> {
         let world = self.shared.world.borrow();
         if world.db_epoch != session || world.is_db_down() {
-            return Err(failed(FailureClass::Passing, "connection closed"));
+            return Err(failed(FailureClass::Transient, "connection closed"));
         }
         Ok(())
     }
 
-    async fn reply(&mut self, name: &'static str, session: u64, is_lost: bool) -> Result<(), LedgerFailure> {
+    async fn reply(&mut self, name: &'static str, session: u64, is_lost: bool) -> Result<(), StoreError> {
         let fault = self.shared.point(self.who, name).await;
         if is_lost || fault != Fault::None {
-            return Err(failed(FailureClass::Passing, format!("{name}: connection lost")));
+            return Err(failed(FailureClass::Transient, format!("{name}: connection lost")));
         }
         self.session = Some(session);
         Ok(())
     }
 }
 
-/// A lane's database transaction, as long as the lane waits for it.
+/// A lane's database transaction, while the lane waits for it.
 struct UnderWay {
     shared: Shared,
     who: Who,
@@ -684,11 +687,11 @@ impl Drop for UnderWay {
     }
 }
 
-impl Ledger for ModelLedger {
+impl Store for ModelLedger {
     async fn cursors(
         &mut self,
         partitions: &[Partition],
-    ) -> Result<Vec<(Partition, Option<CursorRow>)>, LedgerFailure> {
+    ) -> Result<Vec<(Partition, Option<CursorRow>)>, StoreError> {
         let session = self.take_session().await?;
         let is_lost = self.statement("cursors", session).await?;
         let rows = {
@@ -703,7 +706,7 @@ impl Ledger for ModelLedger {
     async fn store_cursors(
         &mut self,
         rows: &[(Partition, Option<NextOffset>, CursorRow)],
-    ) -> Result<(), LedgerFailure> {
+    ) -> Result<(), StoreError> {
         let session = self.take_session().await?;
         let is_lost = self.statement("store_cursors", session).await?;
         {
@@ -728,15 +731,15 @@ impl Ledger for ModelLedger {
         &mut self,
         batch: &Batch,
         moves: &[CursorMove],
-    ) -> Result<(Fates, Answer, WriteStats), LedgerFailure> {
+    ) -> Result<(Outcomes, Answer, WriteStats), StoreError> {
         let _under_way = UnderWay::new(&self.shared, self.who);
         let session = self.take_session().await?;
-        // Dropped up to here, the server rolls back.
+        // If it is dropped before this point, the server rolls back.
         let is_lost = match self.statement("write", session).await {
             Ok(is_lost) => is_lost,
             Err(failure) => {
                 self.refused += 1;
-                // Every other time the database refuses rows, and nothing tells whose fault that is.
+                // Every second time the database rejects rows, the cause is ambiguous.
                 return Err(match self.refused % 2 {
                     0 => failed(FailureClass::Record, "refused"),
                     _ => failure,
@@ -753,7 +756,7 @@ impl Ledger for ModelLedger {
                 0
             }
         };
-        // From here on COMMIT is on its way, whatever becomes of the lane.
+        // From here on COMMIT is on its way, even if the lane gives up.
         let server = async move {
             if delay_ms > 0 {
                 sleep(Duration::from_millis(delay_ms)).await;
@@ -767,7 +770,7 @@ impl Ledger for ModelLedger {
                 let moved: Vec<_> =
                     moves.iter().map(|m| (m.partition.0, m.seen.0, m.applied.0, m.published)).collect();
                 match &written {
-                    Ok((fates, _)) => format!("       COMMIT of {who:?} {moved:?} {:?}", fates.0),
+                    Ok((outcomes, _)) => format!("       COMMIT of {who:?} {moved:?} {:?}", outcomes.0),
                     Err(error) => format!("       cursor guard against {who:?}: {error}"),
                 }
             });
@@ -781,13 +784,13 @@ impl Ledger for ModelLedger {
         let written = match timeout(LEDGER_TIMEOUT, answer).await {
             Ok(Ok(Ok(written))) => written,
             Ok(Ok(Err(message))) => return Err(failed(FailureClass::Fenced, message)),
-            Ok(Err(_)) | Err(_) => return Err(failed(FailureClass::Passing, "COMMIT: no answer")),
+            Ok(Err(_)) | Err(_) => return Err(failed(FailureClass::Transient, "COMMIT: no answer")),
         };
         self.reply("write reply", session, is_lost).await?;
         Ok((written.0, written.1, WriteStats::default()))
     }
 
-    async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), LedgerFailure> {
+    async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), StoreError> {
         let session = self.take_session().await?;
         let is_lost = self.statement("move_cursors", session).await?;
         let moved = self.shared.world.borrow_mut().db.guarded(moves);

@@ -1,16 +1,16 @@
-//! Input records of a history, each with what the contract says of it, known by construction.
+//! Input records of a history, each with its outcome according to the contract, known by construction.
 
-use payment_writer::record::TimestampMs;
+use payment_writer::domain::record::TimestampMs;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use uuid::Uuid;
 
 /// `payment.max_bytes` of the model: small, so that `too_large` is cheap.
 pub const PAYMENT_BYTES_MAX: usize = 600;
-/// All records carry times near this one.
+/// All records have timestamps near this one.
 pub const BASE_MS: i64 = 1_767_225_600_000;
 
-/// What the contract says of one record, apart from what was seen before it.
+/// A record's outcome by itself, without regard to earlier records.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Expect {
     /// Valid; records of one `id` are duplicates of each other if `payload` agrees, else conflicts.
@@ -27,7 +27,7 @@ pub struct Record {
     pub key: Option<Vec<u8>>,
     pub value: Option<Vec<u8>>,
     pub headers: Vec<(Vec<u8>, Option<Vec<u8>>)>,
-    /// The message id as it stands in the message.
+    /// The message id as written in the message.
     pub id_text: String,
 }
 
@@ -37,11 +37,11 @@ fn v4(number: u128) -> Uuid {
     Uuid::from_u128(cleared | (4 << 76) | (0b10 << 62))
 }
 
-/// Draws records.
+/// Generates records.
 #[derive(Debug)]
 pub struct Generator {
     fresh: u128,
-    /// How many ids the small alphabet has.
+    /// Number of distinct ids.
     pub alphabet: u128,
 }
 
@@ -58,7 +58,7 @@ impl Generator {
             self.fresh
         };
         let kind = if rng.random_bool(0.2) { rng.random_range(1..=10) } else { 0 };
-        // The first variant is the usual one, so that duplicates are as frequent as conflicts.
+        // The first variant is the most frequent, so that there are as many duplicates as conflicts.
         let variant = if rng.random_bool(0.6) { 0 } else { rng.random_range(0..6) };
         self.record(rng, number, variant, kind)
     }
@@ -124,7 +124,7 @@ impl Generator {
                 expect = Expect::Invalid("invalid_timestamp");
             }
             10 => {
-                // A UUIDv7 of a time long ago.
+                // A UUIDv7 with a time in the distant past.
                 let old = Uuid::from_u128((1_000_000_000_000_u128 << 80) | (7 << 76) | (0b10 << 62) | number);
                 value = Some(text.replace(&id_text, &old.to_string()).into_bytes());
                 expect = Expect::Invalid("stale_message_id");

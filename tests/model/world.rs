@@ -1,4 +1,4 @@
-//! The world that the lanes believe to be Kafka and Postgres. Everything in here is the truth.
+//! The simulated Kafka and Postgres. The state in here is the ground truth.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
-use payment_writer::batch::{Answer, Batch, Fates, Owner, Refused};
-use payment_writer::cursor::{CursorRow, GroupOffset, Mark};
-use payment_writer::disposition::SqlState;
-use payment_writer::lane::ports::{CursorMove, LaneEvent};
-use payment_writer::record::{NextOffset, Offset, Partition};
-use payment_writer::status::Board;
+use payment_writer::domain::batch::{Answer, Batch, Outcomes, Owner, Refused};
+use payment_writer::domain::cursor::{CommitMetadata, CursorRow, GroupOffset};
+use payment_writer::domain::outcome::SqlState;
+use payment_writer::domain::record::{NextOffset, Offset, Partition};
+use payment_writer::ports::{CursorMove, LaneEvent};
+use payment_writer::telemetry::status::StatusRegistry;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::sync::{Notify, mpsc};
@@ -21,16 +21,16 @@ use uuid::Uuid;
 
 use crate::records::Record;
 
-/// A transaction that stays open for longer is aborted by the coordinator.
+/// Transaction timeout: the coordinator aborts a transaction that stays open for longer.
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(15);
-/// More calls than this in one history: somebody spins.
+/// More calls than this in one history mean an endless loop.
 pub const CALLS_MAX: u64 = 60_000;
 
-/// One place in a partition's log.
+/// One offset of a partition's log.
 #[derive(Clone, Debug)]
 pub enum Item {
     Record(Box<Record>),
-    /// A control record, or a record of an aborted transaction: an offset that nobody sees.
+    /// A control record, or a record of an aborted transaction: an offset without a visible record.
     Hidden,
 }
 
@@ -47,7 +47,7 @@ impl PartitionLog {
     }
 }
 
-/// One message of an output topic, as a read_committed consumer sees it.
+/// One message of an output topic, as a read_committed consumer reads it.
 #[derive(Clone, Debug)]
 pub struct Message {
     /// Name of the output topic's role.
@@ -57,7 +57,7 @@ pub struct Message {
     pub headers: Vec<(String, String)>,
 }
 
-/// A transaction in which something was produced.
+/// A transaction with produced messages.
 #[derive(Debug)]
 pub struct OpenTxn {
     pub number: u64,
@@ -73,7 +73,7 @@ pub struct TxnState {
     pub open: Option<OpenTxn>,
 }
 
-/// Rows of `payment_metadata` and what the other tables have of them.
+/// Rows of `payment_metadata` with the columns of other tables.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Row {
     pub payment_id: Uuid,
@@ -83,7 +83,7 @@ pub struct Row {
     pub cust_id: i64,
 }
 
-/// All that is durable in Postgres.
+/// Everything that is durable in Postgres.
 #[derive(Clone, Debug)]
 pub struct Database {
     pub id: Uuid,
@@ -112,15 +112,15 @@ impl Database {
                     row.applied_timestamp = timestamp;
                 }
                 row.applied = row.applied.max(m.applied);
-                // As `greatest` in SQL: nulls do not count.
+                // As `greatest` in SQL: nulls are ignored.
                 row.published = row.published.max(m.published);
             }
         }
         Ok(())
     }
 
-    /// The whole transaction of a batch at the moment of its COMMIT.
-    pub fn write(&mut self, batch: &Batch, moves: &[CursorMove]) -> Result<(Fates, Answer), String> {
+    /// A batch's transaction, applied at its COMMIT.
+    pub fn write(&mut self, batch: &Batch, moves: &[CursorMove]) -> Result<(Outcomes, Answer), String> {
         self.guarded(moves)?;
         let mut answer = Answer::default();
         for id in batch.lookups() {
@@ -128,7 +128,7 @@ impl Database {
                 answer.owners.insert(id, *owner);
             }
         }
-        // What the real ledger finds by halving is known here.
+        // What the real store finds by bisecting is known here.
         let mut refused = Refused::default();
         loop {
             let before = refused.len();
@@ -160,14 +160,14 @@ impl Database {
                 }
             }
         }
-        let fates = batch.decide(&answer, &refused);
-        let rows = batch.rows(&fates);
+        let outcomes = batch.decide(&answer, &refused);
+        let rows = batch.rows(&outcomes);
         let core = decode(&rows.core.bytes);
         let metadata = decode(&rows.metadata.bytes);
-        assert_eq!(core.len(), rows.core.count, "rows of payment_core are not what they are said to be");
-        assert_eq!(metadata.len(), rows.metadata.count, "rows of payment_metadata likewise");
+        assert_eq!(core.len(), rows.core.count, "the number of rows of payment_core is wrong");
+        assert_eq!(metadata.len(), rows.metadata.count, "the number of rows of payment_metadata is wrong");
         for (core, metadata) in core.iter().zip(&metadata) {
-            assert_eq!(core[0], metadata[0], "payment ids of one payment agree");
+            assert_eq!(core[0], metadata[0], "payment ids of one payment differ");
             self.rows.push(Row {
                 payment_id: Uuid::from_slice(&metadata[0]).unwrap(),
                 message_id: Uuid::from_slice(&metadata[4]).unwrap(),
@@ -176,11 +176,11 @@ impl Database {
                 cust_id: i64::from_be_bytes(core[2].as_slice().try_into().unwrap()),
             });
         }
-        Ok((fates, answer))
+        Ok((outcomes, answer))
     }
 }
 
-/// A constraint of the model's database: some payments it takes never, whatever else has their id.
+/// A constraint of the simulated database: it never accepts some payments, whatever else has their id.
 pub fn refuses(message_id: Uuid, cust_id: i64) -> bool {
     message_id.as_u128().is_multiple_of(3) && cust_id == 2
 }
@@ -204,60 +204,60 @@ fn decode(bytes: &[u8]) -> Vec<Vec<Vec<u8>>> {
     rows
 }
 
-/// One lane's seat, as the group sees it.
+/// One lane's registration, as the group sees it.
 #[derive(Clone)]
-pub struct Seat {
+pub struct LaneHandle {
     pub events: mpsc::Sender<LaneEvent>,
-    pub overtaken: Arc<AtomicI64>,
+    pub unhandled_revocations: Arc<AtomicI64>,
 }
 
-/// One process, member of the group.
+/// One process, a member of the group.
 #[derive(Default)]
 pub struct Member {
-    /// Counts starts; a former start's requests are fenced.
+    /// Incremented by each start; requests of an earlier start are fenced.
     pub incarnation: u64,
     pub is_up: bool,
-    /// The coordinator knows it. False of a zombie.
+    /// Whether the coordinator knows it. False for a zombie.
     pub is_known: bool,
-    /// The generation it believes in; -1 between two.
+    /// The generation that it knows; -1 between two.
     pub generation: i64,
-    /// Nothing of it moves (a long pause of the process).
+    /// The whole process is paused.
     pub is_frozen: bool,
-    /// Partitions it believes to own.
+    /// Partitions that it assumes to own.
     pub held: BTreeSet<i32>,
-    pub seats: Vec<Seat>,
-    pub board: Arc<Board>,
+    pub lanes: Vec<LaneHandle>,
+    pub status: Arc<StatusRegistry>,
     pub threads: Vec<tokio::task::AbortHandle>,
 }
 
-/// What goes wrong at one call.
+/// The fault at one call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fault {
     None,
     /// Fails without an effect.
     Before,
-    /// Takes effect, but fails for the caller.
+    /// Takes effect, but the caller gets an error.
     After,
-    /// No answer at all; the effect comes late or never.
+    /// No response; the effect comes late or never.
     Hang,
     /// The process dies here.
     Crash,
 }
 
-/// Which fault comes when.
+/// When faults happen.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Plan {
-    /// Per mille of the calls.
+    /// Faults per thousand calls.
     pub rate: u32,
-    /// Of the faults, every so many is a crash.
+    /// One in this many faults is a crash.
     pub crash_of: u32,
-    /// One fault at the call with this number.
+    /// A single fault at the call with this number.
     pub at: Option<(u64, Option<Fault>)>,
     /// Calls take random time.
     pub has_delays: bool,
 }
 
-/// Who calls.
+/// The caller.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Who {
     pub member: usize,
@@ -269,19 +269,19 @@ pub struct World {
     pub rng: ChaCha8Rng,
     pub began: Instant,
     pub plan: Plan,
-    /// Calls at which a fault may come.
+    /// Number of calls at which a fault may happen.
     pub points: u64,
     pub calls: u64,
     pub faults: u64,
-    /// Lanes whose database transaction is under way.
+    /// Lanes with a database transaction in progress.
     pub writing: BTreeSet<Who>,
-    /// Records that a lane took in beside its database transaction.
+    /// Records that a lane fetched during its database transaction.
     pub taken_ahead: u64,
-    /// Times that a client began at a position of its own choice.
+    /// How often a client started at another position.
     pub passed_over: u64,
-    /// Faults to come at the next call of this process and name.
+    /// Faults scheduled for the next call of this process and name.
     pub ordered: Vec<(usize, &'static str, Fault)>,
-    /// Nothing goes wrong any more.
+    /// No more faults.
     pub is_calm: bool,
     pub trace: Option<Vec<String>>,
     pub failure: Option<String>,
@@ -291,7 +291,7 @@ pub struct World {
     pub publishes: bool,
     pub logs: Vec<PartitionLog>,
     pub offsets: Vec<Option<GroupOffset>>,
-    /// The furthest offset that a transaction committed: what was really published.
+    /// The highest offset that a transaction committed: what was really published.
     pub truly_published: Vec<i64>,
     pub generation: i64,
     pub members: Vec<Member>,
@@ -299,10 +299,10 @@ pub struct World {
     pub txn_count: u64,
     pub outputs: Vec<Message>,
     pub emitted: BTreeSet<(&'static str, String)>,
-    /// Retention took the ends of the outputs: nothing can be proved from them.
+    /// Retention removed the ends of the outputs: nothing can be proved from them.
     pub is_tail_removed: bool,
     pub broker_down_until: Option<Instant>,
-    /// `bounds` answers an end that is this much too low.
+    /// `bounds` returns an end that is too low by this much.
     pub end_lag: i64,
 
     pub db: Database,
@@ -311,12 +311,12 @@ pub struct World {
     pub db_down_until: Option<Instant>,
     pub snapshots: Vec<Database>,
 
-    /// The database lost something that was committed.
+    /// The database lost a commit.
     pub has_rewound: bool,
-    /// Since the database lost something, no lane took these partitions up. Until one has, the old
-    /// cursors know nothing of what was sent, and only the group's offset does.
+    /// No lane has recovered these partitions since the database lost data. Until one has, the old cursors do
+    /// not have what was sent; only the group's offset does.
     pub untaken: BTreeSet<i32>,
-    /// The epoch of the database in which a lane last read cursors.
+    /// The epoch of the database when a lane last read cursors.
     pub read_in: BTreeMap<Who, u64>,
     /// Group offsets of these partitions were changed by hand.
     pub tampered: BTreeSet<i32>,
@@ -324,7 +324,7 @@ pub struct World {
 
 pub struct Handle {
     pub world: RefCell<World>,
-    /// Something happened that somebody may wait for.
+    /// Wakes tasks that wait for a change.
     pub changed: Notify,
 }
 
@@ -379,7 +379,7 @@ impl World {
         }
     }
 
-    /// The history has shown a breach of the contract; the first one counts.
+    /// Records a violation of the contract; the first one counts.
     pub fn fail(&mut self, text: String) {
         self.note(|| format!("BREACH: {text}"));
         self.failure.get_or_insert(text);
@@ -390,7 +390,7 @@ impl World {
         member.is_up && member.incarnation == who.incarnation
     }
 
-    /// Counts one call that may go wrong, and draws what goes wrong.
+    /// Counts one call, and draws its fault.
     fn draw(&mut self, who: Who, name: &str) -> Fault {
         self.points += 1;
         self.calls += 1;
@@ -462,7 +462,7 @@ impl World {
         true
     }
 
-    /// Makes the transaction visible, and checks on the way what must hold at every moment.
+    /// Makes the transaction visible, and checks the invariants.
     pub fn commit_txn(&mut self, id: (usize, usize), epoch: u64, number: u64) -> bool {
         if self.open_txn(id, epoch, number).is_none() {
             return false;
@@ -472,7 +472,7 @@ impl World {
         self.note(|| format!("       transaction {number} committed: {offsets:?}"));
         for (partition, position, metadata) in offsets {
             let p = partition as usize;
-            // What was set by hand may be overruled.
+            // An offset that was set by hand may be overwritten.
             let known = self.offsets[p].as_ref().filter(|o| o.mark().is_some()).map(|o| o.position.0);
             if known.is_some_and(|k| k > position) && self.publishes {
                 let text = format!("group offset of {partition} moves back from {known:?} to {position}");
@@ -482,9 +482,11 @@ impl World {
             if applied.is_some_and(|a| a < position) && !self.has_rewound {
                 self.fail(format!("group offset {position} of {partition} ahead of the rows at {applied:?}"));
             }
-            let mark = Mark::parse(&metadata);
+            let mark = CommitMetadata::parse(&metadata);
             if mark.is_none_or(|m| m.position.0 != position) {
-                self.fail(format!("group offset {position} of {partition} without our mark: {metadata:?}"));
+                self.fail(format!(
+                    "group offset {position} of {partition} without our commit metadata: {metadata:?}"
+                ));
             }
             self.offsets[p] = Some(GroupOffset { position: NextOffset(position), metadata });
             self.truly_published[p] = self.truly_published[p].max(position);
@@ -500,7 +502,7 @@ impl World {
         true
     }
 
-    /// Whether a transaction is open that has produced something.
+    /// Whether a transaction with produced messages is open.
     pub fn has_open_outputs(&mut self) -> bool {
         self.expire();
         self.txns.values().any(|state| state.open.as_ref().is_some_and(|txn| !txn.outputs.is_empty()))
@@ -514,7 +516,7 @@ impl World {
         })
     }
 
-    /// Whether the group takes offsets from this member.
+    /// Whether the group accepts offsets from this member.
     pub fn is_member(&self, who: Who, generation: i64) -> bool {
         let member = &self.members[who.member];
         self.is_alive(who) && member.is_known && generation == self.generation
@@ -532,7 +534,7 @@ impl World {
 
     pub fn snapshot(&mut self) {
         if self.db.cursors.values().any(|row| row.settled.is_some()) {
-            // A decision that is restored later would be taken for a new one.
+            // A resolution that is restored later would be taken for a new one.
             return;
         }
         self.note(|| "snapshot of the database".to_owned());
@@ -569,8 +571,7 @@ impl Handle {
         Rc::new(Self { world: RefCell::new(world), changed: Notify::new() })
     }
 
-    /// One place at which the world may intervene. Returns what goes wrong; does not return if the
-    /// process dies here.
+    /// A point at which a fault may happen. Returns the fault; does not return if the process crashes here.
     pub async fn point(&self, who: Who, name: &'static str) -> Fault {
         let (fault, delay_ms) = {
             let mut world = self.world.borrow_mut();
@@ -598,7 +599,7 @@ impl Handle {
         fault
     }
 
-    /// Waits as long as the process stands still.
+    /// Waits while the process is paused.
     pub async fn thaw(&self, who: Who) {
         loop {
             let changed = self.changed.notified();

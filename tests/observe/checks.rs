@@ -1,4 +1,4 @@
-//! The checks that come with `ops/`, each run as a person would.
+//! Runs the checks in `ops/` as an operator would.
 
 use crate::site::{run, tools_are_here};
 
@@ -13,11 +13,11 @@ fn alerts_their_tests_runbooks_and_routes_agree() {
 }
 
 #[test]
-fn the_dashboard_is_what_its_table_says_and_its_queries_parse() {
+fn the_dashboard_matches_its_table_and_its_queries_parse() {
     finds_nothing("ops/grafana/check");
 }
 
 #[test]
-fn the_compose_file_names_what_is_there() {
+fn the_compose_file_names_existing_files() {
     finds_nothing("ops/compose-check");
 }

@@ -1,15 +1,16 @@
-//! Three faults, one after the other, as Prometheus and Alertmanager see them. The rules are those that ship, with
-//! an hour lasting a minute; that the real windows do what they should is proved by promtool.
+//! Three faults, one after the other, as seen by Prometheus and Alertmanager. The rules are the shipped ones
+//! with an hour shortened to a minute; promtool tests the real windows.
 
 use std::time::Instant;
 
 use crate::site::Site;
 use crate::support::{Act, Daemon, Flow, Load, Scope, Servers};
 
-/// Tickets that remember for hours, of the rules' own: the three days' budget that an outage used up.
+/// Alerts of severity ticket with windows of hours or days, such as the three-day error budget that an outage
+/// uses up.
 const LONG_MEMORY: [&str; 1] = ["PaymentWriterBudgetBurnLong"];
 
-/// What none of the three faults causes.
+/// Alerts that none of the three faults causes.
 const NEVER: [&str; 5] = [
     "PaymentWriterPartitionsHalted",
     "PaymentWriterPartitionsAdded",
@@ -22,7 +23,7 @@ fn start(scope: &Scope<'_>, instance_id: &str) -> Daemon {
     scope.daemon_with(&["run"], &[("PAYMENT_WRITER__KAFKA__INSTANCE_ID", instance_id)])
 }
 
-/// The same instance once more, at the same address.
+/// Starts the same instance again, at the same address.
 fn restart(scope: &Scope<'_>, instance_id: &str, mut former: Daemon) -> Daemon {
     former.drains();
     scope.daemon_at(former.admin, &["run"], &[("PAYMENT_WRITER__KAFKA__INSTANCE_ID", instance_id)])
@@ -33,8 +34,8 @@ fn never_fired(site: &Site, since: Instant, others: &[&str]) {
 }
 
 #[test]
-fn the_dashboard_has_data_and_each_fault_its_own_alert_until_it_is_mended() {
-    // GIVEN two daemons under a steady load, and all that looks at them
+fn the_dashboard_has_data_and_each_fault_its_own_alert_until_it_is_fixed() {
+    // GIVEN two daemons under a steady load, and the monitoring programs
     let servers = Servers::own();
     let scope = Scope::new(&servers, "observed");
     scope.prepare(8, 2);
@@ -50,7 +51,7 @@ fn the_dashboard_has_data_and_each_fault_its_own_alert_until_it_is_mended() {
     site.dashboard_has_data(false);
     site.wait_until_clear(&[]);
 
-    // WHEN the database is away, THEN that is the one page of it
+    // WHEN the database is stopped, THEN exactly one page is sent
     let since = Instant::now();
     servers.postgres(Act::Immediate);
     site.wait_for_pages(
@@ -58,13 +59,13 @@ fn the_dashboard_has_data_and_each_fault_its_own_alert_until_it_is_mended() {
         &["PaymentWriterNotReady", "PaymentWriterLagGrowing"],
     );
     site.wait_for_series(r#"ALERTS{alertname="PaymentWriterDatabaseAway",alertstate="firing"}"#, 2);
-    // AND all is over soon after it is back
+    // AND all alerts end soon after it is back
     servers.postgres(Act::Start);
     site.wait_until_clear(&LONG_MEMORY);
     never_fired(&site, since, &["PaymentWriterBrokerAway", "PaymentWriterDeadLetter.*"]);
 
-    // WHEN the broker is away, also for so long that the partitions are lost with the session. Nothing is on its way
-    // meanwhile: a broker alone may drop the markers of transactions when it comes back (known limits).
+    // WHEN the broker is stopped, also for longer than the group's session. No transaction is open meanwhile:
+    // a single broker may drop transaction markers when it restarts (known limits).
     let since = Instant::now();
     let load = flow.end();
     scope.wait_until_caught_up();
@@ -79,7 +80,7 @@ fn the_dashboard_has_data_and_each_fault_its_own_alert_until_it_is_mended() {
     site.wait_until_clear(&LONG_MEMORY);
     never_fired(&site, since, &["PaymentWriterDatabaseAway", "PaymentWriterDeadLetter.*"]);
 
-    // WHEN rows come that the database refuses, and many records that break the rules
+    // WHEN the database rejects rows, and many records are invalid
     let since = Instant::now();
     scope.execute(
         "ALTER TABLE payment_writer.payment_core ADD CONSTRAINT no_13 CHECK (cust_id <> 13) NOT VALID",
@@ -90,14 +91,14 @@ fn the_dashboard_has_data_and_each_fault_its_own_alert_until_it_is_mended() {
         2,
     );
     site.wait_for_pages(&["PaymentWriterDeadLetterShare"], &["PaymentWriterDeadLetters"]);
-    // THEN what the dashboard shows of faults has data, with a restart among it
+    // THEN the dashboard's queries about faults have data, with a restart in between
     let b = restart(&scope, "b", b);
     site.wait_for_series(
         "changes(process_start_time_seconds[30s]) > 0 and on (instance) payment_writer_ready > 0",
         1,
     );
     site.dashboard_has_data(true);
-    // AND all is over when none come any more
+    // AND all alerts end when there are no more bad records
     drop(bad.end());
     scope.execute("ALTER TABLE payment_writer.payment_core DROP CONSTRAINT no_13");
     site.wait_until_clear(&LONG_MEMORY);

@@ -1,5 +1,5 @@
-//! The operators' tools: that dashboard, rules, runbooks and compose file are sound, and what they show and say of
-//! live daemons under load, with the programs that Debian packages.
+//! Dashboard, alert rules, runbooks and compose file: that they are valid, and what they show for live
+//! daemons under load, with the programs that Debian packages.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod checks;

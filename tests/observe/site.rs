@@ -1,4 +1,4 @@
-//! Prometheus, Alertmanager and the exporters, started by `dev/observe`, and what is asked of them.
+//! Prometheus, Alertmanager and the exporters, started by `dev/observe`, and queries of them.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -10,14 +10,13 @@ use serde_json::Value;
 
 use crate::support::{Daemon, Scope};
 
-/// As long as anything may take here, on a machine that has other things to do. Waited for in full only by a test
-/// that fails.
+/// Time limit for any wait, on a shared machine. Only a failing test waits for all of it.
 const DEADLINE: Duration = Duration::from_secs(300);
 
-/// An hour of the rules lasts a minute.
+/// The rules' durations are divided by this: an hour lasts a minute.
 const FASTER: &str = "60";
 
-/// Runs one of the repository's own programs; what it said, also where it failed.
+/// Runs one of the repository's own programs; returns its output, also if it failed.
 pub fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(program);
     let output = Command::new(path).args(arguments).stdin(Stdio::null()).output().unwrap();
@@ -26,7 +25,7 @@ pub fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
     if output.status.success() { Ok(said) } else { Err(format!("{program} {arguments:?}:\n{said}{errors}")) }
 }
 
-/// Installs promtool and the like where they are missing.
+/// Installs promtool and the other programs if they are missing.
 pub fn tools_are_here() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -34,7 +33,7 @@ pub fn tools_are_here() {
     });
 }
 
-/// An alert, as Alertmanager has it.
+/// An alert from Alertmanager's API.
 #[derive(Debug)]
 struct Told {
     name: String,
@@ -42,7 +41,7 @@ struct Told {
     is_held_back: bool,
 }
 
-/// The native set beside some daemons. It ends with this process, however that ends.
+/// The monitoring programs beside some daemons. They end with this process, however it exits.
 pub struct Site {
     dir: PathBuf,
     prometheus: String,
@@ -67,14 +66,15 @@ impl Site {
         Site { prometheus: setting("OBSERVE_PROMETHEUS"), alertmanager: setting("OBSERVE_ALERTMANAGER"), dir }
     }
 
-    /// Asks every query of the dashboard that has a source here; those too that have data only in a fault.
+    /// Runs every dashboard query that has data here, optionally including those that have data only during a
+    /// fault.
     pub fn dashboard_has_data(&self, in_fault: bool) {
         let fault = if in_fault { &["--fault"][..] } else { &[] };
         let words = [&["--prometheus", &self.prometheus], fault].concat();
         self.wait("every query of the dashboard has data", || run("ops/grafana/check", &words).map(drop));
     }
 
-    /// Waits until a query has as many series as that.
+    /// Waits until a query returns this many series.
     pub fn wait_for_series(&self, query: &str, count: usize) {
         self.wait(&format!("{count} series of {query}"), || {
             let found = self.query(query);
@@ -82,11 +82,11 @@ impl Site {
         });
     }
 
-    /// Waits until exactly these pages reach somebody, those of each of the daemons where they have an instance, and
-    /// these others fire and are held back.
+    /// Waits until exactly these pages are sent, for each daemon if they have an instance, and until these
+    /// other alerts fire and are inhibited.
     pub fn wait_for_pages(&self, pages: &[&str], held_back: &[&str]) {
         let expected: BTreeSet<&str> = pages.iter().copied().collect();
-        self.wait(&format!("the pages {pages:?}, with {held_back:?} held back"), || {
+        self.wait(&format!("the pages {pages:?}, with {held_back:?} inhibited"), || {
             let (firing, told) = (self.firing()?, self.told()?);
             let reaching = told.iter().filter(|alert| alert.is_page && !alert.is_held_back);
             let reaching: BTreeSet<&str> = reaching.map(|alert| alert.name.as_str()).collect();
@@ -98,7 +98,8 @@ impl Site {
         });
     }
 
-    /// Waits until nothing fires, here or there, but for those that look back for longer than this test.
+    /// Waits until no alert fires in Prometheus or Alertmanager, except those with a window longer than this
+    /// test.
     pub fn wait_until_clear(&self, but_for: &[&str]) {
         self.wait("all alerts are over", || {
             let mut left: BTreeSet<String> = self.firing()?;
@@ -108,7 +109,7 @@ impl Site {
         });
     }
 
-    /// Fails if one of these has fired since, however short.
+    /// Fails if one of these alerts has fired since, even briefly.
     pub fn never_fired(&self, since: Instant, names: &[&str]) {
         let query = format!(
             "count by (alertname) (count_over_time(ALERTS{{alertstate=\"firing\",alertname=~\"{}\"}}[{}s]))",
@@ -138,7 +139,7 @@ impl Site {
         answer["data"]["result"].as_array().unwrap_or_else(|| panic!("{query}: {answer}")).clone()
     }
 
-    /// Names of the alerts that fire, by Prometheus.
+    /// Names of the firing alerts, from Prometheus.
     fn firing(&self) -> Result<BTreeSet<String>, String> {
         let answer = self.get(&format!("{}/api/v1/alerts", self.prometheus))?;
         let alerts = answer["data"]["alerts"].as_array().unwrap();
@@ -161,7 +162,7 @@ impl Site {
         Ok(parse(&mut answer))
     }
 
-    /// All that Prometheus says of alerts, as text for a failure.
+    /// Everything that Prometheus reports about alerts, for the message of a failure.
     fn alerts(&self) -> String {
         let answer = self.get(&format!("{}/api/v1/alerts", self.prometheus));
         answer.map_or_else(|error| error, |answer| format!("{:#}", answer["data"]["alerts"]))
@@ -175,7 +176,7 @@ fn parse(answer: &mut ureq::http::Response<ureq::Body>) -> Value {
 impl Drop for Site {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            println!("the programs' logs were in {}", self.dir.join("data/logs").display());
+            println!("the programs' logs are in {}", self.dir.join("data/logs").display());
         }
         if let Err(said) = run("dev/observe", &["destroy", "--dir", self.dir.to_str().unwrap()]) {
             eprintln!("{said}");

@@ -24,7 +24,7 @@ impl Timeline {
         self.plan.begun(Begin { partition: Partition(partition), position, applied }, self.now);
     }
 
-    /// Everything that is due now, as partition, first and past offset.
+    /// Everything due now, as partition, first offset and end offset.
     fn take(&mut self) -> Vec<(i32, i64, i64)> {
         let mut taken = Vec::new();
         loop {
@@ -48,13 +48,13 @@ fn all_offsets_behind_a_begin_are_audited_once_they_are_passed() {
     t.passed(&[(3, 9_000)]);
     assert_eq!(t.take(), [(3, 5_000, 6_000)]);
     assert_eq!(t.plan.behind(t.now).0, 0);
-    // Where the cursor was ahead of the place, as with events that have to be sent again, both count.
+    // If the cursor is ahead of the fetch start, as with events to be sent again, both are audited.
     t.begun(3, 8_500, 12_000);
     t.passed(&[(3, 12_000)]);
     assert_eq!(t.take(), [(3, 8_500, 9_500)]);
     t.passed(&[(3, 14_000)]);
     assert_eq!(t.take(), [(3, 12_000, 13_000)]);
-    // Where a lane had come further than the cursor, everything up to there counts as well.
+    // If a lane was ahead of the cursor, everything up to its position is audited.
     t.begun(3, 14_300, 14_000);
     t.passed(&[(3, 20_000)]);
     assert_eq!(t.take(), [(3, 14_000, 15_000), (3, 15_000, 15_300)]);
@@ -89,7 +89,7 @@ fn of_a_partition_that_goes_what_was_passed_is_audited_at_once_and_the_rest_is_l
     assert_eq!(t.take(), [(3, 0, 10)]);
     t.passed(&[]);
     assert!(t.plan.shares.is_empty());
-    // It may come back, and begins anew.
+    // The partition may come back and starts afresh.
     t.begun(3, 10, 10);
     t.passed(&[(3, 2_000)]);
     assert_eq!(t.take(), [(3, 10, 1_010)]);
@@ -109,7 +109,7 @@ fn overlapping_ranges_are_audited_once_and_pieces_are_small() {
     assert_eq!(covered, (0..2_300).collect::<Vec<_>>(), "whole blocks, each offset once");
     t.passed(&[(3, 2_350)]);
     assert_eq!(t.take(), [(3, 2_300, 2_350)]);
-    // A database that was restored passes them again.
+    // A restored database passes them again.
     t.passed(&[(3, 1_000)]);
     t.passed(&[(3, 1_100)]);
     assert_eq!(t.take(), [(3, 1_000, 1_050), (3, 1_050, 1_100)]);
@@ -148,7 +148,7 @@ fn what_cannot_be_read_is_tried_again_by_itself_and_dropped_in_the_end() {
     t.later(30);
     let alone = t.plan.take(t.now);
     assert_eq!(alone.len(), 1);
-    // The log has lost its beginning meanwhile.
+    // The log has lost its beginning since.
     let bounds = LogBounds { start: NextOffset(400), end: NextOffset(2_000) };
     t.plan.put_back(alone[0], Some(bounds), t.now);
     assert_eq!(t.plan.take_dropped(), 400);

@@ -1,4 +1,4 @@
-//! `dlq list`: which dead letters there are.
+//! `dlq list`: counts or lists dead letters.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -6,23 +6,23 @@ use std::ops::ControlFlow;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::super::Failure;
 use super::super::output::{print, table};
-use super::{ChoiceArgs, escaped, reason_text, time};
+use super::{FilterArgs, escaped, reason_text, time};
 use crate::config::Settings;
 use crate::dlq::letter::{Letter, Place};
 use crate::dlq::reader::Reader;
-use crate::dlq::tally::{Group, Groups, REPLAYS_SHOWN_MAX, Tally};
-use crate::record::TimestampMs;
+use crate::dlq::summary::{Group, Groups, REPLAYS_SHOWN_MAX, Summary};
+use crate::domain::record::TimestampMs;
+use crate::error::CommandError;
 
-/// Letters that can be listed one by one.
+/// Maximum number of listed dead letters.
 const LIMIT_MAX: u64 = 100_000;
-/// A detail of the daemon's own is far shorter.
+/// Maximum length of a printed detail; the daemon's own details are far shorter.
 const DETAIL_CHARS_MAX: usize = 200;
 
 const AFTER_HELP: &str = "\
-Reads the dead-letter topic and nothing else; no database is asked. Times are those at which the
-letters were dead-lettered. What is printed names no value of any record.
+Reads only the dead-letter topic, not the database. Times are those at which the dead letters were
+written. The output contains no values of records.
 
 Examples:
   payment-writer dlq list
@@ -33,13 +33,13 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ListArgs {
-    /// Which letters.
+    /// Selection.
     #[command(flatten)]
-    pub choice: ChoiceArgs,
-    /// List the letters one by one, the newest last
+    pub choice: FilterArgs,
+    /// List the dead letters one by one, newest last
     #[arg(long)]
     pub each: bool,
-    /// With --each: at most so many, the newest
+    /// With --each: list at most this many, the newest
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=LIMIT_MAX))]
     pub limit: u64,
     /// As JSON
@@ -47,7 +47,7 @@ pub struct ListArgs {
     pub json: bool,
 }
 
-/// One letter, without anything of its contents.
+/// A dead letter without its contents.
 struct Line {
     reason: &'static str,
     detail: String,
@@ -59,7 +59,7 @@ struct Line {
     bytes: usize,
 }
 
-/// The newest letters, up to a limit.
+/// The newest dead letters, up to a limit.
 struct Newest {
     limit: usize,
     lines: BTreeMap<(Option<TimestampMs>, Place), Line>,
@@ -85,14 +85,14 @@ impl Newest {
     }
 }
 
-/// Lists them.
-pub fn list(settings: &Settings, args: &ListArgs) -> Result<(), Failure> {
+/// Prints the counts or the list.
+pub fn list(settings: &Settings, args: &ListArgs) -> Result<(), CommandError> {
     let choice = args.choice.choice()?;
     let reader = Reader::open(&settings.kafka)?;
-    let mut tally = Tally::default();
+    let mut tally = Summary::default();
     let limit = if args.each { usize::try_from(args.limit).unwrap_or(usize::MAX) } else { 0 };
     let mut newest = Newest { limit, lines: BTreeMap::new() };
-    // The end of the topic as it is now: what comes meanwhile is for the next time.
+    // Up to the current end of the topic.
     let _ = reader.read(&reader.ranges(&choice)?, |letter| {
         if choice.has(letter) {
             tally.add(letter, &settings.kafka.input_topic);
@@ -110,7 +110,7 @@ pub fn list(settings: &Settings, args: &ListArgs) -> Result<(), Failure> {
     }
 }
 
-fn more(tally: &Tally, newest: &Newest) -> u64 {
+fn more(tally: &Summary, newest: &Newest) -> u64 {
     tally.all.letters.saturating_sub(newest.lines.len() as u64)
 }
 
@@ -129,7 +129,7 @@ fn replays(count: u32) -> String {
     if count >= REPLAYS_SHOWN_MAX { format!("{count} or more") } else { count.to_string() }
 }
 
-fn as_text(topic: &str, tally: &Tally, args: &ListArgs, newest: &Newest) -> String {
+fn as_text(topic: &str, tally: &Summary, args: &ListArgs, newest: &Newest) -> String {
     let mut text = vec![format!(
         "{} dead letters in {topic}, keys and values {}",
         tally.all.letters,
@@ -158,14 +158,14 @@ fn as_text(topic: &str, tally: &Tally, args: &ListArgs, newest: &Newest) -> Stri
         }));
         text.push(table(&rows));
         if more(tally, newest) > 0 {
-            text.push(format!("{} older ones are not listed; --limit shows more", more(tally, newest)));
+            text.push(format!("{} older ones are not listed; raise --limit for more", more(tally, newest)));
         }
     }
     if tally.of_other_topics > 0 {
-        text.push(format!("{} of them are of other topics than kafka.input_topic", tally.of_other_topics));
+        text.push(format!("{} of them are from topics other than kafka.input_topic", tally.of_other_topics));
     }
     if tally.not_dead_letters > 0 {
-        text.push(format!("{} other records in the topic are no dead letters", tally.not_dead_letters));
+        text.push(format!("{} other records in the topic are not dead letters", tally.not_dead_letters));
     }
     text.join("\n\n")
 }
@@ -186,7 +186,7 @@ fn groups<K: Ord>(name: &str, groups: &Groups<K>, shown: impl Fn(&K) -> Value) -
     Value::Array(all)
 }
 
-fn as_json(topic: &str, tally: &Tally, args: &ListArgs, newest: &Newest) -> Value {
+fn as_json(topic: &str, tally: &Summary, args: &ListArgs, newest: &Newest) -> Value {
     let mut value = json!({
         "topic": topic,
         "letters": tally.all.letters,

@@ -1,4 +1,4 @@
-//! `dlq replay`: chosen dead letters to the input topic, each once.
+//! `dlq replay`: replays selected dead letters to the input topic, each once.
 
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
@@ -11,37 +11,40 @@ use uuid::Uuid;
 
 use super::super::output::{print, table, to_stderr};
 use super::super::produce::rate;
+use super::super::small_runtime;
 use super::super::stop::StopSignal;
-use super::super::{Failure, small_runtime};
-use super::ChoiceArgs;
+use super::FilterArgs;
 use crate::config::{Settings, duration};
 use crate::dlq::DlqError;
-use crate::dlq::choice::{Choice, Ranges};
-use crate::dlq::mark::Fate;
+use crate::dlq::eligibility::Eligibility;
+use crate::dlq::filter::{Filter, Ranges};
 use crate::dlq::reader::Reader;
-use crate::dlq::register::{Audit, Register};
 use crate::dlq::replay::{CHUNK_LETTERS_MAX, Chunk, Outcome, Replay, Word, look_at};
-use crate::dlq::terms::Terms;
+use crate::dlq::replay_store::{Audit, ReplayStore};
+use crate::dlq::run_metadata::ChunkState;
+use crate::error::CommandError;
 use crate::kafka::scan::Scanner;
 
-/// While it waits for its rate it looks for signals so often.
+/// Interval of checks for signals while waiting for the rate limit.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
 const AFTER_HELP: &str = "\
-Without --apply nothing is sent: it says how many letters would go, how many not, and why. With it,
-who did it, when, which and why are written to the audit tables.
+Without --apply nothing is sent; the command shows how many dead letters would be replayed, how many
+would be refused, and why. With --apply the user, the time, the selection and the reason are written to
+the audit tables.
 
-A replayed record has the key, value, headers and timestamp that it had, and the header dlq-replays,
-which counts. Its key decides its partition, as with any producer. The dead letter stays where it is;
-it is replayed once, whoever asks again. A record that is refused again makes a new dead letter.
+A replayed record has the original key, value, headers and timestamp, and the header dlq-replays, which
+counts its replays. Its key determines its partition, as with any producer. The dead letter stays in its
+topic and is replayed only once, even if the command is repeated. A record that is refused again gets a
+new dead letter.
 
-A command that was killed or cut off is run again as it was: what was under way is settled first, and
-what went is not sent again. Ctrl-C stops after the letters that are just being sent.
+If the command was killed or interrupted, run it again with the same options: it first resolves the
+interrupted chunk, and sends nothing twice. Ctrl-C stops after the chunk that is being sent.
 
-Refused: what came back --max-replays times; a value that was left out; another topic's letter; a
-record without a timestamp. And where a payment could be written twice, unless --force: a record older
-than idempotency.window, because it is no longer known whether another record with its message id was
-written since; and message_id_conflict, because another payment has the id.
+Refused: records that were replayed --max-replays times; values that were left out; dead letters of
+another topic; records without a timestamp. Also refused, unless --force is given, are records that could
+be written twice: those older than idempotency.window, because another record with the same message id
+may have been written and forgotten; and message_id_conflict, because another payment has the id.
 
 Examples:
   payment-writer dlq replay --reason invalid_field --since 2h
@@ -52,48 +55,48 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ReplayArgs {
-    /// Which letters.
+    /// Selection.
     #[command(flatten)]
-    pub choice: ChoiceArgs,
-    /// All letters, if nothing else narrows them down
+    pub choice: FilterArgs,
+    /// All dead letters; required if there is no other condition
     #[arg(long)]
     pub all: bool,
-    /// Do it, instead of telling what would be done
+    /// Replay instead of only showing what would be replayed
     #[arg(long, requires = "note")]
     pub apply: bool,
-    /// Why, for the audit table
+    /// Reason, for the audit table
     #[arg(long, value_name = "TEXT")]
     pub note: Option<String>,
-    /// Refuse letters that were replayed so often
+    /// Refuse records that have been replayed this many times
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_replays: u32,
-    /// Send at most so many letters a second
+    /// Send at most this many records per second
     #[arg(long, value_name = "PER_SECOND", default_value = "1000", value_parser = rate)]
     pub rate: f64,
-    /// Also where a payment could be written twice: beyond the window, and on conflicts
+    /// Also replay where a payment could be written twice: beyond the window, and on conflicts
     #[arg(long)]
     pub force: bool,
-    /// Go on although the database was restored or replaced, and has forgotten what was replayed
+    /// Continue although the database was restored or replaced and does not have the last replay
     #[arg(long, requires = "apply")]
     pub after_restore: bool,
-    /// What became of a replay that was cut off, if nothing proves it any more
-    #[arg(long, value_enum, value_name = "FATE", requires = "apply")]
+    /// State whether an interrupted replay was sent, if nothing proves it
+    #[arg(long, value_enum, value_name = "OUTCOME", requires = "apply")]
     pub unfinished: Option<UnfinishedFate>,
     /// As JSON
     #[arg(long)]
     pub json: bool,
 }
 
-/// What a person found in the input topic.
+/// What the operator found in the input topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum UnfinishedFate {
-    /// Its records are there
+    /// Its records are in the input topic
     Sent,
-    /// They are not
+    /// Its records are not in the input topic
     NotSent,
 }
 
-impl From<UnfinishedFate> for Fate {
+impl From<UnfinishedFate> for ChunkState {
     fn from(fate: UnfinishedFate) -> Self {
         match fate {
             UnfinishedFate::Sent => Self::Sent,
@@ -102,18 +105,18 @@ impl From<UnfinishedFate> for Fate {
     }
 }
 
-/// Replays them, or says what would be replayed.
-pub fn replay(settings: &Settings, args: &ReplayArgs) -> Result<(), Failure> {
+/// Replays dead letters, or shows what would be replayed.
+pub fn replay(settings: &Settings, args: &ReplayArgs) -> Result<(), CommandError> {
     let choice = args.choice.choice()?;
     if choice.is_everything() && !args.all {
-        return Err(Failure::usage(
-            "say which letters: --reason, --partition, --since, --until, --at, or --all",
+        return Err(CommandError::usage(
+            "select dead letters: --reason, --partition, --since, --until, --at, or --all",
         ));
     }
     if !settings.kafka.publish {
-        return Err(Failure::usage(
-            "these are the settings of a daemon that writes rows only (kafka.publish is false): it makes no dead \
-             letters; use those of the one that publishes",
+        return Err(CommandError::usage(
+            "these settings are for a daemon that only writes rows (kafka.publish is false): it writes no \
+             dead letters; use the settings of the daemon that publishes",
         ));
     }
     let stop = StopSignal::listen(small_runtime()?)?;
@@ -122,8 +125,8 @@ pub fn replay(settings: &Settings, args: &ReplayArgs) -> Result<(), Failure> {
     let input = Scanner::new(&settings.kafka, &settings.kafka.input_topic).map_err(DlqError::from)?;
     let (input_topic_id, _) = input.describe().map_err(DlqError::from)?;
     drop(input);
-    let register = Register::open(settings, input_topic_id)?;
-    let terms = Terms {
+    let register = ReplayStore::open(settings, input_topic_id)?;
+    let terms = Eligibility {
         input_topic: settings.kafka.input_topic.clone(),
         now: register.now()?,
         window: settings.idempotency.window,
@@ -138,19 +141,19 @@ pub fn replay(settings: &Settings, args: &ReplayArgs) -> Result<(), Failure> {
     }
 }
 
-/// What both ways of doing it need.
+/// Inputs of both the dry run and the replay.
 struct Job<'a> {
     settings: &'a Settings,
     args: &'a ReplayArgs,
-    choice: &'a Choice,
-    terms: &'a Terms,
+    choice: &'a Filter,
+    terms: &'a Eligibility,
     reader: &'a Reader,
     ranges: &'a Ranges,
     stop: &'a StopSignal,
 }
 
 impl Job<'_> {
-    fn look(&self, register: &Register) -> Result<(), Failure> {
+    fn look(&self, register: &ReplayStore) -> Result<(), CommandError> {
         let topic_id = self.reader.topic_id();
         let mut outcome = Outcome::default();
         let is_stopped = self.run("looking", &mut outcome, CHUNK_LETTERS_MAX, |chunk, outcome| {
@@ -159,7 +162,7 @@ impl Job<'_> {
         self.tell(&outcome, is_stopped, None)
     }
 
-    fn apply(&self, register: Register, note: &str) -> Result<(), Failure> {
+    fn apply(&self, register: ReplayStore, note: &str) -> Result<(), CommandError> {
         let audit = Audit {
             topic: self.settings.kafka.dead_letter_topic.clone(),
             topic_id: self.reader.topic_id(),
@@ -168,11 +171,11 @@ impl Job<'_> {
             note: note.to_owned(),
         };
         let word = Word {
-            unfinished: self.args.unfinished.map(Fate::from),
+            unfinished: self.args.unfinished.map(ChunkState::from),
             is_after_restore: self.args.after_restore,
         };
         let mut replay = Replay::begin(register, self.settings, &audit, word)?;
-        // No more at once than in a second.
+        // At most one second's worth per chunk.
         let letters_max = self.args.rate.ceil().min(CHUNK_LETTERS_MAX as f64) as usize;
         let (began, mut pace) = (Instant::now(), Pace::new(self.args.rate));
         let mut outcome = Outcome::default();
@@ -194,14 +197,14 @@ impl Job<'_> {
         self.tell(&outcome, is_stopped, Some(run_id))
     }
 
-    /// Reads what was chosen, and hands it on in chunks. True if a signal ended it early.
+    /// Reads the selected dead letters and passes them on in chunks. Returns true if a signal ended it early.
     fn run(
         &self,
         doing: &'static str,
         outcome: &mut Outcome,
         letters_max: usize,
         mut flush: impl FnMut(&mut Chunk, &mut Outcome) -> Result<(), DlqError>,
-    ) -> Result<bool, Failure> {
+    ) -> Result<bool, CommandError> {
         let progress = progress_bar(doing, self.ranges.offsets);
         let mut chunk = Chunk::new(letters_max);
         let flow = self.reader.read(self.ranges, |letter| {
@@ -225,15 +228,15 @@ impl Job<'_> {
     }
 
     fn tell_of_failure(&self, outcome: &Outcome) {
-        // The failure itself is told by whoever gets it.
+        // The caller reports the failure itself.
         let _ = to_stderr(&format!(
-            "replayed before it failed: {}. Run the same command again: what was under way is settled first, and no \
-             letter goes twice",
+            "replayed before the failure: {}. Run the same command again: it first resolves the interrupted \
+             chunk, and no dead letter is sent twice",
             outcome.replayed
         ));
     }
 
-    fn tell(&self, outcome: &Outcome, is_interrupted: bool, run: Option<Uuid>) -> Result<(), Failure> {
+    fn tell(&self, outcome: &Outcome, is_interrupted: bool, run: Option<Uuid>) -> Result<(), CommandError> {
         let kafka = &self.settings.kafka;
         if self.args.json {
             let mut value = outcome.to_json();
@@ -254,10 +257,10 @@ impl Job<'_> {
         let going = if run.is_some() { "replayed" } else { "would be replayed" };
         let mut rows = vec![
             row(going, outcome.replayed, ""),
-            row("already replayed", outcome.already_replayed, "once is enough, whoever asks"),
+            row("already replayed", outcome.already_replayed, "each dead letter is replayed once"),
         ];
         if outcome.unsettled > 0 {
-            let why = "claimed by a run that goes on or was cut off; the next --apply settles it";
+            let why = "claimed by a running or interrupted replay; the next --apply resolves it";
             rows.push(row("under way", outcome.unsettled, why));
         }
         for (objection, count) in &outcome.refused {
@@ -270,25 +273,25 @@ impl Job<'_> {
         ];
         if outcome.at_risk > 0 {
             text.push(format!(
-                "--force: {} of these letters are older than idempotency.window ({}), or another payment has their \
-                 message id. Where a payment with such an id was written and the id is forgotten by now, it is written, \
-                 and its events are sent, a second time",
+                "--force: {} of these records are older than idempotency.window ({}), or another payment has \
+                 their message id. If a payment with such an id was written and the id has been forgotten, \
+                 it is written, and its events are sent, a second time",
                 outcome.at_risk,
                 duration::format(self.settings.idempotency.window),
             ));
         }
         if is_interrupted {
-            text.push("interrupted: what was not looked at by then stays as it is".to_owned());
+            text.push("interrupted: the remaining dead letters were not replayed".to_owned());
         }
         text.push(match run {
             Some(run) => format!("run {run} in payment_writer.dead_letter_replay_run"),
-            None => "nothing was sent; add --apply --note TEXT to do it".to_owned(),
+            None => "nothing was sent; add --apply --note TEXT to replay".to_owned(),
         });
         text.join("\n")
     }
 }
 
-/// When more may be sent. Time in which there was nothing to send is not made up for.
+/// Rate limiter. Idle time is not made up for.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
     per_second: f64,
@@ -300,13 +303,13 @@ impl Pace {
         Self { per_second, next_at: Duration::ZERO }
     }
 
-    /// How long to wait; never so long that a signal waits for it.
+    /// How long to wait, limited so that signals are noticed.
     fn pause(&self, now: Duration) -> Option<Duration> {
         let left = self.next_at.saturating_sub(now);
         (!left.is_zero()).then(|| left.min(PAUSE_MAX))
     }
 
-    /// So many were sent, beginning at `at`.
+    /// Counts this many records, sent from `at` on.
     fn sent(&mut self, letters: u64, at: Duration) {
         let takes = Duration::try_from_secs_f64(letters as f64 / self.per_second).unwrap_or(Duration::MAX);
         self.next_at = at.saturating_add(takes);
@@ -340,7 +343,7 @@ mod tests {
         assert_eq!(pace.pause(at(0)), Some(PAUSE_MAX));
         assert_eq!(pace.pause(at(950)), Some(at(50)));
         assert_eq!(pace.pause(at(1_000)), None);
-        // A minute without a letter to send.
+        // A minute without anything to send.
         pace.sent(10, at(60_000));
         assert_eq!(pace.pause(at(60_950)), Some(at(50)));
         pace.sent(0, at(61_000));

@@ -1,4 +1,4 @@
-//! `dlq show`: one dead letter.
+//! `dlq show`: shows one dead letter.
 
 use std::io::{self, ErrorKind, Write};
 use std::ops::ControlFlow;
@@ -6,17 +6,17 @@ use std::ops::ControlFlow;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::super::Failure;
 use super::super::output::{print, table};
 use super::{escaped, reason_text, time};
 use crate::config::Settings;
-use crate::dlq::choice::Choice;
+use crate::dlq::filter::Filter;
 use crate::dlq::letter::{LeftOut, Letter, Place};
 use crate::dlq::reader::Reader;
+use crate::error::CommandError;
 
 const AFTER_HELP: &str = "\
-Without --payload nothing of the record's key, value and own headers is shown, only their sizes.
-With it they are printed: mind who can see the terminal and what keeps its output.
+Without --payload only the sizes of the record's key, value and own headers are shown. With --payload
+their contents are printed: consider who can see the terminal and where its output is stored.
 
 Examples:
   payment-writer dlq show 3/120
@@ -26,13 +26,13 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ShowArgs {
-    /// Where it stands in the dead-letter topic, as `dlq list --each` says
+    /// Place in the dead-letter topic, as shown by `dlq list --each`
     #[arg(value_name = "PARTITION/OFFSET")]
     pub at: Place,
-    /// Print key, own headers and value as well
+    /// Also print key, own headers and value
     #[arg(long)]
     pub payload: bool,
-    /// With --payload: the value's bytes as they are, and nothing else
+    /// With --payload: print only the bytes of the value
     #[arg(long, requires = "payload", conflicts_with = "json")]
     pub raw: bool,
     /// As JSON
@@ -40,10 +40,10 @@ pub struct ShowArgs {
     pub json: bool,
 }
 
-/// Shows it.
-pub fn show(settings: &Settings, args: &ShowArgs) -> Result<(), Failure> {
+/// Prints a dead letter.
+pub fn show(settings: &Settings, args: &ShowArgs) -> Result<(), CommandError> {
     let reader = Reader::open(&settings.kafka)?;
-    let choice = Choice { places: [args.at].into(), ..Choice::default() };
+    let choice = Filter { places: [args.at].into(), ..Filter::default() };
     let mut shown = None;
     let _ = reader.read(&reader.ranges(&choice)?, |letter| {
         shown = Some(match (args.raw, args.json) {
@@ -55,18 +55,18 @@ pub fn show(settings: &Settings, args: &ShowArgs) -> Result<(), Failure> {
     })?;
     shown.unwrap_or_else(|| {
         let topic = &settings.kafka.dead_letter_topic;
-        Err(Failure::usage(format!(
-            "{topic} holds no record at {}: a transaction's marker stands there",
+        Err(CommandError::usage(format!(
+            "{topic} holds no record at {}: that offset is a transaction marker",
             args.at
         )))
     })
 }
 
-fn raw(letter: &Letter<'_>) -> Result<(), Failure> {
+fn raw(letter: &Letter<'_>) -> Result<(), CommandError> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(letter.value.unwrap_or_default()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Failure::failed(format!("cannot write to stdout: {error}")))
+            Err(CommandError::failed(format!("cannot write to stdout: {error}")))
         }
         _ => Ok(()),
     }
@@ -103,7 +103,7 @@ fn as_text(letter: &Letter<'_>, payload: bool) -> String {
             rows.push(row("left out", text));
         }
     } else {
-        rows.push(row("reason", "none: this is no dead letter of the daemon".to_owned()));
+        rows.push(row("reason", "none: this record was not written by the daemon".to_owned()));
     }
     let (count, bytes) = own_headers(letter);
     rows.push(row("key", size(letter.key)));
@@ -120,7 +120,7 @@ fn as_text(letter: &Letter<'_>, payload: bool) -> String {
     text
 }
 
-/// Text if it is text; else hexadecimal digits.
+/// Text if it is valid UTF-8, otherwise hexadecimal digits.
 fn contents(bytes: Option<&[u8]>) -> Value {
     match bytes.map(|bytes| (std::str::from_utf8(bytes), bytes)) {
         None => Value::Null,

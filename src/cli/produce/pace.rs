@@ -1,11 +1,11 @@
-//! How many records are due by when.
+//! Number of records due at a time.
 
 use std::time::Duration;
 
-/// Between two bursts of an even rate.
+/// Interval between bursts at an even rate.
 const TICK: Duration = Duration::from_millis(1);
 
-/// A rate and an end, each of which may be absent.
+/// Optional rate and optional end.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     total: Option<u64>,
@@ -18,18 +18,18 @@ impl Pace {
         Self { total: count.or(by_time), per_second }
     }
 
-    /// When to end; `None`: never by itself.
+    /// Total number of records; `None`: no end.
     pub(super) fn total(self) -> Option<u64> {
         self.total
     }
 
-    /// How many records should have been sent by now. Whoever falls behind catches up.
+    /// Number of records that should have been sent by now; a sender that falls behind catches up.
     pub(super) fn due(self, elapsed: Duration) -> u64 {
         let due = self.per_second.map_or(u64::MAX, |rate| (rate * elapsed.as_secs_f64()) as u64);
         due.min(self.total.unwrap_or(u64::MAX))
     }
 
-    /// How long until there is something to do again; never so long that a signal waits for it.
+    /// How long until the next record is due, limited so that signals are noticed.
     pub(super) fn pause(self, sent: u64, elapsed: Duration) -> Option<Duration> {
         let rate = self.per_second?;
         if self.due(elapsed) > sent {

@@ -1,4 +1,4 @@
-//! Hands records to librdkafka, as fast as it takes them.
+//! Passes records to librdkafka as fast as it accepts them.
 
 use std::error::Error;
 use std::sync::Mutex;
@@ -13,36 +13,36 @@ use rdkafka::producer::{
     BaseRecord, DeliveryResult, NoCustomPartitioner, Producer, ProducerContext, ThreadedProducer,
 };
 
-use super::super::Failure;
 use super::super::stop::StopSignal;
 use super::ProduceArgs;
 use crate::config::KafkaSettings;
+use crate::error::CommandError;
 use crate::generator::Record;
+use crate::kafka::client::{REQUEST_TIMEOUT, make_client, partition_counts, producer_config};
 use crate::kafka::token;
-use crate::kafka_client::{REQUEST_TIMEOUT, make_client, partition_counts, producer_config};
 
-/// Records that wait in the client, at most: a second or so of full speed.
+/// Maximum number of records queued in the client: about a second at full speed.
 const QUEUE_RECORDS_MAX: &str = "200000";
 const QUEUE_KIB_MAX: &str = "131072";
 
-/// How long to wait before trying again when the client's queue is full.
+/// Pause before a retry when the client's queue is full.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(2);
 
-/// Between looks at what is not delivered yet. The library gives up a record after its `message.timeout.ms`.
+/// Interval between checks for undelivered records. librdkafka fails a record after its `message.timeout.ms`.
 const DELIVERY_LOOK: Duration = Duration::from_millis(1);
 
-/// How often a call is made that may be made again, each for at most [`REQUEST_TIMEOUT`].
+/// Maximum number of attempts of a retriable call, each for at most [`REQUEST_TIMEOUT`].
 const TRIES_MAX: u32 = 4;
 
-/// What became of handing a record over.
+/// Result of passing a record to the client.
 pub(super) enum Sending {
-    /// The client has it.
+    /// The client accepted it.
     Taken,
-    /// The client's queue stayed full until a signal came.
+    /// The client's queue was full until a signal arrived.
     Interrupted,
 }
 
-/// Counts what cannot be delivered; what can be is not reported one by one.
+/// Counts failed deliveries; successful ones are not reported individually.
 #[derive(Default)]
 struct Deliveries {
     failed: AtomicU64,
@@ -57,7 +57,7 @@ impl ClientContext for Deliveries {
         token::generate(property)
     }
 
-    /// librdkafka repeats a fault many times a second for as long as it lasts; once is enough.
+    /// librdkafka repeats an error many times per second while it lasts; log it once.
     fn error(&self, error: KafkaError, reason: &str) {
         let Ok(mut last) = self.last_fault.lock() else { return };
         let code = error.rdkafka_error_code();
@@ -96,31 +96,31 @@ pub(super) struct Sender {
 }
 
 impl Sender {
-    /// Connects, and looks whether the topic is there.
-    pub(super) fn connect(kafka: &KafkaSettings, args: &ProduceArgs) -> Result<Self, Failure> {
+    /// Connects and checks that the topic exists.
+    pub(super) fn connect(kafka: &KafkaSettings, args: &ProduceArgs) -> Result<Self, CommandError> {
         let mut config = producer_config(kafka);
         config
-            // At full speed, larger batches over many partitions; at a given rate, little delay; and the end of a
-            // transaction waits for its last records.
+            // At full speed, batches should be large over many partitions; at a given rate, the delay should
+            // be small; and the end of a transaction waits for its last records.
             .set("linger.ms", linger_ms(args))
             .set("queue.buffering.max.messages", QUEUE_RECORDS_MAX)
             .set("queue.buffering.max.kbytes", QUEUE_KIB_MAX)
             .set("delivery.report.only.error", "true")
             .set("compression.type", args.compression.name());
         if args.transaction_size.is_some() {
-            // A name of its own for each run: runs beside each other do not fence each other.
+            // Unique per run, so that concurrent runs do not fence each other.
             config.set("transactional.id", format!("payment-writer-produce-{:032x}", rand::random::<u128>()));
         }
         let producer: ThreadedProducer<Deliveries> = make_client(&config, Deliveries::default())
-            .map_err(|error| Failure::failed(format!("cannot make a Kafka client: {error}")))?;
+            .map_err(|error| CommandError::failed(format!("cannot make a Kafka client: {error}")))?;
         let topics = partition_counts(producer.client()).map_err(|error| {
-            Failure::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
+            CommandError::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
         })?;
         if !topics.contains_key(&kafka.input_topic) {
             let topic = &kafka.input_topic;
-            return Err(Failure::failed(format!(
-                "topic {topic} is not there, or a partition of it has no leader; \
-                 `payment-writer topics create` makes it"
+            return Err(CommandError::failed(format!(
+                "topic {topic} does not exist, or a partition of it has no leader; \
+                 `payment-writer topics create` creates it"
             )));
         }
         let sender = Self { producer, topic: kafka.input_topic.clone() };
@@ -130,35 +130,35 @@ impl Sender {
         Ok(sender)
     }
 
-    /// Opens a transaction: what is sent from now on belongs to it.
-    pub(super) fn begin(&self) -> Result<(), Failure> {
+    /// Begins a transaction.
+    pub(super) fn begin(&self) -> Result<(), CommandError> {
         self.retried("begin a transaction", || self.producer.begin_transaction())
     }
 
-    /// Commits the open transaction, once every record of it is delivered.
-    pub(super) fn commit(&self) -> Result<(), Failure> {
+    /// Commits the open transaction after every record of it is delivered.
+    pub(super) fn commit(&self) -> Result<(), CommandError> {
         self.deliver()?;
         self.retried("commit a transaction", || self.producer.commit_transaction(REQUEST_TIMEOUT))
     }
 
-    /// Aborts the open transaction, once every record of it is delivered: what was not sent yet would be thrown
-    /// away, and no aborted record would stand in the log.
-    pub(super) fn abort(&self) -> Result<(), Failure> {
+    /// Aborts the open transaction after every record of it is delivered: undelivered records would be
+    /// purged, and the log would contain no aborted records.
+    pub(super) fn abort(&self) -> Result<(), CommandError> {
         self.deliver()?;
         self.retried("abort a transaction", || self.producer.abort_transaction(REQUEST_TIMEOUT))
     }
 
-    /// Waits until every record is delivered or has failed. Where nothing is told of what is delivered, the library's
-    /// own ways to wait do so in steps of 100 ms.
-    fn deliver(&self) -> Result<(), Failure> {
+    /// Waits until every record is delivered or has failed. Without per-record delivery reports, librdkafka's
+    /// own waits have steps of 100 ms.
+    fn deliver(&self) -> Result<(), CommandError> {
         while self.producer.in_flight_count() > 0 {
             std::thread::sleep(DELIVERY_LOOK);
         }
         self.flush()
     }
 
-    /// Calls again what the library says may be called again.
-    fn retried(&self, doing: &str, call: impl Fn() -> Result<(), KafkaError>) -> Result<(), Failure> {
+    /// Retries a call whose error librdkafka marks as retriable.
+    fn retried(&self, doing: &str, call: impl Fn() -> Result<(), KafkaError>) -> Result<(), CommandError> {
         let mut tries = 1;
         loop {
             match call() {
@@ -167,23 +167,23 @@ impl Sender {
                     tries += 1
                 }
                 Err(error) => {
-                    return Err(Failure::failed(format!("cannot {doing} in {}: {error}", self.topic)));
+                    return Err(CommandError::failed(format!("cannot {doing} in {}: {error}", self.topic)));
                 }
             }
         }
     }
 
-    /// Hands one record over, waiting while the client's queue is full.
-    pub(super) fn send(&self, record: &Record, stop: &StopSignal) -> Result<Sending, Failure> {
+    /// Passes a record to the client and waits while the client's queue is full.
+    pub(super) fn send(&self, record: &Record, stop: &StopSignal) -> Result<Sending, CommandError> {
         self.send_unless(record, || stop.is_set())
     }
 
-    /// As [`send`](Self::send), also when a signal has come: a transaction that was aborted is completed.
-    pub(super) fn send_again(&self, record: &Record) -> Result<(), Failure> {
+    /// Like [`send`](Self::send), but ignores signals: an aborted transaction is always completed.
+    pub(super) fn send_again(&self, record: &Record) -> Result<(), CommandError> {
         self.send_unless(record, || false).map(|_| ())
     }
 
-    fn send_unless(&self, record: &Record, is_stopped: impl Fn() -> bool) -> Result<Sending, Failure> {
+    fn send_unless(&self, record: &Record, is_stopped: impl Fn() -> bool) -> Result<Sending, CommandError> {
         let mut base: BaseRecord<'_, [u8], [u8], ()> =
             BaseRecord::with_opaque_to(&self.topic, ()).timestamp(record.timestamp_ms);
         if let Some(key) = record.key() {
@@ -209,33 +209,35 @@ impl Sender {
                     std::thread::sleep(QUEUE_FULL_PAUSE);
                 }
                 Err((error, _)) => {
-                    return Err(Failure::failed(format!("cannot send to {}: {error}", self.topic)));
+                    return Err(CommandError::failed(format!("cannot send to {}: {error}", self.topic)));
                 }
             }
         }
     }
 
-    /// Waits until every record is delivered or has failed, which it does after librdkafka's
+    /// Waits until every record is delivered or has failed, which happens after librdkafka's
     /// `message.timeout.ms`.
-    pub(super) fn flush(&self) -> Result<(), Failure> {
+    pub(super) fn flush(&self) -> Result<(), CommandError> {
         while self.producer.in_flight_count() > 0 {
             match self.producer.flush(Duration::from_secs(1)) {
                 Ok(()) | Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) => {}
-                Err(error) => return Err(Failure::failed(format!("cannot flush {}: {error}", self.topic))),
+                Err(error) => {
+                    return Err(CommandError::failed(format!("cannot flush {}: {error}", self.topic)));
+                }
             }
         }
         let first_error = self.producer.context().first_error.lock().ok().and_then(|first| first.clone());
         match first_error {
             None => Ok(()),
-            Some(error) => Err(Failure::failed(format!(
-                "{} records were not delivered to {}, or the broker did not say so; the first: {error}",
+            Some(error) => Err(CommandError::failed(format!(
+                "{} records were not delivered to {}, or not acknowledged; the first error: {error}",
                 self.undelivered(),
                 self.topic
             ))),
         }
     }
 
-    /// How many records could not be delivered so far.
+    /// Number of records that could not be delivered so far.
     pub(super) fn undelivered(&self) -> u64 {
         self.producer.context().failed.load(Ordering::Relaxed)
     }

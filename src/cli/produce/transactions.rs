@@ -1,31 +1,31 @@
-//! Puts the records into transactions, some of which are aborted and sent again.
+//! Sends records in transactions, some of which are aborted and repeated.
 
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::super::Failure;
 use super::super::stop::StopSignal;
 use super::sender::{Sender, Sending};
+use crate::error::CommandError;
 use crate::generator::Record;
 
-/// How long a transaction stays open for more records. Consumers see them, and those of other producers behind
-/// them, only when it is over; brokers abort it by themselves after a minute.
+/// Maximum time for which a transaction stays open. Until it ends, consumers see neither its records nor
+/// later records of other producers; brokers abort it after a minute.
 const OPEN_MAX: Duration = Duration::from_secs(5);
 
-/// Counts of transactions that are over.
+/// Counts of finished transactions.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(super) struct TransactionsReport {
     pub(super) committed: u64,
     pub(super) aborted: u64,
-    /// Records that stand in the log and are aborted; each was committed in a later transaction.
+    /// Aborted records in the log; each was committed in a later transaction.
     pub(super) aborted_records: u64,
 }
 
-/// Which of the transactions are aborted: evenly spread, exactly the share asked for.
+/// Selects the aborted transactions: evenly spread, with exactly the requested share.
 #[derive(Clone, Copy, Debug)]
 struct Aborts {
-    /// Aborted transactions for each that is committed.
+    /// Aborted transactions per committed one.
     for_each_commit: f64,
     due: f64,
 }
@@ -35,10 +35,10 @@ impl Aborts {
         Self { for_each_commit: share / (1.0 - share), due: 0.0 }
     }
 
-    /// Whether the next one is to be aborted before it is committed.
+    /// Whether to abort the next transaction before committing it.
     fn next(&mut self) -> bool {
         self.due += self.for_each_commit;
-        // What is added many times is a little less than its sum.
+        // Repeated additions accumulate a rounding error.
         let is_due = self.due > 1.0 - 1e-9;
         if is_due {
             self.due -= 1.0;
@@ -47,15 +47,15 @@ impl Aborts {
     }
 }
 
-/// The open transaction, if records are sent in transactions at all.
+/// The open transaction, if transactions are used.
 pub(super) struct Transactions<'s> {
     sender: &'s Sender,
-    /// Records of one transaction; `None`: no transactions.
+    /// Records per transaction; `None`: no transactions.
     size: Option<usize>,
     aborts: Aborts,
     is_open: bool,
     began: Instant,
-    /// Records of the open transaction, to send them again.
+    /// Records of the open transaction, kept to repeat them after an abort.
     records: Vec<Record>,
     report: TransactionsReport,
 }
@@ -73,8 +73,8 @@ impl<'s> Transactions<'s> {
         }
     }
 
-    /// Hands one record over; ends the transaction that is full with it.
-    pub(super) fn send(&mut self, record: &Record, stop: &StopSignal) -> Result<Sending, Failure> {
+    /// Sends a record and ends the transaction if it is full.
+    pub(super) fn send(&mut self, record: &Record, stop: &StopSignal) -> Result<Sending, CommandError> {
         let Some(size) = self.size else { return self.sender.send(record, stop) };
         if !self.is_open {
             self.sender.begin()?;
@@ -90,17 +90,17 @@ impl<'s> Transactions<'s> {
         Ok(Sending::Taken)
     }
 
-    /// Ends the transaction that has been open for long.
-    pub(super) fn commit_if_old(&mut self) -> Result<(), Failure> {
+    /// Ends a transaction that has been open for long.
+    pub(super) fn commit_if_old(&mut self) -> Result<(), CommandError> {
         if self.is_open && self.began.elapsed() >= OPEN_MAX { self.end() } else { Ok(()) }
     }
 
-    /// Commits what is open; nothing follows.
-    pub(super) fn finish(&mut self) -> Result<(), Failure> {
+    /// Commits the open transaction at the end of the run.
+    pub(super) fn finish(&mut self) -> Result<(), CommandError> {
         if self.is_open { self.commit() } else { Ok(()) }
     }
 
-    /// Records that were handed over and do not stand in the log, or not for readers of what is committed.
+    /// Number of records passed to the client that are not in the log, or not committed.
     pub(super) fn undelivered(&self) -> u64 {
         match self.size {
             None => self.sender.undelivered(),
@@ -112,7 +112,7 @@ impl<'s> Transactions<'s> {
         self.report
     }
 
-    fn end(&mut self) -> Result<(), Failure> {
+    fn end(&mut self) -> Result<(), CommandError> {
         if self.aborts.next() {
             self.sender.abort()?;
             self.report.aborted += 1;
@@ -125,7 +125,7 @@ impl<'s> Transactions<'s> {
         self.commit()
     }
 
-    fn commit(&mut self) -> Result<(), Failure> {
+    fn commit(&mut self) -> Result<(), CommandError> {
         self.sender.commit()?;
         self.report.committed += 1;
         self.is_open = false;

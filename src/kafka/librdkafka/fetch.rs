@@ -1,7 +1,8 @@
-//! Reading partitions from explicit positions, without a group: librdkafka's "simple consumer".
+//! Fetches partitions from explicit positions, without a consumer group: librdkafka's "simple consumer".
 //!
-//! `rd_kafka_consume_batch_queue` drops entries that a stop has outdated before it looks at them. The other calls do
-//! not: `rd_kafka_consume_callback_queue` lets an outdated transaction marker move the client's own position.
+//! Of librdkafka's calls that read a queue, only `rd_kafka_consume_batch_queue` drops entries from before a
+//! stop without evaluating them. `rd_kafka_consume_callback_queue` lets an outdated transaction marker move
+//! the client's position.
 
 use std::collections::BTreeSet;
 use std::ffi::{c_int, c_void};
@@ -15,47 +16,49 @@ use rdkafka_sys as sys;
 use tokio::sync::Notify;
 
 use super::{NativeError, NativeRecord, c_string, millis};
-use crate::record::{NextOffset, Partition};
+use crate::domain::record::{NextOffset, Partition};
 
-/// What a [`FetchQueue`] delivers.
+/// An item that a [`FetchQueue`] delivers.
 #[derive(Debug)]
 pub enum FetchItem<'a> {
     /// A record.
     Record(NativeRecord<'a>),
     /// The partition was read up to its last stable offset.
     End {
-        /// Topic partition.
+        /// The partition.
         partition: Partition,
         /// The position after everything readable, control records included.
         position: NextOffset,
     },
-    /// Fetching one partition (or, without one, anything) failed.
+    /// Fetching failed, for one partition or for the client as a whole.
     Failed {
         /// The partition, if the error names one.
         partition: Option<Partition>,
         /// librdkafka's error code.
         code: RDKafkaErrorCode,
-        /// The first offset of the batch that cannot be read, where that is what failed; else the position, or a
-        /// negative number.
+        /// The first offset of the record batch that cannot be read, if that is the error; else the position,
+        /// or a negative number.
         offset: i64,
     },
 }
 
 /// Fetches partitions of one topic into one queue, each from a position that the caller names.
 ///
-/// A queue that is not drained is back-pressure: the client stops fetching.
+/// While the queue is not drained, the client stops fetching (back-pressure).
 pub struct FetchQueue<C: ConsumerContext + 'static> {
     queue: *mut sys::rd_kafka_queue_t,
     topic: *mut sys::rd_kafka_topic_t,
     wake: *const Notify,
-    /// Partitions that are fetched; librdkafka wants each of them stopped before the client is destroyed.
+    /// Partitions that are being fetched. librdkafka requires that each is stopped before the client is
+    /// destroyed.
     started: Mutex<BTreeSet<Partition>>,
     chunk_max: usize,
     notify: Arc<Notify>,
     consumer: BaseConsumer<C>,
 }
 
-// SAFETY: librdkafka's clients, topics and queues may be used from any thread; `FetchQueue` hands out no pointer.
+// SAFETY: librdkafka's clients, topics and queues may be used from any thread; `FetchQueue` hands out no
+// pointer.
 unsafe impl<C: ConsumerContext> Send for FetchQueue<C> {}
 // SAFETY: as above; `started` has a lock of its own.
 unsafe impl<C: ConsumerContext> Sync for FetchQueue<C> {}
@@ -65,14 +68,15 @@ unsafe extern "C" fn wake(_: *mut sys::rd_kafka_t, opaque: *mut c_void) {
     unsafe { (*opaque.cast::<Notify>()).notify_one() }
 }
 
-/// The error that the last simple-consumer call of this thread left behind.
+/// The error of this thread's last simple-consumer call.
 fn last_error(doing: &str) -> NativeError {
     // SAFETY: reads a value of this thread.
     NativeError::plain(unsafe { sys::rd_kafka_last_error() }, doing)
 }
 
 impl<C: ConsumerContext> FetchQueue<C> {
-    /// A queue of `consumer`, which has no `group.id`; [`drain`](Self::drain) takes `chunk_max` items at most.
+    /// Creates a queue of `consumer`, which has no `group.id`; [`drain`](Self::drain) takes at most
+    /// `chunk_max` items.
     pub fn new(consumer: BaseConsumer<C>, topic: &str, chunk_max: usize) -> Result<Self, NativeError> {
         let notify = Arc::new(Notify::new());
         let client = consumer.client().native_ptr();
@@ -93,15 +97,15 @@ impl<C: ConsumerContext> FetchQueue<C> {
         Ok(Self { queue, topic, wake: opaque, started: Mutex::default(), chunk_max, notify, consumer })
     }
 
-    /// The client, for questions to the brokers and for what it has to say.
+    /// The underlying consumer, for requests to the brokers and for polling callbacks.
     pub fn consumer(&self) -> &BaseConsumer<C> {
         &self.consumer
     }
 
-    /// Fetches `partition` from `position` on, and delivers nothing of it that was fetched before.
+    /// Starts to fetch `partition` at `position`; nothing fetched before is delivered.
     ///
     /// # Errors
-    /// As librdkafka says; nothing of the partition is fetched then.
+    /// An error of librdkafka; the partition is not fetched then.
     pub fn start(&self, partition: Partition, position: NextOffset) -> Result<(), NativeError> {
         self.stop(partition)?;
         let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
@@ -115,11 +119,11 @@ impl<C: ConsumerContext> FetchQueue<C> {
         Ok(())
     }
 
-    /// Fetches no more of `partition`, and delivers nothing more of it: when this returns, what is still in the
-    /// queue is outdated and will be dropped.
+    /// Stops fetching `partition`. When this returns, its entries in the queue are outdated and will be
+    /// dropped.
     ///
     /// # Errors
-    /// As librdkafka says.
+    /// An error of librdkafka.
     pub fn stop(&self, partition: Partition) -> Result<(), NativeError> {
         let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
         if !started.remove(&partition) {
@@ -130,19 +134,19 @@ impl<C: ConsumerContext> FetchQueue<C> {
         if outcome != 0 { Err(last_error("consume_stop")) } else { Ok(()) }
     }
 
-    /// Completes when something was put into the empty queue since it was last waited for.
+    /// Completes when the queue has become non-empty since the last wait.
     pub async fn wait_filled(&self) {
         self.notify.notified().await;
     }
 
-    /// Hands at most `max` items to `take`, waiting at most `wait` for the first; returns how many there were.
+    /// Passes at most `max` items to `take`, waiting at most `wait` for the first one; returns their number.
     pub fn drain(&self, max: usize, wait: Duration, mut take: impl FnMut(FetchItem<'_>)) -> usize {
         let max = max.min(self.chunk_max);
         if max == 0 {
             return 0;
         }
         let mut messages: Vec<*mut sys::rd_kafka_message_t> = Vec::with_capacity(max);
-        // The call waits until it has as many as were asked for.
+        // The call waits until it has the requested number of items, so the first one is requested alone.
         let mut count = if wait.is_zero() { 0 } else { self.take(&mut messages, 1, millis(wait)) };
         if wait.is_zero() || count > 0 {
             count += self.take(&mut messages, max - count, 0);
@@ -163,8 +167,8 @@ impl<C: ConsumerContext> FetchQueue<C> {
         if max == 0 {
             return 0;
         }
-        // SAFETY: the queue is live, and `room` has space for `max` pointers, of which as many are written as the
-        // call returns.
+        // SAFETY: the queue is live, and `room` has space for `max` pointers, of which as many are written as
+        // the call returns.
         unsafe {
             let taken = sys::rd_kafka_consume_batch_queue(self.queue, wait_ms, room.as_mut_ptr().cast(), max);
             let taken = usize::try_from(taken).unwrap_or(0);
@@ -196,8 +200,8 @@ impl<C: ConsumerContext> Drop for FetchQueue<C> {
             // SAFETY: the topic is live.
             unsafe { sys::rd_kafka_consume_stop(self.topic, partition.0) };
         }
-        // SAFETY: the callback is switched off before its opaque is released; topic and queue are released once,
-        // before the client.
+        // SAFETY: the callback is switched off before its opaque is released; topic and queue are released
+        // once, before the client.
         unsafe {
             sys::rd_kafka_queue_cb_event_enable(self.queue, None, ptr::null_mut());
             sys::rd_kafka_queue_destroy(self.queue);

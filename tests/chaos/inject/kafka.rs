@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use payment_writer::kafka::publisher::transactional_id;
+use payment_writer::kafka::publisher_settings::transactional_id;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
@@ -10,8 +10,8 @@ use super::Done;
 use crate::episode::{Episode, INPUT_PARTITIONS};
 use crate::support::{Act, PATIENCE, coordinator_partition, wait_until_within};
 
-/// With three brokers the others go on without this one: recovery is counted from its death. One alone is
-/// started again first.
+/// With three brokers the others continue without this one: recovery is measured from its death. A single
+/// broker is started again first.
 fn dies(episode: &mut Episode<'_>, random: &mut ChaCha8Rng, broker: i32, act: Act, who: &str) -> Done {
     let servers = &episode.lab.servers;
     let is_held = hold_transactions(episode, random);
@@ -26,8 +26,8 @@ fn dies(episode: &mut Episode<'_>, random: &mut ChaCha8Rng, broker: i32, act: Ac
     Done::now(format!("broker {broker}"))
 }
 
-/// Keeps the load's transactions, most of the times, away from the death of a broker that is alone: it drops their
-/// markers when it comes back (known limits), and nothing can be asked of what follows. Says whether it does.
+/// Usually pauses the load's transactions while a single broker is killed: it drops their markers when it
+/// restarts (known limits), and then nothing can be checked. Returns whether they are paused.
 fn hold_transactions(episode: &Episode<'_>, random: &mut ChaCha8Rng) -> bool {
     let holds = random.random_bool(0.75) && episode.lab.servers.brokers() < 3;
     if holds {
@@ -43,7 +43,7 @@ fn release_transactions(episode: &Episode<'_>, is_held: bool) {
     }
 }
 
-/// Starts a dead broker and waits until it has caught up, so that the next one may die.
+/// Starts a stopped broker and waits until it is in sync, so that the next one may be killed.
 pub fn mend(episode: &mut Episode<'_>, broker: i32) {
     episode.lab.servers.broker(broker, Act::Start);
     let scope = &episode.scope;
@@ -72,7 +72,7 @@ pub fn pause(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     let broker = any_broker(episode, random);
     let is_held = hold_transactions(episode, random);
     episode.lab.servers.broker(broker, Act::Pause);
-    // Also longer than the controller waits for a broker, and than the group for a member.
+    // Sometimes longer than the broker's session at the controller, and than the group's session timeout.
     episode.hold(random, 500, 9_000);
     episode.lab.servers.broker(broker, Act::Resume);
     release_transactions(episode, is_held);

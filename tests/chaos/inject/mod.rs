@@ -1,4 +1,4 @@
-//! How each fault is brought about, and what is expected of it beside that nothing is lost or doubled.
+//! How each fault is injected, and what is expected besides that nothing is lost or duplicated.
 
 mod kafka;
 mod postgres;
@@ -13,18 +13,18 @@ use crate::episode::Episode;
 use crate::fault::Fault;
 use crate::report::Checked;
 
-/// A step that a busy instance passes all the time is reached within this.
+/// A busy instance reaches a failpoint that it passes regularly within this time.
 const REACHED_WITHIN: Duration = Duration::from_secs(30);
 
-/// A fault that is over, or that the others have to live with from now on.
+/// A fault that has ended, or a broker that stays down while recovery is measured.
 pub struct Done {
-    /// From when recovery is counted.
+    /// Start of the measured recovery.
     pub ended_at: Instant,
     pub detail: String,
-    /// To be started again once the others have shown that they go on without it.
+    /// Broker to start again once records flow without it.
     pub dead_broker: Option<i32>,
-    /// Recovery and result, if the fault changed what the episode is about and has looked at it itself.
-    /// Nothing follows it in its episode.
+    /// Recovery and result, if the fault changed the episode and checked the result itself. It is the last
+    /// fault of its episode.
     pub verdict: Option<(Duration, Checked)>,
 }
 
@@ -38,7 +38,7 @@ impl Done {
     }
 }
 
-/// Brings the fault about and to its end.
+/// Injects the fault and ends it.
 pub fn inject(fault: Fault, episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     match fault {
         Fault::KillAtStep => processes::kill_at_step(episode, random),

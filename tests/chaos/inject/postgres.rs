@@ -88,7 +88,7 @@ pub fn late_commit(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
 pub fn restored(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     let database = episode.scope.database.clone();
     let allow = |is_allowed: bool| format!("ALTER DATABASE \"{database}\" ALLOW_CONNECTIONS {is_allowed}");
-    // A copy is made while nobody is connected.
+    // A copy needs a database without connections.
     episode.scope.on_server(&[allow(false)]);
     episode.scope.cut_connections();
     episode.scope.back_up_database();
@@ -114,9 +114,9 @@ pub fn standby_promoted(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> D
         let rows = ask("SELECT 1 FROM pg_stat_wal_receiver WHERE status = 'streaming'");
         rows.iter().any(|row| matches!(row, tokio_postgres::SimpleQueryMessage::Row(_)))
     };
-    wait_until_within(PATIENCE, "the standby follows", is_followed);
+    wait_until_within(PATIENCE, "the standby replicates", is_followed);
     episode.recover(Instant::now());
-    // From here on it hears of no commit.
+    // From here on it receives no commit.
     ask("ALTER SYSTEM SET primary_conninfo = ''");
     ask("SELECT pg_reload_conf()");
     wait_until_within(PATIENCE, "the standby has lost its primary", || !is_followed());
@@ -136,9 +136,11 @@ pub fn disk_full(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     let before = refused(episode);
     let mut ballast = std::fs::File::create(disk.join("ballast")).unwrap();
     let block = [1; 8192];
-    // Until nothing more fits.
+    // Writes until the disk is full.
     while std::io::Write::write_all(&mut ballast, &block).is_ok() {}
-    wait_until_within(PATIENCE, "the database refuses for want of space", || refused(episode) > before);
+    wait_until_within(PATIENCE, "the database rejects writes because the disk is full", || {
+        refused(episode) > before
+    });
     episode.hold(random, 500, 4_000);
     std::fs::remove_file(disk.join("ballast")).unwrap();
     Done::now("")

@@ -1,4 +1,4 @@
-//! Faults of the daemons' own processes.
+//! Faults of the daemon processes.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use super::{Done, REACHED_WITHIN};
 use crate::episode::{Episode, SESSION_TIMEOUT};
 use crate::support::{PATIENCE, wait_until_within};
 
-/// On the way of each batch, and of taking partitions up.
+/// Failpoints in each batch, and in the recovery of partitions.
 const STEPS: [&str; 10] = [
     "before_store_cursors",
     "after_store_cursors",
@@ -24,10 +24,10 @@ const STEPS: [&str; 10] = [
     "after_kafka_commit",
 ];
 
-/// A step, and at which time that it is passed.
+/// A failpoint, and the hit at which it takes effect.
 fn step(random: &mut ChaCha8Rng) -> String {
     let step = STEPS.choose(random).copied().unwrap_or_default();
-    // Partitions are taken up once, batches come again and again.
+    // Recovery passes a failpoint once, batches pass it again and again.
     let hit = if step.ends_with("_store_cursors") { 1 } else { random.random_range(1..=6) };
     format!("{step}:{hit}")
 }
@@ -36,7 +36,7 @@ fn victim(episode: &Episode<'_>, random: &mut ChaCha8Rng) -> usize {
     random.random_range(0..episode.instances.len())
 }
 
-/// Waits until `condition`; whether it came.
+/// Waits for `condition`; returns whether it became true.
 fn comes(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let began = Instant::now();
     while !condition() {
@@ -51,7 +51,7 @@ fn comes(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
 pub fn kill_at_step(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     let index = victim(episode, random);
     let mut detail = episode.instances[index].name.clone();
-    // Once, or again on the way back.
+    // Once, or again during recovery.
     for _ in 0..if random.random_bool(0.25) { 2 } else { 1 } {
         let step = step(random);
         episode.instances[index].daemon.kill();
@@ -93,7 +93,7 @@ pub fn kill_all(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     Done::at(ended_at, format!("for {away} ms"))
 }
 
-/// Longer than the group keeps a member that says nothing.
+/// Longer than the group's session timeout.
 fn out_of_sight(random: &mut ChaCha8Rng) -> Duration {
     SESSION_TIMEOUT + Duration::from_millis(random.random_range(500..5_000))
 }
@@ -124,9 +124,9 @@ pub fn zombie_at_step(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Don
 
 pub fn partial_revoke(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     let mut guest = episode.member("guest").start(&episode.scope);
-    // It may be gone before it has got anything, or work for a while.
+    // It may be killed before it is assigned partitions, or after it has worked for a while.
     let stays = if random.random_bool(0.7) {
-        wait_until_within(PATIENCE, "the guest has partitions", || guest.partitions() > 0);
+        wait_until_within(PATIENCE, "the joined instance has partitions", || guest.partitions() > 0);
         random.random_range(0..2_500)
     } else {
         random.random_range(0..2_500)
@@ -150,7 +150,7 @@ pub fn revoke_at_step(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Don
     episode.instances[index].daemon.kill();
     episode.restart_at(index, failpoint);
     let daemon = &mut episode.instances[index].daemon;
-    wait_until_within(PATIENCE, "it has partitions to give away", || daemon.partitions() > 0);
+    wait_until_within(PATIENCE, "it has partitions to revoke", || daemon.partitions() > 0);
     let mut guest = episode.member("guest").start(&episode.scope);
     let daemon = &mut episode.instances[index].daemon;
     let is_reached =
@@ -176,7 +176,7 @@ fn restart_one_by_one(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) {
         let status = instance.daemon.wait();
         assert_eq!(status.code(), Some(0), "draining {}: {}", instance.name, instance.daemon.log());
         episode.restart_at(index, "");
-        // The next one does not wait for it.
+        // The next one starts without waiting for it.
         std::thread::sleep(Duration::from_millis(random.random_range(0..1_500)));
     }
 }
@@ -196,7 +196,7 @@ pub fn same_instance_id(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> D
     let index = victim(episode, random);
     let mut second = episode.instances[index].member.start(&episode.scope);
     let first = &mut episode.instances[index].daemon;
-    // Who was just without its broker may believe that it was fenced by itself, and come back once.
+    // An instance that lost its broker may take itself for fenced, and restart once.
     wait_until_within(PATIENCE, "one of the two is fenced", || !first.is_running() || !second.is_running());
     let ended_at = Instant::now();
     let is_first = !first.is_running();

@@ -1,4 +1,4 @@
-//! What hands do to the group's offsets and to topics.
+//! Manual changes to the group's offsets and to topics.
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,7 +27,7 @@ pub fn offsets_moved_back(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) ->
             if random.random_bool(0.3) {
                 continue;
             }
-            // Also with the text that an earlier offset really had.
+            // Sometimes with the metadata that an earlier commit really had.
             let text = ["", "by hand", mark.as_str()][random.random_range(0..3)];
             scope.move_group_offset(*partition, random.random_range(0..=*offset), text);
         }
@@ -40,12 +40,12 @@ pub fn offsets_moved_back(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) ->
     Done::at(ended_at, detail)
 }
 
-/// Records of a topic that was made again, fewer than a partition of the old one had.
+/// Records of a topic that was created again, fewer than a partition of the old one had.
 const STRANGERS: i64 = 15;
 
 fn make_again(scope: &Scope<'_>, topic: &str, partitions: i32) {
-    // It is gone only some time after it was deleted.
-    wait_until("the topic is made again", || {
+    // Deletion completes some time after the request.
+    wait_until("the topic is created again", || {
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
         let made = catch_unwind(AssertUnwindSafe(|| scope.create_topic(topic, partitions))).is_ok();
@@ -54,8 +54,8 @@ fn make_again(scope: &Scope<'_>, topic: &str, partitions: i32) {
     });
 }
 
-/// What stood in the topic is gone with it, and so is what was sent to it between the last look and its
-/// deletion. All else must be there once, in the old topic or in the new one.
+/// The topic's contents are deleted, including what was sent between the last read and the deletion.
+/// Everything else must exist exactly once, in the old topic or in the new one.
 pub fn output_recreated(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     let scope = &episode.scope;
     let topic = if random.random_bool(0.5) { &scope.read_topic } else { &scope.email_topic }.clone();
@@ -65,7 +65,7 @@ pub fn output_recreated(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> D
     episode.hold(random, 0, 4_000);
     make_again(&episode.scope, &topic, OUTPUT_PARTITIONS);
     let ended_at = Instant::now();
-    // What is being sent now was fetched before now.
+    // What is being published now was fetched before now.
     let ends = episode.scope.ends();
     let recovery = episode.recover(ended_at);
     episode.flow.pause();
@@ -90,14 +90,14 @@ fn message_ids(records: &[Received]) -> HashSet<Uuid> {
     records.iter().filter_map(id).collect()
 }
 
-/// Doubt about identity: all daemons stop for a person, and nothing of the new topic is written or sent.
+/// An identity mismatch: all daemons stop, and nothing of the new topic is written or published.
 pub fn input_recreated(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Done {
     let is_old = |episode: &Episode<'_>| {
         let committed = episode.watch.committed().unwrap_or_default();
         (0..INPUT_PARTITIONS).all(|partition| committed.get(&partition).is_some_and(|at| *at > STRANGERS))
     };
-    wait_until_within(PATIENCE, "more was read than the new topic will have", || is_old(episode));
-    // What is in flight stays in flight.
+    wait_until_within(PATIENCE, "more records were read than the new topic will have", || is_old(episode));
+    // Batches in flight stay in flight.
     episode.flow.pause();
     let scope = &episode.scope;
     let records = scope.read_all(&scope.input_topic);
@@ -106,19 +106,19 @@ pub fn input_recreated(episode: &mut Episode<'_>, random: &mut ChaCha8Rng) -> Do
     std::thread::sleep(Duration::from_millis(random.random_range(0..3_000)));
     make_again(scope, &scope.input_topic, INPUT_PARTITIONS);
     let ended_at = Instant::now();
-    // Records at offsets that were read of the old one already would be taken for its: a known limit.
+    // Records at offsets already read from the old topic would be taken for the old ones: a known limit.
     let strangers = (0..STRANGERS.unsigned_abs()).map(u128::from);
     let strangers = strangers.map(|n| Payment::new(Uuid::from_u128(0x5742_0000 + n), 7).message());
     scope.produce(&scope.input_topic, strangers.map(|message| Message { timestamp_ms: None, ..message }));
 
     for instance in &mut episode.instances {
         let daemon = &mut instance.daemon;
-        wait_until_within(PATIENCE, "the daemon stops for a person", || !daemon.is_running());
+        wait_until_within(PATIENCE, "the daemon stops", || !daemon.is_running());
         assert_eq!(daemon.wait().code(), Some(3), "{}: {}", instance.name, daemon.log());
     }
     let stopped_after = ended_at.elapsed();
     let scope = &episode.scope;
-    episode.member("a").refuses(scope, &["run"], "deleted and made again");
+    episode.member("a").refuses(scope, &["run"], "deleted and recreated");
 
     let rows = scope.sql("SELECT message_id FROM payment_writer.payment_metadata", &[]);
     let stranger = rows.iter().map(|row| row.get::<_, Uuid>(0)).find(|id| !former.contains(id));

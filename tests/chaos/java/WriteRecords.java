@@ -18,18 +18,18 @@ import org.apache.kafka.common.errors.TimeoutException;
 import org.apache.kafka.common.serialization.ByteArraySerializer;
 
 /**
- * Writes records in transactions by Kafka's own client. Reads from stdin a line a record:
+ * Writes records in transactions with Kafka's own client. Reads one line for each record from stdin:
  *
  *     partition or -, key, value, then name and value of each header
  *
- * separated by blanks, everything but the partition in Base64, "-" for null; and after the records of a transaction
- * "commit" or "abort". Answers each of these with a line: "done", or "failed" and why. Ends with its input.
+ * separated by spaces, everything but the partition in Base64, "-" for null; and after the records of a transaction
+ * "commit" or "abort". Answers each of these with a line: "done", or "failed" and the reason. Exits at the end of input.
  */
 public final class WriteRecords {
     private static final int CALL_MAX_MS = 5_000;
     private static final int DELIVERY_MAX_MS = 15_000;
     private static final int ABANDONED_MS = 5_000;
-    /** A commit without an answer may be called again: so often. */
+    /** How often a commit without an answer is repeated. */
     private static final int TRIES_MAX = 3;
 
     private final Properties settings = new Properties();
@@ -76,7 +76,7 @@ public final class WriteRecords {
         return record;
     }
 
-    /** What is empty is one sign that Base64 does not have: a word must not be empty. */
+    /** An empty value is written as a character that Base64 does not have, since words must not be empty. */
     private static byte[] bytes(String word) {
         return word.equals("-") ? null : word.equals(".") ? new byte[0] : Base64.getDecoder().decode(word);
     }
@@ -91,7 +91,7 @@ public final class WriteRecords {
             for (ProducerRecord<byte[], byte[]> record : records) {
                 producer.send(record);
             }
-            // Also before an abort: what was not sent yet would not stand in the log.
+            // Before an abort, too: unsent records would never reach the log.
             producer.flush();
             end(isCommitted);
             return "done";
@@ -121,7 +121,7 @@ public final class WriteRecords {
         }
     }
 
-    /** Whether the producer can go on. */
+    /** Whether the producer can be used again. */
     private boolean abort(RuntimeException error) {
         boolean isFatal = error instanceof ProducerFencedException || error instanceof OutOfOrderSequenceException
             || error instanceof AuthorizationException || error instanceof IllegalStateException

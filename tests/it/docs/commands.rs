@@ -1,4 +1,4 @@
-//! docs/reference/commands.md holds what each command says with `--help`.
+//! docs/reference/commands.md contains the `--help` text of each command.
 
 use std::fmt::Write;
 
@@ -18,7 +18,7 @@ fn help(words: &[String]) -> String {
 fn add(command: &Command, above: &[String], summary: &mut String, sections: &mut String) {
     let words: Vec<String> = above.iter().cloned().chain([command.get_name().to_owned()]).collect();
     let subcommands = || command.get_subcommands().filter(|c| c.get_name() != "help");
-    // A command that only groups others has nothing of its own to say.
+    // A command that only groups others has no description of its own.
     if !command.is_subcommand_required_set() || above.is_empty() {
         let name = if above.is_empty() { words.join(" ") } else { words[1..].join(" ") };
         let about = command.get_about().unwrap().to_string().replace('|', "\\|");
@@ -32,7 +32,7 @@ fn add(command: &Command, above: &[String], summary: &mut String, sections: &mut
 }
 
 #[test]
-fn the_page_of_commands_is_what_their_help_says() {
+fn the_commands_page_matches_the_help_texts() {
     let (mut summary, mut sections) = (String::from("| command | does |\n| - | - |\n"), String::new());
     add(&Cli::command(), &[], &mut summary, &mut sections);
     generated::check("docs/reference/commands.md", &format!("{summary}\n{sections}"));

@@ -1,4 +1,4 @@
-//! Pages that are made from the program. `make docs` writes them anew.
+//! Pages that are generated from the program. `make docs` updates them.
 
 use std::fs;
 use std::path::{Path, PathBuf};

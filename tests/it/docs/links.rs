@@ -1,4 +1,4 @@
-//! Links of the documentation, and mentions of it elsewhere, lead to what is there.
+//! Links in the documentation, and references to it elsewhere, have existing targets.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::generated::repository;
 
-/// Files below a folder, as paths from the repository's root; nothing that is built or fetched.
+/// Files below a folder, as paths from the repository's root, without build output and downloads.
 fn files(folder: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![PathBuf::from(folder)];
@@ -31,7 +31,7 @@ fn pages() -> BTreeMap<PathBuf, String> {
     files("").into_iter().filter(is_page).map(read).collect()
 }
 
-/// Without blocks of code, and without spans of code.
+/// Removes code blocks and code spans.
 fn prose(page: &str) -> String {
     let outside = page.split("\n```").step_by(2).collect::<Vec<_>>().join("\n");
     outside.split('`').step_by(2).collect::<Vec<_>>().join("`")
@@ -59,7 +59,7 @@ fn anchors(page: &str) -> BTreeSet<String> {
     anchors
 }
 
-/// A path with `..` taken away.
+/// Resolves `..` in a path.
 fn plain(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for component in path.components() {
@@ -127,7 +127,7 @@ fn every_page_that_code_and_rules_mention_is_there() {
             count += 1;
             let found = pages.get(Path::new(page));
             let is_there = found.is_some_and(|page| anchor.is_empty() || anchors(page).contains(anchor));
-            assert!(is_there, "{} mentions {mention}, which is not there", path.display());
+            assert!(is_there, "{} mentions {mention}, which does not exist", path.display());
         }
     }
     assert!(count > 20, "{count} mentions");
@@ -147,6 +147,6 @@ fn every_constant_that_the_limits_name_exists() {
     assert!(names.len() > 20, "{names:?}");
     for name in names {
         let is_there = ["const", "static"].iter().any(|kind| sources.contains(&format!("{kind} {name}:")));
-        assert!(is_there, "docs/reference/limits.md names {name}, which is not there");
+        assert!(is_there, "docs/reference/limits.md names {name}, which does not exist");
     }
 }

@@ -1,5 +1,5 @@
-//! docs/reference/settings.md: keys and defaults as `config show` tells them, meaning and limits by the comments of the
-//! shipped file. The limits are tried with `check-config`.
+//! docs/reference/settings.md: keys and defaults as `config show` prints them, meaning and limits from the
+//! comments in the shipped file. The limits are checked with `check-config`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,10 +10,10 @@ use serde_json::Value;
 
 use super::generated::{self, repository};
 
-/// What the shipped file says of a setting.
+/// A setting's comment in the shipped file.
 struct Comment {
     meaning: String,
-    /// Where it is not the value that the file has.
+    /// The default, if it is not the value in the file.
     default: Option<String>,
     /// Such as `Integer`.
     kind: String,
@@ -34,7 +34,7 @@ impl Comment {
             default = Some(after.trim_end_matches('.').to_owned());
             meaning = before.to_owned();
         }
-        assert!(!meaning.is_empty(), "{key} has no meaning");
+        assert!(!meaning.is_empty(), "{key} has no description");
         Self { meaning, default, kind: kind.into(), unit: unit.into(), limits: limits.into() }
     }
 
@@ -57,7 +57,7 @@ impl Comment {
             "List of texts" => value.as_array().is_some_and(|items| items.iter().all(Value::is_string)),
             "List of integers" => value.as_array().is_some_and(|items| items.iter().all(Value::is_i64)),
             "Table" => value.is_object(),
-            other => panic!("{other} is no type"),
+            other => panic!("{other} is not a type"),
         }
     }
 }
@@ -96,7 +96,7 @@ fn comments() -> BTreeMap<String, Comment> {
     comments
 }
 
-/// The program with nothing set, but for one setting.
+/// Runs the program with a single setting.
 fn program(arguments: &[&str], setting: Option<(&str, &str)>) -> std::process::Output {
     let folder = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_payment-writer"));
@@ -116,7 +116,7 @@ fn defaults() -> Vec<(String, Value)> {
 }
 
 #[test]
-fn the_page_of_settings_is_what_the_program_and_its_file_say() {
+fn the_settings_page_matches_the_program_and_its_file() {
     let comments = comments();
     let mut table =
         String::from("| key | type | default | limits | unit | meaning |\n| - | - | - | - | - | - |\n");
@@ -149,7 +149,7 @@ fn the_page_of_settings_is_what_the_program_and_its_file_say() {
 
 #[test]
 fn the_limits_that_the_settings_file_names_are_those_of_the_program() {
-    /// A quantity's next smaller unit, and how many of it make one.
+    /// The next smaller unit, and how many of it make one.
     const SMALLER: [(&str, &str, u64); 6] = [
         ("s", "ms", 1_000),
         ("m", "s", 60),
@@ -183,7 +183,7 @@ fn the_limits_that_the_settings_file_names_are_those_of_the_program() {
                 (below, format!("{}{unit}", number + 1))
             }
         };
-        assert!(is_taken(&key, low) && is_taken(&key, high), "{key} does not take {}", comment.limits);
+        assert!(is_taken(&key, low) && is_taken(&key, high), "{key} does not accept {}", comment.limits);
         for outside in below.iter().chain([&above]) {
             assert!(!is_taken(&key, outside), "{key} takes {outside}, documented is {}", comment.limits);
         }

@@ -10,7 +10,7 @@ import java.util.UUID;
 /**
  * Reads one event a line from standard input, as the Java original does: Jackson with its defaults, times as
  * LocalDateTime (lenient: a trailing Z is taken as UTC and dropped). An unknown field is an error here.
- * Prints each event's fields between bars.
+ * Prints each event's fields, separated by bars.
  */
 public class ReadEvents {
     public static class ReadEvent {

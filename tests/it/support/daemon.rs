@@ -1,4 +1,4 @@
-//! The program under test: commands that end, and the daemon as a child process.
+//! The program under test: commands, and the daemon as a child process.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use super::{DEADLINE, Scope, free_address, wait_until};
 
-/// Variable with the path of another build of the program, for all tests or, among its settings, for one process.
+/// Environment variable with the path of another build of the program, for all tests or for one process.
 pub const TESTED_PROGRAM: &str = "PAYMENT_WRITER_TESTED_PROGRAM";
 
-/// What a command that ended left behind.
+/// Output and exit code of a finished command.
 #[derive(Debug)]
 pub struct Finished {
     pub code: Option<i32>,
@@ -37,12 +37,12 @@ pub struct Reply {
 }
 
 impl Scope<'_> {
-    /// Runs one of the program's commands to its end.
+    /// Runs one of the program's commands until it exits.
     pub fn command(&self, arguments: &[&str]) -> Finished {
         self.command_with(arguments, &[])
     }
 
-    /// As [`Scope::command`], with further settings, by their names in the environment.
+    /// As [`Scope::command`], with further settings as environment variables.
     pub fn command_with(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
         let output = self.program(arguments, settings).stdin(Stdio::null()).output().unwrap();
         Finished {
@@ -52,21 +52,21 @@ impl Scope<'_> {
         }
     }
 
-    /// Starts the program, its output going to a file, its admin port a free one.
+    /// Starts the program with its output in a file and a free admin port.
     pub fn daemon(&self, arguments: &[&str]) -> Daemon {
         self.daemon_with(arguments, &[])
     }
 
-    /// As [`Scope::daemon`], with further settings, by their names in the environment.
+    /// As [`Scope::daemon`], with further settings as environment variables.
     pub fn daemon_with(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Daemon {
         self.daemon_at(free_address(), arguments, settings)
     }
 
-    /// As [`Scope::daemon_with`], its admin port this one.
+    /// As [`Scope::daemon_with`], with this admin port.
     pub fn daemon_at(&self, admin: SocketAddr, arguments: &[&str], settings: &[(&str, &str)]) -> Daemon {
         let log = self.dir.join(format!("daemon-{}.log", admin.port()));
         let output = File::options().create(true).append(true).open(&log).unwrap();
-        // Two daemons on one machine are two members, unless a test says otherwise.
+        // Two daemons on one machine are two members of the group, unless a test says otherwise.
         let (instance, listen) = (format!("instance-{}", admin.port()), admin.to_string());
         let own = [
             ("PAYMENT_WRITER__KAFKA__INSTANCE_ID", instance.as_str()),
@@ -90,7 +90,7 @@ impl Scope<'_> {
     }
 }
 
-/// What was built along with the tests, or another build of the program, to be judged by the same tests.
+/// The build made with the tests, or another build that the same tests should check.
 fn tested_program() -> PathBuf {
     let other = std::env::var_os(TESTED_PROGRAM).map(PathBuf::from);
     other.unwrap_or_else(|| env!("CARGO_BIN_EXE_payment-writer").into())
@@ -104,25 +104,25 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// SIGKILL, and waits until it is gone.
+    /// Sends SIGKILL, and waits until the process is gone.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// SIGTERM: asks it to drain.
+    /// Sends SIGTERM, which starts a drain.
     pub fn terminate(&self) {
         self.signal("TERM");
     }
 
-    /// Sends a signal by its name, e.g. `STOP`, `CONT`, `INT`.
+    /// Sends a signal by name, e.g. `STOP`, `CONT`, `INT`.
     pub fn signal(&self, name: &str) {
-        // A shell's own `kill` is there on every machine, the program is not.
+        // Every machine has the shell's built-in `kill`, not every machine has the program.
         let kill = format!("kill -s {name} {}", self.child.id());
         assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success(), "{kill}");
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the process exits by itself.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
         let begin = Instant::now();
@@ -135,15 +135,14 @@ impl Daemon {
         }
     }
 
-    /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Whether it was stopped, as by SIGSTOP.
+    /// Whether the process is stopped, as by SIGSTOP.
     pub fn is_stopped(&self) -> bool {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
-        // The name before the state may hold anything, also parentheses.
+        // The name before the state may contain anything, including parentheses.
         stat.rsplit_once(") ").unwrap().1.starts_with('T')
     }
 
@@ -151,17 +150,17 @@ impl Daemon {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Everything it has said so far.
+    /// Its whole output so far.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap()).into_owned()
     }
 
-    /// Asks its admin port; `None` while nobody answers there.
+    /// Sends a GET request to the admin port; `None` while it does not answer.
     pub fn get(&self, path: &str) -> Option<Reply> {
         self.ask("GET", path, "")
     }
 
-    /// As [`Daemon::get`], with something to set.
+    /// As [`Daemon::get`], with a body to set a value.
     pub fn put(&self, path: &str, body: &str) -> Option<Reply> {
         self.ask("PUT", path, body)
     }
@@ -169,7 +168,7 @@ impl Daemon {
     fn ask(&self, method: &str, path: &str, body: &str) -> Option<Reply> {
         let mut stream = TcpStream::connect_timeout(&self.admin, Duration::from_secs(1)).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
-        // HTTP/1.0: the answer comes in one piece and ends with the connection.
+        // HTTP/1.0: the response is not chunked and ends with the connection.
         let head =
             format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len());
         stream.write_all(format!("{head}{body}").as_bytes()).ok()?;

@@ -1,5 +1,5 @@
-//! The strict question at the end of a test: has every input record had exactly its one outcome, and are
-//! both cursors where they belong? Judged from outside, by the input, the outputs and the tables alone.
+//! The check at the end of a test: every input record has had exactly one outcome, and both cursors are at
+//! the end. It uses only the input, the outputs and the tables.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
@@ -19,29 +19,29 @@ pub const PATIENCE: Duration = Duration::from_secs(150);
 
 type Place = (i32, i64);
 
-/// What is to be true. Deviations from "everything was written and published" are named one by one.
+/// Expected state. Deviations from "everything was written and published" are listed one by one.
 pub struct Check<'s> {
     scope: &'s Scope<'s>,
-    /// Records that retention removed from the log since they were written.
+    /// Records that retention removed from the log after they were written.
     removed: Vec<Received>,
-    /// Records that a person gave up: they may have no outcome, never two.
+    /// Records that an operator skipped: they have at most one outcome.
     given_up: BTreeSet<Place>,
-    /// Outputs that retention removed since they were sent: read events, e-mail events, dead letters.
+    /// Outputs that retention removed after they were sent: read events, e-mail events, dead letters.
     outputs_removed: [Vec<Received>; 3],
     remade: Option<Remade>,
     publishes: bool,
 }
 
-/// A topic of events that was deleted and made again.
+/// A topic of events that was deleted and created again.
 pub struct Remade {
     pub topic: String,
-    /// What stood in it when it was last looked at.
+    /// Its contents when it was last read.
     pub former: Vec<Received>,
-    /// Records whose events may have been sent after that look and before it was deleted.
+    /// Records whose events may have been sent between that read and the deletion.
     pub unseen: Vec<(i32, Range<i64>)>,
 }
 
-/// Records by outcome.
+/// Records counted by outcome.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Outcomes {
     pub written: usize,
@@ -59,18 +59,18 @@ struct Row {
     has_notes: bool,
 }
 
-/// A payload without its spelling.
+/// A payload independent of its spelling.
 #[derive(PartialEq, Debug)]
 struct Payload(Vec<Value>, String);
 
 fn payload(record: &Received) -> Option<(Uuid, Payload)> {
     let json: Value = serde_json::from_slice(record.value.as_deref()?).ok()?;
     let id = json.get("messageId")?.as_str()?;
-    // Either spelling is one id.
+    // Both spellings are the same id.
     let id = id.parse().ok().or_else(|| Some(Uuid::from_u128(id.parse::<ulid::Ulid>().ok()?.0)))?;
     let fields = ["custId", "currency", "status", "type", "comment", "externalRefId"];
     let fields = fields.iter().map(|field| json.get(field).cloned().unwrap_or_default()).collect();
-    // Two decimals and few digits: exact enough in a binary float.
+    // Two decimals and few digits: a binary float is exact enough.
     let amount = json.get("amount")?;
     let amount = amount.as_f64().or_else(|| amount.as_str()?.parse().ok())?;
     Some((id, Payload(fields, format!("{amount:.2}"))))
@@ -154,7 +154,7 @@ impl<'s> Check<'s> {
             panic!("an outcome of a record that was never sent: {place:?}");
         }
 
-        // Whether an event was sent is known of all records but some, if its topic was made again.
+        // If the topic was created again, it is unknown for some records whether their event was sent.
         let is_unseen = |topic: &str, place: &Place| {
             remade.as_ref().is_some_and(|remade| {
                 let mut unseen = remade.unseen.iter();
@@ -173,7 +173,8 @@ impl<'s> Check<'s> {
             match (row, letter) {
                 (Some(row), None) => {
                     outcomes.written += 1;
-                    let (id, Payload(fields, amount)) = payload(input).expect("written, but not a payment");
+                    let (id, Payload(fields, amount)) =
+                        payload(input).expect("a written record is not a payment");
                     assert_eq!(owners.get(&row.message_id), Some(place), "the owner of {place:?}");
                     assert_eq!((row.message_id, row.cust_id), (id, fields[0].as_i64()), "{place:?}");
                     assert_eq!(row.status.map(i64::from), fields[2].as_i64(), "{place:?}");
@@ -192,7 +193,8 @@ impl<'s> Check<'s> {
                 (None, letter) => {
                     assert!(event.is_none() && mail.is_none(), "events of an unwritten payment {place:?}");
                     let owner = payload(input).and_then(|(id, payload)| {
-                        let owner = inputs.get(owners.get(&id)?).expect("an owner outside the log");
+                        let owner =
+                            inputs.get(owners.get(&id)?).expect("the owner of an id is not in the log");
                         Some((payload, owner))
                     });
                     let is_same = owner.map(|(payload, owner)| payload == self::payload(owner).unwrap().1);
@@ -201,14 +203,15 @@ impl<'s> Check<'s> {
                             outcomes.dead_letters += 1;
                             assert_eq!((&letter.key, &letter.value), (&input.key, &input.value), "{place:?}");
                             let is_conflict = letter.header("dlq-reason") == "message_id_conflict";
-                            // What the database itself refused may have a twin that it took, then or later.
+                            // The id of a rejected row may have another record that the database accepted,
+                            // then or later.
                             if letter.header("dlq-reason") != "rejected_by_database" {
                                 assert_eq!(is_conflict, is_same == Some(false), "dead letter of {place:?}");
-                                assert!(is_same != Some(true), "a good record was diverted: {place:?}");
+                                assert!(is_same != Some(true), "a good record was dead-lettered: {place:?}");
                             }
                         }
                         (None, Some(true)) => outcomes.duplicates += 1,
-                        // A database that never publishes has no place for a dead letter.
+                        // Without events there are no dead letters.
                         (None, _) if !publishes => outcomes.dead_letters += 1,
                         (None, _) => panic!("record {place:?} has no outcome"),
                     }
@@ -223,7 +226,7 @@ impl<'s> Check<'s> {
     }
 }
 
-/// Of each account, i.e. key, the events' records must be in the order of their offsets.
+/// For each account (key), the events must be in the order of the records' offsets.
 #[track_caller]
 fn assert_in_order(events: &[Received]) {
     let mut last: HashMap<&[u8], Place> = HashMap::new();
@@ -232,7 +235,7 @@ fn assert_in_order(events: &[Received]) {
         let place = (source.next().unwrap() as i32, source.next().unwrap());
         let key = event.key.as_deref().unwrap();
         if let Some(former) = last.insert(key, place) {
-            // Tests that choose partitions by hand spread an account over several.
+            // Tests that choose partitions explicitly spread an account over several.
             assert!(former.0 != place.0 || former < place, "{former:?} before {place:?}");
         }
     }
@@ -262,7 +265,7 @@ fn rows(scope: &Scope<'_>) -> BTreeMap<Place, Row> {
             ((row.get(0), row.get(1)), value)
         })
         .collect();
-    assert_eq!(rows.len(), count, "a payment has rows twice");
+    assert_eq!(rows.len(), count, "a payment has more than one row");
     for table in ["payment_core", "payment_metadata", "idempotency"] {
         assert_eq!(scope.count(table), i64::try_from(count).unwrap(), "rows in {table}");
     }
@@ -299,19 +302,19 @@ impl Scope<'_> {
         self.command(&["migrate"]).succeeds();
     }
 
-    /// Sends records to the input topic, one to each of `partitions` in turn, whatever their keys.
+    /// Sends records to the input topic, to each of `partitions` in turn, whatever their keys.
     pub fn spread(&self, records: Vec<Message>, partitions: &[i32]) {
         let records = records.into_iter().zip(partitions.iter().cycle());
         self.produce(&self.input_topic, records.map(|(record, partition)| record.partition(*partition)));
     }
 
-    /// Applied and published by partition.
+    /// `applied` and `published` by partition.
     pub fn cursors(&self) -> BTreeMap<i32, (i64, Option<i64>)> {
         let rows = self.sql("SELECT partition, applied, published FROM payment_writer.source_cursor", &[]);
         rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect()
     }
 
-    /// What the `source` headers begin with.
+    /// The prefix of all `source` headers.
     pub fn topic_id_text(&self) -> String {
         let rows = self.sql("SELECT topic_id FROM payment_writer.bound_group", &[]);
         rows[0].get::<_, Uuid>(0).simple().to_string()[..8].to_owned()
@@ -330,7 +333,7 @@ impl Scope<'_> {
         list
     }
 
-    /// The input's ends by partition.
+    /// The input's end offsets by partition.
     pub fn ends(&self) -> BTreeMap<i32, i64> {
         let consumer = self.inquirer();
         let list = self.partitions(&consumer);
@@ -338,25 +341,27 @@ impl Scope<'_> {
         let end = |partition| loop {
             match consumer.fetch_watermarks(&self.input_topic, partition, DEADLINE) {
                 Ok((_, end)) => break end,
-                // A leader that has just changed is not known to everybody yet.
-                Err(error) => assert!(began.elapsed() < DEADLINE, "asking for the input's ends: {error}"),
+                // A new leader may not be in every broker's metadata yet.
+                Err(error) => {
+                    assert!(began.elapsed() < DEADLINE, "fetching the input's end offsets: {error}")
+                }
             }
             std::thread::sleep(Duration::from_millis(100));
         };
         list.elements().iter().map(|e| (e.partition(), end(e.partition()))).collect()
     }
 
-    /// The group's offsets and their metadata texts by partition.
+    /// The group's committed offsets and their metadata by partition.
     pub fn committed_all(&self) -> BTreeMap<i32, (i64, String)> {
         let consumer = self.inquirer();
         let list = self.partitions(&consumer);
-        // A coordinator that has just been found may not know that it is one.
+        // A broker may not know yet that it has become the coordinator.
         let began = Instant::now();
         let answer = loop {
             match consumer.committed_offsets(list.clone(), DEADLINE) {
                 Ok(answer) => break answer,
                 Err(error) => {
-                    assert!(began.elapsed() < PATIENCE, "the group's offsets are not told: {error}")
+                    assert!(began.elapsed() < PATIENCE, "fetching the group's offsets: {error}")
                 }
             }
         };
@@ -367,7 +372,7 @@ impl Scope<'_> {
         answer.elements().iter().filter_map(offset).collect()
     }
 
-    /// Waits until all there is now is written and published, and the database knows.
+    /// Waits until everything sent so far is written and published, and the database has stored that.
     #[track_caller]
     pub fn wait_until_caught_up(&self) {
         self.await_input_markers();
@@ -384,7 +389,7 @@ impl Scope<'_> {
         });
     }
 
-    /// Sets the group's offset as an operator's tool would, once the group has no members.
+    /// Sets the group's offset as an operator's tool would. Waits until the group has no members.
     pub fn move_group_offset(&self, partition: i32, offset: i64, metadata: &str) {
         let consumer = self.inquirer();
         let mut list = TopicPartitionList::new();
@@ -394,7 +399,7 @@ impl Scope<'_> {
         wait_until("the group has no members", || consumer.commit(&list, CommitMode::Sync).is_ok());
     }
 
-    /// Forgets the group's offsets, once the group has no members.
+    /// Deletes the group's offsets. Waits until the group has no members.
     pub fn delete_group_when_empty(&self) {
         wait_until("the group has no members", || {
             let results =
@@ -403,12 +408,12 @@ impl Scope<'_> {
         });
     }
 
-    /// Removes the input's records before `offset`, as retention would.
+    /// Deletes the input's records before `offset`, as retention would.
     pub fn delete_records(&self, partition: i32, offset: i64) {
         self.delete_records_of(&self.input_topic, partition, offset);
     }
 
-    /// Removes the records of a topic's partition before `offset`, as retention would.
+    /// Deletes the records of a topic's partition before `offset`, as retention would.
     pub fn delete_records_of(&self, topic: &str, partition: i32, offset: i64) {
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(topic, partition, Offset::Offset(offset)).unwrap();

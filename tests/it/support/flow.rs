@@ -1,4 +1,4 @@
-//! Records that keep coming while a test does something else, written as real producers write them.
+//! Records sent in the background of a test, written as real producers write them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
@@ -16,11 +16,11 @@ use super::{ABORTED_ONE_IN, Message, Scope, TRANSACTION_MAX};
 
 const TICK: Duration = Duration::from_millis(20);
 const FLUSH_MAX: Duration = Duration::from_secs(60);
-/// A client that delivers nothing for so long has not got over what happened to its broker.
+/// A client that delivers nothing for this long has not recovered from an outage of its broker.
 const DELIVERY_MAX: Duration = Duration::from_secs(40);
-/// How often records are written that a broker did not take.
+/// Attempts to write records that a broker did not accept.
 const TRIES_MAX: u32 = 3;
-/// Largest transaction, in ticks of the flow, where nothing else is said.
+/// Default size of the largest transaction, in ticks of the flow.
 const TRANSACTION_TICKS_MAX: usize = 40;
 
 /// An endless supply of records.
@@ -28,14 +28,14 @@ pub trait Source: Send + 'static {
     fn next_record(&mut self) -> Message;
 }
 
-/// Writes whole transactions, whatever happens to the brokers meanwhile.
+/// Writes whole transactions, even during broker outages.
 pub trait TransactionWriter: Send + 'static {
-    /// Writes records in one transaction and ends it. After an error it is aborted, or what became of it is unknown;
+    /// Writes records in one transaction and ends it. After an error it is aborted, or its end is unknown;
     /// either way the next call begins a new one.
     fn write(&mut self, records: &[Message], is_committed: bool) -> Result<(), String>;
 }
 
-/// What was written so far, by the kind of the writer.
+/// What was written so far, by kind of writer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Written {
     pub records: usize,
@@ -64,11 +64,11 @@ struct Job {
     is_aborted_first: bool,
 }
 
-/// A writer of transactions on a thread of its own.
+/// A writer of transactions on its own thread.
 struct Worker {
     jobs: SyncSender<Job>,
     tally: Arc<Tally>,
-    /// Records that it may write by now, and how many it waits for.
+    /// Records that may be written by now, and the number it waits for.
     credit: f64,
     wanted: usize,
 }
@@ -86,19 +86,19 @@ impl Worker {
         self.tally.is_busy.load(Ordering::Acquire)
     }
 
-    /// Gives it its next transaction if there are enough records for it, or if it is to be the last one.
+    /// Hands over the next transaction if there are enough records for it, or if it is the last one.
     fn drive(&mut self, source: &mut impl Source, random: &mut ChaCha8Rng, max: usize, is_last: bool) {
         let saved = self.credit as usize;
         if self.is_busy() || saved == 0 || (saved < self.wanted && !is_last) {
             return;
         }
-        // Much may have been saved up while the brokers were away.
+        // Many records may have accumulated during a broker outage.
         let count = if is_last { saved } else { self.wanted.max(saved / 2) }.min(TRANSACTION_MAX);
         let records = (0..count).map(|_| source.next_record()).collect();
         // One abort for nine commits is one in ten transactions.
         let is_aborted_first = random.random_ratio(1, ABORTED_ONE_IN - 1);
         self.tally.is_busy.store(true, Ordering::Release);
-        self.jobs.send(Job { records, is_aborted_first }).expect("the writer's thread is gone");
+        self.jobs.send(Job { records, is_aborted_first }).expect("the writer's thread has ended");
         self.credit -= count as f64;
         self.wanted = transaction_size(random, max);
     }
@@ -112,8 +112,8 @@ fn work(mut writer: Box<dyn TransactionWriter>, todo: &Receiver<Job>, tally: &Ta
                 Err(error) => eprintln!("the load: aborting a transaction: {error}"),
             }
         }
-        // What counts is the log: a transaction that did not come about is no record, and what was committed without
-        // an answer, and is written again, is a duplicate.
+        // Checks read the log: an aborted transaction has no records, and one that was committed without a
+        // response and is written again has duplicates.
         for _ in 0..TRIES_MAX {
             match writer.write(&job.records, true) {
                 Ok(()) => {
@@ -128,7 +128,7 @@ fn work(mut writer: Box<dyn TransactionWriter>, todo: &Receiver<Job>, tally: &Ta
     }
 }
 
-/// A producer without transactions. Outages of the broker only delay its records.
+/// A producer without transactions. Broker outages only delay its records.
 struct Plain {
     config: ClientConfig,
     topic: String,
@@ -150,7 +150,7 @@ impl Plain {
     fn write(&mut self, records: impl Iterator<Item = Message>) {
         let mut added = 0;
         for record in records {
-            // Refused, as by a full queue: then it was never sent.
+            // Rejected, as by a full queue: it was never sent.
             added += i32::from(self.producer.send(record_of(&self.topic, &record)).is_ok());
         }
         self.tally.records.fetch_add(usize::try_from(added).unwrap(), Ordering::Relaxed);
@@ -160,8 +160,8 @@ impl Plain {
             self.delivered_at = Instant::now();
         }
         self.waiting = now;
-        // A client that lost its broker under load may not get over it. What counts is the log: what did not arrive
-        // there is no record, and every check reads the log.
+        // A client may not recover from losing its broker under load. Every check reads the log, so records
+        // that never arrived do not count.
         if self.producer.client().fatal_error().is_some() || self.delivered_at.elapsed() > DELIVERY_MAX {
             self.renew();
         }
@@ -174,7 +174,7 @@ impl Plain {
 
     fn flush(&mut self) {
         if let Err(error) = self.producer.flush(FLUSH_MAX) {
-            eprintln!("the load's own client did not deliver the rest, another one goes on: {error}");
+            eprintln!("the load's client did not deliver the rest, using a new one: {error}");
             self.renew();
         }
     }
@@ -187,14 +187,14 @@ const STOPS: u8 = 2;
 #[derive(Default)]
 struct Orders {
     wanted: AtomicU8,
-    /// Pauses that were asked for, and the last one that has come about.
+    /// Requested pauses, and the last one that has taken effect.
     pauses: AtomicUsize,
     paused: AtomicUsize,
     holds_transactions: AtomicBool,
     are_transactions_held: AtomicBool,
 }
 
-/// Records that keep coming, a third of them without transactions, whatever happens to the brokers.
+/// A flow of records, a third of them without transactions, that continues during broker outages.
 pub struct Flow<S> {
     orders: Arc<Orders>,
     tallies: Vec<Arc<Tally>>,
@@ -202,15 +202,15 @@ pub struct Flow<S> {
 }
 
 impl<S: Source> Flow<S> {
-    /// Sends `per_tick` records every 40 ms on average, two thirds of them in transactions by librdkafka.
+    /// Sends `per_tick` records every 40 ms on average, two thirds of them in transactions, by librdkafka.
     pub fn start(scope: &Scope<'_>, source: S, per_tick: usize) -> Flow<S> {
-        // A slow flow does not save up records for many seconds.
+        // A slow flow does not accumulate records for many seconds.
         let transaction_max = (per_tick * TRANSACTION_TICKS_MAX).min(TRANSACTION_MAX);
         Flow::run(scope, source, per_tick as f64 / 2.0, transaction_max, None)
     }
 
-    /// As [`Flow::start`], every 20 ms, with transactions of up to `transaction_max` records; half of what is in transactions, a
-    /// third of all, is the other writer's.
+    /// As [`Flow::start`], every 20 ms, with transactions of up to `transaction_max` records; the other
+    /// writer sends half of the records in transactions, a third of all.
     pub fn start_beside(
         scope: &Scope<'_>,
         source: S,
@@ -230,7 +230,8 @@ impl<S: Source> Flow<S> {
     ) -> Flow<S> {
         let orders = Arc::new(Orders::default());
         let shared = Arc::clone(&orders);
-        // Which records stand where is up to threads and brokers; only what they are is up to the source's seed.
+        // The order in the log depends on threads and brokers; only the records themselves depend on the
+        // seed.
         let mut random = ChaCha8Rng::seed_from_u64(xxhash_rust::xxh3::xxh3_64(scope.input_topic.as_bytes()));
         let mut codec = |from| COMPRESSIONS[random.random_range(from..COMPRESSIONS.len())];
         let mut plain = Plain::new(scope, codec(0));
@@ -242,7 +243,7 @@ impl<S: Source> Flow<S> {
             let mut plain_credit = 0.0;
             let mut is_flushed = false;
             loop {
-                // In this order: whoever counts a pause has asked for it before.
+                // In this order: a request for a pause is visible before the pause is counted.
                 let pauses = shared.pauses.load(Ordering::Acquire);
                 let wanted = shared.wanted.load(Ordering::Acquire);
                 let runs = wanted == RUNS;
@@ -255,7 +256,7 @@ impl<S: Source> Flow<S> {
                 plain_credit -= count as f64;
                 plain.write((0..count).map(|_| source.next_record()));
                 if !runs && !is_flushed {
-                    // First: partitions are to end with markers.
+                    // These first: partitions should end with control records.
                     plain.flush();
                 }
                 is_flushed = !runs;
@@ -283,12 +284,12 @@ impl<S: Source> Flow<S> {
         self.tallies.iter().map(|tally| tally.written()).collect()
     }
 
-    /// Returns when all that was sent has arrived and no transaction is open.
+    /// Returns when everything sent has arrived and no transaction is open.
     pub fn pause(&self) {
         self.orders.wanted.store(PAUSES, Ordering::Release);
         let this = self.orders.pauses.fetch_add(1, Ordering::AcqRel) + 1;
         while self.orders.paused.load(Ordering::Acquire) < this {
-            assert!(!self.thread.as_ref().unwrap().is_finished(), "the load's own thread is gone");
+            assert!(!self.thread.as_ref().unwrap().is_finished(), "the load's thread has ended");
             std::thread::sleep(TICK);
         }
     }
@@ -297,12 +298,12 @@ impl<S: Source> Flow<S> {
         self.orders.wanted.store(RUNS, Ordering::Release);
     }
 
-    /// Begins no transaction until [`release_transactions`](Self::release_transactions), and returns when none is
-    /// open. Other records keep coming.
+    /// Begins no transaction until [`release_transactions`](Self::release_transactions), and returns when
+    /// none is open. Other records are still sent.
     pub fn hold_transactions(&self) {
         self.orders.holds_transactions.store(true, Ordering::Release);
         while !self.orders.are_transactions_held.load(Ordering::Acquire) {
-            assert!(!self.thread.as_ref().unwrap().is_finished(), "the load's own thread is gone");
+            assert!(!self.thread.as_ref().unwrap().is_finished(), "the load's thread has ended");
             std::thread::sleep(TICK);
         }
     }
@@ -312,7 +313,7 @@ impl<S: Source> Flow<S> {
         self.orders.are_transactions_held.store(false, Ordering::Release);
     }
 
-    /// Stops and waits until all that was sent has arrived and no transaction is open.
+    /// Stops, and waits until everything sent has arrived and no transaction is open.
     pub fn end(mut self) -> S {
         self.orders.wanted.store(STOPS, Ordering::Release);
         self.thread.take().unwrap().join().unwrap()

@@ -1,4 +1,4 @@
-//! Records in and out of a scope's topics, as other systems would send and read them.
+//! Sends records to a scope's topics and reads them, as other systems would.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -14,10 +14,10 @@ use rdkafka::{ClientContext, Timestamp};
 
 use super::{DEADLINE, PATIENCE, Scope, wait_until, wait_until_within};
 
-/// Longer than an abandoned transaction lives.
+/// Longer than the transaction timeout of a crashed producer.
 const MARKERS_MAX: Duration = Duration::from_secs(20);
 
-/// A record to be sent. What is not set is left to the client.
+/// A record to send. Unset fields are left to the client.
 #[derive(Clone, Debug, Default)]
 pub struct Message {
     pub key: Option<Vec<u8>>,
@@ -48,7 +48,7 @@ impl Message {
     }
 }
 
-/// A record that was read.
+/// A consumed record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Received {
     pub partition: i32,
@@ -65,7 +65,7 @@ impl Received {
     pub fn header(&self, name: &str) -> &str {
         let mut found = self.headers.iter().filter(|(key, _)| key == name);
         let (Some((_, Some(value))), None) = (found.next(), found.next()) else {
-            panic!("header {name} is not there exactly once: {:?}", self.headers)
+            panic!("header {name} does not occur exactly once: {:?}", self.headers)
         };
         std::str::from_utf8(value).unwrap()
     }
@@ -85,13 +85,13 @@ impl Received {
     }
 }
 
-/// A batch of records as it stands in a segment on disk (message format 2).
+/// A record batch in a segment on disk (message format 2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct StoredBatch {
     pub codec: &'static str,
     pub records: usize,
     pub is_transactional: bool,
-    /// A marker that ends a transaction, and whether it aborts it.
+    /// For a control record that ends a transaction: whether it is an abort.
     pub marker: Option<Marker>,
 }
 
@@ -101,7 +101,7 @@ pub enum Marker {
     Commit,
 }
 
-/// Keeps where each record went.
+/// Collects the offset of each delivered record.
 #[derive(Default)]
 pub(super) struct Deliveries(Mutex<Vec<Option<(i32, i64)>>>);
 
@@ -118,15 +118,15 @@ impl ProducerContext for Deliveries {
 }
 
 impl Scope<'_> {
-    /// Where this scope's Kafka is, for clients with settings of their own.
+    /// This scope's Kafka, for clients with other settings.
     pub fn client_config(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
         config
             .set("bootstrap.servers", self.servers.bootstrap_servers())
-            // Where the Java clients put a key.
+            // The partitioner of the Java clients.
             .set("partitioner", "murmur2_random")
             .set("retry.backoff.ms", "20")
-            // As the daemon's: a broker that hung tells for a moment that there is none.
+            // As in the daemon: a broker that was paused reports for a moment that there are no brokers.
             .set("metadata.recovery.rebootstrap.trigger.ms", "5000");
         config
     }
@@ -135,14 +135,14 @@ impl Scope<'_> {
     pub fn produce(&self, topic: &str, messages: impl IntoIterator<Item = Message>) -> Vec<(i32, i64)> {
         let producer: BaseProducer<Deliveries> = self
             .client_config()
-            // Larger than any topic takes: the limit under test is the topic's.
+            // Larger than any topic accepts: the limit under test is the topic's.
             .set("message.max.bytes", "16000000")
             .create_with_context(Deliveries::default())
             .unwrap();
         send(&producer, topic, messages)
     }
 
-    /// Sends one record as a compressed batch of its own, however large it is before that.
+    /// Sends one record as a compressed batch of its own, whatever its uncompressed size.
     pub fn produce_compressed(&self, codec: &str, message: Message) {
         let producer: BaseProducer<Deliveries> = self
             .client_config()
@@ -221,7 +221,7 @@ impl Scope<'_> {
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     at_end[usize::try_from(partition).unwrap()] = true
                 }
-                // One of several brokers may be away: the client asks the others.
+                // One of several brokers may be down: the client asks the others.
                 Some(Err(error))
                     if error.rdkafka_error_code() == Some(RDKafkaErrorCode::BrokerTransportFailure) => {}
                 Some(Err(error)) => panic!("reading {topic}: {error}"),
@@ -231,7 +231,7 @@ impl Scope<'_> {
         received
     }
 
-    /// The batches of a partition, aborted ones and markers too, as the first broker has them on disk.
+    /// The batches of a partition on the first broker's disk, including aborted ones and control records.
     pub fn batches(&self, topic: &str, partition: i32) -> Vec<StoredBatch> {
         let folder = self.servers.dir().join(format!("data/kafka-1/{topic}-{partition}"));
         let bytes = std::fs::read(folder.join("00000000000000000000.log")).unwrap();
@@ -242,7 +242,7 @@ impl Scope<'_> {
                 rest[at..at + length].iter().fold(0, |number, byte| number << 8 | usize::from(*byte))
             };
             let attributes = number(21, 2);
-            // The type stands in the key of the only record, behind its version.
+            // The type is in the key of the only record, after its version.
             let marker = || if number(68, 2) == 0 { Marker::Abort } else { Marker::Commit };
             batches.push(StoredBatch {
                 codec: ["none", "gzip", "snappy", "lz4", "zstd"][attributes & 7],
@@ -255,7 +255,8 @@ impl Scope<'_> {
         batches
     }
 
-    /// Waits until no transaction is open in the input, and the markers of all that are over stand in it.
+    /// Waits until no transaction of the input is open, and the control records of all ended ones are in the
+    /// log.
     pub fn await_input_markers(&self) {
         let consumer: BaseConsumer = self
             .client_config()
@@ -267,8 +268,9 @@ impl Scope<'_> {
         self.await_markers(&consumer, &self.input_topic, &partitions);
     }
 
-    /// Waits until the last stable offsets are the ends: the broker answers the commit of a transaction before
-    /// its markers stand in the partitions. A transaction that a test leaves open is not waited for in full.
+    /// Waits until the last stable offsets are the end offsets: the broker answers the commit of a
+    /// transaction before its control records are in the partitions. For a transaction that a test leaves
+    /// open, the wait is short.
     fn await_markers(&self, committed: &BaseConsumer, topic: &str, partitions: &[i32]) {
         let uncommitted: BaseConsumer = self
             .client_config()
@@ -280,8 +282,10 @@ impl Scope<'_> {
         let end = |consumer: &BaseConsumer, partition| loop {
             match consumer.fetch_watermarks(topic, partition, DEADLINE) {
                 Ok((_, end)) => break end,
-                // A leader that has just changed is not known to everybody yet.
-                Err(error) => assert!(begin.elapsed() < DEADLINE, "asking for the end of {topic}: {error}"),
+                // A new leader may not be in every broker's metadata yet.
+                Err(error) => {
+                    assert!(begin.elapsed() < DEADLINE, "fetching the end offsets of {topic}: {error}")
+                }
             }
             std::thread::sleep(Duration::from_millis(100));
         };
@@ -292,7 +296,7 @@ impl Scope<'_> {
         }
     }
 
-    /// The group's committed offset and its metadata text, where it has one.
+    /// The group's committed offset and its metadata, if it has one.
     pub fn committed(&self, partition: i32) -> Option<(i64, String)> {
         let consumer: BaseConsumer = self.client_config().set("group.id", &self.group_id).create().unwrap();
         let mut asked = TopicPartitionList::new();
@@ -303,17 +307,17 @@ impl Scope<'_> {
         Some((offset, partition.metadata().to_owned()))
     }
 
-    /// Waits until the cluster knows of brokers. One that hung tells clients meanwhile that there are none, and a
-    /// client may believe that for ever (librdkafka #5301): hence a new one for each question.
+    /// Waits until the cluster reports brokers. One that was paused reports none for a moment, and a client
+    /// may keep that for ever (librdkafka #5301): so each attempt uses a new client.
     pub fn wait_for_brokers(&self) {
-        wait_until("the cluster knows of brokers", || {
+        wait_until("the cluster reports brokers", || {
             let consumer: BaseConsumer = self.client_config().create().unwrap();
             let metadata = consumer.fetch_metadata(Some(&self.input_topic), Duration::from_secs(2));
             metadata.is_ok_and(|metadata| !metadata.brokers().is_empty())
         });
     }
 
-    /// Waits until clients can see a topic that was just made.
+    /// Waits until a new topic is visible to clients.
     pub(super) fn wait_for_topic(&self, topic: &str, partitions: i32) {
         let consumer: BaseConsumer = self.client_config().create().unwrap();
         wait_until_within(PATIENCE, "the topic's partitions have leaders", || {

@@ -1,4 +1,4 @@
-//! A proxy in front of a broker that can lose one request, or the answer to it.
+//! A proxy in front of a broker that can drop one request, or its response.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -9,25 +9,25 @@ use bytes::{Buf, Bytes, BytesMut};
 use kafka_protocol::messages::{ApiKey, FindCoordinatorResponse, MetadataResponse, ResponseHeader};
 use kafka_protocol::protocol::{Decodable, Encodable, StrBytes};
 
-/// What is lost, and the connection with it.
+/// What is dropped; the connection is closed, too.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lost {
-    /// The broker never hears of it.
+    /// The broker never receives the request.
     Request,
-    /// The broker does it, and nobody hears of that.
+    /// The broker processes the request, and the response is dropped.
     Answer,
 }
 
 type Trap = Arc<Mutex<Option<(ApiKey, Lost)>>>;
 
-/// Stands for the only broker of a cluster: answers that name the broker name it instead.
+/// Proxy for the only broker of a cluster: responses that name the broker name the proxy instead.
 pub struct KafkaProxy {
     port: u16,
     trap: Trap,
 }
 
 impl KafkaProxy {
-    /// A proxy to `broker`, host and port. It ends with the process.
+    /// A proxy to `broker`, host and port. It runs until the process exits.
     pub fn to(broker: &str) -> KafkaProxy {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -36,7 +36,7 @@ impl KafkaProxy {
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let (broker, trap) = (broker.clone(), Arc::clone(&set));
-                // Whatever breaks is the end of this connection, as on a network.
+                // Any error closes this connection, as on a network.
                 thread::spawn(move || {
                     TcpStream::connect(&broker).and_then(|b| serve(client, b, port, &trap))
                 });
@@ -49,12 +49,12 @@ impl KafkaProxy {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// The next request of this kind has this happen to it.
+    /// Applies this loss to the next request of this kind.
     pub fn lose(&self, api: ApiKey, lost: Lost) {
         *self.trap.lock().unwrap() = Some((api, lost));
     }
 
-    /// Whether it has happened.
+    /// Whether the loss has happened.
     pub fn has_lost(&self) -> bool {
         self.trap.lock().unwrap().is_none()
     }
@@ -94,7 +94,7 @@ fn write_frame(to: &mut TcpStream, frame: &[u8]) -> io::Result<()> {
     to.write_all(frame)
 }
 
-/// The answer, the broker's port in it replaced by ours.
+/// The response, with the broker's port replaced by the proxy's.
 fn named(answer: Bytes, api: ApiKey, version: i16, port: u16) -> io::Result<Bytes> {
     let (mut rest, mut out) = (answer.clone(), BytesMut::new());
     let header_version = api.response_header_version(version);

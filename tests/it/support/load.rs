@@ -1,4 +1,4 @@
-//! Payments to be written, in an order that only the seed decides.
+//! Generated payments in an order that depends only on the seed.
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -6,7 +6,7 @@ use uuid::Builder;
 
 use super::{Message, Source};
 
-/// An endless supply of records: most are new payments, some repeat or contradict an earlier one.
+/// An endless supply of records: most are new payments, some repeat an earlier one or conflict with it.
 pub struct Load {
     random: ChaCha8Rng,
     sent: Vec<(u64, String, u64, i64)>,
@@ -15,7 +15,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// The same records for the same seed.
+    /// The same seed gives the same records.
     pub fn new(seed: u64) -> Load {
         Load {
             random: ChaCha8Rng::seed_from_u64(seed),
@@ -30,7 +30,7 @@ impl Load {
         Load { has_bad_records: false, ..Load::new(seed) }
     }
 
-    /// Only records that break the rules.
+    /// Only invalid records.
     pub fn of_bad_records(seed: u64) -> Load {
         Load { has_good_records: false, ..Load::new(seed) }
     }
@@ -48,7 +48,7 @@ impl Load {
         if !self.sent.is_empty() && kind < 10 {
             let earlier = self.random.random_range(0..self.sent.len());
             let (account, id, cents, status) = self.sent[earlier].clone();
-            // In another spelling, or with another amount: a conflict.
+            // In another spelling, or with another amount, which is a conflict.
             let cents = if kind < 3 && self.has_bad_records { cents + 1 } else { cents };
             return message(account, &id.to_uppercase(), cents, status, "\"again\"");
         }
@@ -62,7 +62,7 @@ impl Load {
         message(account, &id, cents, status, "\"again\"")
     }
 
-    /// A moment between `from` and `to` milliseconds, or any other number.
+    /// A time from `from` to `to` in milliseconds, or any other number in that range.
     pub fn number(&mut self, from: u64, to: u64) -> u64 {
         self.random.random_range(from..to)
     }

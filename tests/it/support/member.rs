@@ -1,4 +1,4 @@
-//! One instance of the daemon over its restarts: the same member of the group each time.
+//! One instance of the daemon across restarts: always the same member of the group.
 
 use std::os::unix::process::ExitStatusExt;
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::daemon::TESTED_PROGRAM;
 use super::{Daemon, PATIENCE, Scope, wait_until_within};
 
-/// An instance's name and settings.
+/// An instance's id and settings.
 #[derive(Clone)]
 pub struct Member {
     settings: Vec<(String, String)>,
@@ -18,7 +18,7 @@ impl Member {
         Member { settings: Vec::new() }.with("KAFKA__INSTANCE_ID", instance_id)
     }
 
-    /// A setting by its name in the environment, without the prefix.
+    /// Adds a setting by its environment variable without the prefix.
     pub fn with(mut self, name: &str, value: &str) -> Member {
         self.settings.push((format!("PAYMENT_WRITER__{name}"), value.to_owned()));
         self
@@ -30,7 +30,7 @@ impl Member {
         self
     }
 
-    /// The group forgets a member that is gone after two seconds, not ten.
+    /// The group removes a stopped member after two seconds instead of ten.
     pub fn soon_forgotten(self) -> Member {
         self.with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "2000")
             .with("KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", "500")
@@ -44,12 +44,12 @@ impl Member {
         self.run(scope, &["run"])
     }
 
-    /// Starts it with a place at which it dies or stops; see `src/failpoint.rs`.
+    /// Starts it with a failpoint at which it exits or stops; see `src/failpoint.rs`.
     pub fn start_at(&self, scope: &Scope<'_>, failpoint: &str) -> Daemon {
         self.run_at(scope, &["run"], failpoint)
     }
 
-    /// As [`Member::run`], with a place at which it dies or stops.
+    /// As [`Member::run`], with a failpoint at which it exits or stops.
     pub fn run_at(&self, scope: &Scope<'_>, arguments: &[&str], failpoint: &str) -> Daemon {
         assert!(
             failpoint.is_empty() || cfg!(feature = "failpoints"),
@@ -60,7 +60,7 @@ impl Member {
         scope.daemon_with(arguments, &settings)
     }
 
-    /// Starts it with a place at which it dies, and waits until it has.
+    /// Starts it with a failpoint at which it exits, and waits until it has.
     #[track_caller]
     pub fn die_at(&self, scope: &Scope<'_>, failpoint: &str) {
         let mut daemon = self.start_at(scope, failpoint);
@@ -68,7 +68,7 @@ impl Member {
         assert!(status.signal().is_some(), "{failpoint} was not reached: {status}\n{}", daemon.log());
     }
 
-    /// Writes and publishes all there is, and ends.
+    /// Writes and publishes everything, and exits.
     #[track_caller]
     pub fn catch_up(&self, scope: &Scope<'_>) -> Daemon {
         let mut daemon = self.run(scope, &["run", "--until-caught-up"]);
@@ -77,7 +77,7 @@ impl Member {
         daemon
     }
 
-    /// Runs it where it must refuse: exit code 3 and `reason` in what it says.
+    /// Starts it where it must fail: exit code 3 and `reason` in its output.
     #[track_caller]
     pub fn refuses(&self, scope: &Scope<'_>, arguments: &[&str], reason: &str) {
         let mut daemon = self.run(scope, arguments);
@@ -86,7 +86,7 @@ impl Member {
 }
 
 impl Daemon {
-    /// Waits for exit code 3, and for `reason` in what it says.
+    /// Waits for exit code 3 and for `reason` in its output.
     #[track_caller]
     pub fn ends_for_a_person(&mut self, reason: &str) {
         let status = self.wait();
@@ -103,13 +103,13 @@ impl Daemon {
         assert_eq!(status.code(), Some(0), "{}", self.log());
     }
 
-    /// `/status`, null while nobody answers.
+    /// `/status`; null while the admin port does not answer.
     pub fn status(&self) -> Value {
         let reply = self.get("/status").map(|reply| serde_json::from_str(&reply.body).unwrap());
         reply.unwrap_or_default()
     }
 
-    /// Number of partitions that it holds and is not just taking up.
+    /// Number of its partitions that are assigned and not in recovery.
     pub fn partitions(&self) -> usize {
         let status = self.status();
         let partitions = status["partitions"].as_object();

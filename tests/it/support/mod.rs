@@ -1,4 +1,4 @@
-//! What integration tests stand on: servers, a scope of names for each test, the daemon as a child process.
+//! Harness of the integration tests: servers, separate names for each test, the daemon as a child process.
 //!
 //! Everything here blocks: tests are plain `#[test]` functions, as the daemon under test is another process.
 //!
@@ -11,9 +11,9 @@
 //! wait_until("the row is there", || scope.count("payment_core") == 1);
 //! let events = scope.read_all(&scope.read_topic);
 //! ```
-// Each helper is for the tests that need it; not every revision has one.
+// Shared by several test binaries, none of which uses every helper.
 #![allow(dead_code, unused_imports)]
-// Clients of the tests' own, beside the program's.
+// The tests use their own clients, besides those of the program.
 #![allow(clippy::disallowed_methods)]
 
 mod daemon;
@@ -44,8 +44,7 @@ pub use ports::{free_address, listen};
 pub use servers::{Act, Scope, Servers, block_on, coordinator_partition};
 pub use writer::{ABORTED_ONE_IN, COMPRESSIONS, TRANSACTION_MAX, Transactional, transaction_size};
 
-/// How long anything may take that is expected to happen. Generous: it is waited for in full only by a
-/// test that fails.
+/// Time limit for anything that is expected to happen. Generous: only a failing test waits for all of it.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` holds, and fails the test if it does not within [`DEADLINE`].
@@ -54,7 +53,7 @@ pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {
     wait_until_within(DEADLINE, what, condition);
 }
 
-/// As [`wait_until`], with a deadline of one's own.
+/// As [`wait_until`], with a custom deadline.
 #[track_caller]
 pub fn wait_until_within(deadline: Duration, what: &str, mut condition: impl FnMut() -> bool) {
     let begin = Instant::now();

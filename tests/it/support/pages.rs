@@ -1,8 +1,8 @@
-//! Pages of the documentation that say what the program says.
+//! Reads tables from pages of the documentation.
 
 use std::collections::BTreeMap;
 
-/// A metric, as docs/reference/metrics.md has it.
+/// A metric in docs/reference/metrics.md.
 #[derive(Clone, Debug)]
 pub struct MetricEntry {
     pub kind: String,
@@ -12,7 +12,7 @@ pub struct MetricEntry {
     pub meaning: String,
 }
 
-/// The cells of a table's rows; each row begins with a name in backticks.
+/// The cells of a table's rows; each row starts with a name in backticks.
 pub fn rows(page: &str) -> impl Iterator<Item = Vec<String>> {
     page.lines().filter(|line| line.starts_with("| `")).map(|line| {
         let cells = line.trim_matches('|').split('|');
@@ -20,7 +20,7 @@ pub fn rows(page: &str) -> impl Iterator<Item = Vec<String>> {
     })
 }
 
-/// docs/reference/metrics.md, by name.
+/// The metrics in docs/reference/metrics.md, by name.
 pub fn metrics_page() -> BTreeMap<String, MetricEntry> {
     let mut page = BTreeMap::new();
     for row in rows(include_str!("../../../docs/reference/metrics.md")) {
@@ -32,7 +32,7 @@ pub fn metrics_page() -> BTreeMap<String, MetricEntry> {
             meaning: meaning.clone(),
         };
         let name = name.trim_matches('`').to_owned();
-        assert!(page.insert(name.clone(), entry).is_none(), "{name} stands there twice");
+        assert!(page.insert(name.clone(), entry).is_none(), "{name} is there twice");
     }
     assert!(page.len() > 40, "{}", page.len());
     page

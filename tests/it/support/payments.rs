@@ -1,4 +1,4 @@
-//! Payments as test data, and what the contract says becomes of them, computed on its own.
+//! Payments as test data, and the outcomes that the contract requires, computed independently of the program.
 
 use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_128;
@@ -67,18 +67,18 @@ impl Payment {
         )
     }
 
-    /// On a record with the key that belongs to it, at [`AT_MS`].
+    /// A message with the matching key, at [`AT_MS`].
     pub fn message(&self) -> Message {
         Message::new(self.cust_id.to_string(), self.json()).timestamp_ms(AT_MS)
     }
 }
 
-/// A random UUID (version 4), the same for the same seed.
+/// A random UUID (version 4); the same seed gives the same UUID.
 pub fn uuid_v4(seed: u64) -> Uuid {
     uuid::Builder::from_random_bytes(xxh3_128(&seed.to_be_bytes()).to_be_bytes()).into_uuid()
 }
 
-/// A UUID that carries `time_ms` (version 7), the same for the same seed.
+/// A UUID that contains `time_ms` (version 7); the same seed gives the same UUID.
 pub fn uuid_v7(time_ms: i64, seed: u64) -> Uuid {
     let random = xxh3_128(&seed.to_be_bytes()) & ((1 << 80) - 1);
     let bits = (u128::try_from(time_ms).unwrap() << 80) | random;
@@ -91,7 +91,7 @@ pub fn ulid(id: Uuid) -> String {
     (0..26).rev().map(|place| char::from(digits[(id.as_u128() >> (5 * place)) as usize & 31])).collect()
 }
 
-/// The contract's payment id, put together as a text of 128 binary digits.
+/// The contract's payment id, built as a string of 128 binary digits.
 pub fn payment_id(message_id: Uuid, timestamp_ms: i64) -> String {
     let hash = format!("{:0128b}", xxh3_128(message_id.as_bytes()));
     let (rand_a, rest) = hash.split_at(12);
@@ -101,7 +101,7 @@ pub fn payment_id(message_id: Uuid, timestamp_ms: i64) -> String {
 }
 
 impl<'s> Scope<'s> {
-    /// On the shared servers, with topics and schema: ready for the daemon.
+    /// A scope on the shared servers with topics and schema: ready for the daemon.
     pub fn ready(name: &str, input_partitions: i32, output_partitions: i32) -> Scope<'static> {
         let scope = Scope::new(Servers::shared(), name);
         scope.create_topics(input_partitions, output_partitions);
@@ -109,7 +109,7 @@ impl<'s> Scope<'s> {
         scope
     }
 
-    /// Runs the daemon until it has settled all that is there now; each run is a restart of the same member.
+    /// Runs the daemon until it has caught up with the current end; each run is a restart of the same member.
     pub fn drain(&self) -> Daemon {
         self.drain_with(&[])
     }
@@ -124,14 +124,14 @@ impl<'s> Scope<'s> {
         daemon
     }
 
-    /// The `source` header of the record at this place.
+    /// The `source` header of the record at this partition and offset.
     pub fn source(&self, partition: i32, offset: i64) -> String {
         let rows = self.sql("SELECT DISTINCT topic_id FROM payment_writer.source_cursor", &[]);
         let topic_id: Uuid = rows[0].get(0);
         format!("{}/{partition}/{offset}", &topic_id.simple().to_string()[..8])
     }
 
-    /// A table's rows as JSON texts, in the order of their columns.
+    /// A table's rows as JSON, in column order.
     pub fn rows(&self, table: &str, order_by: &str) -> Vec<String> {
         let query = format!("SELECT row_to_json(t)::text FROM payment_writer.{table} t ORDER BY {order_by}");
         self.sql(&query, &[]).iter().map(|row| row.get(0)).collect()

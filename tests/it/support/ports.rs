@@ -1,20 +1,20 @@
-//! Ports that stay free until who they are for listens on them.
-//!
-//! A port that the system hands out (by binding to port 0) may be the near end of anybody's connection the
-//! moment it is let go. These lie below the range that it hands out from.
+//! Ports that stay free until their server listens on them.  The kernel may assign a port that it hands out
+//! (by binding to port 0) to any outgoing connection as soon as it is released. These ports are below the
+//! ephemeral range.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU16, Ordering};
 
-/// Below those that `dev/servers` takes, see `free_port` in `dev/processes`.
+/// Below the ports that `dev/servers` uses, see `free_port` in `dev/processes`.
 const FIRST: u16 = 10_000;
 const COUNT: u16 = 5_000;
 
 static NEXT: AtomicU16 = AtomicU16::new(0);
 
-/// Listens on an address of this machine that keeps out of others' way when it is let go.
+/// Listens on a local address outside the ephemeral range.
 pub fn listen() -> TcpListener {
-    // Another process begins elsewhere in the range; within this one, no port comes twice before all have come.
+    // Another process starts elsewhere in the range; within a process, a port repeats only after all have
+    // been used.
     let start = (std::process::id() % u32::from(COUNT)) as u16;
     for _ in 0..COUNT {
         let step = NEXT.fetch_add(1, Ordering::Relaxed) % COUNT;
@@ -26,7 +26,7 @@ pub fn listen() -> TcpListener {
     panic!("no port of {FIRST} to {} is free", FIRST + COUNT - 1);
 }
 
-/// An address that nobody listens on, and that no connection takes by chance.
+/// An address without a listener, which no outgoing connection takes by chance.
 pub fn free_address() -> SocketAddr {
     listen().local_addr().unwrap()
 }

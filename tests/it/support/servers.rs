@@ -1,4 +1,4 @@
-//! Kafka and Postgres, started by `dev/servers`, and each test's own names in them.
+//! Kafka and Postgres, started by `dev/servers`, with separate names for each test.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -20,27 +20,27 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
 
 static SEQUENCE: AtomicU32 = AtomicU32::new(0);
 
-/// A number that no other call in this process gets.
+/// A number that is unique in this process.
 fn next_number() -> u32 {
     SEQUENCE.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Blocks on a future, for the harness's own use of asynchronous clients.
+/// Blocks on a future; for the harness's asynchronous clients.
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     RUNTIME.block_on(future)
 }
 
-/// What can be done to a server.
+/// An action on a server.
 #[derive(Clone, Copy, Debug)]
 pub enum Act {
     Start,
-    /// In order, at once.
+    /// Clean stop.
     Stop,
     /// Postgres only: stop without a checkpoint, so that the next start recovers.
     Immediate,
     /// SIGKILL, for all processes of the server.
     Kill,
-    /// The server is there and does not answer, until resumed.
+    /// The server keeps its connections and does not answer, until resumed.
     Pause,
     Resume,
 }
@@ -58,34 +58,34 @@ impl Act {
     }
 }
 
-/// One Kafka and one Postgres. They end with this process, however it ends: `dev/servers` watches it.
+/// One Kafka and one Postgres. They end with this process, however it exits: `dev/servers` watches it.
 pub struct Servers {
     dir: PathBuf,
     kafka: String,
     kafka_secure: Option<String>,
     brokers: usize,
-    /// Another one after a failover.
+    /// Changes after a failover.
     postgres_admin: Mutex<String>,
 }
 
-/// Partitions of each of the brokers' own topics, as `dev/servers` sets it.
+/// Partitions of each internal topic, as set by `dev/servers`.
 const COORDINATORS: u32 = 10;
 
-/// Whoever leads this partition of `__consumer_offsets` or `__transaction_state` coordinates the group, or the
-/// transactional id, of that name: Java's hash of it.
+/// The leader of this partition of `__consumer_offsets` or `__transaction_state` coordinates the group or
+/// transactional id of that name: Java's `String.hashCode`.
 pub fn coordinator_partition(name: &str) -> i32 {
     let hash = name.bytes().fold(0_i32, |hash, byte| hash.wrapping_mul(31).wrapping_add(i32::from(byte)));
     (hash.unsigned_abs() % COORDINATORS) as i32
 }
 
 impl Servers {
-    /// The pair that all tests of this binary share. Never stop or pause these; see [`Servers::own`].
+    /// The pair that all tests of this binary share. Never stop or pause it; see [`Servers::own`].
     pub fn shared() -> &'static Servers {
         static SHARED: OnceLock<Servers> = OnceLock::new();
         SHARED.get_or_init(Servers::own)
     }
 
-    /// A pair for one test alone, to break as it likes. Takes some seconds to start; gone when dropped.
+    /// A pair for one test alone. Takes some seconds to start; removed when dropped.
     pub fn own() -> Servers {
         Servers::with_brokers(1)
     }
@@ -102,8 +102,8 @@ impl Servers {
         Servers::up(1, &["--kafka-settings", file.path().to_str().unwrap()])
     }
 
-    /// As [`Servers::own`]; both also speak TLS, by the certificate in this folder, and Kafka has a listener that
-    /// asks for a password and for rights.
+    /// As [`Servers::own`]; both also accept TLS, with the certificate in this folder, and Kafka has a
+    /// listener with authentication and ACLs.
     pub fn with_tls(folder: &Path) -> Servers {
         Servers::up(1, &["--tls", folder.to_str().unwrap()])
     }
@@ -127,12 +127,12 @@ impl Servers {
         }
     }
 
-    /// Kafka's listener with TLS, password and rights.
+    /// Kafka's listener with TLS, authentication and ACLs.
     pub fn kafka_secure(&self) -> &str {
         self.kafka_secure.as_deref().unwrap()
     }
 
-    /// Runs one of Kafka's own tools, as its administrator.
+    /// Runs one of Kafka's own tools, as administrator.
     pub fn kafka_tool(&self, arguments: &[&str]) -> String {
         let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("dev/servers"))
             .arg("--dir")
@@ -147,17 +147,17 @@ impl Servers {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Returns when it is done: started means ready, stopped means gone.
+    /// Returns when the action is complete: started means ready, stopped means gone.
     pub fn kafka(&self, act: Act) {
         dev_servers(&self.dir, &["kafka", act.word()]);
     }
 
-    /// As [`Servers::kafka`], for the broker with this number, from 1, alone.
+    /// As [`Servers::kafka`], for only the broker with this number, from 1.
     pub fn broker(&self, number: i32, act: Act) {
         dev_servers(&self.dir, &["kafka", act.word(), "--node", &number.to_string()]);
     }
 
-    /// Kills a broker for good, and starts another one, with another number, which it returns, and at another address.
+    /// Kills a broker for good, and starts another one at another address; returns the new broker's number.
     pub fn replace_broker(&self, number: i32) -> i32 {
         dev_servers(&self.dir, &["kafka", "replace", "--node", &number.to_string()]).trim().parse().unwrap()
     }
@@ -166,7 +166,8 @@ impl Servers {
         self.brokers
     }
 
-    /// Makes a standby that follows Postgres, which is stopped for a moment. It replaces an earlier one.
+    /// Creates a standby that replicates Postgres, which is stopped for a moment. It replaces an earlier
+    /// standby.
     /// Returns the superuser's connection to it.
     pub fn make_standby(&self) -> String {
         dev_servers(&self.dir, &["postgres", "standby"]);
@@ -174,20 +175,20 @@ impl Servers {
         format!("postgres://postgres:postgres@127.0.0.1:{}/postgres", port.trim())
     }
 
-    /// Kills Postgres and lets its standby take its place, at another address.
+    /// Kills Postgres and promotes its standby, which has another address.
     pub fn promote_standby(&self) {
         dev_servers(&self.dir, &["postgres", "promote"]);
         let settings = exports(&dev_servers(&self.dir, &["env"]));
         *self.postgres_admin.lock().unwrap() = settings["DEV_POSTGRES_ADMIN_URL"].clone();
     }
 
-    /// A disk of 96 MB in a folder that Postgres owns; none where this machine does not allow a mount.
+    /// A disk of 96 MB in a folder that Postgres owns; `None` where this machine does not allow a mount.
     pub fn small_disk(&self) -> Option<PathBuf> {
         let path = try_dev_servers(&self.dir, &["postgres", "disk"]).ok()?;
         Some(PathBuf::from(path.trim()))
     }
 
-    /// Returns when it is done: started means ready, stopped means gone.
+    /// Returns when the action is complete: started means ready, stopped means gone.
     pub fn postgres(&self, act: Act) {
         dev_servers(&self.dir, &["postgres", act.word()]);
     }
@@ -196,32 +197,32 @@ impl Servers {
         &self.kafka
     }
 
-    /// The superuser's connection to `database`.
+    /// The superuser's connection URL of `database`.
     pub fn postgres_admin_url(&self, database: &str) -> String {
         let admin = self.postgres_admin.lock().unwrap();
         let (server, _) = admin.rsplit_once('/').unwrap();
         format!("{server}/{database}")
     }
 
-    /// Where Postgres listens on this machine.
+    /// Local address of Postgres.
     pub fn postgres_port(&self) -> u16 {
         let url = self.postgres_admin_url("");
         url.trim_end_matches('/').rsplit_once(':').unwrap().1.parse().unwrap()
     }
 
-    /// The connection of the role that sees statistics of `database`.
+    /// Connection URL of the role that may read statistics of `database`.
     pub fn postgres_monitor_url(&self, database: &str) -> String {
         let url = self.postgres_admin_url(database).replace("//postgres:postgres@", "//monitor:monitor@");
-        // The exporter's client wants TLS unless told otherwise.
+        // The exporter's client uses TLS unless it is turned off.
         format!("{url}?sslmode=disable")
     }
 
-    /// The connection of the role that owns `database`.
+    /// Connection URL of the role that owns `database`.
     pub fn postgres_url(&self, database: &str) -> String {
         self.postgres_admin_url(database).replace("//postgres:postgres@", "//payment_writer:payment_writer@")
     }
 
-    /// Where logs are kept, for a look after a failure.
+    /// Folder of the server logs, for debugging a failure.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -250,7 +251,7 @@ fn try_dev_servers(dir: &Path, arguments: &[&str]) -> Result<String, String> {
         .args(arguments)
         .arg("--dir")
         .arg(dir)
-        // A broker that lives for minutes would spend more on compiling itself than on its work.
+        // A broker that lives for minutes would spend more CPU time on JIT compilation than on its work.
         .env("KAFKA_JVM", "light")
         .stdin(Stdio::null())
         .output()
@@ -262,7 +263,7 @@ fn try_dev_servers(dir: &Path, arguments: &[&str]) -> Result<String, String> {
     }
 }
 
-/// A test's own database, topics and group, so that tests run beside each other on shared servers.
+/// A test's own database, topics and group, so that tests can share servers.
 pub struct Scope<'s> {
     pub servers: &'s Servers,
     pub database: String,
@@ -275,7 +276,7 @@ pub struct Scope<'s> {
 }
 
 impl<'s> Scope<'s> {
-    /// Makes an empty database; topics are left to [`Scope::create_topics`] or to the command under test.
+    /// Creates an empty database; topics are created by [`Scope::create_topics`] or the command under test.
     pub fn new(servers: &'s Servers, name: &str) -> Scope<'s> {
         let name = format!("{name}_{}", next_number());
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("it-{}-{name}", std::process::id()));
@@ -294,12 +295,12 @@ impl<'s> Scope<'s> {
         scope
     }
 
-    /// Replaces the database by an empty one, whoever is connected to it.
+    /// Replaces the database by an empty one; open connections to it are terminated.
     pub fn recreate_database(&self) {
         let name = &self.database;
         block_on(async {
             let postgres = connect(&self.servers.postgres_admin_url("postgres")).await;
-            // Two statements apart: neither may run inside a transaction.
+            // Two separate statements: neither may run inside a transaction.
             for statement in [
                 format!("DROP DATABASE IF EXISTS \"{name}\" WITH (FORCE)"),
                 format!("CREATE DATABASE \"{name}\" OWNER payment_writer"),
@@ -319,7 +320,7 @@ impl<'s> Scope<'s> {
         });
     }
 
-    /// Keeps a copy of the database as it is now. Nobody may be connected to it.
+    /// Makes a copy of the current database. There must be no connections to it.
     pub fn back_up_database(&self) {
         let name = &self.database;
         self.on_server(&[format!(
@@ -327,7 +328,7 @@ impl<'s> Scope<'s> {
         )]);
     }
 
-    /// Puts the copy in the database's place, whoever is connected to it.
+    /// Replaces the database by the copy; open connections to it are terminated.
     pub fn restore_database(&self) {
         let name = &self.database;
         self.on_server(&[
@@ -336,7 +337,7 @@ impl<'s> Scope<'s> {
         ]);
     }
 
-    /// Makes the four topics, the three outputs with the same number of partitions.
+    /// Creates the four topics, the three outputs with the same number of partitions.
     pub fn create_topics(&self, input_partitions: i32, output_partitions: i32) {
         self.create_topic(&self.input_topic, input_partitions);
         for topic in [&self.read_topic, &self.email_topic, &self.dead_letter_topic] {
@@ -348,7 +349,7 @@ impl<'s> Scope<'s> {
         self.create_topic_with(name, partitions, &[]);
     }
 
-    /// As [`Scope::create_topic`], with settings of the topic.
+    /// As [`Scope::create_topic`], with topic settings.
     pub fn create_topic_with(&self, name: &str, partitions: i32, settings: &[(&str, &str)]) {
         let replicas = if self.servers.brokers() < 3 { 1 } else { 3 };
         let new = NewTopic::new(name, partitions, TopicReplication::Fixed(replicas));
@@ -366,7 +367,7 @@ impl<'s> Scope<'s> {
         }
     }
 
-    /// Forgets the group's offsets, as an operator might. The group must have no members.
+    /// Deletes the group's offsets, as an operator might. The group must have no members.
     pub fn delete_group(&self) {
         for result in block_on(self.admin().delete_groups(&[&self.group_id], &AdminOptions::new())).unwrap() {
             result.unwrap();
@@ -377,7 +378,7 @@ impl<'s> Scope<'s> {
         self.client_config().create().unwrap()
     }
 
-    /// The settings under which the daemon and its commands see this scope.
+    /// The settings with which the daemon and its commands use this scope.
     pub fn settings(&self) -> Vec<(String, String)> {
         [
             ("KAFKA__BOOTSTRAP_SERVERS", self.servers.bootstrap_servers().to_owned()),
@@ -396,7 +397,7 @@ impl<'s> Scope<'s> {
         self.servers.postgres_url(&self.database)
     }
 
-    /// Rows of a query in this scope's database, by a connection of its own.
+    /// Rows of a query in this scope's database, on a separate connection.
     pub fn sql(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> Vec<Row> {
         block_on(async { connect(&self.postgres_url()).await.query(statement, parameters).await }).unwrap()
     }
@@ -406,29 +407,29 @@ impl<'s> Scope<'s> {
         block_on(async { connect(&self.postgres_url()).await.batch_execute(statements).await }).unwrap();
     }
 
-    /// Runs statements in this scope's database as superuser, for what an owner may not do.
+    /// Runs statements in this scope's database as superuser, for what the owner may not do.
     pub fn execute_as_admin(&self, statements: &str) {
         let url = self.servers.postgres_admin_url(&self.database);
         block_on(async { connect(&url).await.batch_execute(statements).await }).unwrap();
     }
 
-    /// Runs a statement as another role; the SQLSTATE if it is refused.
+    /// Runs a statement as another role; returns the SQLSTATE if it fails.
     pub fn execute_as(&self, url: &str, statement: &str) -> Option<String> {
         let outcome = block_on(async { connect(url).await.batch_execute(statement).await });
         outcome.err().map(|error| error.code().unwrap().code().to_owned())
     }
 
-    /// Rows in a table of the schema `payment_writer`.
+    /// Number of rows in a table of the schema `payment_writer`.
     pub fn count(&self, table: &str) -> i64 {
         self.sql(&format!("SELECT count(*) FROM payment_writer.{table}"), &[])[0].get(0)
     }
 
-    /// A connection that stays, to hold locks or transactions with; see [`block_on`].
+    /// A connection that stays open, to hold locks or transactions; see [`block_on`].
     pub fn connect(&self) -> Client {
         block_on(connect(&self.postgres_url()))
     }
 
-    /// Cuts every connection to this scope's database.
+    /// Terminates every connection to this scope's database.
     pub fn cut_connections(&self) {
         let url = self.servers.postgres_admin_url("postgres");
         let statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1";
@@ -437,7 +438,7 @@ impl<'s> Scope<'s> {
 }
 
 impl Drop for Scope<'_> {
-    /// The daemons' logs stay behind for a look when the test fails.
+    /// When the test fails, the daemons' logs are kept.
     fn drop(&mut self) {
         if !std::thread::panicking() {
             let _ = std::fs::remove_dir_all(&self.dir);

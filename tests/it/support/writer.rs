@@ -1,5 +1,5 @@
-//! Records as real producers write them: compressed, many of them in transactions, of which some are aborted and
-//! sent again.
+//! Records as real producers write them: compressed, many of them in transactions, some of which are aborted
+//! and sent again.
 
 use std::time::{Duration, Instant};
 
@@ -17,16 +17,16 @@ use super::kafka::{Deliveries, send};
 use super::{Message, Scope};
 
 pub const COMPRESSIONS: [&str; 5] = ["none", "gzip", "snappy", "lz4", "zstd"];
-/// Records of the largest transaction.
+/// Records in the largest transaction.
 pub const TRANSACTION_MAX: usize = 2_000;
 const SMALL_TRANSACTION_MAX: usize = 100;
 /// One transaction in so many is aborted, and its records are sent again in the next one.
 pub const ABORTED_ONE_IN: u32 = 10;
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long one call may take of a client that has to live with outages, and the calls of one transaction together.
+/// Time limit of one client call during outages, and of all calls of one transaction together.
 const CALL_MAX: Duration = Duration::from_secs(5);
 const WRITE_MAX: Duration = Duration::from_secs(20);
-/// What a client left open that does not come back is aborted by the broker after this time.
+/// After this time the broker aborts a transaction of a client that does not come back.
 const ABANDONED_MS: &str = "5000";
 
 /// A producer that writes its records in transactions.
@@ -36,7 +36,7 @@ pub struct Transactional {
 }
 
 impl Transactional {
-    /// Takes over `transactional_id`, which aborts what another one left open.
+    /// Initialises `transactional_id`, which aborts an open transaction of an earlier producer.
     pub fn new(scope: &Scope<'_>, transactional_id: &str, compression: &str) -> Transactional {
         let producer: BaseProducer<Deliveries> = scope
             .client_config()
@@ -48,16 +48,16 @@ impl Transactional {
         Transactional { producer, topic: scope.input_topic.clone() }
     }
 
-    /// Writes records in one transaction that is committed; returns partition and offset of each.
+    /// Writes records in one committed transaction; returns partition and offset of each.
     pub fn commit(&self, messages: &[Message]) -> Vec<(i32, i64)> {
         loop {
             self.producer.begin_transaction().unwrap();
             let places = send(&self.producer, &self.topic, messages.iter().cloned());
             match retried(|| self.producer.commit_transaction(TRANSACTION_TIMEOUT)) {
                 Ok(()) => return places,
-                // As by a broker that has just woken up, and has aborted what was open for too long.
+                // A broker that was paused may have aborted a transaction that was open for too long.
                 Err(KafkaError::Transaction(error)) if error.txn_requires_abort() => {
-                    eprintln!("a transaction of a test is aborted and written again: {error}");
+                    eprintln!("a test's transaction was aborted, writing it again: {error}");
                     retried(|| self.producer.abort_transaction(TRANSACTION_TIMEOUT)).unwrap();
                 }
                 Err(error) => panic!("committing a transaction: {error}"),
@@ -65,7 +65,8 @@ impl Transactional {
         }
     }
 
-    /// Writes records in one transaction that is aborted: they stand in the log, and no reader may see them.
+    /// Writes records in one aborted transaction: they are in the log, and invisible to read_committed
+    /// consumers.
     pub fn abort(&self, messages: &[Message]) {
         self.producer.begin_transaction().unwrap();
         send(&self.producer, &self.topic, messages.iter().cloned());
@@ -73,7 +74,7 @@ impl Transactional {
     }
 }
 
-/// A librdkafka producer of transactions that is made anew when it does not get over an outage.
+/// A librdkafka producer of transactions that is recreated if it does not recover from an outage.
 pub struct LibrdkafkaWriter {
     config: ClientConfig,
     topic: String,
@@ -140,7 +141,7 @@ fn write_transaction(
             }
         }
     }
-    // Also before an abort: what was not sent yet would be thrown away, and not stand in the log.
+    // Before an abort, too: messages still in the queue would be purged, and never reach the log.
     producer.flush(WRITE_MAX)?;
     if is_committed {
         retried(|| producer.commit_transaction(CALL_MAX))
@@ -149,7 +150,7 @@ fn write_transaction(
     }
 }
 
-/// Calls again what may be called again.
+/// Retries calls that fail with a retriable error.
 fn retried(call: impl Fn() -> Result<(), KafkaError>) -> Result<(), KafkaError> {
     let began = Instant::now();
     loop {
@@ -160,7 +161,7 @@ fn retried(call: impl Fn() -> Result<(), KafkaError>) -> Result<(), KafkaError> 
     }
 }
 
-/// A message as the client takes it.
+/// A message as the client accepts it.
 pub(super) fn record_of<'m>(topic: &'m str, message: &'m Message) -> BaseRecord<'m, [u8], [u8]> {
     let mut record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic);
     record.key = message.key.as_deref();
@@ -185,9 +186,9 @@ pub fn transaction_size(random: &mut ChaCha8Rng, max: usize) -> usize {
 }
 
 impl Scope<'_> {
-    /// Sends records to the input topic as real producers do, and waits for all of them: compressed, at least half
-    /// of them in transactions, the last ones among these, some of which are aborted and sent again. The records
-    /// decide which. Returns partition and offset of each that is committed.
+    /// Sends records to the input topic as real producers do, and waits for all of them: compressed, at least
+    /// half of them in transactions, including the last ones; some transactions are aborted and sent again.
+    /// The choice depends on the records. Returns partition and offset of each committed record.
     pub fn feed(&self, messages: impl IntoIterator<Item = Message>) -> Vec<(i32, i64)> {
         let messages: Vec<Message> = messages.into_iter().collect();
         let mut random = ChaCha8Rng::seed_from_u64(digest(&messages));
@@ -212,7 +213,8 @@ impl Scope<'_> {
                 places.extend(send(&plain, &self.input_topic, now.iter().cloned()));
             } else {
                 in_transactions += size;
-                // Each abort comes before a commit: one in nine commits makes it one in ten transactions.
+                // Each abort is followed by a commit: aborting before one in nine commits makes it one in ten
+                // transactions.
                 if random.random_ratio(1, ABORTED_ONE_IN - 1) {
                     transactional.abort(now);
                 }

@@ -1,5 +1,5 @@
-//! Receives spans by OTLP over HTTP on 127.0.0.1, on the port of the first argument. Says its port
-//! first; then, for each line of its input, all spans so far as one line of JSON. Ends with its input.
+//! Receives spans by OTLP over HTTP on 127.0.0.1, on the port of the first argument. Prints its port first;
+//! then, for each line of input, all spans so far as one line of JSON. Ends when its input ends.
 
 use std::io::BufRead;
 use std::net::{IpAddr, Ipv4Addr};

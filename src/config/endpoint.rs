@@ -1,0 +1,340 @@
+//! Postgres URLs: hosts, TLS and timeouts. Never prints a password.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::time::Duration;
+
+use openssl::error::ErrorStack;
+use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslVerifyMode};
+use openssl::x509::store::X509StoreBuilder;
+use postgres_openssl::{MakeTlsConnector, set_postgresql_alpn};
+use tokio_postgres::Config;
+use tokio_postgres::config::{Host, SslMode, SslNegotiation};
+
+const APPLICATION_NAME: &str = "payment-writer";
+/// Timeout of one TCP connection attempt, unless the URL has `connect_timeout`.
+const TCP_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time limit for unacknowledged data, so that a vanished server is noticed sooner than by TCP's default of a
+/// quarter hour.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(20);
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEPALIVE_RETRIES: u32 = 3;
+
+const EXPECTED_FORM: &str = "expected postgres://user:password@host:port/database?parameter=value, with known \
+    parameters, and special characters in user and password percent-encoded";
+
+/// Why a URL cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// The URL is invalid; never retried.
+    #[error("the Postgres URL is not valid: {reason}")]
+    InvalidUrl {
+        /// What is wrong; repeats no part of the URL that could be secret.
+        reason: String,
+    },
+    /// A certificate or key file named in the URL cannot be used.
+    #[error("{parameter} of the Postgres URL, {path}: {source}")]
+    TlsFile {
+        /// Parameter of the URL.
+        parameter: &'static str,
+        /// Path of the file.
+        path: String,
+        /// Errors of OpenSSL.
+        source: ErrorStack,
+    },
+    /// OpenSSL cannot be initialized.
+    #[error("cannot set up TLS: {0}")]
+    Tls(#[from] ErrorStack),
+}
+
+/// A parsed Postgres URL: where and how to connect.
+///
+/// `postgres://user:password@host:port,host2:port2/database?parameter=value`, with parameters as in libpq:
+/// `sslmode` (`disable`, `prefer` (default), `require`, `verify-ca`, `verify-full`), `sslrootcert` (a file,
+/// or `system`; by default the system's certificates), `sslcert`, `sslkey`, `sslnegotiation`,
+/// `target_session_attrs`, `connect_timeout`, `application_name` and the others of `tokio-postgres`. As in
+/// libpq, `sslmode=require` with an `sslrootcert` verifies like `verify-ca`.
+#[derive(Clone)]
+pub struct Endpoint {
+    pub(crate) config: Config,
+    pub(crate) tls: MakeTlsConnector,
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Endpoint").field(&self.to_string()).finish()
+    }
+}
+
+// User, hosts and database, without the password.
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(user) = self.config.get_user() {
+            write!(f, "{user}@")?;
+        }
+        let ports = self.config.get_ports();
+        for (i, host) in self.config.get_hosts().iter().enumerate() {
+            if i > 0 {
+                f.write_str(",")?;
+            }
+            match host {
+                Host::Tcp(name) => f.write_str(name)?,
+                #[cfg(unix)]
+                Host::Unix(path) => write!(f, "{}", path.display())?,
+            }
+            // One port for all hosts, or one for each.
+            if let Some(port) = ports.get(i).or(ports.first()) {
+                write!(f, ":{port}")?;
+            }
+        }
+        write!(f, "/{}", self.config.get_dbname().unwrap_or_default())
+    }
+}
+
+impl Endpoint {
+    /// Parses a URL. Reads the files that it names, but does not use the network.
+    pub fn parse(url: &str) -> Result<Self, EndpointError> {
+        let (plain_url, tls) = TlsParameters::take_from(url)?;
+        let mut config: Config = plain_url.parse().map_err(|e| invalid_url(&e))?;
+        if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
+            return Err(EndpointError::InvalidUrl { reason: "it names no host".into() });
+        }
+        // tokio-postgres ends the credentials at the first @ and would take the rest of a password for a
+        // host.
+        if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
+            return Err(EndpointError::InvalidUrl { reason: EXPECTED_FORM.into() });
+        }
+        tls.mode_into(&mut config);
+        let connector = tls.connector(config.get_ssl_negotiation())?;
+
+        if config.get_application_name().is_none() {
+            config.application_name(APPLICATION_NAME);
+        }
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(TCP_CONNECT_TIMEOUT);
+        }
+        if config.get_tcp_user_timeout().is_none() {
+            config.tcp_user_timeout(TCP_USER_TIMEOUT);
+        }
+        if config.get_keepalives_interval().is_none() {
+            config.keepalives_idle(KEEPALIVE_IDLE).keepalives_interval(KEEPALIVE_INTERVAL);
+        }
+        if config.get_keepalives_retries().is_none() {
+            config.keepalives_retries(KEEPALIVE_RETRIES);
+        }
+        Ok(Self { config, tls: connector })
+    }
+}
+
+/// How the server's certificate is verified.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Verify {
+    Nothing,
+    Issuer,
+    IssuerAndHost,
+}
+
+/// URL parameters that tokio-postgres leaves to its TLS connector.
+#[derive(Debug, Default)]
+struct TlsParameters {
+    mode: Option<String>,
+    root_certificates: Option<String>,
+    certificate: Option<String>,
+    key: Option<String>,
+}
+
+impl TlsParameters {
+    /// Removes the TLS parameters from the URL, because tokio-postgres rejects unknown ones.
+    fn take_from(url: &str) -> Result<(String, Self), EndpointError> {
+        let invalid = |reason: &str| EndpointError::InvalidUrl { reason: reason.into() };
+        let authority = url
+            .strip_prefix("postgres://")
+            .or_else(|| url.strip_prefix("postgresql://"))
+            .ok_or_else(|| invalid("it does not begin with postgres:// or postgresql://"))?;
+        // A question mark before the first @ belongs to the password.
+        let credentials = authority.find('@').map_or(0, |at| at + 1);
+        let prefix = url.len() - authority.len() + credentials;
+        let Some(mark) = url.get(prefix..).and_then(|rest| rest.find('?')).map(|at| prefix + at) else {
+            return Ok((url.into(), Self::default()));
+        };
+
+        let mut tls = Self::default();
+        let mut kept = Vec::new();
+        for parameter in url.get(mark + 1..).unwrap_or_default().split('&').filter(|p| !p.is_empty()) {
+            let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            let slot = match name {
+                "sslmode" => &mut tls.mode,
+                "sslrootcert" => &mut tls.root_certificates,
+                "sslcert" => &mut tls.certificate,
+                "sslkey" => &mut tls.key,
+                _ => {
+                    kept.push(parameter);
+                    continue;
+                }
+            };
+            *slot = Some(
+                percent_decoded(value)
+                    .ok_or_else(|| invalid(&format!("the value of {name} is not well encoded")))?,
+            );
+        }
+        if let Some(mode) = tls.mode.as_deref()
+            && !["disable", "prefer", "require", "verify-ca", "verify-full"].contains(&mode)
+        {
+            return Err(invalid("sslmode is none of disable, prefer, require, verify-ca, verify-full"));
+        }
+        let mut plain = url.get(..mark).unwrap_or_default().to_owned();
+        if !kept.is_empty() {
+            plain.push('?');
+            plain.push_str(&kept.join("&"));
+        }
+        Ok((plain, tls))
+    }
+
+    fn mode_into(&self, config: &mut Config) {
+        config.ssl_mode(match self.mode.as_deref() {
+            Some("disable") => SslMode::Disable,
+            Some("require" | "verify-ca" | "verify-full") => SslMode::Require,
+            _ => SslMode::Prefer,
+        });
+    }
+
+    fn verify(&self) -> Verify {
+        match self.mode.as_deref() {
+            Some("verify-full") => Verify::IssuerAndHost,
+            Some("verify-ca") => Verify::Issuer,
+            Some("require") if self.root_certificates.is_some() => Verify::Issuer,
+            _ => Verify::Nothing,
+        }
+    }
+
+    fn connector(&self, negotiation: SslNegotiation) -> Result<MakeTlsConnector, EndpointError> {
+        let file = |parameter, path: &str| {
+            let path = path.to_owned();
+            move |source| EndpointError::TlsFile { parameter, path, source }
+        };
+        let mut builder = SslConnector::builder(SslMethod::tls_client())?;
+        if let Some(path) = self.root_certificates.as_deref().filter(|path| *path != "system") {
+            // Replaces the system's certificates: only the issuers in the file are trusted.
+            builder.set_cert_store(X509StoreBuilder::new()?.build());
+            builder.set_ca_file(path).map_err(file("sslrootcert", path))?;
+        }
+        if let Some(path) = self.certificate.as_deref() {
+            builder.set_certificate_chain_file(path).map_err(file("sslcert", path))?;
+        }
+        if let Some(path) = self.key.as_deref() {
+            builder.set_private_key_file(path, SslFiletype::PEM).map_err(file("sslkey", path))?;
+        }
+        if negotiation == SslNegotiation::Direct {
+            set_postgresql_alpn(&mut builder)?;
+        }
+        let verify = self.verify();
+        builder.set_verify(match verify {
+            Verify::Nothing => SslVerifyMode::NONE,
+            Verify::Issuer | Verify::IssuerAndHost => SslVerifyMode::PEER,
+        });
+        let mut connector = MakeTlsConnector::new(builder.build());
+        connector.set_callback(move |session, _host| {
+            session.set_verify_hostname(verify == Verify::IssuerAndHost);
+            Ok(())
+        });
+        Ok(connector)
+    }
+}
+
+fn percent_decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let high = char::from(rest.next()?).to_digit(16)?;
+        let low = char::from(rest.next()?).to_digit(16)?;
+        bytes.push(u8::try_from(high * 16 + low).ok()?);
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// Keeps the driver's message only if it names nothing but an option: with a badly escaped password, any
+/// other message may contain a part of it.
+fn invalid_url(error: &tokio_postgres::Error) -> EndpointError {
+    let words = error.source().map(ToString::to_string).unwrap_or_default();
+    let reason = if words.starts_with("invalid value for option") { words } else { EXPECTED_FORM.to_owned() };
+    EndpointError::InvalidUrl { reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(url: &str) -> String {
+        Endpoint::parse(url).map(|e| e.to_string()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_url_is_shown_without_its_password() {
+        let endpoint = Endpoint::parse("postgres://writer:s3cret@db1:5433,db2:5434/payments").unwrap();
+        assert_eq!(endpoint.to_string(), "writer@db1:5433,db2:5434/payments");
+        assert!(!format!("{endpoint:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn a_refused_url_never_repeats_the_password() {
+        for url in [
+            "mysql://writer:s3cret@db/payments",
+            "writer:s3cret@db/payments",
+            "postgres://writer:s3cret/x@db:port/payments",
+            "postgres://writer:x@s3cret=1@db:5432/payments",
+            "postgres://writer:x?s3cret=1@db/payments?no_such_option=1",
+            "postgres://writer:x@db/payments?s3cret=1",
+            "postgres://writer:s3cret@db/payments?sslmode=maybe",
+            "postgres://writer:s3cret@db/payments?connect_timeout=s3cret",
+            "host=db password=s3cret",
+        ] {
+            let text = refusal(url);
+            assert!(!text.contains("s3cret"), "{url}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_refused_url_says_what_is_wrong() {
+        assert!(refusal("host=db").contains("postgres://"));
+        assert!(refusal("postgres://db/x?sslmode=maybe").contains("verify-full"));
+        assert!(refusal("postgres://db:70000/x").contains("port"));
+        assert!(refusal("postgres:///x").contains("no host"));
+        assert!(refusal("postgres://db/x?sslrootcert=/no/such%20file").contains("/no/such file"));
+    }
+
+    #[test]
+    fn tls_parameters_mean_what_they_mean_to_libpq() {
+        let cases = [
+            ("", SslMode::Prefer, Verify::Nothing),
+            ("?sslmode=disable", SslMode::Disable, Verify::Nothing),
+            ("?sslmode=prefer", SslMode::Prefer, Verify::Nothing),
+            ("?sslmode=require", SslMode::Require, Verify::Nothing),
+            ("?sslmode=require&sslrootcert=system", SslMode::Require, Verify::Issuer),
+            ("?connect_timeout=3&sslmode=verify-ca", SslMode::Require, Verify::Issuer),
+            ("?sslmode=verify-full&sslrootcert=system", SslMode::Require, Verify::IssuerAndHost),
+        ];
+        for (query, mode, verify) in cases {
+            let url = format!("postgres://u:p?w@db/x{query}");
+            let (_, tls) = TlsParameters::take_from(&url).unwrap();
+            assert_eq!(tls.verify(), verify, "{query}");
+            assert_eq!(Endpoint::parse(&url).unwrap().config.get_ssl_mode(), mode, "{query}");
+        }
+    }
+
+    #[test]
+    fn settings_of_the_url_win_over_ours() {
+        let config = |url| Endpoint::parse(url).unwrap().config;
+        let ours = config("postgres://u@db/x");
+        assert_eq!(ours.get_application_name(), Some("payment-writer"));
+        assert_eq!(ours.get_connect_timeout(), Some(&TCP_CONNECT_TIMEOUT));
+        assert_eq!(ours.get_keepalives_idle(), KEEPALIVE_IDLE);
+        let theirs = config("postgres://u@db/x?application_name=other&connect_timeout=1");
+        assert_eq!(theirs.get_application_name(), Some("other"));
+        assert_eq!(theirs.get_connect_timeout(), Some(&Duration::from_secs(1)));
+    }
+}

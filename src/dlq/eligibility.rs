@@ -1,0 +1,230 @@
+//! Which dead letters may be replayed. Pure.
+
+use std::time::Duration;
+
+use super::letter::Letter;
+use crate::domain::record::TimestampMs;
+use crate::domain::wire::Reason;
+
+/// Brokers reject records with a timestamp further in the future (`message.timestamp.after.max.ms`).
+const AHEAD_MAX: Duration = Duration::from_secs(3_600);
+
+/// Conditions under which dead letters are replayed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Eligibility {
+    /// `kafka.input_topic`: the topic to replay to; dead letters of other topics are refused.
+    pub input_topic: String,
+    /// Current time by the database's clock.
+    pub now: TimestampMs,
+    /// `idempotency.window`
+    pub window: Duration,
+    /// Maximum number of replays of one record.
+    pub replays_max: u32,
+    /// `--force`: replay even where a payment could be written twice.
+    pub is_forced: bool,
+}
+
+/// Why a dead letter is not replayed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Objection {
+    /// The record was not written by the daemon.
+    NotADeadLetter,
+    /// The original record is from a topic other than the configured one.
+    OtherTopic,
+    /// The dead letter does not contain the value.
+    ValueLeftOut,
+    /// The dead letter does not contain the key.
+    KeyLeftOut,
+    /// The original record has no usable timestamp.
+    NoTimestamp,
+    /// The original timestamp is further in the future than brokers accept.
+    AheadOfTime,
+    /// The replay limit is reached.
+    TooManyReplays,
+    /// Another record with another payload has the message id.
+    IdTaken,
+    /// The original record is older than the idempotency window.
+    BeyondWindow,
+}
+
+impl Objection {
+    /// Name in the output of commands.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotADeadLetter => "not_a_dead_letter",
+            Self::OtherTopic => "other_topic",
+            Self::ValueLeftOut => "value_left_out",
+            Self::KeyLeftOut => "key_left_out",
+            Self::NoTimestamp => "no_timestamp",
+            Self::AheadOfTime => "ahead_of_time",
+            Self::TooManyReplays => "too_many_replays",
+            Self::IdTaken => "message_id_conflict",
+            Self::BeyondWindow => "beyond_window",
+        }
+    }
+
+    /// Explanation for the operator, one sentence.
+    pub fn why(self) -> &'static str {
+        match self {
+            Self::NotADeadLetter => "it lacks the headers of a dead letter: it was not written by the daemon",
+            Self::OtherTopic => "its record is from a topic other than kafka.input_topic",
+            Self::ValueLeftOut => {
+                "its value was over 512 KiB and is not in the dead letter: its producer has to send it again"
+            }
+            Self::KeyLeftOut => {
+                "its key was over 64 KiB and is not in the dead letter: no payment has such a key"
+            }
+            Self::NoTimestamp => "its record has no valid timestamp",
+            Self::AheadOfTime => {
+                "its record's timestamp is more than an hour in the future, which brokers reject; try later"
+            }
+            Self::TooManyReplays => "it was replayed too often; --max-replays raises the limit",
+            Self::IdTaken => {
+                "another payment has its message id: the replay is dead-lettered again, or written as a \
+                 second payment once the id is forgotten; --force replays it"
+            }
+            Self::BeyondWindow => {
+                "its record is older than idempotency.window: its message id may have been written and \
+                 forgotten; --force replays it"
+            }
+        }
+    }
+}
+
+/// Decision on a dead letter that has not been replayed yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Judgement {
+    /// Replay it.
+    Go {
+        /// Original timestamp, which the replay keeps.
+        timestamp: TimestampMs,
+        /// Replayed only because of `--force`: a payment could be written twice.
+        is_at_risk: bool,
+    },
+    /// Do not replay it.
+    Refuse(Objection),
+}
+
+impl Eligibility {
+    /// Decides whether to replay this dead letter. A dead letter claims no message id, but another record
+    /// with the same id may have been written since. While the id is remembered, the daemon recognizes the
+    /// replay as a duplicate or a conflict.
+    pub fn judge(&self, letter: &Letter<'_>) -> Judgement {
+        let refuse = Judgement::Refuse;
+        let Some(label) = &letter.label else { return refuse(Objection::NotADeadLetter) };
+        if label.topic != self.input_topic {
+            return refuse(Objection::OtherTopic);
+        }
+        if label.left_out.is_some() {
+            return refuse(Objection::ValueLeftOut);
+        }
+        if label.key_left_out.is_some() {
+            return refuse(Objection::KeyLeftOut);
+        }
+        // librdkafka sends timestamp 0 as the current time.
+        let Some(timestamp) = label.timestamp.filter(|at| at.0 > 0) else {
+            return refuse(Objection::NoTimestamp);
+        };
+        let millis = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
+        if timestamp.0 > self.now.0.saturating_add(millis(AHEAD_MAX)) {
+            return refuse(Objection::AheadOfTime);
+        }
+        if letter.replays >= self.replays_max {
+            return refuse(Objection::TooManyReplays);
+        }
+        let risk = if label.reason == Some(Reason::MessageIdConflict) {
+            Some(Objection::IdTaken)
+        } else if timestamp.0 < self.now.0.saturating_sub(millis(self.window)) {
+            Some(Objection::BeyondWindow)
+        } else {
+            None
+        };
+        match risk {
+            Some(objection) if !self.is_forced => refuse(objection),
+            risk => Judgement::Go { timestamp, is_at_risk: risk.is_some() },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dlq::letter::Place;
+    use crate::domain::publication::Header;
+    use crate::domain::record::{Offset, Partition};
+
+    const NOW: i64 = 1_700_000_000_000;
+    const HOUR: i64 = 3_600_000;
+
+    fn terms() -> Eligibility {
+        Eligibility {
+            input_topic: "input".to_owned(),
+            now: TimestampMs(NOW),
+            window: Duration::from_secs(7 * 86_400),
+            replays_max: 3,
+            is_forced: false,
+        }
+    }
+
+    fn judged(terms: &Eligibility, changed: &[(&'static str, String)]) -> Judgement {
+        let mut all = vec![
+            ("dlq-reason", "invalid_field".to_owned()),
+            ("dlq-detail", "x".to_owned()),
+            ("dlq-topic", "input".to_owned()),
+            ("dlq-partition", "7".to_owned()),
+            ("dlq-offset", "41".to_owned()),
+            ("dlq-timestamp", (NOW - HOUR).to_string()),
+        ];
+        all.extend_from_slice(changed);
+        let headers: Vec<Header<'_>> =
+            all.iter().map(|(name, value)| (name.as_bytes(), Some(value.as_bytes()))).collect();
+        let place = Place { partition: Partition(0), offset: Offset(0) };
+        terms.judge(&Letter::read(place, None, None, Some(b"{}"), headers))
+    }
+
+    fn at(ms: i64) -> [(&'static str, String); 1] {
+        [("dlq-timestamp", ms.to_string())]
+    }
+
+    #[test]
+    fn a_letter_of_this_topic_and_within_the_window_goes_with_its_timestamp() {
+        for ms in [NOW - HOUR, NOW - 7 * 24 * HOUR, NOW + HOUR] {
+            let go = Judgement::Go { timestamp: TimestampMs(ms), is_at_risk: false };
+            assert_eq!(judged(&terms(), &at(ms)), go);
+        }
+        let replayed = [("dlq-replays", "2".to_owned())];
+        assert!(matches!(judged(&terms(), &replayed), Judgement::Go { .. }));
+    }
+
+    #[test]
+    fn each_objection_is_told() {
+        let cases: [(&'static str, String, Objection); 9] = [
+            ("dlq-topic", "elsewhere".to_owned(), Objection::OtherTopic),
+            ("dlq-value-bytes", "600000".to_owned(), Objection::ValueLeftOut),
+            ("dlq-key-bytes", "70000".to_owned(), Objection::KeyLeftOut),
+            ("dlq-timestamp", "-1".to_owned(), Objection::NoTimestamp),
+            ("dlq-timestamp", "0".to_owned(), Objection::NoTimestamp),
+            ("dlq-timestamp", (NOW + HOUR + 1).to_string(), Objection::AheadOfTime),
+            ("dlq-replays", "3".to_owned(), Objection::TooManyReplays),
+            ("dlq-reason", "message_id_conflict".to_owned(), Objection::IdTaken),
+            ("dlq-timestamp", (NOW - 7 * 24 * HOUR - 1).to_string(), Objection::BeyondWindow),
+        ];
+        for (name, value, objection) in cases {
+            assert_eq!(judged(&terms(), &[(name, value)]), Judgement::Refuse(objection), "{name}");
+        }
+        let foreign = Letter::read("0/0".parse().unwrap(), None, None, None, []);
+        assert_eq!(terms().judge(&foreign), Judgement::Refuse(Objection::NotADeadLetter));
+    }
+
+    #[test]
+    fn force_takes_the_risks_upon_itself_and_nothing_else() {
+        let forced = Eligibility { is_forced: true, ..terms() };
+        let old = NOW - 8 * 24 * HOUR;
+        let go = Judgement::Go { timestamp: TimestampMs(old), is_at_risk: true };
+        assert_eq!(judged(&forced, &at(old)), go);
+        let conflict = [("dlq-reason", "message_id_conflict".to_owned())];
+        assert!(matches!(judged(&forced, &conflict), Judgement::Go { is_at_risk: true, .. }));
+        let again = [("dlq-replays", "3".to_owned())];
+        assert_eq!(judged(&forced, &again), Judgement::Refuse(Objection::TooManyReplays));
+    }
+}

@@ -1,0 +1,370 @@
+//! The [`KafkaPort`] of a lane: its reader, its transactional producer, and requests in the background.
+//!
+//! [`LaneClient::publish`] has the checks that fence a lane after a revocation: it refuses while the member
+//! has no valid generation or a revocation is unhandled; the broker refuses an outdated generation.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+
+use super::fetcher::{Fetcher, reader_config};
+use super::gaps;
+use super::group::{Group, LaneHandle, REQUEST_TIMEOUT};
+use super::librdkafka::fetch::FetchItem;
+use super::librdkafka::{GroupMetadata, NativeError, topic_id};
+use super::offsets::{failed, group_offsets, log_bounds, transient};
+use super::output_scan;
+use super::publisher::Publisher;
+use super::publisher_settings::PublisherSettings;
+use super::scan::ScanError;
+use super::throttle::STATISTICS_INTERVAL;
+use crate::config::KafkaSettings;
+use crate::domain::cursor::IdentityMismatch;
+use crate::domain::outcome::class_of_kafka;
+use crate::domain::publication::{OutputCounts, Publication, Published};
+use crate::domain::record::{NextOffset, Partition};
+use crate::failpoint;
+use crate::ports::fetch_buffer::{FetchBuffer, FetchFault};
+use crate::ports::{
+    Gap, GapAnswer, KafkaPort, KafkaPortError, LaneEvent, Positions, Proved, PublishError, PublishTimes,
+    Question,
+};
+
+/// Longest wait for records in one call; bounds the cost of a missed wake-up.
+const FETCH_TICK: Duration = Duration::from_millis(100);
+/// Starting or stopping a partition takes microseconds; a client that takes this long hangs.
+const START_MAX: Duration = Duration::from_secs(10);
+/// Defaults of a lane's reader that `kafka.properties` may override.
+const FETCH_DEFAULTS: [(&str, &str); 9] = [
+    STATISTICS_INTERVAL,
+    // At low rates a fetch with one record costs the broker as much as one with twenty, so it waits for more,
+    // but not for long.
+    ("fetch.min.bytes", "65536"),
+    ("fetch.wait.max.ms", "10"),
+    ("fetch.queue.backoff.ms", "20"),
+    // Bounds the memory of prefetched records in a backlog: the queue, plus one fetch on top of it.
+    ("queued.min.messages", "20000"),
+    ("queued.max.messages.kbytes", "2048"),
+    ("fetch.max.bytes", "2097152"),
+    ("fetch.message.max.bytes", "1048576"),
+    ("topic.metadata.refresh.interval.ms", "60000"),
+];
+
+/// Configuration of a lane's reader.
+pub fn lane_reader_config(kafka: &KafkaSettings) -> rdkafka::ClientConfig {
+    reader_config(kafka, &FETCH_DEFAULTS)
+}
+
+/// The Kafka clients of one lane.
+pub struct LaneClient {
+    group: Group,
+    /// Created when partitions are started; replaced when it fails or hangs.
+    fetcher: Option<Arc<Fetcher>>,
+    settings: PublisherSettings,
+    publisher: Option<Publisher>,
+    /// True while a transaction is running, and after one ended with an unknown outcome.
+    is_in_doubt: bool,
+    unhandled_revocations: Arc<AtomicI64>,
+    /// The lane's own event channel, for answers. Weak, so that the channel closes when the group drops its
+    /// sender.
+    events: mpsc::WeakSender<LaneEvent>,
+    /// Notified when fetching failed, so that the topic id is checked at once.
+    suspicion: Arc<Notify>,
+    kafka: Arc<KafkaSettings>,
+    /// The running output scan.
+    search: Option<JoinHandle<Result<Vec<Proved>, ScanError>>>,
+}
+
+impl LaneClient {
+    /// Creates the clients' owner for the lane with this handle; no client is created yet.
+    pub fn new(
+        group: Group,
+        settings: PublisherSettings,
+        lane: &LaneHandle,
+        suspicion: Arc<Notify>,
+        kafka: Arc<KafkaSettings>,
+    ) -> Self {
+        Self {
+            group,
+            fetcher: None,
+            settings,
+            publisher: None,
+            is_in_doubt: false,
+            unhandled_revocations: Arc::clone(&lane.unhandled_revocations),
+            events: lane.events.downgrade(),
+            suspicion,
+            kafka,
+            search: None,
+        }
+    }
+
+    /// Runs a blocking call of the reader within [`START_MAX`]. A reader that fails is abandoned.
+    async fn with_fetcher(
+        &mut self,
+        doing: &str,
+        work: impl FnOnce(&Fetcher) -> Result<(), NativeError> + Send + 'static,
+    ) -> Result<(), KafkaPortError> {
+        let fetcher = match &self.fetcher {
+            Some(fetcher) => Arc::clone(fetcher),
+            None => {
+                let made = Fetcher::new(&lane_reader_config(&self.kafka), &self.kafka.input_topic)
+                    .map_err(|e| failed(doing, &e))?;
+                Arc::clone(self.fetcher.insert(Arc::new(made)))
+            }
+        };
+        let called = tokio::task::spawn_blocking(move || work(&fetcher));
+        let failure = match tokio::time::timeout(START_MAX, called).await {
+            Ok(Ok(Ok(()))) => return Ok(()),
+            Ok(Ok(Err(error))) => transient(doing, error),
+            Ok(Err(error)) => transient(doing, error),
+            Err(_) => transient(doing, "the client hangs and was abandoned"),
+        };
+        self.renew_fetching();
+        Err(failure)
+    }
+
+    /// Runs blocking work in the background and sends its answer to the lane.
+    fn answer(
+        &self,
+        work: impl FnOnce() -> LaneEvent + Send + 'static,
+        given_up: impl FnOnce(String) -> LaneEvent + Send + 'static,
+    ) {
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            let answer = match tokio::task::spawn_blocking(work).await {
+                Ok(answer) => answer,
+                Err(error) => given_up(error.to_string()),
+            };
+            if let Some(events) = events.upgrade() {
+                // An error means that the lane has ended.
+                let _ = events.send(answer).await;
+            }
+        });
+    }
+}
+
+impl Drop for LaneClient {
+    fn drop(&mut self) {
+        self.renew_fetching();
+    }
+}
+
+/// Committed offsets and log bounds of partitions, after a check of the topic id.
+fn positions(
+    group: &Group,
+    expected: uuid::Uuid,
+    partitions: &[Partition],
+) -> Result<Vec<Positions>, KafkaPortError> {
+    let offsets = group_offsets(group, partitions)?;
+    let (found, _) =
+        topic_id(group.consumer(), group.topic(), REQUEST_TIMEOUT).map_err(|e| KafkaPortError::Failed {
+            class: class_of_kafka(e.code),
+            message: format!("asking for the topic's id: {e}"),
+        })?;
+    if found != expected {
+        return Err(IdentityMismatch::OtherTopic { marked: expected, found }.into());
+    }
+    let bounds = log_bounds(group, partitions)?;
+    let answers = partitions.iter().zip(offsets).zip(bounds);
+    Ok(answers
+        .map(|((partition, group), bounds)| Positions { partition: *partition, group, bounds })
+        .collect())
+}
+
+/// Puts one fetched item into the buffer.
+fn take(buffer: &mut FetchBuffer, suspicion: &Notify, item: FetchItem<'_>) {
+    let partition = match &item {
+        FetchItem::Record(record) => Some(record.partition()),
+        FetchItem::End { partition, .. } => Some(*partition),
+        FetchItem::Failed { .. } => None,
+    };
+    if partition.is_some_and(|partition| failpoint::withholds(partition.0)) {
+        return;
+    }
+    match item {
+        FetchItem::Record(record) => buffer.record(
+            record.partition(),
+            record.offset(),
+            record.timestamp(),
+            record.key(),
+            record.value(),
+            record.headers(),
+        ),
+        FetchItem::End { partition, position } => buffer.end(partition, position),
+        FetchItem::Failed { partition, code, offset } => {
+            tracing::debug!(target: "librdkafka", partition = partition.map(|p| p.0), %code, "fetch");
+            suspicion.notify_one();
+            if let Some(partition) = partition {
+                buffer.fail(partition, FetchFault::new(code, offset));
+            }
+        }
+    }
+}
+
+impl KafkaPort for LaneClient {
+    fn ask(&mut self, question: Question) {
+        let Question { id, partitions } = question;
+        let (group, expected) = (self.group.clone(), self.settings.identity.topic_id);
+        self.answer(
+            move || LaneEvent::Answered { id, found: positions(&group, expected, &partitions) },
+            move |error| LaneEvent::Answered {
+                id,
+                found: Err(KafkaPortError::transient(format!("the request was abandoned: {error}"))),
+            },
+        );
+    }
+
+    fn prove_gaps(&mut self, id: u64, gaps: Vec<Gap>) {
+        let kafka = Arc::clone(&self.kafka);
+        let asked = gaps.clone();
+        self.answer(
+            move || LaneEvent::GapsProved { id, answers: gaps::prove(&kafka, &asked) },
+            move |error| {
+                let failed = |gap| (gap, GapAnswer::Failed(error.clone()));
+                LaneEvent::GapsProved { id, answers: gaps.into_iter().map(failed).collect() }
+            },
+        );
+    }
+
+    async fn prove(
+        &mut self,
+        wanted: &[(Partition, NextOffset)],
+    ) -> Result<Option<Vec<Proved>>, KafkaPortError> {
+        match self.search.take() {
+            Some(search) if !search.is_finished() => {
+                self.search = Some(search);
+                Ok(None)
+            }
+            Some(search) => match search.await {
+                Ok(Ok(proved)) => Ok(Some(proved)),
+                Ok(Err(error)) => Err(transient("searching the outputs", error)),
+                Err(error) => Err(transient("searching the outputs", error)),
+            },
+            None => {
+                let (kafka, wanted) = (Arc::clone(&self.kafka), wanted.to_vec());
+                let topic_id = self.settings.identity.topic_id;
+                self.search =
+                    Some(tokio::task::spawn_blocking(move || output_scan::search(&kafka, topic_id, &wanted)));
+                Ok(None)
+            }
+        }
+    }
+
+    async fn start(&mut self, positions: &[(Partition, NextOffset)]) -> Result<(), KafkaPortError> {
+        failpoint::begun(positions.iter().map(|(partition, _)| partition.0));
+        let positions = positions.to_vec();
+        self.with_fetcher("starting to fetch", move |fetcher| fetcher.start(&positions)).await
+    }
+
+    async fn stop(&mut self, partitions: &[Partition]) -> Result<(), KafkaPortError> {
+        if self.fetcher.is_none() {
+            return Ok(());
+        }
+        let partitions = partitions.to_vec();
+        self.with_fetcher("stopping to fetch", move |fetcher| fetcher.stop(&partitions)).await
+    }
+
+    fn renew_fetching(&mut self) {
+        if let Some(fetcher) = self.fetcher.take() {
+            // Destroying a client blocks, for ever if it hangs: a detached thread does it. If no thread can
+            // be started, the closure, and with it the client, is dropped here.
+            let _ = std::thread::Builder::new().name("reader-end".to_owned()).spawn(move || drop(fetcher));
+        }
+    }
+
+    fn listen(&self) {
+        if let Some(fetcher) = &self.fetcher {
+            fetcher.listen();
+        }
+    }
+
+    async fn fetch(&mut self, buffer: &mut FetchBuffer, wait: Duration) {
+        let Some(fetcher) = &self.fetcher else {
+            tokio::time::sleep(wait.min(FETCH_TICK)).await;
+            return;
+        };
+        let suspicion = &self.suspicion;
+        let mut drain = || {
+            let mut taken = 0;
+            loop {
+                let room = buffer.room();
+                if room == 0 {
+                    return true;
+                }
+                let count = fetcher.drain(room, Duration::ZERO, |item| take(buffer, suspicion, item));
+                if count == 0 {
+                    return taken > 0;
+                }
+                taken += count;
+            }
+        };
+        if drain() || wait.is_zero() {
+            return;
+        }
+        // Drain after a timeout, too.
+        let _ = tokio::time::timeout(wait.min(FETCH_TICK), fetcher.wait_filled()).await;
+        drain();
+    }
+
+    async fn publish(
+        &mut self,
+        publication: &Arc<Publication>,
+    ) -> Result<(Published, OutputCounts, PublishTimes), PublishError> {
+        if self.is_in_doubt {
+            return Err(PublishError::Unknown("the outcome of an earlier transaction is unknown".to_owned()));
+        }
+        let Some(publisher) = &self.publisher else {
+            return Err(PublishError::Unknown("there is no producer yet".to_owned()));
+        };
+        let Some(metadata) = GroupMetadata::of(self.group.consumer()) else {
+            return Err(PublishError::Fenced("the consumer has no group".to_owned()));
+        };
+        // The broker does not fence a commit with generation -1.
+        if metadata.generation() < 0 {
+            return Err(PublishError::Fenced("the consumer is between two generations".to_owned()));
+        }
+        // The counter is read after the metadata. If the generation is one that the member joined after a
+        // revocation, the counter of that revocation is visible here; if it is an earlier one, the broker
+        // refuses it.
+        if self.unhandled_revocations.load(Ordering::Acquire) != 0 {
+            return Err(PublishError::Fenced("a revocation is not handled yet".to_owned()));
+        }
+        self.is_in_doubt = true;
+        let answer = publisher.publish(Arc::clone(publication), metadata);
+        let outcome = match publisher.answer(answer).await {
+            Some(Ok(outcome)) => outcome,
+            Some(Err(_)) => Err(PublishError::Unknown("the publisher thread has ended".to_owned())),
+            None => Err(PublishError::Unknown("the producer hangs and was abandoned".to_owned())),
+        };
+        self.is_in_doubt = matches!(outcome, Err(PublishError::Unknown(_)));
+        outcome
+    }
+
+    async fn renew(&mut self) -> Result<(), KafkaPortError> {
+        if self.is_in_doubt {
+            self.publisher = None;
+            self.is_in_doubt = false;
+        }
+        let publisher = match self.publisher.take() {
+            Some(publisher) => publisher,
+            None => Publisher::spawn(self.settings.clone())
+                .map_err(|e| transient("starting the publisher thread", e))?,
+        };
+        match publisher.answer(publisher.init()).await {
+            Some(Ok(Ok(()))) => {
+                self.publisher = Some(publisher);
+                Ok(())
+            }
+            Some(Ok(Err(failure))) => {
+                self.publisher = Some(publisher);
+                Err(failure)
+            }
+            Some(Err(_)) | None => {
+                Err(KafkaPortError::transient("the producer does not answer and was abandoned"))
+            }
+        }
+    }
+}

@@ -1,0 +1,441 @@
+//! Supervises fetching: starts and stops partitions, checks gaps, and retries partitions that cannot be read.
+//!
+//! A *begin* starts to fetch a partition at a position that the lane itself determined: after the last record
+//! or end of partition that it took, or after a range that was proved to hold no record. Positions that
+//! librdkafka keeps are never used. A *gap* lies between a begin and the first record or end that the client
+//! delivers after it: usually transaction markers or aborted records, which the lane verifies with another
+//! client ([`Lane::prove_gaps`]).
+//!
+//! A partition that cannot be read is *held back*: after [`TRIES_MAX`] failures it halts, and the lane
+//! retries it with a backoff. The other partitions go on.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use rdkafka::types::RDKafkaErrorCode as Code;
+use tokio::time::Instant;
+
+use super::partitions::PartitionState;
+use super::{Lane, LaneSettings, log_lines};
+use crate::domain::cursor::{HaltReason, IdentityMismatch};
+use crate::domain::record::{NextOffset, Partition, TimestampMs};
+use crate::ports::fetch_buffer::{FetchFault, Interruption};
+use crate::ports::{Gap, GapAnswer, KafkaPort, KafkaPortError, Store};
+use crate::telemetry::logging::RateLimited;
+use crate::telemetry::metrics;
+
+/// A partition that failed this often in a row, or whose gaps held records, is held back.
+const TRIES_MAX: u32 = 3;
+const RETRY_MIN: Duration = Duration::from_millis(100);
+/// First pause of a partition that is held back; it doubles with each failure.
+const HELD_RETRY_MIN: Duration = Duration::from_secs(5);
+const HELD_RETRY_MAX: Duration = Duration::from_secs(60);
+/// A gap that could not be checked is checked again after this time.
+const GAP_RETRY: Duration = Duration::from_secs(1);
+/// If a partition has records to read and a lane with room receives nothing of it for this long, the client
+/// is replaced.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// The same in a backlog, where the lane has room only now and then and other partitions come first.
+const SILENCE_BUSY_MAX: Duration = Duration::from_secs(300);
+const SILENCE_TICK: Duration = Duration::from_secs(5);
+/// Log ends that were read longer ago are ignored: the broker may be down since, which is no silence of the
+/// client.
+const ENDS_FRESH: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Reading {
+    /// The client fetches it.
+    Begun,
+    /// Stopped until it is known whether a gap holds records.
+    Gap { gap: Gap, again_at: Instant },
+    /// Stopped after a failure.
+    Failed { again_at: Instant },
+}
+
+/// Fetch state of one partition.
+#[derive(Clone, Debug)]
+pub(super) struct Fetch {
+    reading: Reading,
+    /// Failures since a record or end of it was last taken.
+    failures: u32,
+    /// Gaps that held records since a record or end of it was last taken.
+    gaps: u32,
+    /// Why it is held back.
+    held: Option<HaltReason>,
+    /// Position and time of the last progress.
+    heard: (NextOffset, Instant),
+}
+
+impl Fetch {
+    fn begun(position: NextOffset, now: Instant) -> Self {
+        Self { reading: Reading::Begun, failures: 0, gaps: 0, held: None, heard: (position, now) }
+    }
+
+    fn is_in_trouble(&self) -> bool {
+        self.failures > 0 || self.gaps > 0 || self.held.is_some()
+    }
+
+    /// Pause before the next try.
+    fn pause(&self) -> Duration {
+        match self.failures.checked_sub(TRIES_MAX) {
+            None => RETRY_MIN.saturating_mul(1 << self.failures.min(TRIES_MAX)),
+            Some(more) => HELD_RETRY_MIN.saturating_mul(1 << more.min(10)).min(HELD_RETRY_MAX),
+        }
+    }
+}
+
+/// Fetch states of a lane's partitions.
+pub(super) struct Deliveries {
+    of: BTreeMap<Partition, Fetch>,
+    /// Id of the pending gap proof. One runs at a time; gaps found meanwhile go into the next.
+    proof: Option<u64>,
+    last_proof: u64,
+    /// When the fetch buffer was last full.
+    full_at: Instant,
+    looked_at: Instant,
+}
+
+impl Deliveries {
+    pub fn new() -> Self {
+        let now = Instant::now();
+        Self { of: BTreeMap::new(), proof: None, last_proof: 0, full_at: now, looked_at: now }
+    }
+
+    /// Forgets all fetch states except those of partitions with failures, which keep their counts until they
+    /// are read.
+    pub fn reset(&mut self) {
+        self.of.retain(|_, fetch| fetch.is_in_trouble());
+        for fetch in self.of.values_mut() {
+            if matches!(fetch.reading, Reading::Gap { .. }) {
+                fetch.reading = Reading::Begun;
+            }
+        }
+    }
+
+    /// Removes these partitions.
+    pub fn forget(&mut self, partitions: &[Partition]) {
+        for partition in partitions {
+            self.of.remove(partition);
+        }
+    }
+
+    /// Notes that the fetch buffer is full.
+    pub fn note_full(&mut self) {
+        self.full_at = Instant::now();
+    }
+
+    /// Partitions that are held back.
+    pub fn held(&self) -> impl Iterator<Item = (Partition, &HaltReason)> {
+        self.of.iter().filter_map(|(partition, fetch)| Some((*partition, fetch.held.as_ref()?)))
+    }
+
+    /// When `partition` is tried again, if it is held back after a failure.
+    pub fn held_until(&self, partition: Partition) -> Option<Instant> {
+        let fetch = self.of.get(&partition).filter(|fetch| fetch.held.is_some())?;
+        match fetch.reading {
+            Reading::Failed { again_at } => Some(again_at),
+            _ => None,
+        }
+    }
+}
+
+/// Whether the fault makes the position itself invalid.
+fn is_out_of_range(fault: &FetchFault) -> bool {
+    matches!(fault.code, Code::OffsetOutOfRange | Code::AutoOffsetReset)
+}
+
+impl<K: KafkaPort, S: Store> Lane<K, S> {
+    /// Starts to fetch these partitions at these positions. False: the client failed, and the lane was reset.
+    pub(super) async fn begin(
+        &mut self,
+        positions: &[(Partition, NextOffset)],
+    ) -> Result<bool, IdentityMismatch> {
+        if positions.is_empty() {
+            return Ok(true);
+        }
+        if let Err(failure) = self.kafka.start(positions).await {
+            self.fetching_failed("starting to fetch", failure)?;
+            return Ok(false);
+        }
+        let now = Instant::now();
+        for (partition, position) in positions {
+            self.status.began(*partition, *position);
+            match self.deliveries.of.get_mut(partition) {
+                Some(fetch) => {
+                    fetch.reading = Reading::Begun;
+                    fetch.heard = (*position, now);
+                }
+                None => {
+                    self.deliveries.of.insert(*partition, Fetch::begun(*position, now));
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Stops fetching these partitions. False: the client failed, and the lane was reset.
+    pub(super) async fn end(&mut self, partitions: &[Partition]) -> Result<bool, IdentityMismatch> {
+        match self.kafka.stop(partitions).await {
+            Ok(()) => Ok(true),
+            Err(failure) => self.fetching_failed("stopping to fetch", failure).map(|()| false),
+        }
+    }
+
+    fn fetching_failed(&mut self, doing: &str, failure: KafkaPortError) -> Result<(), IdentityMismatch> {
+        self.kafka_failed(doing, failure)?;
+        self.reset("the fetching client failed");
+        Ok(())
+    }
+
+    /// Handles gaps and errors that interrupted partitions, retries failed partitions, and looks for silent
+    /// ones.
+    pub(super) async fn follow_deliveries(&mut self) -> Result<(), IdentityMismatch> {
+        self.note_read_again();
+        let interruptions = self.builder.buffer.take_interruptions();
+        if !interruptions.is_empty() {
+            let partitions: Vec<Partition> = interruptions.iter().map(|(partition, _)| *partition).collect();
+            if !self.end(&partitions).await? {
+                return Ok(());
+            }
+            for (partition, interruption) in interruptions {
+                match interruption {
+                    Interruption::Gap { from, to } => {
+                        let gap = Gap { partition, from, to };
+                        self.note_reading(partition, |now| Reading::Gap { gap, again_at: now });
+                    }
+                    Interruption::Failed { fault, .. } if is_out_of_range(&fault) => {
+                        self.reset("an offset is out of range");
+                        self.broker.delay();
+                        return Ok(());
+                    }
+                    Interruption::Failed { position, fault } => self.failed(partition, position, &fault),
+                }
+            }
+            self.note_assigned();
+        }
+        self.prove_gaps();
+        self.begin_again().await?;
+        self.look_for_silence()
+    }
+
+    fn note_reading(&mut self, partition: Partition, reading: impl Fn(Instant) -> Reading) {
+        if let Some(fetch) = self.deliveries.of.get_mut(&partition) {
+            fetch.reading = reading(Instant::now());
+        }
+    }
+
+    /// A record or end at the position asked for shows that a partition can be read again: its counts are
+    /// cleared.
+    fn note_read_again(&mut self) {
+        let Self { deliveries, builder, status, settings, .. } = self;
+        let mut is_changed = false;
+        for (partition, fetch) in &mut deliveries.of {
+            if fetch.is_in_trouble()
+                && fetch.reading == Reading::Begun
+                && builder.buffer.is_running(*partition)
+            {
+                fetch.failures = 0;
+                fetch.gaps = 0;
+                if let Some(reason) = fetch.held.take() {
+                    status.flows(*partition);
+                    is_changed = true;
+                    log_lines::read_again(settings.index, &settings.input_topic, *partition, &reason);
+                }
+            }
+        }
+        if is_changed {
+            self.note_assigned();
+        }
+    }
+
+    fn failed(&mut self, partition: Partition, position: NextOffset, fault: &FetchFault) {
+        let Some(fetch) = self.deliveries.of.get_mut(&partition) else { return };
+        fetch.failures = fetch.failures.saturating_add(1);
+        fetch.reading = Reading::Failed { again_at: Instant::now() + fetch.pause() };
+        self.metrics.fetch_failed();
+        if fetch.failures >= TRIES_MAX {
+            self.hold(partition, fault.reason(position, None));
+        }
+    }
+
+    /// Holds a partition back; logs it unless the reason is the same as before.
+    fn hold(&mut self, partition: Partition, reason: HaltReason) {
+        let Some(fetch) = self.deliveries.of.get_mut(&partition) else { return };
+        if fetch.held.as_ref() != Some(&reason) {
+            let LaneSettings { index, input_topic, identity, .. } = &self.settings;
+            log_lines::halted(*index, input_topic, identity.topic_id, partition, &reason);
+            fetch.held = Some(reason.clone());
+        }
+        self.status.halted(partition, reason);
+    }
+
+    // ---- gaps --------------------------------------------------------------------------------
+
+    /// Starts a proof for all gaps that are due. The answer arrives as an event.
+    fn prove_gaps(&mut self) {
+        if self.deliveries.proof.is_some() {
+            return;
+        }
+        let now = Instant::now();
+        let gaps: Vec<Gap> = self
+            .deliveries
+            .of
+            .values()
+            .filter_map(|fetch| match fetch.reading {
+                Reading::Gap { gap, again_at } if again_at <= now => Some(gap),
+                _ => None,
+            })
+            .collect();
+        if gaps.is_empty() {
+            return;
+        }
+        self.deliveries.last_proof += 1;
+        self.deliveries.proof = Some(self.deliveries.last_proof);
+        self.kafka.prove_gaps(self.deliveries.last_proof, gaps);
+    }
+
+    /// Handles the answer of a gap proof. Answers about partitions that were begun again or revoked since are
+    /// dropped.
+    pub(super) async fn gaps_proved(
+        &mut self,
+        id: u64,
+        answers: Vec<(Gap, GapAnswer)>,
+    ) -> Result<(), IdentityMismatch> {
+        if self.deliveries.proof == Some(id) {
+            self.deliveries.proof = None;
+        }
+        let mut positions = Vec::new();
+        for (gap, answer) in answers {
+            let partition = gap.partition;
+            let Some(fetch) = self.deliveries.of.get_mut(&partition) else { continue };
+            let is_waiting = matches!(fetch.reading, Reading::Gap { gap: waiting, .. } if waiting == gap);
+            if !is_waiting || !matches!(self.partitions.get(&partition), Some(PartitionState::Running(_))) {
+                continue;
+            }
+            match answer {
+                GapAnswer::Empty => positions.push((partition, gap.to)),
+                GapAnswer::Record(at) => {
+                    fetch.gaps = fetch.gaps.saturating_add(1);
+                    let is_stubborn = fetch.gaps >= TRIES_MAX;
+                    self.metrics.fetch_gap();
+                    log_lines::gap(self.settings.index, &self.settings.input_topic, &gap, at);
+                    if is_stubborn {
+                        fetch.failures = fetch.failures.saturating_add(1).max(TRIES_MAX);
+                        fetch.reading = Reading::Failed { again_at: Instant::now() + fetch.pause() };
+                        self.hold(partition, HaltReason::FetchGap { from: at, to: gap.to });
+                        self.note_assigned();
+                    } else {
+                        positions.push((partition, at));
+                    }
+                }
+                GapAnswer::Removed => {
+                    self.reset("records to be read were removed from the log");
+                    return Ok(());
+                }
+                GapAnswer::Failed(error) => {
+                    fetch.reading = Reading::Gap { gap, again_at: Instant::now() + GAP_RETRY };
+                    log_lines::gap_unknown(self.settings.index, &self.settings.input_topic, &gap, &error);
+                }
+            }
+        }
+        if self.begin(&positions).await? {
+            for (partition, position) in positions {
+                self.builder.buffer.begin_proved(partition, position);
+            }
+        }
+        Ok(())
+    }
+
+    // ---- tries -------------------------------------------------------------------------------
+
+    /// Begins failed partitions again when their pause is over, and halts those that are held back.
+    async fn begin_again(&mut self) -> Result<(), IdentityMismatch> {
+        let now = Instant::now();
+        let mut positions = Vec::new();
+        let mut held = Vec::new();
+        for (partition, fetch) in &self.deliveries.of {
+            let Reading::Failed { again_at } = fetch.reading else { continue };
+            match (&fetch.held, self.partitions.get(partition)) {
+                // As a halted partition it goes through recovery again, which notices if an operator skipped
+                // the batch.
+                (Some(reason), Some(PartitionState::Running(_))) => held.push((*partition, reason.clone())),
+                (None, Some(PartitionState::Running(_))) if again_at <= now => {
+                    if let Some(position) = self.builder.buffer.position(*partition) {
+                        positions.push((*partition, position));
+                    }
+                }
+                _ => {}
+            }
+        }
+        for (partition, reason) in held {
+            // A batch in flight needs its partition in state `Running` until it is published.
+            if !self.is_in_flight(partition) {
+                self.partitions
+                    .insert(partition, PartitionState::Halted { reason, known: None, again_at: now });
+            }
+        }
+        if self.begin(&positions).await? {
+            for (partition, position) in positions {
+                self.builder.buffer.begin(partition, position);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether records of `partition` are in the buffer or in a batch that is not published yet.
+    fn is_in_flight(&self, partition: Partition) -> bool {
+        self.builder.holds(partition)
+            || self.writing.iter().any(|batch| batch.progress().iter().any(|p| p.partition == partition))
+            || self.pending.iter().any(|pending| {
+                pending.publication.commits().iter().any(|commit| commit.partition == partition)
+            })
+    }
+
+    // ---- silence -----------------------------------------------------------------------------
+
+    /// Replaces the client if a partition has records and none arrive: librdkafka does not report every
+    /// error, and may lose all its brokers (librdkafka #5301).
+    fn look_for_silence(&mut self) -> Result<(), IdentityMismatch> {
+        let now = Instant::now();
+        if now.saturating_duration_since(self.deliveries.looked_at) < SILENCE_TICK {
+            return Ok(());
+        }
+        self.deliveries.looked_at = now;
+        let Self { deliveries, partitions, builder, status, .. } = self;
+        let has_room = now.saturating_duration_since(deliveries.full_at) >= SILENCE_MAX;
+        let limit = if has_room { SILENCE_MAX } else { SILENCE_BUSY_MAX };
+        let fresh = i64::try_from(ENDS_FRESH.as_millis()).unwrap_or(i64::MAX);
+        let since = TimestampMs(metrics::now().0.saturating_sub(fresh));
+        let mut silent = None;
+        for (partition, fetch) in &mut deliveries.of {
+            let Some(position) = builder.buffer.position(*partition) else { continue };
+            let end = status.end_since(*partition, since);
+            let is_waiting = fetch.reading == Reading::Begun
+                && matches!(partitions.get(partition), Some(PartitionState::Running(_)))
+                && end.is_some_and(|end| end > position);
+            if !is_waiting || fetch.heard.0 != position {
+                fetch.heard = (position, now);
+            } else if now.saturating_duration_since(fetch.heard.1) >= limit {
+                silent = Some((*partition, position, end.unwrap_or(position)));
+            }
+        }
+        if let Some((partition, position, end)) = silent {
+            self.metrics.fetch_silent();
+            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+            if let Some(suppressed) = LIMIT.pass() {
+                tracing::warn!(
+                    lane = self.settings.index,
+                    topic = self.settings.input_topic,
+                    partition = partition.0,
+                    offset = position.0,
+                    end = end.0,
+                    suppressed,
+                    "nothing was fetched of this partition although it has records: replacing the client"
+                );
+            }
+            self.kafka.renew_fetching();
+            self.reset("the fetching client was replaced");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,65 @@
+//! The state of one partition of a lane: assigned, being recovered, running or halted, with its positions.
+
+use tokio::time::Instant;
+
+use crate::domain::cursor::{HaltReason, Known};
+use crate::domain::record::{NextOffset, TimestampMs};
+
+/// Positions of a partition that is being written and published.
+#[derive(Clone, Debug)]
+pub(super) struct Running {
+    /// Next offset to write, as last read from or written to the database.
+    pub(super) applied: NextOffset,
+    /// Events of records below it were already published.
+    pub(super) publish_from: NextOffset,
+    /// The group's committed offset.
+    pub(super) committed: NextOffset,
+    /// `published` as last written to the database.
+    pub(super) stored: Option<NextOffset>,
+    /// Timestamp of the last record before `applied`.
+    pub(super) timestamp: Option<TimestampMs>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum PartitionState {
+    /// Assigned; its start position is not decided yet.
+    Assigned,
+    /// A cursor is beyond the last stable offset. A new leader may lag; after a while the partition halts.
+    BeyondEnd { since: Instant, known: Known, again_at: Instant },
+    /// The group's offset is unusable: the output topics are being scanned for the events that were sent.
+    /// `halted`: why the partition was halted before.
+    RecoveringPublished { again_at: Instant, halted: Option<HaltReason> },
+    /// Being written and published.
+    Running(Running),
+    /// Halted until an operator resolves it, or until it can be read again.
+    Halted { reason: HaltReason, known: Option<Known>, again_at: Instant },
+}
+
+impl PartitionState {
+    /// The halt reason.
+    pub(super) fn halted(&self) -> Option<&HaltReason> {
+        match self {
+            Self::Halted { reason, .. } => Some(reason),
+            Self::RecoveringPublished { halted, .. } => halted.as_ref(),
+            Self::Assigned | Self::BeyondEnd { .. } | Self::Running(_) => None,
+        }
+    }
+}
+
+impl PartitionState {
+    /// The positions, if the partition is running.
+    pub(super) fn running(&self) -> Option<&Running> {
+        match self {
+            Self::Running(running) => Some(running),
+            _ => None,
+        }
+    }
+
+    /// As [`running`](Self::running), mutable.
+    pub(super) fn running_mut(&mut self) -> Option<&mut Running> {
+        match self {
+            Self::Running(running) => Some(running),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! The two transactions of a batch: Postgres first (cursors, claims, rows), then Kafka (events, dead letters,
+//! group offsets). The Kafka transaction of one batch runs beside the Postgres transaction of the next.
+//!
+//! If the Postgres transaction fails, the cursors are compared in a new session (`cursors`), and the batch is
+//! written unless it was committed after all. If the Kafka transaction is aborted, the same publication is
+//! retried; if its outcome is unknown, the lane is reset and recovers from both cursors.
+//!
+//! Rows appear once, because a record that is written again finds its message id claimed by itself in
+//! `idempotency`. Events appear once, because the group's offset is committed in the same transaction.
+
+use std::future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::maybe_done;
+use tokio::time::Instant;
+
+use super::batch_builder::Built;
+use super::failures::AfterFailure;
+use super::partitions::PartitionState;
+use super::revocation::given_up;
+use super::{IDLE_TICK, Lane, LaneSettings, PENDING_MAX, Pending, Session, log_lines};
+use crate::domain::batch::{Answer, Batch, OutcomeCounts, Outcomes};
+use crate::domain::cursor::IdentityMismatch;
+use crate::domain::outcome::FailureClass;
+use crate::domain::publication::{OffsetCommit, OutputCounts, Publication, Published, REPLAYS_HEADER};
+use crate::ports::{CursorMove, KafkaPort, PublishError, PublishTimes, Store, StoreError, WriteStats};
+use crate::telemetry::metrics::LanePhase;
+use crate::telemetry::trace::BatchTrace;
+
+/// After a publication no longer than this, batches that were made smaller may grow again.
+const SHORT_PUBLICATION: Duration = Duration::from_secs(3);
+/// After a failed publication that took at least this long, batches are made smaller.
+const LONG_PUBLICATION: Duration = Duration::from_secs(8);
+
+type Written = Result<(Outcomes, Answer, WriteStats), StoreError>;
+type Sent = Result<(Published, OutputCounts, PublishTimes), PublishError>;
+
+/// The end of the transactions that ran side by side.
+#[expect(clippy::large_enum_variant, reason = "made once a batch, and taken apart at once")]
+enum InFlight {
+    Finished {
+        written: Option<Written>,
+        /// The result and its duration.
+        sent: Option<(Sent, Duration)>,
+    },
+    /// Partitions are being revoked, and the transactions did not finish within the grace.
+    GivenUp,
+}
+
+impl<K: KafkaPort, S: Store> Lane<K, S> {
+    /// Closes the buffer as a batch, if it is large or old enough; the next step writes it.
+    pub(super) async fn close_batch(&mut self) {
+        if self.writing.is_some() {
+            return;
+        }
+        let Self { builder, partitions, pending, status, .. } = self;
+        let applied = |partition| partitions.get(&partition)?.running().map(|running| running.applied);
+        let Some(built) = builder.take(pending.is_empty(), status, applied).await else { return };
+        self.metrics.phase(LanePhase::Assembling, built.took);
+        let tracer = self.settings.tracer.as_ref().filter(|tracer| tracer.samples());
+        let Built { batch, took, ended } = built;
+        self.trace = tracer.map(|tracer| tracer.begin(self.settings.index, &batch, took, ended));
+        self.metrics.batch(batch.len(), batch.source_bytes());
+        self.writing = Some(batch);
+    }
+
+    /// Writes the closed batch and publishes the one before it, side by side. An idle lane copies committed
+    /// offsets into the database instead.
+    pub(super) async fn write_and_publish(&mut self) -> Result<(), IdentityMismatch> {
+        let writes = self.writing.is_some() && self.can_write();
+        let publishes = self.can_publish();
+        if writes && self.session == Session::Unchecked && !self.check_session().await? {
+            return Ok(());
+        }
+        if !writes && !publishes {
+            self.copy_when_idle().await?;
+            if self.writing.is_some() || !self.pending.is_empty() || !self.builder.is_empty() {
+                self.wait_for_event(self.next_due()).await;
+            }
+            return Ok(());
+        }
+        let moves = match &self.writing {
+            Some(batch) if writes => self.moves(batch.progress()),
+            _ => Vec::new(),
+        };
+        let publication = self.first_pending().filter(|_| publishes);
+        match self.run_transactions(writes, &moves, publication.as_ref()).await {
+            InFlight::Finished { written, sent } => {
+                drop(publication);
+                if let Some((sent, took)) = sent {
+                    self.after_publish(sent, took)?;
+                }
+                if let Some(written) = written {
+                    self.after_write(written, &moves)?;
+                }
+            }
+            InFlight::GivenUp => {
+                if publication.is_some() {
+                    self.producer_lost();
+                }
+                if writes {
+                    self.session = Session::Unchecked;
+                }
+                self.reset("transactions did not finish before partitions were revoked");
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs the Postgres transaction of one batch beside the Kafka transaction of the one before. When the
+    /// latter is finished, the next batch is fetched and built.
+    async fn run_transactions(
+        &mut self,
+        writes: bool,
+        moves: &[CursorMove],
+        publication: Option<&Arc<Publication>>,
+    ) -> InFlight {
+        let Self {
+            store,
+            kafka,
+            writing,
+            trace,
+            pending,
+            events,
+            inbox,
+            metrics,
+            builder,
+            partitions,
+            status,
+            ..
+        } = self;
+        // A lane holds at most three batches.
+        let is_next_wanted = writes
+            && !builder.has_next()
+            && pending.len() < PENDING_MAX
+            && writing.as_ref().is_some_and(|batch| builder.is_large(batch.len()));
+        let pending_trace = pending.front_mut().and_then(|pending| pending.trace.as_mut());
+        let write = async {
+            match writing {
+                Some(batch) if writes => {
+                    let began = Instant::now();
+                    let written = store.write(batch, moves).await;
+                    metrics.phase(LanePhase::Database, began.elapsed());
+                    if let Some(trace) = trace {
+                        trace.database_ended();
+                    }
+                    Some(written)
+                }
+                _ => None,
+            }
+        };
+        let publish = async {
+            match publication {
+                Some(publication) => {
+                    let began = Instant::now();
+                    let sent = kafka.publish(publication).await;
+                    let took = began.elapsed();
+                    metrics.phase(LanePhase::Kafka, took);
+                    if let Some(trace) = pending_trace {
+                        trace.kafka_ended();
+                    }
+                    Some((sent, took))
+                }
+                None => None,
+            }
+        };
+        // `applied` once what is being written is committed.
+        let applied = |partition| {
+            let running = partitions.get(&partition)?.running()?;
+            let moved = moves.iter().find(|moved| moved.partition == partition);
+            Some(moved.map_or(running.applied, |moved| running.applied.max(moved.applied)))
+        };
+        let mut given_up = pin!(given_up(events, inbox));
+        let mut write = pin!(maybe_done(write));
+        let sent = {
+            let mut publish = pin!(publish);
+            let mut is_written = false;
+            loop {
+                tokio::select! {
+                    biased;
+                    sent = &mut publish => break sent,
+                    () = &mut write, if !is_written => is_written = true,
+                    () = &mut given_up => return InFlight::GivenUp,
+                }
+            }
+        };
+        let prepare = async {
+            if is_next_wanted {
+                builder.prepare(kafka, IDLE_TICK, status, applied).await;
+            }
+            // The write decides when this ends.
+            future::pending().await
+        };
+        tokio::select! {
+            biased;
+            () = &mut write => InFlight::Finished { written: write.take_output().flatten(), sent },
+            () = prepare => InFlight::GivenUp,
+            () = given_up => InFlight::GivenUp,
+        }
+    }
+
+    fn after_write(&mut self, written: Written, moves: &[CursorMove]) -> Result<(), IdentityMismatch> {
+        let (outcomes, _, times) = match written {
+            Ok(written) => written,
+            Err(failure) => {
+                if let Some(trace) = &self.trace {
+                    trace.failed("database", failure.class.as_str());
+                }
+                let is_undecided = failure.class == FailureClass::Record;
+                self.store_failed("writing a batch", failure)?;
+                if is_undecided {
+                    self.take_again_with_others();
+                }
+                return Ok(());
+            }
+        };
+        self.database_up();
+        self.wrote_at = Instant::now();
+        self.compared_at = self.wrote_at;
+        self.metrics.write_stats(&times);
+        let Some(batch) = self.writing.take() else { return Ok(()) };
+        let mut trace = self.trace.take();
+        if let Some(trace) = &mut trace {
+            trace.written(&times);
+        }
+        for moved in moves {
+            if let Some(running) =
+                self.partitions.get_mut(&moved.partition).and_then(PartitionState::running_mut)
+            {
+                running.applied = running.applied.max(moved.applied);
+                if let Some(Some(timestamp)) = moved.timestamp {
+                    running.timestamp = Some(timestamp);
+                }
+                running.stored = moved.published.or(running.stored);
+            }
+        }
+        let mut commits = Vec::with_capacity(batch.progress().len());
+        for progress in batch.progress() {
+            if let Some(running) = self.partitions.get(&progress.partition).and_then(PartitionState::running)
+            {
+                // The committed offset moves to the end of the batch, and never back.
+                if progress.reached > running.committed {
+                    let commit = progress.reached;
+                    commits.push(OffsetCommit {
+                        partition: progress.partition,
+                        publish_from: running.publish_from,
+                        commit,
+                    });
+                }
+            }
+        }
+        self.report_positions();
+        if commits.is_empty() {
+            self.settled(&batch, &outcomes, trace);
+            self.builder.keep(batch.into_memory());
+        } else {
+            let emits = self.settings.mode.publishes;
+            let publication = Arc::new(Publication::of_batch(batch, outcomes, commits, emits));
+            self.pending.push_back(Pending { publication, trace });
+        }
+        Ok(())
+    }
+
+    /// Rows of the batch are refused, and it is unknown whether the rows are at fault: fetches the batch
+    /// again together with records that arrived since. If some of those can be written, the refused rows are
+    /// at fault.
+    fn take_again_with_others(&mut self) {
+        let LaneSettings { batch_payments_max, batch_bytes_max, .. } = &self.settings;
+        let has_room = self.writing.as_ref().is_some_and(|batch| {
+            batch.len() < *batch_payments_max && batch.source_bytes() < *batch_bytes_max
+        });
+        // A reset would drop batches that wait for their publication, too: they are published first.
+        if has_room && self.pending.is_empty() {
+            self.reset("the database refuses rows; others are needed to tell whether the rows are at fault");
+        }
+    }
+
+    fn after_publish(&mut self, sent: Sent, took: Duration) -> Result<(), IdentityMismatch> {
+        let error = match sent {
+            Ok(sent) => {
+                if took < SHORT_PUBLICATION {
+                    self.builder.grow();
+                }
+                self.published(sent);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        let pending = self.pending.front();
+        if let PublishError::Aborted { class, .. } = &error
+            && let Some(trace) = pending.and_then(|pending| pending.trace.as_ref())
+        {
+            trace.failed("kafka", class.as_str());
+        }
+        match self.publish_failed("publishing a batch", error)? {
+            AfterFailure::Retry => {
+                if self.made_batches_smaller(took) {
+                    // The written records are fetched again and published in smaller transactions.
+                    self.reset("a batch could not be published in time");
+                }
+            }
+            AfterFailure::AwaitGeneration => {}
+            AfterFailure::Recover => {
+                self.made_batches_smaller(took);
+                self.reset("whether a transaction was committed is not known");
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes batches smaller if this one used up a transaction's time limit, as when a quota slows the
+    /// producer down. True: the limit was lowered.
+    fn made_batches_smaller(&mut self, took: Duration) -> bool {
+        let records = self.first_pending().and_then(|publication| publication.batch().map(Batch::len));
+        let limit =
+            records.filter(|_| took >= LONG_PUBLICATION).and_then(|records| self.builder.shrink(records));
+        if let Some(limit) = limit {
+            tracing::warn!(
+                lane = self.settings.index,
+                records = limit,
+                "a batch could not be published in time; batches are limited to this many records for now"
+            );
+        }
+        limit.is_some()
+    }
+
+    /// Notes that the first pending publication is committed.
+    pub(super) fn published(&mut self, (proof, counts, times): (Published, OutputCounts, PublishTimes)) {
+        self.broker_up();
+        for (partition, position) in proof.positions() {
+            if let Some(running) = self.partitions.get_mut(partition).and_then(PartitionState::running_mut) {
+                running.committed = running.committed.max(*position);
+            }
+        }
+        self.metrics.outputs(&counts);
+        if let Some(Pending { publication, mut trace }) = self.pending.pop_front() {
+            if let Some(trace) = &mut trace {
+                trace.published(&times);
+            }
+            let trace_id = trace.as_ref().map(|trace| trace.id());
+            let LaneSettings { input_topic, identity, .. } = &self.settings;
+            log_lines::dead_letters(
+                input_topic,
+                identity.topic_id,
+                &publication,
+                &counts,
+                trace_id.as_deref(),
+            );
+            if let Some(batch) = publication.batch() {
+                self.settled(batch, publication.outcomes(), trace);
+            }
+            self.metrics.latency(publication.batch());
+            let batch = Arc::into_inner(publication).and_then(Publication::into_batch);
+            if let Some(batch) = batch {
+                self.builder.keep(batch.into_memory());
+            }
+        }
+        self.report_positions();
+    }
+
+    /// Counts the outcomes of a completed batch.
+    fn settled(&self, batch: &Batch, outcomes: &Outcomes, trace: Option<Box<BatchTrace>>) {
+        let outcomes = OutcomeCounts::of(outcomes);
+        self.metrics.outcomes(&outcomes);
+        self.metrics.replayed(batch.source().count_with_header(REPLAYS_HEADER));
+        self.status.settled(&outcomes);
+        if let Some(trace) = trace {
+            trace.settled(&outcomes);
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! Connections to Postgres, with timeouts and the same session settings everywhere.
+//!
+//! Errors name hosts, database and user, never a password.
+
+use std::error::Error as StdError;
+use std::time::Duration;
+
+use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use tokio::task::JoinHandle;
+use tokio_postgres::Client;
+
+use crate::config::{Endpoint, EndpointError};
+use crate::domain::outcome::{FailureClass, class_of_sqlstate};
+
+/// Timeout for opening a session: TCP, TLS, authentication, session settings. It also covers a server that
+/// accepts connections and then does not answer (stopped, out of memory).
+const CONNECT_DEADLINE: Duration = Duration::from_secs(15);
+/// Timeout for a free connection of a pool.
+const POOL_WAIT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Settings of every session.
+///
+/// `synchronous_commit` is raised to `on` if it is weaker, and kept if it is stronger (`remote_apply`). An
+/// idle transaction of a stopped or disconnected lane holds row locks that the next owner of its partitions
+/// waits for, so the server ends it after 30 s (25P03). The TCP settings do the same for a client machine
+/// that disappears in the middle of a COPY. `jit` is slower for statements of a few milliseconds.
+const SESSION_SETTINGS: &str = "\
+    SELECT set_config('synchronous_commit', 'on', false) \
+      WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply'); \
+    SET TimeZone = 'UTC'; \
+    SET DateStyle = 'ISO'; \
+    SET default_transaction_isolation = 'read committed'; \
+    SET idle_in_transaction_session_timeout = '30s'; \
+    SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; \
+    SET tcp_user_timeout = '20s'; \
+    SET jit = off";
+
+/// Why a connection could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The URL is invalid; never retried.
+    #[error(transparent)]
+    Url(#[from] EndpointError),
+    /// The server cannot be reached or refuses the connection.
+    #[error("cannot connect to {target}: {}", describe(.source))]
+    Refused {
+        /// User, hosts and database.
+        target: String,
+        /// The driver's error.
+        source: tokio_postgres::Error,
+    },
+    /// The session was not open in time.
+    #[error("cannot connect to {target}: no session within {} s", CONNECT_DEADLINE.as_secs())]
+    TimedOut {
+        /// User, hosts and database.
+        target: String,
+    },
+    /// The pool cannot be built: an error in this program.
+    #[error("cannot build the connection pool: {0}")]
+    Pool(#[from] deadpool_postgres::BuildError),
+}
+
+impl ConnectError {
+    /// The SQLSTATE, if the server itself refused.
+    pub fn sqlstate(&self) -> Option<&str> {
+        match self {
+            Self::Refused { source, .. } => source.code().map(|c| c.code()),
+            Self::Url(_) | Self::TimedOut { .. } | Self::Pool(_) => None,
+        }
+    }
+}
+
+/// The class of a database error. An error without a SQLSTATE (no answer from the server) is transient.
+pub fn class_of(error: &tokio_postgres::Error) -> FailureClass {
+    match error.as_db_error() {
+        Some(db) => class_of_sqlstate(db.code().code(), db.constraint()),
+        None => FailureClass::Transient,
+    }
+}
+
+/// A database error in one line: SQLSTATE and the server's message, or the chain of causes without an answer
+/// from the server.
+///
+/// Messages of classes 22 (data exception) and 23 (integrity violation) can quote values of a row, and
+/// `DETAIL` can quote whole rows: these are omitted.
+pub fn describe(error: &tokio_postgres::Error) -> String {
+    if let Some(db) = error.as_db_error() {
+        let code = db.code().code();
+        return match code.get(..2) {
+            Some("22" | "23") => format!("SQLSTATE {code}"),
+            _ => format!("SQLSTATE {code}: {}", db.message()),
+        };
+    }
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        // TLS errors repeat their causes in their own text.
+        let words = inner.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+impl Endpoint {
+    /// Opens one connection. The task that drives it ends when the client is dropped or the connection
+    /// breaks.
+    pub async fn connect(&self) -> Result<(Client, JoinHandle<()>), ConnectError> {
+        let opened = tokio::time::timeout(CONNECT_DEADLINE, async {
+            let (client, connection) = self.config.connect(self.tls.clone()).await?;
+            let driver = tokio::spawn(async move {
+                // The user of the client gets the same error and handles it.
+                if let Err(e) = connection.await {
+                    tracing::debug!(error = describe(&e), "database connection ended");
+                }
+            });
+            client.batch_execute(SESSION_SETTINGS).await?;
+            Ok((client, driver))
+        })
+        .await;
+        match opened {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(source)) => Err(ConnectError::Refused { target: self.to_string(), source }),
+            Err(_) => Err(ConnectError::TimedOut { target: self.to_string() }),
+        }
+    }
+
+    /// A pool of at most `size` connections, which are opened on demand.
+    pub fn pool(&self, size: usize) -> Result<Pool, ConnectError> {
+        let manager = Manager::from_config(
+            self.config.clone(),
+            self.tls.clone(),
+            ManagerConfig { recycling_method: RecyclingMethod::Fast },
+        );
+        let prepare = Hook::async_fn(|client: &mut deadpool_postgres::ClientWrapper, _| {
+            Box::pin(async move { client.batch_execute(SESSION_SETTINGS).await.map_err(HookError::Backend) })
+        });
+        Ok(Pool::builder(manager)
+            .max_size(size)
+            .wait_timeout(Some(POOL_WAIT_TIMEOUT))
+            .create_timeout(Some(CONNECT_DEADLINE))
+            .recycle_timeout(Some(CONNECT_DEADLINE))
+            .post_create(prepare)
+            .runtime(Runtime::Tokio1)
+            .build()?)
+    }
+}
+
+/// Opens one connection; see [`Endpoint`].
+pub async fn connect(url: &str) -> Result<(Client, JoinHandle<()>), ConnectError> {
+    Endpoint::parse(url)?.connect().await
+}
+
+/// A pool of at most `size` connections; see [`Endpoint`].
+pub fn pool(url: &str, size: usize) -> Result<Pool, ConnectError> {
+    Endpoint::parse(url)?.pool(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_is_not_there_is_named_with_the_reason() {
+        // No process listens on port 1 of the loopback, and unprivileged ones cannot.
+        let text = connect("postgres://writer:s3cret@127.0.0.1:1/payments").await.err().unwrap().to_string();
+        assert!(text.contains("writer@127.0.0.1:1/payments"), "{text}");
+        assert!(text.to_lowercase().contains("refused"), "{text}");
+        assert!(!text.contains("s3cret"), "{text}");
+    }
+}

@@ -1,0 +1,471 @@
+//! The [`Store`] of a lane on Postgres: one transaction per batch.
+//!
+//! Statements are pipelined: the driver sends them without waiting, and the answers arrive in order. Each
+//! lane keeps one session with prepared statements. Any error ends the session; the next call opens another.
+
+mod bisect;
+mod claims;
+mod generations;
+mod recent;
+mod session;
+mod witness;
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use deadpool_postgres::Pool;
+use futures_util::{SinkExt, TryFutureExt, future};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{CopyInSink, Statement};
+use uuid::Uuid;
+
+use self::bisect::Sifted;
+use self::claims::{Claiming, claim};
+use self::generations::OlderGeneration;
+use self::session::{Failed, Session};
+use crate::domain::batch::{Answer, Batch, Outcomes, Owner, Refused, Rows, TableRows};
+use crate::domain::columns::{
+    ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timestamp, postgres_timestamp,
+};
+use crate::domain::cursor::{CursorRow, Identity};
+use crate::domain::outcome::{FailureClass, Outcome, Refusals};
+use crate::domain::record::{NextOffset, Offset, Partition};
+use crate::domain::wire;
+use crate::failpoint;
+use crate::ports::{CursorMove, Store, StoreError, WriteStats};
+
+/// After this a transaction is given up and its session closed; the server's timeouts are shorter.
+const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same limit for bisecting a batch, which takes many attempts, each with the server's timeouts.
+const BISECT_TIMEOUT: Duration = Duration::from_secs(300);
+/// Bytes of one COPY message. The server receives a whole message before it parses it, so a message of
+/// megabytes has left the CPU cache by then.
+const COPY_CHUNK_BYTES: usize = 128 << 10;
+/// lock_not_available
+const SQLSTATE_LOCK_TIMEOUT: &str = "55P03";
+/// `timestamptz '-infinity'`: tells `move_cursors` that the last record has no timestamp.
+const MINUS_INFINITY: i64 = i64::MIN;
+
+/// One lane's store.
+pub struct PgStore {
+    pool: Pool,
+    topic: String,
+    identity: Identity,
+    session: Option<Session>,
+    /// The last call failed with a lock timeout: the holder of the lock may be a hung process.
+    was_locked_out: bool,
+    refusals: Refusals,
+    claiming: Claiming,
+}
+
+impl PgStore {
+    /// A store that takes its session from `pool` on first use.
+    pub fn new(pool: Pool, topic: String, identity: Identity) -> Self {
+        Self {
+            pool,
+            topic,
+            identity,
+            session: None,
+            was_locked_out: false,
+            refusals: Refusals::default(),
+            claiming: Claiming::default(),
+        }
+    }
+
+    /// The current session, or a new one. It is put back only after success, so a failed or cancelled call
+    /// drops its session.
+    async fn take_session(&mut self) -> Result<Session, StoreError> {
+        match self.session.take() {
+            Some(session) => Ok(session),
+            None => {
+                let session = Session::open(&self.pool, &self.identity).await?;
+                if std::mem::take(&mut self.was_locked_out) {
+                    session.end_hung_sessions().await?;
+                }
+                Ok(session)
+            }
+        }
+    }
+
+    fn failed(&mut self, mut failure: StoreError) -> StoreError {
+        self.was_locked_out = failure.sqlstate.as_deref() == Some(SQLSTATE_LOCK_TIMEOUT);
+        if failure.class == FailureClass::Record {
+            // No single row is at fault, so the database is.
+            failure.class = FailureClass::Persistent;
+        }
+        failure
+    }
+}
+
+async fn limited<T>(doing: &str, work: impl Future<Output = Result<T, Failed>>) -> Result<T, StoreError> {
+    limited_to(TRANSACTION_TIMEOUT, doing, work).await
+}
+
+async fn limited_to<T>(
+    limit: Duration,
+    doing: &str,
+    work: impl Future<Output = Result<T, Failed>>,
+) -> Result<T, StoreError> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(outcome) => outcome.map_err(StoreError::from),
+        Err(_) => Err(session::gave_up(doing, limit)),
+    }
+}
+
+/// The parameters of `move_cursors`: parallel arrays with one element per partition.
+struct Moves {
+    partitions: Vec<i32>,
+    seen: Vec<i64>,
+    applied: Vec<i64>,
+    published: Vec<Option<i64>>,
+    timestamps: Vec<Option<session::Timestamp>>,
+}
+
+impl Moves {
+    fn new(moves: &[CursorMove]) -> Self {
+        Self {
+            partitions: moves.iter().map(|m| m.partition.0).collect(),
+            seen: moves.iter().map(|m| m.seen.0).collect(),
+            applied: moves.iter().map(|m| m.applied.0).collect(),
+            published: moves.iter().map(|m| m.published.map(|p| p.0)).collect(),
+            timestamps: moves
+                .iter()
+                .map(|m| {
+                    m.timestamp.map(|t| {
+                        // A dead letter's timestamp can be outside the range of `timestamptz`.
+                        let t = t.filter(|t| (wire::TIMESTAMP_MIN..=wire::TIMESTAMP_MAX).contains(t));
+                        session::Timestamp(t.map_or(MINUS_INFINITY, postgres_timestamp))
+                    })
+                })
+                .collect(),
+        }
+    }
+}
+
+async fn move_cursors(session: &Session, topic_id: &Uuid, moves: &Moves) -> Result<(), Failed> {
+    let parameters: [&(dyn ToSql + Sync); 6] =
+        [topic_id, &moves.partitions, &moves.seen, &moves.applied, &moves.published, &moves.timestamps];
+    session.client.query(&session.move_cursors, &parameters).await?;
+    Ok(())
+}
+
+/// Looks up `ids` in this generation and adds the owners found.
+async fn owners(
+    session: &mut Session,
+    generation: i64,
+    ids: &ArrayParam,
+    into: &mut HashMap<[u8; 16], Owner>,
+) -> Result<(), Failed> {
+    let statement = session.owners_in(generation).await?;
+    for row in session.client.query(&statement, &[ids]).await? {
+        let id: Uuid = row.try_get(0)?;
+        into.insert(
+            id.into_bytes(),
+            Owner {
+                partition: Partition(row.try_get(1)?),
+                offset: Offset(row.try_get(2)?),
+                payload_hash: row.try_get(3)?,
+            },
+        );
+    }
+    Ok(())
+}
+
+/// The ids as an array parameter; `None` if there are none.
+fn array(ids: impl Iterator<Item = [u8; 16]>) -> Option<ArrayParam> {
+    let mut array = ArrayParam::default();
+    let mut is_empty = true;
+    for id in ids {
+        array.push(&id);
+        is_empty = false;
+    }
+    (!is_empty).then_some(array)
+}
+
+/// Looks up the owners of ids that must not be claimed: of records below `seen` in every generation, of the
+/// others in the older generations that may hold the id.
+async fn look_up(
+    session: &mut Session,
+    batch: &Batch,
+    current: i64,
+    older: &[OlderGeneration],
+    stats: &mut WriteStats,
+) -> Result<Answer, Failed> {
+    let mut answer = Answer::default();
+    if let Some(ids) = array(batch.lookups()) {
+        for generation in older.iter().map(|g| g.number).chain([current]) {
+            owners(session, generation, &ids, &mut answer.owners).await?;
+        }
+    }
+    let none = Refused::default();
+    for generation in older {
+        let ids = batch.claims(&none).map(|claim| claim.message_id).filter(|id| generation.may_hold(id));
+        if let Some(ids) = array(ids) {
+            owners(session, generation.number, &ids, &mut answer.owners).await?;
+        }
+    }
+    if !older.is_empty() {
+        for claim in batch.claims(&none) {
+            let is_probed = older.iter().any(|generation| generation.may_hold(&claim.message_id));
+            *(if is_probed { &mut stats.claims_probed } else { &mut stats.claims_spared }) += 1;
+        }
+    }
+    Ok(answer)
+}
+
+/// Sends bytes of a COPY in messages of at most 128 KiB.
+pub async fn feed(
+    mut sink: Pin<&mut CopyInSink<Bytes>>,
+    mut bytes: Bytes,
+) -> Result<(), tokio_postgres::Error> {
+    while !bytes.is_empty() {
+        sink.feed(bytes.split_to(bytes.len().min(COPY_CHUNK_BYTES))).await?;
+    }
+    Ok(())
+}
+
+async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(), Failed> {
+    if rows.count == 0 {
+        return Ok(());
+    }
+    let sink: CopyInSink<Bytes> = session.client.copy_in(statement).await?;
+    let mut sink = std::pin::pin!(sink);
+    sink.feed(Bytes::from_static(COPY_HEADER)).await?;
+    feed(sink.as_mut(), rows.bytes.clone()).await?;
+    sink.feed(Bytes::from_static(COPY_TRAILER)).await?;
+    failpoint::hit("before_copy_ends");
+    let copied = sink.finish().await?;
+    if copied == rows.count as u64 {
+        Ok(())
+    } else {
+        Err(Failed::unexpected(format!("COPY took {copied} rows of {}", rows.count)))
+    }
+}
+
+/// Copies into all three tables in one round trip.
+async fn copy_at_once(session: &Session, rows: &TableRows) -> Result<(), Failed> {
+    future::try_join3(
+        copy(session, &session.copy_core, &rows.core),
+        copy(session, &session.copy_metadata, &rows.metadata),
+        copy(session, &session.copy_notes, &rows.notes),
+    )
+    .await?;
+    Ok(())
+}
+
+/// Copies into one table after the other, so that the session stays usable after a refusal.
+async fn copy_in_turn(session: &Session, rows: &TableRows) -> Result<(), Failed> {
+    copy(session, &session.copy_core, &rows.core).await?;
+    copy(session, &session.copy_metadata, &rows.metadata).await?;
+    copy(session, &session.copy_notes, &rows.notes).await
+}
+
+type Written = (Outcomes, Answer, WriteStats);
+
+/// An open transaction of a batch.
+struct Begun {
+    /// The current generation.
+    current: i64,
+    /// UTC date by the database's clock, as days since 2000-01-01.
+    today: i32,
+    /// The owners found so far.
+    answer: Answer,
+    stats: WriteStats,
+    at: Instant,
+}
+
+/// Begins the transaction: moves the cursors and looks up ids before anything is claimed.
+async fn begin(
+    session: &mut Session,
+    topic_id: &Uuid,
+    batch: &Batch,
+    moves: &Moves,
+) -> Result<Begun, Failed> {
+    let at = Instant::now();
+    // One round trip. The shared lock prevents a rotation until the commit. The current generation is read by
+    // a separate statement, so that its snapshot is taken after the lock is granted.
+    let (_, _, generations, ()) = future::try_join4(
+        session.client.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED").map_err(Failed::from),
+        session.client.query(&session.lock_generations, &[]).map_err(Failed::from),
+        session.client.query_one(&session.generations, &[]).map_err(Failed::from),
+        move_cursors(session, topic_id, moves),
+    )
+    .await?;
+    let current: i64 = generations.try_get(0)?;
+    let older = older_generations(&generations)?;
+    session.forget_all_but(|g| g == current || older.iter().any(|o| o.number == g));
+    let mut stats = WriteStats::default();
+    let answer = look_up(session, batch, current, &older, &mut stats).await?;
+    Ok(Begun { current, today: generations.try_get(4)?, answer, stats, at })
+}
+
+async fn commit(session: &Session, begun: Begun, outcomes: Outcomes) -> Result<Written, Failed> {
+    let Begun { answer, mut stats, at, .. } = begun;
+    stats.copy = at.elapsed().saturating_sub(stats.claim);
+    failpoint::hit("before_postgres_commit");
+    session.client.batch_execute("COMMIT").await?;
+    failpoint::hit("after_postgres_commit");
+    stats.commit = at.elapsed().saturating_sub(stats.claim + stats.copy);
+    Ok((outcomes, answer, stats))
+}
+
+/// Writes a batch in the usual case, in which the database accepts every row.
+async fn write_whole(
+    session: &mut Session,
+    topic_id: &Uuid,
+    batch: &Batch,
+    moves: &Moves,
+    claiming: &mut Claiming,
+) -> Result<Written, Failed> {
+    let mut begun = begin(session, topic_id, batch, moves).await?;
+    let none = Refused::default();
+    let mut claims = Vec::with_capacity(batch.claims_max());
+    claims.extend(batch.claims(&none).filter(|c| !begun.answer.owners.contains_key(&c.message_id)));
+    claiming.claim(session, &mut begun, claims).await?;
+    let outcomes = batch.decide(&begun.answer, &none);
+    begun.stats.claim = begun.at.elapsed();
+    copy_at_once(session, &batch.rows(&outcomes)).await?;
+    commit(session, begun, outcomes).await
+}
+
+fn older_generations(row: &tokio_postgres::Row) -> Result<Vec<OlderGeneration>, Failed> {
+    let numbers: Vec<i64> = row.try_get(1)?;
+    let v7: Vec<Option<i64>> = row.try_get(2)?;
+    let other: Vec<Option<i64>> = row.try_get(3)?;
+    Ok(numbers
+        .into_iter()
+        .zip(v7.into_iter().zip(other))
+        .map(|(number, (v7_time_max, other_time_max))| OlderGeneration {
+            number,
+            v7_time_max,
+            other_time_max,
+        })
+        .collect())
+}
+
+async fn store_in(
+    session: &mut Session,
+    topic: &str,
+    topic_id: &Uuid,
+    rows: &[(Partition, Option<NextOffset>, CursorRow)],
+) -> Result<(), Failed> {
+    let partitions: Vec<i32> = rows.iter().map(|(p, ..)| p.0).collect();
+    let seen: Vec<Option<i64>> = rows.iter().map(|(_, seen, _)| seen.map(|s| s.0)).collect();
+    let applied: Vec<i64> = rows.iter().map(|(.., row)| row.applied.0).collect();
+    let published: Vec<Option<i64>> = rows.iter().map(|(.., row)| row.published.map(|p| p.0)).collect();
+    let transaction = session.client.transaction().await?;
+    let updated = transaction
+        .execute(session::UPDATE_CURSORS, &[topic_id, &partitions, &seen, &applied, &published])
+        .await?;
+    let inserted = transaction
+        .execute(session::INSERT_CURSORS, &[&topic, topic_id, &partitions, &seen, &applied, &published])
+        .await?;
+    if updated + inserted != rows.len() as u64 {
+        return Err(Failed::cursor_moved("a cursor changed during the recovery of its partition".to_owned()));
+    }
+    // Deletes only the resolutions that were applied; one stored since then is applied later.
+    let committed: Vec<Option<i64>> = rows.iter().map(|(.., row)| row.settled.map(|s| s.0)).collect();
+    transaction.execute(session::DELETE_SETTLEMENTS, &[topic_id, &partitions, &committed]).await?;
+    transaction.commit().await?;
+    Ok(())
+}
+
+async fn cursors_in(
+    session: &Session,
+    topic_id: &Uuid,
+    partitions: &[Partition],
+) -> Result<Vec<(Partition, Option<CursorRow>)>, Failed> {
+    let numbers: Vec<i32> = partitions.iter().map(|p| p.0).collect();
+    let mut found = HashMap::new();
+    for row in session.client.query(&session.cursors, &[topic_id, &numbers]).await? {
+        let timestamp: Option<session::Timestamp> = row.try_get(3)?;
+        found.insert(
+            Partition(row.try_get(0)?),
+            CursorRow {
+                applied: NextOffset(row.try_get(1)?),
+                published: row.try_get::<_, Option<i64>>(2)?.map(NextOffset),
+                applied_timestamp: timestamp.map(|t| from_postgres_timestamp(t.0)),
+                settled: row.try_get::<_, Option<i64>>(4)?.map(NextOffset),
+            },
+        );
+    }
+    Ok(partitions.iter().map(|p| (*p, found.remove(p))).collect())
+}
+
+impl Store for PgStore {
+    async fn cursors(
+        &mut self,
+        partitions: &[Partition],
+    ) -> Result<Vec<(Partition, Option<CursorRow>)>, StoreError> {
+        let session = self.take_session().await?;
+        let rows = limited("reading cursors", cursors_in(&session, &self.identity.topic_id, partitions))
+            .await
+            .map_err(|e| self.failed(e))?;
+        self.session = Some(session);
+        Ok(rows)
+    }
+
+    async fn store_cursors(
+        &mut self,
+        rows: &[(Partition, Option<NextOffset>, CursorRow)],
+    ) -> Result<(), StoreError> {
+        let mut session = self.take_session().await?;
+        let topic_id = self.identity.topic_id;
+        limited("storing cursors", store_in(&mut session, &self.topic, &topic_id, rows))
+            .await
+            .map_err(|e| self.failed(e))?;
+        self.session = Some(session);
+        Ok(())
+    }
+
+    async fn write(
+        &mut self,
+        batch: &Batch,
+        moves: &[CursorMove],
+    ) -> Result<(Outcomes, Answer, WriteStats), StoreError> {
+        let mut session = self.take_session().await?;
+        let moves = Moves::new(moves);
+        let topic_id = self.identity.topic_id;
+        let mut written = limited(
+            "writing a batch",
+            write_whole(&mut session, &topic_id, batch, &moves, &mut self.claiming),
+        )
+        .await;
+        if written.as_ref().is_err_and(|failure| failure.class == FailureClass::Record) {
+            // The old session cannot be used any more: the COPYs that were sent after the refused one confuse
+            // the driver (tokio-postgres reports the answers to their Syncs as unexpected).
+            drop(session);
+            session = self.take_session().await?;
+            let began = Instant::now();
+            let work = bisect::write(&mut session, &topic_id, batch, &moves, &mut self.refusals);
+            let doing = "finding the rows that the database refuses (a smaller batch.max_payments helps)";
+            written = match limited_to(BISECT_TIMEOUT, doing, work).await {
+                Ok(Sifted::Written(written)) => Ok(written),
+                Ok(Sifted::Undecided(failure)) => return Err(failure),
+                // A retry would take as long, so an operator must know.
+                Err(failure) if failure.sqlstate.is_none() && began.elapsed() >= BISECT_TIMEOUT => {
+                    Err(StoreError { class: FailureClass::Persistent, ..failure })
+                }
+                Err(failure) => Err(failure),
+            };
+        } else if let Ok((outcomes, ..)) = &written {
+            let rows = outcomes.0.iter().filter(|outcome| **outcome == Outcome::Written).count();
+            self.refusals.note(Instant::now(), rows, 0);
+        }
+        let written = written.map_err(|e| self.failed(e))?;
+        self.session = Some(session);
+        Ok(written)
+    }
+
+    async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), StoreError> {
+        let session = self.take_session().await?;
+        let moves = Moves::new(moves);
+        limited("moving cursors", move_cursors(&session, &self.identity.topic_id, &moves))
+            .await
+            .map_err(|e| self.failed(e))?;
+        self.session = Some(session);
+        Ok(())
+    }
+}
