@@ -77,7 +77,7 @@ upgrade: ## test upgrade and rollback between an earlier commit and this tree un
 .PHONY: features
 features: ## build with Kerberos (gssapi) and OIDC (curl) in librdkafka, and test OIDC; needs their libraries' headers; ten minutes
 	@dev/install --features
-	cargo test --locked --features failpoints,gssapi,curl --test it -- security::with_oidc config::
+	cargo test --locked --features failpoints,gssapi,curl --test it -- security::oidc
 	cargo test --locked --features failpoints,gssapi,curl --lib config::
 
 .PHONY: worst-batches
