@@ -342,7 +342,8 @@ pub async fn apply(settings: &Settings, plan: &Plan, reason: &str) -> Result<(),
             "INSERT INTO payment_writer.cursor_audit
                  (command, topic, topic_id, partition, before, after, reason)
              VALUES ($1, $2, $3, $4,
-                 jsonb_build_object('applied', $5::bigint, 'published', $6::bigint, 'reason', $7::text),
+                 jsonb_build_object('applied', $5::bigint, 'published', $6::bigint,
+                     'halt_reason', $7::text, 'doubt', $7::text),
                  jsonb_build_object('applied', $8::bigint, 'published', $9::bigint), $10)",
             &[
                 &command,

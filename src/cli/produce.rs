@@ -173,13 +173,13 @@ struct Report<'a> {
 pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), CommandError> {
     let seed = args.seed.unwrap_or_else(rand::random);
     let config = generator_config(settings, args, seed)?;
-    // Fail now rather than after an hour of sending if the report cannot be written.
-    let mut report_file = args.report.as_deref().map(create).transpose()?;
-    let stop = StopSignal::listen(small_runtime()?)?;
     let sender = Sender::connect(&settings.kafka, args)?;
     if !args.yes {
         confirm(&settings.kafka)?;
     }
+    // Fail now rather than after an hour of sending if the report cannot be written.
+    let mut report_file = args.report.as_deref().map(create).transpose()?;
+    let stop = StopSignal::listen(small_runtime()?)?;
 
     let mut transactions = Transactions::new(&sender, args.transaction_size, args.aborted_share);
 

@@ -411,7 +411,7 @@ impl Batch {
 
     /// Records that the transaction was committed although its reply was lost: the cursors are where this
     /// batch moves them. From then on its records are looked up, not claimed.
-    pub fn was_committed(&mut self) {
+    pub fn mark_committed(&mut self) {
         for progress in &mut self.progress {
             progress.seen = progress.applied();
         }

@@ -156,9 +156,9 @@ impl Shared {
         self.polled_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends an event to a lane; false if the lane has ended. A lane receives events while it waits for
-    /// anything else, so a channel that stays full means that the lane hangs: the process then ends, to be
-    /// restarted.
+    /// Sends an event to a lane; false if the lane has ended. A lane receives events while it fetches
+    /// and while transactions run, and its other waits are shorter than `LANE_WAIT`. A channel that stays full means
+    /// that the lane hangs: the process then ends, to be restarted.
     fn send(&self, index: usize, lane: &LaneHandle, event: LaneEvent) -> bool {
         let deadline = Instant::now() + LANE_WAIT;
         let mut event = event;

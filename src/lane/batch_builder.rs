@@ -37,14 +37,14 @@ pub(super) struct Built {
 }
 
 /// The input of a closed batch, not parsed yet.
-struct Cut {
+struct Closed {
     memory: Memory,
     source: SourceBatch,
     progress: Vec<Progress>,
     rules: Arc<Rules>,
 }
 
-impl Cut {
+impl Closed {
     fn assemble(self) -> Built {
         let began = Instant::now();
         let batch = Batch::assemble_in(self.memory, self.source, self.progress, &self.rules);
@@ -134,8 +134,8 @@ impl BatchBuilder {
     }
 
     /// Fetches what is available into the buffer, waiting at most `wait` for the first item. Cancel-safe.
-    pub async fn fetch<L: KafkaPort>(&mut self, log: &mut L, wait: Duration) {
-        log.fetch(&mut self.buffer, wait).await;
+    pub async fn fetch<K: KafkaPort>(&mut self, kafka: &mut K, wait: Duration) {
+        kafka.fetch(&mut self.buffer, wait).await;
         if self.since.is_none() && !self.buffer.is_empty() {
             self.since = Some(Instant::now());
         }
@@ -160,43 +160,43 @@ impl BatchBuilder {
                 Ok(made) => Some(made),
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             },
-            None if self.is_wanted(is_alone) => self.cut(status, seen).map(Cut::assemble),
+            None if self.is_wanted(is_alone) => self.close(status, seen).map(Closed::assemble),
             None => None,
         }
     }
 
     /// Fetches until the buffer is full, and builds the next batch. `seen` returns `applied` as it will be
     /// once the batch before is written. Cancel-safe.
-    pub async fn prepare<L: KafkaPort>(
+    pub async fn prepare<K: KafkaPort>(
         &mut self,
-        log: &mut L,
+        kafka: &mut K,
         tick: Duration,
         status: &StatusRegistry,
         seen: impl Fn(Partition) -> Option<NextOffset>,
     ) {
         while !self.is_full() && !self.buffer.is_interrupted() {
-            self.fetch(log, tick).await;
+            self.fetch(kafka, tick).await;
         }
         if self.buffer.is_interrupted() {
             return;
         }
-        self.next = self.cut(status, seen).map(|cut| {
-            if cut.source.len() < ASIDE_MIN {
-                Next::Made(Box::new(cut.assemble()))
+        self.next = self.close(status, seen).map(|closed| {
+            if closed.source.len() < ASIDE_MIN {
+                Next::Made(Box::new(closed.assemble()))
             } else {
-                let partitions = cut.progress.iter().map(|p| p.partition).collect();
-                Next::Making(tokio::task::spawn_blocking(|| cut.assemble()), partitions)
+                let partitions = closed.progress.iter().map(|p| p.partition).collect();
+                Next::Making(tokio::task::spawn_blocking(|| closed.assemble()), partitions)
             }
         });
     }
 
     /// Closes the buffer as a batch whose partitions start at `seen`. Partitions without a `seen` are not
     /// running: their records are dropped.
-    fn cut(
+    fn close(
         &mut self,
         status: &StatusRegistry,
         seen: impl Fn(Partition) -> Option<NextOffset>,
-    ) -> Option<Cut> {
+    ) -> Option<Closed> {
         self.since = None;
         let mut memory = self.spare.take().unwrap_or_default();
         let (source, ends) = self.buffer.take(memory.take_source());
@@ -231,7 +231,7 @@ impl BatchBuilder {
         let oldest = oldest.into_iter().filter_map(|(p, at)| Some((p, progress.get(&p)?.reached, at)));
         status.taken(metrics::now(), oldest);
         let progress = progress.into_values().collect();
-        Some(Cut { memory, source, progress, rules: Arc::clone(&self.rules) })
+        Some(Closed { memory, source, progress, rules: Arc::clone(&self.rules) })
     }
 
     /// Whether the buffer or the next batch has records of `partition`.

@@ -105,7 +105,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             // Only the reply to COMMIT was lost. The batch runs again and finds its outcomes in
             // `idempotency`, by the owner of each message id; no row is written twice.
             if let Some(batch) = &mut self.writing {
-                batch.was_committed();
+                batch.mark_committed();
             }
             for (partition, next) in planned {
                 if let Some(PartitionState::Running(running)) = self.partitions.get_mut(&partition) {
@@ -122,6 +122,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 );
             }
             self.reset("the database's cursors differ");
+            // Nothing runs any more that could differ.
             self.session = Session::Checked;
             return Ok(false);
         }

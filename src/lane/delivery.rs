@@ -119,8 +119,8 @@ impl Deliveries {
         }
     }
 
-    /// Notes that the fetch buffer is full.
-    pub fn note_full(&mut self) {
+    /// Notes that the lane does not fetch now: its buffer is full, or a batch waits.
+    pub fn note_not_fetching(&mut self) {
         self.full_at = Instant::now();
     }
 

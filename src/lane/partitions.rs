@@ -10,9 +10,9 @@ use crate::domain::record::{NextOffset, TimestampMs};
 pub(super) struct Running {
     /// Next offset to write, as last read from or written to the database.
     pub(super) applied: NextOffset,
-    /// Events of records below it were already published.
+    /// Fixed at the start: events of records below it were published before.
     pub(super) publish_from: NextOffset,
-    /// The group's committed offset.
+    /// The group's committed offset; moves with each publication.
     pub(super) committed: NextOffset,
     /// `published` as last written to the database.
     pub(super) stored: Option<NextOffset>,
@@ -44,9 +44,7 @@ impl PartitionState {
             Self::Assigned | Self::BeyondEnd { .. } | Self::Running(_) => None,
         }
     }
-}
 
-impl PartitionState {
     /// The positions, if the partition is running.
     pub(super) fn running(&self) -> Option<&Running> {
         match self {

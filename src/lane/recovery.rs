@@ -32,9 +32,9 @@ use crate::telemetry::metrics;
 const BEYOND_END_PATIENCE: Duration = Duration::from_secs(30);
 const BEYOND_END_TICK: Duration = Duration::from_secs(1);
 /// How often a running output scan is polled.
-const RECOVERY_TICK: Duration = Duration::from_millis(50);
+const OUTPUT_SCAN_TICK: Duration = Duration::from_millis(50);
 /// A failed output scan is started again after this time.
-const RECOVERY_RETRY: Duration = Duration::from_secs(5);
+const OUTPUT_SCAN_RETRY: Duration = Duration::from_secs(5);
 /// How often a halted partition is examined again: an operator may have resolved it.
 const HALTED_TICK: Duration = Duration::from_secs(5);
 
@@ -172,9 +172,11 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.note_assigned();
         if starts.is_empty() {
             self.database_up();
+            // After a publication that failed and was dropped by a reset, nothing else would tell.
+            self.broker_up();
             return Ok(());
         }
-        self.settle_and_start(starts).await
+        self.store_and_start(starts).await
     }
 
     /// Notes a failed question. The broker counts as down only if no partition of this lane is running.
@@ -225,8 +227,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             return Ok(());
         }
         let positions: Vec<_> = wanted.iter().map(|(known, from)| (known.partition, *from)).collect();
-        let told = match self.kafka.prove(&positions).await {
-            Ok(told) => told.unwrap_or_default(),
+        let answers = match self.kafka.prove(&positions).await {
+            Ok(answers) => answers.unwrap_or_default(),
             Err(KafkaPortError::Identity(mismatch)) => return Err(mismatch),
             Err(KafkaPortError::Failed { message, .. }) => {
                 static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
@@ -239,17 +241,17 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                         "the outputs could not be searched, trying again"
                     );
                 }
-                let again_at = Instant::now() + RECOVERY_RETRY;
+                let again_at = Instant::now() + OUTPUT_SCAN_RETRY;
                 for (known, _) in wanted {
                     self.wait_for_outputs(known.partition, again_at);
                 }
                 return Ok(());
             }
         };
-        let again_at = Instant::now() + RECOVERY_TICK;
+        let again_at = Instant::now() + OUTPUT_SCAN_TICK;
         for (mut known, from) in wanted {
             let partition = known.partition;
-            let Some(proved) = told.iter().find(|p| p.partition == partition && p.from == from) else {
+            let Some(proved) = answers.iter().find(|p| p.partition == partition && p.from == from) else {
                 self.wait_for_outputs(partition, again_at);
                 continue;
             };
@@ -322,7 +324,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         Ok(())
     }
 
-    async fn settle_and_start(&mut self, starts: Vec<(Known, Start)>) -> Result<(), IdentityMismatch> {
+    async fn store_and_start(&mut self, starts: Vec<(Known, Start)>) -> Result<(), IdentityMismatch> {
         // The group's offset is committed before the row is written. After a crash in between, recovery finds
         // an offset of ours without a row and starts at the same place. In the other order it would find
         // written records without knowing whether their events were published.

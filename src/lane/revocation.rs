@@ -2,9 +2,9 @@
 //!
 //! The rebalance callback waits for the lane (`kafka::group`), at most ten seconds. The lane
 //!
-//! 1. lets running transactions finish, within a grace of eight seconds ([`given_up`]);
+//! 1. lets running transactions finish, within a grace of eight seconds ([`receive_until_grace_ends`]);
 //! 2. publishes what is written and pending, within another eight seconds; not if the partitions are lost
-//!    already;
+//!    already. Together this can take longer than the callback waits, see below;
 //! 3. drops everything that it holds if anything is left, and forgets the partitions;
 //! 4. stops fetching them, and tells the callback that it is done.
 //!
@@ -61,8 +61,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if self.pending.is_empty() && !self.has_batch() {
             self.builder.forget(partitions);
         } else {
-            // A batch spans partitions. Dropping it for the revoked ones only would let a later commit move
-            // past records of the others that were never published.
+            // A batch has records of other partitions, too, and the fetch buffer is past them already. When it
+            // is dropped, those partitions must be fetched again from their cursors as well.
             self.reset("a batch in flight was dropped when partitions were revoked");
         }
         self.questions.forget(partitions);
@@ -85,7 +85,10 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 }
 
 /// Receives events while transactions are in flight; returns when the grace of a revocation is over.
-pub(super) async fn given_up(events: &mut mpsc::Receiver<LaneEvent>, inbox: &mut VecDeque<LaneEvent>) {
+pub(super) async fn receive_until_grace_ends(
+    events: &mut mpsc::Receiver<LaneEvent>,
+    inbox: &mut VecDeque<LaneEvent>,
+) {
     loop {
         let event = events.recv().await.unwrap_or(LaneEvent::Drain);
         let grace = match &event {

@@ -8,6 +8,7 @@
 //! Rows appear once, because a record that is written again finds its message id claimed by itself in
 //! `idempotency`. Events appear once, because the group's offset is committed in the same transaction.
 
+use std::convert::Infallible;
 use std::future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use tokio::time::Instant;
 use super::batch_builder::Built;
 use super::failures::AfterFailure;
 use super::partitions::PartitionState;
-use super::revocation::given_up;
+use super::revocation::receive_until_grace_ends;
 use super::{IDLE_TICK, Lane, LaneSettings, PENDING_MAX, Pending, Session, log_lines};
 use crate::domain::batch::{Answer, Batch, OutcomeCounts, Outcomes};
 use crate::domain::cursor::IdentityMismatch;
@@ -131,7 +132,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             status,
             ..
         } = self;
-        // A lane holds at most three batches.
+        // At most three batches: two of the one being written and those that wait for publication, and the next.
+        // Where batches are small, the next one rather waits and grows.
         let is_next_wanted = writes
             && !builder.has_next()
             && pending.len() < PENDING_MAX
@@ -172,7 +174,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             let moved = moves.iter().find(|moved| moved.partition == partition);
             Some(moved.map_or(running.applied, |moved| running.applied.max(moved.applied)))
         };
-        let mut given_up = pin!(given_up(events, inbox));
+        let mut grace_ended = pin!(receive_until_grace_ends(events, inbox));
         let mut write = pin!(maybe_done(write));
         let sent = {
             let mut publish = pin!(publish);
@@ -182,7 +184,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     biased;
                     sent = &mut publish => break sent,
                     () = &mut write, if !is_written => is_written = true,
-                    () = &mut given_up => return InFlight::GivenUp,
+                    () = &mut grace_ended => return InFlight::GivenUp,
                 }
             }
         };
@@ -190,14 +192,14 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             if is_next_wanted {
                 builder.prepare(kafka, IDLE_TICK, status, applied).await;
             }
-            // The write decides when this ends.
-            future::pending().await
+            // Never completes: the write decides when the lane goes on.
+            future::pending::<Infallible>().await
         };
         tokio::select! {
             biased;
             () = &mut write => InFlight::Finished { written: write.take_output().flatten(), sent },
-            () = prepare => InFlight::GivenUp,
-            () = given_up => InFlight::GivenUp,
+            never = prepare => match never {},
+            () = grace_ended => InFlight::GivenUp,
         }
     }
 
@@ -220,6 +222,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.wrote_at = Instant::now();
         self.compared_at = self.wrote_at;
         self.metrics.write_stats(&times);
+        // None after a reset by the publication beside it: recovery reads from the cursors what was written.
         let Some(batch) = self.writing.take() else { return Ok(()) };
         let mut trace = self.trace.take();
         if let Some(trace) = &mut trace {
@@ -253,7 +256,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         }
         self.report_positions();
         if commits.is_empty() {
-            self.settled(&batch, &outcomes, trace);
+            self.count_outcomes(&batch, &outcomes, trace);
             self.builder.keep(batch.into_memory());
         } else {
             let emits = self.settings.mode.publishes;
@@ -349,7 +352,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 trace_id.as_deref(),
             );
             if let Some(batch) = publication.batch() {
-                self.settled(batch, publication.outcomes(), trace);
+                self.count_outcomes(batch, publication.outcomes(), trace);
             }
             self.metrics.latency(publication.batch());
             let batch = Arc::into_inner(publication).and_then(Publication::into_batch);
@@ -361,7 +364,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     }
 
     /// Counts the outcomes of a completed batch.
-    fn settled(&self, batch: &Batch, outcomes: &Outcomes, trace: Option<Box<BatchTrace>>) {
+    fn count_outcomes(&self, batch: &Batch, outcomes: &Outcomes, trace: Option<Box<BatchTrace>>) {
         let outcomes = OutcomeCounts::of(outcomes);
         self.metrics.outcomes(&outcomes);
         self.metrics.replayed(batch.source().count_with_header(REPLAYS_HEADER));

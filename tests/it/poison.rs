@@ -144,7 +144,7 @@ fn a_database_that_rejects_too_much_is_waited_for_and_causes_no_dead_letters() {
         let body: Value = serde_json::from_str(&reply.body).unwrap_or_default();
         body["missing"]["database"].as_str().unwrap_or_default().to_owned() + &body.to_string()
     };
-    wait_until_within(PATIENCE, "it is not ready", || database().contains("taken to be ill"));
+    wait_until_within(PATIENCE, "it is not ready", || database().contains("assumed to be at fault"));
     assert!(daemon.log().contains("blocked until this is fixed"), "{}", daemon.log());
     let diverted = rejected(&scope).len();
     assert_eq!(diverted, 0, "good records were dead-lettered");

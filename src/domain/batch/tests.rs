@@ -151,7 +151,7 @@ fn after_a_lost_reply_ownership_tells_the_same_fates() {
     let mut owners = stranger.owners;
     owners.insert(id(1), owner(&batch, 0, 0, 4));
     owners.insert(id(3), owner(&batch, 4, 0, 8));
-    batch.was_committed();
+    batch.mark_committed();
     // THEN nothing is claimed or written, and each record keeps its outcome
     assert_eq!(batch.claims(&Refused::default()).count(), 0);
     assert_eq!(batch.lookups().count(), 5);
