@@ -162,8 +162,18 @@ fn the_daemons_outcomes_match_the_generators_report() {
     let shares =
         ["--duplicates", "0.1", "--conflicts", "0.02", "--bad", "0.05", "--bad-reasons", BAD_REASONS];
     for (ids, seed) in [("v4", "1"), ("v7", "2"), ("ulid", "3")] {
-        let sending =
-            ["produce", "--yes", "--count", "3000", "--ids", ids, "--seed", seed, "--report", path.to_str().unwrap()];
+        let sending = [
+            "produce",
+            "--yes",
+            "--count",
+            "3000",
+            "--ids",
+            ids,
+            "--seed",
+            seed,
+            "--report",
+            path.to_str().unwrap(),
+        ];
         let before = scope.count("payment_core");
         let (reads, emails, letters) = outputs(&scope);
         scope.command(&[sending.as_slice(), &shares].concat()).succeeds();
