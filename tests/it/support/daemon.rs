@@ -84,7 +84,15 @@ impl Scope<'_> {
 
     fn program(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Command {
         let other = settings.iter().find(|(name, _)| *name == TESTED_PROGRAM).map(|(_, path)| path.into());
-        let mut command = Command::new(other.unwrap_or_else(tested_program));
+        let mut command = match other {
+            // Another build may not know the keys of this repository's settings file.
+            Some(other) => {
+                let mut command = Command::new::<PathBuf>(other);
+                command.current_dir(&self.dir);
+                command
+            }
+            None => Command::new(tested_program()),
+        };
         command.args(arguments).envs(self.settings()).envs(settings.iter().copied());
         command
     }
