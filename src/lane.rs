@@ -25,10 +25,10 @@
 pub mod backoff;
 mod batch_builder;
 mod cursors;
-mod delivery;
 mod drain;
 mod failures;
 mod fetch;
+mod fetch_states;
 mod log_lines;
 mod partitions;
 mod questions;
@@ -45,7 +45,7 @@ use tokio::time::Instant;
 
 use self::backoff::Backoff;
 use self::batch_builder::BatchBuilder;
-use self::delivery::Deliveries;
+use self::fetch_states::FetchStates;
 use self::partitions::PartitionState;
 use self::questions::Questions;
 use crate::domain::batch::Batch;
@@ -124,7 +124,7 @@ pub struct Lane<K: KafkaPort, S: Store> {
     inbox: VecDeque<LaneEvent>,
     partitions: BTreeMap<Partition, PartitionState>,
     questions: Questions,
-    deliveries: Deliveries,
+    fetch_states: FetchStates,
     builder: BatchBuilder,
     writing: Option<Batch>,
     /// Trace of the batch that is being written.
@@ -162,7 +162,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             inbox: VecDeque::new(),
             partitions: BTreeMap::new(),
             questions: Questions::default(),
-            deliveries: Deliveries::new(),
+            fetch_states: FetchStates::new(),
             builder,
             writing: None,
             trace: None,
@@ -195,8 +195,11 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         while self.handle_events().await? == Next::Continue {
             self.renew_producer().await?;
             self.recover_partitions().await?;
-            self.follow_deliveries().await?;
+            self.supervise_fetching().await?;
             self.fetch().await;
+            if self.is_revocation_waiting() {
+                continue;
+            }
             self.close_batch().await;
             self.write_and_publish().await?;
         }
@@ -216,7 +219,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             match event {
                 LaneEvent::Assigned(partitions) => {
                     self.questions.forget(&partitions);
-                    self.deliveries.forget(&partitions);
+                    self.fetch_states.forget(&partitions);
                     for partition in partitions {
                         self.status.opening(metrics::now(), partition);
                         self.partitions.insert(partition, PartitionState::Assigned);
@@ -233,13 +236,22 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         }
     }
 
+    /// Whether a revocation arrived during the fetch. It is handled before another batch is written: the
+    /// rebalance callback waits for the lane, and the next owner reads what was fetched again.
+    fn is_revocation_waiting(&self) -> bool {
+        self.inbox.iter().any(|event| matches!(event, LaneEvent::Revoked { .. }))
+    }
+
     fn note_assigned(&self) {
-        let is_running =
-            |partition: &Partition| self.partitions.get(partition).is_some_and(|p| p.running().is_some());
         // A partition that cannot be read stays in state `Running` until its batches in flight are published.
-        let held = self.deliveries.held().filter(|(partition, _)| is_running(partition)).count();
+        let unreadable =
+            self.fetch_states.halted().filter(|(partition, _)| self.is_running(*partition)).count();
         let halted = self.partitions.values().filter(|state| state.halted().is_some()).count();
-        self.metrics.assigned(self.partitions.len(), halted + held);
+        self.metrics.assigned(self.partitions.len(), halted + unreadable);
+    }
+
+    fn is_running(&self, partition: Partition) -> bool {
+        self.partitions.get(&partition).is_some_and(|state| state.running().is_some())
     }
 
     fn first_pending(&self) -> Option<Arc<Publication>> {

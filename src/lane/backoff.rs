@@ -12,9 +12,9 @@ use crate::telemetry::logging::RateLimited;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest pause after a transient failure. It bounds the time to recover once the dependency is back.
-const BACKOFF_PASSING_MAX: Duration = Duration::from_secs(5);
+const BACKOFF_TRANSIENT_MAX: Duration = Duration::from_secs(5);
 /// Longest pause after a failure that an operator has to fix.
-const BACKOFF_SYSTEMIC_MAX: Duration = Duration::from_secs(10);
+const BACKOFF_PERSISTENT_MAX: Duration = Duration::from_secs(10);
 
 /// A dependency may go away and come back many times a minute.
 const LINES_MAX: u32 = 5;
@@ -92,8 +92,8 @@ impl Backoff {
     /// Notes a failure: waits longer each time, and logs when the class of the failure changed.
     pub fn failed(&mut self, class: FailureClass, doing: &str, message: &str) {
         self.delay_within(match class {
-            FailureClass::Transient | FailureClass::Fenced => BACKOFF_PASSING_MAX,
-            FailureClass::Persistent | FailureClass::Record => BACKOFF_SYSTEMIC_MAX,
+            FailureClass::Transient | FailureClass::Fenced => BACKOFF_TRANSIENT_MAX,
+            FailureClass::Persistent | FailureClass::Record => BACKOFF_PERSISTENT_MAX,
         });
         let limit = match class {
             FailureClass::Persistent | FailureClass::Record => &self.blocked,
@@ -135,7 +135,7 @@ impl Backoff {
 
     /// Waits longer than last time without marking the dependency as down.
     pub fn delay(&mut self) {
-        self.delay_within(BACKOFF_PASSING_MAX);
+        self.delay_within(BACKOFF_TRANSIENT_MAX);
     }
 
     fn delay_within(&mut self, longest: Duration) {
@@ -168,24 +168,24 @@ mod tests {
 
     #[test]
     fn a_dependency_that_comes_and_goes_is_told_of_so_often_and_no_more() {
-        let told = Levels::default();
-        let count = |level: Level| told.0.lock().unwrap().iter().filter(|found| **found == level).count();
-        let subscriber = tracing_subscriber::registry().with(told.clone());
+        let levels = Levels::default();
+        let count = |level: Level| levels.0.lock().unwrap().iter().filter(|found| **found == level).count();
+        let subscriber = tracing_subscriber::registry().with(levels.clone());
         tracing::subscriber::with_default(subscriber, || {
-            let mut breaker = Backoff::new("database", 0);
+            let mut backoff = Backoff::new("database", 0);
             for _ in 0..50 {
                 for _ in 0..3 {
-                    breaker.failed(FailureClass::Transient, "asking", "no");
+                    backoff.failed(FailureClass::Transient, "asking", "no");
                 }
-                breaker.succeeded();
+                backoff.succeeded();
             }
             assert_eq!((count(Level::WARN), count(Level::INFO)), (5, 5));
 
             // Persistent failures have a limit of their own; so the error and its end are logged.
-            breaker.failed(FailureClass::Transient, "asking", "no");
-            breaker.failed(FailureClass::Persistent, "asking", "no such table");
-            breaker.failed(FailureClass::Persistent, "asking", "no such table");
-            breaker.succeeded();
+            backoff.failed(FailureClass::Transient, "asking", "no");
+            backoff.failed(FailureClass::Persistent, "asking", "no such table");
+            backoff.failed(FailureClass::Persistent, "asking", "no such table");
+            backoff.succeeded();
             assert_eq!((count(Level::WARN), count(Level::INFO), count(Level::ERROR)), (5, 6, 1));
         });
     }

@@ -60,12 +60,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// Compares the cursors in the database with the lane's, as in each new session. True: the lane may
     /// write.
     pub(super) async fn check_session(&mut self) -> Result<bool, IdentityMismatch> {
-        let running: Vec<Partition> = self
-            .partitions
-            .iter()
-            .filter(|(_, s)| matches!(s, PartitionState::Running(_)))
-            .map(|(p, _)| *p)
-            .collect();
+        let running: Vec<Partition> =
+            self.partitions.iter().filter(|(_, state)| state.running().is_some()).map(|(p, _)| *p).collect();
         let rows = match self.store.cursors(&running).await {
             Ok(rows) => rows,
             Err(failure) => {
@@ -136,7 +132,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if !is_time || self.writing.is_some() || !self.pending.is_empty() {
             return Ok(());
         }
-        let is_live = self.partitions.values().any(|state| matches!(state, PartitionState::Running(_)));
+        let is_live = self.partitions.values().any(|state| state.running().is_some());
         if is_live && self.compared_at.elapsed() >= IDLE_COMPARE_AFTER {
             // A restore breaks sessions, but an idle lane does not notice. Without this check the lost rows
             // would be written again only when the next record arrives.

@@ -13,7 +13,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// while.
     pub(super) async fn fetch(&mut self) {
         if self.has_batch() || self.pending.len() >= PENDING_MAX {
-            self.deliveries.note_not_fetching();
+            self.fetch_states.pause_silence_check();
             self.kafka.listen();
             if !(self.has_batch() && self.can_write() || self.can_publish()) {
                 self.wait_for_event(self.next_due()).await;
@@ -22,7 +22,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             self.fill().await;
         }
         if self.builder.is_full() {
-            self.deliveries.note_not_fetching();
+            self.fetch_states.pause_silence_check();
         }
     }
 

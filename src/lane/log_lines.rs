@@ -38,12 +38,12 @@ pub(super) fn dead_letters(
         let counted = Reason::ALL.iter().zip(counts.by_reason).filter(|(reason, _)| is_wanted(**reason));
         counted.map(|(_, count)| count).sum()
     };
-    let mut payments = Untold { limit: &PAYMENTS, left: count(is_a_payment), is_refused: false };
-    let mut records = Untold { limit: &RECORDS, left: count(|r| !is_a_payment(r)), is_refused: false };
+    let mut payments = Sampled { limit: &PAYMENTS, left: count(is_a_payment), is_refused: false };
+    let mut records = Sampled { limit: &RECORDS, left: count(|r| !is_a_payment(r)), is_refused: false };
     for letter in publication.dead_letters() {
-        let untold = if is_a_payment(letter.reason) { &mut payments } else { &mut records };
-        if let Some(suppressed) = untold.pass() {
-            tell(topic, topic_id, &letter, trace_id, suppressed);
+        let sampled = if is_a_payment(letter.reason) { &mut payments } else { &mut records };
+        if let Some(suppressed) = sampled.pass() {
+            log_dead_letter(topic, topic_id, &letter, trace_id, suppressed);
         }
         // Once both limits are reached, the remaining letters are only counted.
         if payments.is_done() && records.is_done() {
@@ -55,14 +55,14 @@ pub(super) fn dead_letters(
 }
 
 /// Dead letters of a publication under one limit.
-struct Untold {
+struct Sampled {
     limit: &'static RateLimited,
     /// Letters for which the limit was not asked.
     left: u64,
     is_refused: bool,
 }
 
-impl Untold {
+impl Sampled {
     fn pass(&mut self) -> Option<u64> {
         if self.is_refused {
             return None;
@@ -83,7 +83,13 @@ fn is_a_payment(reason: Reason) -> bool {
     matches!(reason, Reason::MessageIdConflict | Reason::RejectedByDatabase)
 }
 
-fn tell(topic: &str, topic_id: Uuid, letter: &DeadLetter<'_>, trace_id: Option<&str>, suppressed: u64) {
+fn log_dead_letter(
+    topic: &str,
+    topic_id: Uuid,
+    letter: &DeadLetter<'_>,
+    trace_id: Option<&str>,
+    suppressed: u64,
+) {
     let record = &letter.record;
     let source = Source::new(topic_id, record.partition, record.offset).to_string();
     let correlation_id = header(record, "correlation-id").unwrap_or(&source);

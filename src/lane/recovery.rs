@@ -56,9 +56,9 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         traces.for_each(|trace| trace.dropped(reason));
         self.builder.clear();
         self.questions.forget_all();
-        self.deliveries.reset();
+        self.fetch_states.reset();
         for (partition, state) in &mut self.partitions {
-            if matches!(state, PartitionState::Running(_)) {
+            if state.running().is_some() {
                 *state = PartitionState::Assigned;
                 self.status.opening(metrics::now(), *partition);
             }
@@ -161,8 +161,10 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             }
             self.status.found(asked.at, &known);
             match self.decide(&known) {
-                Decision::Go(start) if self.is_held(&known, &start) => {}
-                Decision::Go(start) => starts.push((known, start)),
+                Decision::Go(start) => match self.halted_until(&known, &start) {
+                    Some(until) => self.examine_halted_at(partition, until),
+                    None => starts.push((known, start)),
+                },
                 Decision::Prove { from } => to_prove.push((known, from)),
                 Decision::Halt(reason) => self.halt(known, reason).await?,
                 Decision::Stop(mismatch) => return Err(mismatch),
@@ -181,7 +183,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// Notes a failed question. The broker counts as down only if no partition of this lane is running.
     fn asking_failed(&mut self, class: FailureClass, message: &str) {
-        let is_idle = !self.partitions.values().any(|state| matches!(state, PartitionState::Running(_)));
+        let is_idle = !self.partitions.values().any(|state| state.running().is_some());
         let (class, message) = self.refused_or(class, message);
         self.asking.failed(class, ASKING, &message);
         self.metrics.kafka_error(class);
@@ -190,25 +192,20 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         }
     }
 
-    /// Whether a partition that could start stays halted, because it cannot be read and its next try is not
-    /// due. False if an operator skipped the unreadable batch.
-    fn is_held(&mut self, known: &Known, start: &Start) -> bool {
-        let now = Instant::now();
-        let partition = known.partition;
-        let Some(PartitionState::Halted { reason, again_at, .. }) = self.partitions.get_mut(&partition)
-        else {
-            return false;
+    /// Until when a partition that could start stays halted, because it cannot be read and its next try is
+    /// not due. `None` if an operator skipped the unreadable batch.
+    fn halted_until(&self, known: &Known, start: &Start) -> Option<Instant> {
+        let Some(PartitionState::Halted { reason, .. }) = self.partitions.get(&known.partition) else {
+            return None;
         };
-        let until = self.deliveries.held_until(partition).filter(|until| *until > now);
-        let is_settled = known.row.as_ref().is_some_and(|row| row.settled.is_some());
-        match until {
-            Some(until)
-                if reason.is_about_reading() && !is_settled && start.from <= reason.first_offset() =>
-            {
-                *again_at = until.min(now + HALTED_TICK);
-                true
-            }
-            _ => false,
+        let is_resolved = known.row.as_ref().is_some_and(|row| row.settled.is_some());
+        let stays = reason.is_about_reading() && !is_resolved && start.from <= reason.first_offset();
+        self.fetch_states.halted_until(known.partition).filter(|until| stays && *until > Instant::now())
+    }
+
+    fn examine_halted_at(&mut self, partition: Partition, until: Instant) {
+        if let Some(PartitionState::Halted { again_at, .. }) = self.partitions.get_mut(&partition) {
+            *again_at = until.min(Instant::now() + HALTED_TICK);
         }
     }
 
@@ -319,8 +316,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.status.halted(partition, reason.clone());
         let state = PartitionState::Halted { reason, known: Some(known), again_at: now + HALTED_TICK };
         self.partitions.insert(partition, state);
-        self.deliveries.forget(&[partition]);
-        self.end(&[partition]).await?;
+        self.fetch_states.forget(&[partition]);
+        self.stop_fetching(&[partition]).await?;
         Ok(())
     }
 
@@ -379,7 +376,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.database_up();
         failpoint::hit("after_store_cursors");
         let positions: Vec<_> = starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
-        if !self.begin(&positions).await? {
+        if !self.start_fetching(&positions).await? {
             return Ok(());
         }
         self.broker_up();

@@ -66,12 +66,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             self.reset("a batch in flight was dropped when partitions were revoked");
         }
         self.questions.forget(partitions);
-        self.deliveries.forget(partitions);
+        self.fetch_states.forget(partitions);
         for partition in partitions {
             self.partitions.remove(partition);
             self.status.revoked(*partition);
         }
-        self.end(partitions).await?;
+        self.stop_fetching(partitions).await?;
         if self.partitions.is_empty() {
             // Without partitions the lane makes no requests, so it no longer knows the state of either side.
             self.status.database(self.settings.index, Dependency::Unknown);

@@ -1,12 +1,12 @@
 //! Supervises fetching: starts and stops partitions, checks gaps, and retries partitions that cannot be read.
 //!
-//! A *begin* starts to fetch a partition at a position that the lane itself determined: after the last record
-//! or end of partition that it took, or after a range that was proved to hold no record. Positions that
-//! librdkafka keeps are never used. A *gap* lies between a begin and the first record or end that the client
+//! The lane starts to fetch a partition at a position that it determined itself: after the last record or end
+//! of partition that it took, or after a range that was checked to hold no record. Positions that librdkafka
+//! keeps are never used. A *gap* lies between such a start and the first record or end that the client
 //! delivers after it: usually transaction markers or aborted records, which the lane verifies with another
 //! client ([`Lane::prove_gaps`]).
 //!
-//! A partition that cannot be read is *held back*: after [`TRIES_MAX`] failures it halts, and the lane
+//! A partition that cannot be read halts after [`TRIES_MAX`] failures, and the lane
 //! retries it with a backoff. The other partitions go on.
 
 use std::collections::BTreeMap;
@@ -24,12 +24,12 @@ use crate::ports::{Gap, GapAnswer, KafkaPort, KafkaPortError, Store};
 use crate::telemetry::logging::RateLimited;
 use crate::telemetry::metrics;
 
-/// A partition that failed this often in a row, or whose gaps held records, is held back.
+/// A partition halts when it failed this often in a row, or when so many of its gaps had records.
 const TRIES_MAX: u32 = 3;
 const RETRY_MIN: Duration = Duration::from_millis(100);
-/// First pause of a partition that is held back; it doubles with each failure.
-const HELD_RETRY_MIN: Duration = Duration::from_secs(5);
-const HELD_RETRY_MAX: Duration = Duration::from_secs(60);
+/// First pause of a halted partition; it doubles with each failure.
+const HALTED_RETRY_MIN: Duration = Duration::from_secs(5);
+const HALTED_RETRY_MAX: Duration = Duration::from_secs(60);
 /// A gap that could not be checked is checked again after this time.
 const GAP_RETRY: Duration = Duration::from_secs(1);
 /// If a partition has records to read and a lane with room receives nothing of it for this long, the client
@@ -45,8 +45,8 @@ const ENDS_FRESH: Duration = Duration::from_secs(10);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Reading {
     /// The client fetches it.
-    Begun,
-    /// Stopped until it is known whether a gap holds records.
+    Fetching,
+    /// Stopped until it is known whether a gap has records.
     Gap { gap: Gap, again_at: Instant },
     /// Stopped after a failure.
     Failed { again_at: Instant },
@@ -58,35 +58,41 @@ pub(super) struct Fetch {
     reading: Reading,
     /// Failures since a record or end of it was last taken.
     failures: u32,
-    /// Gaps that held records since a record or end of it was last taken.
+    /// Gaps that had records since a record or end of it was last taken.
     gaps: u32,
-    /// Why it is held back.
-    held: Option<HaltReason>,
+    /// Why it halted.
+    halted: Option<HaltReason>,
     /// Position and time of the last progress.
-    heard: (NextOffset, Instant),
+    last_progress: (NextOffset, Instant),
 }
 
 impl Fetch {
-    fn begun(position: NextOffset, now: Instant) -> Self {
-        Self { reading: Reading::Begun, failures: 0, gaps: 0, held: None, heard: (position, now) }
+    fn started(position: NextOffset, now: Instant) -> Self {
+        Self {
+            reading: Reading::Fetching,
+            failures: 0,
+            gaps: 0,
+            halted: None,
+            last_progress: (position, now),
+        }
     }
 
-    fn is_in_trouble(&self) -> bool {
-        self.failures > 0 || self.gaps > 0 || self.held.is_some()
+    fn has_failures(&self) -> bool {
+        self.failures > 0 || self.gaps > 0 || self.halted.is_some()
     }
 
     /// Pause before the next try.
     fn pause(&self) -> Duration {
         match self.failures.checked_sub(TRIES_MAX) {
             None => RETRY_MIN.saturating_mul(1 << self.failures.min(TRIES_MAX)),
-            Some(more) => HELD_RETRY_MIN.saturating_mul(1 << more.min(10)).min(HELD_RETRY_MAX),
+            Some(more) => HALTED_RETRY_MIN.saturating_mul(1 << more.min(10)).min(HALTED_RETRY_MAX),
         }
     }
 }
 
 /// Fetch states of a lane's partitions.
-pub(super) struct Deliveries {
-    of: BTreeMap<Partition, Fetch>,
+pub(super) struct FetchStates {
+    by_partition: BTreeMap<Partition, Fetch>,
     /// Id of the pending gap proof. One runs at a time; gaps found meanwhile go into the next.
     proof: Option<u64>,
     last_proof: u64,
@@ -95,19 +101,19 @@ pub(super) struct Deliveries {
     looked_at: Instant,
 }
 
-impl Deliveries {
+impl FetchStates {
     pub fn new() -> Self {
         let now = Instant::now();
-        Self { of: BTreeMap::new(), proof: None, last_proof: 0, full_at: now, looked_at: now }
+        Self { by_partition: BTreeMap::new(), proof: None, last_proof: 0, full_at: now, looked_at: now }
     }
 
     /// Forgets all fetch states except those of partitions with failures, which keep their counts until they
     /// are read.
     pub fn reset(&mut self) {
-        self.of.retain(|_, fetch| fetch.is_in_trouble());
-        for fetch in self.of.values_mut() {
+        self.by_partition.retain(|_, fetch| fetch.has_failures());
+        for fetch in self.by_partition.values_mut() {
             if matches!(fetch.reading, Reading::Gap { .. }) {
-                fetch.reading = Reading::Begun;
+                fetch.reading = Reading::Fetching;
             }
         }
     }
@@ -115,23 +121,23 @@ impl Deliveries {
     /// Removes these partitions.
     pub fn forget(&mut self, partitions: &[Partition]) {
         for partition in partitions {
-            self.of.remove(partition);
+            self.by_partition.remove(partition);
         }
     }
 
     /// Notes that the lane does not fetch now: its buffer is full, or a batch waits.
-    pub fn note_not_fetching(&mut self) {
+    pub fn pause_silence_check(&mut self) {
         self.full_at = Instant::now();
     }
 
-    /// Partitions that are held back.
-    pub fn held(&self) -> impl Iterator<Item = (Partition, &HaltReason)> {
-        self.of.iter().filter_map(|(partition, fetch)| Some((*partition, fetch.held.as_ref()?)))
+    /// Partitions that halted because they cannot be read.
+    pub fn halted(&self) -> impl Iterator<Item = (Partition, &HaltReason)> {
+        self.by_partition.iter().filter_map(|(partition, fetch)| Some((*partition, fetch.halted.as_ref()?)))
     }
 
-    /// When `partition` is tried again, if it is held back after a failure.
-    pub fn held_until(&self, partition: Partition) -> Option<Instant> {
-        let fetch = self.of.get(&partition).filter(|fetch| fetch.held.is_some())?;
+    /// When a partition that halted after a failure is tried again.
+    pub fn halted_until(&self, partition: Partition) -> Option<Instant> {
+        let fetch = self.by_partition.get(&partition).filter(|fetch| fetch.halted.is_some())?;
         match fetch.reading {
             Reading::Failed { again_at } => Some(again_at),
             _ => None,
@@ -146,7 +152,7 @@ fn is_out_of_range(fault: &FetchFault) -> bool {
 
 impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// Starts to fetch these partitions at these positions. False: the client failed, and the lane was reset.
-    pub(super) async fn begin(
+    pub(super) async fn start_fetching(
         &mut self,
         positions: &[(Partition, NextOffset)],
     ) -> Result<bool, IdentityMismatch> {
@@ -160,13 +166,13 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         let now = Instant::now();
         for (partition, position) in positions {
             self.status.began(*partition, *position);
-            match self.deliveries.of.get_mut(partition) {
+            match self.fetch_states.by_partition.get_mut(partition) {
                 Some(fetch) => {
-                    fetch.reading = Reading::Begun;
-                    fetch.heard = (*position, now);
+                    fetch.reading = Reading::Fetching;
+                    fetch.last_progress = (*position, now);
                 }
                 None => {
-                    self.deliveries.of.insert(*partition, Fetch::begun(*position, now));
+                    self.fetch_states.by_partition.insert(*partition, Fetch::started(*position, now));
                 }
             }
         }
@@ -174,7 +180,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     }
 
     /// Stops fetching these partitions. False: the client failed, and the lane was reset.
-    pub(super) async fn end(&mut self, partitions: &[Partition]) -> Result<bool, IdentityMismatch> {
+    pub(super) async fn stop_fetching(&mut self, partitions: &[Partition]) -> Result<bool, IdentityMismatch> {
         match self.kafka.stop(partitions).await {
             Ok(()) => Ok(true),
             Err(failure) => self.fetching_failed("stopping to fetch", failure).map(|()| false),
@@ -189,37 +195,39 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// Handles gaps and errors that interrupted partitions, retries failed partitions, and looks for silent
     /// ones.
-    pub(super) async fn follow_deliveries(&mut self) -> Result<(), IdentityMismatch> {
+    pub(super) async fn supervise_fetching(&mut self) -> Result<(), IdentityMismatch> {
         self.note_read_again();
         let interruptions = self.builder.buffer.take_interruptions();
         if !interruptions.is_empty() {
             let partitions: Vec<Partition> = interruptions.iter().map(|(partition, _)| *partition).collect();
-            if !self.end(&partitions).await? {
+            if !self.stop_fetching(&partitions).await? {
                 return Ok(());
             }
             for (partition, interruption) in interruptions {
                 match interruption {
                     Interruption::Gap { from, to } => {
                         let gap = Gap { partition, from, to };
-                        self.note_reading(partition, |now| Reading::Gap { gap, again_at: now });
+                        self.set_reading(partition, |now| Reading::Gap { gap, again_at: now });
                     }
                     Interruption::Failed { fault, .. } if is_out_of_range(&fault) => {
                         self.reset("an offset is out of range");
                         self.broker.delay();
                         return Ok(());
                     }
-                    Interruption::Failed { position, fault } => self.failed(partition, position, &fault),
+                    Interruption::Failed { position, fault } => {
+                        self.fetch_failed(partition, position, &fault)
+                    }
                 }
             }
             self.note_assigned();
         }
         self.prove_gaps();
-        self.begin_again().await?;
-        self.look_for_silence()
+        self.retry_failed().await?;
+        self.check_silence()
     }
 
-    fn note_reading(&mut self, partition: Partition, reading: impl Fn(Instant) -> Reading) {
-        if let Some(fetch) = self.deliveries.of.get_mut(&partition) {
+    fn set_reading(&mut self, partition: Partition, reading: impl Fn(Instant) -> Reading) {
+        if let Some(fetch) = self.fetch_states.by_partition.get_mut(&partition) {
             fetch.reading = reading(Instant::now());
         }
     }
@@ -227,16 +235,16 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// A record or end at the position asked for shows that a partition can be read again: its counts are
     /// cleared.
     fn note_read_again(&mut self) {
-        let Self { deliveries, builder, status, settings, .. } = self;
+        let Self { fetch_states, builder, status, settings, .. } = self;
         let mut is_changed = false;
-        for (partition, fetch) in &mut deliveries.of {
-            if fetch.is_in_trouble()
-                && fetch.reading == Reading::Begun
+        for (partition, fetch) in &mut fetch_states.by_partition {
+            if fetch.has_failures()
+                && fetch.reading == Reading::Fetching
                 && builder.buffer.is_running(*partition)
             {
                 fetch.failures = 0;
                 fetch.gaps = 0;
-                if let Some(reason) = fetch.held.take() {
+                if let Some(reason) = fetch.halted.take() {
                     status.flows(*partition);
                     is_changed = true;
                     log_lines::read_again(settings.index, &settings.input_topic, *partition, &reason);
@@ -248,23 +256,23 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         }
     }
 
-    fn failed(&mut self, partition: Partition, position: NextOffset, fault: &FetchFault) {
-        let Some(fetch) = self.deliveries.of.get_mut(&partition) else { return };
+    fn fetch_failed(&mut self, partition: Partition, position: NextOffset, fault: &FetchFault) {
+        let Some(fetch) = self.fetch_states.by_partition.get_mut(&partition) else { return };
         fetch.failures = fetch.failures.saturating_add(1);
         fetch.reading = Reading::Failed { again_at: Instant::now() + fetch.pause() };
         self.metrics.fetch_failed();
         if fetch.failures >= TRIES_MAX {
-            self.hold(partition, fault.reason(position, None));
+            self.halt_fetching(partition, fault.reason(position, None));
         }
     }
 
     /// Holds a partition back; logs it unless the reason is the same as before.
-    fn hold(&mut self, partition: Partition, reason: HaltReason) {
-        let Some(fetch) = self.deliveries.of.get_mut(&partition) else { return };
-        if fetch.held.as_ref() != Some(&reason) {
+    fn halt_fetching(&mut self, partition: Partition, reason: HaltReason) {
+        let Some(fetch) = self.fetch_states.by_partition.get_mut(&partition) else { return };
+        if fetch.halted.as_ref() != Some(&reason) {
             let LaneSettings { index, input_topic, identity, .. } = &self.settings;
             log_lines::halted(*index, input_topic, identity.topic_id, partition, &reason);
-            fetch.held = Some(reason.clone());
+            fetch.halted = Some(reason.clone());
         }
         self.status.halted(partition, reason);
     }
@@ -273,13 +281,13 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// Starts a proof for all gaps that are due. The answer arrives as an event.
     fn prove_gaps(&mut self) {
-        if self.deliveries.proof.is_some() {
+        if self.fetch_states.proof.is_some() {
             return;
         }
         let now = Instant::now();
         let gaps: Vec<Gap> = self
-            .deliveries
-            .of
+            .fetch_states
+            .by_partition
             .values()
             .filter_map(|fetch| match fetch.reading {
                 Reading::Gap { gap, again_at } if again_at <= now => Some(gap),
@@ -289,27 +297,28 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if gaps.is_empty() {
             return;
         }
-        self.deliveries.last_proof += 1;
-        self.deliveries.proof = Some(self.deliveries.last_proof);
-        self.kafka.prove_gaps(self.deliveries.last_proof, gaps);
+        self.fetch_states.last_proof += 1;
+        self.fetch_states.proof = Some(self.fetch_states.last_proof);
+        self.kafka.prove_gaps(self.fetch_states.last_proof, gaps);
     }
 
-    /// Handles the answer of a gap proof. Answers about partitions that were begun again or revoked since are
+    /// Handles the answer of a gap check. Answers about partitions that were started again or revoked since are
     /// dropped.
     pub(super) async fn gaps_proved(
         &mut self,
         id: u64,
         answers: Vec<(Gap, GapAnswer)>,
     ) -> Result<(), IdentityMismatch> {
-        if self.deliveries.proof == Some(id) {
-            self.deliveries.proof = None;
+        if self.fetch_states.proof == Some(id) {
+            self.fetch_states.proof = None;
         }
         let mut positions = Vec::new();
         for (gap, answer) in answers {
             let partition = gap.partition;
-            let Some(fetch) = self.deliveries.of.get_mut(&partition) else { continue };
+            let is_running = self.is_running(partition);
+            let Some(fetch) = self.fetch_states.by_partition.get_mut(&partition) else { continue };
             let is_waiting = matches!(fetch.reading, Reading::Gap { gap: waiting, .. } if waiting == gap);
-            if !is_waiting || !matches!(self.partitions.get(&partition), Some(PartitionState::Running(_))) {
+            if !is_waiting || !is_running {
                 continue;
             }
             match answer {
@@ -322,7 +331,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     if is_stubborn {
                         fetch.failures = fetch.failures.saturating_add(1).max(TRIES_MAX);
                         fetch.reading = Reading::Failed { again_at: Instant::now() + fetch.pause() };
-                        self.hold(partition, HaltReason::FetchGap { from: at, to: gap.to });
+                        self.halt_fetching(partition, HaltReason::FetchGap { from: at, to: gap.to });
                         self.note_assigned();
                     } else {
                         positions.push((partition, at));
@@ -338,7 +347,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 }
             }
         }
-        if self.begin(&positions).await? {
+        if self.start_fetching(&positions).await? {
             for (partition, position) in positions {
                 self.builder.buffer.begin_proved(partition, position);
             }
@@ -348,17 +357,17 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     // ---- tries -------------------------------------------------------------------------------
 
-    /// Begins failed partitions again when their pause is over, and halts those that are held back.
-    async fn begin_again(&mut self) -> Result<(), IdentityMismatch> {
+    /// Starts failed partitions again when their pause is over, and halts those that failed too often.
+    async fn retry_failed(&mut self) -> Result<(), IdentityMismatch> {
         let now = Instant::now();
         let mut positions = Vec::new();
-        let mut held = Vec::new();
-        for (partition, fetch) in &self.deliveries.of {
+        let mut halted = Vec::new();
+        for (partition, fetch) in &self.fetch_states.by_partition {
             let Reading::Failed { again_at } = fetch.reading else { continue };
-            match (&fetch.held, self.partitions.get(partition)) {
+            match (&fetch.halted, self.partitions.get(partition)) {
                 // As a halted partition it goes through recovery again, which notices if an operator skipped
                 // the batch.
-                (Some(reason), Some(PartitionState::Running(_))) => held.push((*partition, reason.clone())),
+                (Some(reason), Some(PartitionState::Running(_))) => halted.push((*partition, reason.clone())),
                 (None, Some(PartitionState::Running(_))) if again_at <= now => {
                     if let Some(position) = self.builder.buffer.position(*partition) {
                         positions.push((*partition, position));
@@ -367,14 +376,14 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 _ => {}
             }
         }
-        for (partition, reason) in held {
+        for (partition, reason) in halted {
             // A batch in flight needs its partition in state `Running` until it is published.
             if !self.is_in_flight(partition) {
                 self.partitions
                     .insert(partition, PartitionState::Halted { reason, known: None, again_at: now });
             }
         }
-        if self.begin(&positions).await? {
+        if self.start_fetching(&positions).await? {
             for (partition, position) in positions {
                 self.builder.buffer.begin(partition, position);
             }
@@ -395,27 +404,27 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// Replaces the client if a partition has records and none arrive: librdkafka does not report every
     /// error, and may lose all its brokers (librdkafka #5301).
-    fn look_for_silence(&mut self) -> Result<(), IdentityMismatch> {
+    fn check_silence(&mut self) -> Result<(), IdentityMismatch> {
         let now = Instant::now();
-        if now.saturating_duration_since(self.deliveries.looked_at) < SILENCE_TICK {
+        if now.saturating_duration_since(self.fetch_states.looked_at) < SILENCE_TICK {
             return Ok(());
         }
-        self.deliveries.looked_at = now;
-        let Self { deliveries, partitions, builder, status, .. } = self;
-        let has_room = now.saturating_duration_since(deliveries.full_at) >= SILENCE_MAX;
+        self.fetch_states.looked_at = now;
+        let Self { fetch_states, partitions, builder, status, .. } = self;
+        let has_room = now.saturating_duration_since(fetch_states.full_at) >= SILENCE_MAX;
         let limit = if has_room { SILENCE_MAX } else { SILENCE_BUSY_MAX };
         let fresh = i64::try_from(ENDS_FRESH.as_millis()).unwrap_or(i64::MAX);
         let since = TimestampMs(metrics::now().0.saturating_sub(fresh));
         let mut silent = None;
-        for (partition, fetch) in &mut deliveries.of {
+        for (partition, fetch) in &mut fetch_states.by_partition {
             let Some(position) = builder.buffer.position(*partition) else { continue };
             let end = status.end_since(*partition, since);
-            let is_waiting = fetch.reading == Reading::Begun
-                && matches!(partitions.get(partition), Some(PartitionState::Running(_)))
+            let is_waiting = fetch.reading == Reading::Fetching
+                && partitions.get(partition).is_some_and(|state| state.running().is_some())
                 && end.is_some_and(|end| end > position);
-            if !is_waiting || fetch.heard.0 != position {
-                fetch.heard = (position, now);
-            } else if now.saturating_duration_since(fetch.heard.1) >= limit {
+            if !is_waiting || fetch.last_progress.0 != position {
+                fetch.last_progress = (position, now);
+            } else if now.saturating_duration_since(fetch.last_progress.1) >= limit {
                 silent = Some((*partition, position, end.unwrap_or(position)));
             }
         }
