@@ -3,7 +3,7 @@
 //! Every batch takes the rotation lock in shared mode before it reads the current generation, and holds it
 //! until its commit. A change of that row takes the lock in exclusive mode, so no batch claims into a
 //! generation that is no longer current or looks into one that is being dropped. The exclusive request has a
-//! timeout of [`LOCK_TIMEOUT_MS`]: writers queue behind it for at most that long, whoever holds the lock.
+//! timeout of [`LOCK_TIMEOUT_MS`](crate::postgres::schema::locks::LOCK_TIMEOUT_MS): writers queue behind it for at most that long, whoever holds the lock.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -12,11 +12,10 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use crate::domain::record::TimestampMs;
-use crate::postgres::schema::locks::{self, LockKey};
+pub use crate::postgres::schema::locks::Step;
+use crate::postgres::schema::locks::{LockKey, with_short_locks};
 use crate::postgres::schema::{SchemaError, doing};
 
-/// Longest time that a writer waits for a change of generations.
-pub const LOCK_TIMEOUT_MS: u32 = 50;
 /// Attempts for each lock; after that the step is left to the next pass.
 const TRIES_MAX: u32 = 20;
 const BETWEEN_TRIES: Duration = Duration::from_millis(250);
@@ -39,27 +38,23 @@ pub enum State {
 }
 
 impl State {
+    const NAMES: [(Self, &str); 5] = [
+        (Self::Ready, "ready"),
+        (Self::Current, "current"),
+        (Self::Older, "older"),
+        (Self::Retired, "retired"),
+        (Self::Detached, "detached"),
+    ];
+
     fn parse(text: &str) -> Option<Self> {
-        Some(match text {
-            "ready" => Self::Ready,
-            "current" => Self::Current,
-            "older" => Self::Older,
-            "retired" => Self::Retired,
-            "detached" => Self::Detached,
-            _ => return None,
-        })
+        Self::NAMES.into_iter().find(|(_, name)| *name == text).map(|(state, _)| state)
     }
 }
 
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Ready => "ready",
-            Self::Current => "current",
-            Self::Older => "older",
-            Self::Retired => "retired",
-            Self::Detached => "detached",
-        })
+        let named = Self::NAMES.into_iter().find(|(state, _)| state == self);
+        f.write_str(named.map_or("", |(_, name)| name))
     }
 }
 
@@ -118,41 +113,20 @@ pub async fn list(client: &Client) -> Result<Vec<Generation>, SchemaError> {
         .collect())
 }
 
-/// Result of a step that needs a lock.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Step {
-    /// The step was done.
-    Done,
-    /// Other sessions held the lock during all attempts; the next pass retries.
-    Locked,
-}
-
-/// Runs statements as one transaction with a short lock timeout, up to [`TRIES_MAX`] times. They are sent in
-/// one message together with the COMMIT, so a process that is stopped or disconnected does not keep the
-/// locks.
-async fn with_short_locks(client: &Client, what: &str, statements: &str) -> Result<Step, SchemaError> {
-    let transaction = format!("BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; {statements}; COMMIT");
-    for attempt in 1..=TRIES_MAX {
-        let Err(error) = client.batch_execute(&transaction).await else { return Ok(Step::Done) };
-        client.batch_execute("ROLLBACK").await.map_err(doing(what.to_owned()))?;
-        if error.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) {
-            return Err(doing(what.to_owned())(error));
-        }
-        if attempt < TRIES_MAX {
-            tokio::time::sleep(BETWEEN_TRIES).await;
-        }
-    }
-    Ok(Step::Locked)
+async fn step(client: &Client, what: &str, statements: &str) -> Result<Step, SchemaError> {
+    with_short_locks(client, statements, &[SqlState::LOCK_NOT_AVAILABLE], TRIES_MAX, BETWEEN_TRIES)
+        .await
+        .map_err(doing(what))
 }
 
 fn lock_rotation() -> String {
-    format!("SELECT pg_advisory_xact_lock({}, {})", locks::CLASS, LockKey::Rotation.number())
+    format!("SELECT pg_advisory_xact_lock({})", LockKey::Rotation)
 }
 
 /// Creates the table of a generation in advance of the rotation that needs it.
 pub async fn make(client: &Client, number: i64) -> Result<Step, SchemaError> {
     let make = format!("SELECT payment_writer.make_generation_v1({number})");
-    with_short_locks(client, "cannot create a generation", &make).await
+    step(client, "cannot create a generation", &make).await
 }
 
 /// Makes `next` the current generation. Batches in progress finish in the old one first.
@@ -173,7 +147,7 @@ pub async fn rotate(client: &Client, current: i64, next: i64) -> Result<Step, Sc
          WHERE current_generation = {current}",
         lock = lock_rotation()
     );
-    with_short_locks(client, "cannot rotate", &rotate).await
+    step(client, "cannot rotate", &rotate).await
 }
 
 /// Scans a generation that is no longer current: its youngest record, its number of rows, and the largest
@@ -244,7 +218,7 @@ pub async fn retire(client: &Client, number: i64) -> Result<Step, SchemaError> {
          WHERE generation = {number} AND state = 'older'",
         lock = lock_rotation()
     );
-    with_short_locks(client, "cannot retire a generation", &retire).await
+    step(client, "cannot retire a generation", &retire).await
 }
 
 /// Ends the inheritance of a retired generation's table. Waits briefly for its readers; writers do not use it
@@ -256,7 +230,7 @@ pub async fn detach(client: &Client, generation: &Generation) -> Result<Step, Sc
          UPDATE payment_writer.idempotency_generation SET state = 'detached', detached_at = now()
          WHERE generation = {number} AND state = 'retired'"
     );
-    with_short_locks(client, "cannot detach a generation", &detach).await
+    step(client, "cannot detach a generation", &detach).await
 }
 
 /// Drops the table of a detached generation; its row in `idempotency_generation` stays.
@@ -267,5 +241,5 @@ pub async fn drop_table(client: &Client, generation: &Generation) -> Result<Step
          UPDATE payment_writer.idempotency_generation SET state = 'dropped', dropped_at = now()
          WHERE generation = {number} AND state = 'detached'"
     );
-    with_short_locks(client, "cannot drop a generation", &drop).await
+    step(client, "cannot drop a generation", &drop).await
 }

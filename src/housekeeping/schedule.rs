@@ -116,7 +116,7 @@ impl Keeper {
             None => settings.postgres.housekeeping_url.endpoint().connect().await?.0,
         };
         let (began, was_complete, completed) = last_pass(&client).await?;
-        self.metrics.last_pass(completed);
+        self.metrics.last_pass.set(completed.as_second() as f64);
         let now = Timestamp::now();
         let due = settings.idempotency.prune_schedule.as_ref().and_then(|s| last_due(s, now));
         // A start time in the future comes from a wrong clock.
@@ -139,11 +139,11 @@ impl Keeper {
         let list = generations::list(&client).await?;
         let live = list.iter().filter(|g| matches!(g.state, State::Current | State::Older));
         self.metrics.generations(live.rev().map(|g| (g.rows, g.bytes)));
-        self.metrics.default_rows(months::default_rows(&client).await?);
+        self.metrics.default_rows.set(months::default_rows(&client).await? as f64);
         if self.ticks.is_multiple_of(HORIZON_TICKS) {
             match current_horizon(&client, settings).await {
                 Ok(Horizon::At(at, _)) => self.metrics.horizon(Some(at)),
-                Ok(Horizon::Held { .. }) | Err(_) => self.metrics.horizon(None),
+                Ok(Horizon::Held(..)) | Err(_) => self.metrics.horizon(None),
             }
         }
         self.client = Some(client);

@@ -5,7 +5,7 @@ use tokio_postgres::{Client, GenericClient};
 use uuid::Uuid;
 
 use crate::domain::cursor::IdentityMismatch;
-use crate::postgres::schema::locks::{self, LockKey};
+use crate::postgres::schema::locks::LockKey;
 
 /// The group and topic that the first daemon binds a database to.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -92,8 +92,7 @@ pub async fn is_bound_to(
 /// is bound to this one. A database of another topic never is, because its cursors are offsets of that topic.
 pub async fn bind(client: &mut Client, wanted: &Binding, adopts: bool) -> Result<(), BindingError> {
     let transaction = client.transaction().await?;
-    let key = [locks::CLASS, LockKey::Binding.number()];
-    transaction.query("SELECT pg_advisory_xact_lock($1, $2)", &[&key[0], &key[1]]).await?;
+    transaction.batch_execute(&format!("SELECT pg_advisory_xact_lock({})", LockKey::Binding)).await?;
     let found = bound(&transaction).await?;
     match &found {
         Some(found) if found == wanted => return Ok(()),

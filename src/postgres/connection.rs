@@ -9,7 +9,7 @@ use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, Recycling
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
-use crate::config::{Endpoint, EndpointError};
+use crate::config::Endpoint;
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
 
 /// Timeout for opening a session: TCP, TLS, authentication, session settings. It also covers a server that
@@ -38,9 +38,6 @@ const SESSION_SETTINGS: &str = "\
 /// Why a connection could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The URL is invalid; never retried.
-    #[error(transparent)]
-    Url(#[from] EndpointError),
     /// The server cannot be reached or refuses the connection.
     #[error("cannot connect to {target}: {}", describe(.source))]
     Refused {
@@ -65,7 +62,7 @@ impl ConnectError {
     pub fn sqlstate(&self) -> Option<&str> {
         match self {
             Self::Refused { source, .. } => source.code().map(|c| c.code()),
-            Self::Url(_) | Self::TimedOut { .. } | Self::Pool(_) => None,
+            Self::TimedOut { .. } | Self::Pool(_) => None,
         }
     }
 }
@@ -149,16 +146,6 @@ impl Endpoint {
     }
 }
 
-/// Opens one connection; see [`Endpoint`].
-pub async fn connect(url: &str) -> Result<(Client, JoinHandle<()>), ConnectError> {
-    Endpoint::parse(url)?.connect().await
-}
-
-/// A pool of at most `size` connections; see [`Endpoint`].
-pub fn pool(url: &str, size: usize) -> Result<Pool, ConnectError> {
-    Endpoint::parse(url)?.pool(size)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,7 +153,8 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_is_not_there_is_named_with_the_reason() {
         // No process listens on port 1 of the loopback, and unprivileged ones cannot.
-        let text = connect("postgres://writer:s3cret@127.0.0.1:1/payments").await.err().unwrap().to_string();
+        let endpoint = Endpoint::parse("postgres://writer:s3cret@127.0.0.1:1/payments").unwrap();
+        let text = endpoint.connect().await.err().unwrap().to_string();
         assert!(text.contains("writer@127.0.0.1:1/payments"), "{text}");
         assert!(text.to_lowercase().contains("refused"), "{text}");
         assert!(!text.contains("s3cret"), "{text}");

@@ -2,9 +2,10 @@
 
 use tokio_postgres::{Client, Transaction};
 
+use super::migrate::alone;
 use super::{
-    DDL_LOCK_TIMEOUT_MS, HISTORY, SCHEMA, SchemaError, SchemaVersion, StepState, alone, doing, known, names,
-    status,
+    DDL_LOCK_TIMEOUT_MS, HISTORY, SCHEMA, SchemaError, SchemaVersion, StepState, doing, known, names, status,
+    value,
 };
 
 /// Tables whose rows cannot be recovered by migrating again.
@@ -84,8 +85,7 @@ async fn refuse_if_not_empty(transaction: &Transaction<'_>) -> Result<(), Schema
         let lock = format!("LOCK TABLE {SCHEMA}.{table} IN ACCESS EXCLUSIVE MODE");
         transaction.batch_execute(&lock).await.map_err(doing(format!("cannot lock {table}")))?;
         let exists = format!("SELECT EXISTS (SELECT FROM {SCHEMA}.{table})");
-        let row = transaction.query_one(&exists, &[]).await.map_err(doing(format!("cannot read {table}")))?;
-        if row.get(0) {
+        if value(transaction, &format!("cannot read {table}"), &exists, &[]).await? {
             filled.push(table);
         }
     }
