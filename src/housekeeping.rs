@@ -25,7 +25,7 @@ pub use self::report::{PassError, PassReport, Verdict, time};
 use crate::config::Settings;
 use crate::failpoint;
 use crate::postgres::schema::locks::LockKey;
-use crate::postgres::schema::{self, SchemaError, doing, months as payment_months, value};
+use crate::postgres::schema::{self, SchemaError, column, doing, months as payment_months, value};
 
 /// A generation is rotated when its age reaches this share of the window. With a weekly schedule and a window
 /// of one week, every pass rotates, even if it starts a little earlier than the week before.
@@ -82,16 +82,10 @@ async fn begun(client: &Client) -> Result<Vec<(Generation, Verdict)>, SchemaErro
 }
 
 async fn make_ready(client: &Client) -> Result<(), SchemaError> {
-    let row = client
-        .query_one(
-            "SELECT max(generation) + 1, count(*) FILTER (WHERE state = 'ready')
-             FROM payment_writer.idempotency_generation",
-            &[],
-        )
-        .await
-        .map_err(doing("cannot read the generations"))?;
-    if row.get::<_, i64>(1) == 0 {
-        generations::make(client, row.get(0)).await?;
+    let next = "SELECT max(generation) + 1 FROM payment_writer.idempotency_generation
+                HAVING count(*) FILTER (WHERE state = 'ready') = 0";
+    if let Some(next) = column(client, "cannot read the generations", next, &[]).await?.pop() {
+        generations::make(client, next).await?;
     }
     Ok(())
 }
@@ -202,16 +196,13 @@ async fn record(
     is_complete: bool,
     began: SystemTime,
 ) -> Result<(), SchemaError> {
-    client
-        .execute(
-            "WITH pass AS (
-                 INSERT INTO payment_writer.housekeeping_pass (started_at, is_complete, detail)
-                 VALUES ($1, $2, $3) RETURNING id
-             )
-             DELETE FROM payment_writer.housekeeping_pass p USING pass WHERE p.id <= pass.id - $4",
-            &[&began, &is_complete, &report.detail(), &PASSES_KEPT],
+    let record = "
+        WITH pass AS (
+            INSERT INTO payment_writer.housekeeping_pass (started_at, is_complete, detail)
+            VALUES ($1, $2, $3) RETURNING id
         )
-        .await
-        .map_err(doing("cannot record the pass"))?;
+        DELETE FROM payment_writer.housekeeping_pass p USING pass WHERE p.id <= pass.id - $4";
+    let recorded = client.execute(record, &[&began, &is_complete, &report.detail(), &PASSES_KEPT]).await;
+    recorded.map_err(doing("cannot record the pass"))?;
     Ok(())
 }

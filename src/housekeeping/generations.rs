@@ -8,8 +8,9 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
 
 use crate::domain::record::TimestampMs;
 pub use crate::postgres::schema::locks::Step;
@@ -79,38 +80,31 @@ pub struct Generation {
 
 /// All generations that have a table, oldest first.
 pub async fn list(client: &Client) -> Result<Vec<Generation>, SchemaError> {
-    let rows = client
-        .query(
-            "SELECT g.generation, g.leaf, g.state,
-                    extract(epoch FROM now() - g.made_current_at)::float8,
-                    CASE WHEN g.youngest_record = '-infinity' THEN -9223372036854775808
-                         ELSE floor(extract(epoch FROM g.youngest_record) * 1000)::bigint END,
-                    coalesce(g.row_count, greatest(c.reltuples, 0)::bigint, 0),
-                    coalesce(pg_total_relation_size(c.oid), 0)
-             FROM payment_writer.idempotency_generation g
-             LEFT JOIN pg_class c ON c.oid = to_regclass('payment_writer.' || quote_ident(g.leaf))
-             WHERE g.state <> 'dropped'
-             ORDER BY g.generation",
-            &[],
-        )
-        .await
-        .map_err(doing("cannot read the generations"))?;
-    Ok(rows
-        .iter()
-        .filter_map(|row| {
-            let seconds: Option<f64> = row.get(3);
-            Some(Generation {
-                number: row.get(0),
-                leaf: row.get(1),
-                state: State::parse(row.get(2))?,
-                // After the clock stepped back the age would be negative.
-                age: seconds.map(|s| Duration::from_secs_f64(s.max(0.0))),
-                youngest: row.get::<_, Option<i64>>(4).map(TimestampMs),
-                rows: row.get(5),
-                bytes: row.get(6),
-            })
+    let query = "
+        SELECT g.generation, g.leaf, g.state,
+            extract(epoch FROM now() - g.made_current_at)::float8,
+            CASE WHEN g.youngest_record = '-infinity' THEN -9223372036854775808
+                 ELSE floor(extract(epoch FROM g.youngest_record) * 1000)::bigint END,
+            coalesce(g.row_count, greatest(c.reltuples, 0)::bigint, 0),
+            coalesce(pg_total_relation_size(c.oid), 0)
+        FROM payment_writer.idempotency_generation g
+        LEFT JOIN pg_class c ON c.oid = to_regclass('payment_writer.' || quote_ident(g.leaf))
+        WHERE g.state <> 'dropped'
+        ORDER BY g.generation";
+    let rows = client.query(query, &[]).await.map_err(doing("cannot read the generations"))?;
+    let generation = |row: &Row| {
+        Some(Generation {
+            number: row.get(0),
+            leaf: row.get(1),
+            state: State::parse(row.get(2))?,
+            // After the clock stepped back the age would be negative.
+            age: row.get::<_, Option<f64>>(3).map(|s| Duration::from_secs_f64(s.max(0.0))),
+            youngest: row.get::<_, Option<i64>>(4).map(TimestampMs),
+            rows: row.get(5),
+            bytes: row.get(6),
         })
-        .collect())
+    };
+    Ok(rows.iter().filter_map(generation).collect())
 }
 
 async fn step(client: &Client, what: &str, statements: &str) -> Result<Step, SchemaError> {
@@ -153,12 +147,29 @@ pub async fn rotate(client: &Client, current: i64, next: i64) -> Result<Step, Sc
 /// Scans a generation that is no longer current: its youngest record, its number of rows, and the largest
 /// value of the first 48 bits of its ids. Takes no lock that blocks other sessions.
 pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(), SchemaError> {
-    let failed = |error| doing(format!("cannot measure {}", generation.leaf))(error);
-    let transaction = client.transaction().await.map_err(failed)?;
-    transaction
-        .batch_execute(&format!("SET LOCAL statement_timeout = '{MEASURE_TIMEOUT}'"))
-        .await
-        .map_err(failed)?;
+    let measured = measure_in_transaction(client, generation).await;
+    measured.map_err(doing(format!("cannot measure {}", generation.leaf)))
+}
+
+const NOTE_MEASURED: &str = "
+    WITH noted AS (
+        UPDATE payment_writer.idempotency_generation
+        SET row_count = $2, youngest_record = coalesce($3::timestamptz, '-infinity'), v7_time_max = $4,
+            other_time_max = $5
+        WHERE generation = $1 AND state IN ('older', 'retired')
+    )
+    UPDATE payment_writer.idempotency_current
+    SET older_youngest[array_position(older_generations, $1)] = coalesce($3::timestamptz, '-infinity'),
+        older_v7_time_max[array_position(older_generations, $1)] = $4,
+        older_other_time_max[array_position(older_generations, $1)] = $5
+    WHERE $1 = ANY (older_generations)";
+
+async fn measure_in_transaction(
+    client: &mut Client,
+    generation: &Generation,
+) -> Result<(), tokio_postgres::Error> {
+    let transaction = client.transaction().await?;
+    transaction.batch_execute(&format!("SET LOCAL statement_timeout = '{MEASURE_TIMEOUT}'")).await?;
     // A separate SELECT, so that the server can run it in parallel. Texts of twelve hexadecimal digits
     // compare like their numbers.
     let measure = format!(
@@ -169,31 +180,16 @@ pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(),
                FROM (SELECT created_at, message_id::text AS id FROM payment_writer.\"{}\") AS ids) AS heads",
         generation.leaf
     );
-    let row = transaction.query_one(&measure, &[]).await.map_err(failed)?;
+    let row = transaction.query_one(&measure, &[]).await?;
     let (rows, youngest): (i64, Option<SystemTime>) = (row.get(0), row.get(1));
     // Without an id of a kind, the bound is below every id of that kind.
     let bound = |index| {
         row.get::<_, Option<&str>>(index).and_then(|head| i64::from_str_radix(head, 16).ok()).unwrap_or(-1)
     };
-    let (v7_max, other_max): (i64, i64) = (bound(2), bound(3));
-    transaction
-        .execute(
-            "WITH noted AS (
-                 UPDATE payment_writer.idempotency_generation
-                 SET row_count = $2, youngest_record = coalesce($3::timestamptz, '-infinity'), v7_time_max = $4,
-                     other_time_max = $5
-                 WHERE generation = $1 AND state IN ('older', 'retired')
-             )
-             UPDATE payment_writer.idempotency_current
-             SET older_youngest[array_position(older_generations, $1)] = coalesce($3::timestamptz, '-infinity'),
-                 older_v7_time_max[array_position(older_generations, $1)] = $4,
-                 older_other_time_max[array_position(older_generations, $1)] = $5
-             WHERE $1 = ANY (older_generations)",
-            &[&generation.number, &rows, &youngest, &v7_max, &other_max],
-        )
-        .await
-        .map_err(failed)?;
-    transaction.commit().await.map_err(failed)
+    let bounds: (i64, i64) = (bound(2), bound(3));
+    let parameters: [&(dyn ToSql + Sync); 5] = [&generation.number, &rows, &youngest, &bounds.0, &bounds.1];
+    transaction.execute(NOTE_MEASURED, &parameters).await?;
+    transaction.commit().await
 }
 
 /// Removes a generation from those that batches read.

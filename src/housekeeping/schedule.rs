@@ -1,6 +1,6 @@
 //! Housekeeping in the daemon: passes on schedule or after a missed one, and the metrics.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use jiff::{Timestamp, ToSpan, tz::TimeZone};
 use tokio_postgres::Client;
@@ -47,40 +47,29 @@ pub fn last_due(schedule: &CronSchedule, now: Timestamp) -> Option<Timestamp> {
 /// Start of the last pass, whether it was complete, and start of the last complete pass. Without a pass, both
 /// are the time when the schema was created.
 async fn last_pass(client: &Client) -> Result<(Timestamp, bool, Timestamp), SchemaError> {
-    let row = client
-        .query_one(
-            "WITH passes AS (
-                 SELECT id, started_at, is_complete FROM payment_writer.housekeeping_pass
-                 UNION ALL SELECT 0, created_at, true FROM payment_writer.database_identity
-             ), last AS (SELECT * FROM passes ORDER BY id DESC LIMIT 1)
-             SELECT last.started_at, last.is_complete,
-                    (SELECT started_at FROM passes WHERE is_complete ORDER BY id DESC LIMIT 1)
-             FROM last",
-            &[],
-        )
-        .await
-        .map_err(doing("cannot read the passes"))?;
-    let time = |index| {
-        Timestamp::try_from(row.get::<_, std::time::SystemTime>(index)).unwrap_or(Timestamp::UNIX_EPOCH)
-    };
+    let query = "
+        WITH passes AS (
+            SELECT id, started_at, is_complete FROM payment_writer.housekeeping_pass
+            UNION ALL SELECT 0, created_at, true FROM payment_writer.database_identity
+        ), last AS (SELECT * FROM passes ORDER BY id DESC LIMIT 1)
+        SELECT last.started_at, last.is_complete,
+            (SELECT started_at FROM passes WHERE is_complete ORDER BY id DESC LIMIT 1)
+        FROM last";
+    let row = client.query_one(query, &[]).await.map_err(doing("cannot read the passes"))?;
+    let time = |index| Timestamp::try_from(row.get::<_, SystemTime>(index)).unwrap_or(Timestamp::UNIX_EPOCH);
     Ok((time(0), row.get(1), time(2)))
 }
 
 /// Runs forever. Failures are logged and do not stop anything else.
 pub async fn run(settings: &Settings) {
-    let mut keeper = Keeper {
-        metrics: HousekeepingMetrics::default(),
-        client: None,
-        retry_at: None,
-        ticks: 0,
-        trouble: None,
-    };
+    let mut keeper = Keeper::default();
     loop {
         keeper.tick(settings).await;
         tokio::time::sleep(TICK).await;
     }
 }
 
+#[derive(Default)]
 struct Keeper {
     metrics: HousekeepingMetrics,
     client: Option<Client>,
@@ -93,7 +82,6 @@ struct Keeper {
 impl Keeper {
     async fn tick(&mut self, settings: &Settings) {
         if let Err(error) = self.look(settings).await {
-            self.client = None;
             self.complain(error.to_string());
         }
         self.ticks = self.ticks.wrapping_add(1);

@@ -101,6 +101,17 @@ pub(crate) fn doing(what: impl Into<String>) -> impl FnOnce(tokio_postgres::Erro
     move |source| SchemaError::Database { doing, source }
 }
 
+/// Reads the first column.
+pub(crate) async fn column<T: for<'a> FromSql<'a>>(
+    client: &impl GenericClient,
+    doing: &str,
+    query: &str,
+    parameters: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<T>, SchemaError> {
+    let rows = client.query(query, parameters).await.map_err(self::doing(doing))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
 /// Reads the first column of the only row.
 pub(crate) async fn value<T: for<'a> FromSql<'a>>(
     client: &impl GenericClient,
@@ -140,20 +151,13 @@ pub async fn check(client: &Client) -> Result<SchemaVersion, SchemaError> {
     }
     refuse_too_new(client, found).await?;
 
-    let missing = client
-        .query(
-            "SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass('payment_writer.' || name) IS \
-             NULL UNION ALL SELECT name FROM unnest($2::text[]) AS name WHERE \
-             to_regprocedure('payment_writer.' || name) IS NULL",
-            &[&REQUIRED_RELATIONS, &REQUIRED_FUNCTIONS],
-        )
-        .await
-        .map_err(doing("cannot look for the tables"))?;
-    if missing.is_empty() { Ok(found) } else { Err(SchemaError::Incomplete(names(&missing))) }
-}
-
-fn names(rows: &[tokio_postgres::Row]) -> Vec<String> {
-    rows.iter().map(|row| row.get(0)).collect()
+    let missing = "
+        SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass('payment_writer.' || name) IS NULL
+        UNION ALL
+        SELECT name FROM unnest($2::text[]) AS name WHERE to_regprocedure('payment_writer.' || name) IS NULL";
+    let required: [&(dyn ToSql + Sync); 2] = [&REQUIRED_RELATIONS, &REQUIRED_FUNCTIONS];
+    let missing = column(client, "cannot look for the tables", missing, &required).await?;
+    if missing.is_empty() { Ok(found) } else { Err(SchemaError::Incomplete(missing)) }
 }
 
 /// A newer schema is usable if its table `schema_compatibility` says so: see step 1.

@@ -12,11 +12,11 @@
 use std::fmt;
 use std::time::Duration;
 
-use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, SimpleQueryMessage};
 
 use super::locks::{LOCK_TIMEOUT_MS, LockKey, Step, with_short_locks};
-use super::{SchemaError, doing, value};
+use super::{SchemaError, column, doing, value};
 use crate::domain::record::TimestampMs;
 
 /// The tables that are partitioned by month of `created_at`.
@@ -173,8 +173,8 @@ async fn found_in_default(client: &Client, current: Month) -> Result<Vec<Month>,
         "SELECT {MONTH_OF_T} FROM ({}) AS found GROUP BY t ORDER BY t LIMIT {FOUND_MAX}",
         of_table.join(" UNION ALL ")
     );
-    let rows = client.query(&select, &[]).await.map_err(doing("cannot read the default partitions"))?;
-    Ok(rows.iter().map(|row| Month(row.get(0))).collect())
+    let months = column(client, "cannot read the default partitions", &select, &[]).await?;
+    Ok(months.into_iter().map(Month).collect())
 }
 
 /// Detaches the months before `first_kept` and renames them. The parent is locked briefly, with the same lock
@@ -185,20 +185,14 @@ async fn archive(
     report: &mut MonthsReport,
 ) -> Result<(), SchemaError> {
     for table in PARTITIONED_TABLES {
-        let attached = client
-            .query(
-                "SELECT c.relname::text FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid \
-                 WHERE i.inhparent = to_regclass($1) AND c.relname ~ $2 AND c.relname < $3 ORDER BY 1",
-                &[
-                    &format!("payment_writer.{table}"),
-                    &format!("^{table}_[0-9]{{4}}_[0-9]{{2}}$"),
-                    &format!("{table}_{first_kept}"),
-                ],
-            )
-            .await
-            .map_err(doing(format!("cannot read the months of {table}")))?;
-        for row in &attached {
-            let partition: String = row.get(0);
+        let older = "
+            SELECT c.relname::text FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+            WHERE i.inhparent = to_regclass($1) AND c.relname ~ $2 AND c.relname < $3 ORDER BY 1";
+        let parent = format!("payment_writer.{table}");
+        let pattern = format!("^{table}_[0-9]{{4}}_[0-9]{{2}}$");
+        let end = format!("{table}_{first_kept}");
+        let doing_this = format!("cannot read the months of {table}");
+        for partition in column::<String>(client, &doing_this, older, &[&parent, &pattern, &end]).await? {
             match hand_over(client, table, &partition).await {
                 Ok(Some(archived)) => report.archived.push(archived),
                 Ok(None) => report.waiting.push((partition, Obstacle::Locked)),
@@ -217,16 +211,11 @@ async fn hand_over(
     partition: &str,
 ) -> Result<Option<String>, tokio_postgres::Error> {
     // The name can exist already if late records of the same month were archived before.
-    let row = client
-        .query_one(
-            "SELECT name FROM (SELECT 'archived_' || $1 || suffix AS name, n
-                 FROM (SELECT n, CASE n WHEN 1 THEN '' ELSE '_' || n END AS suffix FROM generate_series(1, 1000) AS n) AS s
-             ) AS names
-             WHERE to_regclass('payment_writer.' || name) IS NULL ORDER BY n LIMIT 1",
-            &[&partition],
-        )
-        .await?;
-    let archived: String = row.get(0);
+    let free_name = "
+        SELECT name FROM generate_series(1, 1000) AS n,
+            concat('archived_', $1::text, CASE WHEN n > 1 THEN '_' || n END) AS name
+        WHERE to_regclass('payment_writer.' || name) IS NULL ORDER BY n LIMIT 1";
+    let archived: String = client.query_one(free_name, &[&partition]).await?.get(0);
     // The parent, whose lock blocks everyone, is locked last and briefly.
     let detach = format!(
         "SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS};
@@ -292,14 +281,14 @@ async fn make_month(
         }
         match attach(client, table, partition, month).await {
             Ok(made) => return Ok(made),
-            Err(e) => match e.code() {
-                Some(&SqlState::LOCK_NOT_AVAILABLE) if attempt < TRIES_MAX => {
-                    tokio::time::sleep(BETWEEN_TRIES).await;
-                }
-                Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(Made::Not(Obstacle::Locked)),
-                Some(&SqlState::QUERY_CANCELED) => return Ok(Made::Not(Obstacle::TooLarge)),
-                _ => return Err(doing(format!("cannot make {partition}"))(e)),
-            },
+            Err(e) if e.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {}
+            Err(e) if e.code() == Some(&SqlState::QUERY_CANCELED) => {
+                return Ok(Made::Not(Obstacle::TooLarge));
+            }
+            Err(e) => return Err(doing(format!("cannot make {partition}"))(e)),
+        }
+        if attempt < TRIES_MAX {
+            tokio::time::sleep(BETWEEN_TRIES).await;
         }
     }
     Ok(Made::Not(Obstacle::Locked))
@@ -307,15 +296,13 @@ async fn make_month(
 
 /// Whether a table of that name exists already.
 async fn look_for(client: &Client, table: &str, partition: &str) -> Result<Option<Made>, SchemaError> {
-    let rows = client
-        .query(
-            "SELECT EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid AND i.inhparent = \
-             to_regclass($1)) FROM pg_class c WHERE c.oid = to_regclass($2)",
-            &[&format!("payment_writer.{table}"), &format!("payment_writer.{partition}")],
-        )
-        .await
-        .map_err(doing(format!("cannot look for {partition}")))?;
-    Ok(rows.first().map(|row| if row.get(0) { Made::Before } else { Made::Not(Obstacle::NameTaken) }))
+    let query = "
+        SELECT EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid AND i.inhparent = to_regclass($1))
+        FROM pg_class c WHERE c.oid = to_regclass($2)";
+    let names = [table, partition].map(|name| format!("payment_writer.{name}"));
+    let doing_this = format!("cannot look for {partition}");
+    let is_attached = column(client, &doing_this, query, &[&names[0], &names[1]]).await?;
+    Ok(is_attached.first().map(|yes| if *yes { Made::Before } else { Made::Not(Obstacle::NameTaken) }))
 }
 
 async fn attach(
@@ -336,46 +323,36 @@ async fn attach(
         ))
         .await?;
     // Read from the catalog: `to_regclass` may use a cache that an advisory lock does not refresh.
-    let made_meanwhile = transaction
-        .query(
-            "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-             WHERE n.nspname = 'payment_writer' AND c.relname = $1",
-            &[&partition],
-        )
-        .await?;
-    if !made_meanwhile.is_empty() {
+    let made_meanwhile = "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                          WHERE n.nspname = 'payment_writer' AND c.relname = $1";
+    if transaction.query_opt(made_meanwhile, &[&partition]).await?.is_some() {
         return Ok(Made::Before);
     }
-    let in_month = month.condition();
     let move_rows = format!(
-        "WITH moved AS (DELETE FROM payment_writer.{table}_default WHERE {in_month} RETURNING *) \
-         INSERT INTO payment_writer.{partition} SELECT * FROM moved"
+        "WITH moved AS (DELETE FROM payment_writer.{table}_default WHERE {} RETURNING *) \
+         INSERT INTO payment_writer.{partition} SELECT * FROM moved",
+        month.condition()
     );
-    transaction
-        .batch_execute(&format!(
-            "CREATE TABLE payment_writer.{partition} \
-               (LIKE payment_writer.{table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE); \
-             SET LOCAL statement_timeout = '{MOVE_TIMEOUT}'"
-        ))
-        .await?;
-    // Most rows, without blocking writers; other sessions always see each row in exactly one of the tables.
-    let mut moved = transaction.execute(&move_rows, &[]).await?;
-    transaction
-        .batch_execute(&format!(
-            "SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
-             LOCK TABLE payment_writer.{table}_default IN ACCESS EXCLUSIVE MODE"
-        ))
-        .await?;
-    // Then the rows written meanwhile.
-    moved += transaction.execute(&move_rows, &[]).await?;
-    transaction
-        .batch_execute(&format!(
-            "ALTER TABLE payment_writer.{table} ATTACH PARTITION payment_writer.{partition} \
-             FOR VALUES FROM ({}) TO ({})",
-            month.start(),
-            month.plus(1).start()
-        ))
-        .await?;
+    // The first time moves most rows, without blocking writers, the second those written meanwhile; other
+    // sessions always see each row in exactly one of the tables.
+    let attach = format!(
+        "CREATE TABLE payment_writer.{partition} \
+           (LIKE payment_writer.{table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE); \
+         SET LOCAL statement_timeout = '{MOVE_TIMEOUT}'; \
+         {move_rows}; \
+         SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
+         LOCK TABLE payment_writer.{table}_default IN ACCESS EXCLUSIVE MODE; \
+         {move_rows}; \
+         ALTER TABLE payment_writer.{table} ATTACH PARTITION payment_writer.{partition} \
+         FOR VALUES FROM ({}) TO ({})",
+        month.start(),
+        month.plus(1).start()
+    );
+    let rows = |message: &SimpleQueryMessage| match message {
+        SimpleQueryMessage::CommandComplete(rows) => *rows,
+        _ => 0,
+    };
+    let moved = transaction.simple_query(&attach).await?.iter().map(rows).sum();
     transaction.commit().await?;
     Ok(Made::Now(moved))
 }
