@@ -15,7 +15,7 @@ use super::run_metadata::{ChunkState, Unfinished};
 use crate::config::Settings;
 use crate::domain::record::{Offset, Partition, TimestampMs};
 use crate::postgres::binding;
-use crate::postgres::schema::locks::{self, LockKey};
+use crate::postgres::schema::locks::LockKey;
 use crate::postgres::schema::{self, SchemaError, SchemaVersion, doing};
 
 /// First schema version with the replay tables.
@@ -130,12 +130,7 @@ impl ReplayStore {
     pub fn take_over(&mut self, audit: &Audit) -> Result<Uuid, DlqError> {
         let Self { runtime, client, .. } = self;
         let run_id = runtime.block_on(async {
-            let locked: bool = client
-                .query_one("SELECT pg_try_advisory_lock($1, $2)", &[&locks::CLASS, &LockKey::Replay.number()])
-                .await
-                .map_err(doing("cannot take the lock for replays"))?
-                .get(0);
-            if !locked {
+            if !LockKey::Replay.try_lock(client).await.map_err(doing("cannot take the lock for replays"))? {
                 return Err(DlqError::Busy);
             }
             let transaction = client.transaction().await.map_err(doing("cannot begin a run"))?;

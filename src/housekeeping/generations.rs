@@ -3,20 +3,20 @@
 //! Every batch takes the rotation lock in shared mode before it reads the current generation, and holds it
 //! until its commit. A change of that row takes the lock in exclusive mode, so no batch claims into a
 //! generation that is no longer current or looks into one that is being dropped. The exclusive request has a
-//! timeout of [`LOCK_TIMEOUT_MS`]: writers queue behind it for at most that long, whoever holds the lock.
+//! timeout of [`LOCK_TIMEOUT_MS`](crate::postgres::schema::locks::LOCK_TIMEOUT_MS): writers queue behind it for at most that long, whoever holds the lock.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
 
 use crate::domain::record::TimestampMs;
-use crate::postgres::schema::locks::{self, LockKey};
+pub use crate::postgres::schema::locks::Step;
+use crate::postgres::schema::locks::{LockKey, with_short_locks};
 use crate::postgres::schema::{SchemaError, doing};
 
-/// Longest time that a writer waits for a change of generations.
-pub const LOCK_TIMEOUT_MS: u32 = 50;
 /// Attempts for each lock; after that the step is left to the next pass.
 const TRIES_MAX: u32 = 20;
 const BETWEEN_TRIES: Duration = Duration::from_millis(250);
@@ -39,27 +39,23 @@ pub enum State {
 }
 
 impl State {
+    const NAMES: [(Self, &str); 5] = [
+        (Self::Ready, "ready"),
+        (Self::Current, "current"),
+        (Self::Older, "older"),
+        (Self::Retired, "retired"),
+        (Self::Detached, "detached"),
+    ];
+
     fn parse(text: &str) -> Option<Self> {
-        Some(match text {
-            "ready" => Self::Ready,
-            "current" => Self::Current,
-            "older" => Self::Older,
-            "retired" => Self::Retired,
-            "detached" => Self::Detached,
-            _ => return None,
-        })
+        Self::NAMES.into_iter().find(|(_, name)| *name == text).map(|(state, _)| state)
     }
 }
 
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Ready => "ready",
-            Self::Current => "current",
-            Self::Older => "older",
-            Self::Retired => "retired",
-            Self::Detached => "detached",
-        })
+        let named = Self::NAMES.into_iter().find(|(state, _)| state == self);
+        f.write_str(named.map_or("", |(_, name)| name))
     }
 }
 
@@ -84,75 +80,47 @@ pub struct Generation {
 
 /// All generations that have a table, oldest first.
 pub async fn list(client: &Client) -> Result<Vec<Generation>, SchemaError> {
-    let rows = client
-        .query(
-            "SELECT g.generation, g.leaf, g.state,
-                    extract(epoch FROM now() - g.made_current_at)::float8,
-                    CASE WHEN g.youngest_record = '-infinity' THEN -9223372036854775808
-                         ELSE floor(extract(epoch FROM g.youngest_record) * 1000)::bigint END,
-                    coalesce(g.row_count, greatest(c.reltuples, 0)::bigint, 0),
-                    coalesce(pg_total_relation_size(c.oid), 0)
-             FROM payment_writer.idempotency_generation g
-             LEFT JOIN pg_class c ON c.oid = to_regclass('payment_writer.' || quote_ident(g.leaf))
-             WHERE g.state <> 'dropped'
-             ORDER BY g.generation",
-            &[],
-        )
-        .await
-        .map_err(doing("cannot read the generations"))?;
-    Ok(rows
-        .iter()
-        .filter_map(|row| {
-            let seconds: Option<f64> = row.get(3);
-            Some(Generation {
-                number: row.get(0),
-                leaf: row.get(1),
-                state: State::parse(row.get(2))?,
-                // After the clock stepped back the age would be negative.
-                age: seconds.map(|s| Duration::from_secs_f64(s.max(0.0))),
-                youngest: row.get::<_, Option<i64>>(4).map(TimestampMs),
-                rows: row.get(5),
-                bytes: row.get(6),
-            })
+    let query = "
+        SELECT g.generation, g.leaf, g.state,
+            extract(epoch FROM now() - g.made_current_at)::float8,
+            CASE WHEN g.youngest_record = '-infinity' THEN -9223372036854775808
+                 ELSE floor(extract(epoch FROM g.youngest_record) * 1000)::bigint END,
+            coalesce(g.row_count, greatest(c.reltuples, 0)::bigint, 0),
+            coalesce(pg_total_relation_size(c.oid), 0)
+        FROM payment_writer.idempotency_generation g
+        LEFT JOIN pg_class c ON c.oid = to_regclass('payment_writer.' || quote_ident(g.leaf))
+        WHERE g.state <> 'dropped'
+        ORDER BY g.generation";
+    let rows = client.query(query, &[]).await.map_err(doing("cannot read the generations"))?;
+    let generation = |row: &Row| {
+        Some(Generation {
+            number: row.get(0),
+            leaf: row.get(1),
+            state: State::parse(row.get(2))?,
+            // After the clock stepped back the age would be negative.
+            age: row.get::<_, Option<f64>>(3).map(|s| Duration::from_secs_f64(s.max(0.0))),
+            youngest: row.get::<_, Option<i64>>(4).map(TimestampMs),
+            rows: row.get(5),
+            bytes: row.get(6),
         })
-        .collect())
+    };
+    Ok(rows.iter().filter_map(generation).collect())
 }
 
-/// Result of a step that needs a lock.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Step {
-    /// The step was done.
-    Done,
-    /// Other sessions held the lock during all attempts; the next pass retries.
-    Locked,
-}
-
-/// Runs statements as one transaction with a short lock timeout, up to [`TRIES_MAX`] times. They are sent in
-/// one message together with the COMMIT, so a process that is stopped or disconnected does not keep the
-/// locks.
-async fn with_short_locks(client: &Client, what: &str, statements: &str) -> Result<Step, SchemaError> {
-    let transaction = format!("BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; {statements}; COMMIT");
-    for attempt in 1..=TRIES_MAX {
-        let Err(error) = client.batch_execute(&transaction).await else { return Ok(Step::Done) };
-        client.batch_execute("ROLLBACK").await.map_err(doing(what.to_owned()))?;
-        if error.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) {
-            return Err(doing(what.to_owned())(error));
-        }
-        if attempt < TRIES_MAX {
-            tokio::time::sleep(BETWEEN_TRIES).await;
-        }
-    }
-    Ok(Step::Locked)
+async fn step(client: &Client, what: &str, statements: &str) -> Result<Step, SchemaError> {
+    with_short_locks(client, statements, &[SqlState::LOCK_NOT_AVAILABLE], TRIES_MAX, BETWEEN_TRIES)
+        .await
+        .map_err(doing(what))
 }
 
 fn lock_rotation() -> String {
-    format!("SELECT pg_advisory_xact_lock({}, {})", locks::CLASS, LockKey::Rotation.number())
+    format!("SELECT pg_advisory_xact_lock({})", LockKey::Rotation)
 }
 
 /// Creates the table of a generation in advance of the rotation that needs it.
 pub async fn make(client: &Client, number: i64) -> Result<Step, SchemaError> {
     let make = format!("SELECT payment_writer.make_generation_v1({number})");
-    with_short_locks(client, "cannot create a generation", &make).await
+    step(client, "cannot create a generation", &make).await
 }
 
 /// Makes `next` the current generation. Batches in progress finish in the old one first.
@@ -173,18 +141,35 @@ pub async fn rotate(client: &Client, current: i64, next: i64) -> Result<Step, Sc
          WHERE current_generation = {current}",
         lock = lock_rotation()
     );
-    with_short_locks(client, "cannot rotate", &rotate).await
+    step(client, "cannot rotate", &rotate).await
 }
 
 /// Scans a generation that is no longer current: its youngest record, its number of rows, and the largest
 /// value of the first 48 bits of its ids. Takes no lock that blocks other sessions.
 pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(), SchemaError> {
-    let failed = |error| doing(format!("cannot measure {}", generation.leaf))(error);
-    let transaction = client.transaction().await.map_err(failed)?;
-    transaction
-        .batch_execute(&format!("SET LOCAL statement_timeout = '{MEASURE_TIMEOUT}'"))
-        .await
-        .map_err(failed)?;
+    let measured = measure_in_transaction(client, generation).await;
+    measured.map_err(doing(format!("cannot measure {}", generation.leaf)))
+}
+
+const NOTE_MEASURED: &str = "
+    WITH noted AS (
+        UPDATE payment_writer.idempotency_generation
+        SET row_count = $2, youngest_record = coalesce($3::timestamptz, '-infinity'), v7_time_max = $4,
+            other_time_max = $5
+        WHERE generation = $1 AND state IN ('older', 'retired')
+    )
+    UPDATE payment_writer.idempotency_current
+    SET older_youngest[array_position(older_generations, $1)] = coalesce($3::timestamptz, '-infinity'),
+        older_v7_time_max[array_position(older_generations, $1)] = $4,
+        older_other_time_max[array_position(older_generations, $1)] = $5
+    WHERE $1 = ANY (older_generations)";
+
+async fn measure_in_transaction(
+    client: &mut Client,
+    generation: &Generation,
+) -> Result<(), tokio_postgres::Error> {
+    let transaction = client.transaction().await?;
+    transaction.batch_execute(&format!("SET LOCAL statement_timeout = '{MEASURE_TIMEOUT}'")).await?;
     // A separate SELECT, so that the server can run it in parallel. Texts of twelve hexadecimal digits
     // compare like their numbers.
     let measure = format!(
@@ -195,31 +180,16 @@ pub async fn measure(client: &mut Client, generation: &Generation) -> Result<(),
                FROM (SELECT created_at, message_id::text AS id FROM payment_writer.\"{}\") AS ids) AS heads",
         generation.leaf
     );
-    let row = transaction.query_one(&measure, &[]).await.map_err(failed)?;
+    let row = transaction.query_one(&measure, &[]).await?;
     let (rows, youngest): (i64, Option<SystemTime>) = (row.get(0), row.get(1));
     // Without an id of a kind, the bound is below every id of that kind.
     let bound = |index| {
         row.get::<_, Option<&str>>(index).and_then(|head| i64::from_str_radix(head, 16).ok()).unwrap_or(-1)
     };
-    let (v7_max, other_max): (i64, i64) = (bound(2), bound(3));
-    transaction
-        .execute(
-            "WITH noted AS (
-                 UPDATE payment_writer.idempotency_generation
-                 SET row_count = $2, youngest_record = coalesce($3::timestamptz, '-infinity'), v7_time_max = $4,
-                     other_time_max = $5
-                 WHERE generation = $1 AND state IN ('older', 'retired')
-             )
-             UPDATE payment_writer.idempotency_current
-             SET older_youngest[array_position(older_generations, $1)] = coalesce($3::timestamptz, '-infinity'),
-                 older_v7_time_max[array_position(older_generations, $1)] = $4,
-                 older_other_time_max[array_position(older_generations, $1)] = $5
-             WHERE $1 = ANY (older_generations)",
-            &[&generation.number, &rows, &youngest, &v7_max, &other_max],
-        )
-        .await
-        .map_err(failed)?;
-    transaction.commit().await.map_err(failed)
+    let bounds: (i64, i64) = (bound(2), bound(3));
+    let parameters: [&(dyn ToSql + Sync); 5] = [&generation.number, &rows, &youngest, &bounds.0, &bounds.1];
+    transaction.execute(NOTE_MEASURED, &parameters).await?;
+    transaction.commit().await
 }
 
 /// Removes a generation from those that batches read.
@@ -244,7 +214,7 @@ pub async fn retire(client: &Client, number: i64) -> Result<Step, SchemaError> {
          WHERE generation = {number} AND state = 'older'",
         lock = lock_rotation()
     );
-    with_short_locks(client, "cannot retire a generation", &retire).await
+    step(client, "cannot retire a generation", &retire).await
 }
 
 /// Ends the inheritance of a retired generation's table. Waits briefly for its readers; writers do not use it
@@ -256,7 +226,7 @@ pub async fn detach(client: &Client, generation: &Generation) -> Result<Step, Sc
          UPDATE payment_writer.idempotency_generation SET state = 'detached', detached_at = now()
          WHERE generation = {number} AND state = 'retired'"
     );
-    with_short_locks(client, "cannot detach a generation", &detach).await
+    step(client, "cannot detach a generation", &detach).await
 }
 
 /// Drops the table of a detached generation; its row in `idempotency_generation` stays.
@@ -267,5 +237,5 @@ pub async fn drop_table(client: &Client, generation: &Generation) -> Result<Step
          UPDATE payment_writer.idempotency_generation SET state = 'dropped', dropped_at = now()
          WHERE generation = {number} AND state = 'detached'"
     );
-    with_short_locks(client, "cannot drop a generation", &drop).await
+    step(client, "cannot drop a generation", &drop).await
 }

@@ -52,15 +52,8 @@ impl std::fmt::Display for Hold {
 pub enum Horizon {
     /// The horizon, and the slowest partition if one lags.
     At(TimestampMs, Option<Partition>),
-    /// Unknown, because some partitions have no log time.
-    Held {
-        /// The first of these partitions.
-        partition: Partition,
-        /// Why it has no log time.
-        why: Hold,
-        /// Number of these partitions.
-        count: usize,
-    },
+    /// Unknown, because this partition, the first of perhaps several, has no log time.
+    Held(Hold, Partition),
 }
 
 /// Log time at a position, from the timestamps of the record before it and of the record at it: the earlier
@@ -78,23 +71,14 @@ pub fn log_time(before: Option<TimestampMs>, at: Option<TimestampMs>) -> Option<
 pub fn horizon(now: TimestampMs, times: &[(Partition, PartitionTime)]) -> Horizon {
     let delivery = i64::try_from(DELIVERY.as_millis()).unwrap_or(i64::MAX);
     let mut slowest = (TimestampMs(now.0.saturating_sub(delivery)), None);
-    let mut held: Option<(Partition, &Hold)> = None;
-    let mut count = 0;
     for (partition, time) in times {
         match time {
-            PartitionTime::CaughtUp => {}
+            PartitionTime::Unknown(why) => return Horizon::Held(why.clone(), *partition),
             PartitionTime::At(at) if *at < slowest.0 => slowest = (*at, Some(*partition)),
-            PartitionTime::At(_) => {}
-            PartitionTime::Unknown(why) => {
-                held.get_or_insert((*partition, why));
-                count += 1;
-            }
+            PartitionTime::At(_) | PartitionTime::CaughtUp => {}
         }
     }
-    match held {
-        Some((partition, why)) => Horizon::Held { partition, why: why.clone(), count },
-        None => Horizon::At(slowest.0, slowest.1),
-    }
+    Horizon::At(slowest.0, slowest.1)
 }
 
 /// The horizon beyond which a generation with this youngest record may be dropped.
@@ -137,10 +121,7 @@ mod tests {
     #[test]
     fn one_partition_without_log_time_holds_everything_back() {
         let times = [(Partition(0), at(1)), (Partition(1), PartitionTime::Unknown(Hold::Unread))];
-        assert_eq!(
-            horizon(NOW, &times),
-            Horizon::Held { partition: Partition(1), why: Hold::Unread, count: 1 }
-        );
+        assert_eq!(horizon(NOW, &times), Horizon::Held(Hold::Unread, Partition(1)));
     }
 
     #[test]

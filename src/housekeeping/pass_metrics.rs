@@ -10,11 +10,13 @@ pub struct HousekeepingMetrics {
     live: Gauge,
     horizon: Gauge,
     is_held: Gauge,
-    last_pass: Gauge,
+    /// Start of the last complete pass, of any process, in seconds.
+    pub last_pass: Gauge,
     seconds: Histogram,
     rotations: Counter,
     dropped: Counter,
-    default_rows: Gauge,
+    /// Number of rows in default partitions, which should be 0.
+    pub default_rows: Gauge,
 }
 
 impl Default for HousekeepingMetrics {
@@ -62,20 +64,10 @@ impl HousekeepingMetrics {
         }
     }
 
-    /// Sets the start of the last complete pass, of any process.
-    pub fn last_pass(&self, at: jiff::Timestamp) {
-        self.last_pass.set(at.as_second() as f64);
-    }
-
     /// Records a finished pass of this process.
     pub fn pass(&self, report: &PassReport) {
         self.seconds.record(report.took.as_secs_f64());
         self.rotations.increment(u64::from(report.rotated_to.is_some()));
         self.dropped.increment(report.gone().count() as u64);
-    }
-
-    /// Sets the number of rows in default partitions, which should be 0.
-    pub fn default_rows(&self, rows: i64) {
-        self.default_rows.set(rows as f64);
     }
 }

@@ -1,6 +1,6 @@
 //! Housekeeping in the daemon: passes on schedule or after a missed one, and the metrics.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use jiff::{Timestamp, ToSpan, tz::TimeZone};
 use tokio_postgres::Client;
@@ -47,40 +47,29 @@ pub fn last_due(schedule: &CronSchedule, now: Timestamp) -> Option<Timestamp> {
 /// Start of the last pass, whether it was complete, and start of the last complete pass. Without a pass, both
 /// are the time when the schema was created.
 async fn last_pass(client: &Client) -> Result<(Timestamp, bool, Timestamp), SchemaError> {
-    let row = client
-        .query_one(
-            "WITH passes AS (
-                 SELECT id, started_at, is_complete FROM payment_writer.housekeeping_pass
-                 UNION ALL SELECT 0, created_at, true FROM payment_writer.database_identity
-             ), last AS (SELECT * FROM passes ORDER BY id DESC LIMIT 1)
-             SELECT last.started_at, last.is_complete,
-                    (SELECT started_at FROM passes WHERE is_complete ORDER BY id DESC LIMIT 1)
-             FROM last",
-            &[],
-        )
-        .await
-        .map_err(doing("cannot read the passes"))?;
-    let time = |index| {
-        Timestamp::try_from(row.get::<_, std::time::SystemTime>(index)).unwrap_or(Timestamp::UNIX_EPOCH)
-    };
+    let query = "
+        WITH passes AS (
+            SELECT id, started_at, is_complete FROM payment_writer.housekeeping_pass
+            UNION ALL SELECT 0, created_at, true FROM payment_writer.database_identity
+        ), last AS (SELECT * FROM passes ORDER BY id DESC LIMIT 1)
+        SELECT last.started_at, last.is_complete,
+            (SELECT started_at FROM passes WHERE is_complete ORDER BY id DESC LIMIT 1)
+        FROM last";
+    let row = client.query_one(query, &[]).await.map_err(doing("cannot read the passes"))?;
+    let time = |index| Timestamp::try_from(row.get::<_, SystemTime>(index)).unwrap_or(Timestamp::UNIX_EPOCH);
     Ok((time(0), row.get(1), time(2)))
 }
 
 /// Runs forever. Failures are logged and do not stop anything else.
 pub async fn run(settings: &Settings) {
-    let mut keeper = Keeper {
-        metrics: HousekeepingMetrics::default(),
-        client: None,
-        retry_at: None,
-        ticks: 0,
-        trouble: None,
-    };
+    let mut keeper = Keeper::default();
     loop {
         keeper.tick(settings).await;
         tokio::time::sleep(TICK).await;
     }
 }
 
+#[derive(Default)]
 struct Keeper {
     metrics: HousekeepingMetrics,
     client: Option<Client>,
@@ -93,7 +82,6 @@ struct Keeper {
 impl Keeper {
     async fn tick(&mut self, settings: &Settings) {
         if let Err(error) = self.look(settings).await {
-            self.client = None;
             self.complain(error.to_string());
         }
         self.ticks = self.ticks.wrapping_add(1);
@@ -116,7 +104,7 @@ impl Keeper {
             None => settings.postgres.housekeeping_url.endpoint().connect().await?.0,
         };
         let (began, was_complete, completed) = last_pass(&client).await?;
-        self.metrics.last_pass(completed);
+        self.metrics.last_pass.set(completed.as_second() as f64);
         let now = Timestamp::now();
         let due = settings.idempotency.prune_schedule.as_ref().and_then(|s| last_due(s, now));
         // A start time in the future comes from a wrong clock.
@@ -139,11 +127,11 @@ impl Keeper {
         let list = generations::list(&client).await?;
         let live = list.iter().filter(|g| matches!(g.state, State::Current | State::Older));
         self.metrics.generations(live.rev().map(|g| (g.rows, g.bytes)));
-        self.metrics.default_rows(months::default_rows(&client).await?);
+        self.metrics.default_rows.set(months::default_rows(&client).await? as f64);
         if self.ticks.is_multiple_of(HORIZON_TICKS) {
             match current_horizon(&client, settings).await {
                 Ok(Horizon::At(at, _)) => self.metrics.horizon(Some(at)),
-                Ok(Horizon::Held { .. }) | Err(_) => self.metrics.horizon(None),
+                Ok(Horizon::Held(..)) | Err(_) => self.metrics.horizon(None),
             }
         }
         self.client = Some(client);

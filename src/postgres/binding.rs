@@ -5,7 +5,17 @@ use tokio_postgres::{Client, GenericClient};
 use uuid::Uuid;
 
 use crate::domain::cursor::IdentityMismatch;
-use crate::postgres::schema::locks::{self, LockKey};
+use crate::postgres::schema::locks::LockKey;
+
+const BIND: &str = "
+    INSERT INTO payment_writer.bound_group (group_id, cluster_id, topic, topic_id, publishes)
+    VALUES ($1, $2, $3, $4, $5)
+    ON CONFLICT (only_row) DO UPDATE
+    SET group_id = excluded.group_id, publishes = excluded.publishes, bound_at = now()";
+const AUDIT: &str = "
+    INSERT INTO payment_writer.cursor_audit (command, topic, topic_id, before, after, reason)
+    VALUES ('run --adopt-database', $1, $2, jsonb_build_object('group', $3::text),
+        jsonb_build_object('group', $4::text), 'started with --adopt-database')";
 
 /// The group and topic that the first daemon binds a database to.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -49,23 +59,16 @@ pub async fn database_id(client: &Client) -> Result<Uuid, tokio_postgres::Error>
     client.query_one("SELECT database_id FROM payment_writer.database_identity", &[]).await?.try_get(0)
 }
 
-async fn bound<C: GenericClient>(client: &C) -> Result<Option<Binding>, tokio_postgres::Error> {
-    let row = client
-        .query_opt(
-            "SELECT group_id, cluster_id, topic, topic_id, publishes FROM payment_writer.bound_group",
-            &[],
-        )
-        .await?;
-    row.map(|row| {
-        Ok(Binding {
-            group_id: row.try_get(0)?,
-            cluster_id: row.try_get(1)?,
-            topic: row.try_get(2)?,
-            topic_id: row.try_get(3)?,
-            publishes: row.try_get(4)?,
-        })
-    })
-    .transpose()
+async fn bound(client: &impl GenericClient) -> Result<Option<Binding>, tokio_postgres::Error> {
+    let query = "SELECT group_id, cluster_id, topic, topic_id, publishes FROM payment_writer.bound_group";
+    let Some(row) = client.query_opt(query, &[]).await? else { return Ok(None) };
+    Ok(Some(Binding {
+        group_id: row.try_get(0)?,
+        cluster_id: row.try_get(1)?,
+        topic: row.try_get(2)?,
+        topic_id: row.try_get(3)?,
+        publishes: row.try_get(4)?,
+    }))
 }
 
 /// Checks that the database is bound to this group, topic and mode, or not bound at all.
@@ -78,9 +81,9 @@ pub async fn is_bound_to(
     let Some(found) = bound(client).await? else { return Ok(()) };
     let wanted = Binding { group_id: group_id.to_owned(), topic_id, publishes, ..found.clone() };
     if found.log() != wanted.log() {
-        return Err(
-            IdentityMismatch::OtherLog { bound: found.log(), found: format!("topic id {topic_id}") }.into()
-        );
+        let mismatch =
+            IdentityMismatch::OtherLog { bound: found.log(), found: format!("topic id {topic_id}") };
+        return Err(mismatch.into());
     }
     if found.group() != wanted.group() {
         return Err(IdentityMismatch::OtherGroup { bound: found.group(), found: wanted.group() }.into());
@@ -92,8 +95,7 @@ pub async fn is_bound_to(
 /// is bound to this one. A database of another topic never is, because its cursors are offsets of that topic.
 pub async fn bind(client: &mut Client, wanted: &Binding, adopts: bool) -> Result<(), BindingError> {
     let transaction = client.transaction().await?;
-    let key = [locks::CLASS, LockKey::Binding.number()];
-    transaction.query("SELECT pg_advisory_xact_lock($1, $2)", &[&key[0], &key[1]]).await?;
+    transaction.batch_execute(&format!("SELECT pg_advisory_xact_lock({})", LockKey::Binding)).await?;
     let found = bound(&transaction).await?;
     match &found {
         Some(found) if found == wanted => return Ok(()),
@@ -105,31 +107,13 @@ pub async fn bind(client: &mut Client, wanted: &Binding, adopts: bool) -> Result
         }
         _ => {}
     }
-    transaction
-        .execute(
-            "INSERT INTO payment_writer.bound_group (group_id, cluster_id, topic, topic_id, publishes)
-             VALUES ($1, $2, $3, $4, $5)
-             ON CONFLICT (only_row) DO UPDATE SET group_id = excluded.group_id,
-                 publishes = excluded.publishes, bound_at = now()",
-            &[&wanted.group_id, &wanted.cluster_id, &wanted.topic, &wanted.topic_id, &wanted.publishes],
-        )
-        .await?;
+    let Binding { group_id, cluster_id, topic, topic_id, publishes } = wanted;
+    transaction.execute(BIND, &[group_id, cluster_id, topic, topic_id, publishes]).await?;
     if let Some(found) = found {
         // `published` refers to the other group's events; this group's own offsets replace it.
-        transaction
-            .execute(
-                "UPDATE payment_writer.source_cursor SET published = NULL WHERE topic_id = $1",
-                &[&wanted.topic_id],
-            )
-            .await?;
-        transaction
-            .execute(
-                "INSERT INTO payment_writer.cursor_audit (command, topic, topic_id, before, after, reason)
-                 VALUES ('run --adopt-database', $1, $2, jsonb_build_object('group', $3::text),
-                     jsonb_build_object('group', $4::text), 'started with --adopt-database')",
-                &[&wanted.topic, &wanted.topic_id, &found.group(), &wanted.group()],
-            )
-            .await?;
+        let forget = "UPDATE payment_writer.source_cursor SET published = NULL WHERE topic_id = $1";
+        transaction.execute(forget, &[topic_id]).await?;
+        transaction.execute(AUDIT, &[topic, topic_id, &found.group(), &wanted.group()]).await?;
     }
     transaction.commit().await?;
     Ok(())

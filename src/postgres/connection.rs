@@ -5,18 +5,15 @@
 use std::error::Error as StdError;
 use std::time::Duration;
 
-use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
-use crate::config::{Endpoint, EndpointError};
+use crate::config::Endpoint;
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
 
 /// Timeout for opening a session: TCP, TLS, authentication, session settings. It also covers a server that
 /// accepts connections and then does not answer (stopped, out of memory).
 const CONNECT_DEADLINE: Duration = Duration::from_secs(15);
-/// Timeout for a free connection of a pool.
-const POOL_WAIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Settings of every session.
 ///
@@ -38,9 +35,6 @@ const SESSION_SETTINGS: &str = "\
 /// Why a connection could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The URL is invalid; never retried.
-    #[error(transparent)]
-    Url(#[from] EndpointError),
     /// The server cannot be reached or refuses the connection.
     #[error("cannot connect to {target}: {}", describe(.source))]
     Refused {
@@ -55,9 +49,6 @@ pub enum ConnectError {
         /// User, hosts and database.
         target: String,
     },
-    /// The pool cannot be built: an error in this program.
-    #[error("cannot build the connection pool: {0}")]
-    Pool(#[from] deadpool_postgres::BuildError),
 }
 
 impl ConnectError {
@@ -65,7 +56,7 @@ impl ConnectError {
     pub fn sqlstate(&self) -> Option<&str> {
         match self {
             Self::Refused { source, .. } => source.code().map(|c| c.code()),
-            Self::Url(_) | Self::TimedOut { .. } | Self::Pool(_) => None,
+            Self::TimedOut { .. } => None,
         }
     }
 }
@@ -127,36 +118,6 @@ impl Endpoint {
             Err(_) => Err(ConnectError::TimedOut { target: self.to_string() }),
         }
     }
-
-    /// A pool of at most `size` connections, which are opened on demand.
-    pub fn pool(&self, size: usize) -> Result<Pool, ConnectError> {
-        let manager = Manager::from_config(
-            self.config.clone(),
-            self.tls.clone(),
-            ManagerConfig { recycling_method: RecyclingMethod::Fast },
-        );
-        let prepare = Hook::async_fn(|client: &mut deadpool_postgres::ClientWrapper, _| {
-            Box::pin(async move { client.batch_execute(SESSION_SETTINGS).await.map_err(HookError::Backend) })
-        });
-        Ok(Pool::builder(manager)
-            .max_size(size)
-            .wait_timeout(Some(POOL_WAIT_TIMEOUT))
-            .create_timeout(Some(CONNECT_DEADLINE))
-            .recycle_timeout(Some(CONNECT_DEADLINE))
-            .post_create(prepare)
-            .runtime(Runtime::Tokio1)
-            .build()?)
-    }
-}
-
-/// Opens one connection; see [`Endpoint`].
-pub async fn connect(url: &str) -> Result<(Client, JoinHandle<()>), ConnectError> {
-    Endpoint::parse(url)?.connect().await
-}
-
-/// A pool of at most `size` connections; see [`Endpoint`].
-pub fn pool(url: &str, size: usize) -> Result<Pool, ConnectError> {
-    Endpoint::parse(url)?.pool(size)
 }
 
 #[cfg(test)]
@@ -166,7 +127,8 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_is_not_there_is_named_with_the_reason() {
         // No process listens on port 1 of the loopback, and unprivileged ones cannot.
-        let text = connect("postgres://writer:s3cret@127.0.0.1:1/payments").await.err().unwrap().to_string();
+        let endpoint = Endpoint::parse("postgres://writer:s3cret@127.0.0.1:1/payments").unwrap();
+        let text = endpoint.connect().await.err().unwrap().to_string();
         assert!(text.contains("writer@127.0.0.1:1/payments"), "{text}");
         assert!(text.to_lowercase().contains("refused"), "{text}");
         assert!(!text.contains("s3cret"), "{text}");

@@ -12,26 +12,24 @@ mod witness;
 
 use std::collections::HashMap;
 use std::pin::Pin;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use deadpool_postgres::Pool;
 use futures_util::{SinkExt, TryFutureExt, future};
-use tokio_postgres::types::ToSql;
+use tokio_postgres::types::{Timestamp, ToSql};
 use tokio_postgres::{CopyInSink, Statement};
 use uuid::Uuid;
 
-use self::bisect::Sifted;
+use self::bisect::Bisected;
 use self::claims::{Claiming, claim};
 use self::generations::OlderGeneration;
-use self::session::{Failed, Session};
+use self::session::{Session, store_error};
+use crate::config::Endpoint;
 use crate::domain::batch::{Answer, Batch, Outcomes, Owner, Refused, Rows, TableRows};
-use crate::domain::columns::{
-    ArrayParam, COPY_HEADER, COPY_TRAILER, from_postgres_timestamp, postgres_timestamp,
-};
+use crate::domain::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER};
 use crate::domain::cursor::{CursorRow, Identity};
-use crate::domain::outcome::{FailureClass, Outcome, Refusals};
-use crate::domain::record::{NextOffset, Offset, Partition};
+use crate::domain::outcome::{FailureClass, Outcome, Refusals, SQLSTATE_CURSOR_MOVED};
+use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
 use crate::domain::wire;
 use crate::failpoint;
 use crate::ports::{CursorMove, Store, StoreError, WriteStats};
@@ -45,119 +43,99 @@ const BISECT_TIMEOUT: Duration = Duration::from_secs(300);
 const COPY_CHUNK_BYTES: usize = 128 << 10;
 /// lock_not_available
 const SQLSTATE_LOCK_TIMEOUT: &str = "55P03";
-/// `timestamptz '-infinity'`: tells `move_cursors` that the last record has no timestamp.
-const MINUS_INFINITY: i64 = i64::MIN;
 
 /// One lane's store.
 pub struct PgStore {
-    pool: Pool,
+    connection: Connection,
     topic: String,
-    identity: Identity,
-    session: Option<Session>,
-    /// The last call failed with a lock timeout: the holder of the lock may be a hung process.
-    was_locked_out: bool,
     refusals: Refusals,
     claiming: Claiming,
 }
 
 impl PgStore {
-    /// A store that takes its session from `pool` on first use.
-    pub fn new(pool: Pool, topic: String, identity: Identity) -> Self {
-        Self {
-            pool,
-            topic,
-            identity,
-            session: None,
-            was_locked_out: false,
-            refusals: Refusals::default(),
-            claiming: Claiming::default(),
-        }
+    /// A store that connects on first use.
+    pub fn new(endpoint: Endpoint, topic: String, identity: Identity) -> Self {
+        let connection = Connection { endpoint, identity, session: None, was_locked_out: false };
+        Self { connection, topic, refusals: Refusals::default(), claiming: Claiming::default() }
     }
+}
 
-    /// The current session, or a new one. It is put back only after success, so a failed or cancelled call
-    /// drops its session.
-    async fn take_session(&mut self) -> Result<Session, StoreError> {
-        match self.session.take() {
-            Some(session) => Ok(session),
+/// The session of a lane, which is replaced after every error.
+struct Connection {
+    endpoint: Endpoint,
+    identity: Identity,
+    session: Option<Session>,
+    /// The last call failed with a lock timeout: the holder of the lock may be a hung process.
+    was_locked_out: bool,
+}
+
+impl Connection {
+    /// Runs `work` in the current session, or in a new one. The session is put back only after success, so a
+    /// failed or cancelled call drops its session.
+    async fn run<T>(
+        &mut self,
+        limit: Duration,
+        doing: &str,
+        work: impl AsyncFnOnce(&mut Session) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut session = match self.session.take() {
+            Some(session) => session,
             None => {
-                let session = Session::open(&self.pool, &self.identity).await?;
+                let session = Session::open(&self.endpoint, &self.identity).await?;
                 if std::mem::take(&mut self.was_locked_out) {
                     session.end_hung_sessions().await?;
                 }
-                Ok(session)
+                session
             }
+        };
+        let result = tokio::time::timeout(limit, work(&mut session)).await.unwrap_or_else(|_| {
+            let message = format!("{doing}: no answer within {} s", limit.as_secs());
+            Err(store_error(FailureClass::Transient, message))
+        });
+        match &result {
+            Ok(_) => self.session = Some(session),
+            Err(error) => self.was_locked_out = error.sqlstate.as_deref() == Some(SQLSTATE_LOCK_TIMEOUT),
         }
-    }
-
-    fn failed(&mut self, mut failure: StoreError) -> StoreError {
-        self.was_locked_out = failure.sqlstate.as_deref() == Some(SQLSTATE_LOCK_TIMEOUT);
-        if failure.class == FailureClass::Record {
-            // No single row is at fault, so the database is.
-            failure.class = FailureClass::Persistent;
-        }
-        failure
+        result
     }
 }
 
-async fn limited<T>(doing: &str, work: impl Future<Output = Result<T, Failed>>) -> Result<T, StoreError> {
-    limited_to(TRANSACTION_TIMEOUT, doing, work).await
+/// No single row is at fault, so the database is.
+fn fault_of_database(mut error: StoreError) -> StoreError {
+    if error.class == FailureClass::Record {
+        error.class = FailureClass::Persistent;
+    }
+    error
 }
 
-async fn limited_to<T>(
-    limit: Duration,
-    doing: &str,
-    work: impl Future<Output = Result<T, Failed>>,
-) -> Result<T, StoreError> {
-    match tokio::time::timeout(limit, work).await {
-        Ok(outcome) => outcome.map_err(StoreError::from),
-        Err(_) => Err(session::gave_up(doing, limit)),
+/// The timestamp of a record; `-infinity` if it has none, or one outside the range of payments, as a dead
+/// letter can.
+fn timestamp(at: Option<TimestampMs>) -> Timestamp<SystemTime> {
+    match at.filter(|at| (wire::TIMESTAMP_MIN..=wire::TIMESTAMP_MAX).contains(at)) {
+        Some(at) => Timestamp::Value(SystemTime::UNIX_EPOCH + Duration::from_millis(at.0.unsigned_abs())),
+        None => Timestamp::NegInfinity,
     }
 }
 
-/// The parameters of `move_cursors`: parallel arrays with one element per partition.
-struct Moves {
-    partitions: Vec<i32>,
-    seen: Vec<i64>,
-    applied: Vec<i64>,
-    published: Vec<Option<i64>>,
-    timestamps: Vec<Option<session::Timestamp>>,
-}
-
-impl Moves {
-    fn new(moves: &[CursorMove]) -> Self {
-        Self {
-            partitions: moves.iter().map(|m| m.partition.0).collect(),
-            seen: moves.iter().map(|m| m.seen.0).collect(),
-            applied: moves.iter().map(|m| m.applied.0).collect(),
-            published: moves.iter().map(|m| m.published.map(|p| p.0)).collect(),
-            timestamps: moves
-                .iter()
-                .map(|m| {
-                    m.timestamp.map(|t| {
-                        // A dead letter's timestamp can be outside the range of `timestamptz`.
-                        let t = t.filter(|t| (wire::TIMESTAMP_MIN..=wire::TIMESTAMP_MAX).contains(t));
-                        session::Timestamp(t.map_or(MINUS_INFINITY, postgres_timestamp))
-                    })
-                })
-                .collect(),
-        }
-    }
-}
-
-async fn move_cursors(session: &Session, topic_id: &Uuid, moves: &Moves) -> Result<(), Failed> {
+async fn move_cursors(session: &Session, topic_id: &Uuid, moves: &[CursorMove]) -> Result<(), StoreError> {
+    let partitions: Vec<i32> = moves.iter().map(|m| m.partition.0).collect();
+    let seen: Vec<i64> = moves.iter().map(|m| m.seen.0).collect();
+    let applied: Vec<i64> = moves.iter().map(|m| m.applied.0).collect();
+    let published: Vec<Option<i64>> = moves.iter().map(|m| m.published.map(|p| p.0)).collect();
+    let timestamps: Vec<_> = moves.iter().map(|m| m.timestamp.map(timestamp)).collect();
     let parameters: [&(dyn ToSql + Sync); 6] =
-        [topic_id, &moves.partitions, &moves.seen, &moves.applied, &moves.published, &moves.timestamps];
+        [topic_id, &partitions, &seen, &applied, &published, &timestamps];
     session.client.query(&session.move_cursors, &parameters).await?;
     Ok(())
 }
 
 /// Looks up `ids` in this generation and adds the owners found.
 async fn owners(
-    session: &mut Session,
+    session: &Session,
     generation: i64,
     ids: &ArrayParam,
     into: &mut HashMap<[u8; 16], Owner>,
-) -> Result<(), Failed> {
+) -> Result<(), StoreError> {
     let statement = session.owners_in(generation).await?;
     for row in session.client.query(&statement, &[ids]).await? {
         let id: Uuid = row.try_get(0)?;
@@ -187,12 +165,12 @@ fn array(ids: impl Iterator<Item = [u8; 16]>) -> Option<ArrayParam> {
 /// Looks up the owners of ids that must not be claimed: of records below `seen` in every generation, of the
 /// others in the older generations that may hold the id.
 async fn look_up(
-    session: &mut Session,
+    session: &Session,
     batch: &Batch,
     current: i64,
     older: &[OlderGeneration],
     stats: &mut WriteStats,
-) -> Result<Answer, Failed> {
+) -> Result<Answer, StoreError> {
     let mut answer = Answer::default();
     if let Some(ids) = array(batch.lookups()) {
         for generation in older.iter().map(|g| g.number).chain([current]) {
@@ -226,7 +204,7 @@ pub async fn feed(
     Ok(())
 }
 
-async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(), Failed> {
+async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(), StoreError> {
     if rows.count == 0 {
         return Ok(());
     }
@@ -240,12 +218,13 @@ async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(
     if copied == rows.count as u64 {
         Ok(())
     } else {
-        Err(Failed::unexpected(format!("COPY took {copied} rows of {}", rows.count)))
+        let message = format!("COPY took {copied} rows of {}", rows.count);
+        Err(store_error(FailureClass::Transient, message))
     }
 }
 
 /// Copies into all three tables in one round trip.
-async fn copy_at_once(session: &Session, rows: &TableRows) -> Result<(), Failed> {
+async fn copy_at_once(session: &Session, rows: &TableRows) -> Result<(), StoreError> {
     future::try_join3(
         copy(session, &session.copy_core, &rows.core),
         copy(session, &session.copy_metadata, &rows.metadata),
@@ -256,7 +235,7 @@ async fn copy_at_once(session: &Session, rows: &TableRows) -> Result<(), Failed>
 }
 
 /// Copies into one table after the other, so that the session stays usable after a refusal.
-async fn copy_in_turn(session: &Session, rows: &TableRows) -> Result<(), Failed> {
+async fn copy_in_turn(session: &Session, rows: &TableRows) -> Result<(), StoreError> {
     copy(session, &session.copy_core, &rows.core).await?;
     copy(session, &session.copy_metadata, &rows.metadata).await?;
     copy(session, &session.copy_notes, &rows.notes).await
@@ -281,27 +260,27 @@ async fn begin(
     session: &mut Session,
     topic_id: &Uuid,
     batch: &Batch,
-    moves: &Moves,
-) -> Result<Begun, Failed> {
+    moves: &[CursorMove],
+) -> Result<Begun, StoreError> {
     let at = Instant::now();
     // One round trip. The shared lock prevents a rotation until the commit. The current generation is read by
     // a separate statement, so that its snapshot is taken after the lock is granted.
     let (_, _, generations, ()) = future::try_join4(
-        session.client.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED").map_err(Failed::from),
-        session.client.query(&session.lock_generations, &[]).map_err(Failed::from),
-        session.client.query_one(&session.generations, &[]).map_err(Failed::from),
+        session.client.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED").map_err(StoreError::from),
+        session.client.query(&session.lock_generations, &[]).map_err(StoreError::from),
+        session.client.query_one(&session.generations, &[]).map_err(StoreError::from),
         move_cursors(session, topic_id, moves),
     )
     .await?;
     let current: i64 = generations.try_get(0)?;
     let older = older_generations(&generations)?;
-    session.forget_all_but(|g| g == current || older.iter().any(|o| o.number == g));
+    session.forget_rotated(current);
     let mut stats = WriteStats::default();
     let answer = look_up(session, batch, current, &older, &mut stats).await?;
     Ok(Begun { current, today: generations.try_get(4)?, answer, stats, at })
 }
 
-async fn commit(session: &Session, begun: Begun, outcomes: Outcomes) -> Result<Written, Failed> {
+async fn commit(session: &Session, begun: Begun, outcomes: Outcomes) -> Result<Written, StoreError> {
     let Begun { answer, mut stats, at, .. } = begun;
     stats.copy = at.elapsed().saturating_sub(stats.claim);
     failpoint::hit("before_postgres_commit");
@@ -316,9 +295,9 @@ async fn write_whole(
     session: &mut Session,
     topic_id: &Uuid,
     batch: &Batch,
-    moves: &Moves,
+    moves: &[CursorMove],
     claiming: &mut Claiming,
-) -> Result<Written, Failed> {
+) -> Result<Written, StoreError> {
     let mut begun = begin(session, topic_id, batch, moves).await?;
     let none = Refused::default();
     let mut claims = Vec::with_capacity(batch.claims_max());
@@ -330,7 +309,7 @@ async fn write_whole(
     commit(session, begun, outcomes).await
 }
 
-fn older_generations(row: &tokio_postgres::Row) -> Result<Vec<OlderGeneration>, Failed> {
+fn older_generations(row: &tokio_postgres::Row) -> Result<Vec<OlderGeneration>, StoreError> {
     let numbers: Vec<i64> = row.try_get(1)?;
     let v7: Vec<Option<i64>> = row.try_get(2)?;
     let other: Vec<Option<i64>> = row.try_get(3)?;
@@ -350,7 +329,7 @@ async fn store_in(
     topic: &str,
     topic_id: &Uuid,
     rows: &[(Partition, Option<NextOffset>, CursorRow)],
-) -> Result<(), Failed> {
+) -> Result<(), StoreError> {
     let partitions: Vec<i32> = rows.iter().map(|(p, ..)| p.0).collect();
     let seen: Vec<Option<i64>> = rows.iter().map(|(_, seen, _)| seen.map(|s| s.0)).collect();
     let applied: Vec<i64> = rows.iter().map(|(.., row)| row.applied.0).collect();
@@ -363,7 +342,9 @@ async fn store_in(
         .execute(session::INSERT_CURSORS, &[&topic, topic_id, &partitions, &seen, &applied, &published])
         .await?;
     if updated + inserted != rows.len() as u64 {
-        return Err(Failed::cursor_moved("a cursor changed during the recovery of its partition".to_owned()));
+        let message = "a cursor changed during the recovery of its partition".to_owned();
+        let error = store_error(FailureClass::Fenced, message);
+        return Err(StoreError { sqlstate: Some(SQLSTATE_CURSOR_MOVED.to_owned()), ..error });
     }
     // Deletes only the resolutions that were applied; one stored since then is applied later.
     let committed: Vec<Option<i64>> = rows.iter().map(|(.., row)| row.settled.map(|s| s.0)).collect();
@@ -376,17 +357,17 @@ async fn cursors_in(
     session: &Session,
     topic_id: &Uuid,
     partitions: &[Partition],
-) -> Result<Vec<(Partition, Option<CursorRow>)>, Failed> {
+) -> Result<Vec<(Partition, Option<CursorRow>)>, StoreError> {
     let numbers: Vec<i32> = partitions.iter().map(|p| p.0).collect();
     let mut found = HashMap::new();
     for row in session.client.query(&session.cursors, &[topic_id, &numbers]).await? {
-        let timestamp: Option<session::Timestamp> = row.try_get(3)?;
+        let timestamp: Option<SystemTime> = row.try_get(3)?;
         found.insert(
             Partition(row.try_get(0)?),
             CursorRow {
                 applied: NextOffset(row.try_get(1)?),
                 published: row.try_get::<_, Option<i64>>(2)?.map(NextOffset),
-                applied_timestamp: timestamp.map(|t| from_postgres_timestamp(t.0)),
+                applied_timestamp: timestamp.and_then(milliseconds),
                 settled: row.try_get::<_, Option<i64>>(4)?.map(NextOffset),
             },
         );
@@ -394,30 +375,28 @@ async fn cursors_in(
     Ok(partitions.iter().map(|p| (*p, found.remove(p))).collect())
 }
 
+/// `None` outside the years -9999 to 9999.
+fn milliseconds(at: SystemTime) -> Option<TimestampMs> {
+    jiff::Timestamp::try_from(at).ok().map(|at| TimestampMs(at.as_millisecond()))
+}
+
 impl Store for PgStore {
     async fn cursors(
         &mut self,
         partitions: &[Partition],
     ) -> Result<Vec<(Partition, Option<CursorRow>)>, StoreError> {
-        let session = self.take_session().await?;
-        let rows = limited("reading cursors", cursors_in(&session, &self.identity.topic_id, partitions))
-            .await
-            .map_err(|e| self.failed(e))?;
-        self.session = Some(session);
-        Ok(rows)
+        let topic_id = self.connection.identity.topic_id;
+        let read = async |session: &mut Session| cursors_in(session, &topic_id, partitions).await;
+        self.connection.run(TRANSACTION_TIMEOUT, "reading cursors", read).await.map_err(fault_of_database)
     }
 
     async fn store_cursors(
         &mut self,
         rows: &[(Partition, Option<NextOffset>, CursorRow)],
     ) -> Result<(), StoreError> {
-        let mut session = self.take_session().await?;
-        let topic_id = self.identity.topic_id;
-        limited("storing cursors", store_in(&mut session, &self.topic, &topic_id, rows))
-            .await
-            .map_err(|e| self.failed(e))?;
-        self.session = Some(session);
-        Ok(())
+        let topic_id = self.connection.identity.topic_id;
+        let store = async |session: &mut Session| store_in(session, &self.topic, &topic_id, rows).await;
+        self.connection.run(TRANSACTION_TIMEOUT, "storing cursors", store).await.map_err(fault_of_database)
     }
 
     async fn write(
@@ -425,47 +404,43 @@ impl Store for PgStore {
         batch: &Batch,
         moves: &[CursorMove],
     ) -> Result<(Outcomes, Answer, WriteStats), StoreError> {
-        let mut session = self.take_session().await?;
-        let moves = Moves::new(moves);
-        let topic_id = self.identity.topic_id;
-        let mut written = limited(
-            "writing a batch",
-            write_whole(&mut session, &topic_id, batch, &moves, &mut self.claiming),
-        )
-        .await;
-        if written.as_ref().is_err_and(|failure| failure.class == FailureClass::Record) {
-            // The old session cannot be used any more: the COPYs that were sent after the refused one confuse
-            // the driver (tokio-postgres reports the answers to their Syncs as unexpected).
-            drop(session);
-            session = self.take_session().await?;
-            let began = Instant::now();
-            let work = bisect::write(&mut session, &topic_id, batch, &moves, &mut self.refusals);
-            let doing = "finding the rows that the database refuses (a smaller batch.max_payments helps)";
-            written = match limited_to(BISECT_TIMEOUT, doing, work).await {
-                Ok(Sifted::Written(written)) => Ok(written),
-                Ok(Sifted::Undecided(failure)) => return Err(failure),
-                // A retry would take as long, so an operator must know.
-                Err(failure) if failure.sqlstate.is_none() && began.elapsed() >= BISECT_TIMEOUT => {
-                    Err(StoreError { class: FailureClass::Persistent, ..failure })
-                }
-                Err(failure) => Err(failure),
-            };
-        } else if let Ok((outcomes, ..)) = &written {
-            let rows = outcomes.0.iter().filter(|outcome| **outcome == Outcome::Written).count();
-            self.refusals.note(Instant::now(), rows, 0);
+        let Self { connection, refusals, claiming, .. } = self;
+        let topic_id = connection.identity.topic_id;
+        let whole =
+            async |session: &mut Session| write_whole(session, &topic_id, batch, moves, claiming).await;
+        match connection.run(TRANSACTION_TIMEOUT, "writing a batch", whole).await {
+            Ok(written) => {
+                let rows = written.0.0.iter().filter(|outcome| **outcome == Outcome::Written).count();
+                refusals.note(Instant::now(), rows, 0);
+                return Ok(written);
+            }
+            // A new session: the COPYs that were sent after the refused one confuse the driver
+            // (tokio-postgres reports the answers to their Syncs as unexpected).
+            Err(error) if error.class == FailureClass::Record => {}
+            Err(error) => return Err(error),
         }
-        let written = written.map_err(|e| self.failed(e))?;
-        self.session = Some(session);
-        Ok(written)
+        let began = Instant::now();
+        let doing = "finding the rows that the database refuses (a smaller batch.max_payments helps)";
+        let bisect =
+            async |session: &mut Session| bisect::write(session, &topic_id, batch, moves, refusals).await;
+        match connection.run(BISECT_TIMEOUT, doing, bisect).await {
+            Ok(Bisected::Written(written)) => Ok(written),
+            Ok(Bisected::Undecided(error)) => {
+                // Its transaction is still open.
+                connection.session = None;
+                Err(error)
+            }
+            // A retry would take as long, so an operator must know.
+            Err(error) if error.sqlstate.is_none() && began.elapsed() >= BISECT_TIMEOUT => {
+                Err(StoreError { class: FailureClass::Persistent, ..error })
+            }
+            Err(error) => Err(fault_of_database(error)),
+        }
     }
 
     async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), StoreError> {
-        let session = self.take_session().await?;
-        let moves = Moves::new(moves);
-        limited("moving cursors", move_cursors(&session, &self.identity.topic_id, &moves))
-            .await
-            .map_err(|e| self.failed(e))?;
-        self.session = Some(session);
-        Ok(())
+        let topic_id = self.connection.identity.topic_id;
+        let work = async |session: &mut Session| move_cursors(session, &topic_id, moves).await;
+        self.connection.run(TRANSACTION_TIMEOUT, "moving cursors", work).await.map_err(fault_of_database)
     }
 }

@@ -12,106 +12,86 @@
 use std::fmt;
 use std::time::Duration;
 
-use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, SimpleQueryMessage};
 
-use super::locks::{self, LockKey};
-use super::{SchemaError, doing};
+use super::locks::{LOCK_TIMEOUT_MS, LockKey, Step, with_short_locks};
+use super::{SchemaError, column, doing, value};
 use crate::domain::record::TimestampMs;
 
 /// The tables that are partitioned by month of `created_at`.
 pub const PARTITIONED_TABLES: [&str; 3] = ["payment_core", "payment_metadata", "payment_notes"];
 
 /// Number of months after the current one that are created in advance.
-pub const MONTHS_AHEAD: u32 = 2;
+const MONTHS_AHEAD: i32 = 2;
 
 /// Age in months up to which months are created for rows in the default partitions: a producer's wrong clock
 /// must not fill the catalog with tables.
-const MONTHS_BACK: u32 = 24;
+const MONTHS_BACK: i32 = 24;
 /// Most months that one pass creates for rows in the default partitions.
 const FOUND_MAX: i64 = 12;
 /// Timeout for moving rows out of a default partition without blocking writers.
 const MOVE_TIMEOUT: &str = "10min";
 
-/// Lock timeout: longest time that writers queue behind a lock request.
-const LOCK_TIMEOUT_MS: u32 = 50;
 /// Timeout for scanning the default partition under its lock.
 const STATEMENT_TIMEOUT_MS: u32 = 250;
 /// Attempts per table and month; after that it is left to the next start or the next day.
 const TRIES_MAX: u32 = 10;
 const BETWEEN_TRIES: Duration = Duration::from_millis(200);
 
-/// A calendar month, UTC.
+/// A calendar month, UTC: the number of months since January of the year 0.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Month {
-    year: i32,
-    /// 1 to 12.
-    month: u32,
-}
+pub struct Month(i32);
+
+/// The month of the SQL timestamp `t`.
+const MONTH_OF_T: &str = "(extract(year FROM t) * 12 + extract(month FROM t))::int - 1";
 
 /// The form used in table names: `2026_03`.
 impl fmt::Display for Month {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:04}_{:02}", self.year, self.month)
+        let (year, month) = self.parts();
+        write!(f, "{year:04}_{month:02}")
     }
 }
 
 impl Month {
     /// `None` unless `month` is 1 to 12 and `year` 1 to 9998.
-    pub fn new(year: i32, month: u32) -> Option<Self> {
-        ((1..=12).contains(&month) && (1..=9998).contains(&year)).then_some(Self { year, month })
+    pub fn new(year: i32, month: i32) -> Option<Self> {
+        ((1..=12).contains(&month) && (1..=9998).contains(&year)).then_some(Self(year * 12 + month - 1))
     }
 
     /// The current month by the database's clock.
     pub async fn current(client: &Client) -> Result<Self, SchemaError> {
-        let row = client
-            .query_one(
-                "SELECT extract(year FROM t)::int, extract(month FROM t)::int FROM (SELECT now() AT TIME ZONE 'UTC' AS t) AS n",
-                &[],
-            )
-            .await
-            .map_err(doing("cannot read the database's clock"))?;
-        Ok(Self { year: row.get(0), month: row.get::<_, i32>(1).unsigned_abs() })
+        let query = format!("SELECT {MONTH_OF_T} FROM (SELECT now() AT TIME ZONE 'UTC' AS t) AS n");
+        Ok(Self(value(client, "cannot read the database's clock", &query, &[]).await?))
     }
 
     /// The month of this time; `None` outside the years 1 to 9998.
     pub fn of(at: TimestampMs) -> Option<Self> {
         let date = jiff::Timestamp::from_millisecond(at.0).ok()?.to_zoned(jiff::tz::TimeZone::UTC).date();
-        Self::new(date.year().into(), date.month().unsigned_abs().into())
+        Self::new(date.year().into(), date.month().into())
     }
 
-    /// The month before this one.
-    #[must_use]
-    pub fn previous(self) -> Self {
-        match self.month {
-            1 => Self { year: self.year - 1, month: 12 },
-            _ => Self { month: self.month - 1, ..self },
-        }
+    /// Year, and month from 1 to 12.
+    fn parts(self) -> (i32, i32) {
+        (self.0.div_euclid(12), self.0.rem_euclid(12) + 1)
     }
 
-    /// The month `months` before this one.
+    /// The month `months` after this one.
     #[must_use]
-    pub fn back(self, months: u32) -> Self {
-        (0..months).fold(self, |month, _| month.previous())
-    }
-
-    /// The month after this one.
-    #[must_use]
-    pub fn next(self) -> Self {
-        match self.month {
-            12 => Self { year: self.year + 1, month: 1 },
-            _ => Self { month: self.month + 1, ..self },
-        }
+    fn plus(self, months: i32) -> Self {
+        Self(self.0 + months)
     }
 
     /// The SQL condition for rows of this month.
     pub fn condition(self) -> String {
-        format!("created_at >= {} AND created_at < {}", self.start(), self.next().start())
+        format!("created_at >= {} AND created_at < {}", self.start(), self.plus(1).start())
     }
 
     /// The start of the month as a SQL literal.
     fn start(self) -> String {
-        format!("'{:04}-{:02}-01 00:00:00+00'", self.year, self.month)
+        let (year, month) = self.parts();
+        format!("'{year:04}-{month:02}-01 00:00:00+00'")
     }
 }
 
@@ -156,12 +136,12 @@ pub struct MonthsReport {
 pub async fn keep(client: &mut Client, kept: Option<u32>) -> Result<MonthsReport, SchemaError> {
     let current = Month::current(client).await?;
     // From the previous month on: at the start of a month, unread records are still of the previous one.
-    let mut report = make_months(client, current.previous(), MONTHS_AHEAD + 2).await?;
+    let mut report = make_months(client, current.plus(-1), MONTHS_AHEAD + 2).await?;
     for month in found_in_default(client, current).await? {
         add_month(client, month, &mut report).await?;
     }
     if let Some(kept) = kept {
-        archive(client, current.back(kept), &mut report).await?;
+        archive(client, current.plus(-i32::try_from(kept).unwrap_or(i32::MAX)), &mut report).await?;
     }
     Ok(report)
 }
@@ -172,40 +152,29 @@ pub async fn default_rows(client: &Client) -> Result<i64, SchemaError> {
         .iter()
         .map(|t| format!("(SELECT count(*) FROM (SELECT FROM payment_writer.{t}_default LIMIT 100000) AS r)"))
         .collect();
-    let row = client
-        .query_one(&format!("SELECT {}", counts.join(" + ")), &[])
-        .await
-        .map_err(doing("cannot count the rows of the default partitions"))?;
-    Ok(row.get(0))
+    let query = format!("SELECT {}", counts.join(" + "));
+    value(client, "cannot count the rows of the default partitions", &query, &[]).await
 }
 
 /// Months of rows in the default partitions, oldest first.
 async fn found_in_default(client: &Client, current: Month) -> Result<Vec<Month>, SchemaError> {
-    let mut end = current;
-    for _ in 0..=MONTHS_AHEAD {
-        end = end.next();
-    }
     let of_table: Vec<String> = PARTITIONED_TABLES
         .iter()
         .map(|table| {
             format!(
-                "SELECT date_trunc('month', created_at AT TIME ZONE 'UTC') AS m FROM \
+                "SELECT date_trunc('month', created_at AT TIME ZONE 'UTC') AS t FROM \
                  payment_writer.{table}_default WHERE created_at >= {} AND created_at < {}",
-                current.back(MONTHS_BACK).start(),
-                end.start()
+                current.plus(-MONTHS_BACK).start(),
+                current.plus(MONTHS_AHEAD + 1).start()
             )
         })
         .collect();
     let select = format!(
-        "SELECT extract(year FROM m)::int, extract(month FROM m)::int FROM ({}) AS found \
-         GROUP BY m ORDER BY m LIMIT {FOUND_MAX}",
+        "SELECT {MONTH_OF_T} FROM ({}) AS found GROUP BY t ORDER BY t LIMIT {FOUND_MAX}",
         of_table.join(" UNION ALL ")
     );
-    let rows = client.query(&select, &[]).await.map_err(doing("cannot read the default partitions"))?;
-    Ok(rows
-        .iter()
-        .map(|row| Month { year: row.get(0), month: row.get::<_, i32>(1).unsigned_abs() })
-        .collect())
+    let months = column(client, "cannot read the default partitions", &select, &[]).await?;
+    Ok(months.into_iter().map(Month).collect())
 }
 
 /// Detaches the months before `first_kept` and renames them. The parent is locked briefly, with the same lock
@@ -216,20 +185,14 @@ async fn archive(
     report: &mut MonthsReport,
 ) -> Result<(), SchemaError> {
     for table in PARTITIONED_TABLES {
-        let attached = client
-            .query(
-                "SELECT c.relname::text FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid \
-                 WHERE i.inhparent = to_regclass($1) AND c.relname ~ $2 AND c.relname < $3 ORDER BY 1",
-                &[
-                    &format!("payment_writer.{table}"),
-                    &format!("^{table}_[0-9]{{4}}_[0-9]{{2}}$"),
-                    &format!("{table}_{first_kept}"),
-                ],
-            )
-            .await
-            .map_err(doing(format!("cannot read the months of {table}")))?;
-        for row in &attached {
-            let partition: String = row.get(0);
+        let older = "
+            SELECT c.relname::text FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+            WHERE i.inhparent = to_regclass($1) AND c.relname ~ $2 AND c.relname < $3 ORDER BY 1";
+        let parent = format!("payment_writer.{table}");
+        let pattern = format!("^{table}_[0-9]{{4}}_[0-9]{{2}}$");
+        let end = format!("{table}_{first_kept}");
+        let doing_this = format!("cannot read the months of {table}");
+        for partition in column::<String>(client, &doing_this, older, &[&parent, &pattern, &end]).await? {
             match hand_over(client, table, &partition).await {
                 Ok(Some(archived)) => report.archived.push(archived),
                 Ok(None) => report.waiting.push((partition, Obstacle::Locked)),
@@ -248,61 +211,38 @@ async fn hand_over(
     partition: &str,
 ) -> Result<Option<String>, tokio_postgres::Error> {
     // The name can exist already if late records of the same month were archived before.
-    let row = client
-        .query_one(
-            "SELECT name FROM (SELECT 'archived_' || $1 || suffix AS name, n
-                 FROM (SELECT n, CASE n WHEN 1 THEN '' ELSE '_' || n END AS suffix FROM generate_series(1, 1000) AS n) AS s
-             ) AS names
-             WHERE to_regclass('payment_writer.' || name) IS NULL ORDER BY n LIMIT 1",
-            &[&partition],
-        )
-        .await?;
-    let archived: String = row.get(0);
-    // The parent, whose lock blocks everyone, is locked last and briefly. All statements are in one message,
-    // so that a process that is stopped or disconnected does not keep the lock.
-    let transaction = format!(
-        "BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS};
-         SELECT pg_advisory_xact_lock({class}, {key});
+    let free_name = "
+        SELECT name FROM generate_series(1, 1000) AS n,
+            concat('archived_', $1::text, CASE WHEN n > 1 THEN '_' || n END) AS name
+        WHERE to_regclass('payment_writer.' || name) IS NULL ORDER BY n LIMIT 1";
+    let archived: String = client.query_one(free_name, &[&partition]).await?.get(0);
+    // The parent, whose lock blocks everyone, is locked last and briefly.
+    let detach = format!(
+        "SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS};
+         SELECT pg_advisory_xact_lock({lock});
          LOCK TABLE payment_writer.{partition} IN ACCESS EXCLUSIVE MODE;
          LOCK TABLE payment_writer.{table}_default IN ACCESS EXCLUSIVE MODE;
          ALTER TABLE payment_writer.{table} DETACH PARTITION payment_writer.{partition};
-         ALTER TABLE payment_writer.{partition} RENAME TO {archived};
-         COMMIT",
-        class = locks::CLASS,
-        key = LockKey::Months.number(),
+         ALTER TABLE payment_writer.{partition} RENAME TO {archived}",
+        lock = LockKey::Months,
     );
-    for attempt in 1..=TRIES_MAX {
-        let Err(error) = client.batch_execute(&transaction).await else { return Ok(Some(archived)) };
-        client.batch_execute("ROLLBACK").await?;
-        match error.code() {
-            Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED) => {}
-            // Another daemon detached it.
-            Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
-            _ => return Err(error),
-        }
-        if attempt < TRIES_MAX {
-            tokio::time::sleep(BETWEEN_TRIES).await;
-        }
+    let retried = [SqlState::LOCK_NOT_AVAILABLE, SqlState::QUERY_CANCELED];
+    match with_short_locks(client, &detach, &retried, TRIES_MAX, BETWEEN_TRIES).await {
+        Ok(step) => Ok((step == Step::Done).then_some(archived)),
+        // Another daemon detached it.
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(None),
+        Err(error) => Err(error),
     }
-    Ok(None)
-}
-
-/// Creates the current month and the next [`MONTHS_AHEAD`] if they are missing; the daemon uses [`keep`].
-///
-/// Can run concurrently. The role must own the payment tables. Waits for a lock at most 50 ms at a time.
-/// Months that cannot be created are in the report and are not an error.
-pub async fn make_months_ahead(client: &mut Client) -> Result<MonthsReport, SchemaError> {
-    let current = Month::current(client).await?;
-    make_months(client, current, MONTHS_AHEAD + 1).await
 }
 
 /// Creates `count` months from `first` on if they are missing.
-pub async fn make_months(client: &mut Client, first: Month, count: u32) -> Result<MonthsReport, SchemaError> {
+///
+/// Can run concurrently. The role must own the payment tables. Waits for a lock at most 50 ms at a time.
+/// Months that cannot be created are in the report and are not an error.
+pub async fn make_months(client: &mut Client, first: Month, count: i32) -> Result<MonthsReport, SchemaError> {
     let mut report = MonthsReport::default();
-    let mut month = first;
-    for _ in 0..count {
-        add_month(client, month, &mut report).await?;
-        month = month.next();
+    for n in 0..count {
+        add_month(client, first.plus(n), &mut report).await?;
     }
     Ok(report)
 }
@@ -341,14 +281,14 @@ async fn make_month(
         }
         match attach(client, table, partition, month).await {
             Ok(made) => return Ok(made),
-            Err(e) => match e.code() {
-                Some(&SqlState::LOCK_NOT_AVAILABLE) if attempt < TRIES_MAX => {
-                    tokio::time::sleep(BETWEEN_TRIES).await;
-                }
-                Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(Made::Not(Obstacle::Locked)),
-                Some(&SqlState::QUERY_CANCELED) => return Ok(Made::Not(Obstacle::TooLarge)),
-                _ => return Err(doing(format!("cannot make {partition}"))(e)),
-            },
+            Err(e) if e.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {}
+            Err(e) if e.code() == Some(&SqlState::QUERY_CANCELED) => {
+                return Ok(Made::Not(Obstacle::TooLarge));
+            }
+            Err(e) => return Err(doing(format!("cannot make {partition}"))(e)),
+        }
+        if attempt < TRIES_MAX {
+            tokio::time::sleep(BETWEEN_TRIES).await;
         }
     }
     Ok(Made::Not(Obstacle::Locked))
@@ -356,15 +296,13 @@ async fn make_month(
 
 /// Whether a table of that name exists already.
 async fn look_for(client: &Client, table: &str, partition: &str) -> Result<Option<Made>, SchemaError> {
-    let rows = client
-        .query(
-            "SELECT EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid AND i.inhparent = \
-             to_regclass($1)) FROM pg_class c WHERE c.oid = to_regclass($2)",
-            &[&format!("payment_writer.{table}"), &format!("payment_writer.{partition}")],
-        )
-        .await
-        .map_err(doing(format!("cannot look for {partition}")))?;
-    Ok(rows.first().map(|row| if row.get(0) { Made::Before } else { Made::Not(Obstacle::NameTaken) }))
+    let query = "
+        SELECT EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid AND i.inhparent = to_regclass($1))
+        FROM pg_class c WHERE c.oid = to_regclass($2)";
+    let names = [table, partition].map(|name| format!("payment_writer.{name}"));
+    let doing_this = format!("cannot look for {partition}");
+    let is_attached = column(client, &doing_this, query, &[&names[0], &names[1]]).await?;
+    Ok(is_attached.first().map(|yes| if *yes { Made::Before } else { Made::Not(Obstacle::NameTaken) }))
 }
 
 async fn attach(
@@ -380,52 +318,41 @@ async fn attach(
         .batch_execute(&format!(
             "SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; \
              SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
-             SELECT pg_advisory_xact_lock({}, {})",
-            locks::CLASS,
-            LockKey::Months.number()
+             SELECT pg_advisory_xact_lock({})",
+            LockKey::Months
         ))
         .await?;
     // Read from the catalog: `to_regclass` may use a cache that an advisory lock does not refresh.
-    let made_meanwhile = transaction
-        .query(
-            "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-             WHERE n.nspname = 'payment_writer' AND c.relname = $1",
-            &[&partition],
-        )
-        .await?;
-    if !made_meanwhile.is_empty() {
+    let made_meanwhile = "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                          WHERE n.nspname = 'payment_writer' AND c.relname = $1";
+    if transaction.query_opt(made_meanwhile, &[&partition]).await?.is_some() {
         return Ok(Made::Before);
     }
-    let in_month = month.condition();
     let move_rows = format!(
-        "WITH moved AS (DELETE FROM payment_writer.{table}_default WHERE {in_month} RETURNING *) \
-         INSERT INTO payment_writer.{partition} SELECT * FROM moved"
+        "WITH moved AS (DELETE FROM payment_writer.{table}_default WHERE {} RETURNING *) \
+         INSERT INTO payment_writer.{partition} SELECT * FROM moved",
+        month.condition()
     );
-    transaction
-        .batch_execute(&format!(
-            "CREATE TABLE payment_writer.{partition} \
-               (LIKE payment_writer.{table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE); \
-             SET LOCAL statement_timeout = '{MOVE_TIMEOUT}'"
-        ))
-        .await?;
-    // Most rows, without blocking writers; other sessions always see each row in exactly one of the tables.
-    let mut moved = transaction.execute(&move_rows, &[]).await?;
-    transaction
-        .batch_execute(&format!(
-            "SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
-             LOCK TABLE payment_writer.{table}_default IN ACCESS EXCLUSIVE MODE"
-        ))
-        .await?;
-    // Then the rows written meanwhile.
-    moved += transaction.execute(&move_rows, &[]).await?;
-    transaction
-        .batch_execute(&format!(
-            "ALTER TABLE payment_writer.{table} ATTACH PARTITION payment_writer.{partition} \
-             FOR VALUES FROM ({}) TO ({})",
-            month.start(),
-            month.next().start()
-        ))
-        .await?;
+    // The first time moves most rows, without blocking writers, the second those written meanwhile; other
+    // sessions always see each row in exactly one of the tables.
+    let attach = format!(
+        "CREATE TABLE payment_writer.{partition} \
+           (LIKE payment_writer.{table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE); \
+         SET LOCAL statement_timeout = '{MOVE_TIMEOUT}'; \
+         {move_rows}; \
+         SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
+         LOCK TABLE payment_writer.{table}_default IN ACCESS EXCLUSIVE MODE; \
+         {move_rows}; \
+         ALTER TABLE payment_writer.{table} ATTACH PARTITION payment_writer.{partition} \
+         FOR VALUES FROM ({}) TO ({})",
+        month.start(),
+        month.plus(1).start()
+    );
+    let rows = |message: &SimpleQueryMessage| match message {
+        SimpleQueryMessage::CommandComplete(rows) => *rows,
+        _ => 0,
+    };
+    let moved = transaction.simple_query(&attach).await?.iter().map(rows).sum();
     transaction.commit().await?;
     Ok(Made::Now(moved))
 }
@@ -438,8 +365,8 @@ mod tests {
     fn months_follow_each_other_over_the_year() {
         let december = Month::new(2026, 12).unwrap();
         assert_eq!(december.to_string(), "2026_12");
-        assert_eq!(december.next().to_string(), "2027_01");
-        assert_eq!(december.next().start(), "'2027-01-01 00:00:00+00'");
+        assert_eq!(december.plus(1).to_string(), "2027_01");
+        assert_eq!(december.plus(1).start(), "'2027-01-01 00:00:00+00'");
     }
 
     #[test]

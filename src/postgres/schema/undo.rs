@@ -2,10 +2,8 @@
 
 use tokio_postgres::{Client, Transaction};
 
-use super::{
-    DDL_LOCK_TIMEOUT_MS, HISTORY, SCHEMA, SchemaError, SchemaVersion, StepState, alone, doing, known, names,
-    status,
-};
+use super::migrate::alone;
+use super::{HISTORY, SCHEMA, SchemaError, SchemaVersion, StepState, column, doing, known, status, value};
 
 /// Tables whose rows cannot be recovered by migrating again.
 const PRECIOUS: &[&str] = &["payment_core", "idempotency", "source_cursor", "dead_letter_replay"];
@@ -43,8 +41,6 @@ pub async fn undo(client: &mut Client, count: u32, force: bool) -> Result<UndoRe
         let mut undone = Vec::new();
         for (version, step) in steps {
             let transaction = client.transaction().await.map_err(doing("cannot begin"))?;
-            let settings = format!("SET LOCAL lock_timeout = {DDL_LOCK_TIMEOUT_MS}");
-            transaction.batch_execute(&settings).await.map_err(doing("cannot prepare the transaction"))?;
             if !force {
                 refuse_if_not_empty(&transaction).await?;
             }
@@ -72,20 +68,16 @@ pub async fn undo(client: &mut Client, count: u32, force: bool) -> Result<UndoRe
 
 /// Fails if a table has rows. Locks the tables until the transaction ends, so that empty ones stay empty.
 async fn refuse_if_not_empty(transaction: &Transaction<'_>) -> Result<(), SchemaError> {
-    let present = transaction
-        .query(
-            "SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass('payment_writer.' || name) IS NOT NULL",
-            &[&PRECIOUS],
-        )
-        .await
-        .map_err(doing("cannot look for the tables"))?;
+    let present = "
+        SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass('payment_writer.' || name) IS NOT NULL";
+    let present: Vec<String> =
+        column(transaction, "cannot look for the tables", present, &[&PRECIOUS]).await?;
     let mut filled = Vec::new();
-    for table in names(&present) {
+    for table in present {
         let lock = format!("LOCK TABLE {SCHEMA}.{table} IN ACCESS EXCLUSIVE MODE");
         transaction.batch_execute(&lock).await.map_err(doing(format!("cannot lock {table}")))?;
         let exists = format!("SELECT EXISTS (SELECT FROM {SCHEMA}.{table})");
-        let row = transaction.query_one(&exists, &[]).await.map_err(doing(format!("cannot read {table}")))?;
-        if row.get(0) {
+        if value(transaction, &format!("cannot read {table}"), &exists, &[]).await? {
             filled.push(table);
         }
     }

@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::session::{Failed, Session, under_savepoint};
-use super::{Begun, Moves, Written, begin, claim, commit, copy_in_turn, witness};
+use super::session::{Session, store_error};
+use super::{Begun, Written, begin, claim, commit, copy_in_turn, witness};
 use crate::domain::batch::{Batch, Claim, Refused};
 use crate::domain::outcome::{FailureClass, Refusals, SqlState};
 use crate::failpoint;
-use crate::ports::StoreError;
+use crate::ports::{CursorMove, StoreError};
 use crate::postgres::schema::months::PARTITIONED_TABLES;
 use crate::telemetry::logging::RateLimited;
 
@@ -34,7 +34,7 @@ const SAMPLE_FIRST_MIN: usize = 1_000;
 const SAMPLE_AFTER: usize = 11;
 
 /// Result of bisecting a batch.
-pub(super) enum Sifted {
+pub(super) enum Bisected {
     /// All rows that the database accepts are written; the others are dead-lettered.
     Written(Written),
     /// Rows are refused, possibly by a fault of the database. Nothing is written.
@@ -49,17 +49,18 @@ pub(super) async fn write(
     session: &mut Session,
     topic_id: &Uuid,
     batch: &Batch,
-    moves: &Moves,
+    moves: &[CursorMove],
     refusals: &mut Refusals,
-) -> Result<Sifted, Failed> {
+) -> Result<Bisected, StoreError> {
     let mut begun = begin(session, topic_id, batch, moves).await?;
+    let session = &*session;
     begun.stats.claim = begun.at.elapsed();
     lock(session, begun.current).await?;
     let mut sieve = Sieve { session, batch, begun: &mut begun, refusals, rows: 0, suspects: 0, tries: 0 };
     let refused = sieve.bisect().await?;
     let Sieve { rows, tries, .. } = sieve;
     if let Some(sqlstate) = witness::missing(session, batch, &begun, &refused).await? {
-        return Ok(Sifted::Undecided(undecided(refused.len(), rows, sqlstate)));
+        return Ok(Bisected::Undecided(undecided(refused.len(), rows, sqlstate)));
     }
     let outcomes = batch.decide(&begun.answer, &refused);
     let written = commit(session, begun, outcomes).await?;
@@ -76,24 +77,29 @@ pub(super) async fn write(
             "the database refused rows of a batch: they are dead-lettered, all others are written"
         );
     }
-    Ok(Sifted::Written(written))
+    Ok(Bisected::Written(written))
 }
 
 fn undecided(refused: usize, rows: usize, sqlstate: SqlState) -> StoreError {
-    StoreError {
-        class: FailureClass::Record,
-        sqlstate: Some(sqlstate.to_string()),
-        message: format!(
-            "the database refuses {refused} of the {rows} rows of this batch (SQLSTATE {sqlstate}), and \
-             accepts no other row in their place: it is assumed to be at fault, and no row is dead-lettered"
-        ),
-        identity: None,
-    }
+    let message = format!(
+        "the database refuses {refused} of the {rows} rows of this batch (SQLSTATE {sqlstate}), and accepts \
+         no other row in their place: it is assumed to be at fault, and no row is dead-lettered"
+    );
+    StoreError { sqlstate: Some(sqlstate.to_string()), ..store_error(FailureClass::Record, message) }
+}
+
+/// So many rows were refused that the database is assumed to be at fault.
+fn too_many(last: SqlState, refused: usize, rows: usize) -> StoreError {
+    let message = format!(
+        "the database refuses too many rows ({refused} of {rows}, the last with SQLSTATE {last}): it is \
+         assumed to be at fault, and no row is dead-lettered"
+    );
+    StoreError { sqlstate: Some(last.to_string()), ..store_error(FailureClass::Persistent, message) }
 }
 
 /// Prevents changes of constraints and triggers until the transaction ends: these need stronger locks, also
 /// on a single month's table.
-async fn lock(session: &Session, generation: i64) -> Result<(), Failed> {
+async fn lock(session: &Session, generation: i64) -> Result<(), StoreError> {
     let mut tables = PARTITIONED_TABLES.map(|table| format!("payment_writer.{table}")).to_vec();
     tables.push(format!("payment_writer.idempotency_g{generation}"));
     let lock = format!("LOCK TABLE {} IN ROW EXCLUSIVE MODE", tables.join(", "));
@@ -108,7 +114,7 @@ enum Taken {
 }
 
 struct Sieve<'s> {
-    session: &'s mut Session,
+    session: &'s Session,
     batch: &'s Batch,
     begun: &'s mut Begun,
     refusals: &'s Refusals,
@@ -121,7 +127,7 @@ struct Sieve<'s> {
 
 impl Sieve<'_> {
     /// Claims and writes all rows of the batch that the database accepts; returns the others.
-    async fn bisect(&mut self) -> Result<Refused, Failed> {
+    async fn bisect(&mut self) -> Result<Refused, StoreError> {
         let mut refused = Refused::default();
         let owners = &self.begun.answer.owners;
         let whole: Vec<Claim> =
@@ -157,7 +163,7 @@ impl Sieve<'_> {
 
     /// Writes the acceptable rows of these parts, starting with the last part; returns the rows that were
     /// refused individually.
-    async fn halves(&mut self, mut parts: Vec<Vec<Claim>>) -> Result<Vec<Claim>, Failed> {
+    async fn halves(&mut self, mut parts: Vec<Vec<Claim>>) -> Result<Vec<Claim>, StoreError> {
         let mut suspects = Vec::new();
         let mut sample_at = SAMPLE_AFTER;
         while let Some(part) = parts.pop() {
@@ -170,7 +176,7 @@ impl Sieve<'_> {
             self.suspects += 1;
             failpoint::hit("after_part_refused");
             if let Some((refused, rows)) = self.refusals.excess(Instant::now(), self.rows, self.suspects) {
-                return Err(Failed::ill(sqlstate, refused, rows));
+                return Err(too_many(sqlstate, refused, rows));
             }
             if suspects.len() == sample_at {
                 sample_at *= 2;
@@ -182,7 +188,7 @@ impl Sieve<'_> {
 
     /// Tries random rows without writing them, and gives up if most are refused: bisecting holds table locks
     /// that would delay a repair of the tables.
-    async fn sample(&mut self, parts: &[Vec<Claim>]) -> Result<(), Failed> {
+    async fn sample(&mut self, parts: &[Vec<Claim>]) -> Result<(), StoreError> {
         let rest: usize = parts.iter().map(Vec::len).sum();
         if rest < SAMPLE {
             return Ok(());
@@ -195,7 +201,7 @@ impl Sieve<'_> {
                 Some(sqlstate) => {
                     refused += 1;
                     if refused > SAMPLE / 2 {
-                        return Err(Failed::ill(sqlstate, refused, refused + taken));
+                        return Err(too_many(sqlstate, refused, refused + taken));
                     }
                 }
                 None => {
@@ -210,10 +216,10 @@ impl Sieve<'_> {
     }
 
     /// Claims and writes these rows. Returns the SQLSTATE if they are refused; then nothing was changed.
-    async fn attempt(&mut self, part: &[Claim], taken: Taken) -> Result<Option<SqlState>, Failed> {
+    async fn attempt(&mut self, part: &[Claim], taken: Taken) -> Result<Option<SqlState>, StoreError> {
         self.tries += 1;
         let Self { session, batch, begun, .. } = self;
-        let work = async |session: &mut Session| {
+        let work = async {
             let owners = &mut begun.answer.owners;
             claim(session, begun.current, part, owners).await?;
             let mut written: Vec<u32> =
@@ -221,7 +227,7 @@ impl Sieve<'_> {
             written.sort_unstable();
             copy_in_turn(session, &batch.rows_at(&written)).await
         };
-        under_savepoint(session, taken == Taken::Stay, work).await
+        session.under_savepoint(taken == Taken::Stay, work).await
     }
 }
 

@@ -16,10 +16,12 @@ use futures_util::{TryFutureExt, future};
 use uuid::Uuid;
 
 use super::recent::Recent;
-use super::session::{Failed, Session};
+use super::session::{Session, store_error};
 use super::{Begun, array, copy, owners};
 use crate::domain::batch::{Claim, Owner, Rows};
 use crate::domain::columns::{ArrayParam, postgres_timestamp};
+use crate::domain::outcome::FailureClass;
+use crate::ports::StoreError;
 
 /// unique_violation
 const SQLSTATE_UNIQUE: &str = "23505";
@@ -40,10 +42,10 @@ impl Claiming {
     /// Claims the free ids; adds the owners of the others.
     pub(super) async fn claim(
         &mut self,
-        session: &mut Session,
+        session: &Session,
         begun: &mut Begun,
         mut claims: Vec<Claim>,
-    ) -> Result<(), Failed> {
+    ) -> Result<(), StoreError> {
         let known = begun.answer.owners.len();
         self.ask_first = self.ask_first.saturating_sub(1);
         // Sorted by id, like the claims.
@@ -65,11 +67,11 @@ impl Claiming {
     /// Methods 1 and 2. Returns false if both failed: then `claims` are still to be claimed.
     async fn copy_what_is_free(
         &mut self,
-        session: &mut Session,
+        session: &Session,
         begun: &mut Begun,
         claims: &mut Vec<Claim>,
         suspects: &[[u8; 16]],
-    ) -> Result<bool, Failed> {
+    ) -> Result<bool, StoreError> {
         if self.ask_first == 0 {
             sort_out(session, begun, claims, suspects.iter().copied()).await?;
             if copied(session, begun, claims).await? {
@@ -90,11 +92,11 @@ impl Claiming {
 
 /// Looks up these ids and removes existing ones from `claims`.
 async fn sort_out(
-    session: &mut Session,
+    session: &Session,
     begun: &mut Begun,
     claims: &mut Vec<Claim>,
     ids: impl Iterator<Item = [u8; 16]>,
-) -> Result<(), Failed> {
+) -> Result<(), StoreError> {
     if let Some(ids) = array(ids) {
         owners(session, begun.current, &ids, &mut begun.answer.owners).await?;
         claims.retain(|claim| !begun.answer.owners.contains_key(&claim.message_id));
@@ -103,7 +105,7 @@ async fn sort_out(
 }
 
 /// Claims all by COPY. Returns false if one of the ids exists; then nothing was changed.
-async fn copied(session: &mut Session, begun: &Begun, claims: &[Claim]) -> Result<bool, Failed> {
+async fn copied(session: &Session, begun: &Begun, claims: &[Claim]) -> Result<bool, StoreError> {
     if claims.is_empty() {
         return Ok(true);
     }
@@ -113,25 +115,25 @@ async fn copied(session: &mut Session, begun: &Begun, claims: &[Claim]) -> Resul
         claim.write_row(begun.today, &mut bytes);
     }
     let rows = Rows { bytes: bytes.into(), count: claims.len() };
-    let savepoint = session.client.batch_execute("SAVEPOINT claims").map_err(Failed::from);
+    let savepoint = session.client.batch_execute("SAVEPOINT claims").map_err(StoreError::from);
     // The COMMIT releases the savepoint.
     match future::try_join(savepoint, copy(session, &statement, &rows)).await {
         Ok(_) => Ok(true),
-        Err(failed) if failed.sqlstate() == Some(SQLSTATE_UNIQUE) => {
+        Err(error) if error.sqlstate.as_deref() == Some(SQLSTATE_UNIQUE) => {
             session.client.batch_execute("ROLLBACK TO SAVEPOINT claims; RELEASE SAVEPOINT claims").await?;
             Ok(false)
         }
-        Err(failed) => Err(failed),
+        Err(error) => Err(error),
     }
 }
 
 /// Method 3. Claims the free ids row by row; adds the owners of the others.
 pub(super) async fn claim(
-    session: &mut Session,
+    session: &Session,
     leaf: i64,
     claims: &[Claim],
     taken: &mut HashMap<[u8; 16], Owner>,
-) -> Result<(), Failed> {
+) -> Result<(), StoreError> {
     if claims.is_empty() {
         return Ok(());
     }
@@ -152,7 +154,8 @@ pub(super) async fn claim(
         // A separate statement, so that its snapshot includes owners committed meanwhile.
         owners(session, leaf, &ids, taken).await?;
         if unclaimed.iter().any(|id| !taken.contains_key(id.as_bytes())) {
-            return Err(Failed::unexpected("an id is claimed, but its owner is not visible".to_owned()));
+            let message = "an id is claimed, but its owner is not visible";
+            return Err(store_error(FailureClass::Transient, message.to_owned()));
         }
     }
     Ok(())

@@ -1,17 +1,19 @@
 //! A lane's session: its settings, prepared statements and errors.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::BytesMut;
-use deadpool_postgres::{ClientWrapper, Object, Pool};
-use tokio_postgres::Statement;
-use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
-use uuid::Uuid;
+use tokio::task::JoinHandle;
+use tokio_postgres::{Client, Statement};
 
+use crate::config::Endpoint;
 use crate::domain::cursor::{Identity, IdentityMismatch};
-use crate::domain::outcome::{FailureClass, SQLSTATE_CURSOR_MOVED, SqlState};
+use crate::domain::outcome::{FailureClass, SqlState};
 use crate::ports::StoreError;
-use crate::postgres::schema::locks::{self, LockKey};
+use crate::postgres::binding::database_id;
+use crate::postgres::connection::{ConnectError, class_of, describe};
+use crate::postgres::schema::locks::LockKey;
 use crate::telemetry::logging::RateLimited;
 
 /// Settings of a lane's session. `transaction_timeout` (from Postgres 17) is just longer than the limit for
@@ -30,6 +32,26 @@ const CURSORS: &str = "
     FROM payment_writer.source_cursor c
     LEFT JOIN payment_writer.cursor_settlement s USING (topic_id, partition)
     WHERE c.topic_id = $1 AND c.partition = ANY ($2)";
+
+/// The parameters are documented in `sql/V3__cursors_and_identity.sql`.
+const MOVE_CURSORS: &str = "SELECT payment_writer.move_cursors_v1($1, $2, $3, $4, $5, $6)";
+
+/// The generations, and the UTC date as days since 2000-01-01.
+const GENERATIONS: &str = "
+    SELECT current_generation, older_generations, older_v7_time_max, older_other_time_max,
+        (now() AT TIME ZONE 'UTC')::date - date '2000-01-01'
+    FROM payment_writer.idempotency_current";
+
+const COPY_CORE: &str = "
+    COPY payment_writer.payment_core (payment_id, created_at, cust_id, amount, currency, status, type)
+    FROM STDIN (FORMAT binary)";
+const COPY_METADATA: &str = "
+    COPY payment_writer.payment_metadata
+        (payment_id, created_at, updated_at, version, message_id, source_partition, source_offset)
+    FROM STDIN (FORMAT binary)";
+const COPY_NOTES: &str = "
+    COPY payment_writer.payment_notes (payment_id, created_at, external_ref_id, comment)
+    FROM STDIN (FORMAT binary)";
 
 /// Parameters: topic id, partitions, `applied` as last read (null: no row), new `applied` and `published`.
 pub(super) const UPDATE_CURSORS: &str = "
@@ -88,97 +110,34 @@ fn claim_sql(generation: i64) -> String {
     )
 }
 
-/// A `timestamptz` in binary form: microseconds since 2000-01-01 UTC.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Timestamp(pub i64);
-
-impl ToSql for Timestamp {
-    fn to_sql(
-        &self,
-        ty: &Type,
-        out: &mut BytesMut,
-    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
-        self.0.to_sql(ty, out)
-    }
-
-    accepts!(TIMESTAMPTZ);
-    to_sql_checked!();
+/// An error that the server did not report itself.
+pub(super) fn store_error(class: FailureClass, message: String) -> StoreError {
+    StoreError { class, sqlstate: None, message, identity: None }
 }
 
-impl<'a> FromSql<'a> for Timestamp {
-    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
-        i64::from_sql(&Type::INT8, raw).map(Self)
-    }
-
-    accepts!(TIMESTAMPTZ);
-}
-
-/// An error inside a session.
-pub(super) struct Failed {
-    class: FailureClass,
-    sqlstate: Option<String>,
-    message: String,
-}
-
-impl Failed {
-    pub(super) fn unexpected(message: String) -> Self {
-        Self { class: FailureClass::Transient, sqlstate: None, message }
-    }
-
-    pub(super) fn cursor_moved(message: String) -> Self {
-        Self { class: FailureClass::Fenced, sqlstate: Some(SQLSTATE_CURSOR_MOVED.to_owned()), message }
-    }
-
-    /// So many rows were refused that the database is assumed to be at fault.
-    pub(super) fn ill(last: SqlState, refused: usize, rows: usize) -> Self {
-        Self {
-            class: FailureClass::Persistent,
-            sqlstate: Some(last.to_string()),
-            message: format!(
-                "the database refuses too many rows ({refused} of {rows}, the last with SQLSTATE {last}): \
-                 it is assumed to be at fault, and no row is dead-lettered"
-            ),
-        }
-    }
-
-    pub(super) fn class(&self) -> FailureClass {
-        self.class
-    }
-
-    pub(super) fn sqlstate(&self) -> Option<&str> {
-        self.sqlstate.as_deref()
-    }
-}
-
-impl From<tokio_postgres::Error> for Failed {
+impl From<tokio_postgres::Error> for StoreError {
     fn from(error: tokio_postgres::Error) -> Self {
         Self {
-            class: crate::postgres::connection::class_of(&error),
             sqlstate: error.code().map(|c| c.code().to_owned()),
-            message: crate::postgres::connection::describe(&error),
+            ..store_error(class_of(&error), describe(&error))
         }
     }
 }
 
-impl From<Failed> for StoreError {
-    fn from(failed: Failed) -> Self {
-        Self { class: failed.class, sqlstate: failed.sqlstate, message: failed.message, identity: None }
-    }
-}
-
-pub(super) fn gave_up(doing: &str, limit: Duration) -> StoreError {
-    StoreError {
-        class: FailureClass::Transient,
-        sqlstate: None,
-        message: format!("{doing}: no answer within {} s", limit.as_secs()),
-        identity: None,
+impl From<ConnectError> for StoreError {
+    fn from(error: ConnectError) -> Self {
+        let message = error.to_string();
+        match error {
+            ConnectError::Refused { source, .. } => Self { message, ..source.into() },
+            ConnectError::TimedOut { .. } => store_error(FailureClass::Transient, message),
+        }
     }
 }
 
 /// A session with its prepared statements.
 pub(super) struct Session {
-    /// Not returned to the pool: a session that failed inside a transaction must not be reused.
-    pub client: ClientWrapper,
+    pub client: Client,
+    driver: JoinHandle<()>,
     pub cursors: Statement,
     pub move_cursors: Statement,
     pub lock_generations: Statement,
@@ -186,92 +145,48 @@ pub(super) struct Session {
     pub copy_core: Statement,
     pub copy_metadata: Statement,
     pub copy_notes: Statement,
-    claim: Option<(i64, Statement)>,
-    copy_claims: Option<(i64, Statement)>,
-    owners: Vec<(i64, Statement)>,
+    /// Statements on the tables of generations.
+    cached: Mutex<HashMap<String, Statement>>,
+    /// The current generation when they were prepared.
+    cached_for: i64,
+}
+
+/// Closes the connection at once, also if the server does not answer.
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
 }
 
 impl Session {
-    /// Takes a connection from the pool and checks the id of its database.
-    pub(super) async fn open(pool: &Pool, identity: &Identity) -> Result<Self, StoreError> {
-        let client = Object::take(pool.get().await.map_err(|error| pool_failure(&error))?);
-        let prepared = async {
-            client.batch_execute(SETTINGS).await?;
-            let row =
-                client.query_one("SELECT database_id FROM payment_writer.database_identity", &[]).await?;
-            let found: Uuid = row.try_get(0)?;
-            if found != identity.database_id {
-                return Ok(Err(IdentityMismatch::OtherDatabase { marked: identity.database_id, found }));
-            }
-            let lock = format!(
-                "SELECT pg_advisory_xact_lock_shared({}, {})",
-                locks::CLASS,
-                LockKey::Rotation.number()
-            );
-            Ok(Ok([
-                client.prepare(CURSORS).await?,
-                client.prepare("SELECT payment_writer.move_cursors_v1($1, $2, $3, $4, $5, $6)").await?,
-                client.prepare(&lock).await?,
-                client
-                    .prepare(
-                        "SELECT current_generation, older_generations, older_v7_time_max, \
-                         older_other_time_max, (now() AT TIME ZONE 'UTC')::date - date '2000-01-01'
-                         FROM payment_writer.idempotency_current",
-                    )
-                    .await?,
-                client
-                    .prepare(
-                        "COPY payment_writer.payment_core
-                         (payment_id, created_at, cust_id, amount, currency, status, type)
-                         FROM STDIN (FORMAT binary)",
-                    )
-                    .await?,
-                client
-                    .prepare(
-                        "COPY payment_writer.payment_metadata
-                         (payment_id, created_at, updated_at, version, message_id, source_partition, \
-                         source_offset)
-                         FROM STDIN (FORMAT binary)",
-                    )
-                    .await?,
-                client
-                    .prepare(
-                        "COPY payment_writer.payment_notes (payment_id, created_at, external_ref_id, comment)
-                         FROM STDIN (FORMAT binary)",
-                    )
-                    .await?,
-            ]))
-        };
-        let prepared: Result<Result<[Statement; 7], IdentityMismatch>, tokio_postgres::Error> =
-            prepared.await;
-        match prepared {
-            Ok(Ok(
-                [cursors, move_cursors, lock_generations, generations, copy_core, copy_metadata, copy_notes],
-            )) => Ok(Self {
-                client,
-                cursors,
-                move_cursors,
-                lock_generations,
-                generations,
-                copy_core,
-                copy_metadata,
-                copy_notes,
-                claim: None,
-                copy_claims: None,
-                owners: Vec::new(),
-            }),
-            Ok(Err(mismatch)) => Err(StoreError {
-                class: FailureClass::Persistent,
-                sqlstate: None,
-                message: mismatch.to_string(),
-                identity: Some(mismatch),
-            }),
-            Err(error) => Err(Failed::from(error).into()),
+    /// Connects and checks the id of the database.
+    pub(super) async fn open(endpoint: &Endpoint, identity: &Identity) -> Result<Self, StoreError> {
+        let (client, driver) = endpoint.connect().await?;
+        client.batch_execute(SETTINGS).await?;
+        let found = database_id(&client).await?;
+        if found != identity.database_id {
+            let mismatch = IdentityMismatch::OtherDatabase { marked: identity.database_id, found };
+            let error = store_error(FailureClass::Persistent, mismatch.to_string());
+            return Err(StoreError { identity: Some(mismatch), ..error });
         }
+        let lock = format!("SELECT pg_advisory_xact_lock_shared({})", LockKey::Rotation);
+        Ok(Self {
+            cursors: client.prepare(CURSORS).await?,
+            move_cursors: client.prepare(MOVE_CURSORS).await?,
+            lock_generations: client.prepare(&lock).await?,
+            generations: client.prepare(GENERATIONS).await?,
+            copy_core: client.prepare(COPY_CORE).await?,
+            copy_metadata: client.prepare(COPY_METADATA).await?,
+            copy_notes: client.prepare(COPY_NOTES).await?,
+            client,
+            driver,
+            cached: Mutex::default(),
+            cached_for: 0,
+        })
     }
 
     /// Ends sessions that lock cursors, wait for their client and are in a transaction of more than 30 s.
-    pub(super) async fn end_hung_sessions(&self) -> Result<(), Failed> {
+    pub(super) async fn end_hung_sessions(&self) -> Result<(), StoreError> {
         let ended: i64 = self.client.query_one(END_HUNG_SESSIONS, &[]).await?.try_get(0)?;
         static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
         if ended > 0
@@ -282,105 +197,78 @@ impl Session {
         Ok(())
     }
 
+    /// Drops the cached statements after a rotation, so that they do not accumulate.
+    pub(super) fn forget_rotated(&mut self, current: i64) {
+        if self.cached_for != current {
+            self.cached().clear();
+            self.cached_for = current;
+        }
+    }
+
+    fn cached(&self) -> MutexGuard<'_, HashMap<String, Statement>> {
+        self.cached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn prepared(&self, sql: String) -> Result<Statement, StoreError> {
+        let cached = self.cached().get(&sql).cloned();
+        if let Some(statement) = cached {
+            return Ok(statement);
+        }
+        let statement = self.client.prepare(&sql).await?;
+        self.cached().insert(sql, statement.clone());
+        Ok(statement)
+    }
+
     /// The statement that looks up owners of ids in this generation. It uses the generation's own table,
     /// because a batch must not touch tables that are being dropped.
-    pub(super) async fn owners_in(&mut self, generation: i64) -> Result<Statement, Failed> {
-        if let Some((_, statement)) = self.owners.iter().find(|(prepared, _)| *prepared == generation) {
-            return Ok(statement.clone());
-        }
+    pub(super) async fn owners_in(&self, generation: i64) -> Result<Statement, StoreError> {
         let sql = format!(
             "SELECT message_id, source_partition, source_offset, payload_hash
              FROM payment_writer.idempotency_g{generation} WHERE message_id = ANY ($1::uuid[])"
         );
-        let statement = self.client.prepare(&sql).await?;
-        self.owners.push((generation, statement.clone()));
-        Ok(statement)
-    }
-
-    /// Drops the statements of generations that are no longer read.
-    pub(super) fn forget_all_but(&mut self, live: impl Fn(i64) -> bool) {
-        self.owners.retain(|(generation, _)| live(*generation));
+        self.prepared(sql).await
     }
 
     /// The statement that claims ids in this generation row by row.
-    pub(super) async fn claim_into(&mut self, generation: i64) -> Result<Statement, Failed> {
-        prepared(&self.client, &mut self.claim, generation, || claim_sql(generation)).await
+    pub(super) async fn claim_into(&self, generation: i64) -> Result<Statement, StoreError> {
+        self.prepared(claim_sql(generation)).await
     }
 
     /// The COPY statement that claims ids in this generation.
-    pub(super) async fn copy_into(&mut self, generation: i64) -> Result<Statement, Failed> {
-        let sql = || {
-            format!(
-                "COPY payment_writer.idempotency_g{generation}
-                 (message_id, source_offset, payload_hash, created_at, source_partition, date)
-                 FROM STDIN (FORMAT binary)"
-            )
-        };
-        prepared(&self.client, &mut self.copy_claims, generation, sql).await
+    pub(super) async fn copy_into(&self, generation: i64) -> Result<Statement, StoreError> {
+        let sql = format!(
+            "COPY payment_writer.idempotency_g{generation}
+             (message_id, source_offset, payload_hash, created_at, source_partition, date)
+             FROM STDIN (FORMAT binary)"
+        );
+        self.prepared(sql).await
     }
-}
 
-/// A statement on the current generation's table, prepared once per generation.
-async fn prepared(
-    client: &ClientWrapper,
-    slot: &mut Option<(i64, Statement)>,
-    generation: i64,
-    sql: impl FnOnce() -> String,
-) -> Result<Statement, Failed> {
-    match slot {
-        Some((of, statement)) if *of == generation => Ok(statement.clone()),
-        _ => {
-            let statement = client.prepare(&sql()).await?;
-            *slot = Some((generation, statement.clone()));
-            Ok(statement)
-        }
-    }
-}
-
-fn pool_failure(error: &deadpool_postgres::PoolError) -> StoreError {
-    match error {
-        deadpool_postgres::PoolError::Backend(error) => StoreError {
-            class: crate::postgres::connection::class_of(error),
-            sqlstate: error.code().map(|c| c.code().to_owned()),
-            message: format!("connecting: {}", crate::postgres::connection::describe(error)),
-            identity: None,
-        },
-        other => StoreError {
-            class: FailureClass::Transient,
-            sqlstate: None,
-            message: format!("connecting: {other}"),
-            identity: None,
-        },
-    }
-}
-
-/// Runs `work` under a savepoint and rolls it back if it fails or if `stays` is false. Returns the SQLSTATE
-/// if a row was refused.
-pub(super) async fn under_savepoint(
-    session: &mut Session,
-    stays: bool,
-    work: impl AsyncFnOnce(&mut Session) -> Result<(), Failed>,
-) -> Result<Option<SqlState>, Failed> {
-    const TAKE_BACK: &str = "ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part";
-    session.client.batch_execute("SAVEPOINT part").await?;
-    let worked = match work(session).await {
-        // Checks deferred constraints now; at the COMMIT the failing row could not be determined.
-        Ok(()) => Ok(session.client.batch_execute("SET CONSTRAINTS ALL IMMEDIATE").await?),
-        Err(failed) => Err(failed),
-    };
-    let end = if stays && worked.is_ok() { "RELEASE SAVEPOINT part" } else { TAKE_BACK };
-    match worked {
-        Ok(()) => {
-            session.client.batch_execute(end).await?;
-            Ok(None)
-        }
-        Err(failed) if failed.class() == FailureClass::Record => {
-            session.client.batch_execute(end).await?;
-            match failed.sqlstate().and_then(SqlState::new) {
-                Some(sqlstate) => Ok(Some(sqlstate)),
-                None => Err(failed),
+    /// Runs `work` under a savepoint and rolls it back if it fails or if `stays` is false. Returns the
+    /// SQLSTATE if a row was refused.
+    pub(super) async fn under_savepoint(
+        &self,
+        stays: bool,
+        work: impl Future<Output = Result<(), StoreError>>,
+    ) -> Result<Option<SqlState>, StoreError> {
+        self.client.batch_execute("SAVEPOINT part").await?;
+        let refused = match work.await {
+            Ok(()) => {
+                // Checks deferred constraints now; at the COMMIT the failing row could not be determined.
+                self.client.batch_execute("SET CONSTRAINTS ALL IMMEDIATE").await?;
+                None
             }
-        }
-        Err(failed) => Err(failed),
+            Err(error) => {
+                let sqlstate = error.sqlstate.as_deref().and_then(SqlState::new);
+                Some(sqlstate.filter(|_| error.class == FailureClass::Record).ok_or(error)?)
+            }
+        };
+        let end = if stays && refused.is_none() {
+            "RELEASE SAVEPOINT part"
+        } else {
+            "ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part"
+        };
+        self.client.batch_execute(end).await?;
+        Ok(refused)
     }
 }

@@ -14,12 +14,13 @@ use std::pin::pin;
 use bytes::Bytes;
 use futures_util::TryStreamExt;
 
-use super::session::{Failed, Session, under_savepoint};
+use super::session::Session;
 use super::{Begun, copy, copy_in_turn};
 use crate::domain::batch::{Batch, Claim, PaymentView, Refused, Rows, TableRows};
 use crate::domain::columns::{COPY_HEADER, COPY_TRAILER, RowWriter, from_postgres_timestamp};
 use crate::domain::outcome::SqlState;
 use crate::domain::record::{Offset, Partition, TimestampMs};
+use crate::ports::StoreError;
 use crate::postgres::schema::months::Month;
 
 /// Timeout of each search for a payment written before, which has no index to use.
@@ -71,11 +72,11 @@ struct Pattern {
 /// Returns the SQLSTATE of a refused row for which no witness is accepted, if there is one. Call it when
 /// everything else is written.
 pub(super) async fn missing(
-    session: &mut Session,
+    session: &Session,
     batch: &Batch,
     begun: &Begun,
     refused: &Refused,
-) -> Result<Option<SqlState>, Failed> {
+) -> Result<Option<SqlState>, StoreError> {
     if refused.is_empty() {
         return Ok(None);
     }
@@ -102,13 +103,13 @@ pub(super) async fn missing(
 
 /// Whether the database accepts another row in the place of the one at `index`.
 async fn is_at_fault(
-    session: &mut Session,
+    session: &Session,
     batch: &Batch,
     begun: &Begun,
     written: &[u32],
     index: u32,
     months_differ: bool,
-) -> Result<bool, Failed> {
+) -> Result<bool, StoreError> {
     let (Some(refused), Some(head)) = (batch.payment_view(index as usize), Head::of(batch, index)) else {
         return Ok(false);
     };
@@ -132,7 +133,7 @@ async fn pattern(
     written: &[u32],
     refused: &PaymentView<'_>,
     refused_head: &Head,
-) -> Result<Option<Pattern>, Failed> {
+) -> Result<Option<Pattern>, StoreError> {
     let month = Month::of(refused.timestamp);
     let of_batch = |has_notes: bool| {
         let views = || {
@@ -185,7 +186,7 @@ async fn stored(
     table: &str,
     columns: &str,
     month: Option<Month>,
-) -> Result<Option<Vec<u8>>, Failed> {
+) -> Result<Option<Vec<u8>>, StoreError> {
     let of_month = month.map(|month| format!("WHERE {}", month.condition()));
     for condition in of_month.into_iter().chain([String::new()]) {
         let look = format!(
@@ -202,14 +203,14 @@ async fn stored(
                     return Ok(Some(row.to_vec()));
                 }
             }
-            Err(failed) if failed.sqlstate() == Some(SQLSTATE_TIMEOUT) => {}
-            Err(failed) => return Err(failed),
+            Err(error) if error.sqlstate.as_deref() == Some(SQLSTATE_TIMEOUT) => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(None)
 }
 
-async fn read(session: &Session, copy: &str) -> Result<Vec<u8>, Failed> {
+async fn read(session: &Session, copy: &str) -> Result<Vec<u8>, StoreError> {
     let mut stream = pin!(session.client.copy_out(copy).await?);
     let mut copied = Vec::new();
     while let Some(piece) = stream.try_next().await? {
@@ -291,14 +292,14 @@ fn id_of(row: &[u8]) -> Option<[u8; 16]> {
 }
 
 /// Whether the database accepts such a payment; it is rolled back.
-async fn takes(session: &mut Session, begun: &Begun, head: &Head, pattern: &Pattern) -> Result<bool, Failed> {
+async fn takes(session: &Session, begun: &Begun, head: &Head, pattern: &Pattern) -> Result<bool, StoreError> {
     let (claimed, tables) = head.rows(pattern, begun.today);
-    let write = async |session: &mut Session| {
+    let write = async {
         let statement = session.copy_into(begun.current).await?;
         copy(session, &statement, &claimed).await?;
         copy_in_turn(session, &tables).await
     };
-    Ok(under_savepoint(session, false, write).await?.is_none())
+    Ok(session.under_savepoint(false, write).await?.is_none())
 }
 
 #[cfg(test)]

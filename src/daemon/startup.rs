@@ -1,0 +1,139 @@
+//! Waits at the start for the database and the broker.
+
+use rdkafka::consumer::Consumer;
+use tokio::time::sleep_until;
+use uuid::Uuid;
+
+use super::{Daemon, REQUEST_TIMEOUT, RunError, ask};
+use crate::domain::outcome::{FailureClass, class_of_sqlstate};
+use crate::kafka::group::Group;
+use crate::kafka::librdkafka::topic_id;
+use crate::lane::backoff::Backoff;
+use crate::postgres::binding::{self, Binding, BindingError};
+use crate::postgres::connection::{class_of, describe};
+use crate::postgres::schema::{self, SchemaError};
+use crate::telemetry::metrics;
+use crate::telemetry::status::Dependency;
+
+/// Identity of the cluster and the topic at the start.
+pub(super) struct Found {
+    pub topic_id: Uuid,
+    pub cluster_id: String,
+    pub partitions: usize,
+}
+
+/// Why an attempt failed.
+enum AttemptError {
+    /// Waiting does not help.
+    Final(RunError),
+    Retried(FailureClass, String),
+}
+
+/// The class of an error without a SQLSTATE (no answer from the server) is transient.
+fn by_sqlstate(sqlstate: Option<&str>, message: String) -> AttemptError {
+    let class = sqlstate.map_or(FailureClass::Transient, |code| class_of_sqlstate(code, None));
+    AttemptError::Retried(class, message)
+}
+
+/// Repeats an attempt, with backoff, until the dependency answers.
+async fn until_it_answers<T>(
+    dependency: &'static str,
+    doing: &str,
+    probed: impl Fn(Dependency),
+    attempt: impl AsyncFn() -> Result<T, AttemptError>,
+) -> Result<T, RunError> {
+    let mut backoff = Backoff::new(dependency, 0);
+    loop {
+        match attempt().await {
+            Ok(answer) => {
+                backoff.succeeded();
+                metrics::breaker_at_start(dependency, false);
+                probed(Dependency::Up);
+                return Ok(answer);
+            }
+            Err(AttemptError::Final(error)) => return Err(error),
+            Err(AttemptError::Retried(class, message)) => {
+                backoff.failed(class, doing, &message);
+                metrics::breaker_at_start(dependency, true);
+                probed(Dependency::Down(message));
+            }
+        }
+        sleep_until(backoff.due_at()).await;
+    }
+}
+
+impl Daemon<'_> {
+    /// Waits for a database with a schema that this version knows; returns its id.
+    pub(super) async fn database_ready(&self) -> Result<Uuid, RunError> {
+        let attempt = async || {
+            let endpoint = self.settings.postgres.url.endpoint();
+            let connected = endpoint.connect().await;
+            let (client, _driver) = connected.map_err(|e| by_sqlstate(e.sqlstate(), e.to_string()))?;
+            schema::check(&client).await.map_err(|error| match error {
+                // The schema of a newer version stays.
+                SchemaError::TooNew { .. } => AttemptError::Final(RunError::Failed(error.to_string())),
+                // A missing or old schema: wait for the operator to migrate it.
+                _ => by_sqlstate(Some(error.sqlstate().map_or("42P01", |s| s.code())), error.to_string()),
+            })?;
+            let id = binding::database_id(&client).await;
+            id.map_err(|error| AttemptError::Retried(class_of(&error), describe(&error)))
+        };
+        let probed = |database| self.status.probed(Some(database), None);
+        until_it_answers("database", "reading the identity of the database", probed, attempt).await
+    }
+
+    /// Waits for a broker that knows the input topic.
+    pub(super) async fn broker_ready(&self, group: &Group) -> Result<Found, RunError> {
+        let attempt = async || {
+            let asked = ask(group, |group| {
+                let (topic_id, partitions) = topic_id(group.consumer(), group.topic(), REQUEST_TIMEOUT)
+                    .map_err(|error| format!("topic {}: {error}", group.topic()))?;
+                let cluster_id = group.consumer().client().fetch_cluster_id(REQUEST_TIMEOUT);
+                let cluster_id = cluster_id.ok_or("the cluster does not report its id")?;
+                Ok::<_, String>(Found { topic_id, cluster_id, partitions })
+            });
+            match asked.await {
+                Ok(Ok(found)) => Ok(found),
+                Ok(Err(message)) => {
+                    group.listen();
+                    Err(match self.status.broker_refusal() {
+                        Some(refusal) => AttemptError::Retried(FailureClass::Persistent, refusal),
+                        None => AttemptError::Retried(FailureClass::Transient, message),
+                    })
+                }
+                Err(error) => {
+                    let message = format!("asking for the input topic: {error}");
+                    Err(AttemptError::Final(RunError::Failed(message)))
+                }
+            }
+        };
+        let probed = |broker| self.status.probed(None, Some(broker));
+        let found = until_it_answers("broker", "asking for the input topic", probed, attempt).await?;
+        metrics::input_partitions(found.partitions);
+        Ok(found)
+    }
+
+    /// Binds the database to the group and the topic, or checks that it is.
+    pub(super) async fn bind(&self, found: &Found) -> Result<(), RunError> {
+        let kafka = &self.settings.kafka;
+        let wanted = Binding {
+            group_id: kafka.group_id.clone(),
+            cluster_id: found.cluster_id.clone(),
+            topic: kafka.input_topic.clone(),
+            topic_id: found.topic_id,
+            publishes: kafka.publish,
+        };
+        let attempt = async || {
+            let transient = |message| AttemptError::Retried(FailureClass::Transient, message);
+            let connected = self.settings.postgres.url.endpoint().connect().await;
+            let (mut client, _driver) = connected.map_err(|error| transient(error.to_string()))?;
+            let bound = binding::bind(&mut client, &wanted, self.options.adopt_database).await;
+            bound.map_err(|error| match error {
+                BindingError::Identity(mismatch) => AttemptError::Final(mismatch.into()),
+                BindingError::Database(_) => transient(error.to_string()),
+            })
+        };
+        let probed = |database| self.status.probed(Some(database), None);
+        until_it_answers("database", "binding the database to the group", probed, attempt).await
+    }
+}
