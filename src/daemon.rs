@@ -158,6 +158,10 @@ impl<'d> Daemon<'d> {
         // Before the first row, so that no row goes to a default partition because its month is missing.
         let months = MonthsKeeper::start(settings).await;
 
+        // One session per lane, plus one to replace a broken one that the server still counts.
+        let pool = endpoint
+            .pool(settings.lanes.saturating_mul(2))
+            .map_err(|error| RunError::Failed(error.to_string()))?;
         let rules = Arc::new(settings.rules());
         let suspicion = Arc::new(Notify::new());
         let shared_kafka = Arc::new(kafka.clone());
@@ -170,7 +174,7 @@ impl<'d> Daemon<'d> {
                 Arc::clone(&suspicion),
                 Arc::clone(&shared_kafka),
             );
-            let store = PgStore::new(endpoint.clone(), kafka.input_topic.clone(), identity.clone());
+            let store = PgStore::new(pool.clone(), kafka.input_topic.clone(), identity.clone());
             let lane_settings = LaneSettings {
                 index,
                 rules: Arc::clone(&rules),

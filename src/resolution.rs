@@ -185,12 +185,11 @@ pub async fn view(settings: &Settings) -> Result<View, CommandError> {
     .map_err(failed)??;
     let partitions: Vec<Partition> = (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect();
     let identity = Identity { topic_id, database_id };
+    let pool = settings.postgres.url.endpoint().pool(1).map_err(failed)?;
     let topic = settings.kafka.input_topic.clone();
     // The log's bounds are read last, so that a cursor that moves meanwhile is not beyond them.
-    let rows = PgStore::new(settings.postgres.url.endpoint().clone(), topic.clone(), identity.clone())
-        .cursors(&partitions)
-        .await
-        .map_err(failed)?;
+    let rows =
+        PgStore::new(pool, topic.clone(), identity.clone()).cursors(&partitions).await.map_err(failed)?;
     let (offsets, bounds) = tokio::task::spawn_blocking(move || {
         let offsets = group_offsets(&group, &partitions).map_err(failed)?;
         let bounds: Vec<LogBounds> = log_bounds(&group, &partitions).map_err(failed)?;

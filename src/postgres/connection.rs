@@ -5,6 +5,7 @@
 use std::error::Error as StdError;
 use std::time::Duration;
 
+use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
@@ -14,6 +15,8 @@ use crate::domain::outcome::{FailureClass, class_of_sqlstate};
 /// Timeout for opening a session: TCP, TLS, authentication, session settings. It also covers a server that
 /// accepts connections and then does not answer (stopped, out of memory).
 const CONNECT_DEADLINE: Duration = Duration::from_secs(15);
+/// Timeout for a free connection of a pool.
+const POOL_WAIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Settings of every session.
 ///
@@ -49,6 +52,9 @@ pub enum ConnectError {
         /// User, hosts and database.
         target: String,
     },
+    /// The pool cannot be built: an error in this program.
+    #[error("cannot build the connection pool: {0}")]
+    Pool(#[from] deadpool_postgres::BuildError),
 }
 
 impl ConnectError {
@@ -56,7 +62,7 @@ impl ConnectError {
     pub fn sqlstate(&self) -> Option<&str> {
         match self {
             Self::Refused { source, .. } => source.code().map(|c| c.code()),
-            Self::TimedOut { .. } => None,
+            Self::TimedOut { .. } | Self::Pool(_) => None,
         }
     }
 }
@@ -117,6 +123,26 @@ impl Endpoint {
             Ok(Err(source)) => Err(ConnectError::Refused { target: self.to_string(), source }),
             Err(_) => Err(ConnectError::TimedOut { target: self.to_string() }),
         }
+    }
+
+    /// A pool of at most `size` connections, which are opened on demand.
+    pub fn pool(&self, size: usize) -> Result<Pool, ConnectError> {
+        let manager = Manager::from_config(
+            self.config.clone(),
+            self.tls.clone(),
+            ManagerConfig { recycling_method: RecyclingMethod::Fast },
+        );
+        let prepare = Hook::async_fn(|client: &mut deadpool_postgres::ClientWrapper, _| {
+            Box::pin(async move { client.batch_execute(SESSION_SETTINGS).await.map_err(HookError::Backend) })
+        });
+        Ok(Pool::builder(manager)
+            .max_size(size)
+            .wait_timeout(Some(POOL_WAIT_TIMEOUT))
+            .create_timeout(Some(CONNECT_DEADLINE))
+            .recycle_timeout(Some(CONNECT_DEADLINE))
+            .post_create(prepare)
+            .runtime(Runtime::Tokio1)
+            .build()?)
     }
 }
 

@@ -15,6 +15,7 @@ use std::pin::Pin;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use deadpool_postgres::Pool;
 use futures_util::{SinkExt, TryFutureExt, future};
 use tokio_postgres::types::{Timestamp, ToSql};
 use tokio_postgres::{CopyInSink, Statement};
@@ -24,7 +25,6 @@ use self::bisect::Bisected;
 use self::claims::{Claiming, claim};
 use self::generations::OlderGeneration;
 use self::session::{Session, store_error};
-use crate::config::Endpoint;
 use crate::domain::batch::{Answer, Batch, Outcomes, Owner, Refused, Rows, TableRows};
 use crate::domain::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER};
 use crate::domain::cursor::{CursorRow, Identity};
@@ -53,16 +53,16 @@ pub struct PgStore {
 }
 
 impl PgStore {
-    /// A store that connects on first use.
-    pub fn new(endpoint: Endpoint, topic: String, identity: Identity) -> Self {
-        let connection = Connection { endpoint, identity, session: None, was_locked_out: false };
+    /// A store that takes its session from `pool` on first use.
+    pub fn new(pool: Pool, topic: String, identity: Identity) -> Self {
+        let connection = Connection { pool, identity, session: None, was_locked_out: false };
         Self { connection, topic, refusals: Refusals::default(), claiming: Claiming::default() }
     }
 }
 
 /// The session of a lane, which is replaced after every error.
 struct Connection {
-    endpoint: Endpoint,
+    pool: Pool,
     identity: Identity,
     session: Option<Session>,
     /// The last call failed with a lock timeout: the holder of the lock may be a hung process.
@@ -81,7 +81,7 @@ impl Connection {
         let mut session = match self.session.take() {
             Some(session) => session,
             None => {
-                let session = Session::open(&self.endpoint, &self.identity).await?;
+                let session = Session::open(&self.pool, &self.identity).await?;
                 if std::mem::take(&mut self.was_locked_out) {
                     session.end_hung_sessions().await?;
                 }
@@ -108,6 +108,27 @@ fn fault_of_database(mut error: StoreError) -> StoreError {
     error
 }
 
+/// The parameters of `move_cursors`: parallel arrays with one element per partition.
+struct Moves {
+    partitions: Vec<i32>,
+    seen: Vec<i64>,
+    applied: Vec<i64>,
+    published: Vec<Option<i64>>,
+    timestamps: Vec<Option<Timestamp<SystemTime>>>,
+}
+
+impl Moves {
+    fn new(moves: &[CursorMove]) -> Self {
+        Self {
+            partitions: moves.iter().map(|m| m.partition.0).collect(),
+            seen: moves.iter().map(|m| m.seen.0).collect(),
+            applied: moves.iter().map(|m| m.applied.0).collect(),
+            published: moves.iter().map(|m| m.published.map(|p| p.0)).collect(),
+            timestamps: moves.iter().map(|m| m.timestamp.map(timestamp)).collect(),
+        }
+    }
+}
+
 /// The timestamp of a record; `-infinity` if it has none, or one outside the range of payments, as a dead
 /// letter can.
 fn timestamp(at: Option<TimestampMs>) -> Timestamp<SystemTime> {
@@ -117,14 +138,9 @@ fn timestamp(at: Option<TimestampMs>) -> Timestamp<SystemTime> {
     }
 }
 
-async fn move_cursors(session: &Session, topic_id: &Uuid, moves: &[CursorMove]) -> Result<(), StoreError> {
-    let partitions: Vec<i32> = moves.iter().map(|m| m.partition.0).collect();
-    let seen: Vec<i64> = moves.iter().map(|m| m.seen.0).collect();
-    let applied: Vec<i64> = moves.iter().map(|m| m.applied.0).collect();
-    let published: Vec<Option<i64>> = moves.iter().map(|m| m.published.map(|p| p.0)).collect();
-    let timestamps: Vec<_> = moves.iter().map(|m| m.timestamp.map(timestamp)).collect();
+async fn move_cursors(session: &Session, topic_id: &Uuid, moves: &Moves) -> Result<(), StoreError> {
     let parameters: [&(dyn ToSql + Sync); 6] =
-        [topic_id, &partitions, &seen, &applied, &published, &timestamps];
+        [topic_id, &moves.partitions, &moves.seen, &moves.applied, &moves.published, &moves.timestamps];
     session.client.query(&session.move_cursors, &parameters).await?;
     Ok(())
 }
@@ -260,7 +276,7 @@ async fn begin(
     session: &mut Session,
     topic_id: &Uuid,
     batch: &Batch,
-    moves: &[CursorMove],
+    moves: &Moves,
 ) -> Result<Begun, StoreError> {
     let at = Instant::now();
     // One round trip. The shared lock prevents a rotation until the commit. The current generation is read by
@@ -295,7 +311,7 @@ async fn write_whole(
     session: &mut Session,
     topic_id: &Uuid,
     batch: &Batch,
-    moves: &[CursorMove],
+    moves: &Moves,
     claiming: &mut Claiming,
 ) -> Result<Written, StoreError> {
     let mut begun = begin(session, topic_id, batch, moves).await?;
@@ -405,9 +421,10 @@ impl Store for PgStore {
         moves: &[CursorMove],
     ) -> Result<(Outcomes, Answer, WriteStats), StoreError> {
         let Self { connection, refusals, claiming, .. } = self;
+        let moves = Moves::new(moves);
         let topic_id = connection.identity.topic_id;
         let whole =
-            async |session: &mut Session| write_whole(session, &topic_id, batch, moves, claiming).await;
+            async |session: &mut Session| write_whole(session, &topic_id, batch, &moves, claiming).await;
         match connection.run(TRANSACTION_TIMEOUT, "writing a batch", whole).await {
             Ok(written) => {
                 let rows = written.0.0.iter().filter(|outcome| **outcome == Outcome::Written).count();
@@ -422,7 +439,7 @@ impl Store for PgStore {
         let began = Instant::now();
         let doing = "finding the rows that the database refuses (a smaller batch.max_payments helps)";
         let bisect =
-            async |session: &mut Session| bisect::write(session, &topic_id, batch, moves, refusals).await;
+            async |session: &mut Session| bisect::write(session, &topic_id, batch, &moves, refusals).await;
         match connection.run(BISECT_TIMEOUT, doing, bisect).await {
             Ok(Bisected::Written(written)) => Ok(written),
             Ok(Bisected::Undecided(error)) => {
@@ -439,8 +456,9 @@ impl Store for PgStore {
     }
 
     async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), StoreError> {
+        let moves = Moves::new(moves);
         let topic_id = self.connection.identity.topic_id;
-        let work = async |session: &mut Session| move_cursors(session, &topic_id, moves).await;
+        let work = async |session: &mut Session| move_cursors(session, &topic_id, &moves).await;
         self.connection.run(TRANSACTION_TIMEOUT, "moving cursors", work).await.map_err(fault_of_database)
     }
 }

@@ -35,9 +35,9 @@ pub struct LogHandle {
     problems: Arc<Problems>,
 }
 
-/// Directives before the configured ones, which override them. This library reports failed exports of spans,
-/// which this program reports itself.
-const BASE: &str = "opentelemetry=off";
+/// Directives before the configured ones, which override them. These libraries report errors that this
+/// program reports itself: broken sessions and failed exports of spans.
+const BASE: &str = "deadpool.postgres=error,opentelemetry=off";
 
 /// Directives after the configured ones, which they override: a change of the log level is always logged.
 const FIXED: &str = "payment_writer::telemetry::logging=info";

@@ -17,11 +17,11 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::session::{Session, store_error};
-use super::{Begun, Written, begin, claim, commit, copy_in_turn, witness};
+use super::{Begun, Moves, Written, begin, claim, commit, copy_in_turn, witness};
 use crate::domain::batch::{Batch, Claim, Refused};
 use crate::domain::outcome::{FailureClass, Refusals, SqlState};
 use crate::failpoint;
-use crate::ports::{CursorMove, StoreError};
+use crate::ports::StoreError;
 use crate::postgres::schema::months::PARTITIONED_TABLES;
 use crate::telemetry::logging::RateLimited;
 
@@ -49,7 +49,7 @@ pub(super) async fn write(
     session: &mut Session,
     topic_id: &Uuid,
     batch: &Batch,
-    moves: &[CursorMove],
+    moves: &Moves,
     refusals: &mut Refusals,
 ) -> Result<Bisected, StoreError> {
     let mut begun = begin(session, topic_id, batch, moves).await?;

@@ -1,18 +1,15 @@
 //! A lane's session: its settings, prepared statements and errors.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::task::JoinHandle;
-use tokio_postgres::{Client, Statement};
+use deadpool_postgres::{ClientWrapper, Object, Pool, PoolError};
+use tokio_postgres::Statement;
 
-use crate::config::Endpoint;
 use crate::domain::cursor::{Identity, IdentityMismatch};
 use crate::domain::outcome::{FailureClass, SqlState};
 use crate::ports::StoreError;
 use crate::postgres::binding::database_id;
-use crate::postgres::connection::{ConnectError, class_of, describe};
+use crate::postgres::connection::{class_of, describe};
 use crate::postgres::schema::locks::LockKey;
 use crate::telemetry::logging::RateLimited;
 
@@ -124,20 +121,18 @@ impl From<tokio_postgres::Error> for StoreError {
     }
 }
 
-impl From<ConnectError> for StoreError {
-    fn from(error: ConnectError) -> Self {
-        let message = error.to_string();
-        match error {
-            ConnectError::Refused { source, .. } => Self { message, ..source.into() },
-            ConnectError::TimedOut { .. } => store_error(FailureClass::Transient, message),
-        }
-    }
+fn pool_error(error: PoolError) -> StoreError {
+    let error = match error {
+        PoolError::Backend(error) => error.into(),
+        other => store_error(FailureClass::Transient, other.to_string()),
+    };
+    StoreError { message: format!("connecting: {}", error.message), ..error }
 }
 
 /// A session with its prepared statements.
 pub(super) struct Session {
-    pub client: Client,
-    driver: JoinHandle<()>,
+    /// Not returned to the pool: a session that failed inside a transaction must not be reused.
+    pub client: ClientWrapper,
     pub cursors: Statement,
     pub move_cursors: Statement,
     pub lock_generations: Statement,
@@ -145,23 +140,14 @@ pub(super) struct Session {
     pub copy_core: Statement,
     pub copy_metadata: Statement,
     pub copy_notes: Statement,
-    /// Statements on the tables of generations.
-    cached: Mutex<HashMap<String, Statement>>,
-    /// The current generation when they were prepared.
+    /// The current generation when the cached statements were prepared.
     cached_for: i64,
 }
 
-/// Closes the connection at once, also if the server does not answer.
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.driver.abort();
-    }
-}
-
 impl Session {
-    /// Connects and checks the id of the database.
-    pub(super) async fn open(endpoint: &Endpoint, identity: &Identity) -> Result<Self, StoreError> {
-        let (client, driver) = endpoint.connect().await?;
+    /// Takes a connection from the pool and checks the id of its database.
+    pub(super) async fn open(pool: &Pool, identity: &Identity) -> Result<Self, StoreError> {
+        let client = Object::take(pool.get().await.map_err(pool_error)?);
         client.batch_execute(SETTINGS).await?;
         let found = database_id(&client).await?;
         if found != identity.database_id {
@@ -179,8 +165,6 @@ impl Session {
             copy_metadata: client.prepare(COPY_METADATA).await?,
             copy_notes: client.prepare(COPY_NOTES).await?,
             client,
-            driver,
-            cached: Mutex::default(),
             cached_for: 0,
         })
     }
@@ -200,23 +184,9 @@ impl Session {
     /// Drops the cached statements after a rotation, so that they do not accumulate.
     pub(super) fn forget_rotated(&mut self, current: i64) {
         if self.cached_for != current {
-            self.cached().clear();
+            self.client.statement_cache.clear();
             self.cached_for = current;
         }
-    }
-
-    fn cached(&self) -> MutexGuard<'_, HashMap<String, Statement>> {
-        self.cached.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn prepared(&self, sql: String) -> Result<Statement, StoreError> {
-        let cached = self.cached().get(&sql).cloned();
-        if let Some(statement) = cached {
-            return Ok(statement);
-        }
-        let statement = self.client.prepare(&sql).await?;
-        self.cached().insert(sql, statement.clone());
-        Ok(statement)
     }
 
     /// The statement that looks up owners of ids in this generation. It uses the generation's own table,
@@ -226,12 +196,12 @@ impl Session {
             "SELECT message_id, source_partition, source_offset, payload_hash
              FROM payment_writer.idempotency_g{generation} WHERE message_id = ANY ($1::uuid[])"
         );
-        self.prepared(sql).await
+        Ok(self.client.prepare_cached(&sql).await?)
     }
 
     /// The statement that claims ids in this generation row by row.
     pub(super) async fn claim_into(&self, generation: i64) -> Result<Statement, StoreError> {
-        self.prepared(claim_sql(generation)).await
+        Ok(self.client.prepare_cached(&claim_sql(generation)).await?)
     }
 
     /// The COPY statement that claims ids in this generation.
@@ -241,7 +211,7 @@ impl Session {
              (message_id, source_offset, payload_hash, created_at, source_partition, date)
              FROM STDIN (FORMAT binary)"
         );
-        self.prepared(sql).await
+        Ok(self.client.prepare_cached(&sql).await?)
     }
 
     /// Runs `work` under a savepoint and rolls it back if it fails or if `stays` is false. Returns the
