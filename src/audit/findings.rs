@@ -1,10 +1,10 @@
 //! Log messages about records that nothing accounts for.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::time::Duration;
 
 use crate::domain::record::{Offset, Partition};
+use crate::reconcile::table::Place;
 use crate::telemetry::logging::RateLimited;
 
 /// Maximum number of offset ranges in a line.
@@ -18,7 +18,7 @@ pub struct Findings(BTreeMap<(Partition, String), Vec<Offset>>);
 
 impl Findings {
     /// Adds a record.
-    pub fn push(&mut self, partition: Partition, offset: Offset, what: String) {
+    pub fn push(&mut self, (partition, offset): Place, what: String) {
         self.0.entry((partition, what)).or_default().push(offset);
     }
 
@@ -62,19 +62,15 @@ fn runs(offsets: &[Offset]) -> String {
             _ => runs.push((*offset, *offset)),
         }
     }
-    let mut text = String::new();
-    for (first, last) in runs.iter().take(RUNS_MAX) {
-        let comma = if text.is_empty() { "" } else { ", " };
-        // Writing to a String cannot fail.
-        let _ = match first == last {
-            true => write!(text, "{comma}{first}"),
-            false => write!(text, "{comma}{first}-{last}"),
-        };
-    }
+    let text = |(first, last): &(Offset, Offset)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    let mut texts = runs.iter().take(RUNS_MAX).map(text).collect::<Vec<_>>().join(", ");
     if runs.len() > RUNS_MAX {
-        let _ = write!(text, " and {} more", runs.len() - RUNS_MAX);
+        texts.push_str(&format!(" and {} more", runs.len() - RUNS_MAX));
     }
-    text
+    texts
 }
 
 #[cfg(test)]
@@ -96,7 +92,7 @@ mod tests {
         for (partition, offset, what) in
             [(1, 5, "lost"), (1, 6, "lost"), (2, 5, "lost"), (1, 7, "owned later")]
         {
-            findings.push(Partition(partition), Offset(offset), what.to_owned());
+            findings.push((Partition(partition), Offset(offset)), what.to_owned());
         }
         assert_eq!((findings.len(), findings.0.len()), (4, 3));
     }

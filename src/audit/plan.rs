@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::sampler::Sampler;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
 use crate::domain::cursor::LogBounds;
 use crate::domain::record::{NextOffset, Partition};
 use crate::kafka::scan::ScanRange;
@@ -72,7 +74,9 @@ struct Share {
 /// Ranges of all partitions.
 #[derive(Debug)]
 pub struct Plan {
-    sampler: Sampler,
+    /// Probability with which each block is chosen.
+    share: f64,
+    random: ChaCha8Rng,
     shares: BTreeMap<Partition, Share>,
     /// Number of waiting ranges.
     ranges: usize,
@@ -83,7 +87,8 @@ pub struct Plan {
 impl Plan {
     /// Creates a plan that audits this share of the passed offsets.
     pub fn new(share: f64, seed: u64) -> Self {
-        Self { sampler: Sampler::new(share, seed), shares: BTreeMap::new(), ranges: 0, dropped: 0 }
+        let random = ChaCha8Rng::seed_from_u64(seed);
+        Self { share, random, shares: BTreeMap::new(), ranges: 0, dropped: 0 }
     }
 
     /// Updates the cursors of this process's partitions. Partitions that are not listed have been revoked:
@@ -117,11 +122,12 @@ impl Plan {
         let (first, past) = (share.applied.0 / BLOCK, applied.0 / BLOCK);
         let (seen_from, seen_at) = (share.seen_from, share.seen_at);
         (share.applied, share.seen_at) = (applied, now);
-        for place in self.sampler.choose(u64::try_from(past - first).unwrap_or_default()) {
-            let from = (first + i64::try_from(place).unwrap_or_default()).saturating_mul(BLOCK);
-            let to = NextOffset(from + BLOCK);
-            let range = ScanRange { partition, from: NextOffset(from).max(seen_from), to };
-            self.insert(range, Some(seen_at), now);
+        for block in first..past {
+            if self.random.random::<f64>() < self.share {
+                let (from, to) = (NextOffset(block * BLOCK), NextOffset((block + 1) * BLOCK));
+                let range = ScanRange { partition, from: from.max(seen_from), to };
+                self.insert(range, Some(seen_at), now);
+            }
         }
     }
 
