@@ -277,17 +277,20 @@ impl Auditor {
             return;
         }
         let rows = self.rows(suspects);
-        let mut findings = Findings::default();
+        let (mut findings, mut count) = (Findings::new(), 0);
         for suspect in suspects {
             let place = suspect.payment.place;
             let has_row = rows.as_ref().map(|rows| rows.contains(&place));
             match charge(place, suspect.suspicion, has_row, self.kafka.publish) {
-                Some(what) => findings.push(place, format!("{what}{but}")),
+                Some(what) => {
+                    findings.entry((place.0, format!("{what}{but}"))).or_default().push(place.1);
+                    count += 1;
+                }
                 None => self.metrics.count(AuditResult::Unknown, 1),
             }
         }
-        self.metrics.count(AuditResult::Unaccounted, findings.len());
-        findings.tell(&self.kafka.input_topic);
+        self.metrics.count(AuditResult::Unaccounted, count);
+        findings::tell(&self.kafka.input_topic, findings);
     }
 
     /// Which suspects have rows, for the log message; `None` if unknown. Slow lookups are not repeated at

@@ -4,7 +4,6 @@
 
 mod compare;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +16,6 @@ use uuid::Uuid;
 
 use crate::config::{PostgresUrl, Settings};
 use crate::daemon::{self, RunError, RunOptions};
-use crate::domain::record::{NextOffset, Partition};
 use crate::error::CommandError;
 use crate::postgres::binding;
 use crate::postgres::schema::{self, SchemaError};
@@ -211,18 +209,16 @@ async fn run(rebuilding: &Settings, view: &View, progress: &ProgressBar) -> Resu
 
 /// Shows the progress of the rows. Never returns.
 async fn show(status: &StatusRegistry, view: &View, progress: &ProgressBar) {
-    let starts: BTreeMap<Partition, NextOffset> =
-        view.known.iter().map(|known| (known.partition, known.bounds.start)).collect();
     let ends: i64 = view.known.iter().map(|k| k.bounds.end.0.saturating_sub(k.bounds.start.0)).sum();
     progress.inc_length(ends.unsigned_abs());
     loop {
         tokio::time::sleep(PROGRESS_TICK).await;
-        let written: i64 = status
-            .partitions()
-            .iter()
-            .filter_map(|(partition, status)| Some(status.applied?.0 - starts.get(partition)?.0))
-            .map(|count| count.max(0))
-            .sum();
+        let partitions = status.partitions();
+        let written = view.known.iter().filter_map(|known| {
+            let applied = partitions.get(&known.partition)?.applied?;
+            Some((applied.0 - known.bounds.start.0).max(0))
+        });
+        let written: i64 = written.sum();
         progress.set_position(written.unsigned_abs());
     }
 }

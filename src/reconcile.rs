@@ -15,7 +15,7 @@ mod recheck;
 pub(crate) mod report;
 pub(crate) mod table;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use indicatif::ProgressBar;
 use tokio::runtime::Handle;
@@ -26,7 +26,7 @@ use self::judge::{Outcome, judge, refused_by_other_settings};
 use self::log::{Identified, Slice, identify};
 use self::outputs::{CutOff, Outputs};
 use self::range::{Exempt, settled_up_to, slices};
-use self::recheck::{Evidence, Suspects};
+use self::recheck::{Evidence, Suspect};
 use self::report::{Findings, Report};
 use self::table::{ENTRY_BYTES, Place, Placed};
 use crate::config::Settings;
@@ -40,6 +40,9 @@ use crate::resolution::{self, View};
 
 /// A slice is retried if records leave a topic, or a generation of claims is dropped, while it is read.
 const TRIES_MAX: u32 = 3;
+
+/// Maximum number of records to recheck, over all slices; further ones count as wrong.
+const SUSPECTS_MAX: usize = 100_000;
 
 /// Options of a comparison.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -158,23 +161,18 @@ impl<'a> Comparison<'a> {
         let outputs = self.outputs.as_ref().map_or(0, Outputs::len);
         self.progress.inc_length(offsets.unsigned_abs().saturating_add(outputs * slices.len() as u64));
         let mut report = Report {
-            is_fine: false,
             topic: kafka.input_topic.clone(),
             group: kafka.group_id.clone(),
             database: self.settings.postgres.url.endpoint().to_string(),
             partitions: ranges,
             partitions_halted: halted,
             slices: slices.len(),
-            records: 0,
-            outcomes: BTreeMap::new(),
-            currencies: BTreeMap::new(),
             outputs: kafka.publish.then(Default::default),
-            of_lost_records: 0,
-            orphans: None,
             findings: Findings::new(self.wanted.limit),
             allowed: Findings::new(self.wanted.limit),
+            ..Report::default()
         };
-        let mut suspects = Suspects::default();
+        let mut suspects = Vec::new();
         for slice in slices {
             report = self.slice_with_tries(slice, &report, &mut suspects)?;
         }
@@ -237,7 +235,7 @@ impl<'a> Comparison<'a> {
         &self,
         mut ranges: Vec<ScanRange>,
         before: &Report,
-        suspects: &mut Suspects,
+        suspects: &mut Vec<Suspect>,
     ) -> Result<Report, Fault> {
         let mut tries = 0;
         loop {
@@ -257,7 +255,12 @@ impl<'a> Comparison<'a> {
     }
 
     /// Compares one slice. `suspects` is changed only at the end, when nothing can fail any more.
-    fn slice(&self, ranges: &[ScanRange], suspects: &mut Suspects, report: &mut Report) -> Result<(), Fault> {
+    fn slice(
+        &self,
+        ranges: &[ScanRange],
+        suspects: &mut Vec<Suspect>,
+        report: &mut Report,
+    ) -> Result<(), Fault> {
         self.progress.set_message("log");
         let mut slice = Slice::read(self, ranges, self.database.pruned_until()?)?;
         self.progress.set_message("rows");
@@ -311,7 +314,7 @@ impl<'a> Comparison<'a> {
         Ok(())
     }
 
-    fn judge(&self, slice: &Slice, cut_off: &CutOff, suspects: &mut Suspects, report: &mut Report) {
+    fn judge(&self, slice: &Slice, cut_off: &CutOff, suspects: &mut Vec<Suspect>, report: &mut Report) {
         let publishes = self.settings.kafka.publish;
         for entry in slice.table.entries() {
             let verdict = judge(entry, publishes, |part| cut_off.has(part, entry.place, entry.key));
@@ -330,20 +333,22 @@ impl<'a> Comparison<'a> {
                         format!("dead-lettered as {}; by the current settings it is valid", reason.as_str());
                     report.allowed.push(entry.place, text);
                 }
-            } else if !suspects.take(entry, &verdict) {
-                for wrong in &verdict.wrongs {
-                    report.findings.push(entry.place, wrong.to_string());
-                }
+                continue;
+            }
+            match Suspect::of(entry, &verdict) {
+                Some(suspect) if suspects.len() < SUSPECTS_MAX => suspects.push(suspect),
+                _ => report.wrong(entry.place, &verdict.wrongs),
             }
         }
     }
 
-    fn resolve(&self, suspects: Suspects, report: &mut Report) -> Result<(), Fault> {
+    fn resolve(&self, suspects: Vec<Suspect>, report: &mut Report) -> Result<(), Fault> {
         if suspects.is_empty() {
             return Ok(());
         }
         self.progress.set_message("rechecking");
-        let identified = identify(&self.scanner, &suspects.places(), &self.rules)?;
+        let places = suspects.iter().map(|suspect| suspect.place).collect();
+        let identified = identify(&self.scanner, &places, &self.rules)?;
         let ids: HashSet<Uuid> = identified.values().map(|i| i.message_id).collect();
         let claims = self.database.claims(&ids.iter().copied().collect::<Vec<_>>())?;
         let senders = match &self.outputs {
@@ -351,8 +356,12 @@ impl<'a> Comparison<'a> {
             None => HashMap::new(),
         };
         let evidence = Evidence { identified, claims, senders };
-        let window = self.settings.idempotency.window;
-        suspects.resolve(&evidence, window, &mut report.allowed, &mut report.findings);
+        for suspect in suspects {
+            match suspect.explanation(&evidence, self.settings.idempotency.window) {
+                Some(what) => report.allowed.push(suspect.place, what),
+                None => report.wrong(suspect.place, &suspect.wrongs),
+            }
+        }
         Ok(())
     }
 

@@ -10,9 +10,7 @@ use super::input::small;
 use super::suspects::Suspect;
 use crate::config::KafkaSettings;
 use crate::domain::record::TimestampMs;
-use crate::kafka::last_stable::stable_ends;
-use crate::kafka::scan::{ScanRange, Scanner};
-use crate::reconcile::outputs::Label;
+use crate::reconcile::outputs::{Label, Topic};
 use crate::reconcile::table::Place;
 
 /// Maximum number of dead letters read in a search.
@@ -36,27 +34,24 @@ pub fn search(
     let failed = |error: &dyn std::fmt::Display| format!("searching the dead letters: {error}");
     let earliest = suspects.iter().map(|s| s.payment.record.timestamp.0).min().unwrap_or_default();
     let wanted: HashSet<Place> = suspects.iter().map(|s| s.payment.place).collect();
-    let topic = &kafka.dead_letter_topic;
-    let scanner = Scanner::new(&small(kafka), topic).map_err(|e| failed(&e))?;
-    let (_, partitions) = scanner.describe().map_err(|e| failed(&e))?;
-    let ends = stable_ends(kafka, topic, &partitions).map_err(|e| failed(&e))?;
-    let bounds = scanner.bounds(&partitions).map_err(|e| failed(&e))?;
+    let topic = Topic::open(&small(kafka), &kafka.dead_letter_topic).map_err(|e| failed(&e))?;
+    let mut ranges = topic.ranges().map_err(|e| failed(&e))?;
     let from = TimestampMs(earliest.saturating_sub(BEFORE_RECORD_MS));
-    let positions = scanner.positions_at(&partitions, from).map_err(|e| failed(&e))?;
+    let positions = topic.scanner.positions_at(&topic.partitions, from).map_err(|e| failed(&e))?;
     let mut but = "";
-    let mut ranges = Vec::new();
-    for (((partition, to), bounds), position) in partitions.into_iter().zip(ends).zip(bounds).zip(positions) {
-        let first = position.unwrap_or(to).max(bounds.start);
+    for (range, position) in ranges.iter_mut().zip(positions) {
+        let start = range.from;
+        range.from = start.max(position.unwrap_or(range.to));
         // The oldest dead letter left is recent enough that relevant ones may have been removed.
-        if bounds.start.0 > 0 && first <= bounds.start {
+        if start.0 > 0 && range.from <= start {
             but = "; its dead letter may have left the topic";
         }
-        ranges.push(ScanRange { partition, from: first, to });
     }
     let began = Instant::now();
     let mut seen = 0_u64;
     let mut found = HashSet::new();
-    let flow = scanner
+    let flow = topic
+        .scanner
         .read(&ranges, |record| {
             found.extend(Label::of(record, topic_id).place.filter(|place| wanted.contains(place)));
             seen += 1;

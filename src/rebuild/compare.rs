@@ -85,8 +85,19 @@ pub(super) fn compare(
     progress.set_message("comparing");
     let first = Database::open(runtime, settings.postgres.url.endpoint())?;
     let second = Database::open(runtime, rebuilding.postgres.url.endpoint())?;
-    let starts = starts(&second, topic_id)?;
-    let (in_first, in_second) = (applied(&first, topic_id)?, applied(&second, topic_id)?);
+    // Start of the log at the time when the rebuild started.
+    let starts = positions(
+        &second,
+        "asking where the rebuild began",
+        "SELECT partition, (after->>'from')::bigint FROM payment_writer.cursor_audit
+         WHERE command = $1 AND topic_id = $2 AND partition IS NOT NULL AND after->>'from' IS NOT NULL",
+        &[&AUDIT_COMMAND, &topic_id],
+    )?;
+    let applied = |database| {
+        let query = "SELECT partition, applied FROM payment_writer.source_cursor WHERE topic_id = $1";
+        positions(database, "reading cursors", query, &[&topic_id])
+    };
+    let (in_first, in_second) = (applied(&first)?, applied(&second)?);
     let range = |(partition, from): (&Partition, &NextOffset)| {
         let to = *in_first.get(partition)?.min(in_second.get(partition)?);
         Some(ScanRange { partition: *partition, from: *from, to: to.max(*from) })
@@ -121,26 +132,6 @@ fn positions(
 ) -> Result<BTreeMap<Partition, NextOffset>, CommandError> {
     let row = |row: &Row| Ok((Partition(row.try_get(0)?), NextOffset(row.try_get(1)?)));
     Ok(database.query(doing, query, parameters, row)?.into_iter().collect())
-}
-
-/// Start of the log per partition at the time when the rebuild started.
-fn starts(second: &Database, topic_id: Uuid) -> Result<BTreeMap<Partition, NextOffset>, CommandError> {
-    positions(
-        second,
-        "asking where the rebuild began",
-        "SELECT partition, (after->>'from')::bigint FROM payment_writer.cursor_audit
-         WHERE command = $1 AND topic_id = $2 AND partition IS NOT NULL AND after->>'from' IS NOT NULL",
-        &[&AUDIT_COMMAND, &topic_id],
-    )
-}
-
-fn applied(database: &Database, topic_id: Uuid) -> Result<BTreeMap<Partition, NextOffset>, CommandError> {
-    positions(
-        database,
-        "reading cursors",
-        "SELECT partition, applied FROM payment_writer.source_cursor WHERE topic_id = $1",
-        &[&topic_id],
-    )
 }
 
 fn older(first: &Database, starts: &BTreeMap<Partition, NextOffset>) -> Result<u64, CommandError> {

@@ -12,7 +12,7 @@ use tokio_postgres::{Client, Error, Row, ToStatement};
 use uuid::Uuid;
 
 use super::hash;
-use super::range::{Exempt, Skip};
+use super::range::Exempt;
 use super::report::Orphans;
 use super::table::{Part, Place};
 use crate::config::Endpoint;
@@ -147,16 +147,13 @@ pub(crate) async fn exempt(client: &Client, topic_id: Uuid) -> Result<Exempt, Er
          FROM payment_writer.cursor_audit
          WHERE topic_id = $1 AND command LIKE 'cursors skip%' AND partition IS NOT NULL
              AND after->>'applied' IS NOT NULL";
-    let skips = rows(client, query, &[&topic_id], |row| {
-        Ok(Skip {
-            partition: Partition(row.try_get(0)?),
-            applied: row.try_get::<_, Option<i64>>(1)?.map(NextOffset),
-            published: row.try_get::<_, Option<i64>>(2)?.map(NextOffset),
-            to: NextOffset(row.try_get(3)?),
-        })
-    })
-    .await?;
-    Ok(Exempt::of(&skips))
+    let mut exempt = Exempt::default();
+    for row in client.query(query, &[&topic_id]).await? {
+        let position = |column| Ok::<_, Error>(row.try_get::<_, Option<i64>>(column)?.map(NextOffset));
+        let to = NextOffset(row.try_get(3)?);
+        exempt.skip(Partition(row.try_get(0)?), position(1)?, position(2)?, to);
+    }
+    Ok(exempt)
 }
 
 /// A read-only session for blocking callers.
@@ -247,28 +244,27 @@ impl Database {
     /// Counts rows of `payment_core`, `payment_notes` and `idempotency` without a row of `payment_metadata`.
     /// Scans the whole tables.
     pub fn orphans(&self, archived_before: Option<TimestampMs>) -> Result<Orphans, CommandError> {
-        let count = |table: &str, condition: &str, key: &str| {
-            let query = format!(
-                "SELECT count(*) FROM payment_writer.{table} t WHERE {condition} NOT EXISTS (
-                     SELECT FROM payment_writer.payment_metadata m WHERE {key})"
-            );
-            let counts = self.query("looking for rows that belong to nothing", &query, &[], |row| {
-                row.try_get::<_, i64>(0)
-            })?;
-            Ok::<_, CommandError>(counts.iter().map(|count| count.unsigned_abs()).sum())
-        };
-        let of_payment = "m.payment_id = t.payment_id AND m.created_at = t.created_at";
-        let archived_before = archived_before.map_or(0, |before| before.0);
-        Ok(Orphans {
-            payment_core: count("payment_core", "", of_payment)?,
-            payment_notes: count("payment_notes", "", of_payment)?,
-            idempotency: count(
-                "idempotency",
-                &format!("t.created_at >= to_timestamp({archived_before} / 1000) AND"),
-                "m.message_id = t.message_id AND m.source_partition = t.source_partition
-                     AND m.source_offset = t.source_offset",
-            )?,
-        })
+        let counts = self.query(
+            "looking for rows that belong to nothing",
+            "SELECT
+                 (SELECT count(*) FROM payment_writer.payment_core t WHERE NOT EXISTS (
+                     SELECT FROM payment_writer.payment_metadata m
+                     WHERE m.payment_id = t.payment_id AND m.created_at = t.created_at)),
+                 (SELECT count(*) FROM payment_writer.payment_notes t WHERE NOT EXISTS (
+                     SELECT FROM payment_writer.payment_metadata m
+                     WHERE m.payment_id = t.payment_id AND m.created_at = t.created_at)),
+                 (SELECT count(*) FROM payment_writer.idempotency t
+                     WHERE t.created_at >= to_timestamp($1::bigint / 1000) AND NOT EXISTS (
+                         SELECT FROM payment_writer.payment_metadata m
+                         WHERE m.message_id = t.message_id AND m.source_partition = t.source_partition
+                             AND m.source_offset = t.source_offset))",
+            &[&archived_before.map_or(0, |before| before.0)],
+            |row| {
+                let (payment_core, payment_notes) = (row.try_get(0)?, row.try_get(1)?);
+                Ok(Orphans { payment_core, payment_notes, idempotency: row.try_get(2)? })
+            },
+        )?;
+        Ok(counts.into_iter().next().unwrap_or_default())
     }
 
     /// Records that operators skipped.

@@ -22,16 +22,40 @@ use crate::kafka::librdkafka::NativeRecord;
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
 
 /// An output topic and the ends up to which it is read.
-struct Topic {
-    part: Part,
-    scanner: Scanner,
-    /// End of every partition, determined after the cursors were read.
-    ends: Vec<(Partition, NextOffset)>,
+pub(crate) struct Topic {
+    /// Reader of the topic.
+    pub scanner: Scanner,
+    /// The partitions.
+    pub partitions: Vec<Partition>,
+    /// End of each partition when the topic was opened.
+    ends: Vec<NextOffset>,
+}
+
+impl Topic {
+    /// Determines the ends, which cover everything committed before.
+    ///
+    /// # Errors
+    /// A description, if the topic cannot be read.
+    pub fn open(kafka: &KafkaSettings, name: &str) -> Result<Self, String> {
+        let scanner = Scanner::new(kafka, name).map_err(|e| e.to_string())?;
+        let (_, partitions) = scanner.describe().map_err(|e| e.to_string())?;
+        let ends = stable_ends(kafka, name, &partitions).map_err(|e| e.to_string())?;
+        Ok(Self { scanner, partitions, ends })
+    }
+
+    /// Ranges that still exist, up to the ends.
+    pub fn ranges(&self) -> Result<Vec<ScanRange>, ScanError> {
+        let bounds = self.scanner.bounds(&self.partitions)?;
+        let partitions = self.partitions.iter().zip(bounds).zip(&self.ends);
+        Ok(partitions
+            .map(|((partition, bounds), to)| ScanRange { partition: *partition, from: bounds.start, to: *to })
+            .collect())
+    }
 }
 
 /// The output topics.
 pub(super) struct Outputs {
-    topics: Vec<Topic>,
+    topics: Vec<(Part, Topic)>,
     topic_id: Uuid,
 }
 
@@ -117,27 +141,23 @@ impl Outputs {
     /// Determines the ends of the outputs. Call it after reading the cursors: outputs covered by the group's
     /// offset are then below these ends.
     pub fn open(kafka: &KafkaSettings, topic_id: Uuid) -> Result<Self, CommandError> {
-        let failed = |e: &dyn std::fmt::Display| CommandError::failed(format!("an output: {e}"));
-        let mut topics = Vec::new();
-        for (part, name) in [
+        let topics = [
             (Part::Read, &kafka.read_topic),
             (Part::Email, &kafka.email_topic),
             (Part::DeadLetter, &kafka.dead_letter_topic),
-        ] {
-            let scanner = Scanner::new(kafka, name).map_err(|e| failed(&e))?;
-            let (_, partitions) = scanner.describe().map_err(|e| failed(&e))?;
-            let ends = stable_ends(kafka, name, &partitions).map_err(|e| failed(&e))?;
-            topics.push(Topic { part, scanner, ends: partitions.into_iter().zip(ends).collect() });
-        }
+        ];
+        let open = |(part, name): (Part, &String)| Ok((part, Topic::open(kafka, name)?));
+        let topics: Result<_, String> = topics.into_iter().map(open).collect();
+        let topics = topics.map_err(|e| CommandError::failed(format!("an output: {e}")))?;
         Ok(Self { topics, topic_id })
     }
 
     /// Maximum number of records in the outputs.
     pub fn len(&self) -> u64 {
-        self.topics.iter().flat_map(|t| &t.ends).map(|(_, end)| end.0.unsigned_abs()).sum()
+        self.topics.iter().flat_map(|(_, topic)| &topic.ends).map(|end| end.0.unsigned_abs()).sum()
     }
 
-    /// Records every output of the table's records.
+    /// Counts every output of the table's records.
     pub fn read(
         &self,
         table: &mut Table,
@@ -146,7 +166,7 @@ impl Outputs {
     ) -> Result<CutOff, Fault> {
         let mut cut_off = CutOff::default();
         let mut foreign = 0;
-        for topic in &self.topics {
+        for (part, topic) in &self.topics {
             let ranges = topic.ranges()?;
             let mut firsts: Firsts =
                 ranges.iter().map(|range| (range.from.0 > 0).then(HashMap::new)).collect();
@@ -158,19 +178,19 @@ impl Outputs {
                     progress.inc(1_000);
                 }
                 let label = Label::of(record, self.topic_id);
-                let Some((partition, offset)) = label.place else {
+                if let Some((partition, offset)) = label.place {
+                    let at = usize::try_from(record.partition().0).unwrap_or(usize::MAX);
+                    if let Some(Some(firsts)) = firsts.get_mut(at) {
+                        firsts.entry(partition).or_insert(offset);
+                    }
+                    note(*part, record, &label, (partition, offset), table, report);
+                } else {
                     foreign += 1;
-                    return ControlFlow::Continue(());
-                };
-                let at = usize::try_from(record.partition().0).unwrap_or(usize::MAX);
-                if let Some(Some(firsts)) = firsts.get_mut(at) {
-                    firsts.entry(partition).or_insert(offset);
                 }
-                note(topic.part, record, &label, (partition, offset), table, report);
                 ControlFlow::Continue(())
             })?;
             progress.inc(seen % 1_000);
-            cut_off.0.push((topic.part, firsts));
+            cut_off.0.push((*part, firsts));
         }
         if let Some(outputs) = &mut report.outputs {
             // Every slice reads all outputs and counts the same foreign ones.
@@ -182,7 +202,7 @@ impl Outputs {
     /// Finds the records that have a read event with one of these message ids.
     pub fn senders(&self, ids: &HashSet<Uuid>) -> Result<HashMap<Uuid, Vec<Place>>, Fault> {
         let mut found: HashMap<Uuid, Vec<Place>> = HashMap::new();
-        for topic in self.topics.iter().filter(|t| t.part == Part::Read) {
+        for (_, topic) in self.topics.iter().filter(|(part, _)| *part == Part::Read) {
             // The callback never stops the scan.
             let _ = topic.scanner.read(&topic.ranges()?, |record| {
                 let named = record.value().and_then(|v| serde_json::from_slice::<Named>(v).ok());
@@ -199,18 +219,6 @@ impl Outputs {
             })?;
         }
         Ok(found)
-    }
-}
-
-impl Topic {
-    /// Ranges that still exist, up to the recorded ends.
-    fn ranges(&self) -> Result<Vec<ScanRange>, ScanError> {
-        let partitions: Vec<Partition> = self.ends.iter().map(|(partition, _)| *partition).collect();
-        let bounds = self.scanner.bounds(&partitions)?;
-        let ends = self.ends.iter().zip(bounds);
-        Ok(ends
-            .map(|((partition, to), bounds)| ScanRange { partition: *partition, from: bounds.start, to: *to })
-            .collect())
     }
 }
 

@@ -21,19 +21,6 @@ pub fn settled_up_to(known: &Known, identity: &Identity, publishes: bool) -> Opt
     committed.max(row.published).map(|sent| sent.min(row.applied))
 }
 
-/// A cursor skip by an operator, from `cursor_audit`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Skip {
-    /// The partition.
-    pub partition: Partition,
-    /// `applied` before the skip; none if the partition had no row.
-    pub applied: Option<NextOffset>,
-    /// `published` before the skip.
-    pub published: Option<NextOffset>,
-    /// Offset at which the partition continued.
-    pub to: NextOffset,
-}
-
 /// Records that need no outcome, by decision of an operator.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Exempt {
@@ -45,20 +32,20 @@ pub struct Exempt {
 }
 
 impl Exempt {
-    /// Derives the exempt ranges from skips.
-    pub fn of(skips: &[Skip]) -> Self {
-        let mut exempt = Self::default();
-        for skip in skips {
-            let applied = skip.applied.unwrap_or(NextOffset(0));
-            // In a database without events, `applied` alone counts.
-            let from = applied.min(skip.published.unwrap_or(applied));
-            let range = |from, to| ScanRange { partition: skip.partition, from, to };
-            exempt.given_up.push(range(from, skip.to));
-            exempt.rewound.push(range(skip.to, applied));
-        }
-        exempt.given_up.retain(|range| !range.is_empty());
-        exempt.rewound.retain(|range| !range.is_empty());
-        exempt
+    /// Adds a cursor skip by an operator: `applied` (none if the partition had no row) and `published` before
+    /// it, and the offset at which the partition continued.
+    pub fn skip(
+        &mut self,
+        partition: Partition,
+        applied: Option<NextOffset>,
+        published: Option<NextOffset>,
+        to: NextOffset,
+    ) {
+        let applied = applied.unwrap_or(NextOffset(0));
+        // In a database without events, `applied` alone counts.
+        let from = applied.min(published.unwrap_or(applied));
+        self.given_up.push(ScanRange { partition, from, to });
+        self.rewound.push(ScanRange { partition, from: to, to: applied });
     }
 
     /// Whether an operator skipped this record.
@@ -167,13 +154,11 @@ mod tests {
 
     #[test]
     fn records_that_a_person_gave_up_are_known_by_the_audit() {
-        let skip = |applied, published, to| Skip {
-            partition: Partition(2),
-            applied: Some(NextOffset(applied)),
-            published: Some(NextOffset(published)),
-            to: NextOffset(to),
-        };
-        let exempt = Exempt::of(&[skip(20, 15, 37), skip(60, 60, 50)]);
+        let mut exempt = Exempt::default();
+        for (applied, published, to) in [(20, 15, 37), (60, 60, 50)] {
+            let (applied, published) = (Some(NextOffset(applied)), Some(NextOffset(published)));
+            exempt.skip(Partition(2), applied, published, NextOffset(to));
+        }
         let given_up = |offset| exempt.is_given_up((Partition(2), Offset(offset)));
         assert_eq!([14, 15, 36, 37].map(given_up), [false, true, true, false]);
         let rewound = |offset| exempt.is_rewound((Partition(2), Offset(offset)));

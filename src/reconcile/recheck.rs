@@ -2,7 +2,7 @@
 //! rebuilt since) decided differently about their message id. If several records have the same id, another
 //! one may have been first there; a duplicate may have arrived after its original was forgotten. Pure.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -10,18 +10,16 @@ use uuid::Uuid;
 use super::database::Claimed;
 use super::judge::{Outcome, Verdict, Wrong};
 use super::log::Identified;
-use super::report::Findings;
 use super::table::{Entry, Part, Place};
 use crate::domain::columns::from_postgres_timestamp;
 use crate::domain::wire::Reason;
 
-/// Maximum number over all slices; further ones count as wrong.
-const SUSPECTS_MAX: usize = 100_000;
-
 /// A record with a deviation that an earlier database may explain.
-struct Suspect {
-    place: Place,
-    wrongs: Vec<Wrong>,
+pub struct Suspect {
+    /// Position of the record.
+    pub place: Place,
+    /// The deviations.
+    pub wrongs: Vec<Wrong>,
     /// It has its rows, a dead letter as rejected by the database, and no event.
     was_refused: bool,
 }
@@ -37,74 +35,39 @@ pub struct Evidence {
     pub senders: HashMap<Uuid, Vec<Place>>,
 }
 
-/// Collected suspects.
-#[derive(Default)]
-pub struct Suspects(Vec<Suspect>);
-
-impl Suspects {
-    /// Adds a record if an earlier database may explain its deviation; returns `false` if the record is
-    /// simply wrong.
-    pub fn take(&mut self, entry: &Entry, verdict: &Verdict) -> bool {
+impl Suspect {
+    /// Takes a record if an earlier database may explain its deviation; `None` if it is simply wrong.
+    pub fn of(entry: &Entry, verdict: &Verdict) -> Option<Self> {
         let is_explicable = |wrong: &Wrong| match wrong {
             Wrong::Missing(part) | Wrong::Extra(part, _) => Part::OUTPUTS.contains(part),
             Wrong::OtherReason(..) => true,
             _ => false,
         };
-        if self.0.len() >= SUSPECTS_MAX || !verdict.wrongs.iter().all(is_explicable) {
-            return false;
+        if !verdict.wrongs.iter().all(is_explicable) {
+            return None;
         }
         let (read, email, letter) = (entry.found.read, entry.found.email, entry.found.letter);
         if [read, email, letter].iter().any(|seen| seen.differs) || letter.count > 1 {
-            return false;
+            return None;
         }
         let is_letter_due_to_database =
             matches!(entry.reason, Some(Reason::MessageIdConflict | Reason::RejectedByDatabase));
         if letter.count == 1 && !is_letter_due_to_database {
-            return false;
+            return None;
         }
         let is_silent = read.count == 0 && email.count == 0;
         let is_sender = read.count == 1 && email.count == u8::from(entry.expected.email != 0);
         let is_written = verdict.outcome == Outcome::Written;
         if !is_silent && (is_written || !is_sender) {
-            return false;
+            return None;
         }
         let was_refused =
             is_written && is_silent && letter.count == 1 && entry.reason == Some(Reason::RejectedByDatabase);
-        self.0.push(Suspect { place: entry.place, wrongs: verdict.wrongs.clone(), was_refused });
-        true
+        Some(Self { place: entry.place, wrongs: verdict.wrongs.clone(), was_refused })
     }
 
-    /// Positions of the suspects.
-    pub fn places(&self) -> HashSet<Place> {
-        self.0.iter().map(|s| s.place).collect()
-    }
-
-    /// Whether there are no suspects.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Sorts the suspects into allowed and wrong findings.
-    pub fn resolve(
-        self,
-        evidence: &Evidence,
-        window: Duration,
-        allowed: &mut Findings,
-        findings: &mut Findings,
-    ) {
-        for suspect in self.0 {
-            match suspect.explanation(evidence, window) {
-                Some(what) => allowed.push(suspect.place, what),
-                None => {
-                    suspect.wrongs.iter().for_each(|wrong| findings.push(suspect.place, wrong.to_string()))
-                }
-            }
-        }
-    }
-}
-
-impl Suspect {
-    fn explanation(&self, evidence: &Evidence, window: Duration) -> Option<String> {
+    /// Why the deviation is allowed; `None` if it is wrong.
+    pub fn explanation(&self, evidence: &Evidence, window: Duration) -> Option<String> {
         let identified = evidence.identified.get(&self.place)?;
         let claimed = evidence.claims.get(&identified.message_id)?;
         let owner = claimed.place;
@@ -179,16 +142,17 @@ mod tests {
     }
 
     fn resolved(entries: [&Entry; 2], evidence: &Evidence) -> (u64, u64) {
-        let (mut suspects, mut allowed, mut findings) =
-            (Suspects::default(), Findings::new(9), Findings::new(9));
+        let (mut allowed, mut wrong) = (0, 0);
         for entry in entries {
             let verdict = judge(entry, true, |_| false);
-            if !verdict.wrongs.is_empty() && !suspects.take(entry, &verdict) {
-                findings.push(entry.place, "wrong");
+            match Suspect::of(entry, &verdict) {
+                _ if verdict.wrongs.is_empty() => {}
+                Some(suspect) if suspect.explanation(evidence, WINDOW).is_some() => allowed += 1,
+                Some(suspect) => wrong += suspect.wrongs.len() as u64,
+                None => wrong += 1,
             }
         }
-        suspects.resolve(evidence, WINDOW, &mut allowed, &mut findings);
-        (allowed.count, findings.count)
+        (allowed, wrong)
     }
 
     #[test]

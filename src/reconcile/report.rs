@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Serialize, Serializer};
 
-use super::judge::Outcome;
+use super::judge::{Outcome, Wrong};
 use super::table::Place;
 use crate::domain::record::{Offset, Partition};
 use crate::kafka::scan::ScanRange;
@@ -21,7 +21,7 @@ pub struct Finding {
 }
 
 /// Findings; only the first ones are kept.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Findings {
     /// The first findings, up to the limit.
     pub named: Vec<Finding>,
@@ -103,25 +103,25 @@ pub struct OutputCounts {
 }
 
 /// Numbers of rows without a row of `payment_metadata`.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Orphans {
     /// In `payment_core`.
-    pub payment_core: u64,
+    pub payment_core: i64,
     /// In `payment_notes`.
-    pub payment_notes: u64,
+    pub payment_notes: i64,
     /// In `idempotency`.
-    pub idempotency: u64,
+    pub idempotency: i64,
 }
 
 impl Orphans {
     /// The total number.
     pub fn count(&self) -> u64 {
-        self.payment_core + self.payment_notes + self.idempotency
+        (self.payment_core + self.payment_notes + self.idempotency).unsigned_abs()
     }
 }
 
 /// The result of a comparison.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     /// Whether every record has exactly one correct outcome.
     pub is_fine: bool,
@@ -157,6 +157,11 @@ pub struct Report {
 }
 
 impl Report {
+    /// Adds the deviations of a record to the findings.
+    pub fn wrong(&mut self, place: Place, wrongs: &[Wrong]) {
+        wrongs.iter().for_each(|wrong| self.findings.push(place, wrong.to_string()));
+    }
+
     /// The payments of this currency.
     pub fn currency(&mut self, code: &str) -> &mut Currency {
         let read_events = self.outputs.as_ref().map(|_| Sum::default());
