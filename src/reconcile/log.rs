@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use uuid::Uuid;
 
 use super::database::Claimed;
-use super::outputs::money;
+use super::report::money;
 use super::table::{Claim, Entry, Hashes, Notes, Place, Table};
 use super::{Comparison, Fault, hash};
 use crate::domain::batch::{Batch, PaymentView};

@@ -5,14 +5,13 @@ use std::ops::ControlFlow;
 
 use indicatif::ProgressBar;
 use serde::Deserialize;
-use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::report::Report;
 use super::table::{Part, Place, Placed, Table};
 use super::{Fault, hash};
 use crate::config::KafkaSettings;
-use crate::domain::payment::{Amount, MessageId};
+use crate::domain::payment::MessageId;
 use crate::domain::publication::Source;
 use crate::domain::record::{NextOffset, Offset, Partition};
 use crate::domain::wire::Reason;
@@ -123,20 +122,6 @@ struct Named {
     message_id: String,
 }
 
-#[derive(Deserialize)]
-struct Money<'m> {
-    #[serde(borrow)]
-    amount: &'m RawValue,
-    currency: String,
-}
-
-/// Currency and amount in millionths of a read event.
-pub(super) fn money(event: &[u8]) -> Option<(String, i128)> {
-    let money: Money<'_> = serde_json::from_slice(event).ok()?;
-    let amount = Amount::parse(money.amount.get()).ok()?;
-    Some((money.currency, i128::try_from(amount.millionths()).unwrap_or_default()))
-}
-
 impl Outputs {
     /// Determines the ends of the outputs. Call it after reading the cursors: outputs covered by the group's
     /// offset are then below these ends.
@@ -178,14 +163,28 @@ impl Outputs {
                     progress.inc(1_000);
                 }
                 let label = Label::of(record, self.topic_id);
-                if let Some((partition, offset)) = label.place {
-                    let at = usize::try_from(record.partition().0).unwrap_or(usize::MAX);
-                    if let Some(Some(firsts)) = firsts.get_mut(at) {
-                        firsts.entry(partition).or_insert(offset);
-                    }
-                    note(*part, record, &label, (partition, offset), table, report);
-                } else {
+                let Some((partition, offset)) = label.place else {
                     foreign += 1;
+                    return ControlFlow::Continue(());
+                };
+                let at = usize::try_from(record.partition().0).unwrap_or(usize::MAX);
+                if let Some(Some(firsts)) = firsts.get_mut(at) {
+                    firsts.entry(partition).or_insert(offset);
+                }
+                let value = record.value();
+                let (hashed, reason) = match part {
+                    Part::DeadLetter => (value.or(label.digest), label.reason),
+                    _ => (value, None),
+                };
+                let hash = hash::message(record.key(), hashed);
+                match table.note((partition, offset), &[(*part, hash)], reason) {
+                    Placed::Outside => {}
+                    Placed::Nowhere => {
+                        let what = format!("{} {part}, but the log has no record there", part.article());
+                        report.findings.push((partition, offset), what);
+                    }
+                    Placed::Former => report.of_lost_records += 1,
+                    Placed::Here => report.note_output(*part, value),
                 }
                 ControlFlow::Continue(())
             })?;
@@ -219,44 +218,5 @@ impl Outputs {
             })?;
         }
         Ok(found)
-    }
-}
-
-/// Counts an output of the record at this place.
-fn note(
-    part: Part,
-    record: &NativeRecord<'_>,
-    label: &Label<'_>,
-    place: Place,
-    table: &mut Table,
-    report: &mut Report,
-) {
-    let value = record.value();
-    let (hashed, reason) = match part {
-        Part::DeadLetter => (value.or(label.digest), label.reason),
-        _ => (value, None),
-    };
-    match table.note(place, &[(part, hash::message(record.key(), hashed))], reason) {
-        Placed::Outside => {}
-        Placed::Nowhere => {
-            let what = format!("{} {part}, but the log has no record there", part.article());
-            report.findings.push(place, what);
-        }
-        Placed::Former => report.of_lost_records += 1,
-        Placed::Here => {
-            if let Some(outputs) = &mut report.outputs {
-                *match part {
-                    Part::DeadLetter => &mut outputs.dead_letter,
-                    Part::Email => &mut outputs.email,
-                    _ => &mut outputs.read,
-                } += 1;
-            }
-            if part == Part::Read
-                && let Some((currency, amount)) = value.and_then(money)
-                && let Some(events) = &mut report.currency(&currency).read_events
-            {
-                events.add(amount);
-            }
-        }
     }
 }

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::value::RawValue;
 
 use super::judge::{Outcome, Wrong};
-use super::table::Place;
+use super::table::{Part, Place};
+use crate::domain::payment::Amount;
 use crate::domain::record::{Offset, Partition};
 use crate::kafka::scan::ScanRange;
 
@@ -74,6 +76,20 @@ impl Sum {
 
 fn as_decimal<S: Serializer>(millionths: &i128, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&Sum { count: 0, millionths: *millionths }.text())
+}
+
+#[derive(Deserialize)]
+struct Money<'m> {
+    #[serde(borrow)]
+    amount: &'m RawValue,
+    currency: String,
+}
+
+/// Currency and amount in millionths of a read event.
+pub(super) fn money(event: &[u8]) -> Option<(String, i128)> {
+    let money: Money<'_> = serde_json::from_slice(event).ok()?;
+    let amount = Amount::parse(money.amount.get()).ok()?;
+    Some((money.currency, i128::try_from(amount.millionths()).unwrap_or_default()))
 }
 
 /// Payments of one currency.
@@ -168,6 +184,22 @@ impl Report {
         self.currencies
             .entry(code.to_owned())
             .or_insert_with(|| Currency { read_events, ..Currency::default() })
+    }
+
+    /// Counts an output of one of these records.
+    pub fn note_output(&mut self, part: Part, value: Option<&[u8]>) {
+        let Some(outputs) = &mut self.outputs else { return };
+        match part {
+            Part::DeadLetter => outputs.dead_letter += 1,
+            Part::Email => outputs.email += 1,
+            _ => outputs.read += 1,
+        }
+        if part == Part::Read
+            && let Some((currency, amount)) = value.and_then(money)
+            && let Some(events) = &mut self.currency(&currency).read_events
+        {
+            events.add(amount);
+        }
     }
 }
 
