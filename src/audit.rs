@@ -14,7 +14,6 @@ mod input;
 mod letters;
 mod pace;
 mod plan;
-mod sampler;
 mod suspects;
 mod verdict;
 
@@ -28,13 +27,12 @@ use uuid::Uuid;
 use self::database::Database;
 use self::findings::Findings;
 use self::input::Input;
-use self::letters::Searched;
 use self::pace::{Rest, Used};
 use self::plan::{Part, Plan};
 use self::suspects::{Suspect, Suspects};
-use self::verdict::{Payment, Standing, charge, standing};
+use self::verdict::charge;
 use crate::config::{KafkaSettings, Settings};
-use crate::domain::record::{Offset, Partition};
+use crate::reconcile::table::Place;
 use crate::telemetry::logging::RateLimited;
 use crate::telemetry::metrics::{AuditMetrics, AuditResult};
 use crate::telemetry::status::StatusRegistry;
@@ -50,6 +48,9 @@ const RETRY: Duration = Duration::from_secs(10);
 /// A row lookup that is faster than this may be repeated at once.
 const ROWS_FAST: Duration = Duration::from_secs(1);
 const ROWS_PAUSE: Duration = Duration::from_secs(10 * 60);
+/// The dependencies, as labels of metrics and logs.
+const BROKER: &str = "broker";
+const DATABASE: &str = "database";
 /// Maximum number of payments of a piece, so that the suspects of a piece are bounded.
 const PIECE_MAX: usize = 1_000;
 
@@ -95,13 +96,6 @@ pub fn spawn(
         }
     })?;
     Ok(Some(Audit { _stop: stop }))
-}
-
-/// The dependency that failed.
-#[derive(Clone, Copy)]
-enum Side {
-    Broker,
-    Database,
 }
 
 struct Auditor {
@@ -169,12 +163,8 @@ impl Auditor {
         self.metrics.behind(offsets, behind.max(oldest), self.suspects.len());
     }
 
-    fn failed(&mut self, side: Side, error: &str) {
+    fn failed(&mut self, dependency: &'static str, error: &str) {
         static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
-        let dependency = match side {
-            Side::Broker => "broker",
-            Side::Database => "database",
-        };
         self.metrics.failed(dependency);
         self.retry_at = Instant::now() + RETRY;
         if let Some(suppressed) = LIMIT.pass() {
@@ -184,10 +174,10 @@ impl Auditor {
 
     /// Audits a piece.
     fn audit(&mut self, parts: Vec<Part>, now: Instant) {
-        let read = match self.input.read(&parts) {
+        let (payments, invalid) = match self.input.read(&parts) {
             Ok(read) => read,
             Err(error) => {
-                self.failed(Side::Broker, &error.to_string());
+                self.failed(BROKER, &error.to_string());
                 // Offsets removed by retention are not retried; without the log bounds, everything is
                 // retried.
                 let bounds = self.input.bounds(&parts).unwrap_or_default();
@@ -197,25 +187,20 @@ impl Auditor {
                 return;
             }
         };
-        let snapshot = match self.database.snapshot(&read.payments) {
+        let snapshot = match self.database.snapshot(payments.iter()) {
             Ok(snapshot) => snapshot,
             Err(error) => {
-                self.failed(Side::Database, &error);
+                self.failed(DATABASE, &error);
                 parts.into_iter().for_each(|part| self.plan.put_back(part, None, now));
                 return;
             }
         };
-        self.metrics.count(AuditResult::Invalid, read.invalid);
-        for payment in &read.payments {
-            let cursor = snapshot.cursors.get(&payment.partition);
-            // In a database that was restored or replaced, the cursor has not reached this record again yet.
-            if !cursor.is_some_and(|cursor| cursor.applied.is_past(payment.offset)) {
-                continue;
-            }
-            let owners = snapshot.owners.get(&payment.message_id).map_or(&[][..], Vec::as_slice);
-            match counted(standing(payment, owners, &snapshot.pruned)) {
-                Ok(result) => self.metrics.count(result, 1),
-                Err(suspicion) => self.suspects.add(*payment, suspicion, Instant::now()),
+        self.metrics.count(AuditResult::Invalid, invalid);
+        for payment in payments {
+            match snapshot.standing(&payment) {
+                Some(Ok(result)) => self.metrics.count(result, 1),
+                Some(Err(suspicion)) => self.suspects.add(payment, suspicion, Instant::now()),
+                None => {}
             }
         }
     }
@@ -225,7 +210,7 @@ impl Auditor {
         let suspects = match self.still_suspicious(&due, now) {
             Ok(suspects) => suspects,
             Err(error) => {
-                self.failed(Side::Database, &error);
+                self.failed(DATABASE, &error);
                 return self.suspects.wait(due, now);
             }
         };
@@ -233,9 +218,9 @@ impl Auditor {
             return;
         }
         match self.without_letter(&suspects) {
-            Ok((left, but)) => self.tell(left, but),
+            Ok((left, but)) => self.tell(&left, but),
             Err(error) => {
-                self.failed(Side::Broker, &error);
+                self.failed(BROKER, &error);
                 self.suspects.wait(suspects, now);
             }
         }
@@ -244,26 +229,20 @@ impl Auditor {
     /// Repeats the check; drops suspects that are accounted for now, that an operator skipped, or that cannot
     /// be decided yet.
     fn still_suspicious(&mut self, due: &[Suspect], now: Instant) -> Result<Vec<Suspect>, String> {
-        let payments: Vec<Payment> = due.iter().map(|suspect| suspect.payment).collect();
-        let snapshot = self.database.snapshot(&payments)?;
+        let snapshot = self.database.snapshot(due.iter().map(|suspect| &suspect.payment))?;
         let exempt = self.database.exempt()?;
         let mut left = Vec::new();
         for suspect in due {
-            let payment = &suspect.payment;
-            let Some(cursor) = snapshot.cursors.get(&payment.partition) else { continue };
-            if !cursor.applied.is_past(payment.offset) {
-                continue;
-            }
-            let (partition, offset) = (payment.partition, payment.offset);
-            if exempt.is_given_up(partition, offset) || exempt.is_rewound(partition, offset) {
+            let place = suspect.payment.place;
+            let Some(standing) = snapshot.standing(&suspect.payment) else { continue };
+            if exempt.is_given_up(place) || exempt.is_rewound(place) {
                 self.metrics.count(AuditResult::GivenUp, 1);
                 continue;
             }
-            let owners = snapshot.owners.get(&payment.message_id).map_or(&[][..], Vec::as_slice);
-            match counted(standing(payment, owners, &snapshot.pruned)) {
+            match standing {
                 Ok(result) => self.metrics.count(result, 1),
                 // Its dead letter may not be published yet.
-                Err(_) if self.kafka.publish && !cursor.published.is_some_and(|p| p.is_past(offset)) => {
+                Err(_) if self.kafka.publish && !snapshot.is_published(place) => {
                     self.suspects.wait([*suspect], now);
                 }
                 Err(suspicion) => {
@@ -285,54 +264,44 @@ impl Auditor {
         if !self.kafka.publish {
             return Ok((suspects.to_vec(), ""));
         }
-        let payments: Vec<Payment> = suspects.iter().map(|suspect| suspect.payment).collect();
-        let Searched { found, but } = letters::search(&self.kafka, self.topic_id, &payments)?;
-        let has_letter = |s: &&Suspect| found.contains(&(s.payment.partition, s.payment.offset));
-        let (with, without): (Vec<&Suspect>, Vec<&Suspect>) = suspects.iter().partition(has_letter);
-        self.metrics.count(AuditResult::DeadLetter, with.len() as u64);
-        Ok((without.into_iter().copied().collect(), but))
+        let (found, but) = letters::search(&self.kafka, self.topic_id, suspects)?;
+        let has_letter = |suspect: &Suspect| found.contains(&suspect.payment.place);
+        let left: Vec<Suspect> = suspects.iter().copied().filter(|suspect| !has_letter(suspect)).collect();
+        self.metrics.count(AuditResult::DeadLetter, (suspects.len() - left.len()) as u64);
+        Ok((left, but))
     }
 
     /// Counts and reports records that nothing accounts for.
-    fn tell(&mut self, suspects: Vec<Suspect>, but: &str) {
+    fn tell(&mut self, suspects: &[Suspect], but: &str) {
         if suspects.is_empty() {
             return;
         }
-        let rows = self.rows(&suspects);
-        let mut findings = Findings::default();
-        for Suspect { payment, suspicion, .. } in suspects {
-            let place = (payment.partition, payment.offset);
+        let rows = self.rows(suspects);
+        let (mut findings, mut count) = (Findings::new(), 0);
+        for suspect in suspects {
+            let place = suspect.payment.place;
             let has_row = rows.as_ref().map(|rows| rows.contains(&place));
-            match charge(suspicion, has_row, self.kafka.publish) {
-                Some(what) => findings.push(place.0, place.1, format!("{what}{but}")),
+            match charge(place, suspect.suspicion, has_row, self.kafka.publish) {
+                Some(what) => {
+                    findings.entry((place.0, format!("{what}{but}"))).or_default().push(place.1);
+                    count += 1;
+                }
                 None => self.metrics.count(AuditResult::Unknown, 1),
             }
         }
-        self.metrics.count(AuditResult::Unaccounted, findings.len());
-        findings.tell(&self.kafka.input_topic);
+        self.metrics.count(AuditResult::Unaccounted, count);
+        findings::tell(&self.kafka.input_topic, findings);
     }
 
     /// Which suspects have rows, for the log message; `None` if unknown. Slow lookups are not repeated at
     /// once.
-    fn rows(&mut self, suspects: &[Suspect]) -> Option<HashSet<(Partition, Offset)>> {
+    fn rows(&mut self, suspects: &[Suspect]) -> Option<HashSet<Place>> {
         if self.rows_at.is_some_and(|at| Instant::now() < at) {
             return None;
         }
-        let payments: Vec<Payment> = suspects.iter().map(|suspect| suspect.payment).collect();
         let began = Instant::now();
-        let rows = self.database.rows(&payments);
+        let rows = self.database.rows(suspects);
         self.rows_at = (began.elapsed() > ROWS_FAST).then(|| Instant::now() + ROWS_PAUSE);
-        rows.map_err(|error| self.failed(Side::Database, &error)).ok()
+        rows.map_err(|error| self.failed(DATABASE, &error)).ok()
     }
-}
-
-/// Result to count for a record that needs no further check.
-fn counted(standing: Standing) -> Result<AuditResult, verdict::Suspicion> {
-    Ok(match standing {
-        Standing::Owned => AuditResult::Owned,
-        Standing::Duplicate => AuditResult::Duplicate,
-        Standing::Conflict => AuditResult::Conflict,
-        Standing::Forgotten => AuditResult::Unknown,
-        Standing::Suspect(suspicion) => return Err(suspicion),
-    })
 }

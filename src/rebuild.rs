@@ -4,10 +4,10 @@
 
 mod compare;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use indicatif::ProgressBar;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -16,13 +16,11 @@ use uuid::Uuid;
 
 use crate::config::{PostgresUrl, Settings};
 use crate::daemon::{self, RunError, RunOptions};
-use crate::domain::record::{NextOffset, Partition};
 use crate::error::CommandError;
-use crate::kafka::scan::ScanRange;
-use crate::postgres::binding::{self, BindingError};
-use crate::postgres::connection::describe;
+use crate::postgres::binding;
 use crate::postgres::schema::{self, SchemaError};
-use crate::reconcile::Progress;
+use crate::reconcile::database::failed;
+use crate::reconcile::not_bound;
 use crate::resolution::{self, View};
 use crate::telemetry::status::StatusRegistry;
 
@@ -68,7 +66,7 @@ pub fn rebuild(
     settings: &Settings,
     runtime: &Handle,
     wanted: &Wanted,
-    progress: &Progress,
+    progress: &ProgressBar,
 ) -> Result<Comparison, CommandError> {
     let view = runtime.block_on(resolution::view(settings))?;
     let target = runtime.block_on(prepare(settings, wanted, &view))?;
@@ -76,17 +74,12 @@ pub fn rebuild(
     if !wanted.is_compare_only {
         runtime.block_on(run(&rebuilding, &view, progress))?;
     }
-    let starts = runtime.block_on(starts(&rebuilding, &view))?;
-    compare::compare(settings, &rebuilding, runtime, &view, &starts, wanted.limit, progress)
+    compare::compare(settings, &rebuilding, runtime, view.identity.topic_id, wanted.limit, progress)
 }
 
 async fn open(url: &PostgresUrl) -> Result<Client, CommandError> {
     let (client, _) = url.endpoint().connect().await.map_err(|e| CommandError::failed(e.to_string()))?;
     Ok(client)
-}
-
-fn database(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> CommandError {
-    move |error| CommandError::failed(format!("{doing}: {}", describe(&error)))
 }
 
 fn schema_failed(error: SchemaError) -> CommandError {
@@ -98,7 +91,7 @@ async fn prepare(settings: &Settings, wanted: &Wanted, view: &View) -> Result<Uu
     let first = open(&settings.postgres.url).await?;
     binding::is_bound_to(&first, &settings.kafka.group_id, view.identity.topic_id, settings.kafka.publish)
         .await
-        .map_err(identity)?;
+        .map_err(not_bound)?;
     let mut second = open(&wanted.into).await?;
     let is_there = schema::status(&second).await.map_err(schema_failed)?.version().is_some();
     if is_there {
@@ -116,13 +109,6 @@ async fn prepare(settings: &Settings, wanted: &Wanted, view: &View) -> Result<Uu
     refuse_other(&second, settings, wanted, view).await
 }
 
-fn identity(error: BindingError) -> CommandError {
-    match error {
-        BindingError::Database(_) => CommandError::failed(error.to_string()),
-        BindingError::Identity(mismatch) => CommandError::person_must_decide(mismatch.to_string()),
-    }
-}
-
 /// Refuses the first database, a copy of it, and a database with rows that this rebuild did not write.
 async fn refuse_other(
     second: &Client,
@@ -130,7 +116,7 @@ async fn refuse_other(
     wanted: &Wanted,
     view: &View,
 ) -> Result<Uuid, CommandError> {
-    let id = binding::database_id(second).await.map_err(database("asking the second database for its id"))?;
+    let id = binding::database_id(second).await.map_err(failed("asking the second database for its id"))?;
     if id == view.identity.database_id {
         return Err(CommandError::usage(format!(
             "--into names the database {id} that the group writes to, or a copy of it; it must name an \
@@ -141,10 +127,10 @@ async fn refuse_other(
     let is_bound = second
         .query_opt("SELECT 1 FROM payment_writer.bound_group", &[])
         .await
-        .map_err(database("asking the second database for its group"))?
+        .map_err(failed("asking the second database for its group"))?
         .is_some();
     if is_bound {
-        binding::is_bound_to(second, &group, view.identity.topic_id, false).await.map_err(identity)?;
+        binding::is_bound_to(second, &group, view.identity.topic_id, false).await.map_err(not_bound)?;
         return Ok(id);
     }
     let has_rows: bool = second
@@ -156,7 +142,7 @@ async fn refuse_other(
             &[],
         )
         .await
-        .map_err(database("looking for rows in the second database"))?
+        .map_err(failed("looking for rows in the second database"))?
         .get(0);
     if has_rows {
         return Err(CommandError::usage(
@@ -167,7 +153,7 @@ async fn refuse_other(
 }
 
 /// Records the start of the log, unless an earlier run did, and writes all records up to the current end.
-async fn run(rebuilding: &Settings, view: &View, progress: &Progress) -> Result<(), CommandError> {
+async fn run(rebuilding: &Settings, view: &View, progress: &ProgressBar) -> Result<(), CommandError> {
     let second = open(&rebuilding.postgres.url).await?;
     for known in &view.known {
         second
@@ -185,7 +171,7 @@ async fn run(rebuilding: &Settings, view: &View, progress: &Progress) -> Result<
                 ],
             )
             .await
-            .map_err(database("noting where the log begins"))?;
+            .map_err(failed("noting where the log begins"))?;
     }
     let (stop, stopped) = watch::channel(false);
     let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
@@ -201,7 +187,7 @@ async fn run(rebuilding: &Settings, view: &View, progress: &Progress) -> Result<
     });
     let status = Arc::new(StatusRegistry::default());
     let options = RunOptions { until_caught_up: true, adopt_database: false };
-    progress.say("rebuilding");
+    progress.set_message("rebuilding");
     let ended = tokio::select! {
         ended = daemon::run(rebuilding, options, Arc::clone(&status), None, stopped.clone()) => ended,
         () = show(&status, view, progress) => Ok(()),
@@ -222,54 +208,17 @@ async fn run(rebuilding: &Settings, view: &View, progress: &Progress) -> Result<
 }
 
 /// Shows the progress of the rows. Never returns.
-async fn show(status: &StatusRegistry, view: &View, progress: &Progress) {
-    let starts: BTreeMap<Partition, NextOffset> =
-        view.known.iter().map(|known| (known.partition, known.bounds.start)).collect();
+async fn show(status: &StatusRegistry, view: &View, progress: &ProgressBar) {
     let ends: i64 = view.known.iter().map(|k| k.bounds.end.0.saturating_sub(k.bounds.start.0)).sum();
-    progress.more(ends.unsigned_abs());
+    progress.inc_length(ends.unsigned_abs());
     loop {
         tokio::time::sleep(PROGRESS_TICK).await;
-        let written: i64 = status
-            .partitions()
-            .iter()
-            .filter_map(|(partition, status)| Some(status.applied?.0 - starts.get(partition)?.0))
-            .map(|count| count.max(0))
-            .sum();
-        progress.at(written.unsigned_abs());
+        let partitions = status.partitions();
+        let written = view.known.iter().filter_map(|known| {
+            let applied = partitions.get(&known.partition)?.applied?;
+            Some((applied.0 - known.bounds.start.0).max(0))
+        });
+        let written: i64 = written.sum();
+        progress.set_position(written.unsigned_abs());
     }
-}
-
-/// Start of the log per partition at the time when the rebuild started.
-async fn starts(rebuilding: &Settings, view: &View) -> Result<BTreeMap<Partition, NextOffset>, CommandError> {
-    const DOING: &str = "asking where the rebuild began";
-    let second = open(&rebuilding.postgres.url).await?;
-    let rows = second
-        .query(
-            "SELECT partition, (after->>'from')::bigint FROM payment_writer.cursor_audit
-             WHERE command = $1 AND topic_id = $2 AND partition IS NOT NULL AND after->>'from' IS NOT NULL",
-            &[&AUDIT_COMMAND, &view.identity.topic_id],
-        )
-        .await
-        .map_err(database(DOING))?;
-    rows.iter()
-        .map(|row| {
-            let failed = database(DOING);
-            Ok((Partition(row.try_get(0).map_err(&failed)?), NextOffset(row.try_get(1).map_err(&failed)?)))
-        })
-        .collect()
-}
-
-/// Range of each partition that both databases have written.
-fn ranges(
-    starts: &BTreeMap<Partition, NextOffset>,
-    first: &BTreeMap<Partition, NextOffset>,
-    second: &BTreeMap<Partition, NextOffset>,
-) -> Vec<ScanRange> {
-    starts
-        .iter()
-        .filter_map(|(partition, from)| {
-            let to = *first.get(partition)?.min(second.get(partition)?);
-            Some(ScanRange { partition: *partition, from: *from, to: to.max(*from) })
-        })
-        .collect()
 }

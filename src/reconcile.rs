@@ -8,12 +8,11 @@
 pub(crate) mod database;
 mod hash;
 pub(crate) mod judge;
-mod log;
-mod outputs;
-mod range;
+pub(crate) mod log;
+pub(crate) mod outputs;
+pub(crate) mod range;
 mod recheck;
-mod report;
-mod sums;
+pub(crate) mod report;
 pub(crate) mod table;
 
 use std::collections::{HashMap, HashSet};
@@ -24,29 +23,26 @@ use uuid::Uuid;
 
 use self::database::Database;
 use self::judge::{Outcome, judge, refused_by_other_settings};
-use self::log::{Circumstances, Gathered};
-use self::outputs::{Counted, Outputs};
-use self::range::{settled_up_to, slices};
-use self::recheck::{Evidence, Identified, Place, Suspects};
-use self::table::{ENTRY_BYTES, Placed, Table};
+use self::log::{Identified, Slice, identify};
+use self::outputs::{CutOff, Outputs};
+use self::range::{Exempt, settled_up_to, slices};
+use self::recheck::{Evidence, Suspect};
+use self::report::{Findings, Report};
+use self::table::{ENTRY_BYTES, Place, Placed};
 use crate::config::Settings;
-use crate::domain::columns::from_postgres_timestamp;
 use crate::domain::cursor::{Decision, LogBounds, Mode};
-use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
+use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::domain::wire::Rules;
 use crate::error::CommandError;
-use crate::kafka::scan::{ScanRange, Scanner};
+use crate::kafka::scan::{ScanError, ScanRange, Scanner};
 use crate::postgres::binding::{self, BindingError};
 use crate::resolution::{self, View};
 
-pub use self::hash::java_partition_hash;
-pub(crate) use self::outputs::source_place;
-pub(crate) use self::range::Exempt;
-pub use self::report::{Compared, Finding, Findings, Report};
-pub use self::sums::{Sum, Sums};
-
 /// A slice is retried if records leave a topic, or a generation of claims is dropped, while it is read.
 const TRIES_MAX: u32 = 3;
+
+/// Maximum number of records to recheck, over all slices; further ones count as wrong.
+const SUSPECTS_MAX: usize = 100_000;
 
 /// Options of a comparison.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -69,60 +65,34 @@ pub struct Wanted {
     pub looks_for_orphans: bool,
 }
 
-/// Progress of a comparison, shown to the user.
-pub struct Progress(ProgressBar);
-
-impl Progress {
-    /// Creates a progress display on this bar.
-    pub fn on(bar: ProgressBar) -> Self {
-        Self(bar)
-    }
-
-    /// Adds to the total amount of work.
-    pub(crate) fn more(&self, length: u64) {
-        self.0.inc_length(length);
-    }
-
-    /// Adds to the completed work.
-    pub(crate) fn advance(&self, count: u64) {
-        self.0.inc(count);
-    }
-
-    /// Sets the completed work.
-    pub(crate) fn at(&self, position: u64) {
-        self.0.set_position(position);
-    }
-
-    /// Sets the name of the current step.
-    pub(crate) fn say(&self, what: &'static str) {
-        self.0.set_message(what);
-    }
-}
-
-/// Reasons why a slice could not be compared.
-#[derive(Debug)]
-enum Fault {
+/// Reasons why something could not be compared.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fault {
     /// A topic could not be read, for example because of retention; a retry may succeed.
-    Scan(String),
-    /// Claims were dropped while they were looked up.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    /// Claims were dropped while they were looked up; a retry may succeed.
+    #[error("generations of idempotency were dropped on every try")]
     Pruned,
     /// Any other failure; not retried.
-    Failed(CommandError),
-}
-
-impl From<CommandError> for Fault {
-    fn from(failure: CommandError) -> Self {
-        Self::Failed(failure)
-    }
+    #[error(transparent)]
+    Failed(#[from] CommandError),
 }
 
 impl From<Fault> for CommandError {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Scan(message) => Self::failed(message),
-            Fault::Pruned => Self::failed("generations of idempotency were dropped on every try"),
             Fault::Failed(failure) => failure,
+            Fault::Scan(_) | Fault::Pruned => Self::failed(fault.to_string()),
         }
+    }
+}
+
+/// The error of a database that does not belong to the group, or cannot be asked.
+pub(crate) fn not_bound(error: BindingError) -> CommandError {
+    match error {
+        BindingError::Database(_) => CommandError::failed(error.to_string()),
+        BindingError::Identity(mismatch) => CommandError::person_must_decide(mismatch.to_string()),
     }
 }
 
@@ -135,19 +105,19 @@ pub fn reconcile(
     settings: &Settings,
     runtime: &Handle,
     wanted: &Wanted,
-    progress: &Progress,
+    progress: &ProgressBar,
 ) -> Result<Report, CommandError> {
-    progress.say("cursors");
+    progress.set_message("cursors");
     // The cursors must be read before everything else; see the module comment.
     let view = runtime.block_on(resolution::view(settings))?;
-    let session = Comparison::open(settings, runtime, wanted, progress, &view)?;
-    session.compare(&view)
+    let comparison = Comparison::open(settings, runtime, wanted, progress, &view)?;
+    Ok(comparison.compare(&view)?)
 }
 
 struct Comparison<'a> {
     settings: &'a Settings,
     wanted: &'a Wanted,
-    progress: &'a Progress,
+    progress: &'a ProgressBar,
     database: Database,
     scanner: Scanner,
     outputs: Option<Outputs>,
@@ -161,92 +131,83 @@ impl<'a> Comparison<'a> {
         settings: &'a Settings,
         runtime: &Handle,
         wanted: &'a Wanted,
-        progress: &'a Progress,
+        progress: &'a ProgressBar,
         view: &View,
-    ) -> Result<Self, CommandError> {
+    ) -> Result<Self, Fault> {
         let kafka = &settings.kafka;
+        let topic_id = view.identity.topic_id;
         let database = Database::open(runtime, settings.postgres.url.endpoint())?;
-        let bound =
-            binding::is_bound_to(database.client(), &kafka.group_id, view.identity.topic_id, kafka.publish);
-        runtime.block_on(bound).map_err(|error| match error {
-            BindingError::Database(_) => CommandError::failed(error.to_string()),
-            BindingError::Identity(mismatch) => CommandError::person_must_decide(mismatch.to_string()),
-        })?;
-        let exempt = Exempt::of(&database.skips(view.identity.topic_id)?);
-        let archived_before = match settings.retention.payment_months {
-            Some(months) => database.archived_before(months)?,
-            None => None,
-        };
-        let outputs = match kafka.publish {
-            true => Some(Outputs::open(kafka, view.identity.topic_id)?),
-            false => None,
-        };
-        let scanner =
-            Scanner::new(kafka, &kafka.input_topic).map_err(|e| CommandError::failed(e.to_string()))?;
-        let rules = settings.rules();
-        Ok(Self { settings, wanted, progress, database, scanner, outputs, rules, exempt, archived_before })
+        let bound = binding::is_bound_to(&database.client, &kafka.group_id, topic_id, kafka.publish);
+        runtime.block_on(bound).map_err(not_bound)?;
+        Ok(Self {
+            settings,
+            wanted,
+            progress,
+            exempt: database.exempt(topic_id)?,
+            archived_before: database.archived_before(settings.retention.payment_months)?,
+            outputs: kafka.publish.then(|| Outputs::open(kafka, topic_id)).transpose()?,
+            scanner: Scanner::new(kafka, &kafka.input_topic)?,
+            rules: settings.rules(),
+            database,
+        })
     }
 
-    fn compare(self, view: &View) -> Result<Report, CommandError> {
-        let mut report = self.empty();
-        let ranges = self.ranges(view, &mut report)?;
+    fn compare(&self, view: &View) -> Result<Report, Fault> {
+        let kafka = &self.settings.kafka;
+        let (ranges, halted) = self.ranges(view)?;
         let offsets_max = (self.wanted.memory_bytes / ENTRY_BYTES).min(log::UNCLAIMED_MAX);
-        let offsets_max = i64::try_from(offsets_max).unwrap_or(i64::MAX);
-        let slices = slices(&ranges, offsets_max);
-        report.slices = slices.len();
+        let slices = slices(&ranges, i64::try_from(offsets_max).unwrap_or(i64::MAX));
         let offsets: i64 = ranges.iter().map(|r| r.to.0.saturating_sub(r.from.0)).sum();
         let outputs = self.outputs.as_ref().map_or(0, Outputs::len);
-        self.progress.more(offsets.unsigned_abs().saturating_add(outputs * slices.len() as u64));
-        let mut suspects = Suspects::default();
+        self.progress.inc_length(offsets.unsigned_abs().saturating_add(outputs * slices.len() as u64));
+        let mut report = Report {
+            topic: kafka.input_topic.clone(),
+            group: kafka.group_id.clone(),
+            database: self.settings.postgres.url.endpoint().to_string(),
+            partitions: ranges,
+            partitions_halted: halted,
+            slices: slices.len(),
+            outputs: kafka.publish.then(Default::default),
+            findings: Findings::new(self.wanted.limit),
+            allowed: Findings::new(self.wanted.limit),
+            ..Report::default()
+        };
+        let mut suspects = Vec::new();
         for slice in slices {
-            report.add(self.slice_with_tries(slice, &mut suspects)?);
+            report = self.slice_with_tries(slice, &report, &mut suspects)?;
         }
         self.resolve(suspects, &mut report)?;
         if self.wanted.looks_for_orphans {
-            self.progress.say("orphans");
+            self.progress.set_message("orphans");
             report.orphans = Some(self.database.orphans(self.archived_before)?);
         }
         report.findings.named.sort();
         report.allowed.named.sort();
+        report.is_fine = report.findings.count == 0 && report.orphans.is_none_or(|o| o.count() == 0);
         Ok(report)
     }
 
-    fn empty(&self) -> Report {
-        let kafka = &self.settings.kafka;
-        Report::new(
-            &kafka.input_topic,
-            &kafka.group_id,
-            self.settings.postgres.url.endpoint().to_string(),
-            kafka.publish,
-            self.wanted.limit,
-        )
-    }
-
-    fn ranges(&self, view: &View, report: &mut Report) -> Result<Vec<ScanRange>, CommandError> {
+    /// The range of each partition, and the number of halted partitions.
+    fn ranges(&self, view: &View) -> Result<(Vec<ScanRange>, u64), Fault> {
         let wanted = self.wanted;
         let publishes = self.settings.kafka.publish;
         let mode = Mode { publishes, adopts_database: false };
         let all: Vec<Partition> = view.known.iter().map(|known| known.partition).collect();
         if let Some(unknown) = wanted.partitions.iter().find(|p| !all.contains(p)) {
             let topic = &self.settings.kafka.input_topic;
-            return Err(CommandError::usage(format!("{topic} has no partition {unknown}")));
+            return Err(CommandError::usage(format!("{topic} has no partition {unknown}")).into());
         }
-        let asked = |time: Option<TimestampMs>| match time {
-            Some(time) => self
-                .scanner
-                .positions_at(&all, time)
-                .map(Some)
-                .map_err(|e| CommandError::failed(e.to_string())),
-            None => Ok(None),
-        };
-        let (since, until) = (asked(wanted.since)?, asked(wanted.until)?);
+        let positions =
+            |time: Option<TimestampMs>| time.map(|time| self.scanner.positions_at(&all, time)).transpose();
+        let (since, until) = (positions(wanted.since)?, positions(wanted.until)?);
         let mut ranges = Vec::new();
+        let mut halted = 0;
         for (index, known) in view.known.iter().enumerate() {
             match view.decision(index, &mode) {
                 Some(Decision::Stop(mismatch)) => {
-                    return Err(CommandError::person_must_decide(mismatch.to_string()));
+                    return Err(CommandError::person_must_decide(mismatch.to_string()).into());
                 }
-                Some(Decision::Halt(_)) => report.halted += 1,
+                Some(Decision::Halt(_)) => halted += 1,
                 Some(Decision::Go(_) | Decision::Prove { .. }) | None => {}
             }
             if !wanted.partitions.is_empty() && !wanted.partitions.contains(&known.partition) {
@@ -264,89 +225,69 @@ impl<'a> Comparison<'a> {
             if let Some(position) = until.as_ref().and_then(|until| until.get(index).copied().flatten()) {
                 to = to.min(position);
             }
-            let to = to.max(from);
-            report.compared.push(Compared { partition: known.partition, from, to });
-            ranges.push(ScanRange { partition: known.partition, from, to });
+            ranges.push(ScanRange { partition: known.partition, from, to: to.max(from) });
         }
-        Ok(ranges)
+        Ok((ranges, halted))
     }
 
+    /// Compares a slice. Returns the report with its results.
     fn slice_with_tries(
         &self,
         mut ranges: Vec<ScanRange>,
-        suspects: &mut Suspects,
-    ) -> Result<Report, CommandError> {
+        before: &Report,
+        suspects: &mut Vec<Suspect>,
+    ) -> Result<Report, Fault> {
         let mut tries = 0;
         loop {
             tries += 1;
-            match self.slice(&ranges, suspects) {
-                Ok(report) => return Ok(report),
+            let mut report = before.clone();
+            match self.slice(&ranges, suspects, &mut report) {
+                Ok(()) => return Ok(report),
                 Err(Fault::Scan(_) | Fault::Pruned) if tries < TRIES_MAX => {}
-                Err(fault) => return Err(fault.into()),
+                Err(fault) => return Err(fault),
             }
             // Records removed by retention cannot be compared any more.
             let partitions: Vec<Partition> = ranges.iter().map(|r| r.partition).collect();
-            let bounds = self.scanner.bounds(&partitions).map_err(|e| CommandError::failed(e.to_string()))?;
-            for (range, bounds) in ranges.iter_mut().zip(bounds) {
+            for (range, bounds) in ranges.iter_mut().zip(self.scanner.bounds(&partitions)?) {
                 range.from = range.from.max(bounds.start).min(range.to);
             }
         }
     }
 
     /// Compares one slice. `suspects` is changed only at the end, when nothing can fail any more.
-    fn slice(&self, ranges: &[ScanRange], suspects: &mut Suspects) -> Result<Report, Fault> {
-        let mut report = self.empty();
-        let pruned_until = self.database.pruned_until()?;
-        let circumstances = Circumstances {
-            rules: &self.rules,
-            exempt: &self.exempt,
-            pruned_until,
-            archived_before: self.archived_before,
-        };
-        let mut table = Table::new(ranges);
-        self.progress.say("log");
-        let gathered =
-            log::read(&self.scanner, ranges, &circumstances, &self.database, &mut table, self.progress)?;
-        self.progress.say("rows");
-        self.rows(ranges, &gathered, &mut table, &mut report)?;
-        self.elsewhere(&gathered, &mut table)?;
-        let counted = match &self.outputs {
-            Some(outputs) => {
-                self.progress.say("outputs");
-                outputs.read(&mut table, self.wanted.limit, self.progress)?
-            }
-            None => Counted::new(0),
-        };
-        if self.database.pruned_until()? != pruned_until {
-            return Err(Fault::Pruned);
-        }
-        self.judge(&table, &counted, suspects, &mut report);
-        report.outputs = counted.outputs;
-        report.events = counted.sums;
-        report.foreign = counted.foreign;
-        report.former += counted.former;
-        report.findings.merge(counted.nowhere);
-        Ok(report)
-    }
-
-    fn rows(
+    fn slice(
         &self,
         ranges: &[ScanRange],
-        gathered: &Gathered,
-        table: &mut Table,
+        suspects: &mut Vec<Suspect>,
         report: &mut Report,
-    ) -> Result<(), CommandError> {
-        let Some(times) = gathered.times else { return Ok(()) };
-        self.database.payment_rows(ranges, times, |row| {
-            match table.note_row(row.partition, row.offset, row.seen) {
+    ) -> Result<(), Fault> {
+        self.progress.set_message("log");
+        let mut slice = Slice::read(self, ranges, self.database.pruned_until()?)?;
+        self.progress.set_message("rows");
+        self.rows(ranges, &mut slice, report)?;
+        self.elsewhere(&mut slice)?;
+        let mut cut_off = CutOff::default();
+        if let Some(outputs) = &self.outputs {
+            self.progress.set_message("outputs");
+            cut_off = outputs.read(&mut slice.table, report, self.progress)?;
+        }
+        if self.database.pruned_until()? != slice.pruned_until {
+            return Err(Fault::Pruned);
+        }
+        self.judge(&slice, &cut_off, suspects, report);
+        Ok(())
+    }
+
+    fn rows(&self, ranges: &[ScanRange], slice: &mut Slice, report: &mut Report) -> Result<(), CommandError> {
+        let Some(times) = slice.times else { return Ok(()) };
+        self.database.payment_rows(ranges, times, |place, hashes, amount| {
+            match slice.table.note(place, &hashes, None) {
                 Placed::Outside => {}
-                Placed::Former => report.former += 1,
-                Placed::Nowhere => {
-                    report.findings.push(row.partition, row.offset, "a row, but the log has no record there");
-                }
+                Placed::Former => report.of_lost_records += 1,
+                Placed::Nowhere => report.findings.push(place, "a row, but the log has no record there"),
                 Placed::Here => {
-                    if let Some((currency, millionths)) = row.amount {
-                        report.rows.add(&currency, millionths);
+                    if let Some((currency, millionths)) = amount {
+                        report.currency(&currency).rows.add(millionths);
                     }
                 }
             }
@@ -355,108 +296,91 @@ impl<'a> Comparison<'a> {
 
     /// Looks for the ids of records that are not in the tables and whose claim may have been dropped: another
     /// record may have written the id.
-    fn elsewhere(&self, gathered: &Gathered, table: &mut Table) -> Result<(), CommandError> {
-        let is_open = |table: &mut Table, partition, offset| {
-            table
-                .entry(partition, offset)
-                .is_some_and(|e| e.circumstances.is_prunable && e.found.metadata.count == 0)
-        };
-        let open: Vec<&(Partition, Offset, Uuid)> =
-            gathered.unclaimed.iter().filter(|(p, o, _)| is_open(table, *p, *o)).collect();
-        if open.is_empty() {
+    fn elsewhere(&self, slice: &mut Slice) -> Result<(), CommandError> {
+        let table = &mut slice.table;
+        slice.unclaimed.retain(|(place, _)| {
+            table.entry(*place).is_some_and(|e| e.circumstances.is_prunable && !e.has_row())
+        });
+        if slice.unclaimed.is_empty() {
             return Ok(());
         }
-        let ids: Vec<Uuid> = open.iter().map(|(_, _, id)| *id).collect();
+        let ids: Vec<Uuid> = slice.unclaimed.iter().map(|(_, id)| *id).collect();
         let written: HashSet<Uuid> = self.database.written_ids(&ids)?.into_iter().collect();
-        for (partition, offset, id) in open {
-            if let Some(entry) = table.entry(*partition, *offset) {
+        for (place, id) in &slice.unclaimed {
+            if let Some(entry) = table.entry(*place) {
                 entry.circumstances.is_elsewhere = written.contains(id);
             }
         }
         Ok(())
     }
 
-    fn judge(&self, table: &Table, counted: &Counted, suspects: &mut Suspects, report: &mut Report) {
-        for (partition, offset, entry) in table.iter() {
-            let is_cut_off = |topic| counted.is_cut_off(topic, partition, offset, entry.key);
-            let verdict = judge(entry, self.settings.kafka.publish, is_cut_off);
+    fn judge(&self, slice: &Slice, cut_off: &CutOff, suspects: &mut Vec<Suspect>, report: &mut Report) {
+        let publishes = self.settings.kafka.publish;
+        for entry in slice.table.entries() {
+            let verdict = judge(entry, publishes, |part| cut_off.has(part, entry.place, entry.key));
             report.records += 1;
             *report.outcomes.entry(verdict.outcome).or_default() += 1;
-            report.untold += u64::from(verdict.untold);
+            if let Some(outputs) = &mut report.outputs {
+                outputs.beyond_retention += verdict.untold;
+            }
             if verdict.outcome == Outcome::Written {
                 let currency = std::str::from_utf8(&entry.currency).unwrap_or_default();
-                report.log.add(currency, i128::from(entry.amount).saturating_mul(100));
+                report.currency(currency).log.add(entry.amount);
             }
             if verdict.wrongs.is_empty() {
-                if let Some(reason) = refused_by_other_settings(entry, self.settings.kafka.publish) {
+                if let Some(reason) = refused_by_other_settings(entry, publishes) {
                     let text =
                         format!("dead-lettered as {}; by the current settings it is valid", reason.as_str());
-                    report.allowed.push(partition, offset, text);
+                    report.allowed.push(entry.place, text);
                 }
                 continue;
             }
-            if suspects.take(partition, offset, entry, &verdict) {
-                continue;
-            }
-            for wrong in &verdict.wrongs {
-                report.findings.push(partition, offset, wrong.to_string());
+            match Suspect::of(entry, &verdict) {
+                Some(suspect) if suspects.len() < SUSPECTS_MAX => suspects.push(suspect),
+                _ => report.wrong(entry.place, &verdict.wrongs),
             }
         }
     }
 
-    fn resolve(&self, suspects: Suspects, report: &mut Report) -> Result<(), CommandError> {
+    fn resolve(&self, suspects: Vec<Suspect>, report: &mut Report) -> Result<(), Fault> {
         if suspects.is_empty() {
             return Ok(());
         }
-        self.progress.say("rechecking");
-        let mut evidence = Evidence { identified: self.identify(&suspects.places())?, ..Evidence::default() };
-        let ids: HashSet<Uuid> = evidence.identified.values().map(|i| i.message_id).collect();
+        self.progress.set_message("rechecking");
+        let places = suspects.iter().map(|suspect| suspect.place).collect();
+        let identified = identify(&self.scanner, &places, &self.rules)?;
+        let ids: HashSet<Uuid> = identified.values().map(|i| i.message_id).collect();
         let claims = self.database.claims(&ids.iter().copied().collect::<Vec<_>>())?;
-        evidence.owners = claims
-            .into_iter()
-            .map(|(id, claimed)| {
-                let owned_at = from_postgres_timestamp(claimed.created_at_us);
-                (Uuid::from_bytes(id), (claimed.owner, owned_at))
-            })
-            .collect();
-        if let Some(outputs) = &self.outputs {
-            evidence.senders = outputs.senders(&ids)?;
-            self.verify_senders(&mut evidence)?;
-        }
-        let window = self.settings.idempotency.window;
-        suspects.resolve(&evidence, window, &mut report.allowed, &mut report.findings);
-        Ok(())
-    }
-    fn identify(&self, places: &[Place]) -> Result<HashMap<Place, Identified>, CommandError> {
-        let found = log::identify(&self.scanner, places, &self.rules)?;
-        Ok(found
-            .into_iter()
-            .map(|(partition, offset, message_id, timestamp)| {
-                ((partition, offset), Identified { message_id, timestamp })
-            })
-            .collect())
-    }
-
-    /// A read event counts as a record's only if the record has that message id, or has left the log.
-    fn verify_senders(&self, evidence: &mut Evidence) -> Result<(), CommandError> {
-        let (_, partitions) = self.scanner.describe().map_err(|e| CommandError::failed(e.to_string()))?;
-        let bounds = self.scanner.bounds(&partitions).map_err(|e| CommandError::failed(e.to_string()))?;
-        let bounds: HashMap<Partition, LogBounds> = partitions.into_iter().zip(bounds).collect();
-        let (mut there, mut gone) = (Vec::new(), HashSet::new());
-        // The `source` header can be written by anyone.
-        for (partition, offset) in evidence.senders.values().flatten() {
-            match bounds.get(partition) {
-                Some(log) if log.start.is_past(*offset) => {
-                    gone.insert((*partition, *offset));
-                }
-                Some(log) if log.end.is_past(*offset) => there.push((*partition, *offset)),
-                _ => {}
+        let senders = match &self.outputs {
+            Some(outputs) => self.verified(outputs.senders(&ids)?)?,
+            None => HashMap::new(),
+        };
+        let evidence = Evidence { identified, claims, senders };
+        for suspect in suspects {
+            match suspect.explanation(&evidence, self.settings.idempotency.window) {
+                Some(what) => report.allowed.push(suspect.place, what),
+                None => report.wrong(suspect.place, &suspect.wrongs),
             }
         }
-        let found = self.identify(&there)?;
-        for (id, senders) in &mut evidence.senders {
-            senders.retain(|s| gone.contains(s) || found.get(s).is_some_and(|i| i.message_id == *id));
-        }
         Ok(())
+    }
+
+    /// A read event counts as a record's only if the record has that message id, or has left the log: the
+    /// `source` header can be written by anyone.
+    fn verified(&self, mut senders: HashMap<Uuid, Vec<Place>>) -> Result<HashMap<Uuid, Vec<Place>>, Fault> {
+        let (_, partitions) = self.scanner.describe()?;
+        let bounds: HashMap<Partition, LogBounds> =
+            partitions.iter().copied().zip(self.scanner.bounds(&partitions)?).collect();
+        let is_gone =
+            |(partition, offset): &Place| bounds.get(partition).is_some_and(|log| log.start.is_past(*offset));
+        let is_there = |place: &&Place| {
+            !is_gone(place) && bounds.get(&place.0).is_some_and(|log| log.end.is_past(place.1))
+        };
+        let there: HashSet<Place> = senders.values().flatten().filter(is_there).copied().collect();
+        let found: HashMap<Place, Identified> = identify(&self.scanner, &there, &self.rules)?;
+        for (id, places) in &mut senders {
+            places.retain(|place| is_gone(place) || found.get(place).is_some_and(|i| i.message_id == *id));
+        }
+        Ok(senders)
     }
 }

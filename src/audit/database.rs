@@ -6,16 +6,18 @@ use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::{Client, Error, Statement};
 use uuid::Uuid;
 
-use super::verdict::{Cursor, Payment, Pruned};
+use super::suspects::Suspect;
+use super::verdict::{Cursor, Owner, Payment, Pruned, Suspicion, standing};
 use crate::config::Endpoint;
-use crate::domain::batch::Owner;
-use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
+use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::postgres::connection::describe;
-use crate::reconcile::Exempt;
-use crate::reconcile::database::skips;
+use crate::reconcile::database::{exempt, place, rows};
+use crate::reconcile::range::Exempt;
+use crate::reconcile::table::Place;
+use crate::telemetry::metrics::AuditResult;
 
 /// Forces index lookups of ids, because planner statistics lag behind tables that grow fast. The short
 /// timeouts keep housekeeping from waiting behind a statement that itself waits for a lock.
@@ -51,18 +53,31 @@ const ROWS: &str = "\
         ON m.source_partition = wanted.partition AND m.source_offset = wanted.number
     WHERE m.created_at BETWEEN to_timestamp($3::bigint / 1000) AND to_timestamp($4::bigint / 1000 + 1)";
 
-/// Why a query failed; contains no payment data.
-pub type Unanswered = String;
-
 /// Result of one statement.
 #[derive(Debug, Default)]
 pub struct Snapshot {
     /// Cursors of the requested partitions.
-    pub cursors: HashMap<Partition, Cursor>,
+    cursors: HashMap<Partition, Cursor>,
     /// Owners of the requested ids.
-    pub owners: HashMap<Uuid, Vec<Owner>>,
+    owners: HashMap<Uuid, Vec<Owner>>,
     /// Claims that have been dropped.
-    pub pruned: Pruned,
+    pruned: Pruned,
+}
+
+impl Snapshot {
+    /// Judges a record; `None` if its cursor has not passed it, as in a database that was restored or
+    /// replaced.
+    pub fn standing(&self, payment: &Payment) -> Option<Result<AuditResult, Suspicion>> {
+        let (partition, offset) = payment.place;
+        self.cursors.get(&partition).filter(|cursor| cursor.applied.is_past(offset))?;
+        let owners = self.owners.get(&payment.record.message_id).map(Vec::as_slice).unwrap_or_default();
+        Some(standing(payment, owners, &self.pruned))
+    }
+
+    /// Whether the outputs of a record are published.
+    pub fn is_published(&self, (partition, offset): Place) -> bool {
+        self.cursors.get(&partition).and_then(|cursor| cursor.published).is_some_and(|p| p.is_past(offset))
+    }
 }
 
 struct Session {
@@ -83,8 +98,8 @@ pub struct Database {
 async fn within<T>(
     limit: Duration,
     doing: &str,
-    question: impl Future<Output = Result<T, tokio_postgres::Error>>,
-) -> Result<T, Unanswered> {
+    question: impl Future<Output = Result<T, Error>>,
+) -> Result<T, String> {
     match tokio::time::timeout(limit, question).await {
         Ok(answer) => answer.map_err(|error| format!("{doing}: {}", describe(&error))),
         Err(_) => Err(format!("{doing}: no answer within {} s", limit.as_secs())),
@@ -92,7 +107,7 @@ async fn within<T>(
 }
 
 impl Session {
-    async fn open(endpoint: &Endpoint) -> Result<Self, Unanswered> {
+    async fn open(endpoint: &Endpoint) -> Result<Self, String> {
         let (client, driver) = endpoint.connect().await.map_err(|error| error.to_string())?;
         let prepare = async {
             client.batch_execute(SESSION).await?;
@@ -103,6 +118,7 @@ impl Session {
     }
 }
 
+/// Errors are descriptions without payment data.
 impl Database {
     /// Creates a handle without opening a session.
     pub fn new(endpoint: Endpoint, topic_id: Uuid) -> std::io::Result<Self> {
@@ -119,86 +135,73 @@ impl Database {
         }
     }
 
-    /// Runs `question` on the session; closes the session after an error.
+    /// Runs `question` on the session; closes the session after an error. `doing` describes it in errors.
     fn ask<T>(
         &mut self,
-        question: impl AsyncFnOnce(&Session, Uuid) -> Result<T, Unanswered>,
-    ) -> Result<T, Unanswered> {
+        limit: Duration,
+        doing: &str,
+        question: impl AsyncFnOnce(&Session, Uuid) -> Result<T, Error>,
+    ) -> Result<T, String> {
         let Self { endpoint, topic_id, runtime, session } = self;
         runtime.block_on(async {
             let open = match session.take().filter(|session| !session.client.is_closed()) {
                 Some(open) => open,
                 None => Session::open(endpoint).await?,
             };
-            let answer = question(&open, *topic_id).await?;
+            let answer = within(limit, doing, question(&open, *topic_id)).await?;
             *session = Some(open);
             Ok(answer)
         })
     }
 
     /// Cursors of the payments' partitions and owners of their ids, in one snapshot.
-    pub fn snapshot(&mut self, payments: &[Payment]) -> Result<Snapshot, Unanswered> {
-        let partitions: HashSet<i32> = payments.iter().map(|p| p.partition.0).collect();
+    pub fn snapshot<'p>(&mut self, payments: impl Iterator<Item = &'p Payment>) -> Result<Snapshot, String> {
+        let (partitions, ids): (HashSet<i32>, Vec<Uuid>) =
+            payments.map(|payment| (payment.place.0.0, payment.record.message_id)).unzip();
         let partitions: Vec<i32> = partitions.into_iter().collect();
-        let ids: Vec<Uuid> = payments.iter().map(|p| p.message_id).collect();
-        self.ask(async |Session { client, snapshot, .. }, topic_id| {
-            let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 3] = [&topic_id, &partitions, &ids];
-            let asked = async {
-                let rows = client.query(snapshot, &parameters).await?;
-                let mut found = Snapshot::default();
-                for row in rows {
-                    let (first, second): (Option<i64>, Option<i64>) = (row.try_get(2)?, row.try_get(3)?);
-                    match (row.try_get::<_, i32>(0)?, first) {
-                        (0, Some(applied)) => {
-                            let published = second.map(NextOffset);
-                            let cursor = Cursor { applied: NextOffset(applied), published };
-                            found.cursors.insert(Partition(row.try_get(1)?), cursor);
-                        }
-                        (1, Some(offset)) => {
-                            let owner = Owner {
-                                partition: Partition(row.try_get(1)?),
-                                offset: Offset(offset),
-                                payload_hash: second.unwrap_or_default(),
-                            };
-                            found.owners.entry(row.try_get(4)?).or_default().push(owner);
-                        }
-                        _ => {
-                            found.pruned =
-                                Pruned { until: first.map(TimestampMs), at: second.map(TimestampMs) };
-                        }
+        self.ask(ANSWER_WITHIN, "asking who owns message ids", async |session, topic_id| {
+            let mut found = Snapshot::default();
+            for row in session.client.query(&session.snapshot, &[&topic_id, &partitions, &ids]).await? {
+                let (first, second): (Option<i64>, Option<i64>) = (row.try_get(2)?, row.try_get(3)?);
+                match (row.try_get::<_, i32>(0)?, first) {
+                    (0, Some(applied)) => {
+                        let cursor =
+                            Cursor { applied: NextOffset(applied), published: second.map(NextOffset) };
+                        found.cursors.insert(Partition(row.try_get(1)?), cursor);
+                    }
+                    (1, Some(_)) => {
+                        let owner =
+                            Owner { place: place(&row, 1)?, payload_hash: second.unwrap_or_default() };
+                        found.owners.entry(row.try_get(4)?).or_default().push(owner);
+                    }
+                    _ => {
+                        found.pruned = Pruned { until: first.map(TimestampMs), at: second.map(TimestampMs) };
                     }
                 }
-                Ok(found)
-            };
-            within(ANSWER_WITHIN, "asking who owns message ids", asked).await
+            }
+            Ok(found)
         })
     }
 
     /// Records that operators skipped.
-    pub fn exempt(&mut self) -> Result<Exempt, Unanswered> {
-        self.ask(async |session, topic_id| {
-            let asked = skips(&session.client, topic_id);
-            Ok(Exempt::of(&within(ANSWER_WITHIN, "reading cursor_audit", asked).await?))
+    pub fn exempt(&mut self) -> Result<Exempt, String> {
+        self.ask(ANSWER_WITHIN, "reading cursor_audit", async |session, topic_id| {
+            exempt(&session.client, topic_id).await
         })
     }
 
-    /// Which of these payments have a row in `payment_metadata`.
-    pub fn rows(&mut self, payments: &[Payment]) -> Result<HashSet<(Partition, Offset)>, Unanswered> {
-        let partitions: Vec<i32> = payments.iter().map(|p| p.partition.0).collect();
-        let offsets: Vec<i64> = payments.iter().map(|p| p.offset.0).collect();
-        let times = || payments.iter().map(|p| p.timestamp.0);
+    /// Which of these records have a row in `payment_metadata`.
+    pub fn rows(&mut self, suspects: &[Suspect]) -> Result<HashSet<Place>, String> {
+        let (partitions, offsets): (Vec<i32>, Vec<i64>) =
+            suspects.iter().map(|s| (s.payment.place.0.0, s.payment.place.1.0)).unzip();
+        let times = || suspects.iter().map(|s| s.payment.record.timestamp.0);
         let (first, last) = (times().min().unwrap_or_default(), times().max().unwrap_or_default());
-        self.ask(async |session, _| {
-            let client = &session.client;
-            let asked = async {
-                client.batch_execute(ROWS_TIMEOUT).await?;
-                let rows = client.query(ROWS, &[&partitions, &offsets, &first, &last]).await?;
-                client.batch_execute(USUAL_TIMEOUT).await?;
-                rows.iter()
-                    .map(|row| Ok((Partition(row.try_get(0)?), Offset(row.try_get(1)?))))
-                    .collect::<Result<HashSet<_>, tokio_postgres::Error>>()
-            };
-            within(ROWS_WITHIN, "looking for rows of payment_metadata", asked).await
+        self.ask(ROWS_WITHIN, "looking for rows of payment_metadata", async |Session { client, .. }, _| {
+            client.batch_execute(ROWS_TIMEOUT).await?;
+            let places =
+                rows(client, ROWS, &[&partitions, &offsets, &first, &last], |row| place(row, 0)).await?;
+            client.batch_execute(USUAL_TIMEOUT).await?;
+            Ok(places.into_iter().collect())
         })
     }
 }

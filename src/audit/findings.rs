@@ -1,7 +1,6 @@
 //! Log messages about records that nothing accounts for.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::time::Duration;
 
 use crate::domain::record::{Offset, Partition};
@@ -12,43 +11,30 @@ const RUNS_MAX: usize = 20;
 /// One line per partition; a loss can affect all partitions.
 static LIMIT: RateLimited = RateLimited::new(100, Duration::from_secs(60));
 
-/// Records by partition and by finding.
-#[derive(Debug, Default)]
-pub struct Findings(BTreeMap<(Partition, String), Vec<Offset>>);
+/// Offsets of records by partition and by what is wrong with them.
+pub type Findings = BTreeMap<(Partition, String), Vec<Offset>>;
 
-impl Findings {
-    /// Adds a record.
-    pub fn push(&mut self, partition: Partition, offset: Offset, what: String) {
-        self.0.entry((partition, what)).or_default().push(offset);
-    }
-
-    /// Number of records.
-    pub fn len(&self) -> u64 {
-        self.0.values().map(|offsets| offsets.len() as u64).sum()
-    }
-
-    /// Logs one line per partition.
-    pub fn tell(mut self, topic: &str) {
-        for ((partition, detail), offsets) in &mut self.0 {
-            offsets.sort_unstable();
-            let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else { continue };
-            if let Some(suppressed) = LIMIT.pass() {
-                let advice = format!(
-                    "payment-writer reconcile --partition {partition} --from-offset {first} --to-offset {}",
-                    last.next()
-                );
-                tracing::error!(
-                    topic,
-                    partition = partition.0,
-                    offset = first.0,
-                    offsets = runs(offsets),
-                    records = offsets.len(),
-                    detail,
-                    advice,
-                    suppressed,
-                    "payments that the cursor has passed are not accounted for"
-                );
-            }
+/// Logs one line per partition and finding.
+pub fn tell(topic: &str, mut findings: Findings) {
+    for ((partition, detail), offsets) in &mut findings {
+        offsets.sort_unstable();
+        let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else { continue };
+        if let Some(suppressed) = LIMIT.pass() {
+            let advice = format!(
+                "payment-writer reconcile --partition {partition} --from-offset {first} --to-offset {}",
+                last.next()
+            );
+            tracing::error!(
+                topic,
+                partition = partition.0,
+                offset = first.0,
+                offsets = runs(offsets),
+                records = offsets.len(),
+                detail,
+                advice,
+                suppressed,
+                "payments that the cursor has passed are not accounted for"
+            );
         }
     }
 }
@@ -62,19 +48,15 @@ fn runs(offsets: &[Offset]) -> String {
             _ => runs.push((*offset, *offset)),
         }
     }
-    let mut text = String::new();
-    for (first, last) in runs.iter().take(RUNS_MAX) {
-        let comma = if text.is_empty() { "" } else { ", " };
-        // Writing to a String cannot fail.
-        let _ = match first == last {
-            true => write!(text, "{comma}{first}"),
-            false => write!(text, "{comma}{first}-{last}"),
-        };
-    }
+    let text = |(first, last): &(Offset, Offset)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    let mut texts = runs.iter().take(RUNS_MAX).map(text).collect::<Vec<_>>().join(", ");
     if runs.len() > RUNS_MAX {
-        let _ = write!(text, " and {} more", runs.len() - RUNS_MAX);
+        texts.push_str(&format!(" and {} more", runs.len() - RUNS_MAX));
     }
-    text
+    texts
 }
 
 #[cfg(test)]
@@ -88,16 +70,5 @@ mod tests {
         assert_eq!(text(&[7, 8, 9, 11, 13, 14]), "7-9, 11, 13-14");
         let odd: Vec<i64> = (0..50).map(|n| n * 2).collect();
         assert!(text(&odd).ends_with(", 38 and 30 more"), "{}", text(&odd));
-    }
-
-    #[test]
-    fn they_are_counted_whatever_is_wrong_with_them() {
-        let mut findings = Findings::default();
-        for (partition, offset, what) in
-            [(1, 5, "lost"), (1, 6, "lost"), (2, 5, "lost"), (1, 7, "owned later")]
-        {
-            findings.push(Partition(partition), Offset(offset), what.to_owned());
-        }
-        assert_eq!((findings.len(), findings.0.len()), (4, 3));
     }
 }

@@ -11,8 +11,9 @@ use super::verdict::Payment;
 use crate::config::KafkaSettings;
 use crate::domain::cursor::LogBounds;
 use crate::domain::record::{Partition, SourceBatch, TimestampMs};
-use crate::domain::wire::{self, Rules};
+use crate::domain::wire::Rules;
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
+use crate::reconcile::log::Identified;
 use crate::telemetry::metrics;
 
 /// Fetch limits: about one record batch per partition, and no prefetching.
@@ -23,19 +24,12 @@ const PROPERTIES: [(&str, &str); 4] = [
     // No waiting: the requested records exist.
     ("fetch.min.bytes", "1"),
 ];
+/// How far a record's timestamp may be ahead of the time at which it was written to the log.
+const STAMPED_AHEAD_MS: i64 = 60 * 60 * 1_000;
 
 /// Settings of a client that fetches little.
 pub fn small(kafka: &KafkaSettings) -> KafkaSettings {
     KafkaSettings { properties: kafka.properties.overridden(&PROPERTIES), ..kafka.clone() }
-}
-
-/// Result of reading ranges.
-#[derive(Debug, Default)]
-pub struct Read {
-    /// Valid records.
-    pub payments: Vec<Payment>,
-    /// Number of invalid records.
-    pub invalid: u64,
 }
 
 /// Input topic with a client that is created on demand.
@@ -43,13 +37,12 @@ pub struct Input {
     kafka: KafkaSettings,
     rules: Rules,
     scanner: Option<Scanner>,
-    one: SourceBatch,
 }
 
 impl Input {
     /// Creates a handle without a client.
     pub fn new(kafka: &KafkaSettings, rules: Rules) -> Self {
-        Self { kafka: small(kafka), rules, scanner: None, one: SourceBatch::new() }
+        Self { kafka: small(kafka), rules, scanner: None }
     }
 
     /// Closes the client until the next read; an idle client still sends requests to its brokers.
@@ -60,63 +53,58 @@ impl Input {
     /// Runs `question` on the client; closes the client after an error.
     fn ask<T>(
         &mut self,
-        question: impl FnOnce(&Scanner, &Rules, &mut SourceBatch) -> Result<T, ScanError>,
+        question: impl FnOnce(&Scanner, &Rules) -> Result<T, ScanError>,
     ) -> Result<T, ScanError> {
         let scanner = match self.scanner.take() {
             Some(scanner) => scanner,
             None => Scanner::new(&self.kafka, &self.kafka.input_topic)?,
         };
-        let answer = question(&scanner, &self.rules, &mut self.one)?;
+        let answer = question(&scanner, &self.rules)?;
         self.scanner = Some(scanner);
         Ok(answer)
     }
 
     /// Id of the input topic.
     pub fn topic_id(&mut self) -> Result<Uuid, ScanError> {
-        self.ask(|scanner, _, _| scanner.describe().map(|(id, _)| id))
+        self.ask(|scanner, _| scanner.describe().map(|(id, _)| id))
     }
 
     /// Log bounds of the partitions of these ranges, in the same order.
     pub fn bounds(&mut self, parts: &[Part]) -> Result<Vec<LogBounds>, ScanError> {
         let partitions: Vec<Partition> = parts.iter().map(|part| part.range.partition).collect();
-        self.ask(|scanner, _, _| scanner.bounds(&partitions))
+        self.ask(|scanner, _| scanner.bounds(&partitions))
     }
 
-    /// Reads all records of these ranges; each partition may occur once.
-    pub fn read(&mut self, parts: &[Part]) -> Result<Read, ScanError> {
+    /// Reads all records of these ranges; each partition may occur once. Returns the valid records, and the
+    /// number of invalid ones.
+    pub fn read(&mut self, parts: &[Part]) -> Result<(Vec<Payment>, u64), ScanError> {
         let ranges: Vec<ScanRange> = parts.iter().map(|part| part.range).collect();
         let now = (metrics::now(), Instant::now());
         let decided_after = |partition: Partition, timestamp: TimestampMs| {
             let part = parts.iter().find(|part| part.range.partition == partition);
-            match part.and_then(|part| part.decided_after) {
-                Some(at) => {
-                    let ago = i64::try_from(now.1.saturating_duration_since(at).as_millis());
-                    TimestampMs(now.0.0.saturating_sub(ago.unwrap_or(i64::MAX)))
-                }
-                None => Payment::decided_after_log(timestamp),
-            }
+            let (time, before) = match part.and_then(|part| part.decided_after) {
+                Some(at) => (now.0, i64::try_from(now.1.saturating_duration_since(at).as_millis())),
+                // It was decided before this process observed the partition.
+                None => (timestamp, Ok(STAMPED_AHEAD_MS)),
+            };
+            TimestampMs(time.0.saturating_sub(before.unwrap_or(i64::MAX)))
         };
-        self.ask(|scanner, rules, one| {
-            let mut read = Read::default();
+        self.ask(|scanner, rules| {
+            let (mut payments, mut invalid) = (Vec::new(), 0);
+            let mut one = SourceBatch::new();
             // The callback never stops the scan.
             let _ = scanner.read(&ranges, |record| {
-                one.clear();
-                let (partition, offset) = (record.partition(), record.offset());
-                record.copy_into(one);
-                match one.get(0).map(|view| wire::parse(&view, rules)) {
-                    Some(Ok(payment)) => read.payments.push(Payment {
-                        partition,
-                        offset,
-                        message_id: payment.message_id.to_uuid(),
-                        payload_hash: payment.payload_hash(),
-                        timestamp: payment.created_at,
-                        decided_after: decided_after(partition, payment.created_at),
+                match Identified::parse(record, &mut one, rules) {
+                    Some(identified) => payments.push(Payment {
+                        place: (record.partition(), record.offset()),
+                        record: identified,
+                        decided_after: decided_after(record.partition(), identified.timestamp),
                     }),
-                    _ => read.invalid += 1,
+                    None => invalid += 1,
                 }
                 ControlFlow::Continue(())
             })?;
-            Ok(read)
+            Ok((payments, invalid))
         })
     }
 }

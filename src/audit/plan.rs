@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::sampler::Sampler;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
 use crate::domain::cursor::LogBounds;
 use crate::domain::record::{NextOffset, Partition};
 use crate::kafka::scan::ScanRange;
@@ -31,21 +33,13 @@ const RETRY: Duration = Duration::from_secs(30);
 /// A range that could not be audited for this time is dropped and counted.
 const GIVE_UP: Duration = Duration::from_secs(60 * 60);
 
-/// A range to audit now.
+/// A range to audit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Part {
-    /// Offsets; the cursor has passed them.
+    /// Offsets; if the part was taken, the cursor has passed them.
     pub range: ScanRange,
     /// All records of the range were decided after this time; `None` if unknown.
     pub decided_after: Option<Instant>,
-    ready_since: Instant,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Waiting {
-    from: NextOffset,
-    to: NextOffset,
-    decided_after: Option<Instant>,
     /// From this time on, a part of it may be audited.
     partly_at: Instant,
     /// Since when it can be audited, completely or partly.
@@ -66,13 +60,15 @@ struct Share {
     /// Whether the partition is assigned to this process.
     is_ours: bool,
     /// Disjoint and in order.
-    waiting: Vec<Waiting>,
+    waiting: Vec<Part>,
 }
 
 /// Ranges of all partitions.
 #[derive(Debug)]
 pub struct Plan {
-    sampler: Sampler,
+    /// Probability with which each block is chosen.
+    share: f64,
+    random: ChaCha8Rng,
     shares: BTreeMap<Partition, Share>,
     /// Number of waiting ranges.
     ranges: usize,
@@ -83,7 +79,8 @@ pub struct Plan {
 impl Plan {
     /// Creates a plan that audits this share of the passed offsets.
     pub fn new(share: f64, seed: u64) -> Self {
-        Self { sampler: Sampler::new(share, seed), shares: BTreeMap::new(), ranges: 0, dropped: 0 }
+        let random = ChaCha8Rng::seed_from_u64(seed);
+        Self { share, random, shares: BTreeMap::new(), ranges: 0, dropped: 0 }
     }
 
     /// Updates the cursors of this process's partitions. Partitions that are not listed have been revoked:
@@ -95,15 +92,15 @@ impl Plan {
         for (partition, applied) in cursors {
             self.passed_to(*partition, *applied, now);
         }
-        for share in self.shares.values_mut().filter(|share| !share.is_ours) {
+        self.shares.retain(|_, share| {
             let applied = share.applied;
-            share.waiting.retain(|w| w.from < applied);
-            share.waiting.iter_mut().for_each(|w| w.to = w.to.min(applied));
-        }
-        self.shares.retain(|_, share| share.is_ours || !share.waiting.is_empty());
-        for share in self.shares.values_mut() {
+            if !share.is_ours {
+                share.waiting.retain(|w| w.range.from < applied);
+                share.waiting.iter_mut().for_each(|w| w.range.to = w.range.to.min(applied));
+            }
             share.note_ready(now);
-        }
+            share.is_ours || !share.waiting.is_empty()
+        });
         self.ranges = self.shares.values().map(|share| share.waiting.len()).sum();
     }
 
@@ -117,11 +114,12 @@ impl Plan {
         let (first, past) = (share.applied.0 / BLOCK, applied.0 / BLOCK);
         let (seen_from, seen_at) = (share.seen_from, share.seen_at);
         (share.applied, share.seen_at) = (applied, now);
-        for place in self.sampler.choose(u64::try_from(past - first).unwrap_or_default()) {
-            let from = (first + i64::try_from(place).unwrap_or_default()).saturating_mul(BLOCK);
-            let to = NextOffset(from + BLOCK);
-            let range = ScanRange { partition, from: NextOffset(from).max(seen_from), to };
-            self.insert(range, Some(seen_at), now);
+        for block in first..past {
+            if self.random.random::<f64>() < self.share {
+                let (from, to) = (NextOffset(block * BLOCK), NextOffset((block + 1) * BLOCK));
+                let range = ScanRange { partition, from: from.max(seen_from), to };
+                self.insert(range, Some(seen_at), now);
+            }
         }
     }
 
@@ -140,20 +138,22 @@ impl Plan {
     /// Adds the parts of a range that are not waiting yet.
     fn insert(&mut self, range: ScanRange, decided_after: Option<Instant>, now: Instant) {
         let Some(share) = self.shares.get_mut(&range.partition) else { return };
-        let mut from = range.from;
-        let mut fresh = Vec::new();
-        for waiting in share.waiting.iter().filter(|w| w.to > range.from && w.from < range.to) {
-            fresh.push((from, waiting.from));
-            from = from.max(waiting.to);
+        let (mut rest, mut fresh) = (range, Vec::new());
+        for waiting in &share.waiting {
+            let waiting = waiting.range;
+            if waiting.to > range.from && waiting.from < range.to {
+                fresh.push(ScanRange { to: waiting.from, ..rest });
+                rest.from = rest.from.max(waiting.to);
+            }
         }
-        fresh.push((from, range.to));
-        for (from, to) in fresh.into_iter().filter(|(from, to)| from < to) {
+        fresh.push(rest);
+        for range in fresh.into_iter().filter(|range| !range.is_empty()) {
             if self.ranges >= RANGES_MAX {
-                self.dropped += (to.0 - from.0).unsigned_abs();
+                self.dropped += offsets(range);
                 continue;
             }
             let partly_at = now + PARTLY_AFTER;
-            share.put(Waiting { from, to, decided_after, partly_at, ready_since: None, again_at: None });
+            share.put(Part { range, decided_after, partly_at, ready_since: None, again_at: None });
             self.ranges += 1;
         }
     }
@@ -171,7 +171,7 @@ impl Plan {
         let mut parts: Vec<Part> = Vec::new();
         let mut room = PIECE_OFFSETS_MAX;
         let mut is_alone = false;
-        for (ready_since, partition, at) in ready {
+        for (_, partition, at) in ready {
             if room <= 0 || parts.len() >= PIECE_PARTS_MAX || is_alone {
                 break;
             }
@@ -184,20 +184,20 @@ impl Plan {
             if waiting.again_at.is_some() && !parts.is_empty() {
                 continue;
             }
-            let to = waiting.to.min(applied).min(NextOffset(waiting.from.0.saturating_add(room)));
+            let ScanRange { from, to, .. } = waiting.range;
+            let past = to.min(applied).min(NextOffset(from.0.saturating_add(room)));
             // The cursor went back and has not reached this range again.
-            if to <= waiting.from {
+            if past <= from {
                 continue;
             }
-            let range = ScanRange { partition, from: waiting.from, to };
-            room -= to.0 - range.from.0;
+            room -= past.0 - from.0;
             is_alone = waiting.again_at.is_some();
-            parts.push(Part { range, decided_after: waiting.decided_after, ready_since });
-            if to < waiting.to {
+            parts.push(Part { range: ScanRange { partition, from, to: past }, ..*waiting });
+            if past < to {
                 // The rest keeps its age, unless the cursor has not passed it yet.
-                waiting.from = to;
+                waiting.range.from = past;
                 waiting.partly_at = now + PARTLY_AFTER;
-                waiting.ready_since = waiting.ready_since.filter(|_| to < applied);
+                waiting.ready_since = waiting.ready_since.filter(|_| past < applied);
             } else {
                 share.waiting.remove(at);
                 self.ranges = self.ranges.saturating_sub(1);
@@ -209,27 +209,21 @@ impl Plan {
     /// Returns a range that could not be audited. `bounds` are the log bounds of the partition, if known;
     /// offsets outside cannot be audited any more.
     pub fn put_back(&mut self, part: Part, bounds: Option<LogBounds>, now: Instant) {
-        let Part { range: ScanRange { partition, from, to }, decided_after, ready_since } = part;
-        let is_over = now.saturating_duration_since(ready_since) >= GIVE_UP;
-        let (mut first, mut past) = (from, to);
+        let is_over = part.ready_since.is_some_and(|since| now.saturating_duration_since(since) >= GIVE_UP);
+        let mut range = part.range;
         if let Some(bounds) = bounds {
-            (first, past) = (from.max(bounds.start), to.min(bounds.end));
+            (range.from, range.to) = (range.from.max(bounds.start), range.to.min(bounds.end));
         }
-        if is_over || first >= past {
-            self.dropped += (to.0 - from.0).unsigned_abs();
+        if is_over || range.is_empty() {
+            self.dropped += offsets(part.range);
             return;
         }
-        self.dropped += (to.0 - from.0).abs_diff(past.0 - first.0);
-        let share =
-            self.shares.entry(partition).or_insert_with(|| Share { is_ours: false, ..Share::at(past, now) });
-        share.put(Waiting {
-            from: first,
-            to: past,
-            decided_after,
-            partly_at: now,
-            ready_since: Some(ready_since),
-            again_at: Some(now + RETRY),
-        });
+        self.dropped += offsets(part.range) - offsets(range);
+        let share = self
+            .shares
+            .entry(range.partition)
+            .or_insert_with(|| Share { is_ours: false, ..Share::at(range.to, now) });
+        share.put(Part { range, partly_at: now, again_at: Some(now + RETRY), ..part });
         self.ranges += 1;
     }
 
@@ -240,7 +234,7 @@ impl Plan {
         for share in self.shares.values() {
             for waiting in &share.waiting {
                 let Some(since) = waiting.ready_since else { continue };
-                offsets += (waiting.to.min(share.applied).0 - waiting.from.0).unsigned_abs();
+                offsets += (waiting.range.to.min(share.applied).0 - waiting.range.from.0).unsigned_abs();
                 oldest = oldest.min(since);
             }
         }
@@ -261,17 +255,22 @@ impl Share {
     /// Marks ranges that have been passed completely, or partly for long enough.
     fn note_ready(&mut self, now: Instant) {
         let (applied, is_ours) = (self.applied, self.is_ours);
-        for waiting in self.waiting.iter_mut().filter(|w| w.ready_since.is_none() && w.from < applied) {
-            if waiting.to <= applied || !is_ours || now >= waiting.partly_at {
+        let is_passed = |w: &&mut Part| w.ready_since.is_none() && w.range.from < applied;
+        for waiting in self.waiting.iter_mut().filter(is_passed) {
+            if waiting.range.to <= applied || !is_ours || now >= waiting.partly_at {
                 waiting.ready_since = Some(now);
             }
         }
     }
 
-    fn put(&mut self, waiting: Waiting) {
-        let at = self.waiting.partition_point(|w| w.from < waiting.from);
-        self.waiting.insert(at, waiting);
+    fn put(&mut self, part: Part) {
+        let at = self.waiting.partition_point(|w| w.range.from < part.range.from);
+        self.waiting.insert(at, part);
     }
+}
+
+fn offsets(range: ScanRange) -> u64 {
+    range.to.0.abs_diff(range.from.0)
 }
 
 #[cfg(test)]

@@ -74,14 +74,12 @@ mod tests {
 
     use super::*;
     use crate::domain::record::{Offset, Partition, TimestampMs};
+    use crate::reconcile::log::Identified;
 
     fn payment(offset: i64) -> Payment {
         Payment {
-            partition: Partition(0),
-            offset: Offset(offset),
-            message_id: Uuid::from_u128(1),
-            payload_hash: 0,
-            timestamp: TimestampMs(0),
+            place: (Partition(0), Offset(offset)),
+            record: Identified { message_id: Uuid::from_u128(1), payload_hash: 0, timestamp: TimestampMs(0) },
             decided_after: TimestampMs(0),
         }
     }

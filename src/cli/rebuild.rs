@@ -3,11 +3,10 @@
 use clap::Args;
 
 use super::output::print;
-use super::reconcile::{described, limit, progress_bar};
+use super::reconcile::{describe_findings, json, limit, with_progress};
 use crate::config::{PostgresUrl, Settings};
 use crate::error::CommandError;
 use crate::rebuild::{Comparison, Wanted, rebuild as run};
-use crate::reconcile::Progress;
 
 /// Environment variable for the URL of the second database, because other users can see the command line.
 const INTO_VARIABLE: &str = "PAYMENT_WRITER_REBUILD_INTO";
@@ -60,46 +59,34 @@ pub fn rebuild(settings: &Settings, args: &RebuildArgs) -> Result<(), CommandErr
     };
     let into = PostgresUrl::parse(&into).map_err(|error| CommandError::usage(format!("--into: {error}")))?;
     let wanted = Wanted { into, is_compare_only: args.compare_only, limit: args.limit };
-    let runtime = super::large_runtime()?;
-    let bar = progress_bar();
-    let outcome = run(settings, runtime.handle(), &wanted, &Progress::on(bar.clone()));
-    bar.finish_and_clear();
-    // Not waited for: a request to an unavailable broker may still block its thread.
-    runtime.shutdown_background();
-    let comparison = outcome?;
-    if args.json {
-        print(&comparison.json().to_string())?;
-    } else {
-        print(&describe(&comparison))?;
-    }
-    if comparison.is_equal() {
+    let comparison = with_progress(|runtime, progress| run(settings, runtime, &wanted, progress))?;
+    print(&if args.json { json(&comparison)? } else { describe(&comparison) })?;
+    if comparison.is_equal {
         return Ok(());
     }
     Err(CommandError::failed(format!("the databases differ in {} payments", comparison.findings.count)))
 }
 
 fn describe(comparison: &Comparison) -> String {
-    let offsets: i64 = comparison.compared.iter().map(|(_, from, to)| to.0 - from.0).sum();
+    let offsets: i64 = comparison.partitions.iter().map(|range| range.to.0 - range.from.0).sum();
     let mut text = vec![
-        format!("second database: {}, written by group {}", comparison.into, comparison.group_id),
-        format!("compared: {offsets} offsets of {} partitions", comparison.compared.len()),
+        format!("second database: {}, written by group {}", comparison.into, comparison.group),
+        format!("compared: {offsets} offsets of {} partitions", comparison.partitions.len()),
         format!("payments that are the same in both: {}", comparison.equal),
     ];
-    if comparison.older > 0 {
+    if comparison.older_than_the_log > 0 {
         text.push(format!(
             "payments only in the first database because their records had left the log: {}",
-            comparison.older
+            comparison.older_than_the_log
         ));
     }
-    if !comparison.allowed.is_empty() {
-        text.push(format!("\ndecided differently, as the contract allows: {}", comparison.allowed.count));
-        described(&comparison.allowed, &mut text);
+    if comparison.allowed.count > 0 {
+        describe_findings("\ndecided differently, as the contract allows", &comparison.allowed, &mut text);
     }
-    if comparison.is_equal() {
+    if comparison.is_equal {
         text.push("\nequal: the second database can replace the first".to_owned());
     } else {
-        text.push(format!("\nDIFFERENT: {}", comparison.findings.count));
-        described(&comparison.findings, &mut text);
+        describe_findings("\nDIFFERENT", &comparison.findings, &mut text);
     }
     text.join("\n")
 }

@@ -4,12 +4,15 @@ use std::io::IsTerminal;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use tokio::runtime::Handle;
 
 use super::output::{print, table};
 use crate::config::{ByteSize, Settings};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::error::CommandError;
-use crate::reconcile::{Findings, Progress, Report, Wanted, reconcile as compare};
+use crate::reconcile::report::{Currency, Findings, Orphans, Report, Sum};
+use crate::reconcile::{Wanted, reconcile as compare};
 
 const AFTER_HELP: &str = "\
 Reads the log, determines the expected outcome of each record by the daemon's own rules, and checks that
@@ -100,40 +103,42 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Comman
         limit: args.limit,
         looks_for_orphans: args.orphans,
     };
-    let runtime = super::large_runtime()?;
-    let bar = progress_bar();
-    let report = compare(settings, runtime.handle(), &wanted, &Progress::on(bar.clone()));
-    bar.finish_and_clear();
-    // Not waited for: a request to an unavailable broker may still block its thread.
-    runtime.shutdown_background();
-    let report = report?;
-    if args.json {
-        print(&report.json().to_string())?;
-    } else {
-        print(&describe(&report))?;
-    }
-    if report.is_fine() {
+    let report = with_progress(|runtime, progress| compare(settings, runtime, &wanted, progress))?;
+    print(&if args.json { json(&report)? } else { describe(&report) })?;
+    if report.is_fine {
         return Ok(());
     }
-    let orphans: u64 = report.orphans.iter().flatten().sum();
+    let orphans = report.orphans.map_or(0, |orphans| orphans.count());
     let count = report.findings.count.saturating_add(orphans);
     Err(CommandError::failed(format!("findings: {count}, in {} records", report.records)))
 }
 
-/// Progress bar on a terminal, nothing elsewhere.
-pub(super) fn progress_bar() -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(0);
+/// Runs a comparison with a progress bar on a terminal, and nothing elsewhere.
+pub(super) fn with_progress<T>(
+    run: impl FnOnce(&Handle, &ProgressBar) -> Result<T, CommandError>,
+) -> Result<T, CommandError> {
+    let runtime = super::large_runtime()?;
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
     let template = "{spinner} {msg:14} {wide_bar} {human_pos}/{human_len} {per_sec}";
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
-    bar
+    let outcome = run(runtime.handle(), &bar);
+    bar.finish_and_clear();
+    // Not waited for: a request to an unavailable broker may still block its thread.
+    runtime.shutdown_background();
+    outcome
 }
 
-pub(super) fn described(findings: &Findings, into: &mut Vec<String>) {
+/// As one JSON object, with its keys in alphabetical order.
+pub(super) fn json(result: &impl Serialize) -> Result<String, CommandError> {
+    let value = serde_json::to_value(result).map_err(|e| CommandError::failed(e.to_string()))?;
+    Ok(value.to_string())
+}
+
+/// Adds the number of findings, and one line for each that is named.
+pub(super) fn describe_findings(title: &str, findings: &Findings, into: &mut Vec<String>) {
+    into.push(format!("{title}: {}", findings.count));
     for finding in &findings.named {
         into.push(format!("  partition {}, offset {}: {}", finding.partition, finding.offset, finding.what));
     }
@@ -144,85 +149,75 @@ pub(super) fn described(findings: &Findings, into: &mut Vec<String>) {
 }
 
 fn describe(report: &Report) -> String {
-    let mut text = Vec::new();
-    let settled = report.compared.iter().filter(|c| c.to > c.from).count();
-    text.push(format!(
-        "{} records of {} in {settled} of {} partitions, up to both cursors of group {}",
-        report.records,
-        report.topic,
-        report.compared.len(),
-        report.group_id
-    ));
-    text.push(format!("rows in {}", report.database));
-    if report.compared.iter().any(|c| c.from.0 > 0) {
+    let compared = report.partitions.iter().filter(|range| !range.is_empty()).count();
+    let mut text = vec![
+        format!(
+            "{} records of {} in {compared} of {} partitions, up to both cursors of group {}",
+            report.records,
+            report.topic,
+            report.partitions.len(),
+            report.group
+        ),
+        format!("rows in {}", report.database),
+    ];
+    if report.partitions.iter().any(|range| range.from.0 > 0) {
         text.push(
             "not compared: records before the range or no longer in the log, with their rows and events"
                 .to_owned(),
         );
     }
-    if report.halted > 0 {
+    if report.partitions_halted > 0 {
         text.push(format!(
             "halted partitions: {}, compared up to the halt (see `cursors show`)",
-            report.halted
+            report.partitions_halted
         ));
     }
     let mut rows = vec![["outcome", "records"].map(str::to_owned)];
     rows.extend(report.outcomes.iter().map(|(outcome, count)| [outcome.to_string(), count.to_string()]));
-    text.push(String::new());
-    text.push(table(&rows));
+    text.extend([String::new(), table(&rows)]);
     let mut rows = vec![
         ["currency", "payments", "sum by the log", "by the rows", "by the read events"].map(str::to_owned),
     ];
-    for currency in report.currencies() {
-        let log = report.log.of(currency);
-        let events = if report.publishes { report.events.of(currency).text() } else { "-".to_owned() };
-        rows.push([
-            currency.to_owned(),
-            log.count.to_string(),
-            log.text(),
-            report.rows.of(currency).text(),
-            events,
-        ]);
-    }
-    text.push(String::new());
-    text.push(table(&rows));
-    text.push(String::new());
-    if report.publishes {
-        let [read, email, letters] = report.outputs;
-        text.push(format!("read events {read}, e-mail events {email}, dead letters {letters}"));
-    }
-    if report.foreign > 0 {
-        text.push(format!("outputs with a source in another topic, or without a source: {}", report.foreign));
-    }
-    if report.former > 0 {
+    rows.extend(report.currencies.iter().map(|(code, Currency { log, rows, read_events })| {
+        let events = read_events.map_or_else(|| "-".to_owned(), Sum::text);
+        [code.clone(), log.count.to_string(), log.text(), rows.text(), events]
+    }));
+    text.extend([String::new(), table(&rows), String::new()]);
+    let mut counts = Vec::new();
+    if let Some(outputs) = &report.outputs {
         text.push(format!(
-            "rows and outputs of records that the log lost and whose offsets were used again: {}",
-            report.former
+            "read events {}, e-mail events {}, dead letters {}",
+            outputs.read, outputs.email, outputs.dead_letter
         ));
+        counts.push(("outputs with a source in another topic, or without a source", outputs.foreign));
     }
-    if report.untold > 0 {
-        text.push(format!(
-            "outputs that may have left their topic, which has lost its beginning: {}",
-            report.untold
-        ));
+    counts.push((
+        "rows and outputs of records that the log lost and whose offsets were used again",
+        report.of_lost_records,
+    ));
+    if let Some(outputs) = &report.outputs {
+        let what = "outputs that may have left their topic, which has lost its beginning";
+        counts.push((what, outputs.beyond_retention));
     }
-    if !report.allowed.is_empty() {
-        text.push(format!(
-            "\ndecided differently by an earlier database or by other settings, as the contract allows: {}",
-            report.allowed.count
-        ));
-        described(&report.allowed, &mut text);
+    text.extend(
+        counts.iter().filter(|(_, count)| *count > 0).map(|(what, count)| format!("{what}: {count}")),
+    );
+    if report.allowed.count > 0 {
+        let title =
+            "\ndecided differently by an earlier database or by other settings, as the contract allows";
+        describe_findings(title, &report.allowed, &mut text);
     }
-    for (table, count) in
-        ["payment_core", "payment_notes", "idempotency"].iter().zip(report.orphans.into_iter().flatten())
-    {
-        text.push(format!("rows of {table} without payment_metadata: {count}"));
+    if let Some(Orphans { payment_core, payment_notes, idempotency }) = report.orphans {
+        for (table, count) in
+            [("payment_core", payment_core), ("payment_notes", payment_notes), ("idempotency", idempotency)]
+        {
+            text.push(format!("rows of {table} without payment_metadata: {count}"));
+        }
     }
-    if report.is_fine() {
+    if report.is_fine {
         text.push("\neverything is correct: every record has exactly one outcome".to_owned());
     } else {
-        text.push(format!("\nOFF: {}", report.findings.count));
-        described(&report.findings, &mut text);
+        describe_findings("\nOFF", &report.findings, &mut text);
     }
     text.join("\n")
 }

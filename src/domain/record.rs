@@ -6,7 +6,7 @@
 use std::fmt;
 
 /// Number of a partition of the input topic.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize)]
 pub struct Partition(pub i32);
 
 impl fmt::Display for Partition {
@@ -16,7 +16,7 @@ impl fmt::Display for Partition {
 }
 
 /// The offset of one record.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize)]
 pub struct Offset(pub i64);
 
 impl Offset {
@@ -33,7 +33,7 @@ impl fmt::Display for Offset {
 }
 
 /// A position: the offset of the next record to process. All cursors have this type.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize)]
 pub struct NextOffset(pub i64);
 
 impl NextOffset {

@@ -15,7 +15,7 @@ use super::offsets::{bounds_of, positions_at};
 use crate::config::KafkaSettings;
 use crate::domain::cursor::LogBounds;
 use crate::domain::outcome::{FailureClass, class_of_kafka, is_refusal};
-use crate::domain::record::{NextOffset, Partition, TimestampMs};
+use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
 
 /// A scan that receives nothing for this long fails; librdkafka itself would wait for brokers for ever.
 const STALL_MAX: Duration = Duration::from_secs(60);
@@ -40,7 +40,7 @@ impl ScanError {
 }
 
 /// The offsets from `from` up to, but not including, `to`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct ScanRange {
     /// The partition.
     pub partition: Partition,
@@ -54,6 +54,11 @@ impl ScanRange {
     /// Whether the range has no offsets.
     pub fn is_empty(&self) -> bool {
         self.from >= self.to
+    }
+
+    /// Whether the range has this offset.
+    pub fn contains(&self, partition: Partition, offset: Offset) -> bool {
+        self.partition == partition && !self.from.is_past(offset) && self.to.is_past(offset)
     }
 }
 

@@ -2,21 +2,20 @@
 
 use std::collections::HashMap;
 use std::error::Error as StdError;
+use std::ops::Range;
 use std::pin::pin;
 
 use futures_util::TryStreamExt;
 use tokio::runtime::Handle;
 use tokio_postgres::types::{FromSql, ToSql, Type};
-use tokio_postgres::{Client, Row};
+use tokio_postgres::{Client, Error, Row, ToStatement};
 use uuid::Uuid;
 
 use super::hash;
-use super::range::Skip;
-use super::sums::numeric_millionths;
-use super::table::RowSeen;
+use super::range::Exempt;
+use super::report::Orphans;
+use super::table::{Part, Place};
 use crate::config::Endpoint;
-use crate::domain::batch::Owner;
-use crate::domain::columns::postgres_timestamp;
 use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
 use crate::error::CommandError;
 use crate::kafka::scan::ScanRange;
@@ -45,14 +44,11 @@ impl<'a> FromSql<'a> for Raw<'a> {
 }
 
 /// Encodes columns of a row in the format of a binary COPY. The result equals what the daemon wrote, because
-/// the binary format has exactly one form per value.
-pub(crate) fn encode(
-    row: &Row,
-    columns: std::ops::Range<usize>,
-    out: &mut Vec<u8>,
-) -> Result<(), tokio_postgres::Error> {
+/// the binary format has exactly one form per value. Returns `false` if the first column is null.
+pub(crate) fn encode(row: &Row, columns: Range<usize>, out: &mut Vec<u8>) -> Result<bool, Error> {
     out.clear();
     out.extend_from_slice(&(columns.len() as i16).to_be_bytes());
+    let is_there = row.try_get::<_, Raw<'_>>(columns.start)?.0.is_some();
     for column in columns {
         match row.try_get::<_, Raw<'_>>(column)?.0 {
             Some(bytes) => {
@@ -62,40 +58,29 @@ pub(crate) fn encode(
             None => out.extend_from_slice(&(-1_i32).to_be_bytes()),
         }
     }
-    Ok(())
+    Ok(is_there)
 }
 
-/// Whether a column is null.
-pub(crate) fn is_null(row: &Row, column: usize) -> Result<bool, tokio_postgres::Error> {
-    Ok(row.try_get::<_, Raw<'_>>(column)?.0.is_none())
+/// A timestamp in microseconds since 2000.
+pub(crate) fn timestamp_us(row: &Row, column: usize) -> Result<i64, Error> {
+    let Raw(time) = row.try_get(column)?;
+    Ok(time.and_then(|t| t.try_into().ok()).map(i64::from_be_bytes).unwrap_or_default())
+}
+
+/// The record in two adjacent columns: partition and offset.
+pub(crate) fn place(row: &Row, column: usize) -> Result<Place, Error> {
+    Ok((Partition(row.try_get(column)?), Offset(row.try_get(column + 1)?)))
 }
 
 /// The claim of a message id.
 #[derive(Clone, Copy, Debug)]
 pub struct Claimed {
-    /// The record that claimed the id, and the hash of its payload.
-    pub owner: Owner,
+    /// The record that claimed the id.
+    pub place: Place,
+    /// Hash of its payload.
+    pub payload_hash: i64,
     /// Timestamp of that record, in microseconds since 2000.
     pub created_at_us: i64,
-}
-
-impl Claimed {
-    /// Whether a record with this timestamp makes this claim.
-    pub fn is_of(&self, timestamp: TimestampMs) -> bool {
-        self.created_at_us == postgres_timestamp(timestamp)
-    }
-}
-
-/// Joined row of the payment tables.
-pub struct PaymentRow {
-    /// Partition of the record.
-    pub partition: Partition,
-    /// Offset of the record.
-    pub offset: Offset,
-    /// Hashes of the rows.
-    pub seen: RowSeen,
-    /// Currency and amount in millionths, from `payment_core`.
-    pub amount: Option<(String, i128)>,
 }
 
 /// The columns of the payment tables, joined: 7 of metadata, 7 of core, 4 of notes.
@@ -103,6 +88,7 @@ pub(crate) const PAYMENT_COLUMNS: &str = "\
     m.payment_id, m.created_at, m.updated_at, m.version, m.message_id, m.source_partition, m.source_offset,
     c.payment_id, c.created_at, c.cust_id, c.amount, c.currency, c.status, c.type,
     n.payment_id, n.created_at, n.external_ref_id, n.comment";
+
 /// The joined payment tables, for records in the ranges $1 (partitions), $2 (from), $3 (to). With `timed`,
 /// only the months from $4 to $5 (ms); the condition is repeated for each table so that Postgres prunes
 /// partitions.
@@ -139,15 +125,42 @@ pub(crate) fn arrays(ranges: &[ScanRange]) -> (Vec<i32>, Vec<i64>, Vec<i64>) {
     )
 }
 
+/// Error mapping that says what was being done.
+pub(crate) fn failed(doing: &'static str) -> impl Fn(Error) -> CommandError {
+    move |error| CommandError::failed(format!("{doing}: {}", describe(&error)))
+}
+
+/// Runs a query and passes each row to `each`.
+pub(crate) async fn rows<T, Q: ToStatement + ?Sized>(
+    client: &Client,
+    query: &Q,
+    parameters: &[&(dyn ToSql + Sync)],
+    each: impl FnMut(&Row) -> Result<T, Error>,
+) -> Result<Vec<T>, Error> {
+    client.query(query, parameters).await?.iter().map(each).collect()
+}
+
+/// Records that operators skipped, from `cursor_audit`.
+pub(crate) async fn exempt(client: &Client, topic_id: Uuid) -> Result<Exempt, Error> {
+    let query = "SELECT partition, (before->>'applied')::bigint, (before->>'published')::bigint,
+             (after->>'applied')::bigint
+         FROM payment_writer.cursor_audit
+         WHERE topic_id = $1 AND command LIKE 'cursors skip%' AND partition IS NOT NULL
+             AND after->>'applied' IS NOT NULL";
+    let mut exempt = Exempt::default();
+    for row in client.query(query, &[&topic_id]).await? {
+        let position = |column| Ok::<_, Error>(row.try_get::<_, Option<i64>>(column)?.map(NextOffset));
+        let to = NextOffset(row.try_get(3)?);
+        exempt.skip(Partition(row.try_get(0)?), position(1)?, position(2)?, to);
+    }
+    Ok(exempt)
+}
+
 /// A read-only session for blocking callers.
 pub struct Database {
     runtime: Handle,
-    client: Client,
-}
-
-/// Error mapping that says what was being done.
-fn failed(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> CommandError {
-    move |error| CommandError::failed(format!("{doing}: {}", describe(&error)))
+    /// The underlying client.
+    pub client: Client,
 }
 
 impl Database {
@@ -161,182 +174,133 @@ impl Database {
         Ok(Self { runtime: runtime.clone(), client })
     }
 
-    /// The underlying client.
-    pub fn client(&self) -> &Client {
-        &self.client
+    /// Runs a query; `doing` describes it in errors.
+    pub fn query<T>(
+        &self,
+        doing: &'static str,
+        query: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+        each: impl FnMut(&Row) -> Result<T, Error>,
+    ) -> Result<Vec<T>, CommandError> {
+        self.runtime.block_on(rows(&self.client, query, parameters, each)).map_err(failed(doing))
     }
 
     /// Looks up the claims of message ids.
-    pub fn claims(&self, ids: &[Uuid]) -> Result<HashMap<[u8; 16], Claimed>, CommandError> {
-        let mut found = HashMap::with_capacity(ids.len());
+    pub fn claims(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Claimed>, CommandError> {
         if ids.is_empty() {
-            return Ok(found);
+            return Ok(HashMap::new());
         }
-        let rows = self
-            .runtime
-            .block_on(self.client.query(
-                "SELECT message_id, source_partition, source_offset, payload_hash, created_at
-                 FROM payment_writer.idempotency WHERE message_id = ANY ($1)",
-                &[&ids],
-            ))
-            .map_err(failed("looking up who has claimed message ids"))?;
-        let broken = failed("reading claims");
-        for row in rows {
-            let id: Uuid = row.try_get(0).map_err(&broken)?;
-            let owner = Owner {
-                partition: Partition(row.try_get(1).map_err(&broken)?),
-                offset: Offset(row.try_get(2).map_err(&broken)?),
-                payload_hash: row.try_get(3).map_err(&broken)?,
-            };
-            let Raw(time) = row.try_get(4).map_err(&broken)?;
-            let created_at_us =
-                time.and_then(|t| t.try_into().ok()).map(i64::from_be_bytes).unwrap_or_default();
-            found.insert(id.into_bytes(), Claimed { owner, created_at_us });
-        }
-        Ok(found)
+        let claims = self.query(
+            "looking up who has claimed message ids",
+            "SELECT message_id, source_partition, source_offset, payload_hash, created_at
+             FROM payment_writer.idempotency WHERE message_id = ANY ($1)",
+            &[&ids],
+            |row| {
+                let (payload_hash, created_at_us) = (row.try_get(3)?, timestamp_us(row, 4)?);
+                Ok((row.try_get(0)?, Claimed { place: place(row, 1)?, payload_hash, created_at_us }))
+            },
+        )?;
+        Ok(claims.into_iter().collect())
     }
 
     /// The message ids among these that occur in a payment row, claimed or not. Scans the whole table.
     pub fn written_ids(&self, ids: &[Uuid]) -> Result<Vec<Uuid>, CommandError> {
-        let rows = self
-            .runtime
-            .block_on(self.client.query(
-                "SELECT DISTINCT m.message_id FROM payment_writer.payment_metadata m
-                 JOIN unnest($1::uuid[]) AS wanted (message_id) USING (message_id)",
-                &[&ids],
-            ))
-            .map_err(failed("looking for message ids in payment_metadata"))?;
-        rows.iter().map(|row| row.try_get(0).map_err(failed("reading message ids"))).collect()
+        self.query(
+            "looking for message ids in payment_metadata",
+            "SELECT DISTINCT m.message_id FROM payment_writer.payment_metadata m
+             JOIN unnest($1::uuid[]) AS wanted (message_id) USING (message_id)",
+            &[&ids],
+            |row| row.try_get(0),
+        )
     }
 
     /// Claims of records up to this time may have been dropped with their generation.
     pub fn pruned_until(&self) -> Result<Option<TimestampMs>, CommandError> {
-        self.one(
+        self.time(
+            "reading which claims were dropped",
             "SELECT ceil(extract(epoch FROM max(youngest_record)) * 1000)::bigint
              FROM payment_writer.idempotency_generation WHERE state IN ('retired', 'detached', 'dropped')",
-            "reading which claims were dropped",
         )
     }
 
-    /// Rows of records before this time may have been detached with their month.
-    pub fn archived_before(&self, months: u32) -> Result<Option<TimestampMs>, CommandError> {
-        self.one(
+    /// Rows of records before this time may have been detached with their month; `None` if all months are
+    /// kept.
+    pub fn archived_before(&self, months: Option<u32>) -> Result<Option<TimestampMs>, CommandError> {
+        let Some(months) = months else { return Ok(None) };
+        self.time(
+            "asking for the oldest month",
             &format!(
                 "SELECT (extract(epoch FROM (date_trunc('month', now() AT TIME ZONE 'UTC')
                      - make_interval(months => {months})) AT TIME ZONE 'UTC') * 1000)::bigint"
             ),
-            "asking for the oldest month",
         )
     }
 
-    fn one(&self, query: &str, doing: &'static str) -> Result<Option<TimestampMs>, CommandError> {
-        let row = self.runtime.block_on(self.client.query_one(query, &[])).map_err(failed(doing))?;
-        Ok(row.try_get::<_, Option<i64>>(0).map_err(failed(doing))?.map(TimestampMs))
+    fn time(&self, doing: &'static str, query: &str) -> Result<Option<TimestampMs>, CommandError> {
+        let times = self.query(doing, query, &[], |row| row.try_get::<_, Option<i64>>(0))?;
+        Ok(times.into_iter().flatten().next().map(TimestampMs))
     }
 
     /// Counts rows of `payment_core`, `payment_notes` and `idempotency` without a row of `payment_metadata`.
     /// Scans the whole tables.
-    pub fn orphans(&self, archived_before: Option<TimestampMs>) -> Result<[u64; 3], CommandError> {
-        const DOING: &str = "looking for rows that belong to nothing";
-        let of_payments = |table: &str| {
-            format!(
-                "SELECT count(*) FROM payment_writer.{table} t WHERE NOT EXISTS (
+    pub fn orphans(&self, archived_before: Option<TimestampMs>) -> Result<Orphans, CommandError> {
+        let counts = self.query(
+            "looking for rows that belong to nothing",
+            "SELECT
+                 (SELECT count(*) FROM payment_writer.payment_core t WHERE NOT EXISTS (
                      SELECT FROM payment_writer.payment_metadata m
-                     WHERE m.payment_id = t.payment_id AND m.created_at = t.created_at)"
-            )
-        };
-        let archived_before = archived_before.map_or(0, |before| before.0);
-        let of_claims = format!(
-            "SELECT count(*) FROM payment_writer.idempotency t
-             WHERE t.created_at >= to_timestamp({archived_before} / 1000) AND NOT EXISTS (
-                 SELECT FROM payment_writer.payment_metadata m
-                 WHERE m.message_id = t.message_id AND m.source_partition = t.source_partition
-                     AND m.source_offset = t.source_offset)"
-        );
-        let mut counts = [0; 3];
-        let queries = [of_payments("payment_core"), of_payments("payment_notes"), of_claims];
-        for (count, query) in counts.iter_mut().zip(queries) {
-            let row = self.runtime.block_on(self.client.query_one(&query, &[])).map_err(failed(DOING))?;
-            *count = row.try_get::<_, i64>(0).map_err(failed(DOING))?.unsigned_abs();
-        }
-        Ok(counts)
+                     WHERE m.payment_id = t.payment_id AND m.created_at = t.created_at)),
+                 (SELECT count(*) FROM payment_writer.payment_notes t WHERE NOT EXISTS (
+                     SELECT FROM payment_writer.payment_metadata m
+                     WHERE m.payment_id = t.payment_id AND m.created_at = t.created_at)),
+                 (SELECT count(*) FROM payment_writer.idempotency t
+                     WHERE t.created_at >= to_timestamp($1::bigint / 1000) AND NOT EXISTS (
+                         SELECT FROM payment_writer.payment_metadata m
+                         WHERE m.message_id = t.message_id AND m.source_partition = t.source_partition
+                             AND m.source_offset = t.source_offset))",
+            &[&archived_before.map_or(0, |before| before.0)],
+            |row| {
+                let (payment_core, payment_notes) = (row.try_get(0)?, row.try_get(1)?);
+                Ok(Orphans { payment_core, payment_notes, idempotency: row.try_get(2)? })
+            },
+        )?;
+        Ok(counts.into_iter().next().unwrap_or_default())
     }
 
-    /// Skips in this topic by operators.
-    pub fn skips(&self, topic_id: Uuid) -> Result<Vec<Skip>, CommandError> {
-        self.runtime.block_on(skips(&self.client, topic_id)).map_err(failed("reading cursor_audit"))
+    /// Records that operators skipped.
+    pub fn exempt(&self, topic_id: Uuid) -> Result<Exempt, CommandError> {
+        self.runtime.block_on(exempt(&self.client, topic_id)).map_err(failed("reading cursor_audit"))
     }
 
-    /// Passes every row of these ranges, in the months from the first to the last of `times`, to `each`. Uses
-    /// one statement and therefore one snapshot.
+    /// Passes every row of these ranges, in the months from the first to the last of `times`, to `each`: the
+    /// record, the hashes of its rows (0 means none), and currency and amount in millionths. Uses one
+    /// statement and therefore one snapshot.
     pub fn payment_rows(
         &self,
         ranges: &[ScanRange],
         times: (TimestampMs, TimestampMs),
-        mut each: impl FnMut(PaymentRow),
+        mut each: impl FnMut(Place, [(Part, u32); 3], Option<(String, i128)>),
     ) -> Result<(), CommandError> {
-        let query = format!("SELECT {PAYMENT_COLUMNS} FROM {}", payment_tables(true));
+        let tables = payment_tables(true);
+        let query = format!("SELECT {PAYMENT_COLUMNS}, trunc(c.amount * 1000000)::text FROM {tables}");
         let (partitions, from, to) = arrays(ranges);
         let (first, last) = (times.0.0, times.1.0);
         let parameters: [&(dyn ToSql + Sync); 5] = [&partitions, &from, &to, &first, &last];
-        self.runtime
-            .block_on(async {
-                let rows = self.client.query_raw(&query, parameters).await?;
-                let mut rows = pin!(rows);
-                let mut buffer = Vec::with_capacity(512);
-                while let Some(row) = rows.try_next().await? {
-                    each(payment_row(&row, &mut buffer)?);
-                }
-                Ok(())
-            })
-            .map_err(failed("reading the payment tables"))
+        let read = async {
+            let mut rows = pin!(self.client.query_raw(&query, parameters).await?);
+            let mut buffer = Vec::with_capacity(512);
+            while let Some(row) = rows.try_next().await? {
+                let mut hash = |columns| {
+                    Ok::<_, Error>(if encode(&row, columns, &mut buffer)? { hash::row(&buffer) } else { 0 })
+                };
+                let (metadata, core, notes) = (hash(0..7)?, hash(7..14)?, hash(14..18)?);
+                let currency: Option<String> = row.try_get(11)?;
+                let millionths = row.try_get::<_, Option<&str>>(18)?.and_then(|text| text.parse().ok());
+                let hashes = [(Part::Metadata, metadata), (Part::Core, core), (Part::Notes, notes)];
+                each(place(&row, 5)?, hashes, currency.map(|of| (of, millionths.unwrap_or_default())));
+            }
+            Ok(())
+        };
+        self.runtime.block_on(read).map_err(failed("reading the payment tables"))
     }
-}
-
-/// Skips in this topic by operators, from `cursor_audit`.
-pub async fn skips(client: &Client, topic_id: Uuid) -> Result<Vec<Skip>, tokio_postgres::Error> {
-    let rows = client
-        .query(
-            "SELECT partition, (before->>'applied')::bigint, (before->>'published')::bigint,
-                 (after->>'applied')::bigint
-             FROM payment_writer.cursor_audit
-             WHERE topic_id = $1 AND command LIKE 'cursors skip%' AND partition IS NOT NULL
-                 AND after->>'applied' IS NOT NULL",
-            &[&topic_id],
-        )
-        .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Skip {
-                partition: Partition(row.try_get(0)?),
-                applied: row.try_get::<_, Option<i64>>(1)?.map(NextOffset),
-                published: row.try_get::<_, Option<i64>>(2)?.map(NextOffset),
-                to: NextOffset(row.try_get(3)?),
-            })
-        })
-        .collect()
-}
-
-fn payment_row(row: &Row, buffer: &mut Vec<u8>) -> Result<PaymentRow, tokio_postgres::Error> {
-    encode(row, 0..7, buffer)?;
-    let metadata = hash::row(buffer);
-    let mut amount = None;
-    let mut core = None;
-    if !is_null(row, 7)? {
-        encode(row, 7..14, buffer)?;
-        core = Some(hash::row(buffer));
-        let millionths = row.try_get::<_, Raw<'_>>(10)?.0.and_then(numeric_millionths);
-        amount = Some((row.try_get::<_, String>(11)?, millionths.unwrap_or_default()));
-    }
-    let mut notes = None;
-    if !is_null(row, 14)? {
-        encode(row, 14..18, buffer)?;
-        notes = Some(hash::row(buffer));
-    }
-    Ok(PaymentRow {
-        partition: Partition(row.try_get(5)?),
-        offset: Offset(row.try_get(6)?),
-        seen: RowSeen { metadata, core, notes },
-        amount,
-    })
 }

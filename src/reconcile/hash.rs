@@ -1,7 +1,5 @@
 //! 32-bit hashes of rows and outputs; a difference stays undetected with probability 1 in 2^32. Pure.
 
-use std::fmt::Write;
-
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
@@ -32,12 +30,8 @@ pub fn dead_letter(key: Option<&[u8]>, value: Option<&[u8]>) -> u32 {
     match value.filter(|v| v.len() > DEAD_LETTER_VALUE_BYTES_MAX) {
         None => message(key, value),
         Some(long) => {
-            let mut text = String::with_capacity(64);
-            for byte in Sha256::digest(long) {
-                // Writing to a String cannot fail.
-                let _ = write!(text, "{byte:02x}");
-            }
-            message(key, Some(text.as_bytes()))
+            let digest: String = Sha256::digest(long).iter().map(|byte| format!("{byte:02x}")).collect();
+            message(key, Some(digest.as_bytes()))
         }
     }
 }

@@ -1,119 +1,69 @@
 //! Decides whether a record's outcome is correct. Pure.
 
-use std::fmt;
+use serde::{Serialize, Serializer};
 
-use super::table::{Claim, Entry, Seen};
-use crate::domain::publication::OutputTopic;
+use super::table::{Claim, Entry, Part};
 use crate::domain::wire::Reason;
 
 /// Outcome of a record.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, thiserror::Error)]
 pub enum Outcome {
     /// It was written.
+    #[error("written")]
     Written,
     /// Another record with the same payload was written.
+    #[error("duplicate")]
     Duplicate,
     /// It was dead-lettered.
+    #[error("dead-lettered: {0}")]
     DeadLetter(Reason),
     /// An operator skipped it, and it has no outcome.
+    #[error("given up")]
     GivenUp,
     /// It has no outcome.
+    #[error("lost")]
     Lost,
 }
 
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Written => f.write_str("written"),
-            Self::Duplicate => f.write_str("duplicate"),
-            Self::DeadLetter(reason) => write!(f, "dead-lettered: {reason}"),
-            Self::GivenUp => f.write_str("given up"),
-            Self::Lost => f.write_str("lost"),
-        }
+impl Serialize for Outcome {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
-
-/// Name of a table.
-pub type TableName = &'static str;
 
 /// A deviation from the expected outcome.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Wrong {
     /// Valid, but without any outcome.
+    #[error("lost: it is valid, its id is not claimed, and it has no outcome")]
     Lost,
     /// Written, but its message id is not claimed.
+    #[error("written, but its message id is not in idempotency")]
     Unclaimed,
     /// Its claim does not match the record.
+    #[error("its row in idempotency is not what the record says")]
     ClaimDiffers,
     /// A later record of its partition has claimed its id.
+    #[error("a later record of its partition has its message id")]
     OwnedLater,
-    /// A row is missing in this table.
-    NoRow(TableName),
-    /// This table has a row that should not exist.
-    ExtraRow(TableName, Outcome),
-    /// The row in this table does not match the record.
-    RowDiffers(TableName),
     /// At least one table has more than one row.
+    #[error("its rows exist more than once ({0} in a join of the tables)")]
     RowsTwice(u8),
-    /// An output is missing in this topic.
-    NoOutput(OutputTopic),
-    /// This topic has an output that should not exist.
-    ExtraOutput(OutputTopic, Outcome),
-    /// This topic has this many outputs instead of one.
-    OutputTwice(OutputTopic, u8),
-    /// The output in this topic does not match the record.
-    OutputDiffers(OutputTopic),
+    /// A row or an output is missing.
+    #[error("no {0}")]
+    Missing(Part),
+    /// A row or an output should not exist.
+    #[error("{article} {0}, though it should be {1}", article = .0.article())]
+    Extra(Part, Outcome),
+    /// A row or an output does not match the record.
+    #[error("its {0} is not what the record says")]
+    Differs(Part),
+    /// There are this many outputs instead of one.
+    #[error("its {0} is there {1} times")]
+    OutputTwice(Part, u8),
     /// The dead letter has another reason than expected.
+    #[error("dead-lettered as {found}, not as {1}", found = .0.map_or("an unknown reason", Reason::as_str))]
     OtherReason(Option<Reason>, Reason),
-}
-
-/// Name of an output of this topic, with its article.
-pub fn an_output(topic: OutputTopic) -> &'static str {
-    match topic {
-        OutputTopic::Read => "a read event",
-        OutputTopic::Email => "an e-mail event",
-        OutputTopic::DeadLetter => "a dead letter",
-    }
-}
-
-fn output_name(topic: OutputTopic) -> &'static str {
-    match topic {
-        OutputTopic::Read => "read event",
-        OutputTopic::Email => "e-mail event",
-        OutputTopic::DeadLetter => "dead letter",
-    }
-}
-
-impl fmt::Display for Wrong {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Lost => f.write_str("lost: it is valid, its id is not claimed, and it has no outcome"),
-            Self::Unclaimed => f.write_str("written, but its message id is not in idempotency"),
-            Self::ClaimDiffers => f.write_str("its row in idempotency is not what the record says"),
-            Self::OwnedLater => f.write_str("a later record of its partition has its message id"),
-            Self::NoRow(table) => write!(f, "no row in {table}"),
-            Self::ExtraRow(table, outcome) => write!(f, "a row in {table}, though it should be {outcome}"),
-            Self::RowDiffers(table) => write!(f, "its row in {table} is not what the record says"),
-            Self::RowsTwice(count) => {
-                write!(f, "its rows exist more than once ({count} in a join of the tables)")
-            }
-            Self::NoOutput(topic) => write!(f, "no {}", output_name(*topic)),
-            Self::ExtraOutput(topic, outcome) => {
-                write!(f, "{}, though it should be {outcome}", an_output(*topic))
-            }
-            Self::OutputTwice(topic, count) => {
-                write!(f, "its {} is there {count} times", output_name(*topic))
-            }
-            Self::OutputDiffers(topic) => {
-                write!(f, "its {} is not what the record says", output_name(*topic))
-            }
-            Self::OtherReason(found, expected) => write!(
-                f,
-                "dead-lettered as {}, not as {expected}",
-                found.map_or("an unknown reason", Reason::as_str)
-            ),
-        }
-    }
 }
 
 /// Verdict on a record.
@@ -124,19 +74,16 @@ pub struct Verdict {
     /// Deviations.
     pub wrongs: Vec<Wrong>,
     /// Missing outputs that may have been removed from their topic by retention.
-    pub untold: u8,
+    pub untold: u64,
 }
 
 /// Reason of a record whose only trace is a dead letter for a rule that it fulfils by the current settings:
 /// the settings were different when it was processed. It claimed no id, so its replay may have been written
 /// since.
 pub fn refused_by_other_settings(entry: &Entry, publishes: bool) -> Option<Reason> {
-    let found = &entry.found;
     let is_valid_now = !matches!(entry.claim, Claim::Refused(_) | Claim::Own);
-    let is_alone = found.metadata.count == 0
-        && found.output(OutputTopic::Read).count == 0
-        && found.output(OutputTopic::DeadLetter).count == 1;
-    found.reason.filter(|reason| {
+    let is_alone = !entry.has_row() && entry.found.read.count == 0 && entry.found.letter.count == 1;
+    entry.reason.filter(|reason| {
         publishes
             && is_valid_now
             && is_alone
@@ -145,14 +92,15 @@ pub fn refused_by_other_settings(entry: &Entry, publishes: bool) -> Option<Reaso
 }
 
 /// Expected outcome by the log, the claims and, where claims may have been pruned, the rows.
-pub fn outcome(entry: &Entry, publishes: bool) -> Outcome {
-    let (found, notes) = (&entry.found, &entry.circumstances);
-    if notes.is_given_up && found.is_nothing() && !matches!(entry.claim, Claim::Own) {
+fn outcome(entry: &Entry, publishes: bool) -> Outcome {
+    let notes = &entry.circumstances;
+    let has_row = entry.has_row();
+    let is_nothing = !has_row && Part::OUTPUTS.iter().all(|part| entry.found.of(*part).count == 0);
+    if notes.is_given_up && is_nothing && entry.claim != Claim::Own {
         return Outcome::GivenUp;
     }
-    let has_row = found.metadata.count > 0;
     // Such a record claims no id, so that its replay, a later record with the same id, can be written.
-    let is_rejected = publishes && !has_row && found.reason == Some(Reason::RejectedByDatabase);
+    let is_rejected = publishes && !has_row && entry.reason == Some(Reason::RejectedByDatabase);
     if let Some(reason) = refused_by_other_settings(entry, publishes) {
         return Outcome::DeadLetter(reason);
     }
@@ -167,7 +115,7 @@ pub fn outcome(entry: &Entry, publishes: bool) -> Outcome {
         Claim::Same => Outcome::Duplicate,
         Claim::Other => Outcome::DeadLetter(Reason::MessageIdConflict),
         Claim::Nobody if has_row => Outcome::Written,
-        Claim::Nobody if notes.is_prunable && notes.is_elsewhere => match found.reason {
+        Claim::Nobody if notes.is_prunable && notes.is_elsewhere => match entry.reason {
             Some(Reason::MessageIdConflict) => Outcome::DeadLetter(Reason::MessageIdConflict),
             _ => Outcome::Duplicate,
         },
@@ -175,12 +123,11 @@ pub fn outcome(entry: &Entry, publishes: bool) -> Outcome {
     }
 }
 
-/// Judges a record. `is_cut_off` tells for an output topic whether the record's outputs may have been removed
-/// by retention.
-pub fn judge(entry: &Entry, publishes: bool, is_cut_off: impl Fn(OutputTopic) -> bool) -> Verdict {
+/// Judges a record. `is_cut_off` tells for an output whether it may have been removed by retention.
+pub fn judge(entry: &Entry, publishes: bool, is_cut_off: impl Fn(Part) -> bool) -> Verdict {
     let outcome = outcome(entry, publishes);
     let mut verdict = Verdict { outcome, wrongs: Vec::new(), untold: 0 };
-    let (found, notes, expected) = (&entry.found, &entry.circumstances, &entry.expected);
+    let notes = &entry.circumstances;
     let wrongs = &mut verdict.wrongs;
     match outcome {
         Outcome::GivenUp => return verdict,
@@ -207,77 +154,66 @@ pub fn judge(entry: &Entry, publishes: bool, is_cut_off: impl Fn(OutputTopic) ->
     if notes.is_owned_later && !is_written && !is_excused {
         wrongs.push(Wrong::OwnedLater);
     }
-    rows(entry, outcome, wrongs);
+    let is_due = |part| match part {
+        Part::Metadata | Part::Core | Part::Read => is_written,
+        Part::Notes | Part::Email => is_written && entry.expected.of(part) != 0,
+        Part::DeadLetter => matches!(outcome, Outcome::DeadLetter(_)),
+    };
+    rows(entry, outcome, is_due, wrongs);
     if !publishes {
         return verdict;
     }
-    let is_letter = matches!(outcome, Outcome::DeadLetter(_));
-    for (topic, is_due) in [
-        (OutputTopic::Read, is_written),
-        (OutputTopic::Email, is_written && expected.email != 0),
-        (OutputTopic::DeadLetter, is_letter),
-    ] {
-        let seen = found.output(topic);
-        match (is_due, seen.count) {
+    for part in Part::OUTPUTS {
+        let seen = entry.found.of(part);
+        match (is_due(part), seen.count) {
             (true, 0) if notes.is_given_up => {}
-            (true, 0) if is_cut_off(topic) => verdict.untold += 1,
-            (true, 0) => wrongs.push(Wrong::NoOutput(topic)),
-            (true, 1) if seen.differs => wrongs.push(Wrong::OutputDiffers(topic)),
+            (true, 0) if is_cut_off(part) => verdict.untold += 1,
+            (true, 0) => wrongs.push(Wrong::Missing(part)),
+            (true, 1) if seen.differs => wrongs.push(Wrong::Differs(part)),
             (true, 1) | (false, 0) => {}
-            (true, count) => wrongs.push(Wrong::OutputTwice(topic, count)),
-            (false, _) => wrongs.push(Wrong::ExtraOutput(topic, outcome)),
+            (true, count) => wrongs.push(Wrong::OutputTwice(part, count)),
+            (false, _) => wrongs.push(Wrong::Extra(part, outcome)),
         }
     }
     if let Outcome::DeadLetter(reason) = outcome
-        && found.output(OutputTopic::DeadLetter).count > 0
-        && found.reason != Some(reason)
+        && entry.found.letter.count > 0
+        && entry.reason != Some(reason)
     {
-        wrongs.push(Wrong::OtherReason(found.reason, reason));
+        wrongs.push(Wrong::OtherReason(entry.reason, reason));
     }
     verdict
 }
 
-fn rows(entry: &Entry, outcome: Outcome, wrongs: &mut Vec<Wrong>) {
-    let (found, notes, expected) = (&entry.found, &entry.circumstances, &entry.expected);
-    if outcome != Outcome::Written {
-        for (table, seen) in tables(entry) {
-            if seen.count > 0 {
-                wrongs.push(Wrong::ExtraRow(table, outcome));
-            }
-        }
-        return;
-    }
-    if found.metadata.count == 0 {
+fn rows(entry: &Entry, outcome: Outcome, is_due: impl Fn(Part) -> bool, wrongs: &mut Vec<Wrong>) {
+    let count = entry.found.metadata.count;
+    if is_due(Part::Metadata) && count == 0 {
         // The other tables are found through this row only; they do not contain the source position.
-        if !notes.is_archived && !notes.is_given_up {
-            wrongs.push(Wrong::NoRow("payment_metadata"));
+        if !entry.circumstances.is_archived && !entry.circumstances.is_given_up {
+            wrongs.push(Wrong::Missing(Part::Metadata));
         }
         return;
     }
-    if found.metadata.count > 1 {
-        wrongs.push(Wrong::RowsTwice(found.metadata.count));
+    if is_due(Part::Metadata) && count > 1 {
+        wrongs.push(Wrong::RowsTwice(count));
     }
-    for (table, seen) in tables(entry) {
-        let is_due = table != "payment_notes" || expected.notes != 0;
-        match (is_due, seen.count) {
-            (true, 0) => wrongs.push(Wrong::NoRow(table)),
-            (true, _) if seen.differs => wrongs.push(Wrong::RowDiffers(table)),
-            (false, 1..) => wrongs.push(Wrong::ExtraRow(table, outcome)),
+    for part in Part::ROWS {
+        let seen = entry.found.of(part);
+        match (is_due(part), seen.count) {
+            (true, 0) => wrongs.push(Wrong::Missing(part)),
+            (true, _) if seen.differs => wrongs.push(Wrong::Differs(part)),
+            (false, 1..) => wrongs.push(Wrong::Extra(part, outcome)),
             _ => {}
         }
     }
 }
 
-fn tables(entry: &Entry) -> [(TableName, Seen); 3] {
-    let found = &entry.found;
-    [("payment_metadata", found.metadata), ("payment_core", found.core), ("payment_notes", found.notes)]
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::table::{Found, Hashes, Notes};
+    use super::super::table::{Each, Hashes, Notes, Place, Seen};
     use super::*;
+    use crate::domain::record::{Offset, Partition};
 
+    const PLACE: Place = (Partition(0), Offset(0));
     const ONE: Seen = Seen { count: 1, differs: false };
 
     fn hashes() -> Hashes {
@@ -285,21 +221,16 @@ mod tests {
     }
 
     fn written() -> Entry {
-        let mut entry = Entry::new(Claim::Own, Notes::default(), hashes());
-        entry.found = Found {
-            metadata: ONE,
-            core: ONE,
-            notes: ONE,
-            outputs: [ONE, ONE, Seen::default()],
-            reason: None,
-        };
+        let mut entry = Entry::new(PLACE, Claim::Own, Notes::default(), hashes());
+        entry.found =
+            Each { metadata: ONE, core: ONE, notes: ONE, read: ONE, email: ONE, letter: Seen::default() };
         entry
     }
 
     fn letter(claim: Claim, reason: Reason) -> Entry {
-        let mut entry = Entry::new(claim, Notes::default(), hashes());
-        entry.found.outputs[2] = ONE;
-        entry.found.reason = Some(reason);
+        let mut entry = Entry::new(PLACE, claim, Notes::default(), hashes());
+        entry.found.letter = ONE;
+        entry.reason = Some(reason);
         entry
     }
 
@@ -311,7 +242,7 @@ mod tests {
     fn each_right_outcome_passes() {
         for (entry, expected) in [
             (written(), Outcome::Written),
-            (Entry::new(Claim::Same, Notes::default(), hashes()), Outcome::Duplicate),
+            (Entry::new(PLACE, Claim::Same, Notes::default(), hashes()), Outcome::Duplicate),
             (letter(Claim::Other, Reason::MessageIdConflict), Outcome::DeadLetter(Reason::MessageIdConflict)),
             (
                 letter(Claim::Refused(Reason::EmptyValue), Reason::EmptyValue),
@@ -331,17 +262,17 @@ mod tests {
     fn each_single_fault_of_a_written_record_is_named() {
         type Harm = fn(&mut Entry);
         let harms: [(Harm, Wrong); 13] = [
-            (|e| e.found.metadata = Seen::default(), Wrong::NoRow("payment_metadata")),
-            (|e| e.found.core = Seen::default(), Wrong::NoRow("payment_core")),
-            (|e| e.found.notes = Seen::default(), Wrong::NoRow("payment_notes")),
-            (|e| e.expected.notes = 0, Wrong::ExtraRow("payment_notes", Outcome::Written)),
-            (|e| e.found.core.differs = true, Wrong::RowDiffers("payment_core")),
+            (|e| e.found.metadata = Seen::default(), Wrong::Missing(Part::Metadata)),
+            (|e| e.found.core = Seen::default(), Wrong::Missing(Part::Core)),
+            (|e| e.found.notes = Seen::default(), Wrong::Missing(Part::Notes)),
+            (|e| e.expected.notes = 0, Wrong::Extra(Part::Notes, Outcome::Written)),
+            (|e| e.found.core.differs = true, Wrong::Differs(Part::Core)),
             (|e| e.found.metadata.count = 2, Wrong::RowsTwice(2)),
-            (|e| e.found.outputs[0].count = 0, Wrong::NoOutput(OutputTopic::Read)),
-            (|e| e.found.outputs[1].count = 2, Wrong::OutputTwice(OutputTopic::Email, 2)),
-            (|e| e.expected.email = 0, Wrong::ExtraOutput(OutputTopic::Email, Outcome::Written)),
-            (|e| e.found.outputs[0].differs = true, Wrong::OutputDiffers(OutputTopic::Read)),
-            (|e| e.found.outputs[2].count = 1, Wrong::ExtraOutput(OutputTopic::DeadLetter, Outcome::Written)),
+            (|e| e.found.read.count = 0, Wrong::Missing(Part::Read)),
+            (|e| e.found.email.count = 2, Wrong::OutputTwice(Part::Email, 2)),
+            (|e| e.expected.email = 0, Wrong::Extra(Part::Email, Outcome::Written)),
+            (|e| e.found.read.differs = true, Wrong::Differs(Part::Read)),
+            (|e| e.found.letter.count = 1, Wrong::Extra(Part::DeadLetter, Outcome::Written)),
             (|e| e.claim = Claim::Nobody, Wrong::Unclaimed),
             (|e| e.circumstances.is_claim_wrong = true, Wrong::ClaimDiffers),
         ];
@@ -354,19 +285,16 @@ mod tests {
 
     #[test]
     fn a_record_without_an_outcome_is_lost_and_a_dead_letter_must_name_the_reason() {
-        assert_eq!(wrongs(&Entry::new(Claim::Nobody, Notes::default(), hashes())), [Wrong::Lost]);
-        let claimed = Entry::new(Claim::Own, Notes::default(), hashes());
-        let missing = [
-            Wrong::NoRow("payment_metadata"),
-            Wrong::NoOutput(OutputTopic::Read),
-            Wrong::NoOutput(OutputTopic::Email),
-        ];
+        assert_eq!(wrongs(&Entry::new(PLACE, Claim::Nobody, Notes::default(), hashes())), [Wrong::Lost]);
+        let claimed = Entry::new(PLACE, Claim::Own, Notes::default(), hashes());
+        let missing =
+            [Wrong::Missing(Part::Metadata), Wrong::Missing(Part::Read), Wrong::Missing(Part::Email)];
         assert_eq!(wrongs(&claimed), missing, "a claim without rows");
         let other = letter(Claim::Refused(Reason::EmptyValue), Reason::TooLarge);
         assert_eq!(wrongs(&other), [Wrong::OtherReason(Some(Reason::TooLarge), Reason::EmptyValue)]);
         assert_eq!(
             wrongs(&letter(Claim::Same, Reason::MessageIdConflict)),
-            [Wrong::ExtraOutput(OutputTopic::DeadLetter, Outcome::Duplicate)]
+            [Wrong::Extra(Part::DeadLetter, Outcome::Duplicate)]
         );
     }
 
@@ -380,25 +308,25 @@ mod tests {
             assert_eq!(wrongs(&entry), []);
         }
         let elsewhere = Notes { is_elsewhere: true, ..pruned };
-        assert_eq!(wrongs(&Entry::new(Claim::Nobody, elsewhere, hashes())), []);
+        assert_eq!(wrongs(&Entry::new(PLACE, Claim::Nobody, elsewhere, hashes())), []);
         // Rejected by the database, and its replay was written.
         let mut replayed = letter(Claim::Same, Reason::RejectedByDatabase);
         replayed.circumstances.is_owned_later = true;
         assert_eq!(wrongs(&replayed), []);
-        let mut overtaken = Entry::new(Claim::Same, Notes::default(), hashes());
+        let mut overtaken = Entry::new(PLACE, Claim::Same, Notes::default(), hashes());
         overtaken.circumstances.is_owned_later = true;
         assert_eq!(wrongs(&overtaken), [Wrong::OwnedLater]);
         let given_up = Notes { is_given_up: true, ..Notes::default() };
         assert_eq!(
-            judge(&Entry::new(Claim::Nobody, given_up, hashes()), true, |_| false).outcome,
+            judge(&Entry::new(PLACE, Claim::Nobody, given_up, hashes()), true, |_| false).outcome,
             Outcome::GivenUp
         );
         let mut entry = written();
-        entry.found.outputs[1].count = 0;
-        let verdict = judge(&entry, true, |topic| topic == OutputTopic::Email);
+        entry.found.email.count = 0;
+        let verdict = judge(&entry, true, |topic| topic == Part::Email);
         assert_eq!((verdict.wrongs, verdict.untold), (vec![], 1));
         // Without publishing, outputs are not checked.
-        entry.found.outputs = [Seen::default(); 3];
+        (entry.found.read, entry.found.email) = Default::default();
         assert_eq!(judge(&entry, false, |_| false).wrongs, []);
     }
 }

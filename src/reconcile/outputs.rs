@@ -3,97 +3,116 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 
+use indicatif::ProgressBar;
 use serde::Deserialize;
-use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::report::Findings;
-use super::sums::Sums;
-use super::table::{Placed, Table};
-use super::{Fault, Progress, hash, judge};
+use super::report::Report;
+use super::table::{Part, Place, Placed, Table};
+use super::{Fault, hash};
 use crate::config::KafkaSettings;
-use crate::domain::payment::{Amount, MessageId};
-use crate::domain::publication::OutputTopic;
+use crate::domain::payment::MessageId;
+use crate::domain::publication::Source;
 use crate::domain::record::{NextOffset, Offset, Partition};
 use crate::domain::wire::Reason;
 use crate::error::CommandError;
 use crate::kafka::last_stable::stable_ends;
 use crate::kafka::librdkafka::NativeRecord;
-use crate::kafka::scan::{ScanRange, Scanner};
+use crate::kafka::scan::{ScanError, ScanRange, Scanner};
 
 /// An output topic and the ends up to which it is read.
-struct Topic {
-    output: OutputTopic,
-    scanner: Scanner,
-    /// End of every partition, determined after the cursors were read.
-    ends: Vec<(Partition, NextOffset)>,
+pub(crate) struct Topic {
+    /// Reader of the topic.
+    pub scanner: Scanner,
+    /// The partitions.
+    pub partitions: Vec<Partition>,
+    /// End of each partition when the topic was opened.
+    ends: Vec<NextOffset>,
+}
+
+impl Topic {
+    /// Determines the ends, which cover everything committed before.
+    ///
+    /// # Errors
+    /// A description, if the topic cannot be read.
+    pub fn open(kafka: &KafkaSettings, name: &str) -> Result<Self, String> {
+        let scanner = Scanner::new(kafka, name).map_err(|e| e.to_string())?;
+        let (_, partitions) = scanner.describe().map_err(|e| e.to_string())?;
+        let ends = stable_ends(kafka, name, &partitions).map_err(|e| e.to_string())?;
+        Ok(Self { scanner, partitions, ends })
+    }
+
+    /// Ranges that still exist, up to the ends.
+    pub fn ranges(&self) -> Result<Vec<ScanRange>, ScanError> {
+        let bounds = self.scanner.bounds(&self.partitions)?;
+        let partitions = self.partitions.iter().zip(bounds).zip(&self.ends);
+        Ok(partitions
+            .map(|((partition, bounds), to)| ScanRange { partition: *partition, from: bounds.start, to: *to })
+            .collect())
+    }
 }
 
 /// The output topics.
 pub(super) struct Outputs {
-    topics: Vec<Topic>,
-    prefix: String,
+    topics: Vec<(Part, Topic)>,
+    topic_id: Uuid,
 }
 
-/// Counts of a slice.
-pub(super) struct Counted {
-    /// Outputs of the slice's records, by [`OutputTopic::index`].
-    pub outputs: [u64; 3],
-    /// Sums of the amounts in read events.
-    pub sums: Sums,
-    /// Outputs whose `source` is in another topic or missing.
-    pub foreign: u64,
-    /// Outputs of records that the log has lost and whose offsets were used again.
-    pub former: u64,
-    /// Sources within the slice for which the log has no record.
-    pub nowhere: Findings,
-    /// Output partitions that no longer start at offset 0: the lowest source offset by output, source
-    /// partition and output partition; absent if the partition is empty.
-    cut: Cut,
-}
+/// Partitions of an output topic. Those that no longer start at offset 0 have the lowest source offset by
+/// partition of the input topic.
+type Firsts = Vec<Option<HashMap<Partition, Offset>>>;
 
+/// Outputs that may have been removed by retention.
 #[derive(Default)]
-struct Cut {
-    partitions: [Vec<bool>; 3],
-    first: HashMap<(usize, i32, i32), i64>,
-}
+pub(super) struct CutOff(Vec<(Part, Firsts)>);
 
-impl Counted {
-    /// Creates empty counts; at most `limit` findings are listed.
-    pub fn new(limit: usize) -> Self {
-        Self {
-            outputs: [0; 3],
-            sums: Sums::default(),
-            foreign: 0,
-            former: 0,
-            nowhere: Findings::new(limit),
-            cut: Cut::default(),
-        }
-    }
-
+impl CutOff {
     /// Whether the output of this record may have been removed by retention. Each output partition holds the
     /// outputs of an input partition in offset order, and retention removes the oldest first.
-    pub fn is_cut_off(
-        &self,
-        topic: OutputTopic,
-        partition: Partition,
-        offset: Offset,
-        key: Option<u32>,
-    ) -> bool {
-        let Some(cut) = self.cut.partitions.get(topic.index()).filter(|cut| !cut.is_empty()) else {
-            return false;
-        };
-        let may_be = |at: usize| {
-            cut.get(at).copied().unwrap_or_default()
-                && i32::try_from(at)
-                    .ok()
-                    .and_then(|at| self.cut.first.get(&(topic.index(), partition.0, at)))
-                    .is_none_or(|first| offset.0 < *first)
+    pub fn has(&self, part: Part, (partition, offset): Place, key: Option<u32>) -> bool {
+        let Some((_, firsts)) = self.0.iter().find(|(of, _)| *of == part) else { return false };
+        let may_be = |firsts: &Option<HashMap<Partition, Offset>>| {
+            firsts.as_ref().is_some_and(|firsts| firsts.get(&partition).is_none_or(|first| offset < *first))
         };
         match key {
-            Some(key) => may_be(key as usize % cut.len()),
-            None => (0..cut.len()).any(may_be),
+            Some(key) => {
+                (key as usize).checked_rem(firsts.len()).and_then(|at| firsts.get(at)).is_some_and(may_be)
+            }
+            None => firsts.iter().any(may_be),
         }
+    }
+}
+
+/// What the headers of an output say.
+pub(crate) struct Label<'r> {
+    /// The record of the input topic that it belongs to.
+    pub place: Option<Place>,
+    /// Reason of a dead letter.
+    pub reason: Option<Reason>,
+    /// Hash of a value that was left out.
+    digest: Option<&'r [u8]>,
+}
+
+impl<'r> Label<'r> {
+    /// Reads the headers; `topic_id` is the id of the input topic.
+    pub fn of(record: &NativeRecord<'r>, topic_id: Uuid) -> Self {
+        let mut label = Self { place: None, reason: None, digest: None };
+        for (name, value) in record.headers() {
+            match name {
+                b"source" => {
+                    let source = value.and_then(Source::parse);
+                    let is_ours = |s: &Source| s.topic_id_prefix == topic_id.as_fields().0;
+                    label.place = source.filter(is_ours).map(|s| (s.partition, s.offset));
+                }
+                b"dlq-reason" => {
+                    let reason = |r: &Reason| Some(r.as_str().as_bytes()) == value;
+                    label.reason = Reason::ALL.into_iter().find(reason);
+                }
+                b"dlq-value-sha256" => label.digest = value,
+                _ => {}
+            }
+        }
+        label
     }
 }
 
@@ -103,170 +122,101 @@ struct Named {
     message_id: String,
 }
 
-#[derive(Deserialize)]
-struct Money<'m> {
-    #[serde(borrow)]
-    amount: &'m RawValue,
-    currency: String,
-}
-
 impl Outputs {
     /// Determines the ends of the outputs. Call it after reading the cursors: outputs covered by the group's
     /// offset are then below these ends.
     pub fn open(kafka: &KafkaSettings, topic_id: Uuid) -> Result<Self, CommandError> {
-        let failed = |e: &dyn std::fmt::Display| CommandError::failed(format!("an output: {e}"));
-        let mut topics = Vec::new();
-        for (output, name) in [
-            (OutputTopic::Read, &kafka.read_topic),
-            (OutputTopic::Email, &kafka.email_topic),
-            (OutputTopic::DeadLetter, &kafka.dead_letter_topic),
-        ] {
-            let scanner = Scanner::new(kafka, name).map_err(|e| failed(&e))?;
-            let (_, partitions) = scanner.describe().map_err(|e| failed(&e))?;
-            let ends = stable_ends(kafka, name, &partitions).map_err(|e| failed(&e))?;
-            topics.push(Topic { output, scanner, ends: partitions.into_iter().zip(ends).collect() });
-        }
-        Ok(Self { topics, prefix: format!("{:08x}", topic_id.as_fields().0) })
+        let topics = [
+            (Part::Read, &kafka.read_topic),
+            (Part::Email, &kafka.email_topic),
+            (Part::DeadLetter, &kafka.dead_letter_topic),
+        ];
+        let open = |(part, name): (Part, &String)| Ok((part, Topic::open(kafka, name)?));
+        let topics: Result<_, String> = topics.into_iter().map(open).collect();
+        let topics = topics.map_err(|e| CommandError::failed(format!("an output: {e}")))?;
+        Ok(Self { topics, topic_id })
     }
 
     /// Maximum number of records in the outputs.
     pub fn len(&self) -> u64 {
-        self.topics.iter().flat_map(|t| &t.ends).map(|(_, end)| end.0.unsigned_abs()).sum()
+        self.topics.iter().flat_map(|(_, topic)| &topic.ends).map(|end| end.0.unsigned_abs()).sum()
     }
 
-    /// Records every output of the table's records.
-    pub fn read(&self, table: &mut Table, limit: usize, progress: &Progress) -> Result<Counted, Fault> {
-        let mut counted = Counted::new(limit);
-        for topic in &self.topics {
-            self.read_topic(topic, table, &mut counted, progress)?;
+    /// Counts every output of the table's records.
+    pub fn read(
+        &self,
+        table: &mut Table,
+        report: &mut Report,
+        progress: &ProgressBar,
+    ) -> Result<CutOff, Fault> {
+        let mut cut_off = CutOff::default();
+        let mut foreign = 0;
+        for (part, topic) in &self.topics {
+            let ranges = topic.ranges()?;
+            let mut firsts: Firsts =
+                ranges.iter().map(|range| (range.from.0 > 0).then(HashMap::new)).collect();
+            let mut seen = 0_u64;
+            // The callback never stops the scan.
+            let _ = topic.scanner.read(&ranges, |record| {
+                seen += 1;
+                if seen.is_multiple_of(1_000) {
+                    progress.inc(1_000);
+                }
+                let label = Label::of(record, self.topic_id);
+                let Some((partition, offset)) = label.place else {
+                    foreign += 1;
+                    return ControlFlow::Continue(());
+                };
+                let at = usize::try_from(record.partition().0).unwrap_or(usize::MAX);
+                if let Some(Some(firsts)) = firsts.get_mut(at) {
+                    firsts.entry(partition).or_insert(offset);
+                }
+                let value = record.value();
+                let (hashed, reason) = match part {
+                    Part::DeadLetter => (value.or(label.digest), label.reason),
+                    _ => (value, None),
+                };
+                let hash = hash::message(record.key(), hashed);
+                match table.note((partition, offset), &[(*part, hash)], reason) {
+                    Placed::Outside => {}
+                    Placed::Nowhere => {
+                        let what = format!("{} {part}, but the log has no record there", part.article());
+                        report.findings.push((partition, offset), what);
+                    }
+                    Placed::Former => report.of_lost_records += 1,
+                    Placed::Here => report.note_output(*part, value),
+                }
+                ControlFlow::Continue(())
+            })?;
+            progress.inc(seen % 1_000);
+            cut_off.0.push((*part, firsts));
         }
-        Ok(counted)
+        if let Some(outputs) = &mut report.outputs {
+            // Every slice reads all outputs and counts the same foreign ones.
+            outputs.foreign = outputs.foreign.max(foreign);
+        }
+        Ok(cut_off)
     }
 
     /// Finds the records that have a read event with one of these message ids.
-    pub fn senders(&self, ids: &HashSet<Uuid>) -> Result<HashMap<Uuid, Vec<(Partition, Offset)>>, Fault> {
-        let mut found: HashMap<Uuid, Vec<(Partition, Offset)>> = HashMap::new();
-        for topic in self.topics.iter().filter(|t| t.output == OutputTopic::Read) {
+    pub fn senders(&self, ids: &HashSet<Uuid>) -> Result<HashMap<Uuid, Vec<Place>>, Fault> {
+        let mut found: HashMap<Uuid, Vec<Place>> = HashMap::new();
+        for (_, topic) in self.topics.iter().filter(|(part, _)| *part == Part::Read) {
             // The callback never stops the scan.
-            let _ = topic
-                .scanner
-                .read(&ranges(topic)?, |record| {
-                    let source = record.headers().filter(|(name, _)| *name == b"source").last();
-                    let place = source.and_then(|(_, value)| source_place(value?, &self.prefix));
-                    let named = record.value().and_then(|v| serde_json::from_slice::<Named>(v).ok());
-                    if let (Some(place), Some(named)) = (place, named)
-                        && let Ok(parsed) = MessageId::parse(&named.message_id)
-                        && ids.contains(&parsed.id.to_uuid())
-                    {
-                        let places = found.entry(parsed.id.to_uuid()).or_default();
-                        if !places.contains(&place) {
-                            places.push(place);
-                        }
+            let _ = topic.scanner.read(&topic.ranges()?, |record| {
+                let named = record.value().and_then(|v| serde_json::from_slice::<Named>(v).ok());
+                if let (Some(place), Some(named)) = (Label::of(record, self.topic_id).place, named)
+                    && let Ok(parsed) = MessageId::parse(&named.message_id)
+                    && ids.contains(&parsed.id.to_uuid())
+                {
+                    let places = found.entry(parsed.id.to_uuid()).or_default();
+                    if !places.contains(&place) {
+                        places.push(place);
                     }
-                    ControlFlow::Continue(())
-                })
-                .map_err(|e| Fault::Scan(e.to_string()))?;
+                }
+                ControlFlow::Continue(())
+            })?;
         }
         Ok(found)
     }
-
-    fn read_topic(
-        &self,
-        topic: &Topic,
-        table: &mut Table,
-        counted: &mut Counted,
-        progress: &Progress,
-    ) -> Result<(), Fault> {
-        let ranges = ranges(topic)?;
-        let index = topic.output.index();
-        if let Some(cut) = counted.cut.partitions.get_mut(index)
-            && ranges.iter().any(|range| range.from.0 > 0)
-        {
-            *cut = ranges.iter().map(|range| range.from.0 > 0).collect();
-        }
-        let mut seen = 0_u64;
-        // The callback never stops the scan.
-        let _ = topic
-            .scanner
-            .read(&ranges, |record| {
-                seen += 1;
-                if seen.is_multiple_of(1_000) {
-                    progress.advance(1_000);
-                }
-                self.note(topic, record, table, counted);
-                ControlFlow::Continue(())
-            })
-            .map_err(|e| Fault::Scan(e.to_string()))?;
-        progress.advance(seen % 1_000);
-        Ok(())
-    }
-
-    fn note(&self, topic: &Topic, record: &NativeRecord<'_>, table: &mut Table, counted: &mut Counted) {
-        let (mut source, mut reason, mut digest) = (None, None, None);
-        for (name, value) in record.headers() {
-            match name {
-                b"source" => source = value,
-                b"dlq-reason" => reason = value,
-                b"dlq-value-sha256" => digest = value,
-                _ => {}
-            }
-        }
-        let Some((partition, offset)) = source.and_then(|source| source_place(source, &self.prefix)) else {
-            counted.foreign += 1;
-            return;
-        };
-        let index = topic.output.index();
-        if counted.cut.partitions.get(index).is_some_and(|cut| !cut.is_empty()) {
-            counted.cut.first.entry((index, partition.0, record.partition().0)).or_insert(offset.0);
-        }
-        let (key, value) = (record.key(), record.value());
-        let (hash, reason) = if topic.output == OutputTopic::DeadLetter {
-            let stands_for = digest.filter(|_| value.is_none());
-            let reason = reason.and_then(|r| Reason::ALL.into_iter().find(|k| k.as_str().as_bytes() == r));
-            (hash::message(key, stands_for.or(value)), reason)
-        } else {
-            (hash::message(key, value), None)
-        };
-        match table.note_output(partition, offset, topic.output, hash, reason) {
-            Placed::Outside => {}
-            Placed::Nowhere => {
-                let what = format!("{}, but the log has no record there", judge::an_output(topic.output));
-                counted.nowhere.push(partition, offset, what);
-            }
-            Placed::Former => counted.former += 1,
-            Placed::Here => {
-                if let Some(count) = counted.outputs.get_mut(index) {
-                    *count += 1;
-                }
-                if topic.output == OutputTopic::Read
-                    && let Some(Ok(money)) = value.map(serde_json::from_slice::<Money<'_>>)
-                    && let Ok(amount) = Amount::parse(money.amount.get())
-                {
-                    counted
-                        .sums
-                        .add(&money.currency, i128::try_from(amount.millionths()).unwrap_or_default());
-                }
-            }
-        }
-    }
-}
-
-/// Ranges of a topic that still exist, up to the recorded ends.
-fn ranges(topic: &Topic) -> Result<Vec<ScanRange>, Fault> {
-    let partitions: Vec<Partition> = topic.ends.iter().map(|(partition, _)| *partition).collect();
-    let bounds = topic.scanner.bounds(&partitions).map_err(|e| Fault::Scan(e.to_string()))?;
-    let ends = topic.ends.iter().zip(bounds);
-    Ok(ends
-        .map(|((partition, to), bounds)| ScanRange { partition: *partition, from: bounds.start, to: *to })
-        .collect())
-}
-
-/// Parses partition and offset of a `source` of this topic.
-pub(crate) fn source_place(source: &[u8], prefix: &str) -> Option<(Partition, Offset)> {
-    let mut parts = std::str::from_utf8(source).ok()?.split('/');
-    let (topic, partition, offset) = (parts.next()?, parts.next()?, parts.next()?);
-    if topic != prefix || parts.next().is_some() {
-        return None;
-    }
-    Some((Partition(partition.parse().ok()?), Offset(offset.parse().ok()?)))
 }

@@ -1,7 +1,8 @@
 //! Selects the records to compare: up to both cursors, in slices that fit into memory. Pure.
 
+use super::table::Place;
 use crate::domain::cursor::{GroupOffset, Identity, Known};
-use crate::domain::record::{NextOffset, Offset, Partition};
+use crate::domain::record::{NextOffset, Partition};
 use crate::kafka::scan::ScanRange;
 
 /// Offset below which a partition's records are written and their outputs are committed. `None` if there is
@@ -13,25 +14,11 @@ pub fn settled_up_to(known: &Known, identity: &Identity, publishes: bool) -> Opt
     }
     // A committed offset without our commit metadata was set by others and does not prove what was sent.
     // `published` is a copy of an offset that had the metadata.
-    let committed = known.group.as_ref().filter(|group| is_ours(group, identity)).map(|group| group.position);
+    let is_ours = |group: &&GroupOffset| {
+        group.mark().is_some_and(|m| m.topic_id == identity.topic_id && m.database_id == identity.database_id)
+    };
+    let committed = known.group.as_ref().filter(is_ours).map(|group| group.position);
     committed.max(row.published).map(|sent| sent.min(row.applied))
-}
-
-fn is_ours(group: &GroupOffset, identity: &Identity) -> bool {
-    group.mark().is_some_and(|m| m.topic_id == identity.topic_id && m.database_id == identity.database_id)
-}
-
-/// A cursor skip by an operator, from `cursor_audit`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Skip {
-    /// The partition.
-    pub partition: Partition,
-    /// `applied` before the skip; none if the partition had no row.
-    pub applied: Option<NextOffset>,
-    /// `published` before the skip.
-    pub published: Option<NextOffset>,
-    /// Offset at which the partition continued.
-    pub to: NextOffset,
 }
 
 /// Records that need no outcome, by decision of an operator.
@@ -45,35 +32,31 @@ pub struct Exempt {
 }
 
 impl Exempt {
-    /// Derives the exempt ranges from skips.
-    pub fn of(skips: &[Skip]) -> Self {
-        let mut exempt = Self::default();
-        for skip in skips {
-            let applied = skip.applied.unwrap_or(NextOffset(0));
-            // In a database without events, `applied` alone counts.
-            let from = applied.min(skip.published.unwrap_or(applied));
-            let range = |from, to| ScanRange { partition: skip.partition, from, to };
-            exempt.given_up.push(range(from, skip.to));
-            exempt.rewound.push(range(skip.to, applied));
-        }
-        exempt.given_up.retain(|range| !range.is_empty());
-        exempt.rewound.retain(|range| !range.is_empty());
-        exempt
+    /// Adds a cursor skip by an operator: `applied` (none if the partition had no row) and `published` before
+    /// it, and the offset at which the partition continued.
+    pub fn skip(
+        &mut self,
+        partition: Partition,
+        applied: Option<NextOffset>,
+        published: Option<NextOffset>,
+        to: NextOffset,
+    ) {
+        let applied = applied.unwrap_or(NextOffset(0));
+        // In a database without events, `applied` alone counts.
+        let from = applied.min(published.unwrap_or(applied));
+        self.given_up.push(ScanRange { partition, from, to });
+        self.rewound.push(ScanRange { partition, from: to, to: applied });
     }
 
     /// Whether an operator skipped this record.
-    pub fn is_given_up(&self, partition: Partition, offset: Offset) -> bool {
-        holds(&self.given_up, partition, offset)
+    pub fn is_given_up(&self, (partition, offset): Place) -> bool {
+        self.given_up.iter().any(|range| range.contains(partition, offset))
     }
 
     /// Whether this offset was used twice.
-    pub fn is_rewound(&self, partition: Partition, offset: Offset) -> bool {
-        holds(&self.rewound, partition, offset)
+    pub fn is_rewound(&self, (partition, offset): Place) -> bool {
+        self.rewound.iter().any(|range| range.contains(partition, offset))
     }
-}
-
-fn holds(ranges: &[ScanRange], partition: Partition, offset: Offset) -> bool {
-    ranges.iter().any(|r| r.partition == partition && !r.from.is_past(offset) && r.to.is_past(offset))
 }
 
 /// Splits ranges into slices of at most `offsets_max` offsets, in order.
@@ -89,12 +72,9 @@ pub fn slices(ranges: &[ScanRange], offsets_max: i64) -> Vec<Vec<ScanRange>> {
                 room = offsets_max;
             }
             let to = range.to.0.min(from.saturating_add(room));
+            let part = ScanRange { partition: range.partition, from: NextOffset(from), to: NextOffset(to) };
             if let Some(slice) = slices.last_mut() {
-                slice.push(ScanRange {
-                    partition: range.partition,
-                    from: NextOffset(from),
-                    to: NextOffset(to),
-                });
+                slice.push(part);
             }
             room -= to - from;
             from = to;
@@ -109,6 +89,7 @@ mod tests {
 
     use super::*;
     use crate::domain::cursor::{CommitMetadata, CursorRow, LogBounds, Proof};
+    use crate::domain::record::Offset;
 
     fn range(partition: i32, from: i64, to: i64) -> ScanRange {
         ScanRange { partition: Partition(partition), from: NextOffset(from), to: NextOffset(to) }
@@ -173,17 +154,15 @@ mod tests {
 
     #[test]
     fn records_that_a_person_gave_up_are_known_by_the_audit() {
-        let skip = |applied, published, to| Skip {
-            partition: Partition(2),
-            applied: Some(NextOffset(applied)),
-            published: Some(NextOffset(published)),
-            to: NextOffset(to),
-        };
-        let exempt = Exempt::of(&[skip(20, 15, 37), skip(60, 60, 50)]);
-        let given_up = |offset| exempt.is_given_up(Partition(2), Offset(offset));
+        let mut exempt = Exempt::default();
+        for (applied, published, to) in [(20, 15, 37), (60, 60, 50)] {
+            let (applied, published) = (Some(NextOffset(applied)), Some(NextOffset(published)));
+            exempt.skip(Partition(2), applied, published, NextOffset(to));
+        }
+        let given_up = |offset| exempt.is_given_up((Partition(2), Offset(offset)));
         assert_eq!([14, 15, 36, 37].map(given_up), [false, true, true, false]);
-        let rewound = |offset| exempt.is_rewound(Partition(2), Offset(offset));
+        let rewound = |offset| exempt.is_rewound((Partition(2), Offset(offset)));
         assert_eq!([49, 50, 59, 60].map(rewound), [false, true, true, false]);
-        assert!(!exempt.is_given_up(Partition(1), Offset(20)));
+        assert!(!exempt.is_given_up((Partition(1), Offset(20))));
     }
 }

@@ -7,125 +7,71 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::database::Claimed;
 use super::judge::{Outcome, Verdict, Wrong};
-use super::report::Findings;
-use super::table::Entry;
-use crate::domain::batch::Owner;
-use crate::domain::record::{Offset, Partition, TimestampMs};
+use super::log::Identified;
+use super::table::{Entry, Part, Place};
+use crate::domain::columns::from_postgres_timestamp;
 use crate::domain::wire::Reason;
 
-/// Maximum number over all slices; further ones count as wrong.
-const SUSPECTS_MAX: usize = 100_000;
-
-/// Position of a record.
-pub type Place = (Partition, Offset);
-
 /// A record with a deviation that an earlier database may explain.
-#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Suspect {
-    place: Place,
-    wrongs: Vec<Wrong>,
+    /// Position of the record.
+    pub place: Place,
+    /// The deviations.
+    pub wrongs: Vec<Wrong>,
     /// It has its rows, a dead letter as rejected by the database, and no event.
     was_refused: bool,
-}
-
-/// Message id and timestamp of a suspect.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Identified {
-    /// Message id.
-    pub message_id: Uuid,
-    /// Timestamp of the record.
-    pub timestamp: TimestampMs,
 }
 
 /// Information about the message ids of suspects.
 #[derive(Default)]
 pub struct Evidence {
-    /// Ids of the suspects.
+    /// The suspects.
     pub identified: HashMap<Place, Identified>,
-    /// Owner of each claimed id, and the timestamp of that record.
-    pub owners: HashMap<Uuid, (Owner, TimestampMs)>,
+    /// Claim of each id.
+    pub claims: HashMap<Uuid, Claimed>,
     /// Records with a read event for each id.
     pub senders: HashMap<Uuid, Vec<Place>>,
 }
 
-/// Collected suspects.
-#[derive(Default)]
-pub struct Suspects(Vec<Suspect>);
-
-impl Suspects {
-    /// Adds a record if an earlier database may explain its deviation; returns `false` if the record is
-    /// simply wrong.
-    pub fn take(&mut self, partition: Partition, offset: Offset, entry: &Entry, verdict: &Verdict) -> bool {
+impl Suspect {
+    /// Takes a record if an earlier database may explain its deviation; `None` if it is simply wrong.
+    pub fn of(entry: &Entry, verdict: &Verdict) -> Option<Self> {
         let is_explicable = |wrong: &Wrong| match wrong {
-            Wrong::NoOutput(_) | Wrong::OtherReason(..) => true,
-            Wrong::ExtraOutput(_, outcome) => *outcome != Outcome::GivenUp,
+            Wrong::Missing(part) | Wrong::Extra(part, _) => Part::OUTPUTS.contains(part),
+            Wrong::OtherReason(..) => true,
             _ => false,
         };
-        if self.0.len() >= SUSPECTS_MAX || !verdict.wrongs.iter().all(is_explicable) {
-            return false;
+        if !verdict.wrongs.iter().all(is_explicable) {
+            return None;
         }
-        let [read, email, letter] = entry.found.outputs;
-        if entry.found.outputs.iter().any(|seen| seen.differs) || letter.count > 1 {
-            return false;
+        let (read, email, letter) = (entry.found.read, entry.found.email, entry.found.letter);
+        if [read, email, letter].iter().any(|seen| seen.differs) || letter.count > 1 {
+            return None;
         }
         let is_letter_due_to_database =
-            matches!(entry.found.reason, Some(Reason::MessageIdConflict | Reason::RejectedByDatabase));
+            matches!(entry.reason, Some(Reason::MessageIdConflict | Reason::RejectedByDatabase));
         if letter.count == 1 && !is_letter_due_to_database {
-            return false;
+            return None;
         }
         let is_silent = read.count == 0 && email.count == 0;
         let is_sender = read.count == 1 && email.count == u8::from(entry.expected.email != 0);
         let is_written = verdict.outcome == Outcome::Written;
         if !is_silent && (is_written || !is_sender) {
-            return false;
+            return None;
         }
-        let was_refused = is_written
-            && is_silent
-            && letter.count == 1
-            && entry.found.reason == Some(Reason::RejectedByDatabase);
-        self.0.push(Suspect { place: (partition, offset), wrongs: verdict.wrongs.clone(), was_refused });
-        true
+        let was_refused =
+            is_written && is_silent && letter.count == 1 && entry.reason == Some(Reason::RejectedByDatabase);
+        Some(Self { place: entry.place, wrongs: verdict.wrongs.clone(), was_refused })
     }
 
-    /// Positions of the suspects.
-    pub fn places(&self) -> Vec<Place> {
-        self.0.iter().map(|s| s.place).collect()
-    }
-
-    /// Whether there are no suspects.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Sorts the suspects into allowed and wrong findings.
-    pub fn resolve(
-        self,
-        evidence: &Evidence,
-        window: Duration,
-        allowed: &mut Findings,
-        findings: &mut Findings,
-    ) {
-        for suspect in self.0 {
-            let (partition, offset) = suspect.place;
-            match suspect.explanation(evidence, window) {
-                Some(what) => allowed.push(partition, offset, what),
-                None => {
-                    for wrong in &suspect.wrongs {
-                        findings.push(partition, offset, wrong.to_string());
-                    }
-                }
-            }
-        }
-    }
-}
-
-impl Suspect {
-    fn explanation(&self, evidence: &Evidence, window: Duration) -> Option<String> {
-        let Identified { message_id, timestamp } = evidence.identified.get(&self.place)?;
-        let (owner, owned_at) = evidence.owners.get(message_id)?;
-        let owner = (owner.partition, owner.offset);
-        let senders = evidence.senders.get(message_id).map(Vec::as_slice).unwrap_or_default();
+    /// Why the deviation is allowed; `None` if it is wrong.
+    pub fn explanation(&self, evidence: &Evidence, window: Duration) -> Option<String> {
+        let identified = evidence.identified.get(&self.place)?;
+        let claimed = evidence.claims.get(&identified.message_id)?;
+        let owner = claimed.place;
+        let senders = evidence.senders.get(&identified.message_id).map(Vec::as_slice).unwrap_or_default();
         match senders {
             // Rejected at first, and accepted when it was written again.
             [] if self.was_refused && self.place == owner => Some(
@@ -143,7 +89,8 @@ impl Suspect {
             }
             // Its own claim expired earlier; the database that has the rows now still remembered the id.
             _ if senders.contains(&self.place) && self.place != owner => {
-                let apart_ms = timestamp.0.saturating_sub(owned_at.0).unsigned_abs();
+                let owned_at = from_postgres_timestamp(claimed.created_at_us);
+                let apart_ms = identified.timestamp.0.saturating_sub(owned_at.0).unsigned_abs();
                 (u128::from(apart_ms) > window.as_millis()).then(|| {
                     format!(
                         "a duplicate of partition {}, offset {}, further apart than idempotency.window: written \
@@ -162,6 +109,8 @@ mod tests {
     use super::super::table::{Claim, Hashes, Notes};
     use super::super::{judge::judge, table::Seen};
     use super::*;
+    use crate::domain::columns::postgres_timestamp;
+    use crate::domain::record::{Offset, Partition, TimestampMs};
 
     const ONE: Seen = Seen { count: 1, differs: false };
     const WINDOW: Duration = Duration::from_secs(100);
@@ -174,40 +123,42 @@ mod tests {
     /// A record with rows and no events, and one with events and no rows.
     fn entries() -> [Entry; 2] {
         let hashes = Hashes { metadata: 1, core: 2, notes: 0, read: 4, email: 5, letter: 6 };
-        let mut winner = Entry::new(Claim::Own, Notes::default(), hashes);
+        let mut winner = Entry::new(place(1), Claim::Own, Notes::default(), hashes);
         (winner.found.metadata, winner.found.core) = (ONE, ONE);
-        let mut sender = Entry::new(Claim::Same, Notes::default(), hashes);
-        (sender.found.outputs[0], sender.found.outputs[1]) = (ONE, ONE);
+        let mut sender = Entry::new(place(2), Claim::Same, Notes::default(), hashes);
+        (sender.found.read, sender.found.email) = (ONE, ONE);
         [winner, sender]
     }
 
     fn evidence(senders: Vec<Place>, apart_ms: i64) -> Evidence {
-        let owner = Owner { partition: Partition(0), offset: Offset(1), payload_hash: 0 };
-        let identified = |ms| Identified { message_id: ID, timestamp: TimestampMs(ms) };
+        let created_at_us = postgres_timestamp(TimestampMs(0));
+        let claimed = Claimed { place: place(1), payload_hash: 0, created_at_us };
+        let identified = |ms| Identified { message_id: ID, payload_hash: 0, timestamp: TimestampMs(ms) };
         Evidence {
             identified: [(place(1), identified(0)), (place(2), identified(apart_ms))].into(),
-            owners: [(ID, (owner, TimestampMs(0)))].into(),
+            claims: [(ID, claimed)].into(),
             senders: [(ID, senders)].into(),
         }
     }
 
-    fn resolved(entries: [(Place, &Entry); 2], evidence: &Evidence) -> (u64, u64) {
-        let (mut suspects, mut allowed, mut findings) =
-            (Suspects::default(), Findings::new(9), Findings::new(9));
-        for ((partition, offset), entry) in entries {
+    fn resolved(entries: [&Entry; 2], evidence: &Evidence) -> (u64, u64) {
+        let (mut allowed, mut wrong) = (0, 0);
+        for entry in entries {
             let verdict = judge(entry, true, |_| false);
-            if !verdict.wrongs.is_empty() && !suspects.take(partition, offset, entry, &verdict) {
-                findings.push(partition, offset, "wrong");
+            match Suspect::of(entry, &verdict) {
+                _ if verdict.wrongs.is_empty() => {}
+                Some(suspect) if suspect.explanation(evidence, WINDOW).is_some() => allowed += 1,
+                Some(suspect) => wrong += suspect.wrongs.len() as u64,
+                None => wrong += 1,
             }
         }
-        suspects.resolve(evidence, WINDOW, &mut allowed, &mut findings);
-        (allowed.count, findings.count)
+        (allowed, wrong)
     }
 
     #[test]
     fn rows_of_one_record_and_events_of_another_are_allowed_for_one_id_only() {
         let [winner, sender] = entries();
-        let both = [(place(1), &winner), (place(2), &sender)];
+        let both = [&winner, &sender];
         assert_eq!(resolved(both, &evidence(vec![place(2)], 0)), (2, 0));
         // With two senders or none, something was sent twice or not at all.
         let wrongs_of_both = 2 + 2;
@@ -222,8 +173,8 @@ mod tests {
     #[test]
     fn a_duplicate_may_have_been_sent_only_if_it_is_further_away_than_the_window() {
         let [mut original, sender] = entries();
-        (original.found.outputs[0], original.found.outputs[1]) = (ONE, ONE);
-        let both = [(place(1), &original), (place(2), &sender)];
+        (original.found.read, original.found.email) = (ONE, ONE);
+        let both = [&original, &sender];
         let senders = vec![place(1), place(2)];
         assert_eq!(resolved(both, &evidence(senders.clone(), 100_001)), (1, 0));
         assert_eq!(resolved(both, &evidence(senders, 100_000)), (0, 2));
@@ -233,13 +184,13 @@ mod tests {
     fn events_that_differ_or_come_twice_are_never_explained() {
         let [winner, sender] = entries();
         for harm in [
-            |e: &mut Entry| e.found.outputs[0].differs = true,
-            |e: &mut Entry| e.found.outputs[0].count = 2,
-            |e: &mut Entry| e.found.outputs[1].count = 0,
+            |e: &mut Entry| e.found.read.differs = true,
+            |e: &mut Entry| e.found.read.count = 2,
+            |e: &mut Entry| e.found.email.count = 0,
         ] {
             let mut harmed = sender.clone();
             harm(&mut harmed);
-            let both = [(place(1), &winner), (place(2), &harmed)];
+            let both = [&winner, &harmed];
             assert_eq!(resolved(both, &evidence(vec![place(2)], 0)), (1, 1));
         }
     }

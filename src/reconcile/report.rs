@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::value::RawValue;
 
-use super::judge::Outcome;
-use super::sums::Sums;
-use crate::domain::record::{NextOffset, Offset, Partition};
+use super::judge::{Outcome, Wrong};
+use super::table::{Part, Place};
+use crate::domain::payment::Amount;
+use crate::domain::record::{Offset, Partition};
+use crate::kafka::scan::ScanRange;
 
 /// A finding about a record; never quotes its contents.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
 pub struct Finding {
     /// Partition of the record.
     pub partition: Partition,
@@ -20,12 +23,13 @@ pub struct Finding {
 }
 
 /// Findings; only the first ones are kept.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Findings {
     /// The first findings, up to the limit.
     pub named: Vec<Finding>,
     /// Total number.
     pub count: u64,
+    #[serde(skip)]
     limit: usize,
 }
 
@@ -36,84 +40,131 @@ impl Findings {
     }
 
     /// Adds a finding.
-    pub fn push(&mut self, partition: Partition, offset: Offset, what: impl Into<String>) {
+    pub fn push(&mut self, (partition, offset): Place, what: impl Into<String>) {
         self.count += 1;
         if self.named.len() < self.limit {
             self.named.push(Finding { partition, offset, what: what.into() });
         }
     }
+}
 
-    /// Adds the findings of another list.
-    pub fn merge(&mut self, other: Self) {
-        self.count += other.count;
-        let room = self.limit.saturating_sub(self.named.len());
-        self.named.extend(other.named.into_iter().take(room));
+/// Number and total amount of payments.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Sum {
+    /// Number of payments.
+    pub count: u64,
+    /// Total amount in millionths; 2^63 payments of the maximum amount fit.
+    #[serde(rename = "sum", serialize_with = "as_decimal")]
+    pub millionths: i128,
+}
+
+impl Sum {
+    /// Adds a payment.
+    pub fn add(&mut self, millionths: i128) {
+        self.count = self.count.saturating_add(1);
+        self.millionths = self.millionths.saturating_add(millionths);
     }
 
-    /// Whether there are no findings.
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
-    /// Machine-readable form.
-    pub fn json(&self) -> Value {
-        let named = self.named.iter();
-        let named: Vec<Value> = named
-            .map(|f| json!({ "partition": f.partition.0, "offset": f.offset.0, "what": f.what }))
-            .collect();
-        json!({ "count": self.count, "named": named })
+    /// The total amount as a decimal number without trailing zeros.
+    pub fn text(self) -> String {
+        let sign = if self.millionths < 0 { "-" } else { "" };
+        let (whole, rest) =
+            (self.millionths.unsigned_abs() / 1_000_000, self.millionths.unsigned_abs() % 1_000_000);
+        format!("{sign}{whole}.{rest:06}").trim_end_matches('0').trim_end_matches('.').to_owned()
     }
 }
 
-/// Compared range of a partition.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Compared {
-    /// The partition.
-    pub partition: Partition,
-    /// First offset.
-    pub from: NextOffset,
-    /// The offset after the last one.
-    pub to: NextOffset,
+fn as_decimal<S: Serializer>(millionths: &i128, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&Sum { count: 0, millionths: *millionths }.text())
+}
+
+#[derive(Deserialize)]
+struct Money<'m> {
+    #[serde(borrow)]
+    amount: &'m RawValue,
+    currency: String,
+}
+
+/// Currency and amount in millionths of a read event.
+pub(super) fn money(event: &[u8]) -> Option<(String, i128)> {
+    let money: Money<'_> = serde_json::from_slice(event).ok()?;
+    let amount = Amount::parse(money.amount.get()).ok()?;
+    Some((money.currency, i128::try_from(amount.millionths()).unwrap_or_default()))
+}
+
+/// Payments of one currency.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Currency {
+    /// Payments that should have been written according to the log.
+    pub log: Sum,
+    /// Payments in the tables.
+    pub rows: Sum,
+    /// Payments in the read events; `None` if outputs were not compared.
+    pub read_events: Option<Sum>,
+}
+
+/// Numbers of outputs.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct OutputCounts {
+    /// Read events of these records.
+    pub read: u64,
+    /// E-mail events of these records.
+    pub email: u64,
+    /// Dead letters of these records.
+    pub dead_letter: u64,
+    /// Outputs whose source is in another topic or missing.
+    pub foreign: u64,
+    /// Missing outputs that may have been removed by retention.
+    pub beyond_retention: u64,
+}
+
+/// Numbers of rows without a row of `payment_metadata`.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Orphans {
+    /// In `payment_core`.
+    pub payment_core: i64,
+    /// In `payment_notes`.
+    pub payment_notes: i64,
+    /// In `idempotency`.
+    pub idempotency: i64,
+}
+
+impl Orphans {
+    /// The total number.
+    pub fn count(&self) -> u64 {
+        (self.payment_core + self.payment_notes + self.idempotency).unsigned_abs()
+    }
 }
 
 /// The result of a comparison.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
+    /// Whether every record has exactly one correct outcome.
+    pub is_fine: bool,
     /// Name of the input topic.
     pub topic: String,
     /// Consumer group of the daemon.
-    pub group_id: String,
+    pub group: String,
     /// Database, without the password.
     pub database: String,
-    /// Whether outputs were compared.
-    pub publishes: bool,
     /// Compared ranges by partition.
-    pub compared: Vec<Compared>,
+    pub partitions: Vec<ScanRange>,
     /// Number of halted partitions; compared only up to the halt.
-    pub halted: u64,
+    pub partitions_halted: u64,
     /// Number of slices.
     pub slices: usize,
     /// Number of records.
     pub records: u64,
     /// Number of records by outcome.
     pub outcomes: BTreeMap<Outcome, u64>,
-    /// Payments that should have been written according to the log.
-    pub log: Sums,
-    /// Payments in the tables.
-    pub rows: Sums,
-    /// Payments in the read events.
-    pub events: Sums,
-    /// Outputs of these records: read events, e-mail events, dead letters.
-    pub outputs: [u64; 3],
-    /// Outputs whose source is in another topic or missing.
-    pub foreign: u64,
+    /// Payments by ISO 4217 code.
+    pub currencies: BTreeMap<String, Currency>,
+    /// Outputs; `None` if they were not compared.
+    pub outputs: Option<OutputCounts>,
     /// Rows and outputs of records that the log has lost and whose offsets were used again.
-    pub former: u64,
-    /// Missing outputs that may have been removed by retention.
-    pub untold: u64,
-    /// Number of rows without a row of `payment_metadata`, if requested: `payment_core`, `payment_notes`,
-    /// `idempotency`.
-    pub orphans: Option<[u64; 3]>,
+    pub of_lost_records: u64,
+    /// Rows without a row of `payment_metadata`, if requested.
+    pub orphans: Option<Orphans>,
     /// Findings that are wrong.
     pub findings: Findings,
     /// Deviations that are allowed: caused by another database, by the database's own rules or by earlier
@@ -122,110 +173,56 @@ pub struct Report {
 }
 
 impl Report {
-    /// Creates an empty report.
-    pub fn new(topic: &str, group_id: &str, database: String, publishes: bool, limit: usize) -> Self {
-        Self {
-            topic: topic.to_owned(),
-            group_id: group_id.to_owned(),
-            database,
-            publishes,
-            compared: Vec::new(),
-            halted: 0,
-            slices: 0,
-            records: 0,
-            outcomes: BTreeMap::new(),
-            log: Sums::default(),
-            rows: Sums::default(),
-            events: Sums::default(),
-            outputs: [0; 3],
-            foreign: 0,
-            former: 0,
-            untold: 0,
-            orphans: None,
-            findings: Findings::new(limit),
-            allowed: Findings::new(limit),
+    /// Adds the deviations of a record to the findings.
+    pub fn wrong(&mut self, place: Place, wrongs: &[Wrong]) {
+        wrongs.iter().for_each(|wrong| self.findings.push(place, wrong.to_string()));
+    }
+
+    /// The payments of this currency.
+    pub fn currency(&mut self, code: &str) -> &mut Currency {
+        let read_events = self.outputs.as_ref().map(|_| Sum::default());
+        self.currencies
+            .entry(code.to_owned())
+            .or_insert_with(|| Currency { read_events, ..Currency::default() })
+    }
+
+    /// Counts an output of one of these records.
+    pub fn note_output(&mut self, part: Part, value: Option<&[u8]>) {
+        let Some(outputs) = &mut self.outputs else { return };
+        match part {
+            Part::DeadLetter => outputs.dead_letter += 1,
+            Part::Email => outputs.email += 1,
+            _ => outputs.read += 1,
+        }
+        if part == Part::Read
+            && let Some((currency, amount)) = value.and_then(money)
+            && let Some(events) = &mut self.currency(&currency).read_events
+        {
+            events.add(amount);
         }
     }
+}
 
-    /// Adds the report of a slice.
-    pub fn add(&mut self, slice: Self) {
-        self.records += slice.records;
-        for (outcome, count) in slice.outcomes {
-            *self.outcomes.entry(outcome).or_default() += count;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_keep_every_digit() {
+        let mut sums = [Sum::default(); 2];
+        for _ in 0..1_000 {
+            sums[0].add(99_999_999_999_999_999_900);
+            sums[1].add(1_000);
+            sums[1].add(1_000);
         }
-        self.log.merge(&slice.log);
-        self.rows.merge(&slice.rows);
-        self.events.merge(&slice.events);
-        for (sum, count) in self.outputs.iter_mut().zip(slice.outputs) {
-            *sum += count;
-        }
-        // Every slice reads all outputs and counts the same foreign ones.
-        self.foreign = self.foreign.max(slice.foreign);
-        self.former += slice.former;
-        self.untold += slice.untold;
-        self.findings.merge(slice.findings);
-        self.allowed.merge(slice.allowed);
-    }
-
-    /// Whether every record has exactly one correct outcome.
-    pub fn is_fine(&self) -> bool {
-        self.findings.is_empty() && self.orphans.is_none_or(|counts| counts == [0; 3])
-    }
-
-    /// Currencies that occur in the log, the rows or the events.
-    pub fn currencies(&self) -> Vec<&str> {
-        let all = self.log.currencies().chain(self.rows.currencies()).chain(self.events.currencies());
-        all.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
-    }
-
-    /// Machine-readable form.
-    pub fn json(&self) -> Value {
-        let sum = |sums: &Sums, currency: &str| {
-            let sum = sums.of(currency);
-            json!({ "count": sum.count, "sum": sum.text() })
-        };
-        let currencies: serde_json::Map<String, Value> = self
-            .currencies()
-            .into_iter()
-            .map(|currency| {
-                let events = self.publishes.then(|| sum(&self.events, currency));
-                let of = json!({
-                    "log": sum(&self.log, currency),
-                    "rows": sum(&self.rows, currency),
-                    "read_events": events,
-                });
-                (currency.to_owned(), of)
-            })
-            .collect();
-        let compared: Vec<Value> = self
-            .compared
-            .iter()
-            .map(|c| json!({ "partition": c.partition.0, "from": c.from.0, "to": c.to.0 }))
-            .collect();
-        let outcomes: serde_json::Map<String, Value> =
-            self.outcomes.iter().map(|(outcome, count)| (outcome.to_string(), json!(count))).collect();
-        let [read, email, letters] = self.outputs;
-        json!({
-            "is_fine": self.is_fine(),
-            "topic": self.topic,
-            "group": self.group_id,
-            "database": self.database,
-            "partitions": compared,
-            "partitions_halted": self.halted,
-            "slices": self.slices,
-            "records": self.records,
-            "outcomes": outcomes,
-            "currencies": currencies,
-            "outputs": self.publishes.then(|| json!({
-                "read": read, "email": email, "dead_letter": letters,
-                "foreign": self.foreign, "beyond_retention": self.untold,
-            })),
-            "of_lost_records": self.former,
-            "orphans": self.orphans.map(|[core, notes, claims]| json!({
-                "payment_core": core, "payment_notes": notes, "idempotency": claims,
-            })),
-            "findings": self.findings.json(),
-            "allowed": self.allowed.json(),
-        })
+        assert_eq!(sums[0].text(), "99999999999999999.9");
+        assert_eq!(sums[1], Sum { count: 2_000, millionths: 2_000_000 });
+        assert_eq!(sums[1].text(), "2");
+        assert_eq!(Sum { count: 1, millionths: -500_000 }.text(), "-0.5");
+        assert_eq!(Sum { count: 1, millionths: 10_000_001 }.text(), "10.000001");
+        assert_eq!(
+            (Sum::default().text(), Sum { count: 1, millionths: 10_000_000 }.text()),
+            ("0".into(), "10".into())
+        );
     }
 }

@@ -1,9 +1,13 @@
 //! Expected and actual results of each record of a slice, as hashes. Pure.
 
-use crate::domain::publication::OutputTopic;
+use std::fmt;
+
 use crate::domain::record::{Offset, Partition};
 use crate::domain::wire::Reason;
 use crate::kafka::scan::ScanRange;
+
+/// Position of a record.
+pub type Place = (Partition, Offset);
 
 /// Status of a record by the log and the claims.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,32 +43,85 @@ pub struct Notes {
     pub is_elsewhere: bool,
 }
 
-/// Hashes of the expected rows and outputs, for both outcomes: written and dead-lettered. 0 means none.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Hashes {
+/// A row or an output of a record.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
     /// Row of `payment_metadata`.
-    pub metadata: u32,
+    Metadata,
     /// Row of `payment_core`.
-    pub core: u32,
+    Core,
     /// Row of `payment_notes`.
-    pub notes: u32,
-    /// Key and value of the read event.
-    pub read: u32,
-    /// Key and value of the e-mail event.
-    pub email: u32,
-    /// Key and value of the dead letter.
-    pub letter: u32,
+    Notes,
+    /// Read event.
+    Read,
+    /// E-mail event.
+    Email,
+    /// Dead letter.
+    DeadLetter,
 }
 
-impl Hashes {
-    fn of_output(&self, topic: OutputTopic) -> u32 {
-        match topic {
-            OutputTopic::Read => self.read,
-            OutputTopic::Email => self.email,
-            OutputTopic::DeadLetter => self.letter,
+impl Part {
+    /// The rows.
+    pub const ROWS: [Self; 3] = [Self::Metadata, Self::Core, Self::Notes];
+    /// The outputs.
+    pub const OUTPUTS: [Self; 3] = [Self::Read, Self::Email, Self::DeadLetter];
+
+    /// The indefinite article of its name.
+    pub fn article(self) -> &'static str {
+        if self == Self::Email { "an" } else { "a" }
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Metadata => "row in payment_metadata",
+            Self::Core => "row in payment_core",
+            Self::Notes => "row in payment_notes",
+            Self::Read => "read event",
+            Self::Email => "e-mail event",
+            Self::DeadLetter => "dead letter",
+        })
+    }
+}
+
+/// A value for each part.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Each<T> {
+    /// Of the row of `payment_metadata`.
+    pub metadata: T,
+    /// Of the row of `payment_core`.
+    pub core: T,
+    /// Of the row of `payment_notes`.
+    pub notes: T,
+    /// Of the read event.
+    pub read: T,
+    /// Of the e-mail event.
+    pub email: T,
+    /// Of the dead letter.
+    pub letter: T,
+}
+
+impl<T: Copy> Each<T> {
+    /// The value of this part.
+    pub fn of(mut self, part: Part) -> T {
+        *self.of_mut(part)
+    }
+
+    fn of_mut(&mut self, part: Part) -> &mut T {
+        match part {
+            Part::Metadata => &mut self.metadata,
+            Part::Core => &mut self.core,
+            Part::Notes => &mut self.notes,
+            Part::Read => &mut self.read,
+            Part::Email => &mut self.email,
+            Part::DeadLetter => &mut self.letter,
         }
     }
 }
+
+/// Hashes by [`hash`](super::hash); 0 means none. Of outputs, they cover key and value.
+pub type Hashes = Each<u32>;
 
 /// Number of occurrences, and whether any of them differs from the expected one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -75,56 +132,25 @@ pub struct Seen {
     pub differs: bool,
 }
 
-impl Seen {
-    fn note(&mut self, is_same: bool) {
-        self.count = self.count.saturating_add(1);
-        self.differs |= !is_same;
-    }
-}
-
-/// Rows and outputs found for a record.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Found {
-    /// Joined rows, counted by `payment_metadata`.
-    pub metadata: Seen,
-    /// Joined rows with a row of `payment_core`.
-    pub core: Seen,
-    /// Joined rows with a row of `payment_notes`.
-    pub notes: Seen,
-    /// Outputs by [`OutputTopic::index`].
-    pub outputs: [Seen; 3],
-    /// Reason of the last dead letter.
-    pub reason: Option<Reason>,
-}
-
-impl Found {
-    /// Outputs found in this topic.
-    pub fn output(&self, topic: OutputTopic) -> Seen {
-        self.outputs.get(topic.index()).copied().unwrap_or_default()
-    }
-
-    /// Whether nothing was found.
-    pub fn is_nothing(&self) -> bool {
-        self.metadata.count == 0 && self.outputs.iter().all(|seen| seen.count == 0)
-    }
-}
-
 /// A record of the slice.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    delta: u32,
+    /// Position of the record.
+    pub place: Place,
     /// Hash of the key by Java's partitioner; `None` without a key, which can be in any output partition.
     pub key: Option<u32>,
     /// Status by log and claims.
     pub claim: Claim,
     /// Special circumstances.
     pub circumstances: Notes,
-    /// Expected rows and outputs.
+    /// Expected rows and outputs, for both outcomes: written and dead-lettered.
     pub expected: Hashes,
-    /// Actual rows and outputs.
-    pub found: Found,
-    /// Amount in ten-thousandths; 0 if the record is not a payment.
-    pub amount: u64,
+    /// Actual rows and outputs; rows are counted in the join with `payment_metadata`.
+    pub found: Each<Seen>,
+    /// Reason of the last dead letter.
+    pub reason: Option<Reason>,
+    /// Amount in millionths; 0 if the record is not a payment.
+    pub amount: i128,
     /// ISO 4217 code.
     pub currency: [u8; 3],
 }
@@ -134,21 +160,25 @@ pub const ENTRY_BYTES: usize = size_of::<Entry>();
 
 impl Entry {
     /// Creates a record without any findings.
-    pub fn new(claim: Claim, circumstances: Notes, expected: Hashes) -> Self {
-        let found = Found::default();
-        Self { delta: 0, key: None, claim, circumstances, expected, found, amount: 0, currency: [0; 3] }
+    pub fn new(place: Place, claim: Claim, circumstances: Notes, expected: Hashes) -> Self {
+        let found = Each::default();
+        Self {
+            place,
+            key: None,
+            claim,
+            circumstances,
+            expected,
+            found,
+            reason: None,
+            amount: 0,
+            currency: [0; 3],
+        }
     }
-}
 
-/// Hashes of a row of `payment_metadata` and the rows joined to it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct RowSeen {
-    /// Hash of the row of `payment_metadata`.
-    pub metadata: u32,
-    /// Hash of the row of `payment_core`.
-    pub core: Option<u32>,
-    /// Hash of the row of `payment_notes`.
-    pub notes: Option<u32>,
+    /// Whether it has a row.
+    pub fn has_row(&self) -> bool {
+        self.found.metadata.count > 0
+    }
 }
 
 /// Where the source of a row or an output is.
@@ -164,122 +194,62 @@ pub enum Placed {
     Here,
 }
 
-struct Share {
-    range: ScanRange,
+/// Records of a slice.
+pub struct Table {
+    ranges: Vec<ScanRange>,
     entries: Vec<Entry>,
 }
 
-/// Records of a slice.
-pub struct Table {
-    shares: Vec<Share>,
-}
-
-enum Place<'t> {
-    Outside,
-    Nowhere,
-    Here(&'t mut Entry),
-}
-
 impl Table {
-    /// Creates a table for ranges sorted by partition, one range per partition.
+    /// Creates a table for these ranges.
     pub fn new(ranges: &[ScanRange]) -> Self {
-        Self { shares: ranges.iter().map(|range| Share { range: *range, entries: Vec::new() }).collect() }
+        let offsets: i64 = ranges.iter().map(|range| range.to.0.saturating_sub(range.from.0)).sum();
+        // Reserve exactly: the memory limit is computed from offsets, and a doubling vector would exceed it.
+        let entries = Vec::with_capacity(usize::try_from(offsets).unwrap_or_default());
+        Self { ranges: ranges.to_vec(), entries }
     }
 
-    fn share(&mut self, partition: Partition) -> Option<&mut Share> {
-        let at = self.shares.binary_search_by_key(&partition, |share| share.range.partition).ok()?;
-        self.shares.get_mut(at)
+    /// Adds a record; call [`sort`](Self::sort) after the last one.
+    pub fn push(&mut self, entry: Entry) {
+        self.entries.push(entry);
     }
 
-    /// Adds a record; within a partition, records must be added in offset order.
-    pub fn push(&mut self, partition: Partition, offset: Offset, mut entry: Entry) {
-        let Some(share) = self.share(partition) else { return };
-        let Ok(delta) = u32::try_from(offset.0.saturating_sub(share.range.from.0)) else { return };
-        if share.entries.is_empty() {
-            let room = share.range.to.0.saturating_sub(share.range.from.0);
-            // Reserve exactly: the memory limit is computed from offsets, and a doubling vector would exceed
-            // it.
-            share.entries.reserve_exact(usize::try_from(room).unwrap_or_default());
-        }
-        entry.delta = delta;
-        share.entries.push(entry);
-    }
-
-    fn place(&mut self, partition: Partition, offset: Offset) -> Place<'_> {
-        let Some(share) = self.share(partition) else { return Place::Outside };
-        if share.range.from.is_past(offset) || !share.range.to.is_past(offset) {
-            return Place::Outside;
-        }
-        let delta = offset.0.saturating_sub(share.range.from.0);
-        let at = share.entries.binary_search_by_key(&delta, |entry| i64::from(entry.delta));
-        match at.ok().and_then(|at| share.entries.get_mut(at)) {
-            Some(entry) => Place::Here(entry),
-            None => Place::Nowhere,
-        }
-    }
-
-    /// The record at this position.
-    pub fn entry(&mut self, partition: Partition, offset: Offset) -> Option<&mut Entry> {
-        match self.place(partition, offset) {
-            Place::Here(entry) => Some(entry),
-            Place::Outside | Place::Nowhere => None,
-        }
-    }
-
-    /// Counts a row of `payment_metadata` with the rows joined to it.
-    pub fn note_row(&mut self, partition: Partition, offset: Offset, row: RowSeen) -> Placed {
-        let entry = match self.place(partition, offset) {
-            Place::Outside => return Placed::Outside,
-            Place::Nowhere => return Placed::Nowhere,
-            Place::Here(entry) => entry,
-        };
-        let expected = &entry.expected;
-        if entry.circumstances.is_rewound && row.metadata != expected.metadata {
-            return Placed::Former;
-        }
-        let found = &mut entry.found;
-        found.metadata.note(row.metadata == expected.metadata);
-        if let Some(core) = row.core {
-            found.core.note(core == expected.core);
-        }
-        if let Some(notes) = row.notes {
-            found.notes.note(notes == expected.notes);
-        }
-        Placed::Here
-    }
-
-    /// Counts an output.
-    pub fn note_output(
-        &mut self,
-        partition: Partition,
-        offset: Offset,
-        topic: OutputTopic,
-        hash: u32,
-        reason: Option<Reason>,
-    ) -> Placed {
-        let entry = match self.place(partition, offset) {
-            Place::Outside => return Placed::Outside,
-            Place::Nowhere => return Placed::Nowhere,
-            Place::Here(entry) => entry,
-        };
-        let is_same = hash == entry.expected.of_output(topic);
-        if entry.circumstances.is_rewound && !is_same {
-            return Placed::Former;
-        }
-        if let Some(seen) = entry.found.outputs.get_mut(topic.index()) {
-            seen.note(is_same);
-        }
-        entry.found.reason = reason.or(entry.found.reason);
-        Placed::Here
+    /// Sorts the records, so that they can be found.
+    pub fn sort(&mut self) {
+        self.entries.sort_unstable_by_key(|entry| entry.place);
     }
 
     /// All records, in order.
-    pub fn iter(&self) -> impl Iterator<Item = (Partition, Offset, &Entry)> {
-        self.shares.iter().flat_map(|share| {
-            let from = share.range.from.0;
-            let at = move |e: &Entry| Offset(from.saturating_add(i64::from(e.delta)));
-            share.entries.iter().map(move |entry| (share.range.partition, at(entry), entry))
-        })
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The record at this position.
+    pub fn entry(&mut self, place: Place) -> Option<&mut Entry> {
+        let at = self.entries.binary_search_by_key(&place, |entry| entry.place).ok()?;
+        self.entries.get_mut(at)
+    }
+
+    /// Counts a row of `payment_metadata` and the rows joined to it, or an output and the reason of a dead
+    /// letter. Hashes of 0 are not counted; the first one tells whether it belongs to a lost record.
+    pub fn note(&mut self, place: Place, hashes: &[(Part, u32)], reason: Option<Reason>) -> Placed {
+        let Some(entry) = self.entry(place) else {
+            let is_inside = self.ranges.iter().any(|range| range.contains(place.0, place.1));
+            return if is_inside { Placed::Nowhere } else { Placed::Outside };
+        };
+        let expected = entry.expected;
+        if entry.circumstances.is_rewound
+            && hashes.first().is_some_and(|(part, hash)| *hash != expected.of(*part))
+        {
+            return Placed::Former;
+        }
+        for (part, hash) in hashes.iter().filter(|(_, hash)| *hash != 0) {
+            let seen = entry.found.of_mut(*part);
+            seen.count = seen.count.saturating_add(1);
+            seen.differs |= *hash != expected.of(*part);
+        }
+        entry.reason = reason.or(entry.reason);
+        Placed::Here
     }
 }
 
@@ -296,12 +266,14 @@ mod tests {
             to: NextOffset(to),
         };
         let mut table = Table::new(&[range(1, 100, 110), range(4, 0, 3)]);
-        for offset in [101, 105] {
-            let entry = Entry::new(Claim::Own, Notes::default(), Hashes { read: 7, ..Hashes::default() });
-            table.push(Partition(1), Offset(offset), entry);
+        for offset in [105, 101] {
+            let place = (Partition(1), Offset(offset));
+            let expected = Hashes { read: 7, ..Hashes::default() };
+            table.push(Entry::new(place, Claim::Own, Notes::default(), expected));
         }
+        table.sort();
         let mut note = |partition, offset, hash| {
-            table.note_output(Partition(partition), Offset(offset), OutputTopic::Read, hash, None)
+            table.note((Partition(partition), Offset(offset)), &[(Part::Read, hash)], None)
         };
         assert_eq!(note(1, 99, 7), Placed::Outside);
         assert_eq!(note(1, 110, 7), Placed::Outside);
@@ -310,7 +282,8 @@ mod tests {
         assert_eq!(note(4, 0, 7), Placed::Nowhere);
         assert_eq!(note(1, 105, 7), Placed::Here);
         assert_eq!(note(1, 105, 8), Placed::Here);
-        let found: Vec<_> = table.iter().map(|(p, o, e)| (p.0, o.0, e.found.outputs[0])).collect();
+        let found: Vec<_> =
+            table.entries().iter().map(|e| (e.place.0.0, e.place.1.0, e.found.read)).collect();
         let twice = Seen { count: 2, differs: true };
         assert_eq!(found, [(1, 101, Seen::default()), (1, 105, twice)]);
     }

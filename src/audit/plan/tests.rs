@@ -131,6 +131,24 @@ fn a_share_of_what_is_passed_is_chosen_and_nothing_of_before_this_process_came()
 }
 
 #[test]
+fn about_the_share_is_chosen_whatever_the_size_of_the_steps() {
+    for (share, step) in [(0.001, 7), (0.001, 100_000), (0.01, 1), (0.3, 11)] {
+        let mut t = Timeline::new(share);
+        t.passed(&[(3, 0)]);
+        let (steps, mut chosen) = (300_000 / step, 0);
+        for at in 1..=steps {
+            t.passed(&[(3, at * step * BLOCK)]);
+            t.plan.shares.values_mut().for_each(|share| chosen += share.waiting.drain(..).count());
+            t.plan.ranges = 0;
+        }
+        let expected = share * (steps * step) as f64;
+        // Six standard deviations.
+        let slack = 6.0 * (expected * (1.0 - share)).sqrt();
+        assert!((chosen as f64 - expected).abs() < slack, "{share}: {chosen} of {expected}");
+    }
+}
+
+#[test]
 fn what_cannot_be_read_is_tried_again_by_itself_and_dropped_in_the_end() {
     let mut t = Timeline::new(0.0);
     t.begun(3, 0, 0);
