@@ -158,7 +158,7 @@ async fn start(
     tracer: Option<&Arc<BatchTracer>>,
 ) -> Result<Running, RunError> {
     let kafka = &settings.kafka;
-    let endpoint = settings.postgres.url.endpoint();
+    let endpoint = &settings.postgres.url;
     for dependency in ["database", "broker"] {
         metrics::breaker_at_start(dependency, false);
     }
@@ -177,7 +177,7 @@ async fn start(
     let found = broker_ready(&group, status).await?;
     let identity = Identity { topic_id: found.topic_id, database_id };
     bind(settings, options, endpoint, &found, status).await?;
-    let housekeeping = settings.postgres.housekeeping_url.endpoint().clone();
+    let housekeeping = settings.postgres.housekeeping_url.clone();
     // Before the first row, so that no row goes to a default partition because its month is missing.
     let mut keeper = MonthsKeeper::default();
     let kept = settings.retention.payment_months;
@@ -215,7 +215,7 @@ async fn start(
             identity: identity.clone(),
             mode: Mode { publishes: kafka.publish, adopts_database: options.adopt_database },
             batch_payments_max: settings.batch.max_payments,
-            batch_bytes_max: settings.batch.max_bytes.bytes(),
+            batch_bytes_max: settings.batch.max_bytes,
             linger: settings.batch.linger,
             tracer: tracer.cloned(),
         };
@@ -440,7 +440,7 @@ impl Running {
             () = unassigned::watch(&self.group, &membership) => Ok(()),
             () = watch_ends(&self.group, &self.status) => Ok(()),
             () = watch_retention(&self.group) => Ok(()),
-            () = watch_database(settings.postgres.url.endpoint(), &self.status) => Ok(()),
+            () = watch_database(&settings.postgres.url, &self.status) => Ok(()),
             () = schedule::run(settings) => Ok(()),
             caught_up = catch_up(&self.group, &self.status, self.found.partitions, options) => caught_up,
         };

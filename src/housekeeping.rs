@@ -169,13 +169,8 @@ impl PassReport {
 /// one.
 pub async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, PartitionTime)>, CommandError> {
     let view = resolution::view(settings).await?;
-    let (client, _driver) = settings
-        .postgres
-        .url
-        .endpoint()
-        .connect()
-        .await
-        .map_err(|error| CommandError::failed(error.to_string()))?;
+    let (client, _driver) =
+        settings.postgres.url.connect().await.map_err(|error| CommandError::failed(error.to_string()))?;
     // The horizon of another cluster or group would be wrong for this database.
     binding::is_bound_to(&client, &settings.kafka.group_id, view.identity.topic_id, settings.kafka.publish)
         .await
@@ -248,7 +243,7 @@ pub async fn current_horizon(client: &Client, settings: &Settings) -> Result<Hor
 /// # Errors
 /// See [`PassError`]. Steps done until then stay done; the next pass continues from there.
 pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, PassError> {
-    let (mut client, _driver) = settings.postgres.housekeeping_url.endpoint().connect().await?;
+    let (mut client, _driver) = settings.postgres.housekeeping_url.connect().await?;
     crate::postgres::schema::check(&client).await?;
     let began = (Instant::now(), SystemTime::now());
     let locked: bool = client

@@ -165,7 +165,7 @@ impl<'a> Comparison<'a> {
         view: &View,
     ) -> Result<Self, CommandError> {
         let kafka = &settings.kafka;
-        let database = Database::open(runtime, settings.postgres.url.endpoint())?;
+        let database = Database::open(runtime, &settings.postgres.url)?;
         let bound =
             binding::is_bound_to(database.client(), &kafka.group_id, view.identity.topic_id, kafka.publish);
         runtime.block_on(bound).map_err(|error| match error {
@@ -216,7 +216,7 @@ impl<'a> Comparison<'a> {
         Report::new(
             &kafka.input_topic,
             &kafka.group_id,
-            self.settings.postgres.url.endpoint().to_string(),
+            self.settings.postgres.url.to_string(),
             kafka.publish,
             self.wanted.limit,
         )

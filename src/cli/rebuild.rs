@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::output::print;
 use super::reconcile::{described, limit, progress_bar};
-use crate::config::{PostgresUrl, Settings};
+use crate::config::{Endpoint, Settings};
 use crate::error::CommandError;
 use crate::rebuild::{Comparison, Wanted, rebuild as run};
 use crate::reconcile::Progress;
@@ -58,7 +58,7 @@ pub fn rebuild(settings: &Settings, args: &RebuildArgs) -> Result<(), CommandErr
             return Err(CommandError::usage(format!("--into URL, or {INTO_VARIABLE}, must be given")));
         }
     };
-    let into = PostgresUrl::parse(&into).map_err(|error| CommandError::usage(format!("--into: {error}")))?;
+    let into = Endpoint::parse(&into).map_err(|error| CommandError::usage(format!("--into: {error}")))?;
     let wanted = Wanted { into, is_compare_only: args.compare_only, limit: args.limit };
     let runtime = super::large_runtime()?;
     let bar = progress_bar();

@@ -1,215 +1,329 @@
-//! The layers that settings come from, each checked for unknown names before they are merged.
+//! The layers that settings come from: the defaults, the settings file, the environment.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::Path;
 
-use config::{File, FileFormat, Map, Source, Value, ValueKind};
+use serde_json::Value;
 
-use super::origin::Origin;
-use super::problem::Problem;
-use super::schema;
-use super::tree::{insert, table};
+use super::origin::{Effective, Origin};
+use super::properties::{KafkaProperties, Refusal, is_secret};
+use super::sections::Settings;
 
-/// What every environment variable of ours begins with. Two underscores, so that the variables
-/// which container platforms make up for a service of this name are not mistaken for settings.
-pub(super) const PREFIX: &str = "PAYMENT_WRITER__";
+/// The shipped settings file sets every setting to its default, except two that have none of their own.
+const SHIPPED: &str = include_str!("../../config/payment-writer.toml");
+/// By default the same as [`URL`].
+const HOUSEKEEPING_URL: &str = "postgres.housekeeping_url";
+const URL: &str = "postgres.url";
+/// The only table whose names are not settings.
+const PROPERTIES: &str = "kafka.properties";
+/// Prefix of environment variables. Container platforms set variables such as `PAYMENT_WRITER_SERVICE_HOST`
+/// for a service of this name; the second underscore tells them from settings.
+const PREFIX: &str = "PAYMENT_WRITER__";
+/// Shown instead of a secret.
+pub(super) const HIDDEN: &str = "***";
 
-/// One layer, ready for the `config` crate's builder.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Layer {
-    pub(super) values: Map<String, Value>,
+/// Values by layer, merged, with everything that is wrong with them.
+pub(super) struct Layers {
+    defaults: Vec<Effective>,
+    /// In the order of the shipped file.
+    settings: Vec<Effective>,
+    /// librdkafka's properties by name.
+    properties: BTreeMap<String, Effective>,
+    pub(super) problems: Vec<String>,
 }
 
-impl Source for Layer {
-    fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
-        Box::new(self.clone())
-    }
-
-    fn collect(&self) -> Result<Map<String, Value>, config::ConfigError> {
-        Ok(self.values.clone())
-    }
-}
-
-fn insert_property(root: &mut Map<String, Value>, name: String, value: Value) {
-    table(table(root, "kafka"), "properties").insert(name, value);
-}
-
-/// Reads the text of a settings file.
-pub(super) fn file(path: &Path, text: &str, problems: &mut Vec<Problem>) -> Layer {
-    let parsed = match File::from_str(text, FileFormat::Toml).collect() {
-        Ok(parsed) => parsed,
-        Err(error) => {
-            problems.push(not_toml(path, text, &error));
-            return Layer::default();
+impl Layers {
+    pub(super) fn defaults() -> Self {
+        let defaults = |(key, value)| Effective { key, value, origin: Origin::Default };
+        let mut defaults: Vec<_> =
+            flattened(SHIPPED.parse().unwrap_or_default()).into_iter().map(defaults).collect();
+        let host_name = Value::from(gethostname::gethostname().to_string_lossy());
+        for (before, key, value) in
+            [("kafka.group_id", "kafka.instance_id", host_name), (URL, HOUSEKEEPING_URL, Value::Null)]
+        {
+            let at = defaults.iter().position(|setting| setting.key == before).map_or(0, |at| at + 1);
+            defaults.insert(at, Effective { key: key.to_owned(), value, origin: Origin::Default });
         }
-    };
-    let origin = Origin::File(path.to_path_buf());
-    let mut walk = Walk { origin: &origin, layer: Layer::default(), problems };
-    for (name, value) in sorted(parsed) {
-        match value.kind {
-            ValueKind::Table(table) if schema::is_section(&name) => walk.section(&name, table),
-            kind => walk.setting(&name, kind),
+        Self { settings: defaults.clone(), defaults, properties: BTreeMap::new(), problems: Vec::new() }
+    }
+
+    pub(super) fn add_file(&mut self, path: &Path, text: &str) {
+        match text.parse() {
+            Ok(table) => {
+                for (key, value) in flattened(table) {
+                    self.set(&key, value, Origin::File(path.to_path_buf()));
+                }
+            }
+            Err(error) => self.problems.push(not_toml(path, text, &error)),
         }
     }
-    walk.layer
-}
 
-/// The parser's own rendering shows the line, and with it a password; its message does not.
-fn not_toml(path: &Path, text: &str, error: &config::ConfigError) -> Problem {
-    let cause = match error {
-        config::ConfigError::FileParse { cause, .. } => cause.downcast_ref::<toml::de::Error>(),
-        _ => None,
-    };
-    let line = cause.and_then(toml::de::Error::span).and_then(|span| {
-        let before = text.get(..span.start)?;
-        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-        let column = before.get(line_start..)?.chars().count() + 1;
-        Some((before.matches('\n').count() + 1, column))
-    });
-    let reason = cause.map_or("a value is out of range", toml::de::Error::message).replace('\n', ", ");
-    Problem::NotToml { path: path.to_path_buf(), line, reason }
-}
-
-struct Walk<'a> {
-    origin: &'a Origin,
-    layer: Layer,
-    problems: &'a mut Vec<Problem>,
-}
-
-impl Walk<'_> {
-    fn section(&mut self, section: &str, table: Map<String, Value>) {
-        for (name, value) in sorted(table) {
-            let key = format!("{section}.{name}");
-            if key == schema::PROPERTIES {
-                self.properties(value.kind);
-            } else {
-                self.setting(&key, value.kind);
+    /// Reads the variables that begin with [`PREFIX`]: `__` separates the parts of a name, and `_` in the name
+    /// of a librdkafka property stands for a dot.
+    pub(super) fn add_environment(&mut self, variables: impl IntoIterator<Item = (OsString, OsString)>) {
+        let variables: BTreeMap<String, OsString> =
+            variables.into_iter().filter_map(|(name, text)| Some((name.into_string().ok()?, text))).collect();
+        let mut seen = BTreeMap::new();
+        for (variable, text) in variables {
+            let Some(name) = variable.strip_prefix(PREFIX) else { continue };
+            let mut key = name.to_ascii_lowercase().replace("__", ".");
+            if let Some(property) = key.strip_prefix("kafka.properties.") {
+                key = format!("{PROPERTIES}.{}", property.replace('_', "."));
+            }
+            if let Some(first) = seen.insert(key.clone(), variable.clone()) {
+                self.problems.push(format!(
+                    "setting {key} is given by two environment variables, {first} and {variable}"
+                ));
+                continue;
+            }
+            let origin = Origin::Environment(variable);
+            match text.into_string() {
+                Ok(text) => {
+                    let default = self.defaults.iter().find(|setting| setting.key == key);
+                    let value = typed(text, default.map_or(&Value::Null, |setting| &setting.value));
+                    self.set(&key, value, origin);
+                }
+                Err(_) => self.problems.push(format!("{key} ({origin}) must be valid UTF-8")),
             }
         }
     }
 
-    fn setting(&mut self, key: &str, kind: ValueKind) {
-        if schema::find(key).is_some() {
-            let value = Value::new(self.origin.tag().as_ref(), retag(kind, self.origin));
-            insert(&mut self.layer.values, key, value);
-        } else if schema::is_section(key) {
-            self.problems.push(Problem::Invalid {
-                key: key.to_owned(),
-                value: None,
-                origin: self.origin.clone(),
-                rule: "must be a table of settings".to_owned(),
-            });
+    fn set(&mut self, key: &str, value: Value, origin: Origin) {
+        if let Some(name) = key.strip_prefix("kafka.properties.") {
+            let setting = Effective { key: property_key(name), value, origin };
+            self.properties.insert(name.to_owned(), setting);
+            return;
+        }
+        let setting = self.settings.iter_mut().find(|setting| setting.key == key && key != PROPERTIES);
+        if let Some(setting) = setting {
+            (setting.value, setting.origin) = (value, origin);
+        } else if self.is_table(key) {
+            match &origin {
+                Origin::Environment(variable) => self.problems.push(format!(
+                    "{key} ({origin}) is a table: its settings must be given one by one, as {variable}__NAME"
+                )),
+                _ if value.is_object() => {}
+                _ => self.problems.push(format!("{key} ({origin}) must be a table")),
+            }
         } else {
-            self.problems.push(Problem::Unknown {
-                name: key.to_owned(),
-                origin: self.origin.clone(),
-                nearest: schema::nearest(key).to_owned(),
-            });
+            let (name, nearest) = match &origin {
+                Origin::Environment(variable) => (variable.clone(), variable_of(self.nearest(key))),
+                _ => (key.to_owned(), self.nearest(key).to_owned()),
+            };
+            self.problems.push(unknown(&name, &origin, &nearest));
         }
     }
 
-    fn properties(&mut self, kind: ValueKind) {
-        match kind {
-            ValueKind::Table(table) => self.property_table("", table),
-            _ => self.problems.push(Problem::Invalid {
-                key: schema::PROPERTIES.to_owned(),
-                value: None,
-                origin: self.origin.clone(),
-                rule: "must be a table of librdkafka properties".to_owned(),
-            }),
-        }
+    fn is_table(&self, key: &str) -> bool {
+        let is_inside = |name: &str| name.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
+        key == PROPERTIES || self.settings.iter().any(|setting| is_inside(&setting.key))
     }
 
-    /// `security.protocol = "SSL"` without quotes is a table within a table for TOML, and means
-    /// the same as with quotes.
-    fn property_table(&mut self, prefix: &str, table: Map<String, Value>) {
-        for (name, value) in sorted(table) {
-            let name = format!("{prefix}{name}");
-            match value.kind {
-                ValueKind::Table(inner) => self.property_table(&format!("{name}."), inner),
-                kind => {
-                    let value = Value::new(self.origin.tag().as_ref(), kind);
-                    insert_property(&mut self.layer.values, name, value);
+    /// The known setting most similar to `key`. The right name in the wrong section counts nearly as much as a
+    /// misspelled one.
+    fn nearest(&self, key: &str) -> &str {
+        let name = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
+        let similarity = |known: &str| {
+            strsim::jaro_winkler(known, key).max(strsim::jaro_winkler(&name(known), &name(key)) - 0.05)
+        };
+        let known = self.settings.iter().map(|setting| setting.key.as_str());
+        known.max_by(|a, b| similarity(a).total_cmp(&similarity(b))).unwrap_or_default()
+    }
+
+    /// The typed settings, if the value of each is allowed.
+    pub(super) fn settings(&mut self) -> Option<Settings> {
+        let mut failed = BTreeSet::new();
+        let mut settings: Settings = loop {
+            let error = match serde_path_to_error::deserialize(self.tree()) {
+                Ok(settings) => break settings,
+                Err(error) => error,
+            };
+            let key = error.path().to_string();
+            if !failed.insert(key.clone()) {
+                // The default is not allowed either: a host name that cannot be an instance id.
+                return None;
+            }
+            self.refuse(&key, &error.inner().to_string());
+            // Continue with the default, to find what is wrong with other settings.
+            for (setting, default) in self.settings.iter_mut().zip(&self.defaults) {
+                if setting.key == key {
+                    setting.clone_from(default);
+                }
+            }
+        };
+        for (name, property) in &self.properties {
+            let shown = if is_secret(name) { HIDDEN.to_owned() } else { echo(&property.value) };
+            let Effective { key, origin, .. } = property;
+            match settings.kafka.properties.add(name, &property.value) {
+                Ok(()) => {}
+                Err(Refusal::Unknown) => {
+                    let nearest = property_key(KafkaProperties::nearest(name));
+                    self.problems.push(unknown(key, origin, &nearest));
+                }
+                Err(Refusal::Rule(rule)) => {
+                    self.problems.push(format!("{key} = {shown} ({origin}) {rule}"));
                 }
             }
         }
-    }
-}
-
-fn sorted(table: Map<String, Value>) -> BTreeMap<String, Value> {
-    table.into_iter().collect()
-}
-
-fn retag(kind: ValueKind, origin: &Origin) -> ValueKind {
-    match kind {
-        ValueKind::Array(items) => ValueKind::Array(
-            items.into_iter().map(|item| Value::new(origin.tag().as_ref(), item.kind)).collect(),
-        ),
-        other => other,
-    }
-}
-
-/// Reads the variables that begin with [`PREFIX`]: `__` stands between the parts of a name, and
-/// `_` in the name of a librdkafka property stands for its dots.
-pub(super) fn environment(
-    variables: impl IntoIterator<Item = (OsString, OsString)>,
-    problems: &mut Vec<Problem>,
-) -> Layer {
-    let mut layer = Layer::default();
-    let mut seen: BTreeMap<String, String> = BTreeMap::new();
-    let ours: BTreeMap<String, OsString> = variables
-        .into_iter()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
-        .filter(|(name, _)| name.starts_with(PREFIX))
-        .collect();
-    for (variable, value) in ours {
-        let parts = variable.strip_prefix(PREFIX).unwrap_or_default().to_ascii_lowercase();
-        let key = parts.replace("__", ".");
-        let origin = Origin::Environment(variable.clone());
-        let property = key.strip_prefix("kafka.properties.").map(|name| name.replace('_', "."));
-        if property.is_none() && schema::find(&key).is_none_or(|spec| spec.key == schema::PROPERTIES) {
-            problems.push(unknown_variable(&key, variable, origin));
-            continue;
+        for (keys, rule) in settings.conflicts() {
+            if let Some(key) = keys.first().filter(|_| !keys.iter().any(|key| failed.contains(*key))) {
+                self.refuse(key, &rule);
+            }
         }
-        let canonical = property.as_ref().map_or_else(|| key.clone(), |name| property_key(name));
-        if let Some(first) = seen.insert(canonical.clone(), variable.clone()) {
-            problems.push(Problem::Twice { key: canonical, first, second: variable });
-            continue;
+        Some(settings)
+    }
+
+    /// The settings as nested tables.
+    fn tree(&self) -> Value {
+        let url = self.settings.iter().find(|setting| setting.key == URL).map(|setting| &setting.value);
+        let mut root = Value::Null;
+        for Effective { key, value, .. } in self.settings.iter().filter(|setting| setting.key != PROPERTIES) {
+            let value = url.filter(|_| value.is_null()).unwrap_or(value).clone();
+            match key.split_once('.') {
+                Some((section, name)) => root[section][name] = value,
+                None => root[key] = value,
+            }
         }
-        let Ok(text) = value.into_string() else {
-            let rule = "must be valid UTF-8".to_owned();
-            problems.push(Problem::Invalid { key: canonical, value: None, origin, rule });
-            continue;
+        root
+    }
+
+    fn refuse(&mut self, key: &str, rule: &str) {
+        let Some(setting) = self.settings.iter().find(|setting| setting.key == key) else {
+            self.problems.push(format!("{key}: {rule}"));
+            return;
         };
-        let value = Value::new(origin.tag().as_ref(), text);
-        match property {
-            Some(name) => insert_property(&mut layer.values, name, value),
-            None => insert(&mut layer.values, &key, value),
+        let shown = if is_url(key) { "(hidden)".to_owned() } else { echo(&setting.value) };
+        self.problems.push(format!("{key} = {shown} ({}) {rule}", setting.origin));
+    }
+
+    /// Every value with its origin, without secrets.
+    pub(super) fn effective(self, settings: &Settings) -> Vec<Effective> {
+        let mut effective = self.settings;
+        for setting in &mut effective {
+            match setting.key.as_str() {
+                URL => setting.value = format!("postgres://{}", settings.postgres.url).into(),
+                HOUSEKEEPING_URL => {
+                    setting.value = format!("postgres://{}", settings.postgres.housekeeping_url).into();
+                }
+                _ => {}
+            }
+        }
+        if let Some(at) = effective.iter().position(|setting| setting.key == PROPERTIES)
+            && !self.properties.is_empty()
+        {
+            let properties = self.properties.into_iter().map(|(name, mut property)| {
+                if is_secret(&name) {
+                    property.value = HIDDEN.into();
+                }
+                property
+            });
+            effective.splice(at..=at, properties);
+        }
+        effective
+    }
+}
+
+/// Whether the setting is a Postgres URL, which may have a password.
+fn is_url(key: &str) -> bool {
+    [URL, HOUSEKEEPING_URL].contains(&key)
+}
+
+/// Dotted names and values. For a librdkafka property, which has dots in its name, it does not matter whether the
+/// name is quoted in TOML. An empty table is kept as a value, so that its name is checked.
+fn flattened(table: toml::Table) -> Vec<(String, Value)> {
+    let mut settings = Vec::new();
+    for (name, value) in table {
+        match value {
+            toml::Value::Table(inner) if !inner.is_empty() => settings
+                .extend(flattened(inner).into_iter().map(|(key, value)| (format!("{name}.{key}"), value))),
+            value => settings.push((name, serde_json::to_value(value).unwrap_or_default())),
         }
     }
-    layer
+    settings
 }
 
-/// The full name of a librdkafka property among the settings.
-pub(super) fn property_key(name: &str) -> String {
-    format!("{}.\"{name}\"", schema::PROPERTIES)
+/// A text from the environment in the type of the setting's default, or unchanged if it does not have that type.
+fn typed(text: String, default: &Value) -> Value {
+    let bare = text.trim();
+    let value = match default {
+        Value::Bool(_) => bare.parse::<bool>().map(Value::from).ok(),
+        Value::Number(number) if number.is_i64() => bare.parse::<i64>().map(Value::from).ok(),
+        Value::Number(_) => bare.parse().ok().and_then(serde_json::Number::from_f64).map(Value::from),
+        Value::Array(items) => match items.first() {
+            Some(first) => {
+                let items = bare.split(',').map(str::trim).filter(|item| !item.is_empty());
+                Some(items.map(|item| typed(item.to_owned(), first)).collect())
+            }
+            // A command: its arguments may contain commas.
+            None if bare.starts_with('[') => serde_json::from_str(bare).ok(),
+            None => Some(Some(bare).filter(|program| !program.is_empty()).into_iter().collect()),
+        },
+        _ => None,
+    };
+    value.unwrap_or(Value::String(text))
 }
 
-fn unknown_variable(key: &str, variable: String, origin: Origin) -> Problem {
-    if key == schema::PROPERTIES || schema::is_section(key) {
-        return Problem::Invalid {
-            key: key.to_owned(),
-            value: None,
-            origin,
-            rule: format!("must be given one by one, as {variable}__NAME"),
-        };
-    }
-    let nearest = schema::nearest(key);
-    Problem::Unknown { name: variable, origin, nearest: variable_of(nearest) }
+/// The parser's full message quotes the line, and with it possibly a password; its short one does not.
+fn not_toml(path: &Path, text: &str, error: &toml::de::Error) -> String {
+    let before = error.span().and_then(|span| text.get(..span.start));
+    let place = before.map_or_else(String::new, |before| {
+        let line = before.rsplit('\n').next().unwrap_or_default();
+        format!(" at line {}, column {}", before.matches('\n').count() + 1, line.chars().count() + 1)
+    });
+    let reason = error.message().replace('\n', ", ");
+    format!("settings file {} is not valid TOML{place}: {reason}", path.display())
+}
+
+fn unknown(name: &str, origin: &Origin, nearest: &str) -> String {
+    let place = match origin {
+        // The name of the variable was given already.
+        Origin::Environment(_) => "in the environment".to_owned(),
+        origin => format!("({origin})"),
+    };
+    format!("unknown setting {name} {place}; the nearest known one is {nearest}")
+}
+
+/// The full name of a librdkafka property.
+fn property_key(name: &str) -> String {
+    format!("{PROPERTIES}.\"{name}\"")
 }
 
 /// The environment variable of a setting.
-pub(super) fn variable_of(key: &str) -> String {
+fn variable_of(key: &str) -> String {
     format!("{PREFIX}{}", key.replace('.', "__").to_ascii_uppercase())
+}
+
+/// A value in an error, at most 80 characters.
+fn echo(value: &Value) -> String {
+    const CHARS_MAX: usize = 80;
+    let text = value.to_string();
+    if text.chars().count() <= CHARS_MAX {
+        return text;
+    }
+    text.chars().take(CHARS_MAX).chain(['…']).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_setting_is_the_one_that_was_meant() {
+        for (written, meant) in [
+            ("kafka.groupid", "kafka.group_id"),
+            ("kafka.bootstrap.servers", "kafka.bootstrap_servers"),
+            ("kafak.group_id", "kafka.group_id"),
+            ("lane", "lanes"),
+            ("batch.max_payment", "batch.max_payments"),
+            ("max_payments", "batch.max_payments"),
+            ("kafka.lanes", "lanes"),
+            ("postgres.uri", "postgres.url"),
+            ("log.fromat", "log.format"),
+            ("idempotency.windows", "idempotency.window"),
+            ("admin.port", "admin.listen"),
+        ] {
+            assert_eq!(Layers::defaults().nearest(written), meant, "{written}");
+        }
+    }
 }

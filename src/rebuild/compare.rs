@@ -114,8 +114,8 @@ pub(super) fn compare(
     progress: &Progress,
 ) -> Result<Comparison, CommandError> {
     progress.say("comparing");
-    let first = Database::open(runtime, settings.postgres.url.endpoint())?;
-    let second = Database::open(runtime, rebuilding.postgres.url.endpoint())?;
+    let first = Database::open(runtime, &settings.postgres.url)?;
+    let second = Database::open(runtime, &rebuilding.postgres.url)?;
     let topic_id = view.identity.topic_id;
     let ranges = runtime.block_on(async {
         Ok::<_, CommandError>(ranges(
@@ -125,7 +125,7 @@ pub(super) fn compare(
         ))
     })?;
     let mut comparison = Comparison {
-        into: rebuilding.postgres.url.endpoint().to_string(),
+        into: rebuilding.postgres.url.to_string(),
         group_id: rebuilding.kafka.group_id.clone(),
         compared: ranges.iter().map(|r| (r.partition, r.from, r.to)).collect(),
         equal: 0,
