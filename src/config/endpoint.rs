@@ -251,6 +251,8 @@ mod tests {
             "postgres://writer:s3cret@db/payments?sslmode=maybe",
             "postgres://writer:s3cret@db/payments?connect_timeout=s3cret",
             "host=db password=s3cret",
+            "postgres://writer:w@:x:s3cret/",
+            "s3cret",
         ] {
             let text = refusal(url);
             assert!(!text.contains("s3cret"), "{url}: {text}");

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::origin::{Effective, Origin};
-use super::properties::{KafkaProperties, Refusal, is_secret};
+use super::properties::is_secret;
 use super::sections::Settings;
 
 /// The shipped settings file sets every setting to its default, except two that have none of their own.
@@ -35,15 +35,15 @@ pub(super) struct Layers {
 
 impl Layers {
     pub(super) fn defaults() -> Self {
-        let defaults = |(key, value)| Effective { key, value, origin: Origin::Default };
-        let mut defaults: Vec<_> =
-            flattened(SHIPPED.parse().unwrap_or_default()).into_iter().map(defaults).collect();
+        let with_origin = |(key, value)| Effective { key, value, origin: Origin::Default };
+        let shipped = flattened(SHIPPED.parse().unwrap_or_default());
+        let mut defaults: Vec<Effective> = shipped.into_iter().map(with_origin).collect();
         let host_name = Value::from(gethostname::gethostname().to_string_lossy());
         for (before, key, value) in
             [("kafka.group_id", "kafka.instance_id", host_name), (URL, HOUSEKEEPING_URL, Value::Null)]
         {
             let at = defaults.iter().position(|setting| setting.key == before).map_or(0, |at| at + 1);
-            defaults.insert(at, Effective { key: key.to_owned(), value, origin: Origin::Default });
+            defaults.insert(at, with_origin((key.to_owned(), value)));
         }
         Self { settings: defaults.clone(), defaults, properties: BTreeMap::new(), problems: Vec::new() }
     }
@@ -80,9 +80,8 @@ impl Layers {
             let origin = Origin::Environment(variable);
             match text.into_string() {
                 Ok(text) => {
-                    let default = self.defaults.iter().find(|setting| setting.key == key);
-                    let value = typed(text, default.map_or(&Value::Null, |setting| &setting.value));
-                    self.set(&key, value, origin);
+                    let default = find(&self.defaults, &key).map(|setting| &setting.value);
+                    self.set(&key, typed(text, default), origin);
                 }
                 Err(_) => self.problems.push(format!("{key} ({origin}) must be valid UTF-8")),
             }
@@ -91,27 +90,26 @@ impl Layers {
 
     fn set(&mut self, key: &str, value: Value, origin: Origin) {
         if let Some(name) = key.strip_prefix("kafka.properties.") {
-            let setting = Effective { key: property_key(name), value, origin };
-            self.properties.insert(name.to_owned(), setting);
-            return;
-        }
-        let setting = self.settings.iter_mut().find(|setting| setting.key == key && key != PROPERTIES);
-        if let Some(setting) = setting {
-            (setting.value, setting.origin) = (value, origin);
+            let property = Effective { key: property_key(name), value, origin };
+            self.properties.insert(name.to_owned(), property);
         } else if self.is_table(key) {
-            match &origin {
-                Origin::Environment(variable) => self.problems.push(format!(
-                    "{key} ({origin}) is a table: its settings must be given one by one, as {variable}__NAME"
-                )),
-                _ if value.is_object() => {}
-                _ => self.problems.push(format!("{key} ({origin}) must be a table")),
-            }
-        } else {
-            let (name, nearest) = match &origin {
-                Origin::Environment(variable) => (variable.clone(), variable_of(self.nearest(key))),
-                _ => (key.to_owned(), self.nearest(key).to_owned()),
+            let rule = match &origin {
+                Origin::Environment(variable) => format!("must be given one by one, as {variable}__NAME"),
+                _ if value.is_object() => return,
+                _ => "must be a table".to_owned(),
             };
-            self.problems.push(unknown(&name, &origin, &nearest));
+            self.problems.push(format!("{key} ({origin}) {rule}"));
+        } else if let Some(setting) = self.settings.iter_mut().find(|setting| setting.key == key) {
+            *setting = Effective { key: key.to_owned(), value, origin };
+        } else {
+            let nearest = self.nearest(key);
+            let (name, place, nearest) = match &origin {
+                Origin::Environment(variable) => {
+                    (variable.as_str(), "in the environment".to_owned(), variable_of(nearest))
+                }
+                _ => (key, format!("({origin})"), nearest.to_owned()),
+            };
+            self.problems.push(format!("unknown setting {name} {place}; the nearest known one is {nearest}"));
         }
     }
 
@@ -139,13 +137,16 @@ impl Layers {
                 Ok(settings) => break settings,
                 Err(error) => error,
             };
-            let key = error.path().to_string();
+            let mut key = error.path().to_string();
+            if key == HOUSEKEEPING_URL && self.is_default(HOUSEKEEPING_URL) {
+                key = URL.to_owned();
+            }
             if !failed.insert(key.clone()) {
                 // The default is not allowed either: a host name that cannot be an instance id.
                 return None;
             }
             self.refuse(&key, &error.inner().to_string());
-            // Continue with the default, to find what is wrong with other settings.
+            // The default takes its place, so that the settings after it are checked too.
             for (setting, default) in self.settings.iter_mut().zip(&self.defaults) {
                 if setting.key == key {
                     setting.clone_from(default);
@@ -153,17 +154,9 @@ impl Layers {
             }
         };
         for (name, property) in &self.properties {
-            let shown = if is_secret(name) { HIDDEN.to_owned() } else { echo(&property.value) };
-            let Effective { key, origin, .. } = property;
-            match settings.kafka.properties.add(name, &property.value) {
-                Ok(()) => {}
-                Err(Refusal::Unknown) => {
-                    let nearest = property_key(KafkaProperties::nearest(name));
-                    self.problems.push(unknown(key, origin, &nearest));
-                }
-                Err(Refusal::Rule(rule)) => {
-                    self.problems.push(format!("{key} = {shown} ({origin}) {rule}"));
-                }
+            let Effective { key, value, origin } = property;
+            if let Err(rule) = settings.kafka.properties.add(name, value) {
+                self.problems.push(format!("{key} ({origin}) {rule}"));
             }
         }
         for (keys, rule) in settings.conflicts() {
@@ -176,61 +169,61 @@ impl Layers {
 
     /// The settings as nested tables.
     fn tree(&self) -> Value {
-        let url = self.settings.iter().find(|setting| setting.key == URL).map(|setting| &setting.value);
         let mut root = Value::Null;
         for Effective { key, value, .. } in self.settings.iter().filter(|setting| setting.key != PROPERTIES) {
-            let value = url.filter(|_| value.is_null()).unwrap_or(value).clone();
             match key.split_once('.') {
-                Some((section, name)) => root[section][name] = value,
-                None => root[key] = value,
+                Some((section, name)) => root[section][name] = value.clone(),
+                None => root[key] = value.clone(),
             }
+        }
+        if self.is_default(HOUSEKEEPING_URL) {
+            root["postgres"]["housekeeping_url"] = root["postgres"]["url"].clone();
         }
         root
     }
 
+    fn is_default(&self, key: &str) -> bool {
+        find(&self.settings, key).is_some_and(|setting| setting.origin == Origin::Default)
+    }
+
     fn refuse(&mut self, key: &str, rule: &str) {
-        let Some(setting) = self.settings.iter().find(|setting| setting.key == key) else {
-            self.problems.push(format!("{key}: {rule}"));
-            return;
+        let setting = find(&self.settings, key);
+        let shown = match setting {
+            // A URL may contain a password.
+            Some(setting) if ![URL, HOUSEKEEPING_URL].contains(&key) => echo(&setting.value),
+            _ => "(hidden)".to_owned(),
         };
-        let shown = if is_url(key) { "(hidden)".to_owned() } else { echo(&setting.value) };
-        self.problems.push(format!("{key} = {shown} ({}) {rule}", setting.origin));
+        let origin = setting.map_or(&Origin::Default, |setting| &setting.origin);
+        self.problems.push(format!("{key} = {shown} ({origin}) {rule}"));
     }
 
     /// Every value with its origin, without secrets.
-    pub(super) fn effective(self, settings: &Settings) -> Vec<Effective> {
-        let mut effective = self.settings;
-        for setting in &mut effective {
-            match setting.key.as_str() {
-                URL => setting.value = format!("postgres://{}", settings.postgres.url).into(),
-                HOUSEKEEPING_URL => {
-                    setting.value = format!("postgres://{}", settings.postgres.housekeeping_url).into();
-                }
-                _ => {}
-            }
+    pub(super) fn effective(mut self, settings: &Settings) -> Vec<Effective> {
+        for setting in &mut self.settings {
+            let url = match setting.key.as_str() {
+                URL => &settings.postgres.url,
+                HOUSEKEEPING_URL => &settings.postgres.housekeeping_url,
+                _ => continue,
+            };
+            setting.value = format!("postgres://{url}").into();
         }
-        if let Some(at) = effective.iter().position(|setting| setting.key == PROPERTIES)
-            && !self.properties.is_empty()
-        {
-            let properties = self.properties.into_iter().map(|(name, mut property)| {
-                if is_secret(&name) {
-                    property.value = HIDDEN.into();
-                }
-                property
-            });
-            effective.splice(at..=at, properties);
+        for (_, property) in self.properties.iter_mut().filter(|(name, _)| is_secret(name)) {
+            property.value = HIDDEN.into();
         }
-        effective
+        let table = self.settings.iter().position(|setting| setting.key == PROPERTIES);
+        if let Some(at) = table.filter(|_| !self.properties.is_empty()) {
+            self.settings.splice(at..=at, self.properties.into_values());
+        }
+        self.settings
     }
 }
 
-/// Whether the setting is a Postgres URL, which may have a password.
-fn is_url(key: &str) -> bool {
-    [URL, HOUSEKEEPING_URL].contains(&key)
+fn find<'a>(settings: &'a [Effective], key: &str) -> Option<&'a Effective> {
+    settings.iter().find(|setting| setting.key == key)
 }
 
-/// Dotted names and values. For a librdkafka property, which has dots in its name, it does not matter whether the
-/// name is quoted in TOML. An empty table is kept as a value, so that its name is checked.
+/// Dotted names and values. Whether the dotted name of a librdkafka property is quoted in TOML makes no
+/// difference. An empty table is kept as a value, so that its name is checked.
 fn flattened(table: toml::Table) -> Vec<(String, Value)> {
     let mut settings = Vec::new();
     for (name, value) in table {
@@ -244,14 +237,14 @@ fn flattened(table: toml::Table) -> Vec<(String, Value)> {
 }
 
 /// A text from the environment in the type of the setting's default, or unchanged if it does not have that type.
-fn typed(text: String, default: &Value) -> Value {
+fn typed(text: String, default: Option<&Value>) -> Value {
     let bare = text.trim();
     let value = match default {
-        Value::Bool(_) => bare.parse::<bool>().map(Value::from).ok(),
-        Value::Number(number) if number.is_i64() => bare.parse::<i64>().map(Value::from).ok(),
-        Value::Number(_) => bare.parse().ok().and_then(serde_json::Number::from_f64).map(Value::from),
-        Value::Array(items) => match items.first() {
-            Some(first) => {
+        Some(Value::Bool(_)) => bare.parse::<bool>().map(Value::from).ok(),
+        Some(Value::Number(number)) if number.is_i64() => bare.parse::<i64>().map(Value::from).ok(),
+        Some(Value::Number(_)) => bare.parse().ok().and_then(serde_json::Number::from_f64).map(Value::from),
+        Some(Value::Array(items)) => match items.first() {
+            first @ Some(_) => {
                 let items = bare.split(',').map(str::trim).filter(|item| !item.is_empty());
                 Some(items.map(|item| typed(item.to_owned(), first)).collect())
             }
@@ -275,17 +268,8 @@ fn not_toml(path: &Path, text: &str, error: &toml::de::Error) -> String {
     format!("settings file {} is not valid TOML{place}: {reason}", path.display())
 }
 
-fn unknown(name: &str, origin: &Origin, nearest: &str) -> String {
-    let place = match origin {
-        // The name of the variable was given already.
-        Origin::Environment(_) => "in the environment".to_owned(),
-        origin => format!("({origin})"),
-    };
-    format!("unknown setting {name} {place}; the nearest known one is {nearest}")
-}
-
 /// The full name of a librdkafka property.
-fn property_key(name: &str) -> String {
+pub(super) fn property_key(name: &str) -> String {
     format!("{PROPERTIES}.\"{name}\"")
 }
 
