@@ -80,7 +80,7 @@ pub fn spawn(
         plan: Plan::new(settings.audit.share, rand::random()),
         suspects: Suspects::default(),
         input: Input::new(&settings.kafka, settings.rules()),
-        database: Database::new(settings.postgres.url.endpoint().clone(), topic_id)?,
+        database: Database::new(settings.postgres.url.clone(), topic_id)?,
         metrics: AuditMetrics::default(),
         used_at: Instant::now(),
         retry_at: Instant::now(),

@@ -203,7 +203,7 @@ fn large_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
 }
 
 fn duration(text: &str) -> Result<std::time::Duration, String> {
-    crate::config::duration::parse(text).ok_or_else(|| "a duration such as 500ms, 30s or 2m".to_owned())
+    humantime::parse_duration(text.trim()).map_err(|_| "a duration such as 500ms, 30s or 2m".to_owned())
 }
 
 #[cfg(test)]

@@ -3,40 +3,27 @@
 //! `PAYMENT_WRITER__KAFKA__GROUP_ID=x` overrides `group_id` of `[kafka]`. Every value is checked, unknown
 //! names are errors, and all errors are reported together.
 
-mod cron;
-pub mod duration;
 mod endpoint;
 mod layers;
 mod origin;
-mod postgres_url;
-mod problem;
 mod properties;
-mod reader;
-mod schema;
-mod secret;
 mod sections;
-mod size;
-mod tree;
+mod values;
 
 use std::env;
 use std::ffi::OsString;
+use std::fmt;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-pub use cron::CronSchedule;
 pub use endpoint::{Endpoint, EndpointError};
-pub use origin::Origin;
-pub use postgres_url::PostgresUrl;
-pub use problem::{ConfigError, Problem};
+pub use origin::{Effective, Origin};
 pub use properties::{KafkaProperties, TOKEN_PROPERTY};
-pub use reader::Effective;
-pub use secret::{HIDDEN, Secret};
 pub use sections::{
     AdminSettings, AuditSettings, BatchSettings, EmailSettings, IdempotencySettings, KafkaSettings,
     LogFormat, LogSettings, PaymentSettings, PostgresSettings, Settings, ShutdownSettings, TracingSettings,
-    log_filter,
 };
-pub use size::ByteSize;
+pub use values::{cron, log_filter};
 
 /// Settings file used by default; it may be absent.
 pub const DEFAULT_PATH: &str = "config/payment-writer.toml";
@@ -53,6 +40,24 @@ pub struct Loaded {
     pub effective: Vec<Effective>,
     /// The file that was read, if any.
     pub file: Option<PathBuf>,
+}
+
+/// The settings cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// Every problem that was found, at least one. Secrets are hidden.
+    pub problems: Vec<String>,
+}
+
+impl std::error::Error for ConfigError {}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.problems.as_slice() {
+            [one] => f.write_str(one),
+            many => write!(f, "{} problems in the settings:\n  - {}", many.len(), many.join("\n  - ")),
+        }
+    }
 }
 
 impl Settings {
@@ -73,45 +78,26 @@ impl Settings {
             let (_, path) = variables.iter().find(|(name, _)| name == PATH_VARIABLE)?;
             (!path.is_empty()).then(|| PathBuf::from(path))
         });
-        let mut problems = Vec::new();
-        let (file, layer) = match read(named.as_deref(), default_path) {
-            Ok(Some((path, text))) => {
-                let layer = layers::file(&path, &text, &mut problems);
-                (Some(path), layer)
+        let mut layers = layers::Layers::defaults();
+        let path = named.as_deref().unwrap_or(default_path);
+        let mut file = None;
+        match std::fs::read_to_string(path) {
+            Ok(text) => {
+                layers.add_file(path, &text);
+                file = Some(path.to_path_buf());
             }
-            Ok(None) => (None, layers::Layer::default()),
-            Err(problem) => {
-                problems.push(problem);
-                (None, layers::Layer::default())
+            Err(error) if error.kind() == ErrorKind::NotFound && named.is_none() => {}
+            Err(error) => {
+                layers.problems.push(format!("cannot read settings file {}: {error}", path.display()));
             }
-        };
-        let environment = layers::environment(variables, &mut problems);
-        let merged = config::Config::builder()
-            .add_source(layers::Layer { values: schema::defaults() })
-            .add_source(layer)
-            .add_source(environment)
-            .build();
-        let root = match merged {
-            Ok(merged) => merged.cache,
-            // Layers are in memory and cannot fail.
-            Err(_) => config::Value::default(),
-        };
-        let mut reader = reader::Reader::new(root, problems);
-        match Settings::read(&mut reader) {
-            Some(settings) if reader.problems.is_empty() => {
-                Ok(Loaded { settings, effective: reader.effective, file })
-            }
-            _ => Err(ConfigError { problems: reader.problems }),
         }
-    }
-}
-
-fn read(named: Option<&Path>, default_path: &Path) -> Result<Option<(PathBuf, String)>, Problem> {
-    let path = named.unwrap_or(default_path);
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some((path.to_path_buf(), text))),
-        Err(error) if error.kind() == ErrorKind::NotFound && named.is_none() => Ok(None),
-        Err(error) => Err(Problem::UnreadableFile { path: path.to_path_buf(), reason: error.to_string() }),
+        layers.add_environment(variables);
+        match layers.settings() {
+            Some(settings) if layers.problems.is_empty() => {
+                Ok(Loaded { effective: layers.effective(&settings), settings, file })
+            }
+            _ => Err(ConfigError { problems: layers.problems }),
+        }
     }
 }
 

@@ -131,7 +131,7 @@ impl<'d> Daemon<'d> {
     async fn start(self) -> Result<Running<'d>, RunError> {
         let Self { settings, options, status, tracer } = self;
         let kafka = &settings.kafka;
-        let endpoint = settings.postgres.url.endpoint();
+        let endpoint = &settings.postgres.url;
         for dependency in ["database", "broker"] {
             metrics::breaker_at_start(dependency, false);
         }
@@ -182,7 +182,7 @@ impl<'d> Daemon<'d> {
                 identity: identity.clone(),
                 mode: Mode { publishes: kafka.publish, adopts_database: options.adopt_database },
                 batch_payments_max: settings.batch.max_payments,
-                batch_bytes_max: settings.batch.max_bytes.bytes(),
+                batch_bytes_max: settings.batch.max_bytes,
                 linger: settings.batch.linger,
                 tracer: tracer.cloned(),
             };
@@ -238,7 +238,7 @@ impl Running<'_> {
             () = unassigned::watch(&self.group, &membership) => Ok(()),
             () = watchers::ends(&self.group, status) => Ok(()),
             () = watchers::retention(&self.group) => Ok(()),
-            () = watchers::database(settings.postgres.url.endpoint(), status) => Ok(()),
+            () = watchers::database(&settings.postgres.url, status) => Ok(()),
             () = schedule::run(settings) => Ok(()),
             () = self.months.run() => Ok(()),
             caught_up = catch_up::caught_up(&self.group, status, self.found.partitions),

@@ -38,7 +38,7 @@ const PASSES_KEPT: i64 = 1_000;
 /// # Errors
 /// See [`PassError`]. Steps done until then stay done; the next pass continues from there.
 pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, PassError> {
-    let (mut client, _driver) = settings.postgres.housekeeping_url.endpoint().connect().await?;
+    let (mut client, _driver) = settings.postgres.housekeeping_url.connect().await?;
     schema::check(&client).await?;
     let began = (Instant::now(), SystemTime::now());
     if !LockKey::Prune.try_lock(&client).await.map_err(doing("cannot take the lock for pruning"))? {

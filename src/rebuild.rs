@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use crate::config::{PostgresUrl, Settings};
+use crate::config::{Endpoint, Settings};
 use crate::daemon::{self, RunError, RunOptions};
 use crate::error::CommandError;
 use crate::postgres::binding;
@@ -34,7 +34,7 @@ const AUDIT_COMMAND: &str = "rebuild";
 #[derive(Clone, Debug)]
 pub struct Wanted {
     /// Second database.
-    pub into: PostgresUrl,
+    pub into: Endpoint,
     /// Only compare what an earlier rebuild wrote.
     pub is_compare_only: bool,
     /// Maximum number of differences to list.
@@ -43,7 +43,7 @@ pub struct Wanted {
 
 /// Settings for the second database: another group, rows only, and no pruning, so that every message id of
 /// the log stays known to the end.
-fn settings_for(settings: &Settings, into: &PostgresUrl, database_id: Uuid) -> Settings {
+fn settings_for(settings: &Settings, into: &Endpoint, database_id: Uuid) -> Settings {
     let mut settings = settings.clone();
     settings.postgres.url = into.clone();
     settings.postgres.housekeeping_url = into.clone();
@@ -77,8 +77,8 @@ pub fn rebuild(
     compare::compare(settings, &rebuilding, runtime, view.identity.topic_id, wanted.limit, progress)
 }
 
-async fn open(url: &PostgresUrl) -> Result<Client, CommandError> {
-    let (client, _) = url.endpoint().connect().await.map_err(|e| CommandError::failed(e.to_string()))?;
+async fn open(url: &Endpoint) -> Result<Client, CommandError> {
+    let (client, _) = url.connect().await.map_err(|e| CommandError::failed(e.to_string()))?;
     Ok(client)
 }
 

@@ -136,7 +136,7 @@ impl<'a> Comparison<'a> {
     ) -> Result<Self, Fault> {
         let kafka = &settings.kafka;
         let topic_id = view.identity.topic_id;
-        let database = Database::open(runtime, settings.postgres.url.endpoint())?;
+        let database = Database::open(runtime, &settings.postgres.url)?;
         let bound = binding::is_bound_to(&database.client, &kafka.group_id, topic_id, kafka.publish);
         runtime.block_on(bound).map_err(not_bound)?;
         Ok(Self {
@@ -163,7 +163,7 @@ impl<'a> Comparison<'a> {
         let mut report = Report {
             topic: kafka.input_topic.clone(),
             group: kafka.group_id.clone(),
-            database: self.settings.postgres.url.endpoint().to_string(),
+            database: self.settings.postgres.url.to_string(),
             partitions: ranges,
             partitions_halted: halted,
             slices: slices.len(),

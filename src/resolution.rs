@@ -161,7 +161,7 @@ impl fmt::Display for Plan {
 }
 
 async fn connected(settings: &Settings) -> Result<Client, CommandError> {
-    let endpoint = settings.postgres.url.endpoint();
+    let endpoint = &settings.postgres.url;
     let (client, _) = endpoint.connect().await.map_err(|error| CommandError::failed(error.to_string()))?;
     Ok(client)
 }
@@ -185,7 +185,7 @@ pub async fn view(settings: &Settings) -> Result<View, CommandError> {
     .map_err(failed)??;
     let partitions: Vec<Partition> = (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect();
     let identity = Identity { topic_id, database_id };
-    let pool = settings.postgres.url.endpoint().pool(1).map_err(failed)?;
+    let pool = settings.postgres.url.pool(1).map_err(failed)?;
     let topic = settings.kafka.input_topic.clone();
     // The log's bounds are read last, so that a cursor that moves meanwhile is not beyond them.
     let rows =

@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 
-use crate::config::{Settings, duration};
+use crate::config::Settings;
 use crate::dlq::filter::{Filter, PLACES_MAX};
 use crate::dlq::letter::Place;
 use crate::domain::record::{Partition, TimestampMs};
@@ -83,7 +83,7 @@ fn reason(text: &str) -> Result<Reason, String> {
 }
 
 fn moment(text: &str) -> Result<TimestampMs, String> {
-    if let Some(ago) = duration::parse(text) {
+    if let Ok(ago) = humantime::parse_duration(text.trim()) {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(ago);
         return Ok(TimestampMs(i64::try_from(since.as_millis()).unwrap_or(i64::MAX)));
     }

@@ -43,7 +43,7 @@ pub enum MigrateCommand {
 /// Migrates the schema or shows its state.
 pub fn migrate(settings: &Settings, args: &MigrateArgs) -> Result<(), CommandError> {
     super::small_runtime()?.block_on(async {
-        let endpoint = settings.postgres.housekeeping_url.endpoint();
+        let endpoint = &settings.postgres.housekeeping_url;
         let (mut client, _driver) =
             endpoint.connect().await.map_err(|error| CommandError::failed(error.to_string()))?;
         let out = &mut std::io::stdout();

@@ -242,7 +242,7 @@ fn generator_config(
             "--duplicates, --conflicts and --bad together must not be more than 1",
         ));
     }
-    let value_bytes_max = settings.payment.max_bytes.bytes();
+    let value_bytes_max = settings.payment.max_bytes;
     let value_bytes = args.value_bytes.map(|bytes| bytes as usize);
     if value_bytes.is_some_and(|bytes| bytes + SPELLING_BYTES > value_bytes_max) {
         return Err(CommandError::usage(format!(

@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::output::print;
 use super::reconcile::{describe_findings, json, limit, with_progress};
-use crate::config::{PostgresUrl, Settings};
+use crate::config::{Endpoint, Settings};
 use crate::error::CommandError;
 use crate::rebuild::{Comparison, Wanted, rebuild as run};
 
@@ -57,7 +57,7 @@ pub fn rebuild(settings: &Settings, args: &RebuildArgs) -> Result<(), CommandErr
             return Err(CommandError::usage(format!("--into URL, or {INTO_VARIABLE}, must be given")));
         }
     };
-    let into = PostgresUrl::parse(&into).map_err(|error| CommandError::usage(format!("--into: {error}")))?;
+    let into = Endpoint::parse(&into).map_err(|error| CommandError::usage(format!("--into: {error}")))?;
     let wanted = Wanted { into, is_compare_only: args.compare_only, limit: args.limit };
     let comparison = with_progress(|runtime, progress| run(settings, runtime, &wanted, progress))?;
     print(&if args.json { json(&comparison)? } else { describe(&comparison) })?;

@@ -2,13 +2,14 @@
 
 use std::io::IsTerminal;
 
+use bytesize::ByteSize;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tokio::runtime::Handle;
 
 use super::output::{print, table};
-use crate::config::{ByteSize, Settings};
+use crate::config::Settings;
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::error::CommandError;
 use crate::reconcile::report::{Currency, Findings, Orphans, Report, Sum};
@@ -75,7 +76,8 @@ fn time(text: &str) -> Result<TimestampMs, String> {
 }
 
 fn memory(text: &str) -> Result<usize, String> {
-    match ByteSize::parse(text).map(ByteSize::bytes) {
+    let size: Option<ByteSize> = text.trim().parse().ok();
+    match size.and_then(|size| usize::try_from(size.as_u64()).ok()) {
         Some(bytes) if bytes >= MEMORY_BYTES_MIN => Ok(bytes),
         _ => Err("a size of 4KiB or more, such as 256MiB".to_owned()),
     }

@@ -109,7 +109,7 @@ pub fn status(settings: &Settings, args: &StatusArgs) -> Result<(), CommandError
         )
     })?;
     super::small_runtime()?.block_on(async {
-        let endpoint = settings.postgres.url.endpoint();
+        let endpoint = &settings.postgres.url;
         let (client, _driver) = endpoint.connect().await.map_err(|e| CommandError::failed(e.to_string()))?;
         crate::postgres::schema::check(&client).await.map_err(|e| CommandError::failed(e.to_string()))?;
         let mut answer = look_up(&client, parsed.id).await?;

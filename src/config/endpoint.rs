@@ -1,25 +1,24 @@
 //! Postgres URLs: hosts, TLS and timeouts. Never prints a password.
 
-use std::error::Error as StdError;
+use std::collections::BTreeMap;
+use std::error::Error as _;
 use std::fmt;
-use std::time::Duration;
 
 use openssl::error::ErrorStack;
 use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslVerifyMode};
 use openssl::x509::store::X509StoreBuilder;
+use percent_encoding::percent_decode_str;
 use postgres_openssl::{MakeTlsConnector, set_postgresql_alpn};
+use serde::de::{Deserialize, Deserializer, Error as _};
 use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation};
 
-const APPLICATION_NAME: &str = "payment-writer";
-/// Timeout of one TCP connection attempt, unless the URL has `connect_timeout`.
-const TCP_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time limit for unacknowledged data, so that a vanished server is noticed sooner than by TCP's default of a
-/// quarter hour.
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(20);
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-const KEEPALIVE_RETRIES: u32 = 3;
+use super::values::checked;
+
+/// Parameters that the URL can override. An unreachable host is given up after 5 s. Unacknowledged data is a
+/// failure after 20 s, so that a server that vanished is noticed sooner than by TCP's default of 15 minutes.
+const DEFAULTS: &str = "application_name=payment-writer&connect_timeout=5&tcp_user_timeout=20\
+    &keepalives_idle=15&keepalives_interval=5&keepalives_retries=3";
 
 const EXPECTED_FORM: &str = "expected postgres://user:password@host:port/database?parameter=value, with known \
     parameters, and special characters in user and password percent-encoded";
@@ -92,37 +91,35 @@ impl fmt::Display for Endpoint {
     }
 }
 
+impl PartialEq for Endpoint {
+    fn eq(&self, other: &Self) -> bool {
+        self.config == other.config
+    }
+}
+
+impl<'de> Deserialize<'de> for Endpoint {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let url: String = checked(deserializer, "must be a text in quotes", Some)?;
+        Self::parse(&url).map_err(D::Error::custom)
+    }
+}
+
 impl Endpoint {
     /// Parses a URL. Reads the files that it names, but does not use the network.
     pub fn parse(url: &str) -> Result<Self, EndpointError> {
-        let (plain_url, tls) = TlsParameters::take_from(url)?;
+        let (plain_url, tls) = take_tls(url)?;
         let mut config: Config = plain_url.parse().map_err(|e| invalid_url(&e))?;
         if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
-            return Err(EndpointError::InvalidUrl { reason: "it names no host".into() });
+            return Err(invalid("it names no host"));
         }
         // tokio-postgres ends the credentials at the first @ and would take the rest of a password for a
         // host.
         if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
-            return Err(EndpointError::InvalidUrl { reason: EXPECTED_FORM.into() });
+            return Err(invalid(EXPECTED_FORM));
         }
-        tls.mode_into(&mut config);
-        let connector = tls.connector(config.get_ssl_negotiation())?;
-
-        if config.get_application_name().is_none() {
-            config.application_name(APPLICATION_NAME);
-        }
-        if config.get_connect_timeout().is_none() {
-            config.connect_timeout(TCP_CONNECT_TIMEOUT);
-        }
-        if config.get_tcp_user_timeout().is_none() {
-            config.tcp_user_timeout(TCP_USER_TIMEOUT);
-        }
-        if config.get_keepalives_interval().is_none() {
-            config.keepalives_idle(KEEPALIVE_IDLE).keepalives_interval(KEEPALIVE_INTERVAL);
-        }
-        if config.get_keepalives_retries().is_none() {
-            config.keepalives_retries(KEEPALIVE_RETRIES);
-        }
+        let (mode, verify) = mode_and_verify(&tls)?;
+        config.ssl_mode(mode);
+        let connector = connector(&tls, verify, config.get_ssl_negotiation())?;
         Ok(Self { config, tls: connector })
     }
 }
@@ -135,138 +132,100 @@ enum Verify {
     IssuerAndHost,
 }
 
-/// URL parameters that tokio-postgres leaves to its TLS connector.
-#[derive(Debug, Default)]
-struct TlsParameters {
-    mode: Option<String>,
-    root_certificates: Option<String>,
-    certificate: Option<String>,
-    key: Option<String>,
+/// URL parameters that tokio-postgres leaves to its TLS connector, by name.
+type TlsParameters = BTreeMap<&'static str, String>;
+
+/// Removes the TLS parameters from the URL, because tokio-postgres rejects unknown ones, and adds
+/// [`DEFAULTS`].
+fn take_tls(url: &str) -> Result<(String, TlsParameters), EndpointError> {
+    let authority = url
+        .strip_prefix("postgres://")
+        .or_else(|| url.strip_prefix("postgresql://"))
+        .ok_or_else(|| invalid("it does not begin with postgres:// or postgresql://"))?;
+    // A question mark before the first @ belongs to the password.
+    let credentials = authority.find('@').map_or(0, |at| at + 1);
+    let mark = authority.get(credentials..).and_then(|rest| rest.find('?')).map(|at| credentials + at);
+    let (place, query) = mark.and_then(|at| authority.split_at_checked(at)).unwrap_or((authority, ""));
+    let mut plain = format!("postgres://{place}?{DEFAULTS}");
+    let mut tls = TlsParameters::new();
+    for parameter in query.trim_start_matches('?').split('&').filter(|p| !p.is_empty()) {
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        match ["sslmode", "sslrootcert", "sslcert", "sslkey"].into_iter().find(|known| *known == name) {
+            Some(name) => {
+                let value = percent_decode_str(value)
+                    .decode_utf8()
+                    .map_err(|_| invalid(&format!("the value of {name} is not well encoded")))?;
+                tls.insert(name, value.into_owned());
+            }
+            None => plain.extend(["&", parameter]),
+        }
+    }
+    Ok((plain, tls))
 }
 
-impl TlsParameters {
-    /// Removes the TLS parameters from the URL, because tokio-postgres rejects unknown ones.
-    fn take_from(url: &str) -> Result<(String, Self), EndpointError> {
-        let invalid = |reason: &str| EndpointError::InvalidUrl { reason: reason.into() };
-        let authority = url
-            .strip_prefix("postgres://")
-            .or_else(|| url.strip_prefix("postgresql://"))
-            .ok_or_else(|| invalid("it does not begin with postgres:// or postgresql://"))?;
-        // A question mark before the first @ belongs to the password.
-        let credentials = authority.find('@').map_or(0, |at| at + 1);
-        let prefix = url.len() - authority.len() + credentials;
-        let Some(mark) = url.get(prefix..).and_then(|rest| rest.find('?')).map(|at| prefix + at) else {
-            return Ok((url.into(), Self::default()));
-        };
-
-        let mut tls = Self::default();
-        let mut kept = Vec::new();
-        for parameter in url.get(mark + 1..).unwrap_or_default().split('&').filter(|p| !p.is_empty()) {
-            let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-            let slot = match name {
-                "sslmode" => &mut tls.mode,
-                "sslrootcert" => &mut tls.root_certificates,
-                "sslcert" => &mut tls.certificate,
-                "sslkey" => &mut tls.key,
-                _ => {
-                    kept.push(parameter);
-                    continue;
-                }
-            };
-            *slot = Some(
-                percent_decoded(value)
-                    .ok_or_else(|| invalid(&format!("the value of {name} is not well encoded")))?,
-            );
-        }
-        if let Some(mode) = tls.mode.as_deref()
-            && !["disable", "prefer", "require", "verify-ca", "verify-full"].contains(&mode)
-        {
-            return Err(invalid("sslmode is none of disable, prefer, require, verify-ca, verify-full"));
-        }
-        let mut plain = url.get(..mark).unwrap_or_default().to_owned();
-        if !kept.is_empty() {
-            plain.push('?');
-            plain.push_str(&kept.join("&"));
-        }
-        Ok((plain, tls))
-    }
-
-    fn mode_into(&self, config: &mut Config) {
-        config.ssl_mode(match self.mode.as_deref() {
-            Some("disable") => SslMode::Disable,
-            Some("require" | "verify-ca" | "verify-full") => SslMode::Require,
-            _ => SslMode::Prefer,
-        });
-    }
-
-    fn verify(&self) -> Verify {
-        match self.mode.as_deref() {
-            Some("verify-full") => Verify::IssuerAndHost,
-            Some("verify-ca") => Verify::Issuer,
-            Some("require") if self.root_certificates.is_some() => Verify::Issuer,
-            _ => Verify::Nothing,
-        }
-    }
-
-    fn connector(&self, negotiation: SslNegotiation) -> Result<MakeTlsConnector, EndpointError> {
-        let file = |parameter, path: &str| {
-            let path = path.to_owned();
-            move |source| EndpointError::TlsFile { parameter, path, source }
-        };
-        let mut builder = SslConnector::builder(SslMethod::tls_client())?;
-        if let Some(path) = self.root_certificates.as_deref().filter(|path| *path != "system") {
-            // Replaces the system's certificates: only the issuers in the file are trusted.
-            builder.set_cert_store(X509StoreBuilder::new()?.build());
-            builder.set_ca_file(path).map_err(file("sslrootcert", path))?;
-        }
-        if let Some(path) = self.certificate.as_deref() {
-            builder.set_certificate_chain_file(path).map_err(file("sslcert", path))?;
-        }
-        if let Some(path) = self.key.as_deref() {
-            builder.set_private_key_file(path, SslFiletype::PEM).map_err(file("sslkey", path))?;
-        }
-        if negotiation == SslNegotiation::Direct {
-            set_postgresql_alpn(&mut builder)?;
-        }
-        let verify = self.verify();
-        builder.set_verify(match verify {
-            Verify::Nothing => SslVerifyMode::NONE,
-            Verify::Issuer | Verify::IssuerAndHost => SslVerifyMode::PEER,
-        });
-        let mut connector = MakeTlsConnector::new(builder.build());
-        connector.set_callback(move |session, _host| {
-            session.set_verify_hostname(verify == Verify::IssuerAndHost);
-            Ok(())
-        });
-        Ok(connector)
+fn mode_and_verify(tls: &TlsParameters) -> Result<(SslMode, Verify), EndpointError> {
+    match tls.get("sslmode").map(String::as_str) {
+        Some("disable") => Ok((SslMode::Disable, Verify::Nothing)),
+        None | Some("prefer") => Ok((SslMode::Prefer, Verify::Nothing)),
+        Some("require") if tls.contains_key("sslrootcert") => Ok((SslMode::Require, Verify::Issuer)),
+        Some("require") => Ok((SslMode::Require, Verify::Nothing)),
+        Some("verify-ca") => Ok((SslMode::Require, Verify::Issuer)),
+        Some("verify-full") => Ok((SslMode::Require, Verify::IssuerAndHost)),
+        Some(_) => Err(invalid("sslmode is none of disable, prefer, require, verify-ca, verify-full")),
     }
 }
 
-fn percent_decoded(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        if byte != b'%' {
-            bytes.push(byte);
-            continue;
-        }
-        let high = char::from(rest.next()?).to_digit(16)?;
-        let low = char::from(rest.next()?).to_digit(16)?;
-        bytes.push(u8::try_from(high * 16 + low).ok()?);
+fn connector(
+    tls: &TlsParameters,
+    verify: Verify,
+    negotiation: SslNegotiation,
+) -> Result<MakeTlsConnector, EndpointError> {
+    let file = |parameter, path: &str| {
+        let path = path.to_owned();
+        move |source| EndpointError::TlsFile { parameter, path, source }
+    };
+    let mut builder = SslConnector::builder(SslMethod::tls_client())?;
+    if let Some(path) = tls.get("sslrootcert").filter(|path| *path != "system") {
+        // Replaces the system's certificates: only the issuers in the file are trusted.
+        builder.set_cert_store(X509StoreBuilder::new()?.build());
+        builder.set_ca_file(path).map_err(file("sslrootcert", path))?;
     }
-    String::from_utf8(bytes).ok()
+    if let Some(path) = tls.get("sslcert") {
+        builder.set_certificate_chain_file(path).map_err(file("sslcert", path))?;
+    }
+    if let Some(path) = tls.get("sslkey") {
+        builder.set_private_key_file(path, SslFiletype::PEM).map_err(file("sslkey", path))?;
+    }
+    if negotiation == SslNegotiation::Direct {
+        set_postgresql_alpn(&mut builder)?;
+    }
+    builder.set_verify(match verify {
+        Verify::Nothing => SslVerifyMode::NONE,
+        Verify::Issuer | Verify::IssuerAndHost => SslVerifyMode::PEER,
+    });
+    let mut connector = MakeTlsConnector::new(builder.build());
+    connector.set_callback(move |session, _host| {
+        session.set_verify_hostname(verify == Verify::IssuerAndHost);
+        Ok(())
+    });
+    Ok(connector)
+}
+
+fn invalid(reason: &str) -> EndpointError {
+    EndpointError::InvalidUrl { reason: reason.to_owned() }
 }
 
 /// Keeps the driver's message only if it names nothing but an option: with a badly escaped password, any
 /// other message may contain a part of it.
 fn invalid_url(error: &tokio_postgres::Error) -> EndpointError {
     let words = error.source().map(ToString::to_string).unwrap_or_default();
-    let reason = if words.starts_with("invalid value for option") { words } else { EXPECTED_FORM.to_owned() };
-    EndpointError::InvalidUrl { reason }
+    invalid(if words.starts_with("invalid value for option") { &words } else { EXPECTED_FORM })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn refusal(url: &str) -> String {
@@ -292,6 +251,8 @@ mod tests {
             "postgres://writer:s3cret@db/payments?sslmode=maybe",
             "postgres://writer:s3cret@db/payments?connect_timeout=s3cret",
             "host=db password=s3cret",
+            "postgres://writer:w@:x:s3cret/",
+            "s3cret",
         ] {
             let text = refusal(url);
             assert!(!text.contains("s3cret"), "{url}: {text}");
@@ -320,8 +281,8 @@ mod tests {
         ];
         for (query, mode, verify) in cases {
             let url = format!("postgres://u:p?w@db/x{query}");
-            let (_, tls) = TlsParameters::take_from(&url).unwrap();
-            assert_eq!(tls.verify(), verify, "{query}");
+            let (_, tls) = take_tls(&url).unwrap();
+            assert_eq!(mode_and_verify(&tls).unwrap(), (mode, verify), "{query}");
             assert_eq!(Endpoint::parse(&url).unwrap().config.get_ssl_mode(), mode, "{query}");
         }
     }
@@ -331,8 +292,11 @@ mod tests {
         let config = |url| Endpoint::parse(url).unwrap().config;
         let ours = config("postgres://u@db/x");
         assert_eq!(ours.get_application_name(), Some("payment-writer"));
-        assert_eq!(ours.get_connect_timeout(), Some(&TCP_CONNECT_TIMEOUT));
-        assert_eq!(ours.get_keepalives_idle(), KEEPALIVE_IDLE);
+        assert_eq!(ours.get_connect_timeout(), Some(&Duration::from_secs(5)));
+        assert_eq!(ours.get_tcp_user_timeout(), Some(&Duration::from_secs(20)));
+        assert_eq!(ours.get_keepalives_idle(), Duration::from_secs(15));
+        assert_eq!(ours.get_keepalives_interval(), Some(Duration::from_secs(5)));
+        assert_eq!(ours.get_keepalives_retries(), Some(3));
         let theirs = config("postgres://u@db/x?application_name=other&connect_timeout=1");
         assert_eq!(theirs.get_application_name(), Some("other"));
         assert_eq!(theirs.get_connect_timeout(), Some(&Duration::from_secs(1)));

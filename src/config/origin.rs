@@ -1,43 +1,19 @@
-//! Where a value came from.
+//! A setting's effective value and the layer that it comes from.
 
 use std::fmt;
 use std::path::PathBuf;
 
-const FILE_TAG: &str = "file:";
-const ENVIRONMENT_TAG: &str = "env:";
+use serde::{Serialize, Serializer};
 
 /// The layer that a setting's effective value comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// Nobody set it.
+    /// Neither the file nor the environment sets it.
     Default,
     /// The settings file.
     File(PathBuf),
     /// This environment variable.
     Environment(String),
-}
-
-impl Origin {
-    /// The text under which the `config` crate carries this origin beside each value.
-    pub(super) fn tag(&self) -> Option<String> {
-        match self {
-            Self::Default => None,
-            Self::File(path) => Some(format!("{FILE_TAG}{}", path.display())),
-            Self::Environment(variable) => Some(format!("{ENVIRONMENT_TAG}{variable}")),
-        }
-    }
-
-    /// Reads [`Origin::tag`] back.
-    pub(super) fn from_tag(tag: Option<&str>) -> Self {
-        let Some(tag) = tag else { return Self::Default };
-        if let Some(path) = tag.strip_prefix(FILE_TAG) {
-            Self::File(PathBuf::from(path))
-        } else if let Some(variable) = tag.strip_prefix(ENVIRONMENT_TAG) {
-            Self::Environment(variable.to_owned())
-        } else {
-            Self::Default
-        }
-    }
 }
 
 impl fmt::Display for Origin {
@@ -48,4 +24,21 @@ impl fmt::Display for Origin {
             Self::Environment(variable) => write!(f, "environment {variable}"),
         }
     }
+}
+
+impl Serialize for Origin {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A setting as it takes effect.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Effective {
+    /// Dotted name.
+    pub key: String,
+    /// The value in the type in which it is set.
+    pub value: serde_json::Value,
+    /// Where it came from.
+    pub origin: Origin,
 }

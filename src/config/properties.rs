@@ -7,7 +7,9 @@ use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaConfRes;
 
-use super::secret::{HIDDEN, Secret};
+use serde_json::Value;
+
+use super::layers::{HIDDEN, property_key};
 
 /// Property that carries the token command in a client's configuration: librdkafka leaves its meaning to the
 /// application.
@@ -65,72 +67,68 @@ pub fn is_secret(property: &str) -> bool {
 
 /// librdkafka properties, validated by librdkafka.
 #[derive(Clone, PartialEq, Eq, Default)]
-pub struct KafkaProperties(BTreeMap<String, Secret>);
+pub struct KafkaProperties(BTreeMap<String, String>);
 
 impl KafkaProperties {
     /// Names and values, including secrets: only for the client's configuration.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.0.iter().map(|(name, value)| (name.as_str(), value.expose()))
+        self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// Value of a property, if set.
     pub fn get(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(Secret::expose)
+        self.0.get(name).map(String::as_str)
     }
 
     /// A copy with these properties overridden, for a client with limits of its own.
     pub(crate) fn overridden(&self, properties: &[(&str, &str)]) -> Self {
         let mut all = self.0.clone();
-        all.extend(properties.iter().map(|(name, value)| ((*name).to_owned(), Secret::new(*value))));
+        all.extend(properties.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         Self(all)
     }
 
-    /// Adds a property. The error contains the value only if [`is_secret`] allows it.
-    pub(super) fn add(&mut self, name: &str, value: &str) -> Result<(), Refusal> {
+    /// Adds a property. The error is what is wrong with it, and contains the value only if [`is_secret`] allows it.
+    pub(super) fn add(&mut self, name: &str, value: &Value) -> Result<(), String> {
+        let value = match value {
+            Value::String(text) => text.clone(),
+            Value::Bool(_) => value.to_string(),
+            Value::Number(number) if number.is_i64() => value.to_string(),
+            _ => return Err("must be a text, a whole number, true or false".to_owned()),
+        };
         if let Some((_, reason)) = OWNED.iter().find(|(owned, _)| *owned == name) {
-            return Err(Refusal::Rule(format!("cannot be set: {reason}")));
+            return Err(format!("cannot be set: {reason}"));
         }
-        if let Some((_, feature, _)) = OPTIONAL.iter().find(|(setting, _, is_built_in)| {
-            *setting == (name, value.to_ascii_uppercase().as_str()) && !is_built_in
-        }) {
-            return Err(Refusal::Rule(format!(
+        let capitals = value.to_ascii_uppercase();
+        let setting = (name, capitals.as_str());
+        if let Some((_, feature, false)) = OPTIONAL.iter().find(|(optional, ..)| *optional == setting) {
+            return Err(format!(
                 "needs a binary that was built with the Cargo feature `{feature}`, and this one was not"
-            )));
+            ));
         }
-        match ClientConfig::new().set(name, value).create_native_config() {
+        match ClientConfig::new().set(name, &value).create_native_config() {
             Ok(_) => {
-                self.0.insert(name.to_owned(), Secret::new(value));
+                self.0.insert(name.to_owned(), value);
                 Ok(())
             }
-            Err(KafkaError::ClientConfig(RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN, ..)) => Err(Refusal::Unknown),
-            Err(KafkaError::ClientConfig(_, reason, ..)) if !is_secret(name) => {
-                Err(Refusal::Rule(format!("is refused by librdkafka: {reason}")))
+            Err(KafkaError::ClientConfig(RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN, ..)) => {
+                let similarity = |known: &str| strsim::jaro_winkler(known, name);
+                let nearest = COMMON
+                    .into_iter()
+                    .max_by(|a, b| similarity(a).total_cmp(&similarity(b)))
+                    .unwrap_or_default();
+                Err(format!("is unknown to librdkafka; the nearest known one is {}", property_key(nearest)))
             }
-            Err(_) => Err(Refusal::Rule("is refused by librdkafka".to_owned())),
+            Err(KafkaError::ClientConfig(_, reason, ..)) if !is_secret(name) => {
+                Err(format!("is refused by librdkafka: {reason}"))
+            }
+            Err(_) => Err("is refused by librdkafka".to_owned()),
         }
     }
-
-    /// The common property most similar to `name`.
-    pub(super) fn nearest(name: &str) -> &'static str {
-        COMMON
-            .iter()
-            .copied()
-            .max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)))
-            .unwrap_or("security.protocol")
-    }
-}
-
-/// Why a property was rejected.
-pub(super) enum Refusal {
-    /// librdkafka does not know the property.
-    Unknown,
-    /// The property, or this value of it, is not allowed.
-    Rule(String),
 }
 
 impl fmt::Debug for KafkaProperties {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown = self.0.iter().map(|(n, v)| (n, if is_secret(n) { HIDDEN } else { v.expose() }));
+        let shown = self.0.iter().map(|(n, v)| (n, if is_secret(n) { HIDDEN } else { v.as_str() }));
         f.debug_map().entries(shown).finish()
     }
 }
@@ -219,16 +217,19 @@ mod tests {
             ("sasl.mechanisms", "GSSAPI", "gssapi", cfg!(feature = "gssapi")),
             ("sasl.oauthbearer.method", "oidc", "curl", cfg!(feature = "curl")),
         ] {
-            let added = KafkaProperties::default().add(property, value);
+            let added = KafkaProperties::default().add(property, &value.into());
             match added {
-                Err(Refusal::Rule(rule)) => {
+                Err(rule) => {
                     assert!(!is_built_in && rule.contains(&format!("`{feature}`")), "{rule}")
                 }
                 _ => assert!(is_built_in, "{property} was taken"),
             }
         }
         for mechanism in ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] {
-            assert!(KafkaProperties::default().add("sasl.mechanism", mechanism).is_ok(), "{mechanism}");
+            assert!(
+                KafkaProperties::default().add("sasl.mechanism", &mechanism.into()).is_ok(),
+                "{mechanism}"
+            );
         }
     }
 

@@ -2,6 +2,8 @@ use super::*;
 use std::fs;
 use std::time::Duration;
 
+use serde_json::Value;
+
 fn load(toml: &str, variables: &[(&str, &str)]) -> Result<Loaded, ConfigError> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("settings.toml");
@@ -27,10 +29,10 @@ fn without_file_and_environment_the_defaults_apply() {
     assert!(s.kafka.publish);
     assert_eq!(s.postgres.url, s.postgres.housekeeping_url);
     assert_eq!((s.lanes, s.batch.max_payments), (2, 20_000));
-    assert_eq!(s.batch.max_bytes.bytes(), 16 << 20);
+    assert_eq!(s.batch.max_bytes, 16 << 20);
     assert_eq!(s.batch.linger, Duration::from_millis(25));
     assert_eq!(s.payment.types, ["BWI", "VSA", "MSC"]);
-    assert_eq!(s.payment.max_bytes.bytes(), 16_384);
+    assert_eq!(s.payment.max_bytes, 16_384);
     assert_eq!(s.email.statuses, [2]);
     assert_eq!(s.idempotency.window, Duration::from_secs(7 * 86_400));
     assert_eq!(s.idempotency.prune_schedule.unwrap().to_string(), "0 3 * * 0");
@@ -49,13 +51,13 @@ fn the_shipped_file_says_what_the_defaults_are() {
     let defaults = Settings::load_from(None, Path::new("nowhere.toml"), []).unwrap();
     assert_eq!(from_file.settings, defaults.settings);
     let text = fs::read_to_string(&shipped).unwrap();
-    for spec in &schema::SETTINGS {
-        let name = spec.key.rsplit('.').next().unwrap();
+    for Effective { key, .. } in &defaults.effective {
+        let name = key.rsplit('.').next().unwrap();
         let documented = text
             .lines()
             .map(|line| line.trim_start_matches(['#', ' ']))
-            .any(|line| line.starts_with(&format!("{name} =")) || line == format!("[{}]", spec.key));
-        assert!(documented, "{} is not in {DEFAULT_PATH}", spec.key);
+            .any(|line| line.starts_with(&format!("{name} =")) || line == format!("[{key}]"));
+        assert!(documented, "{key} is not in {DEFAULT_PATH}");
     }
 }
 
@@ -127,7 +129,7 @@ fn lists_numbers_and_flags_can_be_given_by_environment() {
     assert_eq!(s.email.statuses, [2, -2]);
     assert!(!s.kafka.publish);
     assert_eq!(s.lanes, 8);
-    assert_eq!(s.batch.max_bytes.bytes(), 1 << 20);
+    assert_eq!(s.batch.max_bytes, 1 << 20);
     assert_eq!(s.idempotency.prune_schedule, None);
     let traces = |endpoint: &str, ratio: &str| {
         let names = ["PAYMENT_WRITER__TRACING__OTLP_ENDPOINT", "PAYMENT_WRITER__TRACING__SAMPLE_RATIO"];
@@ -292,11 +294,93 @@ fn the_same_setting_twice_in_the_environment_is_an_error() {
 
 #[test]
 fn a_filter_of_the_log_names_levels_and_targets_and_no_spans() {
-    use super::sections::log_filter;
     for good in ["info", "WARN", "off,payment_writer=debug", "info,payment_writer::lane=trace"] {
         assert_eq!(log_filter(good), Ok(()), "{good}");
     }
     for bad in ["", "inof", "info,[span]=debug", "payment_writer[{field=\"a.*\"}]=trace"] {
         assert!(log_filter(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn durations_and_sizes_are_read_as_people_write_them() {
+    let duration = |text: &str| values::duration(Value::from(text), "0s", "7d").ok();
+    for (text, millis) in [("5ms", 5), ("7d", 604_800_000), ("1h 30m", 5_400_000), ("0", 0), (" 1s ", 1_000)]
+    {
+        assert_eq!(duration(text), Some(Duration::from_millis(millis)), "{text:?}");
+    }
+    for wrong in ["", "5", "-1s", "five", "1 fortnight", "8d"] {
+        assert_eq!(duration(wrong), None, "{wrong:?}");
+    }
+    let size = |value: Value| values::size(value, "7B", "8MiB").ok();
+    for (text, bytes) in [("16KiB", 16_384), ("8 MiB", 8 << 20), ("1MB", 1_000_000), ("512", 512), ("7B", 7)]
+    {
+        assert_eq!(size(text.into()), Some(bytes), "{text:?}");
+    }
+    assert_eq!(size(512.into()), Some(512));
+    for wrong in ["", "KiB", "-1", "6B", "9MiB", "8 MB of ram", "99999999999GiB"] {
+        assert_eq!(size(wrong.into()), None, "{wrong:?}");
+    }
+    for wrong in [Value::from(-1), Value::from(512.5), Value::from(true), Value::Null] {
+        assert_eq!(size(wrong.clone()), None, "{wrong}");
+    }
+}
+
+#[test]
+fn a_schedule_has_five_cron_fields_in_utc() {
+    let matches = |schedule: &str, minute: &str| cron(schedule).unwrap().matches(minute).unwrap();
+    // 2026-07-12 is a Sunday.
+    for weekly in ["0 3 * * 0", "0 3 * * sun", "0 3 * * 7"] {
+        assert!(matches(weekly, "2026-07-12T03:00:00Z"), "{weekly}");
+        assert!(!matches(weekly, "2026-07-13T03:00:00Z") && !matches(weekly, "2026-07-12T03:01:00Z"));
+    }
+    let several = "*/20 8-10,20 1 jan-mar *";
+    assert!(matches(several, "2026-02-01T09:40:00Z") && matches(several, "2026-03-01T20:00:00Z"));
+    assert!(!matches(several, "2026-04-01T20:00:00Z") && !matches(several, "2026-02-01T09:10:00Z"));
+    // As in cron, a day matches by either of its two fields if both are restricted.
+    let either = "0 0 1 * mon";
+    assert!(matches(either, "2026-05-01T00:00:00Z") && matches(either, "2026-05-11T00:00:00Z"));
+    assert!(!matches(either, "2026-05-09T00:00:00Z"));
+    assert!(!matches("0 0 */2 * mon", "2026-05-12T00:00:00Z"));
+    for wrong in [
+        "",
+        "* * * *",
+        "* * * * * *",
+        "60 * * * *",
+        "* 24 * * *",
+        "* * 0 * *",
+        "* * * 13 *",
+        "5-1 * * * *",
+        "*/0 * * * *",
+        "a * * * *",
+        "* * * * eight",
+        "1,,2 * * * *",
+        "* * * * * Europe/Berlin",
+    ] {
+        assert!(cron(wrong).is_none(), "{wrong:?}");
+    }
+}
+
+#[test]
+fn what_follows_from_a_wrong_value_is_not_reported() {
+    // The default of the read topic would be the same as this e-mail topic.
+    let text = problems("[kafka]\nread_topic = \"?\"\nemail_topic = \"payment_read_topic\"", &[]);
+    assert!(text.starts_with("kafka.read_topic = \"?\" (file "), "{text}");
+    // Nor does a URL that is used for two roles count twice.
+    let text = problems("[postgres]\nurl = \"nowhere\"", &[]);
+    assert!(text.starts_with("postgres.url = (hidden) (file "), "{text}");
+}
+
+#[test]
+fn a_name_in_the_place_of_a_table_is_an_error() {
+    for (toml, expected) in [
+        ("kafka = 1", "kafka (file "),
+        ("[[kafka]]", "kafka (file "),
+        ("[kafka]\nproperties = 1", "kafka.properties (file "),
+        ("[kafka.group_id]", "kafka.group_id = {} (file "),
+        ("[kafak]", "unknown setting kafak (file "),
+    ] {
+        let text = problems(toml, &[]);
+        assert!(text.starts_with(expected), "{toml}: {text}");
     }
 }

@@ -66,7 +66,7 @@ impl Daemon<'_> {
     /// Waits for a database with a schema that this version knows; returns its id.
     pub(super) async fn database_ready(&self) -> Result<Uuid, RunError> {
         let attempt = async || {
-            let endpoint = self.settings.postgres.url.endpoint();
+            let endpoint = &self.settings.postgres.url;
             let connected = endpoint.connect().await;
             let (client, _driver) = connected.map_err(|e| by_sqlstate(e.sqlstate(), e.to_string()))?;
             schema::check(&client).await.map_err(|error| match error {
@@ -125,7 +125,7 @@ impl Daemon<'_> {
         };
         let attempt = async || {
             let transient = |message| AttemptError::Retried(FailureClass::Transient, message);
-            let connected = self.settings.postgres.url.endpoint().connect().await;
+            let connected = self.settings.postgres.url.connect().await;
             let (mut client, _driver) = connected.map_err(|error| transient(error.to_string()))?;
             let bound = binding::bind(&mut client, &wanted, self.options.adopt_database).await;
             bound.map_err(|error| match error {

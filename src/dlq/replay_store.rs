@@ -78,7 +78,7 @@ impl ReplayStore {
         // A separate thread drives the connection, also while this thread waits for Kafka.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (client, database_id) = runtime.block_on(async {
-            let (client, _) = settings.postgres.url.endpoint().connect().await?;
+            let (client, _) = settings.postgres.url.connect().await?;
             client.batch_execute(SESSION_SETTINGS).await.map_err(doing("cannot prepare the session"))?;
             let found = schema::check(&client).await?;
             if found < NEEDED {

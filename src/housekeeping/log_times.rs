@@ -26,7 +26,7 @@ fn failed(error: impl Display) -> CommandError {
 /// Log time of every partition, from both cursors and the log.
 async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, PartitionTime)>, CommandError> {
     let view = resolution::view(settings).await?;
-    let (client, _driver) = settings.postgres.url.endpoint().connect().await.map_err(failed)?;
+    let (client, _driver) = settings.postgres.url.connect().await.map_err(failed)?;
     // The horizon of another cluster or group would be wrong for this database.
     binding::is_bound_to(&client, &settings.kafka.group_id, view.identity.topic_id, settings.kafka.publish)
         .await

@@ -22,7 +22,7 @@ impl<'s> MonthsKeeper<'s> {
     /// Makes a first attempt, with a time limit.
     pub async fn start(settings: &'s Settings) -> Self {
         let mut keeper = Self {
-            endpoint: settings.postgres.housekeeping_url.endpoint(),
+            endpoint: &settings.postgres.housekeeping_url,
             kept: settings.retention.payment_months,
             has_told: false,
             pause: RETRY,

@@ -2,14 +2,15 @@
 
 use std::time::{Duration, SystemTime};
 
-use jiff::{Timestamp, ToSpan, tz::TimeZone};
+use cronexpr::MakeTimestamp;
+use jiff::{SignedDuration, Timestamp};
 use tokio_postgres::Client;
 
 use super::generations::State;
 use super::horizon::Horizon;
 use super::pass_metrics::HousekeepingMetrics;
 use super::{PassError, PassReport, current_horizon, generations, pass};
-use crate::config::{CronSchedule, Settings};
+use crate::config::{self, Settings};
 use crate::postgres::schema::{SchemaError, doing, months};
 use crate::telemetry::logging::RateLimited;
 
@@ -19,29 +20,15 @@ const TICK: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_secs(15 * 60);
 /// Ticks between updates of the horizon, which costs a few requests to the broker.
 const HORIZON_TICKS: u32 = 5;
-/// Search limit for the last due time: long enough for a schedule that matches only 29 February.
-const LOOK_BACK_DAYS: i64 = 9 * 366;
-
-/// The last minute up to `now` that matches the schedule.
-pub fn last_due(schedule: &CronSchedule, now: Timestamp) -> Option<Timestamp> {
-    let mut moment = now.to_zoned(TimeZone::UTC).with().second(0).subsec_nanosecond(0).build().ok()?;
-    let first = moment.checked_sub(LOOK_BACK_DAYS.days()).ok()?;
-    while moment > first {
-        let part = |n: i8| u8::try_from(n).unwrap_or(0);
-        let weekday = part(moment.weekday().to_sunday_zero_offset());
-        let (day, month) = (part(moment.day()), part(moment.month()));
-        if schedule.matches(part(moment.minute()), part(moment.hour()), day, month, weekday) {
-            return Some(moment.timestamp());
-        }
-        // Skip whole days that do not match.
-        let is_day = (0..24).any(|h| (0..60).any(|m| schedule.matches(m, h, day, month, weekday)));
-        moment = if is_day {
-            moment.checked_sub(1.minute()).ok()?
-        } else {
-            moment.start_of_day().ok()?.checked_sub(1.minute()).ok()?
-        };
-    }
-    None
+/// The last minute up to `now` that matches the schedule, five cron fields in UTC.
+pub fn last_due(schedule: &str, now: Timestamp) -> Option<Timestamp> {
+    let schedule = config::cron(schedule)?;
+    // Nine years are long enough for a schedule that matches only 29 February.
+    [1, 31, 9 * 366].into_iter().find_map(|days| {
+        let start = now.checked_sub(SignedDuration::from_hours(24 * days)).ok()?;
+        let matching = schedule.iter_after(MakeTimestamp(start)).ok()?.map_while(Result::ok);
+        matching.map(|minute| minute.timestamp()).take_while(|minute| *minute <= now).last()
+    })
 }
 
 /// Start of the last pass, whether it was complete, and start of the last complete pass. Without a pass, both
@@ -101,7 +88,7 @@ impl Keeper {
     async fn look(&mut self, settings: &Settings) -> Result<(), PassError> {
         let client = match self.client.take().filter(|client| !client.is_closed()) {
             Some(client) => client,
-            None => settings.postgres.housekeeping_url.endpoint().connect().await?.0,
+            None => settings.postgres.housekeeping_url.connect().await?.0,
         };
         let (began, was_complete, completed) = last_pass(&client).await?;
         self.metrics.last_pass.set(completed.as_second() as f64);
@@ -163,8 +150,7 @@ mod tests {
     use super::*;
 
     fn last(schedule: &str, now: &str) -> Option<String> {
-        let schedule = CronSchedule::parse(schedule).unwrap();
-        last_due(&schedule, now.parse().unwrap()).map(|t| t.to_string())
+        last_due(schedule, now.parse().unwrap()).map(|t| t.to_string())
     }
 
     #[test]

@@ -83,8 +83,8 @@ pub(super) fn compare(
     progress: &ProgressBar,
 ) -> Result<Comparison, CommandError> {
     progress.set_message("comparing");
-    let first = Database::open(runtime, settings.postgres.url.endpoint())?;
-    let second = Database::open(runtime, rebuilding.postgres.url.endpoint())?;
+    let first = Database::open(runtime, &settings.postgres.url)?;
+    let second = Database::open(runtime, &rebuilding.postgres.url)?;
     // Start of the log at the time when the rebuild started.
     let starts = positions(
         &second,
@@ -104,7 +104,7 @@ pub(super) fn compare(
     };
     let mut comparison = Comparison {
         is_equal: false,
-        into: rebuilding.postgres.url.endpoint().to_string(),
+        into: rebuilding.postgres.url.to_string(),
         group: rebuilding.kafka.group_id.clone(),
         partitions: starts.iter().filter_map(range).collect(),
         equal: 0,

@@ -14,7 +14,7 @@ use super::super::produce::rate;
 use super::super::small_runtime;
 use super::super::stop::StopSignal;
 use super::FilterArgs;
-use crate::config::{Settings, duration};
+use crate::config::Settings;
 use crate::dlq::DlqError;
 use crate::dlq::eligibility::Eligibility;
 use crate::dlq::filter::{Filter, Ranges};
@@ -277,7 +277,7 @@ impl Job<'_> {
                  their message id. If a payment with such an id was written and the id has been forgotten, \
                  it is written, and its events are sent, a second time",
                 outcome.at_risk,
-                duration::format(self.settings.idempotency.window),
+                humantime::format_duration(self.settings.idempotency.window),
             ));
         }
         if is_interrupted {
