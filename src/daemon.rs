@@ -21,13 +21,13 @@ use crate::housekeeping::schedule;
 use crate::kafka::group::{Group, LaneHandle, MemberEnd, member_config};
 use crate::kafka::lane_client::LaneClient;
 use crate::kafka::librdkafka::{topic_id, topic_setting};
-use crate::kafka::offsets::{group_offsets, log_bounds, log_ends};
+use crate::kafka::offsets::{group_offsets, last_stable_offsets, log_bounds};
 use crate::kafka::publisher_settings::PublisherSettings;
 use crate::kafka::token::first_token;
-use crate::kafka::unassigned::{self, Membership};
+use crate::kafka::unassigned;
 use crate::lane::backoff::Backoff;
 use crate::lane::{Lane, LaneSettings};
-use crate::ports::LaneEvent;
+use crate::ports::{KafkaPortError, LaneEvent};
 use crate::postgres::binding::{self, Binding, BindingError};
 use crate::postgres::schema::months::{self, Obstacle};
 use crate::postgres::schema::{self, SchemaError};
@@ -169,11 +169,9 @@ async fn start(
         handles.push(LaneHandle { events, unhandled_revocations: Arc::new(AtomicI64::new(0)) });
         receivers.push(receiver);
     }
-    let consumer = member_config(kafka);
-    first_token(&consumer).await;
-    let (group, member_end) =
-        Group::new(&consumer, &kafka.input_topic, &kafka.instance_id, handles.clone(), Arc::clone(status))
-            .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))?;
+    first_token(&member_config(kafka)).await;
+    let (group, member_end) = Group::new(kafka, handles.clone(), Arc::clone(status))
+        .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))?;
     let found = broker_ready(&group, status).await?;
     let identity = Identity { topic_id: found.topic_id, database_id };
     bind(settings, options, endpoint, &found, status).await?;
@@ -196,7 +194,6 @@ async fn start(
         .map_err(|error| RunError::Failed(error.to_string()))?;
     let rules = Arc::new(settings.rules());
     let suspicion = Arc::new(Notify::new());
-    let shared_kafka = Arc::new(kafka.clone());
     let mut lanes = JoinSet::new();
     for (index, receiver) in receivers.into_iter().enumerate() {
         let Some(handle) = handles.get(index) else { continue };
@@ -205,7 +202,6 @@ async fn start(
             PublisherSettings::of(kafka, &identity, index),
             handle,
             Arc::clone(&suspicion),
-            Arc::clone(&shared_kafka),
         );
         let store = PgStore::new(pool.clone(), kafka.input_topic.clone(), identity.clone());
         let lane_settings = LaneSettings {
@@ -424,12 +420,6 @@ impl Running {
         options: RunOptions,
         mut stop: watch::Receiver<bool>,
     ) -> Result<(), RunError> {
-        let membership = Membership {
-            config: member_config(&settings.kafka),
-            group_id: settings.kafka.group_id.clone(),
-            instance_id: settings.kafka.instance_id.clone(),
-            partitions: self.found.partitions,
-        };
         let mut ended = tokio::select! {
             _ = stop.wait_for(|stop| *stop) => Ok(()),
             ended = self.lanes.join_next() => Err(lane_end(ended)),
@@ -437,7 +427,7 @@ impl Running {
             mismatch = watch_topic(&self.group, self.found.topic_id, &self.suspicion, &self.status) => {
                 Err(mismatch.into())
             }
-            () = unassigned::watch(&self.group, &membership) => Ok(()),
+            () = unassigned::watch(&self.group, self.found.partitions) => Ok(()),
             () = watch_ends(&self.group, &self.status) => Ok(()),
             () = watch_retention(&self.group) => Ok(()),
             () = watch_database(settings.postgres.url.endpoint(), &self.status) => Ok(()),
@@ -551,7 +541,8 @@ async fn watch_ends(group: &Group, status: &StatusRegistry) {
         // Taken before the request: records that arrive during it are not in the answer.
         let asked_at = metrics::now();
         let answer = tokio::task::spawn_blocking(move || {
-            log_ends(&asked, &partitions).map(|ends| partitions.into_iter().zip(ends).collect::<Vec<_>>())
+            let ends = last_stable_offsets(&asked, &partitions)?;
+            Ok::<_, KafkaPortError>(partitions.into_iter().zip(ends).collect::<Vec<_>>())
         });
         match answer.await {
             Ok(Ok(ends)) => {

@@ -103,7 +103,7 @@ pub enum PublishError {
     },
     /// The broker does not accept this member's generation: retry after the rebalance.
     #[error("not a member of the group's current generation: {0}")]
-    Fenced(String),
+    StaleGeneration(String),
     /// It may have been committed. `init_transactions` of a new producer ends it; the group's offset then
     /// shows the outcome.
     #[error("outcome unknown: {0}")]
@@ -218,8 +218,9 @@ pub trait KafkaPort {
     /// to be started again.
     fn stop(&mut self, partitions: &[Partition]) -> impl Future<Output = Result<(), KafkaPortError>>;
 
-    /// Replaces the fetching client: all partitions have to be started again.
-    fn renew_fetching(&mut self);
+    /// Abandons the fetching client; the next [`start`](Self::start) creates another one. All partitions have
+    /// to be started again.
+    fn abandon_fetcher(&mut self);
 
     /// Serves the fetching client's callbacks (errors, statistics), which pile up in its memory otherwise.
     /// For times in which nothing is fetched.

@@ -10,7 +10,7 @@ use super::input::small;
 use super::verdict::Payment;
 use crate::config::KafkaSettings;
 use crate::domain::record::{Offset, Partition, TimestampMs};
-use crate::kafka::last_stable::stable_ends;
+use crate::kafka::last_stable::stable_high_watermarks;
 use crate::kafka::scan::{ScanRange, Scanner};
 use crate::reconcile::source_place;
 
@@ -45,7 +45,7 @@ pub fn search(kafka: &KafkaSettings, topic_id: Uuid, payments: &[Payment]) -> Re
     let topic = &kafka.dead_letter_topic;
     let scanner = Scanner::new(&small(kafka), topic).map_err(|e| failed(&e))?;
     let (_, partitions) = scanner.describe().map_err(|e| failed(&e))?;
-    let ends = stable_ends(kafka, topic, &partitions).map_err(|e| failed(&e))?;
+    let ends = stable_high_watermarks(kafka, topic, &partitions).map_err(|e| failed(&e))?;
     let bounds = scanner.bounds(&partitions).map_err(|e| failed(&e))?;
     let from = TimestampMs(earliest.saturating_sub(BEFORE_RECORD_MS));
     let positions = scanner.positions_at(&partitions, from).map_err(|e| failed(&e))?;

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use rdkafka::Offset as KafkaOffset;
 use rdkafka::consumer::BaseConsumer;
 
-use super::group::QuietLog;
-use super::offsets::listed;
+use super::callbacks::QuietLog;
+use super::offsets::offsets_at;
+use super::scan::ScanError;
 use crate::config::KafkaSettings;
 use crate::domain::record::{NextOffset, Partition};
 use crate::kafka::client::{base_client_config, make_client};
@@ -16,14 +17,6 @@ const POLL: Duration = Duration::from_millis(50);
 /// transactions of other producers may be longer.
 const STABLE_WAIT: Duration = Duration::from_secs(60);
 
-/// Why the ends could not be determined.
-#[derive(Debug, thiserror::Error)]
-#[error("topic {topic}: {reason}")]
-pub struct UnstableError {
-    topic: String,
-    reason: String,
-}
-
 fn client(kafka: &KafkaSettings, isolation: &str) -> Result<BaseConsumer<QuietLog>, String> {
     let mut config = base_client_config(kafka);
     config
@@ -32,7 +25,7 @@ fn client(kafka: &KafkaSettings, isolation: &str) -> Result<BaseConsumer<QuietLo
         .set("isolation.level", isolation)
         .set("enable.auto.commit", "false")
         .remove("group.instance.id");
-    make_client(&config, QuietLog).map_err(|e| format!("creating a consumer: {e}"))
+    make_client(&config, QuietLog::default()).map_err(|e| format!("creating a consumer: {e}"))
 }
 
 /// Returns the present high watermarks of these partitions, as soon as the last stable offsets have reached
@@ -41,27 +34,27 @@ fn client(kafka: &KafkaSettings, isolation: &str) -> Result<BaseConsumer<QuietLo
 ///
 /// # Errors
 /// When the broker does not answer, or a transaction stays open for a minute.
-pub fn stable_ends(
+pub fn stable_high_watermarks(
     kafka: &KafkaSettings,
     topic: &str,
     partitions: &[Partition],
-) -> Result<Vec<NextOffset>, UnstableError> {
-    let error = |reason: String| UnstableError { topic: topic.to_owned(), reason };
-    let ask = |consumer: &BaseConsumer<QuietLog>| {
-        listed(consumer, topic, partitions, KafkaOffset::End).map_err(|e| error(e.to_string()))
+) -> Result<Vec<NextOffset>, ScanError> {
+    let error = |reason: String| ScanError::new(topic, reason);
+    let ends = |consumer: &BaseConsumer<QuietLog>| {
+        offsets_at(consumer, topic, partitions, KafkaOffset::End).map_err(|e| error(e.to_string()))
     };
-    let written = ask(&client(kafka, "read_uncommitted").map_err(error)?)?;
+    let high_watermarks = ends(&client(kafka, "read_uncommitted").map_err(error)?)?;
     let committed = client(kafka, "read_committed").map_err(error)?;
     let began = Instant::now();
     loop {
-        let stable = ask(&committed)?;
-        let mut open = partitions.iter().zip(stable.iter().zip(&written)).filter(|(_, (s, w))| s < w);
-        let Some((partition, (stable, _))) = open.next() else {
-            return Ok(written.into_iter().map(NextOffset).collect());
+        let last_stable = ends(&committed)?;
+        let mut pairs = partitions.iter().zip(last_stable.iter().zip(&high_watermarks));
+        let Some((partition, (last_stable, _))) = pairs.find(|(_, (stable, high))| stable < high) else {
+            return Ok(high_watermarks);
         };
         if began.elapsed() > STABLE_WAIT {
             return Err(error(format!(
-                "partition {partition} has had an open transaction at offset {stable} for {} s",
+                "partition {partition} has had an open transaction at offset {last_stable} for {} s",
                 STABLE_WAIT.as_secs()
             )));
         }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::last_stable::stable_ends;
+use super::last_stable::stable_high_watermarks;
 use super::librdkafka::NativeRecord;
 use super::scan::{ScanError, ScanRange, Scanner};
 use super::timestamp_lookup::{FirstTimestamp, first_timestamps};
@@ -218,9 +218,9 @@ fn wanted(
 /// The partitions of an output topic. Waits until the transactions that are open now have ended.
 fn regions(kafka: &KafkaSettings, scanner: &Scanner) -> Result<Vec<Region>, ScanError> {
     let (_, partitions) = scanner.describe()?;
-    let ends = stable_ends(kafka, scanner.topic(), &partitions).map_err(|e| scanner.error(e))?;
-    let starts = scanner.bounds(&partitions)?;
-    let bounds = starts.into_iter().zip(ends).map(|(bounds, end)| LogBounds { end, ..bounds });
+    let ends = stable_high_watermarks(kafka, scanner.topic(), &partitions)?;
+    let bounds = scanner.bounds(&partitions)?;
+    let bounds = bounds.into_iter().zip(ends).map(|(bounds, end)| LogBounds { end, ..bounds });
     let region = |(partition, bounds): (Partition, LogBounds)| Region {
         partition,
         bounds,

@@ -60,7 +60,7 @@ impl Publisher {
                 return None;
             }
             if rebootstrap.is_due(now, true) {
-                self.slot.remind(&self.bootstrap_servers);
+                self.slot.rebootstrap(&self.bootstrap_servers);
             }
             let slice = LOOK_AROUND.min(deadline - now);
             if let Ok(answered) = tokio::time::timeout(slice, &mut answer).await {
@@ -99,7 +99,7 @@ fn serve(mut transactions: Transactions, receiver: &jobs::Receiver<Job>) {
                 let _ = reply.send(outcome);
             }
             Ok(Job::Publish(publication, group, reply)) => {
-                let outcome = transactions.publish(&publication, &group);
+                let outcome = transactions.publish(&publication, Some(&group));
                 // Before the answer, so that the lane can reuse the batch's memory.
                 drop(publication);
                 let _ = reply.send(outcome);

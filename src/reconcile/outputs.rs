@@ -17,7 +17,7 @@ use crate::domain::publication::OutputTopic;
 use crate::domain::record::{NextOffset, Offset, Partition};
 use crate::domain::wire::Reason;
 use crate::error::CommandError;
-use crate::kafka::last_stable::stable_ends;
+use crate::kafka::last_stable::stable_high_watermarks;
 use crate::kafka::librdkafka::NativeRecord;
 use crate::kafka::scan::{ScanRange, Scanner};
 
@@ -123,7 +123,7 @@ impl Outputs {
         ] {
             let scanner = Scanner::new(kafka, name).map_err(|e| failed(&e))?;
             let (_, partitions) = scanner.describe().map_err(|e| failed(&e))?;
-            let ends = stable_ends(kafka, name, &partitions).map_err(|e| failed(&e))?;
+            let ends = stable_high_watermarks(kafka, name, &partitions).map_err(|e| failed(&e))?;
             topics.push(Topic { output, scanner, ends: partitions.into_iter().zip(ends).collect() });
         }
         Ok(Self { topics, prefix: format!("{:08x}", topic_id.as_fields().0) })

@@ -364,7 +364,7 @@ impl KafkaPort for ModelLog {
 
     fn listen(&self) {}
 
-    fn renew_fetching(&mut self) {
+    fn abandon_fetcher(&mut self) {
         self.fetches.clear();
     }
 
@@ -393,7 +393,7 @@ impl KafkaPort for ModelLog {
 
     async fn publish(&mut self, publication: &Arc<Publication>) -> Sent {
         match self.shared.point(self.who, "publish").await {
-            Fault::Before => return Err(PublishError::Fenced("rebalance in progress".to_owned())),
+            Fault::Before => return Err(PublishError::StaleGeneration("rebalance in progress".to_owned())),
             Fault::After => return Err(PublishError::aborted("coordinator is moving".to_owned())),
             _ => {}
         }
@@ -405,10 +405,10 @@ impl KafkaPort for ModelLog {
         };
         let generation = self.shared.world.borrow().members[self.who.member].generation;
         if generation < 0 {
-            return Err(PublishError::Fenced("between two generations".to_owned()));
+            return Err(PublishError::StaleGeneration("between two generations".to_owned()));
         }
         if self.unhandled_revocations.load(Ordering::Acquire) != 0 {
-            return Err(PublishError::Fenced("a revocation is not handled yet".to_owned()));
+            return Err(PublishError::StaleGeneration("a revocation is not handled yet".to_owned()));
         }
         self.is_in_doubt = true;
         let (reply, answer) = oneshot::channel();
@@ -552,7 +552,9 @@ impl Thread {
             is_member
         };
         if !is_taken {
-            return Err(self.abort(number, PublishError::Fenced("illegal generation".to_owned())).await);
+            return Err(self
+                .abort(number, PublishError::StaleGeneration("illegal generation".to_owned()))
+                .await);
         }
         match self.shared.point(self.who, "send_offsets").await {
             Fault::None | Fault::Crash => {}
