@@ -29,14 +29,7 @@ impl RevokeDone {
     }
 }
 
-impl std::fmt::Debug for RevokeDone {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("RevokeDone")
-    }
-}
-
 /// An event that the group, a background request or the daemon sends to a lane.
-#[derive(Debug)]
 pub enum LaneEvent {
     /// These partitions were assigned to this lane.
     Assigned(Vec<Partition>),
@@ -111,13 +104,6 @@ pub enum PublishError {
     /// The topic or the database is another one: an operator has to decide.
     #[error(transparent)]
     Identity(#[from] IdentityMismatch),
-}
-
-impl PublishError {
-    /// An abort with a transient cause.
-    pub fn aborted(message: impl Into<String>) -> Self {
-        Self::Aborted { class: FailureClass::Transient, message: message.into() }
-    }
 }
 
 /// Why a request to the database failed.

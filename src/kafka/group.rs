@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
@@ -107,53 +107,6 @@ pub enum MemberEnd {
     Fatal(String),
 }
 
-/// What the group's callbacks and its users share.
-pub struct Member {
-    kafka: KafkaSettings,
-    lanes: Vec<LaneHandle>,
-    status: Arc<StatusRegistry>,
-    ended: watch::Sender<Option<MemberEnd>>,
-    is_closing: AtomicBool,
-    /// The client reported that no broker can be reached. The polling thread resets it.
-    all_brokers_down: AtomicBool,
-    polled_at: Mutex<Instant>,
-}
-
-impl Member {
-    fn polled_at(&self) -> MutexGuard<'_, Instant> {
-        self.polled_at.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Sends an event to a lane; false if the lane has ended. A lane receives events while it fetches
-    /// and while transactions run, and its other waits are shorter than `LANE_WAIT`. A channel that stays full means
-    /// that the lane hangs: the process then ends, to be restarted.
-    fn send(&self, index: usize, lane: &LaneHandle, event: LaneEvent) -> bool {
-        let deadline = Instant::now() + LANE_WAIT;
-        let mut event = event;
-        loop {
-            event = match lane.events.try_send(event) {
-                Ok(()) => return true,
-                Err(TrySendError::Closed(_)) => return false,
-                Err(TrySendError::Full(event)) => event,
-            };
-            if Instant::now() >= deadline || self.is_closing.load(Ordering::Acquire) {
-                let reason = format!("lane {index} hangs: its event channel stays full");
-                self.ended.send_replace(Some(MemberEnd::Fatal(reason)));
-                return false;
-            }
-            std::thread::sleep(LANE_TICK);
-        }
-    }
-
-    fn by_lane(&self, partitions: &[Partition]) -> BTreeMap<usize, Vec<Partition>> {
-        let mut lanes: BTreeMap<usize, Vec<Partition>> = BTreeMap::new();
-        for partition in partitions {
-            lanes.entry(lane_of(*partition, self.lanes.len())).or_default().push(*partition);
-        }
-        lanes
-    }
-}
-
 /// The lane of a partition: its number modulo the lanes. With murmur2 keys and a number of output partitions
 /// that divides the input's, a lane then writes to few output partitions, which makes its transactions
 /// cheaper.
@@ -227,9 +180,8 @@ impl Revocation {
 
     /// Waits until all lanes have finished, at most [`REVOKE_WAIT`]: a lane that ended with the event in its
     /// channel never answers. Then raises the counters of the others.
-    fn wait(&self, is_closing: &AtomicBool) {
-        let is_open =
-            |open: &mut OpenRevocation| !open.lanes.is_empty() && !is_closing.load(Ordering::Acquire);
+    fn wait(&self, is_closing: impl Fn() -> bool) {
+        let is_open = |open: &mut OpenRevocation| !open.lanes.is_empty() && !is_closing();
         let waited = self.finished.wait_timeout_while(self.lock(), REVOKE_WAIT, is_open);
         let (mut open, _) = waited.unwrap_or_else(PoisonError::into_inner);
         open.is_overtaken = true;
@@ -239,7 +191,59 @@ impl Revocation {
     }
 }
 
+/// The process's member of the group, as its callbacks see it.
+pub struct Member {
+    kafka: KafkaSettings,
+    lanes: Vec<LaneHandle>,
+    status: Arc<StatusRegistry>,
+    ended: watch::Sender<Option<MemberEnd>>,
+    is_closing: AtomicBool,
+    /// The client reported that no broker can be reached. The polling thread resets it.
+    all_brokers_down: AtomicBool,
+    polled_at: Mutex<Instant>,
+}
+
 impl Member {
+    fn polled_at(&self) -> MutexGuard<'_, Instant> {
+        self.polled_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::Acquire)
+    }
+
+    /// Sends an event to a lane; false if the lane has ended. A lane receives events while it fetches
+    /// and while transactions run, and its other waits are shorter than `LANE_WAIT`. A channel that stays
+    /// full means that the lane hangs: the process then ends, to be restarted.
+    fn send(&self, index: usize, lane: &LaneHandle, mut event: LaneEvent) -> bool {
+        let deadline = Instant::now() + LANE_WAIT;
+        loop {
+            event = match lane.events.try_send(event) {
+                Ok(()) => return true,
+                Err(TrySendError::Closed(_)) => return false,
+                Err(TrySendError::Full(event)) => event,
+            };
+            if Instant::now() >= deadline || self.is_closing() {
+                let reason = format!("lane {index} hangs: its event channel stays full");
+                self.ended.send_replace(Some(MemberEnd::Fatal(reason)));
+                return false;
+            }
+            std::thread::sleep(LANE_TICK);
+        }
+    }
+
+    /// Divides partitions among the lanes.
+    fn by_lane(
+        &self,
+        partitions: &[Partition],
+    ) -> impl Iterator<Item = (usize, &LaneHandle, Vec<Partition>)> {
+        let lanes = self.lanes.iter().enumerate().map(|(index, lane)| {
+            let is_of_lane = |p: &&Partition| lane_of(**p, self.lanes.len()) == index;
+            (index, lane, partitions.iter().filter(is_of_lane).copied().collect::<Vec<_>>())
+        });
+        lanes.filter(|(.., partitions)| !partitions.is_empty())
+    }
+
     fn assign(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
         static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
         if let Some(suppressed) = LIMIT.pass() {
@@ -248,19 +252,12 @@ impl Member {
         metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
         self.status.assigned(crate::telemetry::metrics::now(), partitions);
         // The member fetches nothing.
-        if let Err(error) = consumer.incremental_assign(&TopicPartitionList::new()) {
-            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
-            if let Some(suppressed) = LIMIT.pass() {
-                tracing::warn!(%error, suppressed, "the client did not accept the assignment");
-            }
-        }
-        if self.is_closing.load(Ordering::Acquire) {
+        warn_if_refused("assignment", consumer.incremental_assign(&TopicPartitionList::new()));
+        if self.is_closing() {
             return;
         }
-        for (index, partitions) in self.by_lane(partitions) {
-            if let Some(lane) = self.lanes.get(index) {
-                self.send(index, lane, LaneEvent::Assigned(partitions));
-            }
+        for (index, lane, partitions) in self.by_lane(partitions) {
+            self.send(index, lane, LaneEvent::Assigned(partitions));
         }
     }
 
@@ -277,19 +274,16 @@ impl Member {
                 self.status.broker_lost();
             }
         }
+        // While the process closes, the lanes have ended, and the consumer's drop may run this callback on a
+        // thread of the runtime, which must not block.
+        let is_closing = self.is_closing();
         static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
-        if !self.is_closing.load(Ordering::Acquire)
-            && let Some(suppressed) = LIMIT.pass()
-        {
+        if !is_closing && let Some(suppressed) = LIMIT.pass() {
             tracing::info!(partitions = partitions.len(), kind, suppressed, "revoked");
         }
         metrics::counter!("payment_writer_rebalances_total", "kind" => kind).increment(1);
         let revocation = Arc::new(Revocation::default());
-        // While the process closes, the lanes have ended, and the consumer's drop may run this callback on a
-        // thread of the runtime, which must not block.
-        let is_closing = self.is_closing.load(Ordering::Acquire);
-        for (index, partitions) in self.by_lane(if is_closing { &[] } else { partitions }) {
-            let Some(lane) = self.lanes.get(index) else { continue };
+        for (index, lane, partitions) in self.by_lane(if is_closing { &[] } else { partitions }) {
             revocation.lock().lanes.insert(index, Arc::clone(&lane.unhandled_revocations));
             let finished = Arc::clone(&revocation);
             let done = RevokeDone::new(move || finished.finish(index));
@@ -297,14 +291,18 @@ impl Member {
                 revocation.finish(index);
             }
         }
-        revocation.wait(&self.is_closing);
+        revocation.wait(|| self.is_closing());
         failpoint::hit("before_revoked");
-        if let Err(error) = consumer.incremental_unassign(&TopicPartitionList::new()) {
-            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
-            if let Some(suppressed) = LIMIT.pass() {
-                tracing::warn!(%error, suppressed, "the client did not accept the revocation");
-            }
-        }
+        warn_if_refused("revocation", consumer.incremental_unassign(&TopicPartitionList::new()));
+    }
+}
+
+fn warn_if_refused(change: &str, confirmed: Result<(), KafkaError>) {
+    static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
+    if let Err(error) = confirmed
+        && let Some(suppressed) = LIMIT.pass()
+    {
+        tracing::warn!(%error, suppressed, "the client did not accept the {change}");
     }
 }
 
@@ -312,8 +310,6 @@ impl Member {
 #[derive(Clone)]
 pub struct Group {
     consumer: Arc<BaseConsumer<GroupContext>>,
-    shared: Arc<Member>,
-    thread: Arc<OnceLock<std::thread::JoinHandle<()>>>,
 }
 
 impl Group {
@@ -332,7 +328,7 @@ impl Group {
         status: Arc<StatusRegistry>,
     ) -> Result<(Self, watch::Receiver<Option<MemberEnd>>), KafkaError> {
         let (ended, end) = watch::channel(None);
-        let shared = Arc::new(Member {
+        let member = Arc::new(Member {
             kafka: kafka.clone(),
             lanes,
             status,
@@ -341,9 +337,8 @@ impl Group {
             all_brokers_down: AtomicBool::new(false),
             polled_at: Mutex::new(Instant::now()),
         });
-        let consumer = make_client(&member_config(kafka), Callbacks(Arc::clone(&shared)))?;
-        let group = Self { consumer: Arc::new(consumer), shared, thread: Arc::new(OnceLock::new()) };
-        Ok((group, end))
+        let consumer = make_client(&member_config(kafka), Callbacks(member))?;
+        Ok((Self { consumer: Arc::new(consumer) }, end))
     }
 
     /// The underlying consumer, for requests to the brokers.
@@ -351,27 +346,28 @@ impl Group {
         &self.consumer
     }
 
+    fn member(&self) -> &Member {
+        &self.consumer.context().0
+    }
+
     /// The settings that the group was created from.
     pub fn settings(&self) -> &KafkaSettings {
-        &self.shared.kafka
+        &self.member().kafka
     }
 
     /// The input topic's name.
     pub fn topic(&self) -> &str {
-        &self.shared.kafka.input_topic
+        &self.settings().input_topic
     }
 
     /// Subscribes, and polls on a new thread until [`close`](Self::close).
     pub fn join(&self) -> Result<(), KafkaError> {
         self.consumer.subscribe(&[self.topic()])?;
         let consumer = Arc::clone(&self.consumer);
-        let shared = Arc::clone(&self.shared);
-        let spawned = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("group".to_owned())
-            .spawn(move || poll(&consumer, &shared))
+            .spawn(move || poll(&consumer))
             .map_err(|e| KafkaError::ClientCreation(format!("starting the group's thread: {e}")))?;
-        // `join` is called once; after a second call the first thread would serve both.
-        let _ = self.thread.set(spawned);
         Ok(())
     }
 
@@ -386,26 +382,27 @@ impl Group {
     /// Stops polling. A static member does not leave the group; its assignment is kept for
     /// `session.timeout.ms`.
     pub fn close(&self) {
-        self.shared.is_closing.store(true, Ordering::Release);
+        self.member().is_closing.store(true, Ordering::Release);
     }
 }
 
-fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Member) {
+fn poll(consumer: &BaseConsumer<GroupContext>) {
+    let member = &consumer.context().0;
     let mut rebootstrap = Rebootstrap::default();
     let mut was_out = true;
-    while !shared.is_closing.load(Ordering::Acquire) {
-        *shared.polled_at() = Instant::now();
-        let is_out = !shared.status.is_member();
+    while !member.is_closing() {
+        *member.polled_at() = Instant::now();
+        let is_out = !member.status.is_member();
         if was_out && !is_out {
             rebootstrap.settle();
         }
         was_out = is_out;
-        if shared.all_brokers_down.swap(false, Ordering::AcqRel) {
+        if member.all_brokers_down.swap(false, Ordering::AcqRel) {
             rebootstrap.suspect(Instant::now());
         }
         if rebootstrap.is_due(Instant::now(), is_out) {
             tracing::debug!(target: "librdkafka", "bootstrapping the group's member again");
-            add_brokers(consumer.client(), &shared.kafka.bootstrap_servers);
+            add_brokers(consumer.client(), &member.kafka.bootstrap_servers);
         }
         match consumer.poll(POLL) {
             // Nothing is assigned to this client, so no record can arrive.
@@ -415,13 +412,13 @@ fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Member) {
         if let Some((code, reason)) = consumer.client().fatal_error() {
             let end = match code {
                 RDKafkaErrorCode::FencedInstanceId => {
-                    shared.status.fenced(OWN_FENCING_WITHIN);
-                    let instance_id = shared.kafka.instance_id.clone();
+                    member.status.fenced(OWN_FENCING_WITHIN);
+                    let instance_id = member.kafka.instance_id.clone();
                     MemberEnd::Identity(IdentityMismatch::InstanceTaken { instance_id })
                 }
                 _ => MemberEnd::Fatal(format!("{code}: {reason}")),
             };
-            shared.ended.send_replace(Some(end));
+            member.ended.send_replace(Some(end));
             return;
         }
     }

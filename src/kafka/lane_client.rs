@@ -22,6 +22,7 @@ use super::publisher::Publisher;
 use super::publisher_settings::PublisherSettings;
 use super::scan::ScanError;
 use super::throttle::STATISTICS_INTERVAL;
+use super::transactions::Transactions;
 use crate::config::KafkaSettings;
 use crate::domain::cursor::IdentityMismatch;
 use crate::domain::publication::{OutputCounts, Publication, Published};
@@ -165,12 +166,8 @@ fn positions(
 
 /// Puts one fetched item into the buffer.
 fn take(buffer: &mut FetchBuffer, suspicion: &Notify, item: FetchItem<'_>) {
-    let partition = match &item {
-        FetchItem::Record(record) => Some(record.partition()),
-        FetchItem::End { partition, .. } => Some(*partition),
-        FetchItem::Failed { .. } => None,
-    };
-    if partition.is_some_and(|partition| failpoint::withholds(partition.0)) {
+    let is_failure = matches!(item, FetchItem::Failed { .. });
+    if !is_failure && item.partition().is_some_and(|partition| failpoint::withholds(partition.0)) {
         return;
     }
     match item {
@@ -222,23 +219,19 @@ impl KafkaPort for LaneClient {
         &mut self,
         wanted: &[(Partition, NextOffset)],
     ) -> Result<Option<Vec<Proved>>, KafkaPortError> {
-        match self.search.take() {
-            Some(search) if !search.is_finished() => {
-                self.search = Some(search);
-                Ok(None)
-            }
-            Some(search) => match search.await {
-                Ok(Ok(proved)) => Ok(Some(proved)),
-                Ok(Err(error)) => Err(transient("searching the outputs", error)),
-                Err(error) => Err(transient("searching the outputs", error)),
-            },
-            None => {
+        let Some(search) = self.search.take_if(|search| search.is_finished()) else {
+            if self.search.is_none() {
                 let (kafka, wanted) = (Arc::clone(&self.settings.kafka), wanted.to_vec());
                 let topic_id = self.settings.identity.topic_id;
-                self.search =
-                    Some(tokio::task::spawn_blocking(move || output_scan::search(&kafka, topic_id, &wanted)));
-                Ok(None)
+                let search = move || output_scan::search(&kafka, topic_id, &wanted);
+                self.search = Some(tokio::task::spawn_blocking(search));
             }
+            return Ok(None);
+        };
+        match search.await {
+            Ok(Ok(proved)) => Ok(Some(proved)),
+            Ok(Err(error)) => Err(transient("searching the outputs", error)),
+            Err(error) => Err(transient("searching the outputs", error)),
         }
     }
 
@@ -302,32 +295,32 @@ impl KafkaPort for LaneClient {
         &mut self,
         publication: &Arc<Publication>,
     ) -> Result<(Published, OutputCounts, PublishTimes), PublishError> {
+        let unknown = |reason: &str| Err(PublishError::Unknown(reason.to_owned()));
+        let stale = |reason: &str| Err(PublishError::StaleGeneration(reason.to_owned()));
         if self.is_outcome_unknown {
-            return Err(PublishError::Unknown("the outcome of an earlier transaction is unknown".to_owned()));
+            return unknown("the outcome of an earlier transaction is unknown");
         }
         let Some(publisher) = &self.publisher else {
-            return Err(PublishError::Unknown("there is no producer yet".to_owned()));
+            return unknown("there is no producer yet");
         };
         let Some(metadata) = GroupMetadata::of(self.group.consumer()) else {
-            return Err(PublishError::StaleGeneration("the consumer has no group".to_owned()));
+            return stale("the consumer has no group");
         };
         // The broker does not fence a commit with generation -1.
         if metadata.generation() < 0 {
-            return Err(PublishError::StaleGeneration("the consumer is between two generations".to_owned()));
+            return stale("the consumer is between two generations");
         }
         // The counter is read after the metadata. If the generation is one that the member joined after a
         // revocation, the counter of that revocation is visible here; if it is an earlier one, the broker
         // refuses it.
         if self.unhandled_revocations.load(Ordering::Acquire) != 0 {
-            return Err(PublishError::StaleGeneration("a revocation is not handled yet".to_owned()));
+            return stale("a revocation is not handled yet");
         }
         self.is_outcome_unknown = true;
-        let answer = publisher.publish(Arc::clone(publication), metadata);
-        let outcome = match publisher.answer(answer).await {
-            Some(Ok(outcome)) => outcome,
-            Some(Err(_)) => Err(PublishError::Unknown("the publisher thread has ended".to_owned())),
-            None => Err(PublishError::Unknown("the producer hangs and was abandoned".to_owned())),
-        };
+        let publication = Arc::clone(publication);
+        let sent =
+            publisher.run(move |transactions| transactions.publish(&publication, Some(&metadata))).await;
+        let outcome = sent.unwrap_or_else(unknown);
         self.is_outcome_unknown = matches!(outcome, Err(PublishError::Unknown(_)));
         outcome
     }
@@ -342,18 +335,11 @@ impl KafkaPort for LaneClient {
             None => Publisher::spawn(self.settings.clone())
                 .map_err(|e| transient("starting the publisher thread", e))?,
         };
-        match publisher.answer(publisher.init()).await {
-            Some(Ok(Ok(()))) => {
-                self.publisher = Some(publisher);
-                Ok(())
-            }
-            Some(Ok(Err(failure))) => {
-                self.publisher = Some(publisher);
-                Err(failure)
-            }
-            Some(Err(_)) | None => {
-                Err(KafkaPortError::transient("the producer does not answer and was abandoned"))
-            }
-        }
+        let initialised = publisher
+            .run(Transactions::init)
+            .await
+            .map_err(|_| KafkaPortError::transient("the producer does not answer and was abandoned"))?;
+        self.publisher = Some(publisher);
+        initialised
     }
 }

@@ -141,17 +141,15 @@ fn search_outputs(
             if ranges.is_empty() {
                 break;
             }
-            let mut passed: BTreeSet<(i32, Partition)> = BTreeSet::new();
             let _ = scanner.read(&ranges, |record| {
                 read += 1;
-                note(record, prefix, &mut wanted, &mut passed);
-                ControlFlow::Continue(())
-            })?;
-            for (output, input) in passed {
-                if let Some(region) = regions.iter_mut().find(|r| r.partition.0 == output) {
+                if let Some(input) = note(record, prefix, &mut wanted)
+                    && let Some(region) = regions.iter_mut().find(|r| r.partition == record.partition())
+                {
                     region.passed.insert(input);
                 }
-            }
+                ControlFlow::Continue(())
+            })?;
             step = step.saturating_mul(STEP_GROWTH);
         }
         for partition in wanted.keys() {
@@ -268,28 +266,26 @@ fn next_ranges(
     ranges
 }
 
-/// Notes one output.
+/// Notes one output; returns its input partition, if that is wanted.
 fn note(
     record: &NativeRecord<'_>,
     prefix: u32,
     wanted: &mut BTreeMap<Partition, Wanted>,
-    passed: &mut BTreeSet<(i32, Partition)>,
-) {
+) -> Option<Partition> {
     // A dead letter also carries the headers of its record, which may include another `source`.
     let source = record
         .headers()
         .filter(|(name, _)| *name == Source::HEADER.as_bytes())
         .filter_map(|(_, value)| Source::parse(value?))
-        .find(|source| source.topic_id_prefix == prefix);
-    let Some(source) = source else { return };
-    let Some(wanted) = wanted.get_mut(&source.partition) else { return };
-    passed.insert((record.partition().0, source.partition));
+        .find(|source| source.topic_id_prefix == prefix)?;
+    let wanted = wanted.get_mut(&source.partition)?;
     if wanted.from.is_past(source.offset) {
         let sent_at = record.timestamp();
         wanted.last_before = wanted.last_before.max(sent_at);
     } else {
         wanted.sent = wanted.sent.max(source.offset.next());
     }
+    Some(source.partition)
 }
 
 #[cfg(test)]

@@ -49,36 +49,34 @@ pub fn probe(
     kafka: &KafkaSettings,
     positions: &[(Partition, NextOffset, LogBounds)],
 ) -> Result<BTreeMap<Partition, Probed>, String> {
-    let waiting: Vec<_> = positions
-        .iter()
-        .filter(|(_, position, bounds)| *position >= bounds.start && *position < bounds.end)
-        .map(|(partition, position, _)| (*partition, *position))
-        .collect();
     let mut probed: BTreeMap<Partition, Probed> =
         positions.iter().map(|(partition, ..)| (*partition, Probed::Readable)).collect();
-    if waiting.is_empty() {
+    let is_within = |(_, position, bounds): &&(Partition, NextOffset, LogBounds)| {
+        *position >= bounds.start && *position < bounds.end
+    };
+    let unread: Vec<_> = positions.iter().filter(is_within).collect();
+    if unread.is_empty() {
         return Ok(probed);
     }
     let fetcher =
         Fetcher::new(&reader_config(kafka, &DEFAULTS), &kafka.input_topic).map_err(|e| e.to_string())?;
-    let faults = first_faults(&fetcher, &waiting, Instant::now() + ANSWER_MAX).map_err(|e| e.to_string())?;
+    let starts: Vec<_> = unread.iter().map(|(partition, position, _)| (*partition, *position)).collect();
+    let faults = first_faults(&fetcher, &starts, Instant::now() + ANSWER_MAX).map_err(|e| e.to_string())?;
     let search_until = Instant::now() + SEARCH_MAX;
-    for (partition, position) in waiting {
-        let answer = match faults.get(&partition) {
+    for (partition, position, bounds) in unread {
+        let answer = match faults.get(partition) {
             None => Probed::NoAnswer,
             Some(None) => Probed::Readable,
             Some(Some(fault)) => {
-                let bounds = positions.iter().find(|(p, ..)| *p == partition).map(|(.., bounds)| bounds);
-                let end = bounds.map_or(position, |bounds| bounds.end);
                 let is_inside = |at: NextOffset| {
-                    let found = first_faults(&fetcher, &[(partition, at)], search_until).ok()?;
-                    found.get(&partition).map(|found| found.is_some_and(|found| found.batch == fault.batch))
+                    let found = first_faults(&fetcher, &[(*partition, at)], search_until).ok()?;
+                    found.get(partition).map(|found| found.is_some_and(|found| found.batch == fault.batch))
                 };
-                let after = fault.batch.and_then(|_| end_of_batch(position, end, is_inside));
+                let after = fault.batch.and_then(|_| end_of_batch(*position, bounds.end, is_inside));
                 Probed::Unreadable { fault: *fault, after }
             }
         };
-        probed.insert(partition, answer);
+        probed.insert(*partition, answer);
     }
     Ok(probed)
 }

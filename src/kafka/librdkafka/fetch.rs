@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::ffi::{c_int, c_void};
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
@@ -66,8 +66,8 @@ pub struct FetchQueue<C: ConsumerContext + 'static> {
     /// Partitions that are being fetched. librdkafka requires that each is stopped before the client is
     /// destroyed.
     started: Mutex<BTreeSet<Partition>>,
-    /// Its address is the opaque of the queue's callback.
-    filled: Box<Notify>,
+    /// The opaque of the queue's callback.
+    filled: Arc<Notify>,
     consumer: BaseConsumer<C>,
 }
 
@@ -91,7 +91,7 @@ fn last_error(doing: &str) -> NativeError {
 impl<C: ConsumerContext> FetchQueue<C> {
     /// Creates a queue of `consumer`, which has no `group.id`.
     pub fn new(consumer: BaseConsumer<C>, topic: &str) -> Result<Self, NativeError> {
-        let filled = Box::new(Notify::new());
+        let filled = Arc::new(Notify::new());
         let client = consumer.client().native_ptr();
         let name = c_string(topic);
         // SAFETY: the client is live; a null configuration means the client's defaults.
@@ -99,7 +99,7 @@ impl<C: ConsumerContext> FetchQueue<C> {
         if topic.is_null() {
             return Err(last_error("no handle for the topic"));
         }
-        let opaque = ptr::from_ref(&*filled);
+        let opaque = Arc::as_ptr(&filled);
         // SAFETY: the client is live; `drop` switches the callback off before its opaque is released.
         let queue = unsafe {
             let queue = sys::rd_kafka_queue_new(client);
@@ -212,8 +212,8 @@ impl<C: ConsumerContext> Drop for FetchQueue<C> {
             // SAFETY: the topic is live.
             unsafe { sys::rd_kafka_consume_stop(self.topic, partition.0) };
         }
-        // SAFETY: the callback, which runs under the queue's lock, is off from here on; topic and queue are released
-        // once, before the client.
+        // SAFETY: the callback, which runs under the queue's lock, is off before its opaque is released; topic
+        // and queue are released once, before the client.
         unsafe {
             sys::rd_kafka_queue_cb_event_enable(self.queue, None, ptr::null_mut());
             sys::rd_kafka_queue_destroy(self.queue);
