@@ -44,7 +44,7 @@ use payment_writer::domain::publication::{OffsetCommit, OutputTopic, Publication
 use payment_writer::domain::record::{NextOffset, Partition, SourceBatch, TimestampMs};
 use payment_writer::domain::wire::Rules;
 use payment_writer::kafka::client::{base_client_config, partition_counts};
-use payment_writer::kafka::group::{Group, LaneHandle, lane_of, member_config};
+use payment_writer::kafka::group::{Group, LaneHandle, lane_of};
 use payment_writer::kafka::lane_client::LaneClient;
 use payment_writer::kafka::librdkafka::topic_id;
 use payment_writer::kafka::publisher_settings::PublisherSettings;
@@ -378,7 +378,7 @@ impl Stand {
         let mut settings = world.traces.settings.clone();
         // A separate group each time, without waiting until the one before is removed.
         settings.kafka.group_id = format!("{}_{lanes}", world.traces.database);
-        let kafka = Arc::new(settings.kafka.clone());
+        let kafka = settings.kafka.clone();
         let (mut handles, mut receivers) = (Vec::new(), Vec::new());
         for _ in 0..lanes {
             let (events, receiver) = mpsc::channel(64);
@@ -386,14 +386,7 @@ impl Stand {
             receivers.push(receiver);
         }
         let status = Arc::new(StatusRegistry::default());
-        let (group, _end) = Group::new(
-            &member_config(&kafka),
-            &kafka.input_topic,
-            &kafka.instance_id,
-            handles.clone(),
-            status,
-        )
-        .unwrap();
+        let (group, _end) = Group::new(&kafka, handles.clone(), status).unwrap();
         group.join().unwrap();
         let assigned = join_all(receivers.into_iter().map(all_assigned));
         let counts = tokio::time::timeout(PATIENCE, assigned).await.expect("no partitions were assigned");
@@ -407,8 +400,7 @@ impl Stand {
         for (index, handle) in handles.into_iter().enumerate() {
             let publisher = PublisherSettings::of(&kafka, &world.identity, index);
             let suspicion = Arc::new(Notify::new());
-            let mut log =
-                LaneClient::new(stand.group.clone(), publisher, &handle, suspicion, Arc::clone(&kafka));
+            let mut log = LaneClient::new(stand.group.clone(), publisher, &handle, suspicion);
             log.renew().await.unwrap();
             let mut store = PgStore::new(pool.clone(), kafka.input_topic.clone(), world.identity.clone());
             let zero = NextOffset(0);
@@ -478,7 +470,7 @@ impl Drop for Stand {
 async fn all_assigned(mut events: mpsc::Receiver<LaneEvent>) -> usize {
     match events.recv().await {
         Some(LaneEvent::Assigned(partitions)) => partitions.len(),
-        other => panic!("expected an assignment: {other:?}"),
+        _ => panic!("expected an assignment"),
     }
 }
 

@@ -23,7 +23,7 @@ use crate::kafka::group::{Group, LaneHandle, MemberEnd, member_config};
 use crate::kafka::lane_client::LaneClient;
 use crate::kafka::publisher_settings::PublisherSettings;
 use crate::kafka::token::first_token;
-use crate::kafka::unassigned::{self, Membership};
+use crate::kafka::unassigned;
 use crate::lane::{Lane, LaneSettings};
 use crate::ports::LaneEvent;
 use crate::postgres::store::PgStore;
@@ -142,16 +142,9 @@ impl<'d> Daemon<'d> {
             handles.push(LaneHandle { events, unhandled_revocations: Arc::new(AtomicI64::new(0)) });
             receivers.push(receiver);
         }
-        let consumer = member_config(kafka);
-        first_token(&consumer).await;
-        let (group, member_end) = Group::new(
-            &consumer,
-            &kafka.input_topic,
-            &kafka.instance_id,
-            handles.clone(),
-            Arc::clone(status),
-        )
-        .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))?;
+        first_token(&member_config(kafka)).await;
+        let (group, member_end) = Group::new(kafka, handles.clone(), Arc::clone(status))
+            .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))?;
         let found = self.broker_ready(&group).await?;
         let identity = Identity { topic_id: found.topic_id, database_id };
         self.bind(&found).await?;
@@ -164,7 +157,6 @@ impl<'d> Daemon<'d> {
             .map_err(|error| RunError::Failed(error.to_string()))?;
         let rules = Arc::new(settings.rules());
         let suspicion = Arc::new(Notify::new());
-        let shared_kafka = Arc::new(kafka.clone());
         let mut lanes = JoinSet::new();
         for (index, (handle, receiver)) in handles.iter().zip(receivers).enumerate() {
             let client = LaneClient::new(
@@ -172,7 +164,6 @@ impl<'d> Daemon<'d> {
                 PublisherSettings::of(kafka, &identity, index),
                 handle,
                 Arc::clone(&suspicion),
-                Arc::clone(&shared_kafka),
             );
             let store = PgStore::new(pool.clone(), kafka.input_topic.clone(), identity.clone());
             let lane_settings = LaneSettings {
@@ -222,12 +213,6 @@ impl<'d> Daemon<'d> {
 impl Running<'_> {
     async fn supervise(mut self, stop: &mut watch::Receiver<bool>) -> Result<(), RunError> {
         let Daemon { settings, options, status, .. } = self.daemon;
-        let membership = Membership {
-            config: member_config(&settings.kafka),
-            group_id: settings.kafka.group_id.clone(),
-            instance_id: settings.kafka.instance_id.clone(),
-            partitions: self.found.partitions,
-        };
         let mut ended = tokio::select! {
             _ = stop.wait_for(|stop| *stop) => Ok(()),
             ended = self.lanes.join_next() => Err(lane_end(ended)),
@@ -235,7 +220,7 @@ impl Running<'_> {
             mismatch = watchers::topic(&self.group, self.found.topic_id, &self.suspicion, status) => {
                 Err(mismatch.into())
             }
-            () = unassigned::watch(&self.group, &membership) => Ok(()),
+            () = unassigned::watch(&self.group, self.found.partitions) => Ok(()),
             () = watchers::ends(&self.group, status) => Ok(()),
             () = watchers::retention(&self.group) => Ok(()),
             () = watchers::database(&settings.postgres.url, status) => Ok(()),

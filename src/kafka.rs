@@ -16,6 +16,7 @@
 //! single questions: offsets, the content of a gap, what the outputs show, whether partitions are readable or
 //! unassigned.
 
+pub mod callbacks;
 pub mod client;
 pub mod fetcher;
 mod gaps;

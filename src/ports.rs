@@ -29,14 +29,7 @@ impl RevokeDone {
     }
 }
 
-impl std::fmt::Debug for RevokeDone {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("RevokeDone")
-    }
-}
-
 /// An event that the group, a background request or the daemon sends to a lane.
-#[derive(Debug)]
 pub enum LaneEvent {
     /// These partitions were assigned to this lane.
     Assigned(Vec<Partition>),
@@ -103,7 +96,7 @@ pub enum PublishError {
     },
     /// The broker does not accept this member's generation: retry after the rebalance.
     #[error("not a member of the group's current generation: {0}")]
-    Fenced(String),
+    StaleGeneration(String),
     /// It may have been committed. `init_transactions` of a new producer ends it; the group's offset then
     /// shows the outcome.
     #[error("outcome unknown: {0}")]
@@ -111,13 +104,6 @@ pub enum PublishError {
     /// The topic or the database is another one: an operator has to decide.
     #[error(transparent)]
     Identity(#[from] IdentityMismatch),
-}
-
-impl PublishError {
-    /// An abort with a transient cause.
-    pub fn aborted(message: impl Into<String>) -> Self {
-        Self::Aborted { class: FailureClass::Transient, message: message.into() }
-    }
 }
 
 /// Why a request to the database failed.
@@ -218,8 +204,9 @@ pub trait KafkaPort {
     /// to be started again.
     fn stop(&mut self, partitions: &[Partition]) -> impl Future<Output = Result<(), KafkaPortError>>;
 
-    /// Replaces the fetching client: all partitions have to be started again.
-    fn renew_fetching(&mut self);
+    /// Abandons the fetching client; the next [`start`](Self::start) creates another one. All partitions have
+    /// to be started again.
+    fn abandon_fetcher(&mut self);
 
     /// Serves the fetching client's callbacks (errors, statistics), which pile up in its memory otherwise.
     /// For times in which nothing is fetched.

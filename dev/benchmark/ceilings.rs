@@ -299,7 +299,8 @@ fn produce(producers: Vec<Transactions>, lanes: &[Vec<Publication>]) -> Outcome<
             .map(|(mut producer, batches)| {
                 scope.spawn(move || {
                     start.wait();
-                    let outcome = batches.iter().try_for_each(|batch| producer.send_alone(batch));
+                    let outcome =
+                        batches.iter().try_for_each(|batch| producer.publish(batch, None).map(|_| ()));
                     // Measured before the client is dropped, which takes time.
                     (outcome, Instant::now())
                 })

@@ -14,7 +14,7 @@ use super::{duration, fraction, output, small_runtime};
 use crate::config::{KafkaSettings, Settings};
 use crate::error::CommandError;
 use crate::generator::{BadReason, Generator, GeneratorConfig, IdKind, Record, Tally, TallyReport};
-use crate::kafka::group::running_members;
+use crate::kafka::group::visible_members;
 use pace::Pace;
 use sender::{Sender, Sending};
 use transactions::{Transactions, TransactionsReport};
@@ -208,7 +208,7 @@ pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), CommandErr
 
 /// Asks for confirmation if the group has members, because they would write the generated payments.
 fn confirm(kafka: &KafkaSettings) -> Result<(), CommandError> {
-    let members = running_members(kafka).map_err(|error| {
+    let members = visible_members(kafka).map_err(|error| {
         CommandError::failed(format!("asking for the members of {}: {error}", kafka.group_id))
     })?;
     if members == 0 {

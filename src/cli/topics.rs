@@ -11,8 +11,8 @@ use rdkafka::types::RDKafkaErrorCode;
 use super::{output, small_runtime};
 use crate::config::Settings;
 use crate::error::CommandError;
+use crate::kafka::callbacks::QuietLog;
 use crate::kafka::client::{REQUEST_TIMEOUT, base_client_config, make_client, partition_counts};
-use crate::kafka::group::QuietLog;
 
 /// Time limit for the brokers to propagate the metadata of a new topic.
 const VISIBLE_WITHIN: Duration = Duration::from_secs(30);
@@ -70,7 +70,7 @@ async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(
         output(&kafka.email_topic),
         Wanted { dead_letters: true, ..output(&kafka.dead_letter_topic) },
     ];
-    let admin: AdminClient<QuietLog> = make_client(&base_client_config(kafka), QuietLog)
+    let admin: AdminClient<QuietLog> = make_client(&base_client_config(kafka), QuietLog::default())
         .map_err(|error| CommandError::failed(format!("cannot make a Kafka client: {error}")))?;
     let away = |error: KafkaError| {
         CommandError::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))

@@ -14,7 +14,7 @@ use crate::domain::cursor::IdentityMismatch;
 use crate::domain::record::Partition;
 use crate::kafka::group::Group;
 use crate::kafka::librdkafka::{topic_id, topic_setting};
-use crate::kafka::offsets::log_ends;
+use crate::kafka::offsets::last_stable_offsets;
 use crate::postgres::connection::describe;
 use crate::telemetry::metrics;
 use crate::telemetry::status::{Dependency, StatusRegistry};
@@ -68,7 +68,7 @@ pub(super) async fn ends(group: &Group, status: &StatusRegistry) {
         // Taken before the request: records that arrive during it are not in the answer.
         let asked_at = metrics::now();
         let wanted = partitions.clone();
-        match ask(group, move |group| log_ends(group, &wanted)).await {
+        match ask(group, move |group| last_stable_offsets(group, &wanted)).await {
             Ok(Ok(ends)) => {
                 status.ends(asked_at, partitions.into_iter().zip(ends));
                 status.probed(None, Some(Dependency::Up));

@@ -12,9 +12,9 @@ use super::run_metadata::RunMetadata;
 use crate::config::KafkaSettings;
 use crate::domain::record::{RecordView, TimestampMs};
 use crate::failpoint;
+use crate::kafka::callbacks::QuietLog;
 use crate::kafka::client::{REQUEST_TIMEOUT, base_client_config, make_client, producer_config};
-use crate::kafka::group::QuietLog;
-use crate::kafka::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer};
+use crate::kafka::librdkafka::{GroupMetadata, NativeError, TxnProducer};
 
 /// `init_transactions` waits until the transaction of an older run is aborted or completed.
 const INIT_DEADLINE: Duration = Duration::from_secs(60);
@@ -58,7 +58,7 @@ impl Sender {
             .set("message.max.bytes", "4000000")
             .set("linger.ms", "5")
             .set("delivery.report.only.error", "true");
-        let native = make_client::<BaseProducer<_>, _>(&config, QuietContext(QuietLog))
+        let native = make_client::<BaseProducer<_>, _>(&config, QuietLog::default())
             .map_err(|e| failed("creating the producer of replays", e))?;
         let producer = TxnProducer::new(native, &[&kafka.input_topic]);
         let mut config = base_client_config(kafka);
@@ -68,7 +68,7 @@ impl Sender {
             .set("isolation.level", "read_committed")
             .set("enable.auto.commit", "false")
             .remove("group.instance.id");
-        let consumer = make_client::<BaseConsumer<_>, _>(&config, QuietLog)
+        let consumer = make_client::<BaseConsumer<_>, _>(&config, QuietLog::default())
             .map_err(|e| failed("creating the consumer of the replay group", e))?;
         let sender = Self {
             producer,

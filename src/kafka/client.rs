@@ -18,8 +18,10 @@ use crate::kafka::token;
 /// The partitioner of the Java client, so that a key goes to the same partition whoever produces it.
 pub const PARTITIONER: &str = "murmur2_random";
 
-/// Timeout of a metadata or admin request.
+/// Timeout of a metadata or admin request that a command makes once.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout of one attempt of a request that is made again if it fails.
+pub(super) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Brokers, client id and `kafka.properties`. Callers set the properties that exactly-once depends on
 /// afterwards; the settings reject these in `kafka.properties`.

@@ -4,29 +4,27 @@
 //! Partitions are started and stopped, never paused or sought: librdkafka keeps a position of its own across
 //! a pause, and that position was wrong in tests.
 
-use std::error::Error;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rdkafka::client::OAuthToken;
+use rdkafka::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaErrorCode;
-use rdkafka::{ClientConfig, ClientContext};
 
-use super::group::QuietLog;
+use super::callbacks::{Callbacks, Listener};
 use super::librdkafka::fetch::{FetchItem, FetchQueue};
 use super::librdkafka::{NativeError, add_brokers};
 use super::rebootstrap::Rebootstrap;
 use super::throttle::Throttle;
-use super::token;
 use crate::config::KafkaSettings;
 use crate::domain::record::{NextOffset, Partition};
 use crate::kafka::client::{client_config_over, make_client};
 
-/// Items taken from the client in one call.
-const CHUNK_MAX: usize = 1_000;
+/// How long [`Fetcher::first_answers`] waits for items at a time.
+const POLL: Duration = Duration::from_millis(50);
 /// How often the client's log lines and errors are polled.
 const LISTEN_EVERY: Duration = Duration::from_millis(100);
 /// Polls at a time.
@@ -46,43 +44,26 @@ pub fn reader_config(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> Client
     config
 }
 
-/// Callbacks of a reader.
-pub struct ReaderContext {
+/// What a reader does in its callbacks.
+pub struct ReaderListener {
     /// The client reported that no broker can be reached.
     all_brokers_down: AtomicBool,
     throttle: Throttle,
 }
 
-impl Default for ReaderContext {
-    fn default() -> Self {
-        Self { all_brokers_down: AtomicBool::default(), throttle: Throttle::of("reader") }
-    }
-}
-
-impl ClientContext for ReaderContext {
-    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
-
-    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
-        token::generate(property)
-    }
-
-    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
-        QuietLog.log(level, facility, message);
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+impl Listener for ReaderListener {
+    fn error(&self, code: Option<RDKafkaErrorCode>, _: &str) {
+        if code == Some(RDKafkaErrorCode::AllBrokersDown) {
             self.all_brokers_down.store(true, Ordering::Release);
         }
-        QuietLog.error(error, reason);
     }
 
-    fn stats_raw(&self, statistics: &[u8]) {
+    fn statistics(&self, statistics: &[u8]) {
         self.throttle.statistics(statistics);
     }
 }
 
-impl ConsumerContext for ReaderContext {}
+impl ConsumerContext for Callbacks<ReaderListener> {}
 
 struct Listening {
     at: Instant,
@@ -91,7 +72,7 @@ struct Listening {
 
 /// A reader of one topic.
 pub struct Fetcher {
-    queue: FetchQueue<ReaderContext>,
+    queue: FetchQueue<Callbacks<ReaderListener>>,
     bootstrap_servers: String,
     listening: Mutex<Listening>,
 }
@@ -104,15 +85,17 @@ impl Fetcher {
     /// When the client cannot be created.
     pub fn new(config: &ClientConfig, topic: &str) -> Result<Self, KafkaError> {
         let bootstrap_servers = config.get("bootstrap.servers").unwrap_or_default().to_owned();
-        let consumer = make_client::<BaseConsumer<_>, _>(config, ReaderContext::default())?;
-        let queue = FetchQueue::new(consumer, topic, CHUNK_MAX)
+        let listener =
+            ReaderListener { all_brokers_down: AtomicBool::default(), throttle: Throttle::of("reader") };
+        let consumer = make_client::<BaseConsumer<_>, _>(config, Callbacks(listener))?;
+        let queue = FetchQueue::new(consumer, topic)
             .map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
         let listening = Mutex::new(Listening { at: Instant::now(), rebootstrap: Rebootstrap::default() });
         Ok(Self { queue, bootstrap_servers, listening })
     }
 
     /// The underlying consumer, for requests to the brokers.
-    pub fn consumer(&self) -> &BaseConsumer<ReaderContext> {
+    pub fn consumer(&self) -> &BaseConsumer<Callbacks<ReaderListener>> {
         self.queue.consumer()
     }
 
@@ -139,6 +122,35 @@ impl Fetcher {
         self.queue.drain(max, wait, take)
     }
 
+    /// Reads at these positions until `answer` has returned something about each partition, and returns that.
+    /// Partitions without an answer at the deadline are absent. Blocks until then.
+    ///
+    /// # Errors
+    /// An error of librdkafka. The client has to be replaced then.
+    pub fn first_answers<T>(
+        &self,
+        positions: &[(Partition, NextOffset)],
+        deadline: Instant,
+        mut answer: impl FnMut(Partition, FetchItem<'_>) -> Option<T>,
+    ) -> Result<BTreeMap<Partition, T>, NativeError> {
+        self.start(positions)?;
+        let mut answers = BTreeMap::new();
+        while answers.len() < positions.len() && Instant::now() < deadline {
+            let mut answered = Vec::new();
+            self.drain(usize::MAX, POLL, |item| {
+                let Some(partition) = item.partition().filter(|p| !answers.contains_key(p)) else { return };
+                if let Some(answer) = answer(partition, item) {
+                    answers.insert(partition, answer);
+                    answered.push(partition);
+                }
+            });
+            // Otherwise the client would fetch their backlogs while others are still waited for.
+            self.stop(&answered)?;
+        }
+        positions.iter().try_for_each(|(partition, _)| self.queue.stop(*partition))?;
+        Ok(answers)
+    }
+
     /// Completes when the queue has become non-empty since the last wait.
     pub async fn wait_filled(&self) {
         self.queue.wait_filled().await;
@@ -156,7 +168,7 @@ impl Fetcher {
         for _ in 0..EVENTS_MAX {
             let _ = self.consumer().poll(Duration::ZERO);
         }
-        if self.consumer().context().all_brokers_down.swap(false, Ordering::AcqRel) {
+        if self.consumer().context().0.all_brokers_down.swap(false, Ordering::AcqRel) {
             listening.rebootstrap.suspect(now);
         }
         if listening.rebootstrap.is_due(now, false) {

@@ -8,13 +8,12 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::fetcher::{Fetcher, reader_config};
 use super::librdkafka::fetch::FetchItem;
-use super::offsets::listed;
+use super::offsets::offsets_at;
 use crate::config::KafkaSettings;
 use crate::domain::record::{NextOffset, Partition};
 use crate::failpoint;
 use crate::ports::{Gap, GapAnswer};
 
-const POLL: Duration = Duration::from_millis(50);
 /// Partitions without an answer by then are checked again later.
 const PROOF_MAX: Duration = Duration::from_secs(10);
 /// Small fetches: the first record of each gap is enough.
@@ -45,64 +44,43 @@ fn read(kafka: &KafkaSettings, gaps: &[Gap]) -> Result<Vec<(Gap, GapAnswer)>, St
     let config = reader_config(kafka, &DEFAULTS);
     let fetcher = Fetcher::new(&config, &kafka.input_topic).map_err(|e| e.to_string())?;
     let positions: Vec<_> = gaps.iter().map(|gap| (gap.partition, gap.from)).collect();
-    fetcher.start(&positions).map_err(|e| e.to_string())?;
-    let mut open: BTreeMap<Partition, Gap> = gaps.iter().map(|gap| (gap.partition, *gap)).collect();
-    let mut answers: Vec<(Gap, GapAnswer)> = Vec::with_capacity(gaps.len());
-    let deadline = Instant::now() + PROOF_MAX;
-    while !open.is_empty() && Instant::now() < deadline {
-        let mut done: Vec<Partition> = Vec::new();
-        fetcher.drain(usize::MAX, POLL, |item| {
-            let Some((gap, answer)) = met(&open, &item) else { return };
-            open.remove(&gap.partition);
-            answers.push((gap, answer));
-            done.push(gap.partition);
-        });
-        fetcher.stop(&done).map_err(|e| e.to_string())?;
-    }
-    answers.extend(open.into_values().map(|gap| (gap, GapAnswer::Failed("no answer in time".to_owned()))));
+    let by_partition: BTreeMap<Partition, &Gap> = gaps.iter().map(|gap| (gap.partition, gap)).collect();
+    let mut answers = fetcher
+        .first_answers(&positions, Instant::now() + PROOF_MAX, |partition, item| {
+            by_partition.get(&partition).and_then(|gap| answer_of(gap, &item))
+        })
+        .map_err(|e| e.to_string())?;
     // Records that were removed from the log may have been in the gap. The log's start is read last, so that
     // it covers the whole time of the check.
-    let empty: Vec<Partition> =
-        answers.iter().filter(|(_, a)| *a == GapAnswer::Empty).map(|(gap, _)| gap.partition).collect();
+    let empty = answers.iter().filter(|(_, answer)| **answer == GapAnswer::Empty);
+    let empty: Vec<Partition> = empty.map(|(partition, _)| *partition).collect();
     if !empty.is_empty() {
-        let starts = listed(fetcher.consumer(), &kafka.input_topic, &empty, KafkaOffset::Beginning)
+        let starts = offsets_at(fetcher.consumer(), &kafka.input_topic, &empty, KafkaOffset::Beginning)
             .map_err(|e| e.to_string())?;
-        let starts: BTreeMap<Partition, NextOffset> =
-            empty.into_iter().zip(starts.into_iter().map(NextOffset)).collect();
-        for (gap, answer) in &mut answers {
-            if starts.get(&gap.partition).is_some_and(|start| *start > gap.from) {
-                *answer = GapAnswer::Removed;
+        for (partition, start) in empty.into_iter().zip(starts) {
+            if by_partition.get(&partition).is_some_and(|gap| start > gap.from) {
+                answers.insert(partition, GapAnswer::Removed);
             }
         }
     }
-    Ok(answers)
+    let late = || GapAnswer::Failed("no answer in time".to_owned());
+    Ok(gaps.iter().map(|gap| (*gap, answers.remove(&gap.partition).unwrap_or_else(late))).collect())
 }
 
-/// The answer that an item implies for the gap of its partition; `None`: not decided yet.
-fn met(open: &BTreeMap<Partition, Gap>, item: &FetchItem<'_>) -> Option<(Gap, GapAnswer)> {
+/// The answer that an item of its partition implies for a gap; `None`: not decided yet.
+fn answer_of(gap: &Gap, item: &FetchItem<'_>) -> Option<GapAnswer> {
     match item {
-        FetchItem::Record(record) => {
-            let gap = open.get(&record.partition())?;
-            let offset = record.offset();
-            if gap.from.is_past(offset) {
-                return None;
-            }
-            let is_inside = gap.to.is_past(offset);
-            let answer = if is_inside { GapAnswer::Record(NextOffset(offset.0)) } else { GapAnswer::Empty };
-            Some((*gap, answer))
+        FetchItem::Record(record) if gap.from.is_past(record.offset()) => None,
+        FetchItem::Record(record) if gap.to.is_past(record.offset()) => {
+            Some(GapAnswer::Record(NextOffset(record.offset().0)))
         }
-        FetchItem::End { partition, position } => {
-            let gap = open.get(partition)?;
-            // A new leader may report an end that lags.
-            (*position >= gap.to).then_some((*gap, GapAnswer::Empty))
-        }
-        FetchItem::Failed { partition, code, .. } => {
-            let gap = open.get(&(*partition)?)?;
-            let answer = match code {
-                RDKafkaErrorCode::OffsetOutOfRange | RDKafkaErrorCode::AutoOffsetReset => GapAnswer::Removed,
-                code => GapAnswer::Failed(code.to_string()),
-            };
-            Some((*gap, answer))
-        }
+        FetchItem::Record(_) => Some(GapAnswer::Empty),
+        // A new leader may report an end that lags.
+        FetchItem::End { position, .. } => (*position >= gap.to).then_some(GapAnswer::Empty),
+        FetchItem::Failed {
+            code: RDKafkaErrorCode::OffsetOutOfRange | RDKafkaErrorCode::AutoOffsetReset,
+            ..
+        } => Some(GapAnswer::Removed),
+        FetchItem::Failed { code, .. } => Some(GapAnswer::Failed(code.to_string())),
     }
 }

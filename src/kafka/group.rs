@@ -13,28 +13,26 @@
 //! nothing while the counter is above zero.
 
 use std::collections::BTreeMap;
-use std::error::Error;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rdkafka::client::OAuthToken;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::types::{RDKafkaErrorCode, RDKafkaRespErr};
-use rdkafka::{ClientConfig, ClientContext, TopicPartitionList};
+use rdkafka::{ClientConfig, TopicPartitionList};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 
+use super::callbacks::{Callbacks, Listener, QuietLog};
+use super::client::{ATTEMPT_TIMEOUT, client_config_over, make_client};
 use super::librdkafka::add_brokers;
 use super::rebootstrap::Rebootstrap;
-use super::token;
 use crate::config::KafkaSettings;
 use crate::domain::cursor::IdentityMismatch;
 use crate::domain::outcome::is_refusal;
 use crate::domain::record::Partition;
 use crate::failpoint;
-use crate::kafka::client::{client_config_over, make_client};
 use crate::ports::{LaneEvent, RevokeDone};
 use crate::telemetry::logging::RateLimited;
 use crate::telemetry::status::StatusRegistry;
@@ -77,45 +75,16 @@ const OWN_FENCING_WITHIN: Duration = Duration::from_secs(60);
 const AWAKE_WITHIN: Duration = Duration::from_secs(3);
 /// How long [`Group::listen`] polls.
 const LISTEN: Duration = Duration::from_millis(50);
-/// Timeout of one request to the broker.
-pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Forwards librdkafka's log lines at level debug. They name brokers and topics, never a message. While a
-/// broker is down most of them repeat; the daemon's own lines report that once.
-#[derive(Clone, Copy, Default)]
-pub struct QuietLog;
-
-impl ClientContext for QuietLog {
-    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
-
-    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
-        token::generate(property)
-    }
-
-    fn log(&self, _: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
-        tracing::debug!(target: "librdkafka", facility, message);
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        tracing::debug!(target: "librdkafka", %error, reason);
-    }
-}
-
-impl ConsumerContext for QuietLog {}
-
-/// The present number of members of the group.
+/// The present number of members of the group that this principal may see. Without the right to describe the
+/// group, the brokers do not list it, and the number is 0.
 ///
 /// # Errors
 /// When the brokers do not answer.
-pub fn running_members(kafka: &KafkaSettings) -> Result<usize, KafkaError> {
-    let consumer: BaseConsumer<QuietLog> = make_client(&client_config_over(kafka, &[]), QuietLog)?;
-    let groups = consumer.fetch_group_list(Some(&kafka.group_id), REQUEST_TIMEOUT)?;
-    Ok(groups
-        .groups()
-        .iter()
-        .filter(|group| group.name() == kafka.group_id)
-        .map(|group| group.members().len())
-        .sum())
+pub fn visible_members(kafka: &KafkaSettings) -> Result<usize, KafkaError> {
+    let consumer: BaseConsumer<QuietLog> = make_client(&client_config_over(kafka, &[]), QuietLog::default())?;
+    let groups = consumer.fetch_group_list(Some(&kafka.group_id), ATTEMPT_TIMEOUT)?;
+    let groups = groups.groups().iter().filter(|group| group.name() == kafka.group_id);
+    Ok(groups.map(|group| group.members().len()).sum())
 }
 
 /// How the group reaches one lane.
@@ -138,54 +107,6 @@ pub enum MemberEnd {
     Fatal(String),
 }
 
-struct Shared {
-    topic: String,
-    instance_id: String,
-    bootstrap_servers: String,
-    lanes: Vec<LaneHandle>,
-    status: Arc<StatusRegistry>,
-    ended: watch::Sender<Option<MemberEnd>>,
-    is_closing: AtomicBool,
-    /// The client reported that no broker can be reached. The polling thread resets it.
-    all_brokers_down: AtomicBool,
-    polled_at: Mutex<Instant>,
-}
-
-impl Shared {
-    fn polled_at(&self) -> MutexGuard<'_, Instant> {
-        self.polled_at.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Sends an event to a lane; false if the lane has ended. A lane receives events while it fetches
-    /// and while transactions run, and its other waits are shorter than `LANE_WAIT`. A channel that stays full means
-    /// that the lane hangs: the process then ends, to be restarted.
-    fn send(&self, index: usize, lane: &LaneHandle, event: LaneEvent) -> bool {
-        let deadline = Instant::now() + LANE_WAIT;
-        let mut event = event;
-        loop {
-            event = match lane.events.try_send(event) {
-                Ok(()) => return true,
-                Err(TrySendError::Closed(_)) => return false,
-                Err(TrySendError::Full(event)) => event,
-            };
-            if Instant::now() >= deadline || self.is_closing.load(Ordering::Acquire) {
-                let reason = format!("lane {index} hangs: its event channel stays full");
-                self.ended.send_replace(Some(MemberEnd::Fatal(reason)));
-                return false;
-            }
-            std::thread::sleep(LANE_TICK);
-        }
-    }
-
-    fn by_lane(&self, partitions: &[Partition]) -> BTreeMap<usize, Vec<Partition>> {
-        let mut lanes: BTreeMap<usize, Vec<Partition>> = BTreeMap::new();
-        for partition in partitions {
-            lanes.entry(lane_of(*partition, self.lanes.len())).or_default().push(*partition);
-        }
-        lanes
-    }
-}
-
 /// The lane of a partition: its number modulo the lanes. With murmur2 keys and a number of output partitions
 /// that divides the input's, a lane then writes to few output partitions, which makes its transactions
 /// cheaper.
@@ -193,82 +114,30 @@ pub fn lane_of(partition: Partition, lanes: usize) -> usize {
     usize::try_from(partition.0).unwrap_or(0) % lanes.max(1)
 }
 
-/// Callbacks of the group's consumer.
-pub struct GroupContext(Arc<Shared>);
+type GroupContext = Callbacks<Arc<Member>>;
 
-impl ClientContext for GroupContext {
-    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
-
-    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
-        token::generate(property)
-    }
-
-    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
-        QuietLog.log(level, facility, message);
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        if matches!(
-            error.rdkafka_error_code(),
-            Some(RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::AllBrokersDown)
-        ) {
-            self.0.status.broker_lost();
+impl Listener for Arc<Member> {
+    fn error(&self, code: Option<RDKafkaErrorCode>, reason: &str) {
+        let Some(code) = code else { return };
+        if matches!(code, RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::AllBrokersDown) {
+            self.status.broker_lost();
         }
-        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
-            self.0.all_brokers_down.store(true, Ordering::Release);
+        if code == RDKafkaErrorCode::AllBrokersDown {
+            self.all_brokers_down.store(true, Ordering::Release);
         }
-        if error.rdkafka_error_code().is_some_and(is_refusal) {
-            self.0.status.broker_refused(reason);
-        }
-        QuietLog.error(error, reason);
-    }
-}
-
-const WAITING: u8 = 0;
-const DONE: u8 = 1;
-const OVERTAKEN: u8 = 2;
-
-/// One lane's part of a revocation, which the callback waits for.
-struct Ticket {
-    state: AtomicU8,
-    unhandled_revocations: Arc<AtomicI64>,
-    count: Arc<(Mutex<usize>, Condvar)>,
-}
-
-impl Ticket {
-    fn finish(&self) {
-        if self.state.compare_exchange(WAITING, DONE, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            self.unhandled_revocations.fetch_sub(1, Ordering::AcqRel);
-        }
-        let (count, changed) = &*self.count;
-        *count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        changed.notify_all();
-    }
-
-    /// Stops waiting for the lane. The counter is raised first, because the lane lowers it as soon as it
-    /// finds the ticket overtaken.
-    fn overtake(&self) {
-        self.unhandled_revocations.fetch_add(1, Ordering::AcqRel);
-        if self.state.compare_exchange(WAITING, OVERTAKEN, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            self.unhandled_revocations.fetch_sub(1, Ordering::AcqRel);
+        if is_refusal(code) {
+            self.status.broker_refused(reason);
         }
     }
 }
 
 impl ConsumerContext for GroupContext {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, event: RDKafkaRespErr, list: &mut TopicPartitionList) {
-        let partitions: Vec<Partition> = list
-            .elements_for_topic(&self.0.topic)
-            .iter()
-            .map(|element| Partition(element.partition()))
-            .collect();
+        let elements = list.elements_for_topic(&self.0.kafka.input_topic);
+        let partitions: Vec<Partition> = elements.iter().map(|e| Partition(e.partition())).collect();
         match event {
-            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => {
-                self.0.assign(consumer, &partitions);
-            }
-            RDKafkaRespErr::RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS => {
-                self.0.revoke(consumer, &partitions);
-            }
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => self.0.assign(consumer, &partitions),
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS => self.0.revoke(consumer, &partitions),
             other => {
                 let code: RDKafkaErrorCode = other.into();
                 static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
@@ -280,7 +149,101 @@ impl ConsumerContext for GroupContext {
     }
 }
 
-impl Shared {
+/// A revocation that the callback waits for.
+#[derive(Default)]
+struct Revocation {
+    open: Mutex<OpenRevocation>,
+    finished: Condvar,
+}
+
+#[derive(Default)]
+struct OpenRevocation {
+    /// Lanes that have not finished, each with its counter of unhandled revocations.
+    lanes: BTreeMap<usize, Arc<AtomicI64>>,
+    /// The callback no longer waits.
+    is_overtaken: bool,
+}
+
+impl Revocation {
+    fn lock(&self) -> MutexGuard<'_, OpenRevocation> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn finish(&self, lane: usize) {
+        let mut open = self.lock();
+        let unhandled = open.lanes.remove(&lane);
+        if let Some(unhandled) = unhandled.filter(|_| open.is_overtaken) {
+            unhandled.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.finished.notify_all();
+    }
+
+    /// Waits until all lanes have finished, at most [`REVOKE_WAIT`]: a lane that ended with the event in its
+    /// channel never answers. Then raises the counters of the others.
+    fn wait(&self, is_closing: impl Fn() -> bool) {
+        let is_open = |open: &mut OpenRevocation| !open.lanes.is_empty() && !is_closing();
+        let waited = self.finished.wait_timeout_while(self.lock(), REVOKE_WAIT, is_open);
+        let (mut open, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        open.is_overtaken = true;
+        for unhandled in open.lanes.values() {
+            unhandled.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+}
+
+/// The process's member of the group, as its callbacks see it.
+pub struct Member {
+    kafka: KafkaSettings,
+    lanes: Vec<LaneHandle>,
+    status: Arc<StatusRegistry>,
+    ended: watch::Sender<Option<MemberEnd>>,
+    is_closing: AtomicBool,
+    /// The client reported that no broker can be reached. The polling thread resets it.
+    all_brokers_down: AtomicBool,
+    polled_at: Mutex<Instant>,
+}
+
+impl Member {
+    fn polled_at(&self) -> MutexGuard<'_, Instant> {
+        self.polled_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::Acquire)
+    }
+
+    /// Sends an event to a lane; false if the lane has ended. A lane receives events while it fetches
+    /// and while transactions run, and its other waits are shorter than `LANE_WAIT`. A channel that stays
+    /// full means that the lane hangs: the process then ends, to be restarted.
+    fn send(&self, index: usize, lane: &LaneHandle, mut event: LaneEvent) -> bool {
+        let deadline = Instant::now() + LANE_WAIT;
+        loop {
+            event = match lane.events.try_send(event) {
+                Ok(()) => return true,
+                Err(TrySendError::Closed(_)) => return false,
+                Err(TrySendError::Full(event)) => event,
+            };
+            if Instant::now() >= deadline || self.is_closing() {
+                let reason = format!("lane {index} hangs: its event channel stays full");
+                self.ended.send_replace(Some(MemberEnd::Fatal(reason)));
+                return false;
+            }
+            std::thread::sleep(LANE_TICK);
+        }
+    }
+
+    /// Divides partitions among the lanes.
+    fn by_lane(
+        &self,
+        partitions: &[Partition],
+    ) -> impl Iterator<Item = (usize, &LaneHandle, Vec<Partition>)> {
+        let lanes = self.lanes.iter().enumerate().map(|(index, lane)| {
+            let is_of_lane = |p: &&Partition| lane_of(**p, self.lanes.len()) == index;
+            (index, lane, partitions.iter().filter(is_of_lane).copied().collect::<Vec<_>>())
+        });
+        lanes.filter(|(.., partitions)| !partitions.is_empty())
+    }
+
     fn assign(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
         static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
         if let Some(suppressed) = LIMIT.pass() {
@@ -289,19 +252,12 @@ impl Shared {
         metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
         self.status.assigned(crate::telemetry::metrics::now(), partitions);
         // The member fetches nothing.
-        if let Err(error) = consumer.incremental_assign(&TopicPartitionList::new()) {
-            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
-            if let Some(suppressed) = LIMIT.pass() {
-                tracing::warn!(%error, suppressed, "the client did not accept the assignment");
-            }
-        }
-        if self.is_closing.load(Ordering::Acquire) {
+        warn_if_refused("assignment", consumer.incremental_assign(&TopicPartitionList::new()));
+        if self.is_closing() {
             return;
         }
-        for (index, partitions) in self.by_lane(partitions) {
-            if let Some(lane) = self.lanes.get(index) {
-                self.send(index, lane, LaneEvent::Assigned(partitions));
-            }
+        for (index, lane, partitions) in self.by_lane(partitions) {
+            self.send(index, lane, LaneEvent::Assigned(partitions));
         }
     }
 
@@ -318,47 +274,35 @@ impl Shared {
                 self.status.broker_lost();
             }
         }
+        // While the process closes, the lanes have ended, and the consumer's drop may run this callback on a
+        // thread of the runtime, which must not block.
+        let is_closing = self.is_closing();
         static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
-        if !self.is_closing.load(Ordering::Acquire)
-            && let Some(suppressed) = LIMIT.pass()
-        {
+        if !is_closing && let Some(suppressed) = LIMIT.pass() {
             tracing::info!(partitions = partitions.len(), kind, suppressed, "revoked");
         }
         metrics::counter!("payment_writer_rebalances_total", "kind" => kind).increment(1);
-        let count = Arc::new((Mutex::new(0), Condvar::new()));
-        let mut tickets = Vec::new();
-        // While the process closes, the lanes have ended, and the consumer's drop may run this callback on a
-        // thread of the runtime, which must not block.
-        let is_closing = self.is_closing.load(Ordering::Acquire);
-        for (index, partitions) in self.by_lane(if is_closing { &[] } else { partitions }) {
-            let Some(lane) = self.lanes.get(index) else { continue };
-            let ticket = Arc::new(Ticket {
-                state: AtomicU8::new(WAITING),
-                unhandled_revocations: Arc::clone(&lane.unhandled_revocations),
-                count: Arc::clone(&count),
-            });
-            let done = Arc::clone(&ticket);
-            let done = RevokeDone::new(move || done.finish());
-            if self.send(index, lane, LaneEvent::Revoked { partitions, is_lost, done }) {
-                tickets.push(ticket);
+        let revocation = Arc::new(Revocation::default());
+        for (index, lane, partitions) in self.by_lane(if is_closing { &[] } else { partitions }) {
+            revocation.lock().lanes.insert(index, Arc::clone(&lane.unhandled_revocations));
+            let finished = Arc::clone(&revocation);
+            let done = RevokeDone::new(move || finished.finish(index));
+            if !self.send(index, lane, LaneEvent::Revoked { partitions, is_lost, done }) {
+                revocation.finish(index);
             }
         }
-        let (finished, changed) = &*count;
-        let guard = finished.lock().unwrap_or_else(PoisonError::into_inner);
-        // Bounded, because a lane that ended with the event in its channel never answers.
-        let _ = changed.wait_timeout_while(guard, REVOKE_WAIT, |finished| {
-            *finished < tickets.len() && !self.is_closing.load(Ordering::Acquire)
-        });
-        for ticket in &tickets {
-            ticket.overtake();
-        }
+        revocation.wait(|| self.is_closing());
         failpoint::hit("before_revoked");
-        if let Err(error) = consumer.incremental_unassign(&TopicPartitionList::new()) {
-            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
-            if let Some(suppressed) = LIMIT.pass() {
-                tracing::warn!(%error, suppressed, "the client did not accept the revocation");
-            }
-        }
+        warn_if_refused("revocation", consumer.incremental_unassign(&TopicPartitionList::new()));
+    }
+}
+
+fn warn_if_refused(change: &str, confirmed: Result<(), KafkaError>) {
+    static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
+    if let Err(error) = confirmed
+        && let Some(suppressed) = LIMIT.pass()
+    {
+        tracing::warn!(%error, suppressed, "the client did not accept the {change}");
     }
 }
 
@@ -366,8 +310,6 @@ impl Shared {
 #[derive(Clone)]
 pub struct Group {
     consumer: Arc<BaseConsumer<GroupContext>>,
-    shared: Arc<Shared>,
-    thread: Arc<OnceLock<std::thread::JoinHandle<()>>>,
 }
 
 impl Group {
@@ -376,24 +318,18 @@ impl Group {
     /// # Errors
     /// When librdkafka rejects the configuration.
     pub fn observer(kafka: &KafkaSettings) -> Result<Self, KafkaError> {
-        let status = Arc::new(StatusRegistry::default());
-        Self::new(&member_config(kafka), &kafka.input_topic, &kafka.instance_id, Vec::new(), status)
-            .map(|(group, _)| group)
+        Self::new(kafka, Vec::new(), Arc::default()).map(|(group, _)| group)
     }
 
     /// Creates the consumer; [`join`](Self::join) subscribes it.
     pub fn new(
-        config: &ClientConfig,
-        topic: &str,
-        instance_id: &str,
+        kafka: &KafkaSettings,
         lanes: Vec<LaneHandle>,
         status: Arc<StatusRegistry>,
     ) -> Result<(Self, watch::Receiver<Option<MemberEnd>>), KafkaError> {
         let (ended, end) = watch::channel(None);
-        let shared = Arc::new(Shared {
-            topic: topic.to_owned(),
-            instance_id: instance_id.to_owned(),
-            bootstrap_servers: config.get("bootstrap.servers").unwrap_or_default().to_owned(),
+        let member = Arc::new(Member {
+            kafka: kafka.clone(),
             lanes,
             status,
             ended,
@@ -401,9 +337,8 @@ impl Group {
             all_brokers_down: AtomicBool::new(false),
             polled_at: Mutex::new(Instant::now()),
         });
-        let consumer = make_client(config, GroupContext(Arc::clone(&shared)))?;
-        let group = Self { consumer: Arc::new(consumer), shared, thread: Arc::new(OnceLock::new()) };
-        Ok((group, end))
+        let consumer = make_client(&member_config(kafka), Callbacks(member))?;
+        Ok((Self { consumer: Arc::new(consumer) }, end))
     }
 
     /// The underlying consumer, for requests to the brokers.
@@ -411,22 +346,28 @@ impl Group {
         &self.consumer
     }
 
+    fn member(&self) -> &Member {
+        &self.consumer.context().0
+    }
+
+    /// The settings that the group was created from.
+    pub fn settings(&self) -> &KafkaSettings {
+        &self.member().kafka
+    }
+
     /// The input topic's name.
     pub fn topic(&self) -> &str {
-        &self.shared.topic
+        &self.settings().input_topic
     }
 
     /// Subscribes, and polls on a new thread until [`close`](Self::close).
     pub fn join(&self) -> Result<(), KafkaError> {
-        self.consumer.subscribe(&[&self.shared.topic])?;
+        self.consumer.subscribe(&[self.topic()])?;
         let consumer = Arc::clone(&self.consumer);
-        let shared = Arc::clone(&self.shared);
-        let spawned = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("group".to_owned())
-            .spawn(move || poll(&consumer, &shared))
+            .spawn(move || poll(&consumer))
             .map_err(|e| KafkaError::ClientCreation(format!("starting the group's thread: {e}")))?;
-        // `join` is called once; after a second call the first thread would serve both.
-        let _ = self.thread.set(spawned);
         Ok(())
     }
 
@@ -441,26 +382,27 @@ impl Group {
     /// Stops polling. A static member does not leave the group; its assignment is kept for
     /// `session.timeout.ms`.
     pub fn close(&self) {
-        self.shared.is_closing.store(true, Ordering::Release);
+        self.member().is_closing.store(true, Ordering::Release);
     }
 }
 
-fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
+fn poll(consumer: &BaseConsumer<GroupContext>) {
+    let member = &consumer.context().0;
     let mut rebootstrap = Rebootstrap::default();
     let mut was_out = true;
-    while !shared.is_closing.load(Ordering::Acquire) {
-        *shared.polled_at() = Instant::now();
-        let is_out = !shared.status.is_member();
+    while !member.is_closing() {
+        *member.polled_at() = Instant::now();
+        let is_out = !member.status.is_member();
         if was_out && !is_out {
             rebootstrap.settle();
         }
         was_out = is_out;
-        if shared.all_brokers_down.swap(false, Ordering::AcqRel) {
+        if member.all_brokers_down.swap(false, Ordering::AcqRel) {
             rebootstrap.suspect(Instant::now());
         }
         if rebootstrap.is_due(Instant::now(), is_out) {
             tracing::debug!(target: "librdkafka", "bootstrapping the group's member again");
-            add_brokers(consumer.client(), &shared.bootstrap_servers);
+            add_brokers(consumer.client(), &member.kafka.bootstrap_servers);
         }
         match consumer.poll(POLL) {
             // Nothing is assigned to this client, so no record can arrive.
@@ -470,13 +412,13 @@ fn poll(consumer: &BaseConsumer<GroupContext>, shared: &Shared) {
         if let Some((code, reason)) = consumer.client().fatal_error() {
             let end = match code {
                 RDKafkaErrorCode::FencedInstanceId => {
-                    shared.status.fenced(OWN_FENCING_WITHIN);
-                    let instance_id = shared.instance_id.clone();
+                    member.status.fenced(OWN_FENCING_WITHIN);
+                    let instance_id = member.kafka.instance_id.clone();
                     MemberEnd::Identity(IdentityMismatch::InstanceTaken { instance_id })
                 }
                 _ => MemberEnd::Fatal(format!("{code}: {reason}")),
             };
-            shared.ended.send_replace(Some(end));
+            member.ended.send_replace(Some(end));
             return;
         }
     }

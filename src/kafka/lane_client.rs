@@ -10,20 +10,21 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
+use super::client::ATTEMPT_TIMEOUT;
 use super::fetcher::{Fetcher, reader_config};
 use super::gaps;
-use super::group::{Group, LaneHandle, REQUEST_TIMEOUT};
+use super::group::{Group, LaneHandle};
 use super::librdkafka::fetch::FetchItem;
 use super::librdkafka::{GroupMetadata, NativeError, topic_id};
-use super::offsets::{failed, group_offsets, log_bounds, transient};
+use super::offsets::{failed, group_offsets, log_bounds, native_failed, transient};
 use super::output_scan;
 use super::publisher::Publisher;
 use super::publisher_settings::PublisherSettings;
 use super::scan::ScanError;
 use super::throttle::STATISTICS_INTERVAL;
+use super::transactions::Transactions;
 use crate::config::KafkaSettings;
 use crate::domain::cursor::IdentityMismatch;
-use crate::domain::outcome::class_of_kafka;
 use crate::domain::publication::{OutputCounts, Publication, Published};
 use crate::domain::record::{NextOffset, Partition};
 use crate::failpoint;
@@ -66,37 +67,29 @@ pub struct LaneClient {
     settings: PublisherSettings,
     publisher: Option<Publisher>,
     /// True while a transaction is running, and after one ended with an unknown outcome.
-    is_in_doubt: bool,
+    is_outcome_unknown: bool,
     unhandled_revocations: Arc<AtomicI64>,
     /// The lane's own event channel, for answers. Weak, so that the channel closes when the group drops its
     /// sender.
     events: mpsc::WeakSender<LaneEvent>,
     /// Notified when fetching failed, so that the topic id is checked at once.
     suspicion: Arc<Notify>,
-    kafka: Arc<KafkaSettings>,
     /// The running output scan.
     search: Option<JoinHandle<Result<Vec<Proved>, ScanError>>>,
 }
 
 impl LaneClient {
     /// Creates the clients' owner for the lane with this handle; no client is created yet.
-    pub fn new(
-        group: Group,
-        settings: PublisherSettings,
-        lane: &LaneHandle,
-        suspicion: Arc<Notify>,
-        kafka: Arc<KafkaSettings>,
-    ) -> Self {
+    pub fn new(group: Group, settings: PublisherSettings, lane: &LaneHandle, suspicion: Arc<Notify>) -> Self {
         Self {
             group,
             fetcher: None,
             settings,
             publisher: None,
-            is_in_doubt: false,
+            is_outcome_unknown: false,
             unhandled_revocations: Arc::clone(&lane.unhandled_revocations),
             events: lane.events.downgrade(),
             suspicion,
-            kafka,
             search: None,
         }
     }
@@ -110,7 +103,7 @@ impl LaneClient {
         let fetcher = match &self.fetcher {
             Some(fetcher) => Arc::clone(fetcher),
             None => {
-                let made = Fetcher::new(&lane_reader_config(&self.kafka), &self.kafka.input_topic)
+                let made = Fetcher::new(&lane_reader_config(&self.settings.kafka), self.group.topic())
                     .map_err(|e| failed(doing, &e))?;
                 Arc::clone(self.fetcher.insert(Arc::new(made)))
             }
@@ -122,7 +115,7 @@ impl LaneClient {
             Ok(Err(error)) => transient(doing, error),
             Err(_) => transient(doing, "the client hangs and was abandoned"),
         };
-        self.renew_fetching();
+        self.abandon_fetcher();
         Err(failure)
     }
 
@@ -148,7 +141,7 @@ impl LaneClient {
 
 impl Drop for LaneClient {
     fn drop(&mut self) {
-        self.renew_fetching();
+        self.abandon_fetcher();
     }
 }
 
@@ -159,11 +152,8 @@ fn positions(
     partitions: &[Partition],
 ) -> Result<Vec<Positions>, KafkaPortError> {
     let offsets = group_offsets(group, partitions)?;
-    let (found, _) =
-        topic_id(group.consumer(), group.topic(), REQUEST_TIMEOUT).map_err(|e| KafkaPortError::Failed {
-            class: class_of_kafka(e.code),
-            message: format!("asking for the topic's id: {e}"),
-        })?;
+    let (found, _) = topic_id(group.consumer(), group.topic(), ATTEMPT_TIMEOUT)
+        .map_err(|e| native_failed("asking for the topic's id", &e))?;
     if found != expected {
         return Err(IdentityMismatch::OtherTopic { marked: expected, found }.into());
     }
@@ -176,12 +166,8 @@ fn positions(
 
 /// Puts one fetched item into the buffer.
 fn take(buffer: &mut FetchBuffer, suspicion: &Notify, item: FetchItem<'_>) {
-    let partition = match &item {
-        FetchItem::Record(record) => Some(record.partition()),
-        FetchItem::End { partition, .. } => Some(*partition),
-        FetchItem::Failed { .. } => None,
-    };
-    if partition.is_some_and(|partition| failpoint::withholds(partition.0)) {
+    let is_failure = matches!(item, FetchItem::Failed { .. });
+    if !is_failure && item.partition().is_some_and(|partition| failpoint::withholds(partition.0)) {
         return;
     }
     match item {
@@ -218,7 +204,7 @@ impl KafkaPort for LaneClient {
     }
 
     fn prove_gaps(&mut self, id: u64, gaps: Vec<Gap>) {
-        let kafka = Arc::clone(&self.kafka);
+        let kafka = Arc::clone(&self.settings.kafka);
         let asked = gaps.clone();
         self.answer(
             move || LaneEvent::GapsProved { id, answers: gaps::prove(&kafka, &asked) },
@@ -233,23 +219,19 @@ impl KafkaPort for LaneClient {
         &mut self,
         wanted: &[(Partition, NextOffset)],
     ) -> Result<Option<Vec<Proved>>, KafkaPortError> {
-        match self.search.take() {
-            Some(search) if !search.is_finished() => {
-                self.search = Some(search);
-                Ok(None)
-            }
-            Some(search) => match search.await {
-                Ok(Ok(proved)) => Ok(Some(proved)),
-                Ok(Err(error)) => Err(transient("searching the outputs", error)),
-                Err(error) => Err(transient("searching the outputs", error)),
-            },
-            None => {
-                let (kafka, wanted) = (Arc::clone(&self.kafka), wanted.to_vec());
+        let Some(search) = self.search.take_if(|search| search.is_finished()) else {
+            if self.search.is_none() {
+                let (kafka, wanted) = (Arc::clone(&self.settings.kafka), wanted.to_vec());
                 let topic_id = self.settings.identity.topic_id;
-                self.search =
-                    Some(tokio::task::spawn_blocking(move || output_scan::search(&kafka, topic_id, &wanted)));
-                Ok(None)
+                let search = move || output_scan::search(&kafka, topic_id, &wanted);
+                self.search = Some(tokio::task::spawn_blocking(search));
             }
+            return Ok(None);
+        };
+        match search.await {
+            Ok(Ok(proved)) => Ok(Some(proved)),
+            Ok(Err(error)) => Err(transient("searching the outputs", error)),
+            Err(error) => Err(transient("searching the outputs", error)),
         }
     }
 
@@ -267,7 +249,7 @@ impl KafkaPort for LaneClient {
         self.with_fetcher("stopping to fetch", move |fetcher| fetcher.stop(&partitions)).await
     }
 
-    fn renew_fetching(&mut self) {
+    fn abandon_fetcher(&mut self) {
         if let Some(fetcher) = self.fetcher.take() {
             // Destroying a client blocks, for ever if it hangs: a detached thread does it. If no thread can
             // be started, the closure, and with it the client, is dropped here.
@@ -313,58 +295,51 @@ impl KafkaPort for LaneClient {
         &mut self,
         publication: &Arc<Publication>,
     ) -> Result<(Published, OutputCounts, PublishTimes), PublishError> {
-        if self.is_in_doubt {
-            return Err(PublishError::Unknown("the outcome of an earlier transaction is unknown".to_owned()));
+        let unknown = |reason: &str| Err(PublishError::Unknown(reason.to_owned()));
+        let stale = |reason: &str| Err(PublishError::StaleGeneration(reason.to_owned()));
+        if self.is_outcome_unknown {
+            return unknown("the outcome of an earlier transaction is unknown");
         }
         let Some(publisher) = &self.publisher else {
-            return Err(PublishError::Unknown("there is no producer yet".to_owned()));
+            return unknown("there is no producer yet");
         };
         let Some(metadata) = GroupMetadata::of(self.group.consumer()) else {
-            return Err(PublishError::Fenced("the consumer has no group".to_owned()));
+            return stale("the consumer has no group");
         };
         // The broker does not fence a commit with generation -1.
         if metadata.generation() < 0 {
-            return Err(PublishError::Fenced("the consumer is between two generations".to_owned()));
+            return stale("the consumer is between two generations");
         }
         // The counter is read after the metadata. If the generation is one that the member joined after a
         // revocation, the counter of that revocation is visible here; if it is an earlier one, the broker
         // refuses it.
         if self.unhandled_revocations.load(Ordering::Acquire) != 0 {
-            return Err(PublishError::Fenced("a revocation is not handled yet".to_owned()));
+            return stale("a revocation is not handled yet");
         }
-        self.is_in_doubt = true;
-        let answer = publisher.publish(Arc::clone(publication), metadata);
-        let outcome = match publisher.answer(answer).await {
-            Some(Ok(outcome)) => outcome,
-            Some(Err(_)) => Err(PublishError::Unknown("the publisher thread has ended".to_owned())),
-            None => Err(PublishError::Unknown("the producer hangs and was abandoned".to_owned())),
-        };
-        self.is_in_doubt = matches!(outcome, Err(PublishError::Unknown(_)));
+        self.is_outcome_unknown = true;
+        let publication = Arc::clone(publication);
+        let sent =
+            publisher.run(move |transactions| transactions.publish(&publication, Some(&metadata))).await;
+        let outcome = sent.unwrap_or_else(unknown);
+        self.is_outcome_unknown = matches!(outcome, Err(PublishError::Unknown(_)));
         outcome
     }
 
     async fn renew(&mut self) -> Result<(), KafkaPortError> {
-        if self.is_in_doubt {
+        if self.is_outcome_unknown {
             self.publisher = None;
-            self.is_in_doubt = false;
+            self.is_outcome_unknown = false;
         }
         let publisher = match self.publisher.take() {
             Some(publisher) => publisher,
             None => Publisher::spawn(self.settings.clone())
                 .map_err(|e| transient("starting the publisher thread", e))?,
         };
-        match publisher.answer(publisher.init()).await {
-            Some(Ok(Ok(()))) => {
-                self.publisher = Some(publisher);
-                Ok(())
-            }
-            Some(Ok(Err(failure))) => {
-                self.publisher = Some(publisher);
-                Err(failure)
-            }
-            Some(Err(_)) | None => {
-                Err(KafkaPortError::transient("the producer does not answer and was abandoned"))
-            }
-        }
+        let initialised = publisher
+            .run(Transactions::init)
+            .await
+            .map_err(|_| KafkaPortError::transient("the producer does not answer and was abandoned"))?;
+        self.publisher = Some(publisher);
+        initialised
     }
 }

@@ -4,14 +4,20 @@ use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
+use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
-use super::group::{Group, REQUEST_TIMEOUT};
+use super::client::ATTEMPT_TIMEOUT;
+use super::group::Group;
+use super::librdkafka::NativeError;
 use crate::domain::cursor::{GroupOffset, LogBounds};
 use crate::domain::outcome::{FailureClass, class_of_kafka};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::ports::KafkaPortError;
+
+const LIST_OFFSETS: &str = "asking for the log's bounds";
+const OFFSET_FETCH: &str = "asking for the group's offsets";
 
 pub(super) fn transient(doing: &str, error: impl std::fmt::Display) -> KafkaPortError {
     KafkaPortError::transient(format!("{doing}: {error}"))
@@ -20,6 +26,10 @@ pub(super) fn transient(doing: &str, error: impl std::fmt::Display) -> KafkaPort
 pub(super) fn failed(doing: &str, error: &KafkaError) -> KafkaPortError {
     let class = error.rdkafka_error_code().map_or(FailureClass::Transient, class_of_kafka);
     KafkaPortError::Failed { class, message: format!("{doing}: {error}") }
+}
+
+pub(super) fn native_failed(doing: &str, error: &NativeError) -> KafkaPortError {
+    KafkaPortError::Failed { class: class_of_kafka(error.code), message: format!("{doing}: {error}") }
 }
 
 fn list_at(
@@ -34,21 +44,49 @@ fn list_at(
     Ok(list)
 }
 
-/// `ListOffsets` for the start or the end of partitions. The end of a read_committed consumer is the last
-/// stable offset.
-pub(super) fn listed<C: ConsumerContext>(
+/// Reads the answer about each partition, in the order given.
+fn each<T>(
+    doing: &str,
+    answer: &TopicPartitionList,
+    topic: &str,
+    partitions: &[Partition],
+    read: impl Fn(&TopicPartitionListElem<'_>) -> Result<T, KafkaPortError>,
+) -> Result<Vec<T>, KafkaPortError> {
+    let read_one = |partition: &Partition| {
+        let element = answer
+            .find_partition(topic, partition.0)
+            .ok_or_else(|| transient(doing, "a partition is missing"))?;
+        element.error().map_err(|e| failed(doing, &e))?;
+        read(&element)
+    };
+    partitions.iter().map(read_one).collect()
+}
+
+/// `ListOffsets`. The timestamp to look for, if any, takes the place of an offset.
+fn list_offsets<C: ConsumerContext, T>(
     consumer: &BaseConsumer<C>,
     topic: &str,
     partitions: &[Partition],
     at: KafkaOffset,
-) -> Result<Vec<i64>, KafkaPortError> {
-    answered(consumer, topic, partitions, at)?
-        .into_iter()
-        .map(|found| match found {
-            KafkaOffset::Offset(offset) => Ok(offset),
-            other => Err(transient("asking for the log's bounds", format!("{other:?}"))),
-        })
-        .collect()
+    read: impl Fn(KafkaOffset) -> Result<T, KafkaPortError>,
+) -> Result<Vec<T>, KafkaPortError> {
+    let list = list_at(topic, partitions, at)?;
+    let answer = consumer.offsets_for_times(list, ATTEMPT_TIMEOUT).map_err(|e| failed(LIST_OFFSETS, &e))?;
+    each(LIST_OFFSETS, &answer, topic, partitions, |element| read(element.offset()))
+}
+
+/// The start or the end of partitions. The end is the last stable offset if the consumer is read_committed,
+/// else the high watermark.
+pub(super) fn offsets_at<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    partitions: &[Partition],
+    at: KafkaOffset,
+) -> Result<Vec<NextOffset>, KafkaPortError> {
+    list_offsets(consumer, topic, partitions, at, |found| match found {
+        KafkaOffset::Offset(offset) => Ok(NextOffset(offset)),
+        other => Err(transient(LIST_OFFSETS, format!("{other:?}"))),
+    })
 }
 
 /// The first offset of each partition whose timestamp is at or after `time`; `None` if there is no such
@@ -59,35 +97,10 @@ pub(super) fn positions_at<C: ConsumerContext>(
     partitions: &[Partition],
     time: TimestampMs,
 ) -> Result<Vec<Option<NextOffset>>, KafkaPortError> {
-    // The API takes the timestamp in the offset field.
-    let answers = answered(consumer, topic, partitions, KafkaOffset::Offset(time.0.max(0)))?;
-    let position = |found| match found {
-        KafkaOffset::Offset(offset) => Some(NextOffset(offset)),
-        _ => None,
-    };
-    Ok(answers.into_iter().map(position).collect())
-}
-
-fn answered<C: ConsumerContext>(
-    consumer: &BaseConsumer<C>,
-    topic: &str,
-    partitions: &[Partition],
-    at: KafkaOffset,
-) -> Result<Vec<KafkaOffset>, KafkaPortError> {
-    let list = list_at(topic, partitions, at)?;
-    let answer = consumer
-        .offsets_for_times(list, REQUEST_TIMEOUT)
-        .map_err(|e| failed("asking for the log's bounds", &e))?;
-    partitions
-        .iter()
-        .map(|partition| {
-            let element = answer
-                .find_partition(topic, partition.0)
-                .ok_or_else(|| transient("asking for the log's bounds", "a partition is missing"))?;
-            element.error().map_err(|e| failed("asking for the log's bounds", &e))?;
-            Ok(element.offset())
-        })
-        .collect()
+    list_offsets(consumer, topic, partitions, KafkaOffset::Offset(time.0.max(0)), |found| match found {
+        KafkaOffset::Offset(offset) => Ok(Some(NextOffset(offset))),
+        _ => Ok(None),
+    })
 }
 
 /// First offset and last stable offset of each partition, in the order given.
@@ -95,35 +108,36 @@ pub fn log_bounds(group: &Group, partitions: &[Partition]) -> Result<Vec<LogBoun
     bounds_of(group.consumer(), group.topic(), partitions)
 }
 
-/// As [`log_bounds`], for any topic.
+/// As [`log_bounds`], for any topic and a read_committed consumer.
 pub(super) fn bounds_of<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
     topic: &str,
     partitions: &[Partition],
 ) -> Result<Vec<LogBounds>, KafkaPortError> {
     // The start first: if retention moves it in between, the answer is only outdated, never beyond the end.
-    let starts = listed(consumer, topic, partitions, KafkaOffset::Beginning)?;
-    let ends = listed(consumer, topic, partitions, KafkaOffset::End)?;
-    Ok(starts
-        .into_iter()
-        .zip(ends)
-        .map(|(start, end)| LogBounds { start: NextOffset(start), end: NextOffset(end) })
-        .collect())
+    let starts = offsets_at(consumer, topic, partitions, KafkaOffset::Beginning)?;
+    let ends = offsets_at(consumer, topic, partitions, KafkaOffset::End)?;
+    Ok(starts.into_iter().zip(ends).map(|(start, end)| LogBounds { start, end }).collect())
 }
 
 /// Last stable offset of each partition, in the order given.
-pub fn log_ends(group: &Group, partitions: &[Partition]) -> Result<Vec<NextOffset>, KafkaPortError> {
-    let ends = listed(group.consumer(), group.topic(), partitions, KafkaOffset::End)?;
-    Ok(ends.into_iter().map(NextOffset).collect())
+pub fn last_stable_offsets(
+    group: &Group,
+    partitions: &[Partition],
+) -> Result<Vec<NextOffset>, KafkaPortError> {
+    offsets_at(group.consumer(), group.topic(), partitions, KafkaOffset::End)
 }
 
 /// How long to wait for a coordinator that is moving or loading.
 const COORDINATOR_SETTLES: Duration = Duration::from_secs(10);
 
 /// Whether the coordinator is moving or loading.
-fn is_settling(code: RDKafkaErrorCode) -> bool {
+fn is_settling(error: &KafkaError) -> bool {
     use RDKafkaErrorCode as Code;
-    matches!(code, Code::NotCoordinator | Code::CoordinatorNotAvailable | Code::CoordinatorLoadInProgress)
+    matches!(
+        error.rdkafka_error_code(),
+        Some(Code::NotCoordinator | Code::CoordinatorNotAvailable | Code::CoordinatorLoadInProgress)
+    )
 }
 
 /// The group's committed offsets. The broker answers only once no pending transaction could change them
@@ -135,31 +149,18 @@ pub fn group_offsets(
     let list = list_at(group.topic(), partitions, KafkaOffset::Invalid)?;
     let began = Instant::now();
     let answer = loop {
-        match group.consumer().committed_offsets(list.clone(), REQUEST_TIMEOUT) {
-            Ok(answer) => break answer,
-            Err(error)
-                if error.rdkafka_error_code().is_some_and(is_settling)
-                    && began.elapsed() < COORDINATOR_SETTLES =>
-            {
+        match group.consumer().committed_offsets(list.clone(), ATTEMPT_TIMEOUT) {
+            Err(error) if is_settling(&error) && began.elapsed() < COORDINATOR_SETTLES => {
                 std::thread::sleep(Duration::from_millis(200));
             }
-            Err(error) => return Err(failed("asking for the group's offsets", &error)),
+            answer => break answer.map_err(|e| failed(OFFSET_FETCH, &e))?,
         }
     };
-    partitions
-        .iter()
-        .map(|partition| {
-            let element = answer
-                .find_partition(group.topic(), partition.0)
-                .ok_or_else(|| transient("asking for the group's offsets", "a partition is missing"))?;
-            element.error().map_err(|e| failed("asking for the group's offsets", &e))?;
-            Ok(match element.offset() {
-                KafkaOffset::Offset(offset) => Some(GroupOffset {
-                    position: NextOffset(offset),
-                    metadata: element.metadata().to_owned(),
-                }),
-                _ => None,
-            })
-        })
-        .collect()
+    each(OFFSET_FETCH, &answer, group.topic(), partitions, |element| match element.offset() {
+        KafkaOffset::Offset(offset) => {
+            let metadata = element.metadata().to_owned();
+            Ok(Some(GroupOffset { position: NextOffset(offset), metadata }))
+        }
+        _ => Ok(None),
+    })
 }

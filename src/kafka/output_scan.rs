@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::last_stable::stable_ends;
+use super::last_stable::stable_high_watermarks;
 use super::librdkafka::NativeRecord;
 use super::scan::{ScanError, ScanRange, Scanner};
 use super::timestamp_lookup::{FirstTimestamp, first_timestamps};
@@ -141,17 +141,15 @@ fn search_outputs(
             if ranges.is_empty() {
                 break;
             }
-            let mut passed: BTreeSet<(i32, Partition)> = BTreeSet::new();
             let _ = scanner.read(&ranges, |record| {
                 read += 1;
-                note(record, prefix, &mut wanted, &mut passed);
-                ControlFlow::Continue(())
-            })?;
-            for (output, input) in passed {
-                if let Some(region) = regions.iter_mut().find(|r| r.partition.0 == output) {
+                if let Some(input) = note(record, prefix, &mut wanted)
+                    && let Some(region) = regions.iter_mut().find(|r| r.partition == record.partition())
+                {
                     region.passed.insert(input);
                 }
-            }
+                ControlFlow::Continue(())
+            })?;
             step = step.saturating_mul(STEP_GROWTH);
         }
         for partition in wanted.keys() {
@@ -218,9 +216,9 @@ fn wanted(
 /// The partitions of an output topic. Waits until the transactions that are open now have ended.
 fn regions(kafka: &KafkaSettings, scanner: &Scanner) -> Result<Vec<Region>, ScanError> {
     let (_, partitions) = scanner.describe()?;
-    let ends = stable_ends(kafka, scanner.topic(), &partitions).map_err(|e| scanner.error(e))?;
-    let starts = scanner.bounds(&partitions)?;
-    let bounds = starts.into_iter().zip(ends).map(|(bounds, end)| LogBounds { end, ..bounds });
+    let ends = stable_high_watermarks(kafka, scanner.topic(), &partitions)?;
+    let bounds = scanner.bounds(&partitions)?;
+    let bounds = bounds.into_iter().zip(ends).map(|(bounds, end)| LogBounds { end, ..bounds });
     let region = |(partition, bounds): (Partition, LogBounds)| Region {
         partition,
         bounds,
@@ -268,28 +266,26 @@ fn next_ranges(
     ranges
 }
 
-/// Notes one output.
+/// Notes one output; returns its input partition, if that is wanted.
 fn note(
     record: &NativeRecord<'_>,
     prefix: u32,
     wanted: &mut BTreeMap<Partition, Wanted>,
-    passed: &mut BTreeSet<(i32, Partition)>,
-) {
+) -> Option<Partition> {
     // A dead letter also carries the headers of its record, which may include another `source`.
     let source = record
         .headers()
         .filter(|(name, _)| *name == Source::HEADER.as_bytes())
         .filter_map(|(_, value)| Source::parse(value?))
-        .find(|source| source.topic_id_prefix == prefix);
-    let Some(source) = source else { return };
-    let Some(wanted) = wanted.get_mut(&source.partition) else { return };
-    passed.insert((record.partition().0, source.partition));
+        .find(|source| source.topic_id_prefix == prefix)?;
+    let wanted = wanted.get_mut(&source.partition)?;
     if wanted.from.is_past(source.offset) {
         let sent_at = record.timestamp();
         wanted.last_before = wanted.last_before.max(sent_at);
     } else {
         wanted.sent = wanted.sent.max(source.offset.next());
     }
+    Some(source.partition)
 }
 
 #[cfg(test)]

@@ -11,7 +11,6 @@ use crate::domain::cursor::LogBounds;
 use crate::domain::record::{NextOffset, Partition};
 use crate::ports::fetch_buffer::FetchFault;
 
-const POLL: Duration = Duration::from_millis(50);
 /// Limit for the answers of all partitions together.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Limit for finding the ends of all unreadable batches together.
@@ -42,13 +41,6 @@ pub enum Probed {
     NoAnswer,
 }
 
-/// The first item delivered at a position.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum First {
-    Something,
-    Fault(FetchFault),
-}
-
 /// Reads one batch at each of these positions of the input topic. Blocks for half a minute at most.
 ///
 /// # Errors
@@ -57,69 +49,50 @@ pub fn probe(
     kafka: &KafkaSettings,
     positions: &[(Partition, NextOffset, LogBounds)],
 ) -> Result<BTreeMap<Partition, Probed>, String> {
-    let waiting: Vec<_> = positions
-        .iter()
-        .filter(|(_, position, bounds)| *position >= bounds.start && *position < bounds.end)
-        .map(|(partition, position, _)| (*partition, *position))
-        .collect();
     let mut probed: BTreeMap<Partition, Probed> =
         positions.iter().map(|(partition, ..)| (*partition, Probed::Readable)).collect();
-    if waiting.is_empty() {
+    let is_within = |(_, position, bounds): &&(Partition, NextOffset, LogBounds)| {
+        *position >= bounds.start && *position < bounds.end
+    };
+    let unread: Vec<_> = positions.iter().filter(is_within).collect();
+    if unread.is_empty() {
         return Ok(probed);
     }
     let fetcher =
         Fetcher::new(&reader_config(kafka, &DEFAULTS), &kafka.input_topic).map_err(|e| e.to_string())?;
-    let met = first(&fetcher, &waiting, Instant::now() + ANSWER_MAX).map_err(|e| e.to_string())?;
+    let starts: Vec<_> = unread.iter().map(|(partition, position, _)| (*partition, *position)).collect();
+    let faults = first_faults(&fetcher, &starts, Instant::now() + ANSWER_MAX).map_err(|e| e.to_string())?;
     let search_until = Instant::now() + SEARCH_MAX;
-    for (partition, position) in waiting {
-        let answer = match met.get(&partition) {
+    for (partition, position, bounds) in unread {
+        let answer = match faults.get(partition) {
             None => Probed::NoAnswer,
-            Some(First::Something) => Probed::Readable,
-            Some(First::Fault(fault)) => {
-                let bounds = positions.iter().find(|(p, ..)| *p == partition).map(|(.., bounds)| bounds);
-                let end = bounds.map_or(position, |bounds| bounds.end);
-                let is_inside = |at: NextOffset| match first(&fetcher, &[(partition, at)], search_until) {
-                    Ok(met) => met
-                        .get(&partition)
-                        .map(|first| matches!(first, First::Fault(found) if found.batch == fault.batch)),
-                    Err(_) => None,
+            Some(None) => Probed::Readable,
+            Some(Some(fault)) => {
+                let is_inside = |at: NextOffset| {
+                    let found = first_faults(&fetcher, &[(*partition, at)], search_until).ok()?;
+                    found.get(partition).map(|found| found.is_some_and(|found| found.batch == fault.batch))
                 };
-                let after = fault.batch.and_then(|_| end_of_batch(position, end, is_inside));
+                let after = fault.batch.and_then(|_| end_of_batch(*position, bounds.end, is_inside));
                 Probed::Unreadable { fault: *fault, after }
             }
         };
-        probed.insert(partition, answer);
+        probed.insert(*partition, answer);
     }
     Ok(probed)
 }
 
-/// The first item at each position; partitions without an answer in time are absent.
-fn first(
+/// The fault at each position, `None` if it can be read; partitions without an answer in time are absent.
+fn first_faults(
     fetcher: &Fetcher,
     positions: &[(Partition, NextOffset)],
     deadline: Instant,
-) -> Result<BTreeMap<Partition, First>, NativeError> {
-    fetcher.start(positions)?;
-    let mut met: BTreeMap<Partition, First> = BTreeMap::new();
-    while met.len() < positions.len() && Instant::now() < deadline {
-        let mut done = Vec::new();
-        fetcher.drain(usize::MAX, POLL, |item| {
-            let (partition, first) = match item {
-                FetchItem::Record(record) => (record.partition(), First::Something),
-                FetchItem::End { partition, .. } => (partition, First::Something),
-                FetchItem::Failed { partition: Some(partition), code, offset } => {
-                    (partition, First::Fault(FetchFault::new(code, offset)))
-                }
-                FetchItem::Failed { partition: None, .. } => return,
-            };
-            met.entry(partition).or_insert(first);
-            done.push(partition);
-        });
-        fetcher.stop(&done)?;
-    }
-    let partitions: Vec<Partition> = positions.iter().map(|(partition, _)| *partition).collect();
-    fetcher.stop(&partitions)?;
-    Ok(met)
+) -> Result<BTreeMap<Partition, Option<FetchFault>>, NativeError> {
+    fetcher.first_answers(positions, deadline, |_, item| {
+        Some(match item {
+            FetchItem::Record(_) | FetchItem::End { .. } => None,
+            FetchItem::Failed { code, offset, .. } => Some(FetchFault::new(code, offset)),
+        })
+    })
 }
 
 /// The first offset after the batch that contains `inside`. `is_inside` returns whether an offset is in the

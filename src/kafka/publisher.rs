@@ -3,32 +3,25 @@
 //! One of these calls is known to hang past its own timeout (librdkafka #5456): the lane waits for an answer
 //! within a limit, and abandons the thread if none comes.
 
-use std::sync::Arc;
-use std::sync::mpsc as jobs;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::librdkafka::GroupMetadata;
 use super::publisher_settings::PublisherSettings;
 use super::rebootstrap::Rebootstrap;
-use super::transactions::{ProducerSlot, PublishReply, Transactions};
-use crate::domain::publication::Publication;
-use crate::ports::KafkaPortError;
+use super::transactions::{ProducerSlot, Transactions};
 
 /// The lane waits this long for an answer before it abandons the thread.
 const WATCHDOG: Duration = Duration::from_secs(25);
 /// How often the waiting lane checks for a bootstrap, and the idle thread polls its client.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
 
-enum Job {
-    Init(oneshot::Sender<Result<(), KafkaPortError>>),
-    Publish(Arc<Publication>, GroupMetadata, oneshot::Sender<PublishReply>),
-}
+type Job = Box<dyn FnOnce(&mut Transactions) + Send>;
 
 /// Handle of the thread. When it is dropped, the thread ends after its present call.
 pub struct Publisher {
-    jobs: jobs::SyncSender<Job>,
+    jobs: mpsc::SyncSender<Job>,
     slot: ProducerSlot,
     bootstrap_servers: String,
 }
@@ -36,9 +29,9 @@ pub struct Publisher {
 impl Publisher {
     /// Starts the thread, without a request to the brokers.
     pub fn spawn(settings: PublisherSettings) -> std::io::Result<Self> {
-        let (sender, receiver) = jobs::sync_channel(1);
+        let (sender, receiver) = mpsc::sync_channel(1);
         let slot = ProducerSlot::default();
-        let bootstrap_servers = settings.client.get("bootstrap.servers").unwrap_or_default().to_owned();
+        let bootstrap_servers = settings.kafka.bootstrap_servers.clone();
         let held = slot.clone();
         std::thread::Builder::new()
             .name("publisher".to_owned())
@@ -46,64 +39,44 @@ impl Publisher {
         Ok(Self { jobs: sender, slot: held, bootstrap_servers })
     }
 
-    /// Waits for the thread's answer, at most [`WATCHDOG`]; `None`: no answer. Meanwhile it bootstraps the
-    /// client again in case it has lost its brokers, which the blocked thread cannot do.
-    pub async fn answer<T>(
+    /// Runs `work` on the thread. Meanwhile it bootstraps the client again in case it has lost its brokers,
+    /// which the blocked thread cannot do.
+    ///
+    /// # Errors
+    /// Why there is no answer: the thread has ended, or [`WATCHDOG`] has passed.
+    pub async fn run<T: Send + 'static>(
         &self,
-        mut answer: oneshot::Receiver<T>,
-    ) -> Option<Result<T, oneshot::error::RecvError>> {
+        work: impl FnOnce(&mut Transactions) -> T + Send + 'static,
+    ) -> Result<T, &'static str> {
+        let (reply, mut answer) = oneshot::channel();
+        // `work` is dropped before the answer, so that the lane can reuse the memory of a batch in it.
+        let job: Job = Box::new(|transactions| drop(reply.send(work(transactions))));
+        // A full or closed channel drops the reply sender, which the receiver reports.
+        let _ = self.jobs.try_send(job);
         let deadline = Instant::now() + WATCHDOG;
         let mut rebootstrap = Rebootstrap::default();
         loop {
             let now = Instant::now();
             if now >= deadline {
-                return None;
+                return Err("the producer hangs and was abandoned");
             }
             if rebootstrap.is_due(now, true) {
-                self.slot.remind(&self.bootstrap_servers);
+                self.slot.rebootstrap(&self.bootstrap_servers);
             }
             let slice = LOOK_AROUND.min(deadline - now);
             if let Ok(answered) = tokio::time::timeout(slice, &mut answer).await {
-                return Some(answered);
+                return answered.map_err(|_| "the publisher thread has ended");
             }
         }
     }
-
-    /// Runs `init_transactions`, after a check that the output topics exist.
-    pub fn init(&self) -> oneshot::Receiver<Result<(), KafkaPortError>> {
-        let (reply, answer) = oneshot::channel();
-        // A full or closed channel drops the reply sender, and the receiver reports that as a failure.
-        let _ = self.jobs.try_send(Job::Init(reply));
-        answer
-    }
-
-    /// Runs one transaction.
-    pub fn publish(
-        &self,
-        publication: Arc<Publication>,
-        group: GroupMetadata,
-    ) -> oneshot::Receiver<PublishReply> {
-        let (reply, answer) = oneshot::channel();
-        let _ = self.jobs.try_send(Job::Publish(publication, group, reply));
-        answer
-    }
 }
 
-fn serve(mut transactions: Transactions, receiver: &jobs::Receiver<Job>) {
+fn serve(mut transactions: Transactions, jobs: &mpsc::Receiver<Job>) {
     loop {
-        match receiver.recv_timeout(LOOK_AROUND) {
-            Err(jobs::RecvTimeoutError::Disconnected) => break,
-            Err(jobs::RecvTimeoutError::Timeout) => transactions.rest(),
-            Ok(Job::Init(reply)) => {
-                let outcome = transactions.init();
-                let _ = reply.send(outcome);
-            }
-            Ok(Job::Publish(publication, group, reply)) => {
-                let outcome = transactions.publish(&publication, &group);
-                // Before the answer, so that the lane can reuse the batch's memory.
-                drop(publication);
-                let _ = reply.send(outcome);
-            }
+        match jobs.recv_timeout(LOOK_AROUND) {
+            Ok(job) => job(&mut transactions),
+            Err(mpsc::RecvTimeoutError::Timeout) => transactions.rest(),
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
         }
     }
 }
@@ -117,7 +90,7 @@ mod tests {
 
     use rdkafka::producer::Producer;
 
-    use super::{Publisher, PublisherSettings};
+    use super::{Publisher, PublisherSettings, Transactions};
     use crate::config::Settings;
     use crate::domain::cursor::Identity;
     use crate::kafka::publisher_settings::transactional_id as id;
@@ -154,7 +127,7 @@ mod tests {
         let identity = Identity { topic_id: uuid::Uuid::nil(), database_id: uuid::Uuid::nil() };
         let settings = PublisherSettings::of(&loaded.settings.kafka, &identity, 0);
         let publisher = Publisher::spawn(settings).unwrap();
-        assert!(publisher.answer(publisher.init()).await.unwrap().unwrap().is_err(), "there is no broker");
+        assert!(publisher.run(Transactions::init).await.unwrap().is_err(), "there is no broker");
 
         // THEN the statistics that piled up are polled away
         let waiting = || publisher.slot.get().map(|producer| producer.inner().in_flight_count());

@@ -1,5 +1,6 @@
 //! Settings of a lane's publisher: producer configuration, `transactional.id`, topics and time limit.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
@@ -44,14 +45,10 @@ pub struct PublisherSettings {
     /// Time limit of a transaction. It is shorter than `transaction.timeout.ms`, after which the broker would
     /// abort the transaction and fence the producer.
     pub deadline: Duration,
-    /// Input topic, for offsets and dead letters.
-    pub input_topic: String,
-    /// Output topics in the order of `OutputTopic::ALL`.
-    pub outputs: [String; 3],
+    /// Topics; if `publish` is false, only offsets are committed, and the output topics need not exist.
+    pub kafka: Arc<KafkaSettings>,
     /// Topic and database, for commit metadata and `source` headers.
     pub identity: Identity,
-    /// False: only offsets are committed, and the output topics need not exist.
-    pub publishes: bool,
 }
 
 /// The `transactional.id` of a lane, the same after a restart. It starts with group, instance and lane, so
@@ -69,13 +66,11 @@ impl PublisherSettings {
         let client = transactional_config(kafka, lane);
         let timeout = client.get("transaction.timeout.ms").and_then(|ms| ms.parse().ok());
         let deadline = timeout.map_or(DEADLINE_MAX, |ms| Duration::from_millis(ms) * 4 / 5).min(DEADLINE_MAX);
-        Self {
-            client,
-            deadline,
-            input_topic: kafka.input_topic.clone(),
-            outputs: [kafka.read_topic.clone(), kafka.email_topic.clone(), kafka.dead_letter_topic.clone()],
-            identity: identity.clone(),
-            publishes: kafka.publish,
-        }
+        Self { client, deadline, kafka: Arc::new(kafka.clone()), identity: identity.clone() }
+    }
+
+    /// Output topics in the order of `OutputTopic::ALL`.
+    pub fn outputs(&self) -> [&str; 3] {
+        [&self.kafka.read_topic, &self.kafka.email_topic, &self.kafka.dead_letter_topic]
     }
 }

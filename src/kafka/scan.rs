@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use rdkafka::types::RDKafkaErrorCode;
 use uuid::Uuid;
 
+use super::client::ATTEMPT_TIMEOUT;
 use super::fetcher::{Fetcher, reader_config};
-use super::group::REQUEST_TIMEOUT;
 use super::librdkafka::fetch::FetchItem;
 use super::librdkafka::{NativeRecord, topic_id};
 use super::offsets::{bounds_of, positions_at};
@@ -33,6 +33,10 @@ pub struct ScanError {
 }
 
 impl ScanError {
+    pub(super) fn new(topic: &str, reason: impl ToString) -> Self {
+        Self { topic: topic.to_owned(), reason: reason.to_string(), is_refusal: false }
+    }
+
     /// Whether the brokers denied access.
     pub fn is_refusal(&self) -> bool {
         self.is_refusal
@@ -79,11 +83,8 @@ pub struct Scanner {
 impl Scanner {
     /// Creates a reader of `topic`, without a request to the brokers.
     pub fn new(kafka: &KafkaSettings, topic: &str) -> Result<Self, ScanError> {
-        let fetcher = Fetcher::new(&reader_config(kafka, &DEFAULTS), topic).map_err(|e| ScanError {
-            topic: topic.to_owned(),
-            reason: format!("creating a consumer: {e}"),
-            is_refusal: false,
-        })?;
+        let fetcher = Fetcher::new(&reader_config(kafka, &DEFAULTS), topic)
+            .map_err(|e| ScanError::new(topic, format!("creating a consumer: {e}")))?;
         Ok(Self { fetcher, topic: topic.to_owned() })
     }
 
@@ -94,13 +95,13 @@ impl Scanner {
 
     /// An error about this topic.
     pub(super) fn error(&self, reason: impl ToString) -> ScanError {
-        ScanError { topic: self.topic.clone(), reason: reason.to_string(), is_refusal: false }
+        ScanError::new(&self.topic, reason)
     }
 
     /// Topic id and partitions.
     pub fn describe(&self) -> Result<(Uuid, Vec<Partition>), ScanError> {
         let (id, count) =
-            topic_id(self.fetcher.consumer(), &self.topic, REQUEST_TIMEOUT).map_err(|e| self.error(e))?;
+            topic_id(self.fetcher.consumer(), &self.topic, ATTEMPT_TIMEOUT).map_err(|e| self.error(e))?;
         Ok((id, (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect()))
     }
 
@@ -134,7 +135,9 @@ impl Scanner {
         let mut open: BTreeMap<Partition, Open> = ranges
             .iter()
             .filter(|range| !range.is_empty())
-            .map(|range| (range.partition, Open { position: range.from, to: range.to, failures: 0 }))
+            .map(|range| {
+                (range.partition, Open { position: range.from, to: range.to, failures: 0, failed: None })
+            })
             .collect();
         let outcome = self.read_open(&mut open, &mut each);
         // Also after an error, so that nothing more is fetched.
@@ -153,16 +156,21 @@ impl Scanner {
         self.fetcher.start(&starts).map_err(|e| self.error(e))?;
         let mut heard_at = Instant::now();
         while !open.is_empty() {
-            let mut met = Met::default();
-            let count = self.fetcher.drain(usize::MAX, POLL, |item| met.take(open, item, each));
+            let mut flow = ControlFlow::Continue(());
+            let count = self.fetcher.drain(usize::MAX, POLL, |item| {
+                let range = item.partition().and_then(|partition| open.get_mut(&partition));
+                if let Some(range) = range.filter(|range| flow.is_continue() && range.is_waiting()) {
+                    flow = range.take(item, each);
+                }
+            });
             if count > 0 {
                 // Measured after the drain, because `each` may be slow.
                 heard_at = Instant::now();
             }
-            if met.is_broken_off {
-                return Ok(ControlFlow::Break(()));
+            if flow.is_break() {
+                return Ok(flow);
             }
-            self.settle(open, met)?;
+            self.settle(open)?;
             if heard_at.elapsed() > STALL_MAX {
                 let waiting: Vec<String> = open.keys().map(|partition| partition.to_string()).collect();
                 return Err(self.error(format!(
@@ -176,88 +184,59 @@ impl Scanner {
     }
 
     /// Stops finished partitions, and restarts failed ones at their positions.
-    fn settle(&self, open: &mut BTreeMap<Partition, Open>, met: Met) -> Result<(), ScanError> {
-        if !open.is_empty() {
-            self.fetcher.stop(&met.done).map_err(|e| self.error(e))?;
-        }
-        for (partition, code) in met.failed {
-            let Some(range) = open.get_mut(&partition) else { continue };
+    fn settle(&self, open: &mut BTreeMap<Partition, Open>) -> Result<(), ScanError> {
+        for (partition, range) in open.iter_mut().filter(|(_, range)| !range.is_waiting()) {
+            let Some(code) = range.failed.take() else {
+                self.fetcher.stop(&[*partition]).map_err(|e| self.error(e))?;
+                continue;
+            };
             range.failures += 1;
             if !is_transient(code) || range.failures > FAILURES_MAX {
                 let is_refusal = is_refusal(code);
                 let reason = format!("partition {partition} cannot be read at {}: {code}", range.position);
                 return Err(ScanError { is_refusal, ..self.error(reason) });
             }
-            self.fetcher.start(&[(partition, range.position)]).map_err(|e| self.error(e))?;
+            self.fetcher.start(&[(*partition, range.position)]).map_err(|e| self.error(e))?;
         }
+        open.retain(|_, range| range.is_waiting());
         Ok(())
     }
 }
 
 /// A range that is being read.
 struct Open {
-    /// The offset after the last record that was passed on.
+    /// The offset after the last record that was passed on; `to` if all were.
     position: NextOffset,
     to: NextOffset,
     failures: u32,
+    /// An error since the partition was last started; what follows it is ignored.
+    failed: Option<RDKafkaErrorCode>,
 }
 
-/// Partitions that finished or failed during one drain of the client's queue.
-#[derive(Default)]
-struct Met {
-    done: Vec<Partition>,
-    failed: Vec<(Partition, RDKafkaErrorCode)>,
-    is_broken_off: bool,
-}
+impl Open {
+    fn is_waiting(&self) -> bool {
+        self.failed.is_none() && self.position < self.to
+    }
 
-impl Met {
     fn take(
         &mut self,
-        open: &mut BTreeMap<Partition, Open>,
         item: FetchItem<'_>,
         each: &mut impl FnMut(&NativeRecord<'_>) -> ControlFlow<()>,
-    ) {
-        if self.is_broken_off {
-            return;
-        }
+    ) -> ControlFlow<()> {
         match item {
-            FetchItem::Record(record) => {
-                let partition = record.partition();
-                let has_failed = self.failed.iter().any(|(failed, _)| *failed == partition);
-                let Some(range) = open.get_mut(&partition).filter(|_| !has_failed) else { return };
-                let offset = record.offset();
-                if range.position.is_past(offset) {
-                    return;
-                }
-                if range.to.is_past(offset) {
-                    range.position = offset.next();
-                    range.failures = 0;
-                    self.is_broken_off = each(&record).is_break();
-                }
-                if offset.next() >= range.to {
-                    open.remove(&partition);
-                    self.done.push(partition);
-                }
+            FetchItem::Record(record) if self.position.is_past(record.offset()) => {}
+            FetchItem::Record(record) if self.to.is_past(record.offset()) => {
+                self.position = record.offset().next();
+                self.failures = 0;
+                return each(&record);
             }
-            FetchItem::End { partition, position } => {
-                let has_failed = self.failed.iter().any(|(failed, _)| *failed == partition);
-                let Some(range) = open.get(&partition).filter(|_| !has_failed) else { return };
-                // A new leader may report an end that lags: wait for it.
-                if position >= range.to {
-                    open.remove(&partition);
-                    self.done.push(partition);
-                }
-            }
-            FetchItem::Failed { partition: Some(partition), code, .. } => {
-                if open.contains_key(&partition)
-                    && !self.failed.iter().any(|(failed, _)| *failed == partition)
-                {
-                    self.failed.push((partition, code));
-                }
-            }
-            // Brokers are down: wait, at most `STALL_MAX`.
-            FetchItem::Failed { partition: None, .. } => {}
+            FetchItem::Record(_) => self.position = self.to,
+            // A new leader may report an end that lags: wait for it.
+            FetchItem::End { position, .. } if position < self.to => {}
+            FetchItem::End { .. } => self.position = self.to,
+            FetchItem::Failed { code, .. } => self.failed = Some(code),
         }
+        ControlFlow::Continue(())
     }
 }
 

@@ -2,18 +2,12 @@
 //! connection for a while (KIP-219). librdkafka reports this only in its statistics.
 
 use std::collections::HashMap;
-use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use metrics::{Counter, counter};
-use rdkafka::ClientContext;
-use rdkafka::client::OAuthToken;
-use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::error::KafkaError;
 use serde::Deserialize;
 
-use super::group::QuietLog;
-use super::token;
+use super::callbacks::Listener;
 
 /// How often a lane's clients produce statistics, in milliseconds; `kafka.properties` may override it.
 pub const STATISTICS_INTERVAL: (&str, &str) = ("statistics.interval.ms", "5000");
@@ -54,9 +48,10 @@ impl Throttle {
         let milliseconds = counter!("payment_writer_kafka_throttled_milliseconds_total", "client" => client);
         Self { client, milliseconds, is_held_back: AtomicBool::new(false) }
     }
+}
 
-    /// Handles librdkafka's statistics.
-    pub fn statistics(&self, statistics: &[u8]) {
+impl Listener for Throttle {
+    fn statistics(&self, statistics: &[u8]) {
         let Some(milliseconds) = held_back(statistics) else { return };
         self.milliseconds.increment(milliseconds);
         let was = self.is_held_back.swap(milliseconds > 0, Ordering::AcqRel);
@@ -72,37 +67,10 @@ impl Throttle {
     }
 }
 
-/// Callbacks of a lane's producer.
-pub struct ProducerCallbacks(Throttle);
-
-impl Default for ProducerCallbacks {
-    fn default() -> Self {
-        Self(Throttle::of("producer"))
-    }
-}
-
-impl ClientContext for ProducerCallbacks {
-    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
-
-    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
-        token::generate(property)
-    }
-
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        QuietLog.log(level, facility, message);
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        QuietLog.error(error, reason);
-    }
-
-    fn stats_raw(&self, statistics: &[u8]) {
-        self.0.statistics(statistics);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use rdkafka::ClientContext;
+
     use super::*;
 
     #[test]

@@ -1,6 +1,6 @@
 //! Looks up timestamps of single records: reads one record per partition, without a consumer group.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use rdkafka::error::KafkaError;
@@ -10,7 +10,6 @@ use super::librdkafka::fetch::FetchItem;
 use crate::config::KafkaSettings;
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 
-const POLL: Duration = Duration::from_millis(100);
 /// A partition that fails this often is left out.
 const FAILURES_MAX: u32 = 3;
 /// Small fetches: one record of each partition is enough.
@@ -42,44 +41,23 @@ pub fn first_timestamps(
     positions: &[(Partition, NextOffset)],
     limit: Duration,
 ) -> Result<BTreeMap<Partition, FirstTimestamp>, KafkaError> {
-    let mut found = BTreeMap::new();
     if positions.is_empty() {
-        return Ok(found);
+        return Ok(BTreeMap::new());
     }
     let mut config = reader_config(kafka, &DEFAULTS);
     config.set("isolation.level", "read_uncommitted");
     let fetcher = Fetcher::new(&config, topic)?;
-    let given_up = |error: super::librdkafka::NativeError| KafkaError::MessageConsumption(error.code);
-    fetcher.start(positions).map_err(given_up)?;
-    let deadline = Instant::now() + limit;
     let mut failures: BTreeMap<Partition, u32> = BTreeMap::new();
-    let mut waiting: BTreeSet<Partition> = positions.iter().map(|(partition, _)| *partition).collect();
-    while !waiting.is_empty() && Instant::now() < deadline {
-        let mut done: Vec<Partition> = Vec::new();
-        fetcher.drain(usize::MAX, POLL, |item| {
-            let (partition, timestamps) = match item {
-                FetchItem::Record(record) => {
-                    (record.partition(), Some(FirstTimestamp::Record(record.timestamp())))
-                }
-                FetchItem::End { partition, .. } => (partition, Some(FirstTimestamp::End)),
-                // The client retries. A partition that cannot be read stays absent.
-                FetchItem::Failed { partition: Some(partition), .. } => {
-                    let failures = failures.entry(partition).or_default();
-                    *failures += 1;
-                    if *failures < FAILURES_MAX {
-                        return;
-                    }
-                    (partition, None)
-                }
-                FetchItem::Failed { partition: None, .. } => return,
-            };
-            if waiting.remove(&partition) {
-                found.extend(timestamps.map(|timestamps| (partition, timestamps)));
-                done.push(partition);
-            }
-        });
-        // Otherwise the client would fetch their backlogs while others are still waited for.
-        fetcher.stop(&done).map_err(given_up)?;
-    }
-    Ok(found)
+    let answers = fetcher.first_answers(positions, Instant::now() + limit, |partition, item| match item {
+        FetchItem::Record(record) => Some(Some(FirstTimestamp::Record(record.timestamp()))),
+        FetchItem::End { .. } => Some(Some(FirstTimestamp::End)),
+        // The client retries. A partition that cannot be read is not waited for.
+        FetchItem::Failed { .. } => {
+            let failures = failures.entry(partition).or_default();
+            *failures += 1;
+            (*failures >= FAILURES_MAX).then_some(None)
+        }
+    });
+    let answers = answers.map_err(|error| KafkaError::MessageConsumption(error.code))?;
+    Ok(answers.into_iter().filter_map(|(partition, found)| Some((partition, found?))).collect())
 }

@@ -4,7 +4,6 @@
 //! command. So one thread of the process runs the command, always before the last token expires, and keeps
 //! the token for all clients.
 
-use crate::config::TOKEN_PROPERTY;
 use std::collections::HashMap;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
@@ -18,6 +17,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, wa
 use serde::Deserialize;
 
 use super::librdkafka::set_token;
+use crate::config::TOKEN_PROPERTY;
 
 /// A command that takes longer is killed.
 const COMMAND_MAX: Duration = Duration::from_secs(20);
@@ -51,7 +51,7 @@ impl std::fmt::Debug for Token {
 
 /// What a command may print instead of a bare JSON Web Token.
 #[derive(Deserialize)]
-struct Told {
+struct Printed {
     token: String,
     expires_at_ms: i64,
     principal: Option<String>,
@@ -84,18 +84,20 @@ impl Token {
 
     fn parse(output: &str) -> Result<Self, String> {
         if output.starts_with('{') {
-            let told: Told = serde_json::from_str(output).map_err(|_| {
+            let Printed { token, expires_at_ms, principal } = serde_json::from_str(output).map_err(|_| {
                 "it wrote JSON, but not an object with `token` (a string) and `expires_at_ms` (ms since 1970)"
             })?;
-            let principal = told.principal.unwrap_or_else(|| "payment-writer".to_owned());
-            return Ok(Self { text: told.token, principal, expires_at_ms: told.expires_at_ms });
+            return Ok(Self::new(token, principal, expires_at_ms));
         }
         let claims = claims(output).ok_or(
             "it wrote neither a JSON Web Token with an expiry (`exp`), nor a JSON object with `token` and \
              `expires_at_ms`",
         )?;
-        let principal = claims.sub.unwrap_or_else(|| "payment-writer".to_owned());
-        Ok(Self { text: output.to_owned(), principal, expires_at_ms: (claims.exp * 1_000.0) as i64 })
+        Ok(Self::new(output.to_owned(), claims.sub, (claims.exp * 1_000.0) as i64))
+    }
+
+    fn new(text: String, principal: Option<String>, expires_at_ms: i64) -> Self {
+        Self { text, principal: principal.unwrap_or_else(|| "payment-writer".to_owned()), expires_at_ms }
     }
 
     fn is_valid(&self) -> bool {
@@ -139,23 +141,17 @@ impl Running {
             .map_err(|error| format!("it cannot be started: {error}"))
     }
 
-    fn id(&self) -> Option<Pid> {
-        i32::try_from(self.0.id()).ok().and_then(Pid::from_raw)
-    }
-
     /// Whether it has ended. Does not reap it, so that its process id cannot be reused before
     /// [`end`](Self::end).
     fn has_ended(&self) -> bool {
         let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        self.id().is_none_or(|id| !matches!(waitid(WaitId::Pid(id), look), Ok(None)))
+        !matches!(waitid(WaitId::Pid(Pid::from_child(&self.0)), look), Ok(None))
     }
 
     /// Kills what is left of the group, and returns the command's exit status.
     fn end(&mut self) -> Result<ExitStatus, String> {
-        if let Some(group) = self.id() {
-            // It fails if no process is left.
-            let _ = kill_process_group(group, Signal::KILL);
-        }
+        // It fails if no process is left.
+        let _ = kill_process_group(Pid::from_child(&self.0), Signal::KILL);
         self.0.wait().map_err(|error| format!("it cannot be waited for: {error}"))
     }
 }
@@ -216,10 +212,6 @@ impl Keeper {
         let mut is_failing = false;
         loop {
             let made = run(command);
-            let pause = match &made {
-                Ok(token) => token.renewed_after(),
-                Err(_) => RETRY,
-            };
             match &made {
                 Ok(_) if is_failing => tracing::info!("the token command works again"),
                 Err(reason) if !is_failing => {
@@ -228,6 +220,7 @@ impl Keeper {
                 _ => {}
             }
             is_failing = made.is_err();
+            let pause = made.as_ref().map_or(RETRY, Token::renewed_after);
             let mut last = self.lock();
             // After a failure, the old token stays in use while it is valid.
             if made.is_ok() || !matches!(&*last, Some(Ok(token)) if token.is_valid()) {
@@ -320,116 +313,4 @@ pub async fn first_token(config: &ClientConfig) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn jwt(claims: &str) -> String {
-        let part = |text: &str| {
-            let text = openssl::base64::encode_block(text.as_bytes());
-            text.replace('+', "-").replace('/', "_").trim_end_matches('=').to_owned()
-        };
-        format!("{}.{}.", part(r#"{"alg":"none"}"#), part(claims))
-    }
-
-    #[test]
-    fn a_web_token_says_itself_whose_it_is_and_how_long_it_is_valid() {
-        for name in ["a", "ab", "abc", "writer/ÿ?"] {
-            let token = jwt(&format!(r#"{{"sub":"{name}","iat":1.5,"exp":1790000000.5}}"#));
-            let read = Token::read(&format!("{token}\n")).unwrap();
-            assert_eq!(
-                (read.text, read.principal, read.expires_at_ms),
-                (token, name.to_owned(), 1_790_000_000_500)
-            );
-        }
-    }
-
-    #[test]
-    fn any_token_can_come_with_its_time() {
-        let read = Token::read(r#"{"token": "abc", "expires_at_ms": 5, "principal": "me"}"#).unwrap();
-        assert_eq!((read.text.as_str(), read.principal.as_str(), read.expires_at_ms), ("abc", "me", 5));
-        assert_eq!(
-            Token::read(r#"{"token": "abc", "expires_at_ms": 5}"#).unwrap().principal,
-            "payment-writer"
-        );
-    }
-
-    #[test]
-    fn what_is_no_token_is_refused_without_showing_it() {
-        let with_mark = format!("\u{feff}{}", jwt(r#"{"sub":"hush","exp":1790000000}"#));
-        for output in [
-            "",
-            "hush",
-            "a.b.c",
-            "{}",
-            r#"{"token": "hush"}"#,
-            r#"{"token": "hushé", "expires_at_ms": 5}"#,
-            r#"{"token": "hu\u0000sh", "expires_at_ms": 5}"#,
-            r#"{"token": "", "expires_at_ms": 5}"#,
-            r#"{"token": "hush", "expires_at_ms": 5, "principal": "a\nb"}"#,
-            &jwt(r#"{"sub":"hush"}"#),
-            "a.b.c.d",
-            &with_mark,
-        ] {
-            let error = Token::read(output).unwrap_err();
-            assert!(!error.contains("hush"), "{error}");
-        }
-        assert!(
-            !format!("{:?}", Token::read(r#"{"token":"hush","expires_at_ms":5}"#).unwrap()).contains("hush")
-        );
-    }
-
-    fn shell(script: &str) -> Vec<String> {
-        ["sh", "-c", script].map(str::to_owned).to_vec()
-    }
-
-    #[test]
-    fn a_command_that_fails_is_told_without_its_output() {
-        let expired = jwt(r#"{"sub":"hush","exp":1}"#);
-        for (command, words) in [
-            (shell("echo hush; echo hush >&2; exit 3"), "exit status: 3"),
-            (shell("echo hush"), "neither"),
-            (shell(&format!("echo {expired}")), "expired"),
-            (vec!["/no/such/command".to_owned()], "cannot be started"),
-            (Vec::new(), "empty"),
-        ] {
-            let error = run(&command).unwrap_err();
-            assert!(error.contains(words) && !error.contains("hush"), "{error}");
-        }
-    }
-
-    #[test]
-    fn whatever_a_command_leaves_behind_is_ended_with_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("process");
-        let mut command = shell(r#"sleep 1000 & echo $! >"$0"; echo hush"#);
-        command.push(file.to_str().unwrap().to_owned());
-        assert!(run(&command).unwrap_err().contains("does not end"));
-        let process = std::fs::read_to_string(file).unwrap();
-        let state = || std::fs::read_to_string(format!("/proc/{}/stat", process.trim())).unwrap_or_default();
-        let began = Instant::now();
-        // Gone, or a zombie that its new parent has not reaped yet.
-        while !(state().is_empty() || state().contains(") Z ")) {
-            assert!(began.elapsed() < Duration::from_secs(60), "it still runs");
-            std::thread::sleep(LOOK_AROUND);
-        }
-    }
-
-    #[test]
-    fn a_token_is_made_once_for_all_clients_and_anew_before_it_expires() {
-        let folder = tempfile::tempdir().unwrap();
-        let runs = folder.path().join("runs");
-        let told = r#"{\"token\":\"$(wc -c <"$0")\",\"expires_at_ms\":$(($(date +%s) + 10))000}"#;
-        let mut command = shell(&format!(r#"printf x >>"$0"; echo "{told}""#));
-        command.push(runs.to_str().unwrap().to_owned());
-        let property = property_of(&command);
-        let first = generate(Some(&property)).unwrap();
-        for _ in 0..20 {
-            assert_eq!(generate(Some(&property)).unwrap().token, first.token);
-        }
-        let began = Instant::now();
-        while generate(Some(&property)).map_or(true, |token| token.token == first.token) {
-            assert!(began.elapsed() < Duration::from_secs(60), "no other token was made");
-            std::thread::sleep(LOOK_AROUND);
-        }
-    }
-}
+mod tests;

@@ -8,13 +8,16 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rdkafka::producer::{BaseProducer, Producer};
+use rdkafka::error::KafkaError;
+use rdkafka::producer::{BaseProducer, Producer as _};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
-use super::librdkafka::{GroupMetadata, NativeError, QuietContext, TxnProducer, add_brokers, topic_setting};
+use super::callbacks::Callbacks;
+use super::librdkafka::{GroupMetadata, NativeError, TxnProducer, add_brokers, topic_setting};
+use super::offsets::{failed, native_failed, transient};
 use super::publisher_settings::PublisherSettings;
-use super::throttle::ProducerCallbacks;
+use super::throttle::Throttle;
 use crate::domain::outcome::{FailureClass, class_of_kafka};
 use crate::domain::publication::{OutputCounts, Publication, Published};
 use crate::failpoint;
@@ -40,17 +43,19 @@ const ABORTED_MAX: u32 = 5;
 /// The outcome of a transaction.
 pub type PublishReply = Result<(Published, OutputCounts, PublishTimes), PublishError>;
 
+type Producer = TxnProducer<Callbacks<Throttle>>;
+
 /// The publisher thread's producer. Only that thread keeps a reference after the lock is released, so no
 /// other thread destroys the producer, which blocks.
 #[derive(Clone, Default)]
-pub struct ProducerSlot(Arc<Mutex<Option<Arc<TxnProducer<ProducerCallbacks>>>>>);
+pub struct ProducerSlot(Arc<Mutex<Option<Arc<Producer>>>>);
 
 impl ProducerSlot {
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<TxnProducer<ProducerCallbacks>>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Producer>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn get(&self) -> Option<Arc<TxnProducer<ProducerCallbacks>>> {
+    pub(super) fn get(&self) -> Option<Arc<Producer>> {
         self.lock().clone()
     }
 
@@ -61,7 +66,7 @@ impl ProducerSlot {
     }
 
     /// Bootstraps the client again, if there is one.
-    pub fn remind(&self, bootstrap_servers: &str) {
+    pub fn rebootstrap(&self, bootstrap_servers: &str) {
         if let Some(producer) = &*self.lock() {
             tracing::debug!(target: "librdkafka", "bootstrapping a producer again");
             add_brokers(producer.inner().client(), bootstrap_servers);
@@ -91,38 +96,89 @@ impl Transactions {
     /// An error of the broker or the client; the next call creates a new producer if this one cannot be used
     /// any more.
     pub fn init(&mut self) -> Result<(), KafkaPortError> {
-        init(&mut self.settings, &self.slot)
+        let producer = match self.slot.get() {
+            Some(producer) => producer,
+            None => self.create()?,
+        };
+        // If this fails, the client may have lost its brokers: the next try creates another one.
+        self.outputs_exist(&producer).inspect_err(|_| self.slot.clear())?;
+        let producer = match self.smaller_batches(&producer) {
+            Some(smaller) => {
+                self.settings.client.set("batch.size", smaller.to_string());
+                drop(producer);
+                self.slot.clear();
+                self.create()?
+            }
+            None => producer,
+        };
+        producer.init(INIT_TIMEOUT).map_err(|error| {
+            warn_if_fenced(&self.settings, &error);
+            if !error.is_retriable {
+                self.slot.clear();
+            }
+            native_failed("init_transactions", &error)
+        })
     }
 
-    /// Runs one transaction.
+    fn create(&self) -> Result<Arc<Producer>, KafkaPortError> {
+        let native =
+            make_client::<BaseProducer<_>, _>(&self.settings.client, Callbacks(Throttle::of("producer")))
+                .map_err(|e| transient("creating the producer", e))?;
+        let producer = Arc::new(TxnProducer::new(native, &self.settings.outputs()));
+        *self.slot.lock() = Some(Arc::clone(&producer));
+        Ok(producer)
+    }
+
+    fn published_outputs(&self) -> impl Iterator<Item = &str> {
+        self.settings.outputs().into_iter().filter(|_| self.settings.kafka.publish)
+    }
+
+    /// A message produced before its topic's metadata is known can abort the transaction.
+    fn outputs_exist(&self, producer: &Producer) -> Result<(), KafkaPortError> {
+        for topic in self.published_outputs() {
+            let metadata = producer
+                .inner()
+                .client()
+                .fetch_metadata(Some(topic), METADATA_TIMEOUT)
+                .map_err(|e| failed(&format!("asking for output topic {topic}"), &e))?;
+            if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
+                return Err(KafkaPortError::Failed {
+                    class: FailureClass::Persistent,
+                    message: format!(
+                        "output topic {topic} is missing or unusable; `payment-writer topics create` creates it"
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The smallest `max.message.bytes` of the output topics, if it is below the producer's `batch.size`.
+    fn smaller_batches(&self, producer: &Producer) -> Option<usize> {
+        let own: usize = self.settings.client.get("batch.size")?.parse().ok()?;
+        let limit = |topic: &str| -> Option<usize> {
+            topic_setting(producer.inner().client(), topic, "max.message.bytes", METADATA_TIMEOUT)
+                // Without the right to read it, the broker refuses a batch that is too large, and the error
+                // says what to do.
+                .inspect_err(|error| tracing::debug!(topic, %error, "reading max.message.bytes failed"))
+                .ok()?
+                .parse()
+                .ok()
+        };
+        self.published_outputs().filter_map(limit).min().filter(|smallest| *smallest < own)
+    }
+
+    /// Runs one transaction; without a group, as in benchmarks, it carries no offsets.
     ///
     /// # Errors
     /// The state of the transaction, see [`PublishError`].
-    pub fn publish(&mut self, publication: &Publication, group: &GroupMetadata) -> PublishReply {
-        self.run(publication, Some(group))
-    }
-
-    /// Runs a transaction without offsets, for benchmarks.
-    ///
-    /// # Errors
-    /// As [`publish`](Self::publish).
-    pub fn send_alone(&mut self, publication: &Publication) -> Result<(), PublishError> {
-        self.run(publication, None).map(|_| ())
-    }
-
-    /// Polls errors and statistics while there is nothing to publish; the client keeps them without a limit
-    /// otherwise.
-    pub fn rest(&self) {
-        if let Some(producer) = self.slot.get() {
-            producer.take_events();
-        }
-    }
-
-    fn run(&mut self, publication: &Publication, group: Option<&GroupMetadata>) -> PublishReply {
+    pub fn publish(&mut self, publication: &Publication, group: Option<&GroupMetadata>) -> PublishReply {
         let Some(producer) = self.slot.get() else {
             return Err(PublishError::Unknown("the producer is not initialised".to_owned()));
         };
-        let reply = publish(&producer, &self.settings, &self.steps, publication, group);
+        let deadline = Instant::now() + self.settings.deadline;
+        let Self { settings, steps, .. } = self;
+        let reply = Transaction { producer: &producer, settings, steps, deadline }.run(publication, group);
         self.aborted = if matches!(reply, Err(PublishError::Aborted { .. })) { self.aborted + 1 } else { 0 };
         let reply = match reply {
             // The client may have lost its brokers: it is replaced.
@@ -139,6 +195,14 @@ impl Transactions {
         }
         reply
     }
+
+    /// Polls errors and statistics while there is nothing to publish; the client keeps them without a limit
+    /// otherwise.
+    pub fn rest(&self) {
+        if let Some(producer) = self.slot.get() {
+            producer.take_events();
+        }
+    }
 }
 
 impl Drop for Transactions {
@@ -148,85 +212,8 @@ impl Drop for Transactions {
     }
 }
 
-fn create(settings: &PublisherSettings) -> Result<TxnProducer<ProducerCallbacks>, KafkaPortError> {
-    let native =
-        make_client::<BaseProducer<_>, _>(&settings.client, QuietContext(ProducerCallbacks::default()))
-            .map_err(|e| KafkaPortError::transient(format!("creating the producer: {e}")))?;
-    let names: Vec<&str> = settings.outputs.iter().map(String::as_str).collect();
-    Ok(TxnProducer::new(native, &names))
-}
-
-fn init(settings: &mut PublisherSettings, slot: &ProducerSlot) -> Result<(), KafkaPortError> {
-    if slot.lock().is_none() {
-        *slot.lock() = Some(Arc::new(create(settings)?));
-    }
-    let Some(mut producer) = slot.get() else { return Ok(()) };
-    if let Err(failure) = outputs_exist(settings, &producer) {
-        // The client may have lost its brokers: the next try creates another one.
-        slot.clear();
-        return Err(failure);
-    }
-    if let Some(smaller) = smaller_batches(settings, &producer) {
-        settings.client.set("batch.size", smaller.to_string());
-        slot.clear();
-        producer = Arc::new(create(settings)?);
-        *slot.lock() = Some(Arc::clone(&producer));
-    }
-    producer.init(INIT_TIMEOUT).map_err(|error| {
-        tell_of_fencing(settings, &error);
-        if !error.is_retriable {
-            slot.clear();
-        }
-        KafkaPortError::Failed {
-            class: class_of_kafka(error.code),
-            message: format!("init_transactions: {error}"),
-        }
-    })
-}
-
-/// The smallest `max.message.bytes` of the output topics, if it is below the producer's `batch.size`.
-fn smaller_batches(settings: &PublisherSettings, producer: &TxnProducer<ProducerCallbacks>) -> Option<usize> {
-    let own: usize = settings.client.get("batch.size")?.parse().ok()?;
-    let limit = |topic: &String| -> Option<usize> {
-        let told = topic_setting(producer.inner().client(), topic, "max.message.bytes", METADATA_TIMEOUT);
-        // Without the right to read it, the broker refuses a batch that is too large, and the error says what
-        // to do.
-        told.inspect_err(|error| tracing::debug!(topic, %error, "reading max.message.bytes failed"))
-            .ok()?
-            .parse()
-            .ok()
-    };
-    let smallest = settings.outputs.iter().filter(|_| settings.publishes).filter_map(limit).min()?;
-    (smallest < own).then_some(smallest)
-}
-
-/// A message produced before its topic's metadata is known can abort the transaction.
-fn outputs_exist(
-    settings: &PublisherSettings,
-    producer: &TxnProducer<ProducerCallbacks>,
-) -> Result<(), KafkaPortError> {
-    for topic in settings.outputs.iter().filter(|_| settings.publishes) {
-        let metadata =
-            producer.inner().client().fetch_metadata(Some(topic), METADATA_TIMEOUT).map_err(|e| {
-                KafkaPortError::Failed {
-                    class: e.rdkafka_error_code().map_or(FailureClass::Transient, class_of_kafka),
-                    message: format!("asking for output topic {topic}: {e}"),
-                }
-            })?;
-        if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
-            return Err(KafkaPortError::Failed {
-                class: FailureClass::Persistent,
-                message: format!(
-                    "output topic {topic} is missing or unusable; `payment-writer topics create` creates it"
-                ),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Logs that the producer was fenced, if that is the error.
-fn tell_of_fencing(settings: &PublisherSettings, error: &NativeError) {
+/// Logs that another producer, or the broker, fenced this one, if that is the error.
+fn warn_if_fenced(settings: &PublisherSettings, error: &NativeError) {
     static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
     let is_fenced = matches!(
         error.code,
@@ -245,200 +232,173 @@ fn tell_of_fencing(settings: &PublisherSettings, error: &NativeError) {
 }
 
 /// Why an open transaction has to be aborted.
-enum Broken {
+enum AbortCause {
     Native(NativeError),
-    Late(&'static str),
+    /// The time limit passed during this step.
+    TimedOut(&'static str),
+    /// A position is not a valid offset.
+    Offset(KafkaError),
 }
 
-fn publish(
-    producer: &TxnProducer<ProducerCallbacks>,
-    settings: &PublisherSettings,
-    steps: &KafkaSteps,
-    publication: &Publication,
-    group: Option<&GroupMetadata>,
-) -> PublishReply {
-    let deadline = Instant::now() + settings.deadline;
-    failpoint::hit("before_kafka_begin");
-    if let Err(error) = producer.begin() {
-        tell_of_fencing(settings, &error);
-        return Err(PublishError::Unknown(format!("begin_transaction: {error}")));
+/// One transaction.
+struct Transaction<'t> {
+    producer: &'t Producer,
+    settings: &'t PublisherSettings,
+    steps: &'t KafkaSteps,
+    deadline: Instant,
+}
+
+impl Transaction<'_> {
+    fn run(&self, publication: &Publication, group: Option<&GroupMetadata>) -> PublishReply {
+        failpoint::hit("before_kafka_begin");
+        self.producer.begin().map_err(|error| self.unknown("begin_transaction", &error))?;
+        let mut times = PublishTimes::default();
+        let counts = self.fill(&mut times, publication, group).map_err(|cause| self.abort(cause))?;
+        failpoint::hit("before_kafka_commit");
+        timed(&self.steps.commit, &mut times.commit, || self.commit())?;
+        failpoint::hit("after_kafka_commit");
+        Ok((publication.committed(), counts, times))
     }
-    let mut times = PublishTimes::default();
-    match fill(producer, settings, steps, &mut times, publication, group, deadline) {
-        Ok(counts) => {
-            failpoint::hit("before_kafka_commit");
-            timed(&steps.commit, &mut times.commit, || commit(producer, settings, deadline))?;
-            failpoint::hit("after_kafka_commit");
-            Ok((publication.committed(), counts, times))
+
+    fn fill(
+        &self,
+        times: &mut PublishTimes,
+        publication: &Publication,
+        group: Option<&GroupMetadata>,
+    ) -> Result<OutputCounts, AbortCause> {
+        // Offsets are sent first. Until the broker has completed the previous transaction it refuses requests
+        // of the next one. The client repeats the request for offsets after `retry.backoff.ms`, which
+        // doubles; it would repeat the one for output partitions only after 20 ms.
+        if let Some(group) = group {
+            timed(&self.steps.offsets, &mut times.offsets, || self.send_offsets(publication, group))?;
         }
-        Err(broken) => Err(abort(producer, settings, broken)),
+        failpoint::hit("after_send_offsets");
+        let counts = timed(&self.steps.produce, &mut times.produce, || self.produce(publication))?;
+        failpoint::hit("after_produce");
+        timed(&self.steps.deliver, &mut times.deliver, || self.deliver())?;
+        Ok(counts)
     }
-}
 
-fn fill(
-    producer: &TxnProducer<ProducerCallbacks>,
-    settings: &PublisherSettings,
-    steps: &KafkaSteps,
-    times: &mut PublishTimes,
-    publication: &Publication,
-    group: Option<&GroupMetadata>,
-    deadline: Instant,
-) -> Result<OutputCounts, Broken> {
-    // Offsets are sent first. Until the broker has completed the previous transaction it refuses requests of
-    // the next one. The client repeats the request for offsets after `retry.backoff.ms`, which doubles; it
-    // would repeat the one for output partitions only after 20 ms.
-    if let Some(group) = group {
-        timed(&steps.offsets, &mut times.offsets, || {
-            send_offsets(producer, settings, publication, group, deadline)
-        })?;
-    }
-    failpoint::hit("after_send_offsets");
-    let counts =
-        timed(&steps.produce, &mut times.produce, || produce(producer, settings, publication, deadline))?;
-    failpoint::hit("after_produce");
-    timed(&steps.deliver, &mut times.deliver, || deliver(producer, deadline))?;
-    Ok(counts)
-}
-
-fn produce(
-    producer: &TxnProducer<ProducerCallbacks>,
-    settings: &PublisherSettings,
-    publication: &Publication,
-    deadline: Instant,
-) -> Result<OutputCounts, Broken> {
-    // One timestamp for all outputs, so that the client does not read the clock for each message.
-    let now = now();
-    publication.for_each_output(&settings.input_topic, settings.identity.topic_id, |output| {
-        loop {
-            let produced = producer.produce_at(
-                output.topic.index(),
-                now,
-                output.key,
-                output.value,
-                output.headers.iter().copied(),
-            );
-            match produced {
-                Err(error) if error.code == RDKafkaErrorCode::QueueFull => {
-                    if Instant::now() > deadline {
-                        return Err(Broken::Late("producing"));
+    fn produce(&self, publication: &Publication) -> Result<OutputCounts, AbortCause> {
+        // One timestamp for all outputs, so that the client does not read the clock for each message.
+        let now = now();
+        let PublisherSettings { kafka, identity, .. } = self.settings;
+        publication.for_each_output(&kafka.input_topic, identity.topic_id, |output| {
+            let topic = output.topic.index();
+            loop {
+                let headers = output.headers.iter().copied();
+                match self.producer.produce_at(topic, now, output.key, output.value, headers) {
+                    Err(error) if error.code == RDKafkaErrorCode::QueueFull => {
+                        self.in_time("producing")?;
+                        self.producer.flush(SLICE);
                     }
-                    producer.flush(SLICE);
+                    other => return other.map_err(AbortCause::Native),
                 }
-                other => return other.map_err(Broken::Native),
             }
-        }
-    })
-}
-
-fn send_offsets(
-    producer: &TxnProducer<ProducerCallbacks>,
-    settings: &PublisherSettings,
-    publication: &Publication,
-    group: &GroupMetadata,
-    deadline: Instant,
-) -> Result<(), Broken> {
-    let mut offsets = TopicPartitionList::with_capacity(publication.commits().len());
-    for (partition, position, mark) in publication.offsets(&settings.identity) {
-        let mut element = offsets.add_partition(&settings.input_topic, partition.0);
-        element.set_metadata(mark);
-        if element.set_offset(KafkaOffset::Offset(position.0)).is_err() {
-            return Err(Broken::Late("an offset that cannot be represented"));
-        }
+        })
     }
-    // Repeating the call with the same arguments continues one that timed out.
-    while let Err(error) = producer.send_offsets(&offsets, group, remaining(deadline)) {
-        if !error.is_retriable || error.is_fatal || error.requires_abort {
-            return Err(Broken::Native(error));
-        }
-        if Instant::now() > deadline {
-            return Err(Broken::Late("send_offsets_to_transaction"));
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
 
-/// Waits until all outputs are acknowledged. `commit_transaction` would wait in steps of 100 ms.
-fn deliver(producer: &TxnProducer<ProducerCallbacks>, deadline: Instant) -> Result<(), Broken> {
-    let mut slice = FLUSH_SLICE_MIN;
-    while !producer.flush(slice) {
-        if Instant::now() > deadline {
-            return Err(Broken::Late("waiting for deliveries"));
+    fn send_offsets(&self, publication: &Publication, group: &GroupMetadata) -> Result<(), AbortCause> {
+        let mut offsets = TopicPartitionList::with_capacity(publication.commits().len());
+        for (partition, position, mark) in publication.offsets(&self.settings.identity) {
+            let mut element = offsets.add_partition(&self.settings.kafka.input_topic, partition.0);
+            element.set_metadata(mark);
+            element.set_offset(KafkaOffset::Offset(position.0)).map_err(AbortCause::Offset)?;
         }
-        slice = (slice * 2).min(FLUSH_SLICE_MAX);
-    }
-    Ok(())
-}
-
-fn commit(
-    producer: &TxnProducer<ProducerCallbacks>,
-    settings: &PublisherSettings,
-    deadline: Instant,
-) -> Result<(), PublishError> {
-    loop {
-        match producer.commit(remaining(deadline)) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.requires_abort => {
-                return Err(abort(producer, settings, Broken::Native(error)));
+        // Repeating the call with the same arguments continues one that timed out.
+        while let Err(error) = self.producer.send_offsets(&offsets, group, self.remaining()) {
+            if !error.is_retriable || error.is_fatal || error.requires_abort {
+                return Err(AbortCause::Native(error));
             }
-            Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
-            Err(error) => {
-                tell_of_fencing(settings, &error);
-                return Err(PublishError::Unknown(format!("commit_transaction: {error}")));
+            self.in_time("send_offsets_to_transaction")?;
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// Waits until all outputs are acknowledged. `commit_transaction` would wait in steps of 100 ms.
+    fn deliver(&self) -> Result<(), AbortCause> {
+        let mut slice = FLUSH_SLICE_MIN;
+        while !self.producer.flush(slice) {
+            self.in_time("waiting for deliveries")?;
+            slice = (slice * 2).min(FLUSH_SLICE_MAX);
+        }
+        Ok(())
+    }
+
+    fn commit(&self) -> Result<(), PublishError> {
+        loop {
+            match self.producer.commit(self.remaining()) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.requires_abort => return Err(self.abort(AbortCause::Native(error))),
+                Err(error) if may_continue(&error, self.deadline) => {}
+                Err(error) => return Err(self.unknown("commit_transaction", &error)),
             }
         }
     }
+
+    /// Aborts the open transaction. Only a successful abort guarantees that nothing is visible.
+    fn abort(&self, cause: AbortCause) -> PublishError {
+        let (message, code) = match &cause {
+            AbortCause::Native(error) => {
+                warn_if_fenced(self.settings, error);
+                if error.is_fatal {
+                    return PublishError::Unknown(error.to_string());
+                }
+                (self.explained(error), Some(error.code))
+            }
+            AbortCause::TimedOut(step) => (format!("no answer in time: {step}"), None),
+            AbortCause::Offset(error) => (format!("an offset cannot be represented: {error}"), None),
+        };
+        let deadline = Instant::now() + INIT_TIMEOUT;
+        loop {
+            match self.producer.abort(remaining(deadline)) {
+                Ok(()) => break,
+                Err(error) if may_continue(&error, deadline) => {}
+                Err(error) => return self.unknown(&format!("{message}; abort_transaction"), &error),
+            }
+        }
+        match (code, code.map_or(FailureClass::Transient, class_of_kafka)) {
+            // Another producer has the transactional id: this one is useless, even if the abort succeeded.
+            (Some(RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::Fenced), _) => {
+                PublishError::Unknown(message)
+            }
+            (_, FailureClass::Fenced) => PublishError::StaleGeneration(message),
+            (_, class) => PublishError::Aborted { class, message },
+        }
+    }
+
+    fn unknown(&self, doing: &str, error: &NativeError) -> PublishError {
+        warn_if_fenced(self.settings, error);
+        PublishError::Unknown(format!("{doing}: {error}"))
+    }
+
+    fn in_time(&self, step: &'static str) -> Result<(), AbortCause> {
+        if Instant::now() > self.deadline { Err(AbortCause::TimedOut(step)) } else { Ok(()) }
+    }
+
+    fn remaining(&self) -> Duration {
+        remaining(self.deadline)
+    }
+
+    /// The error's text, with a remedy if a setting outside the daemon is the cause.
+    fn explained(&self, error: &NativeError) -> String {
+        let [read, email, dead_letters] = self.settings.outputs();
+        match error.code {
+            RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => format!(
+                "{error}: an output is larger than its topic permits; raise max.message.bytes of {read} and \
+                 {email} to at least 64 KiB, of {dead_letters} to at least 1 MiB"
+            ),
+            _ => error.to_string(),
+        }
+    }
+}
+
+/// Whether the same call continues what failed.
+fn may_continue(error: &NativeError, deadline: Instant) -> bool {
+    error.is_retriable && !error.is_fatal && Instant::now() < deadline
 }
 
 fn remaining(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(SLICE)
-}
-
-/// The error's text, with a remedy if a setting outside the daemon is the cause.
-fn explained(error: &NativeError, settings: &PublisherSettings) -> String {
-    let [read, email, dead_letters] = &settings.outputs;
-    match error.code {
-        RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => format!(
-            "{error}: an output is larger than its topic permits; raise max.message.bytes of {read} and \
-             {email} to at least 64 KiB, of {dead_letters} to at least 1 MiB"
-        ),
-        _ => error.to_string(),
-    }
-}
-
-/// Aborts the open transaction. Only a successful abort guarantees that nothing is visible.
-fn abort(
-    producer: &TxnProducer<ProducerCallbacks>,
-    settings: &PublisherSettings,
-    broken: Broken,
-) -> PublishError {
-    if let Broken::Native(error) = &broken {
-        tell_of_fencing(settings, error);
-    }
-    let (message, code) = match &broken {
-        Broken::Native(error) if error.is_fatal => {
-            return PublishError::Unknown(error.to_string());
-        }
-        Broken::Native(error) => (explained(error, settings), Some(error.code)),
-        Broken::Late(doing) => (format!("no answer in time: {doing}"), None),
-    };
-    let deadline = Instant::now() + INIT_TIMEOUT;
-    loop {
-        match producer.abort(remaining(deadline)) {
-            Ok(()) => break,
-            Err(error) if error.is_retriable && !error.is_fatal && Instant::now() < deadline => {}
-            Err(error) => {
-                tell_of_fencing(settings, &error);
-                return PublishError::Unknown(format!("{message}; abort_transaction: {error}"));
-            }
-        }
-    }
-    match (code, code.map_or(FailureClass::Transient, class_of_kafka)) {
-        // Another producer has the transactional id: this one is useless, even if the abort succeeded.
-        (Some(RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::Fenced), _) => {
-            PublishError::Unknown(message)
-        }
-        (_, FailureClass::Fenced) => PublishError::Fenced(message),
-        (_, class) => PublishError::Aborted { class, message },
-    }
 }

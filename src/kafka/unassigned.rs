@@ -5,19 +5,19 @@
 //! returns to its assignment of the first round, without another rebalance (KIP-345). The partitions that it
 //! gave up then stay unassigned until the membership changes; restarts of static members do not change it.
 
-use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rdkafka::client::OAuthToken;
+use bytes::{Buf, TryGetError};
+use rdkafka::TopicPartitionList;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaRespErr;
-use rdkafka::{ClientConfig, ClientContext, TopicPartitionList};
 
-use super::group::{Group, QuietLog, REQUEST_TIMEOUT};
-use super::token;
-use crate::kafka::client::make_client;
+use super::callbacks::{Callbacks, Listener};
+use super::client::{ATTEMPT_TIMEOUT, make_client};
+use super::group::{Group, member_config};
+use crate::config::KafkaSettings;
 use crate::telemetry::logging::RateLimited;
 
 /// How often the group is checked.
@@ -28,126 +28,89 @@ const SECOND_LOOK: Duration = Duration::from_secs(3);
 /// How long the temporary member waits for its rebalance.
 const VISIT_MAX: Duration = Duration::from_secs(60);
 
-/// The group as one member sees it.
-#[derive(Clone)]
-pub struct Membership {
-    /// Configuration of a consumer of the group.
-    pub config: ClientConfig,
-    /// `group.id`.
-    pub group_id: String,
-    /// `group.instance.id` of this member.
-    pub instance_id: String,
-    /// Number of partitions of the topic.
-    pub partitions: usize,
-}
-
 /// The same state, or the same failure, may be found every few seconds.
 static FOUND: RateLimited = RateLimited::new(5, Duration::from_secs(60));
 static FAILED: RateLimited = RateLimited::new(5, Duration::from_secs(60));
 
-/// Checks the group periodically; never returns.
-pub async fn watch(group: &Group, membership: &Membership) {
-    let mut was_orphaned = false;
+/// Checks periodically whether all `partitions` of the topic are assigned; never returns.
+pub async fn watch(group: &Group, partitions: usize) {
+    let mut was_unassigned = false;
     loop {
-        tokio::time::sleep(if was_orphaned { SECOND_LOOK } else { TICK }).await;
-        let (asked, member) = (group.clone(), membership.clone());
-        let look = tokio::task::spawn_blocking(move || look(&asked, &member)).await;
-        let Ok(Ok(Some(look))) = look else {
-            was_orphaned = false;
+        tokio::time::sleep(if was_unassigned { SECOND_LOOK } else { TICK }).await;
+        let asked = group.clone();
+        let Ok(Ok(Some(found))) = tokio::task::spawn_blocking(move || look(&asked)).await else {
+            was_unassigned = false;
             continue;
         };
-        let is_orphaned = look.owned < membership.partitions;
-        if is_orphaned && was_orphaned && look.is_ours_to_mend {
+        let is_unassigned = found.assigned < partitions;
+        if is_unassigned && was_unassigned && found.is_ours_to_mend {
             if let Some(suppressed) = FOUND.pass() {
                 tracing::warn!(
-                    owned = look.owned,
-                    partitions = membership.partitions,
+                    owned = found.assigned,
+                    partitions,
                     suppressed,
                     "partitions of the group are unassigned, triggering a rebalance"
                 );
             }
-            let (topic, member) = (group.topic().to_owned(), membership.clone());
-            let visit = tokio::task::spawn_blocking(move || visit(&topic, &member)).await;
+            let kafka = group.settings().clone();
+            let visit = tokio::task::spawn_blocking(move || visit(&kafka)).await;
             if let Ok(Err(error)) = visit
                 && let Some(suppressed) = FAILED.pass()
             {
                 tracing::warn!(%error, suppressed, "triggering a rebalance for unassigned partitions failed");
             }
         }
-        was_orphaned = is_orphaned;
+        was_unassigned = is_unassigned;
     }
 }
 
 struct Look {
-    owned: usize,
+    /// Number of assigned partitions.
+    assigned: usize,
     /// True for one member only, so that not all of them trigger rebalances at once.
     is_ours_to_mend: bool,
 }
 
 /// `None` while the group is not in state `Stable`.
-fn look(group: &Group, membership: &Membership) -> Result<Option<Look>, KafkaError> {
-    let groups = group.consumer().fetch_group_list(Some(&membership.group_id), REQUEST_TIMEOUT)?;
-    let Some(found) = groups.groups().iter().find(|g| g.name() == membership.group_id) else {
-        return Ok(None);
-    };
-    if found.state() != "Stable" {
-        return Ok(None);
-    }
-    let owned = found.members().iter().map(|m| assigned(m.assignment().unwrap_or_default(), group.topic()));
-    // The broker derives a static member's id from its `group.instance.id`.
-    let first = found.members().iter().map(|m| m.id()).min().unwrap_or_default();
-    let is_ours_to_mend = first.starts_with(&format!("{}-", membership.instance_id));
-    Ok(Some(Look { owned: owned.sum(), is_ours_to_mend }))
+fn look(group: &Group) -> Result<Option<Look>, KafkaError> {
+    let KafkaSettings { group_id, instance_id, .. } = group.settings();
+    let groups = group.consumer().fetch_group_list(Some(group_id), ATTEMPT_TIMEOUT)?;
+    let stable = groups.groups().iter().find(|g| g.name() == group_id && g.state() == "Stable");
+    Ok(stable.map(|found| {
+        let assigned =
+            found.members().iter().map(|m| assigned(m.assignment().unwrap_or_default(), group.topic()));
+        // The broker derives a static member's id from its `group.instance.id`.
+        let first = found.members().iter().map(|m| m.id()).min().unwrap_or_default();
+        Look { assigned: assigned.sum(), is_ours_to_mend: first.starts_with(&format!("{instance_id}-")) }
+    }))
 }
 
 /// Number of partitions of `topic` in a member's assignment in the format of the consumer protocol: version,
 /// then an array of topics, each a name and an array of partitions.
-fn assigned(bytes: &[u8], topic: &str) -> usize {
-    fn take<'a>(rest: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
-        let (taken, left) = rest.split_at_checked(count)?;
-        *rest = left;
-        Some(taken)
-    }
-    fn count(rest: &mut &[u8]) -> Option<usize> {
-        usize::try_from(i32::from_be_bytes(take(rest, 4)?.try_into().ok()?)).ok()
-    }
-    fn sum(rest: &mut &[u8], topic: &str) -> Option<usize> {
-        take(rest, 2)?;
+fn assigned(mut bytes: &[u8], topic: &str) -> usize {
+    let mut count = || -> Result<usize, TryGetError> {
         let mut found = 0;
-        for _ in 0..count(rest)? {
-            let length = u16::from_be_bytes(take(rest, 2)?.try_into().ok()?);
-            let is_ours = take(rest, usize::from(length))? == topic.as_bytes();
-            let partitions = count(rest)?;
-            take(rest, partitions.checked_mul(4)?)?;
-            found += if is_ours { partitions } else { 0 };
+        bytes.try_get_u16()?;
+        for _ in 0..bytes.try_get_u32()? {
+            let mut name = vec![0; usize::from(bytes.try_get_u16()?)];
+            bytes.try_copy_to_slice(&mut name)?;
+            for _ in 0..bytes.try_get_u32()? {
+                bytes.try_get_u32()?;
+                found += usize::from(name == topic.as_bytes());
+            }
         }
-        Some(found)
-    }
-    let mut rest = bytes;
-    sum(&mut rest, topic).unwrap_or(0)
+        Ok(found)
+    };
+    count().unwrap_or(0)
 }
 
 /// A temporary member: takes part in one rebalance, fetches nothing, and leaves.
 #[derive(Default)]
 struct Visitor(AtomicBool);
 
-impl ClientContext for Visitor {
-    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
+impl Listener for Visitor {}
 
-    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
-        token::generate(property)
-    }
-
-    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
-        QuietLog.log(level, facility, message);
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        QuietLog.error(error, reason);
-    }
-}
-
-impl ConsumerContext for Visitor {
+impl ConsumerContext for Callbacks<Visitor> {
     fn rebalance(&self, consumer: &BaseConsumer<Self>, event: RDKafkaRespErr, _: &mut TopicPartitionList) {
         let nothing = TopicPartitionList::new();
         // An error means that the next rebalance has begun, which serves the purpose, too.
@@ -155,19 +118,19 @@ impl ConsumerContext for Visitor {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => consumer.incremental_assign(&nothing),
             _ => consumer.incremental_unassign(&nothing),
         };
-        self.0.store(true, Ordering::Release);
+        self.0.0.store(true, Ordering::Release);
     }
 }
 
 /// Joins the group as a dynamic member and leaves at once. Both change the membership, so the group assigns
 /// all its partitions again.
-fn visit(topic: &str, membership: &Membership) -> Result<(), KafkaError> {
-    let mut config = membership.config.clone();
+fn visit(kafka: &KafkaSettings) -> Result<(), KafkaError> {
+    let mut config = member_config(kafka);
     config.remove("group.instance.id");
-    let visitor: BaseConsumer<Visitor> = make_client(&config, Visitor::default())?;
-    visitor.subscribe(&[topic])?;
+    let visitor: BaseConsumer<Callbacks<Visitor>> = make_client(&config, Callbacks::default())?;
+    visitor.subscribe(&[&kafka.input_topic])?;
     let deadline = Instant::now() + VISIT_MAX;
-    while !visitor.context().0.load(Ordering::Acquire) && Instant::now() < deadline {
+    while !visitor.context().0.0.load(Ordering::Acquire) && Instant::now() < deadline {
         // No record can arrive, because nothing is assigned.
         let _ = visitor.poll(Duration::from_millis(100));
     }

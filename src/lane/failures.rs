@@ -32,7 +32,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 self.broker_failed(class, doing, &message);
                 Ok(AfterFailure::Retry)
             }
-            PublishError::Fenced(message) => {
+            PublishError::StaleGeneration(message) => {
                 self.fenced(&message);
                 Ok(AfterFailure::AwaitGeneration)
             }

@@ -442,7 +442,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     "nothing was fetched of this partition although it has records: replacing the client"
                 );
             }
-            self.kafka.renew_fetching();
+            self.kafka.abandon_fetcher();
             self.reset("the fetching client was replaced");
         }
         Ok(())

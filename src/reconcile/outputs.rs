@@ -16,7 +16,7 @@ use crate::domain::publication::Source;
 use crate::domain::record::{NextOffset, Offset, Partition};
 use crate::domain::wire::Reason;
 use crate::error::CommandError;
-use crate::kafka::last_stable::stable_ends;
+use crate::kafka::last_stable::stable_high_watermarks;
 use crate::kafka::librdkafka::NativeRecord;
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
 
@@ -38,7 +38,7 @@ impl Topic {
     pub fn open(kafka: &KafkaSettings, name: &str) -> Result<Self, String> {
         let scanner = Scanner::new(kafka, name).map_err(|e| e.to_string())?;
         let (_, partitions) = scanner.describe().map_err(|e| e.to_string())?;
-        let ends = stable_ends(kafka, name, &partitions).map_err(|e| e.to_string())?;
+        let ends = stable_high_watermarks(kafka, name, &partitions).map_err(|e| e.to_string())?;
         Ok(Self { scanner, partitions, ends })
     }
 

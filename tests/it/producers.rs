@@ -140,11 +140,11 @@ fn fenced_producers_commit_nothing(servers: &Servers) {
     scope.create_topics(4, 2);
     let (mut first, mut second) = (producer(&scope), producer(&scope));
     first.init().unwrap();
-    first.send_alone(&publication(1..=3)).unwrap();
+    first.publish(&publication(1..=3), None).unwrap();
     second.init().unwrap();
 
     // WHEN the earlier one continues
-    let refused = first.send_alone(&publication(4..=6)).unwrap_err();
+    let refused = first.publish(&publication(4..=6), None).unwrap_err();
 
     // THEN it gets an error, and nothing of its transaction is visible
     assert!(matches!(refused, PublishError::Unknown(_)), "{refused}");
@@ -152,8 +152,8 @@ fn fenced_producers_commit_nothing(servers: &Servers) {
         .iter()
         .any(|code| refused.to_string().contains(code));
     assert!(is_fenced, "{refused}");
-    second.send_alone(&publication(7..=9)).unwrap();
-    let again = first.send_alone(&publication(4..=6)).unwrap_err();
+    second.publish(&publication(7..=9), None).unwrap();
+    let again = first.publish(&publication(4..=6), None).unwrap_err();
     assert!(matches!(again, PublishError::Unknown(_)), "{again}");
     assert_eq!(accounts_of(&scope, &scope.read_topic), [1, 2, 3, 7, 8, 9]);
 }
@@ -169,7 +169,7 @@ fn rejected_messages_abort_the_transaction_and_the_producer_continues(servers: &
     scope.create_topics(4, 2);
     let mut producer = producer(&scope);
     producer.init().unwrap();
-    producer.send_alone(&publication(1..=20)).unwrap();
+    producer.publish(&publication(1..=20), None).unwrap();
 
     // WHEN one of them is deleted
     scope.delete_topic(&scope.email_topic);
@@ -177,7 +177,7 @@ fn rejected_messages_abort_the_transaction_and_the_producer_continues(servers: &
     wait_until("the topic is gone", || {
         !partition_counts(consumer.client()).unwrap().contains_key(&scope.email_topic)
     });
-    let refused = producer.send_alone(&publication(21..=40)).unwrap_err();
+    let refused = producer.publish(&publication(21..=40), None).unwrap_err();
 
     // THEN what was sent to the others is not visible, and the next attempt names the missing topic
     assert!(matches!(refused, PublishError::Unknown(_) | PublishError::Aborted { .. }), "{refused}");
@@ -187,9 +187,9 @@ fn rejected_messages_abort_the_transaction_and_the_producer_continues(servers: &
     // AND after it is created again, with more partitions, the producer continues
     scope.create_topic(&scope.email_topic, 3);
     wait_until("the topic is available", || {
-        producer.init().is_ok() && producer.send_alone(&publication(41..=60)).is_ok()
+        producer.init().is_ok() && producer.publish(&publication(41..=60), None).is_ok()
     });
-    producer.send_alone(&publication(61..=80)).unwrap();
+    producer.publish(&publication(61..=80), None).unwrap();
     let expected: Vec<_> = (1..=20).chain(41..=80).collect();
     assert_eq!(accounts_of(&scope, &scope.read_topic), expected);
     assert_eq!(accounts_of(&scope, &scope.email_topic), (41..=80).collect::<Vec<_>>());

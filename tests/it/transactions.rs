@@ -2,15 +2,12 @@
 
 use std::time::Duration;
 
-use payment_writer::kafka::librdkafka::{QuietContext, TxnProducer};
-use rdkafka::ClientContext;
+use payment_writer::domain::record::TimestampMs;
+use payment_writer::kafka::callbacks::QuietLog;
+use payment_writer::kafka::librdkafka::TxnProducer;
 use rdkafka::producer::BaseProducer;
 
 use crate::support::{DEADLINE, Scope, Servers};
-
-struct Quiet;
-
-impl ClientContext for Quiet {}
 
 #[test]
 fn a_transaction_with_unsent_messages_is_aborted_and_the_next_one_commits() {
@@ -22,13 +19,16 @@ fn a_transaction_with_unsent_messages_is_aborted_and_the_next_one_commits() {
         .set("transactional.id", &scope.group_id)
         .set("linger.ms", "5000")
         .set("delivery.report.only.error", "true");
-    let producer: BaseProducer<QuietContext<Quiet>> =
-        config.create_with_context(QuietContext(Quiet)).unwrap();
+    let producer: BaseProducer<QuietLog> = config.create_with_context(QuietLog::default()).unwrap();
     let producer = TxnProducer::new(producer, &[&scope.read_topic]);
+    let produce = |value| {
+        let now = TimestampMs(rdkafka::util::current_time_millis());
+        producer.produce_at(0, now, Some(b"57"), Some(value), std::iter::empty())
+    };
     producer.init(DEADLINE).unwrap();
     producer.begin().unwrap();
     for _ in 0..10 {
-        producer.produce(0, Some(b"57"), Some(b"aborted"), std::iter::empty()).unwrap();
+        produce(b"aborted".as_slice()).unwrap();
     }
 
     // WHEN it is aborted
@@ -39,7 +39,7 @@ fn a_transaction_with_unsent_messages_is_aborted_and_the_next_one_commits() {
 
     // AND the same producer can be used again
     producer.begin().unwrap();
-    producer.produce(0, Some(b"57"), Some(b"committed"), std::iter::empty()).unwrap();
+    produce(b"committed".as_slice()).unwrap();
     while !producer.flush(Duration::from_millis(100)) {}
     producer.commit(DEADLINE).unwrap();
     let received = scope.read_all(&scope.read_topic);

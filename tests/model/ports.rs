@@ -33,6 +33,11 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout of a hanging database transaction.
 const LEDGER_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// An abort with a transient cause.
+fn aborted(message: &str) -> PublishError {
+    PublishError::Aborted { class: FailureClass::Transient, message: message.to_owned() }
+}
+
 type Sent = Result<(Published, OutputCounts, PublishTimes), PublishError>;
 
 /// The client's state of a fetched partition.
@@ -364,7 +369,7 @@ impl KafkaPort for ModelLog {
 
     fn listen(&self) {}
 
-    fn renew_fetching(&mut self) {
+    fn abandon_fetcher(&mut self) {
         self.fetches.clear();
     }
 
@@ -393,8 +398,8 @@ impl KafkaPort for ModelLog {
 
     async fn publish(&mut self, publication: &Arc<Publication>) -> Sent {
         match self.shared.point(self.who, "publish").await {
-            Fault::Before => return Err(PublishError::Fenced("rebalance in progress".to_owned())),
-            Fault::After => return Err(PublishError::aborted("coordinator is moving".to_owned())),
+            Fault::Before => return Err(PublishError::StaleGeneration("rebalance in progress".to_owned())),
+            Fault::After => return Err(aborted("coordinator is moving")),
             _ => {}
         }
         if self.is_in_doubt {
@@ -405,10 +410,10 @@ impl KafkaPort for ModelLog {
         };
         let generation = self.shared.world.borrow().members[self.who.member].generation;
         if generation < 0 {
-            return Err(PublishError::Fenced("between two generations".to_owned()));
+            return Err(PublishError::StaleGeneration("between two generations".to_owned()));
         }
         if self.unhandled_revocations.load(Ordering::Acquire) != 0 {
-            return Err(PublishError::Fenced("a revocation is not handled yet".to_owned()));
+            return Err(PublishError::StaleGeneration("a revocation is not handled yet".to_owned()));
         }
         self.is_in_doubt = true;
         let (reply, answer) = oneshot::channel();
@@ -533,9 +538,7 @@ impl Thread {
         match self.shared.point(self.who, "produce").await {
             Fault::None | Fault::Crash => {}
             Fault::Before | Fault::After => {
-                return Err(self
-                    .abort(number, PublishError::aborted("an output topic is away".to_owned()))
-                    .await);
+                return Err(self.abort(number, aborted("an output topic is away")).await);
             }
             Fault::Hang => std::future::pending().await,
         }
@@ -552,12 +555,14 @@ impl Thread {
             is_member
         };
         if !is_taken {
-            return Err(self.abort(number, PublishError::Fenced("illegal generation".to_owned())).await);
+            return Err(self
+                .abort(number, PublishError::StaleGeneration("illegal generation".to_owned()))
+                .await);
         }
         match self.shared.point(self.who, "send_offsets").await {
             Fault::None | Fault::Crash => {}
             Fault::Before | Fault::After => {
-                return Err(self.abort(number, PublishError::aborted("send_offsets".to_owned())).await);
+                return Err(self.abort(number, aborted("send_offsets")).await);
             }
             Fault::Hang => std::future::pending().await,
         }

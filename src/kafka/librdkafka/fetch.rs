@@ -15,8 +15,12 @@ use rdkafka::types::RDKafkaErrorCode;
 use rdkafka_sys as sys;
 use tokio::sync::Notify;
 
-use super::{NativeError, NativeRecord, c_string, millis};
+use super::record::NativeRecord;
+use super::{NativeError, c_string, millis};
 use crate::domain::record::{NextOffset, Partition};
+
+/// Items taken from the client in one call.
+const CHUNK_MAX: usize = 1_000;
 
 /// An item that a [`FetchQueue`] delivers.
 #[derive(Debug)]
@@ -42,18 +46,28 @@ pub enum FetchItem<'a> {
     },
 }
 
+impl FetchItem<'_> {
+    /// The partition; `None` if the client as a whole failed.
+    pub fn partition(&self) -> Option<Partition> {
+        match self {
+            Self::Record(record) => Some(record.partition()),
+            Self::End { partition, .. } => Some(*partition),
+            Self::Failed { partition, .. } => *partition,
+        }
+    }
+}
+
 /// Fetches partitions of one topic into one queue, each from a position that the caller names.
 ///
 /// While the queue is not drained, the client stops fetching (back-pressure).
 pub struct FetchQueue<C: ConsumerContext + 'static> {
     queue: *mut sys::rd_kafka_queue_t,
     topic: *mut sys::rd_kafka_topic_t,
-    wake: *const Notify,
     /// Partitions that are being fetched. librdkafka requires that each is stopped before the client is
     /// destroyed.
     started: Mutex<BTreeSet<Partition>>,
-    chunk_max: usize,
-    notify: Arc<Notify>,
+    /// The opaque of the queue's callback.
+    filled: Arc<Notify>,
     consumer: BaseConsumer<C>,
 }
 
@@ -75,10 +89,9 @@ fn last_error(doing: &str) -> NativeError {
 }
 
 impl<C: ConsumerContext> FetchQueue<C> {
-    /// Creates a queue of `consumer`, which has no `group.id`; [`drain`](Self::drain) takes at most
-    /// `chunk_max` items.
-    pub fn new(consumer: BaseConsumer<C>, topic: &str, chunk_max: usize) -> Result<Self, NativeError> {
-        let notify = Arc::new(Notify::new());
+    /// Creates a queue of `consumer`, which has no `group.id`.
+    pub fn new(consumer: BaseConsumer<C>, topic: &str) -> Result<Self, NativeError> {
+        let filled = Arc::new(Notify::new());
         let client = consumer.client().native_ptr();
         let name = c_string(topic);
         // SAFETY: the client is live; a null configuration means the client's defaults.
@@ -86,15 +99,14 @@ impl<C: ConsumerContext> FetchQueue<C> {
         if topic.is_null() {
             return Err(last_error("no handle for the topic"));
         }
-        let opaque = Arc::into_raw(Arc::clone(&notify));
-        // SAFETY: the client is live; the callback's opaque is a counted reference released in `drop`.
+        let opaque = Arc::as_ptr(&filled);
+        // SAFETY: the client is live; `drop` switches the callback off before its opaque is released.
         let queue = unsafe {
             let queue = sys::rd_kafka_queue_new(client);
             sys::rd_kafka_queue_cb_event_enable(queue, Some(wake), opaque as *mut c_void);
             queue
         };
-        let chunk_max = chunk_max.max(1);
-        Ok(Self { queue, topic, wake: opaque, started: Mutex::default(), chunk_max, notify, consumer })
+        Ok(Self { queue, topic, started: Mutex::default(), filled, consumer })
     }
 
     /// The underlying consumer, for requests to the brokers and for polling callbacks.
@@ -136,12 +148,12 @@ impl<C: ConsumerContext> FetchQueue<C> {
 
     /// Completes when the queue has become non-empty since the last wait.
     pub async fn wait_filled(&self) {
-        self.notify.notified().await;
+        self.filled.notified().await;
     }
 
     /// Passes at most `max` items to `take`, waiting at most `wait` for the first one; returns their number.
     pub fn drain(&self, max: usize, wait: Duration, mut take: impl FnMut(FetchItem<'_>)) -> usize {
-        let max = max.min(self.chunk_max);
+        let max = max.min(CHUNK_MAX);
         if max == 0 {
             return 0;
         }
@@ -200,13 +212,12 @@ impl<C: ConsumerContext> Drop for FetchQueue<C> {
             // SAFETY: the topic is live.
             unsafe { sys::rd_kafka_consume_stop(self.topic, partition.0) };
         }
-        // SAFETY: the callback is switched off before its opaque is released; topic and queue are released
-        // once, before the client.
+        // SAFETY: the callback, which runs under the queue's lock, is off before its opaque is released; topic
+        // and queue are released once, before the client.
         unsafe {
             sys::rd_kafka_queue_cb_event_enable(self.queue, None, ptr::null_mut());
             sys::rd_kafka_queue_destroy(self.queue);
             sys::rd_kafka_topic_destroy(self.topic);
-            drop(Arc::from_raw(self.wake));
         }
     }
 }

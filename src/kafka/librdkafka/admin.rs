@@ -1,0 +1,189 @@
+//! Admin requests about one topic.
+
+use std::ffi::{CStr, c_char};
+use std::time::Duration;
+
+use rdkafka::ClientContext;
+use rdkafka::client::Client;
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka_sys as sys;
+use sys::rd_kafka_admin_op_t as operation;
+use sys::rd_kafka_resp_err_t as code;
+
+use super::{NativeError, c_string, millis};
+
+/// Returns a topic's id and its number of partitions (`DescribeTopics`).
+///
+/// # Errors
+/// An error of the broker or the client.
+pub fn topic_id<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    timeout: Duration,
+) -> Result<(uuid::Uuid, usize), NativeError> {
+    let request = Request { name: "DescribeTopics", operation: operation::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS };
+    let name = c_string(topic);
+    let mut names = [name.as_ptr()];
+    let client = consumer.client();
+    // SAFETY: client and names are live, and the collection is until it is destroyed, once, here; what is
+    // read lives inside the event.
+    unsafe {
+        let collection = sys::rd_kafka_TopicCollection_of_topic_names(names.as_mut_ptr(), names.len());
+        let answer = request.ask(
+            client,
+            topic,
+            timeout,
+            |options, queue| sys::rd_kafka_DescribeTopics(client.native_ptr(), collection, options, queue),
+            |event| {
+                let result = sys::rd_kafka_event_DescribeTopics_result(event);
+                let topics = array(result, sys::rd_kafka_DescribeTopics_result_topics);
+                let topic = *topics.first().ok_or_else(|| request.lacks("topic"))?;
+                let error = sys::rd_kafka_TopicDescription_error(topic);
+                if !error.is_null() {
+                    checked(sys::rd_kafka_error_code(error), "the topic cannot be described")?;
+                }
+                let mut partitions = 0;
+                sys::rd_kafka_TopicDescription_partitions(topic, &mut partitions);
+                let id = sys::rd_kafka_TopicDescription_topic_id(topic);
+                let high = sys::rd_kafka_Uuid_most_significant_bits(id) as u64;
+                let low = sys::rd_kafka_Uuid_least_significant_bits(id) as u64;
+                Ok((uuid::Uuid::from_u64_pair(high, low), partitions))
+            },
+        );
+        sys::rd_kafka_TopicCollection_destroy(collection);
+        answer
+    }
+}
+
+/// Returns one setting of a topic as text (`DescribeConfigs`). Needs the right `DescribeConfigs` on the
+/// topic.
+///
+/// # Errors
+/// An error of the broker or the client, also when that right is missing or the topic has no such setting.
+pub fn topic_setting<C: ClientContext>(
+    client: &Client<C>,
+    topic: &str,
+    setting: &str,
+    timeout: Duration,
+) -> Result<String, NativeError> {
+    let request =
+        Request { name: "DescribeConfigs", operation: operation::RD_KAFKA_ADMIN_OP_DESCRIBECONFIGS };
+    let name = c_string(topic);
+    // SAFETY: client and name are live, and the resource is until it is destroyed, once, here; what is read
+    // lives inside the event.
+    unsafe {
+        let kind = sys::rd_kafka_ResourceType_t::RD_KAFKA_RESOURCE_TOPIC;
+        let resource = sys::rd_kafka_ConfigResource_new(kind, name.as_ptr());
+        if resource.is_null() {
+            return Err(NativeError::plain(code::RD_KAFKA_RESP_ERR__INVALID_ARG, "this is not a topic name"));
+        }
+        let native = client.native_ptr();
+        let answer = request.ask(
+            client,
+            topic,
+            timeout,
+            |options, queue| {
+                sys::rd_kafka_DescribeConfigs(native, [resource].as_mut_ptr(), 1, options, queue)
+            },
+            |event| {
+                let result = sys::rd_kafka_event_DescribeConfigs_result(event);
+                let resources = array(result, sys::rd_kafka_DescribeConfigs_result_resources);
+                let resource = *resources.first().ok_or_else(|| request.lacks(setting))?;
+                let error = sys::rd_kafka_ConfigResource_error(resource);
+                checked(error, "the topic's settings cannot be described")?;
+                array(resource, sys::rd_kafka_ConfigResource_configs)
+                    .iter()
+                    .find(|entry| text(sys::rd_kafka_ConfigEntry_name(**entry)) == Some(setting))
+                    .and_then(|entry| text(sys::rd_kafka_ConfigEntry_value(*entry)))
+                    .map(str::to_owned)
+                    .ok_or_else(|| request.lacks(setting))
+            },
+        );
+        sys::rd_kafka_ConfigResource_destroy(resource);
+        answer
+    }
+}
+
+/// One kind of admin request.
+struct Request {
+    name: &'static str,
+    operation: sys::rd_kafka_admin_op_t,
+}
+
+impl Request {
+    /// Sends a request, and reads the event that answers it.
+    fn ask<C: ClientContext, T>(
+        &self,
+        client: &Client<C>,
+        topic: &str,
+        timeout: Duration,
+        send: impl FnOnce(*mut sys::rd_kafka_AdminOptions_t, *mut sys::rd_kafka_queue_t),
+        read: impl FnOnce(*mut sys::rd_kafka_event_t) -> Result<T, NativeError>,
+    ) -> Result<T, NativeError> {
+        // While no broker can be reached, an admin request retries at every change of a connection's state,
+        // and causes such changes itself: two of the client's threads then keep a core busy. A metadata
+        // request first avoids that.
+        client.fetch_metadata(Some(topic), timeout).map_err(|error| {
+            NativeError::plain(code::RD_KAFKA_RESP_ERR__TRANSPORT, &format!("no broker answers: {error}"))
+        })?;
+        let native = client.native_ptr();
+        let mut reason: [c_char; 256] = [0; 256];
+        // SAFETY: the client is live, and every object made here is destroyed here, once; `read` copies what
+        // it takes from the event.
+        unsafe {
+            let queue = sys::rd_kafka_queue_new(native);
+            let options = sys::rd_kafka_AdminOptions_new(native, self.operation);
+            let (buffer, len) = (reason.as_mut_ptr(), reason.len());
+            sys::rd_kafka_AdminOptions_set_request_timeout(options, millis(timeout), buffer, len);
+            send(options, queue);
+            // The admin request has its own timeout; the extra second lets its answer arrive first.
+            let event = sys::rd_kafka_queue_poll(queue, millis(timeout + Duration::from_secs(1)));
+            let answer = if event.is_null() {
+                let message = format!("no answer to {}", self.name);
+                Err(NativeError::plain(code::RD_KAFKA_RESP_ERR__TIMED_OUT, &message))
+            } else {
+                let error = sys::rd_kafka_event_error(event);
+                let answer = checked(error, &format!("{} failed", self.name)).and_then(|()| read(event));
+                sys::rd_kafka_event_destroy(event);
+                answer
+            };
+            sys::rd_kafka_AdminOptions_destroy(options);
+            sys::rd_kafka_queue_destroy(queue);
+            answer
+        }
+    }
+
+    fn lacks(&self, what: &str) -> NativeError {
+        let message = format!("{} returned no {what}", self.name);
+        NativeError::plain(code::RD_KAFKA_RESP_ERR__BAD_MSG, &message)
+    }
+}
+
+fn checked(error: sys::rd_kafka_resp_err_t, message: &str) -> Result<(), NativeError> {
+    match error {
+        code::RD_KAFKA_RESP_ERR_NO_ERROR => Ok(()),
+        error => Err(NativeError::plain(error, message)),
+    }
+}
+
+/// The array that `get` finds in an object; empty if either is null.
+unsafe fn array<'a, R, T>(
+    of: *const R,
+    get: unsafe extern "C" fn(*const R, *mut usize) -> *mut *const T,
+) -> &'a [*const T] {
+    if of.is_null() {
+        return &[];
+    }
+    let mut count = 0;
+    // SAFETY: the caller keeps the object alive, which owns the array, and `get` writes its length.
+    unsafe {
+        let first = get(of, &mut count);
+        if first.is_null() { &[] } else { std::slice::from_raw_parts(first, count) }
+    }
+}
+
+/// A text of librdkafka; `None` if it is null or not UTF-8.
+unsafe fn text<'a>(pointer: *const c_char) -> Option<&'a str> {
+    // SAFETY: the caller passes null or a text that lives as long as its object.
+    (!pointer.is_null()).then(|| unsafe { CStr::from_ptr(pointer) })?.to_str().ok()
+}
