@@ -164,7 +164,7 @@ impl Lane {
 }
 
 fn all_written(batch: &Batch) -> Outcomes {
-    Outcomes(vec![RecordOutcome::Written; batch.len()])
+    vec![RecordOutcome::Written; batch.len()]
 }
 
 /// Milliseconds in a day.

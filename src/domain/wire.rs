@@ -11,6 +11,7 @@ use std::time::Duration;
 
 pub use events::{EventTexts, encode_email_event, encode_read_event, write_iso8601_ms};
 pub use refusal::{Reason, Refusal};
+use strum::VariantArray;
 
 use self::json::Value;
 use self::refusal::{Field, invalid};
@@ -141,7 +142,7 @@ struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    fn required(found: [Option<Value<'a>>; Field::COUNT]) -> Result<Self, Refusal> {
+    fn required(found: [Option<Value<'a>>; Field::VARIANTS.len()]) -> Result<Self, Refusal> {
         // In the order of `Field`, which is the contract's. A null field counts as absent.
         let present = |value: Option<Value<'a>>| value.filter(|v| !v.is_null());
         let required = |value, field: Field| present(value).ok_or_else(|| refusal::missing(field));

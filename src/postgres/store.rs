@@ -451,7 +451,7 @@ impl Store for PgStore {
                 Err(failure) => Err(failure),
             };
         } else if let Ok((outcomes, ..)) = &written {
-            let rows = outcomes.0.iter().filter(|outcome| **outcome == Outcome::Written).count();
+            let rows = outcomes.iter().filter(|outcome| **outcome == Outcome::Written).count();
             self.refusals.note(Instant::now(), rows, 0);
         }
         let written = written.map_err(|e| self.failed(e))?;

@@ -15,7 +15,6 @@ use crate::config::KafkaSettings;
 use crate::domain::payment::{Amount, MessageId};
 use crate::domain::publication::OutputTopic;
 use crate::domain::record::{NextOffset, Offset, Partition};
-use crate::domain::wire::Reason;
 use crate::error::CommandError;
 use crate::kafka::last_stable::stable_ends;
 use crate::kafka::librdkafka::NativeRecord;
@@ -222,7 +221,7 @@ impl Outputs {
         let (key, value) = (record.key(), record.value());
         let (hash, reason) = if topic.output == OutputTopic::DeadLetter {
             let stands_for = digest.filter(|_| value.is_none());
-            let reason = reason.and_then(|r| Reason::ALL.into_iter().find(|k| k.as_str().as_bytes() == r));
+            let reason = reason.and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
             (hash::message(key, stands_for.or(value)), reason)
         } else {
             (hash::message(key, value), None)

@@ -10,6 +10,8 @@ use metrics::{
     histogram,
 };
 
+use strum::VariantArray;
+
 use crate::domain::batch::{Batch, OutcomeCounts};
 use crate::domain::outcome::{FailureClass, SQLSTATE_CLASSES, sqlstate_label};
 use crate::domain::publication::{OutputCounts, OutputTopic};
@@ -241,8 +243,8 @@ fn begin_at_zero() {
     for topic in OutputTopic::ALL {
         published(topic).increment(0);
     }
-    for class in FailureClass::ALL {
-        kafka_errors(class).increment(0);
+    for class in FailureClass::VARIANTS {
+        kafka_errors(*class).increment(0);
     }
     for result in AuditResult::ALL {
         audited(result).increment(0);

@@ -106,11 +106,8 @@ async fn race(
         let batch = Batch::assemble(source, vec![progress], &Rules::default());
         let moved = CursorMove { partition, seen, applied: reached, published: None, timestamp: None };
         let (fates, ..) = store.write(&batch, &[moved]).await.unwrap();
-        written += fates.0.iter().filter(|fate| **fate == Outcome::Written).count();
-        assert!(
-            fates.0.iter().all(|fate| matches!(fate, Outcome::Written | Outcome::Duplicate)),
-            "{fates:?}"
-        );
+        written += fates.iter().filter(|fate| **fate == Outcome::Written).count();
+        assert!(fates.iter().all(|fate| matches!(fate, Outcome::Written | Outcome::Duplicate)), "{fates:?}");
         seen = reached;
     }
     written

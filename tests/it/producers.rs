@@ -5,7 +5,7 @@ use std::path::Path;
 
 use kafka_protocol::messages::ApiKey;
 use payment_writer::config::Settings;
-use payment_writer::domain::batch::{Batch, Outcomes, Progress};
+use payment_writer::domain::batch::{Batch, Progress};
 use payment_writer::domain::cursor::Identity;
 use payment_writer::domain::outcome::Outcome;
 use payment_writer::domain::publication::{OffsetCommit, Publication};
@@ -122,7 +122,7 @@ fn publication(accounts: impl Iterator<Item = i64>) -> Publication {
     let reached = NextOffset(count);
     let progress = vec![Progress { partition: Partition(0), seen: NextOffset(0), reached, timestamp: None }];
     let batch = Batch::assemble(source, progress, &Rules::default());
-    let fates = Outcomes(vec![Outcome::Written; batch.len()]);
+    let fates = vec![Outcome::Written; batch.len()];
     let spans = vec![OffsetCommit { partition: Partition(0), publish_from: NextOffset(0), commit: reached }];
     Publication::of_batch(batch, fates, spans, true)
 }

@@ -770,7 +770,7 @@ impl Store for ModelLedger {
                 let moved: Vec<_> =
                     moves.iter().map(|m| (m.partition.0, m.seen.0, m.applied.0, m.published)).collect();
                 match &written {
-                    Ok((outcomes, _)) => format!("       COMMIT of {who:?} {moved:?} {:?}", outcomes.0),
+                    Ok((outcomes, _)) => format!("       COMMIT of {who:?} {moved:?} {:?}", outcomes),
                     Err(error) => format!("       cursor guard against {who:?}: {error}"),
                 }
             });

@@ -87,7 +87,7 @@ pub(super) async fn missing(
         .collect();
     // One row is tested for all that are written to the same tables.
     let mut ways: BTreeMap<(Option<Month>, bool), (u32, SqlState)> = BTreeMap::new();
-    for (index, sqlstate) in refused.iter() {
+    for (&index, &sqlstate) in refused {
         let Some(row) = batch.payment_view(index as usize) else { continue };
         let month = Month::of(row.timestamp).filter(|_| months_differ);
         ways.entry((month, row.notes.is_some())).or_insert((index, sqlstate));

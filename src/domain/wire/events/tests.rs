@@ -74,9 +74,9 @@ proptest! {
         kind in "\\PC{0,8}",
         comment in "(?s).{0,60}|[\"\\\\\n\r\t\u{1}\u{1f}\u{7f}/\u{2028}]{1,20}",
         created_at in 946_684_800_000i64..4_102_444_800_000,
-        status in proptest::sample::select(&Status::ALL[..]),
+        status in proptest::sample::select(&[Status::Success, Status::Pending, Status::Failed][..]),
     ) {
-        let amount = Amount::from_ten_thousandths(count).unwrap();
+        let amount = Amount::parse(&format!("{}.{:04}", count / 10_000, count % 10_000)).unwrap();
         let payment = Payment {
             cust_id, amount, status, payment_type: kind.as_str().into(), comment: Some(comment.as_str().into()),
             created_at: TimestampMs(created_at), ..payment()
