@@ -523,7 +523,7 @@ async fn watch_topic(
             tokio::task::spawn_blocking(move || topic_id(asked.consumer(), asked.topic(), REQUEST_TIMEOUT));
         match answer.await {
             Ok(Ok((found, _))) if found != expected => {
-                return IdentityMismatch::OtherTopic { marked: expected, found };
+                return IdentityMismatch::OtherTopic { expected, found };
             }
             Ok(Ok((_, partitions))) => {
                 status.probed(None, Some(Dependency::Up));

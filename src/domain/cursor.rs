@@ -34,7 +34,7 @@ pub struct CommitMetadata {
     pub database_id: Uuid,
 }
 
-const MARK_VERSION: &str = "pw1";
+const METADATA_VERSION: &str = "pw1";
 
 impl CommitMetadata {
     /// The metadata for a commit that says that everything below `position` is written and published.
@@ -47,7 +47,7 @@ impl CommitMetadata {
         let mut parts = text.split(' ');
         let (version, topic_id, position, database_id) =
             (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        if version != MARK_VERSION || parts.next().is_some() {
+        if version != METADATA_VERSION || parts.next().is_some() {
             return None;
         }
         Some(Self {
@@ -60,7 +60,13 @@ impl CommitMetadata {
 
 impl fmt::Display for CommitMetadata {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{MARK_VERSION} {} {} {}", self.topic_id.simple(), self.position, self.database_id.simple())
+        write!(
+            f,
+            "{METADATA_VERSION} {} {} {}",
+            self.topic_id.simple(),
+            self.position,
+            self.database_id.simple()
+        )
     }
 }
 
@@ -75,7 +81,7 @@ pub struct GroupOffset {
 
 impl GroupOffset {
     /// The commit metadata, if this program wrote it and it belongs to this offset.
-    pub fn mark(&self) -> Option<CommitMetadata> {
+    pub fn commit_metadata(&self) -> Option<CommitMetadata> {
         CommitMetadata::parse(&self.metadata).filter(|m| m.position == self.position)
     }
 }
@@ -135,7 +141,7 @@ impl Known {
     pub fn unpublished_from(&self) -> NextOffset {
         let row = self.row.as_ref();
         // An offset that another program committed proves nothing.
-        let group = self.group.as_ref().filter(|group| group.mark().is_some());
+        let group = self.group.as_ref().filter(|group| group.commit_metadata().is_some());
         let cursors = [group.map(|g| g.position), row.map(|r| r.applied), row.and_then(|r| r.published)];
         cursors.into_iter().flatten().min().unwrap_or(self.bounds.start)
     }
@@ -186,24 +192,27 @@ pub enum Decision {
 /// Decides where a partition resumes. The rules are those of docs/architecture.md, "Assignment".
 pub fn decide(known: &Known, identity: &Identity, mode: &Mode) -> Decision {
     let Known { group, row, bounds, .. } = known;
-    let mark = group.as_ref().and_then(GroupOffset::mark);
-    if let Some(mark) = &mark {
-        if mark.topic_id != identity.topic_id {
+    let metadata = group.as_ref().and_then(GroupOffset::commit_metadata);
+    if let Some(metadata) = &metadata {
+        if metadata.topic_id != identity.topic_id {
             return Decision::Stop(IdentityMismatch::OtherTopic {
-                marked: mark.topic_id,
+                expected: metadata.topic_id,
                 found: identity.topic_id,
             });
         }
-        if mark.database_id != identity.database_id && !mode.adopts_database {
+        if metadata.database_id != identity.database_id && !mode.adopts_database {
             return Decision::Stop(IdentityMismatch::OtherDatabase {
-                marked: mark.database_id,
+                expected: metadata.database_id,
                 found: identity.database_id,
             });
         }
     }
-    let is_ours = mark.as_ref().is_some_and(|m| m.database_id == identity.database_id);
-    let found =
-        if mode.publishes { publishing(known, mark.is_some()) } else { rows_only(known, mark.is_some()) };
+    let is_ours = metadata.as_ref().is_some_and(|m| m.database_id == identity.database_id);
+    let found = if mode.publishes {
+        publishing(known, metadata.is_some())
+    } else {
+        rows_only(known, metadata.is_some())
+    };
     let (from, applied, publish_from) = match found {
         Ok(positions) => positions,
         Err(Decision::Prove { from }) => {
@@ -235,7 +244,7 @@ pub fn decide(known: &Known, identity: &Identity, mode: &Mode) -> Decision {
 type Positions = Result<(NextOffset, NextOffset, NextOffset), Decision>;
 
 /// Positions for a daemon that publishes.
-fn publishing(known: &Known, is_marked: bool) -> Positions {
+fn publishing(known: &Known, has_metadata: bool) -> Positions {
     let Known { group, row, bounds, .. } = known;
     let committed = group.as_ref().map(|g| g.position);
     if let Some(row) = row
@@ -247,7 +256,7 @@ fn publishing(known: &Known, is_marked: bool) -> Positions {
     // `published` is a copy of the committed offset and lags behind it. A committed offset below it was
     // rolled back together with its metadata and proves nothing.
     let copied = row.as_ref().and_then(|row| row.published);
-    match (row, committed.filter(|k| is_marked && copied.is_none_or(|copied| copied <= *k))) {
+    match (row, committed.filter(|k| has_metadata && copied.is_none_or(|copied| copied <= *k))) {
         (Some(row), Some(k)) => Ok((row.applied.min(k), row.applied, k)),
         (None, Some(k)) => {
             // An empty or older database: rows are written again from the log, events below the committed
@@ -301,9 +310,9 @@ fn publishing(known: &Known, is_marked: bool) -> Positions {
 }
 
 /// Positions for a daemon that writes rows only: `applied` of the row, or else the log's start, decides.
-fn rows_only(known: &Known, is_marked: bool) -> Positions {
+fn rows_only(known: &Known, has_metadata: bool) -> Positions {
     let Known { group, row, bounds, .. } = known;
-    let applied = match (row, group.as_ref().filter(|_| is_marked)) {
+    let applied = match (row, group.as_ref().filter(|_| has_metadata)) {
         (Some(row), _) => row.applied,
         // The group is older than the database: records from its offset to the log's start were never
         // written.

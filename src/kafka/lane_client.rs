@@ -165,7 +165,7 @@ fn positions(
             message: format!("asking for the topic's id: {e}"),
         })?;
     if found != expected {
-        return Err(IdentityMismatch::OtherTopic { marked: expected, found }.into());
+        return Err(IdentityMismatch::OtherTopic { expected, found }.into());
     }
     let bounds = log_bounds(group, partitions)?;
     let answers = partitions.iter().zip(offsets).zip(bounds);

@@ -18,7 +18,9 @@ pub fn settled_up_to(known: &Known, identity: &Identity, publishes: bool) -> Opt
 }
 
 fn is_ours(group: &GroupOffset, identity: &Identity) -> bool {
-    group.mark().is_some_and(|m| m.topic_id == identity.topic_id && m.database_id == identity.database_id)
+    group
+        .commit_metadata()
+        .is_some_and(|m| m.topic_id == identity.topic_id && m.database_id == identity.database_id)
 }
 
 /// A cursor skip by an operator, from `cursor_audit`.

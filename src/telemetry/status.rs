@@ -1,21 +1,22 @@
 //! State of the daemon, for `/status`, `/readyz` and the metrics.
 
-pub mod begins;
+pub mod fetch_starts;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use self::begins::{Begin, Begins};
+use self::fetch_starts::{FetchStart, FetchStarts};
 use crate::domain::batch::OutcomeCounts;
 use crate::domain::cursor::{HaltReason, Known};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 
 /// Phase of a partition.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Phase {
     /// Assigned; recovery determines where to continue.
+    #[default]
     Opening,
     /// Being written and published.
     Live,
@@ -24,7 +25,7 @@ pub enum Phase {
 }
 
 /// State of an assigned partition.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct PartitionStatus {
     /// Current phase.
     pub phase: Phase,
@@ -36,15 +37,15 @@ pub struct PartitionStatus {
     pub unpublished_from: Option<NextOffset>,
     /// Timestamp of the last written record, but at most the time at which this was recorded: a producer
     /// clock that is ahead must not hide lag.
-    pub applied_timestamp: Option<TimestampMs>,
+    applied_timestamp: Option<TimestampMs>,
     /// That timestamp as it is in the record.
     stamped: Option<TimestampMs>,
     /// Last stable offset, when last read.
     pub end: Option<NextOffset>,
     /// When the partition was last caught up to the end, by the wall clock.
-    pub caught_up_at: Option<TimestampMs>,
+    caught_up_at: Option<TimestampMs>,
     /// When the partition was assigned, by the wall clock.
-    pub assigned_at: TimestampMs,
+    assigned_at: TimestampMs,
     /// `applied` in the database at the last recovery.
     found_applied: Option<NextOffset>,
     /// End offset and first timestamp of each batch in flight.
@@ -57,26 +58,14 @@ const IN_HAND_MAX: usize = 4;
 
 impl PartitionStatus {
     fn opening(now: TimestampMs) -> Self {
-        Self {
-            phase: Phase::Opening,
-            applied: None,
-            published: None,
-            unpublished_from: None,
-            applied_timestamp: None,
-            stamped: None,
-            end: None,
-            caught_up_at: None,
-            assigned_at: now,
-            found_applied: None,
-            in_hand: VecDeque::new(),
-        }
+        Self { assigned_at: now, ..Self::default() }
     }
 
     /// Position of the lane at a rebalance that may have interrupted fetching; for the audit.
-    fn disturbed(&self, partition: Partition) -> Option<Begin> {
+    fn interrupted(&self, partition: Partition) -> Option<FetchStart> {
         let applied = self.applied?;
         let position = self.in_hand.back().map_or(applied, |(reached, _)| applied.max(*reached));
-        Some(Begin { partition, position, applied })
+        Some(FetchStart { partition, position, applied })
     }
 
     /// Everything before this offset is written and published.
@@ -157,11 +146,12 @@ struct State {
     /// While the process is not a member or does not know its partitions' positions yet: since when, or the
     /// age of the oldest record that was pending before.
     waiting_since: Option<TimestampMs>,
-    /// Time of the last rebalance.
-    disturbed_at: Option<Instant>,
+    rebalanced_at: Option<Instant>,
     broker_lost_at: Option<Instant>,
     broker_refusal: Option<(Instant, String)>,
     was_fenced_after_loss: bool,
+    fetch_starts: FetchStarts,
+    totals: OutcomeCounts,
 }
 
 impl State {
@@ -171,14 +161,18 @@ impl State {
         lags.chain(waited).max().unwrap_or(0).max(0)
     }
 
-    /// Positions of the partitions at a rebalance. Only the first of the callbacks of one rebalance returns
-    /// them.
-    fn disturbed(&mut self) -> Vec<Begin> {
-        if self.disturbed_at.is_some_and(|at| at.elapsed() < SAME_EVENT) {
-            return Vec::new();
+    /// Records a rebalance, which may have interrupted fetching of every partition. Only the first of the
+    /// callbacks of one rebalance counts.
+    fn note_rebalance(&mut self) {
+        if self.rebalanced_at.is_some_and(|at| at.elapsed() < SAME_REBALANCE) {
+            return;
         }
-        self.disturbed_at = Some(Instant::now());
-        self.partitions.iter().filter_map(|(partition, status)| status.disturbed(*partition)).collect()
+        self.rebalanced_at = Some(Instant::now());
+        for (partition, status) in &self.partitions {
+            if let Some(start) = status.interrupted(*partition) {
+                self.fetch_starts.push(start);
+            }
+        }
     }
 
     fn waits(&mut self, now: TimestampMs) {
@@ -194,63 +188,34 @@ impl State {
 }
 
 /// Partitions are revoked one by one, all within this time.
-const SAME_EVENT: Duration = Duration::from_millis(100);
+const SAME_REBALANCE: Duration = Duration::from_millis(100);
 /// librdkafka retries a refused connection continually, with pauses of up to ten seconds.
 const REFUSAL_LASTS: Duration = Duration::from_secs(15);
 
-/// Completed records since the start.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Totals {
-    /// Records written.
-    pub written: u64,
-    /// Records that were written before and redelivered for their events.
-    pub redelivered: u64,
-    /// Duplicates.
-    pub duplicates: u64,
-    /// Dead letters.
-    pub dead_letters: u64,
-}
-
 /// State shared by the lanes, which update it once per batch, and the admin server, which reads it.
 #[derive(Default)]
-pub struct StatusRegistry {
-    state: Mutex<State>,
-    begins: Mutex<Begins>,
-    written: AtomicU64,
-    redelivered: AtomicU64,
-    duplicates: AtomicU64,
-    dead_letters: AtomicU64,
-}
+pub struct StatusRegistry(Mutex<State>);
 
 impl StatusRegistry {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn begins(&self) -> MutexGuard<'_, Begins> {
-        self.begins.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Enables recording of fetch starts; the caller must take them regularly.
-    pub fn want_begins(&self) {
-        self.begins().want();
+    pub fn record_fetch_starts(&self) {
+        self.state().fetch_starts.enable();
     }
 
     /// Fetching of a partition starts or restarts at `position`.
-    pub fn began(&self, partition: Partition, position: NextOffset) {
-        let found = self.state().partitions.get(&partition).and_then(|status| status.found_applied);
-        self.begins().push(Begin { partition, position, applied: found.unwrap_or(position) });
+    pub fn fetch_started(&self, partition: Partition, position: NextOffset) {
+        let mut state = self.state();
+        let found = state.partitions.get(&partition).and_then(|status| status.found_applied);
+        state.fetch_starts.push(FetchStart { partition, position, applied: found.unwrap_or(position) });
     }
 
     /// Takes the fetch starts since the last call, and the number of dropped ones.
-    pub fn take_begins(&self) -> (VecDeque<Begin>, u64) {
-        self.begins().take()
-    }
-
-    /// Records a rebalance, which may have interrupted fetching of every partition.
-    fn rebalanced(&self, disturbed: Vec<Begin>) {
-        let mut begins = self.begins();
-        disturbed.into_iter().for_each(|begin| begins.push(begin));
+    pub fn take_fetch_starts(&self) -> (VecDeque<FetchStart>, u64) {
+        self.state().fetch_starts.take()
     }
 
     /// Next offset to write of each partition, where known.
@@ -305,7 +270,12 @@ impl StatusRegistry {
     pub fn left(&self, now: TimestampMs) {
         let mut state = self.state();
         state.waits(now);
-        *state = State { waiting_since: state.waiting_since, ..State::default() };
+        *state = State {
+            waiting_since: state.waiting_since,
+            fetch_starts: std::mem::take(&mut state.fetch_starts),
+            totals: state.totals,
+            ..State::default()
+        };
     }
 
     /// Age in milliseconds of this process's oldest record that is not yet written and published, where
@@ -316,20 +286,12 @@ impl StatusRegistry {
 
     /// Counts completed records.
     pub fn settled(&self, outcomes: &OutcomeCounts) {
-        self.written.fetch_add(outcomes.written, Ordering::Relaxed);
-        self.redelivered.fetch_add(outcomes.redelivered, Ordering::Relaxed);
-        self.duplicates.fetch_add(outcomes.duplicate, Ordering::Relaxed);
-        self.dead_letters.fetch_add(outcomes.dead_lettered, Ordering::Relaxed);
+        self.state().totals += *outcomes;
     }
 
     /// Completed records since the start.
-    pub fn totals(&self) -> Totals {
-        Totals {
-            written: self.written.load(Ordering::Relaxed),
-            redelivered: self.redelivered.load(Ordering::Relaxed),
-            duplicates: self.duplicates.load(Ordering::Relaxed),
-            dead_letters: self.dead_letters.load(Ordering::Relaxed),
-        }
+    pub fn totals(&self) -> OutcomeCounts {
+        self.state().totals
     }
 
     /// Recovery of a partition starts or restarts.
@@ -374,11 +336,9 @@ impl StatusRegistry {
     /// A partition was revoked.
     pub fn revoked(&self, partition: Partition) {
         let mut state = self.state();
-        let disturbed = state.disturbed();
+        state.note_rebalance();
         state.partitions.remove(&partition);
         state.note_known();
-        drop(state);
-        self.rebalanced(disturbed);
     }
 
     /// A partition is halted.
@@ -471,14 +431,12 @@ impl StatusRegistry {
     /// The process is a member and was assigned these partitions; lanes start recovery later.
     pub fn assigned(&self, now: TimestampMs, partitions: &[Partition]) {
         let mut state = self.state();
-        let disturbed = state.disturbed();
+        state.note_rebalance();
         state.is_member = true;
         for partition in partitions {
             state.partitions.entry(*partition).or_insert_with(|| PartitionStatus::opening(now));
         }
         state.note_known();
-        drop(state);
-        self.rebalanced(disturbed);
     }
 
     /// Whether the process is a member; its assignment may be empty.
@@ -489,11 +447,9 @@ impl StatusRegistry {
     /// The group membership was lost.
     pub fn lost(&self, now: TimestampMs) {
         let mut state = self.state();
-        let disturbed = state.disturbed();
+        state.note_rebalance();
         state.is_member = false;
         state.waits(now);
-        drop(state);
-        self.rebalanced(disturbed);
     }
 
     /// What keeps the daemon from being ready; empty when it is ready.

@@ -9,7 +9,7 @@ use payment_writer::domain::batch::{Batch, Progress};
 use payment_writer::domain::cursor::Identity;
 use payment_writer::domain::outcome::Outcome;
 use payment_writer::domain::publication::{OffsetCommit, Publication};
-use payment_writer::domain::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
 use payment_writer::domain::wire::Rules;
 use payment_writer::kafka::client::partition_counts;
 use payment_writer::kafka::publisher_settings::PublisherSettings;
@@ -109,14 +109,7 @@ fn publication(accounts: impl Iterator<Item = i64>) -> Publication {
     for account in accounts {
         let value = Payment::new(uuid_v4(count as u64), account).json();
         let (key, at) = (account.to_string(), Some(TimestampMs(1_751_050_608_500)));
-        source.push(
-            Partition(0),
-            Offset(count),
-            at,
-            Some(key.as_bytes()),
-            Some(value.as_bytes()),
-            Headers::NONE.iter(),
-        );
+        source.push(Partition(0), Offset(count), at, Some(key.as_bytes()), Some(value.as_bytes()), []);
         count += 1;
     }
     let reached = NextOffset(count);

@@ -626,7 +626,7 @@ impl ModelLedger {
         }
         if world.db.id != self.identity.database_id {
             let doubt =
-                IdentityMismatch::OtherDatabase { marked: self.identity.database_id, found: world.db.id };
+                IdentityMismatch::OtherDatabase { expected: self.identity.database_id, found: world.db.id };
             return Err(StoreError {
                 class: FailureClass::Persistent,
                 sqlstate: None,

@@ -41,9 +41,9 @@ pub struct OutcomeCounts {
     /// Records already written in an earlier attempt.
     pub redelivered: u64,
     /// Duplicates.
-    pub duplicate: u64,
+    pub duplicates: u64,
     /// Dead letters, for any reason.
-    pub dead_lettered: u64,
+    pub dead_letters: u64,
 }
 
 impl OutcomeCounts {
@@ -54,8 +54,8 @@ impl OutcomeCounts {
             *match outcome {
                 Outcome::Written => &mut counts.written,
                 Outcome::WrittenBefore => &mut counts.redelivered,
-                Outcome::Duplicate => &mut counts.duplicate,
-                Outcome::DeadLetter(_) | Outcome::Rejected(_) => &mut counts.dead_lettered,
+                Outcome::Duplicate => &mut counts.duplicates,
+                Outcome::DeadLetter(_) | Outcome::Rejected(_) => &mut counts.dead_letters,
             } += 1;
         }
         counts
@@ -66,8 +66,8 @@ impl AddAssign for OutcomeCounts {
     fn add_assign(&mut self, more: Self) {
         self.written += more.written;
         self.redelivered += more.redelivered;
-        self.duplicate += more.duplicate;
-        self.dead_lettered += more.dead_lettered;
+        self.duplicates += more.duplicates;
+        self.dead_letters += more.dead_letters;
     }
 }
 

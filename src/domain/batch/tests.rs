@@ -2,7 +2,6 @@ use std::collections::HashMap;
 
 use super::*;
 use crate::domain::outcome::SqlState;
-use crate::domain::record::Headers;
 use crate::domain::wire::Reason;
 
 const NOW: TimestampMs = TimestampMs(1_767_225_600_000);
@@ -28,7 +27,7 @@ fn source(records: &[(i32, i64, String)]) -> SourceBatch {
             Some(NOW),
             Some(b"7"),
             Some(value.as_bytes()),
-            Headers::NONE.iter(),
+            [],
         );
     }
     source

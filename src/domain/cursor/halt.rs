@@ -152,26 +152,26 @@ impl HaltReason {
 pub enum IdentityMismatch {
     /// The group's offsets were committed for another topic of this name.
     #[error(
-        "the group's offsets belong to topic id {marked}, but the topic now has id {found}: it was deleted \
+        "the group's offsets belong to topic id {expected}, but the topic now has id {found}: it was deleted \
          and recreated, or this is another cluster. To use the new topic, start with a new kafka.group_id \
          and a new, empty database; otherwise correct kafka.bootstrap_servers"
     )]
     OtherTopic {
         /// The id in the commit metadata.
-        marked: Uuid,
+        expected: Uuid,
         /// The id found now.
         found: Uuid,
     },
     /// The group's offsets were committed together with another database.
     #[error(
-        "the group's offsets were committed together with database {marked}, but postgres.url leads to \
+        "the group's offsets were committed together with database {expected}, but postgres.url leads to \
          database {found}. If this database replaces that one (recovery), start once with run \
          --adopt-database: rows are written again from the log, events are not sent again; otherwise correct \
          postgres.url"
     )]
     OtherDatabase {
         /// The id in the commit metadata.
-        marked: Uuid,
+        expected: Uuid,
         /// The id found now.
         found: Uuid,
     },

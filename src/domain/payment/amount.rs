@@ -18,15 +18,19 @@ const ONE: u64 = 10_000;
 pub struct Amount(NonZeroU64);
 
 /// Why a text is not a valid amount.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, strum::IntoStaticStr)]
 pub enum AmountFault {
     /// Not a number by JSON's grammar (RFC 8259, section 6).
+    #[strum(serialize = "is not a number by JSON's grammar")]
     NotANumber,
     /// Zero or less.
+    #[strum(serialize = "is not above zero")]
     NotPositive,
     /// More than 14 integer digits.
+    #[strum(serialize = "has more than 14 integer digits")]
     TooLarge,
     /// More decimal places than any currency has.
+    #[strum(serialize = "has a digit beyond the currency's minor unit")]
     TooPrecise,
 }
 

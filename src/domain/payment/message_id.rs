@@ -23,11 +23,13 @@ pub struct ParsedMessageId {
 }
 
 /// Why a text is not a valid message id.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, strum::IntoStaticStr)]
 pub enum MessageIdFault {
     /// Neither a hyphenated UUID nor a ULID.
+    #[strum(serialize = "is neither a hyphenated UUID nor a ULID")]
     Form,
     /// 128 zero bits.
+    #[strum(serialize = "is all zero bits")]
     Nil,
 }
 

@@ -201,7 +201,7 @@ impl Session {
                 client.query_one("SELECT database_id FROM payment_writer.database_identity", &[]).await?;
             let found: Uuid = row.try_get(0)?;
             if found != identity.database_id {
-                return Ok(Err(IdentityMismatch::OtherDatabase { marked: identity.database_id, found }));
+                return Ok(Err(IdentityMismatch::OtherDatabase { expected: identity.database_id, found }));
             }
             let lock = format!(
                 "SELECT pg_advisory_xact_lock_shared({}, {})",

@@ -305,7 +305,7 @@ async fn takes(session: &mut Session, begun: &Begun, head: &Head, pattern: &Patt
 mod tests {
     use super::*;
     use crate::domain::batch::Progress;
-    use crate::domain::record::{Headers, NextOffset, SourceBatch};
+    use crate::domain::record::{NextOffset, SourceBatch};
     use crate::domain::wire::Rules;
 
     const AT: TimestampMs = TimestampMs(1_767_225_600_000);
@@ -317,7 +317,7 @@ mod tests {
         );
         let mut source = SourceBatch::new();
         let (partition, offset) = (Partition(1), Offset(5));
-        source.push(partition, offset, Some(AT), Some(b"7"), Some(value.as_bytes()), Headers::NONE.iter());
+        source.push(partition, offset, Some(AT), Some(b"7"), Some(value.as_bytes()), []);
         let progress =
             Progress { partition, seen: NextOffset(0), reached: offset.next(), timestamp: Some(Some(AT)) };
         Batch::assemble(source, vec![progress], &Rules::default())
