@@ -328,7 +328,10 @@ impl Lane {
                 Some(publication) => {
                     let (published, counts, _) = log.publish(publication).await.unwrap();
                     // Every payment is new: one that was not written would have no read event.
-                    assert_eq!(counts.by_topic[OutputTopic::Read.index()], publication.len() as u64);
+                    assert_eq!(
+                        counts.by_topic[OutputTopic::Read.index()],
+                        publication.outcomes().len() as u64
+                    );
                     Some(published)
                 }
                 None => None,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use clap::Parser;
 use payment_writer::domain::batch::{Batch, Progress};
 use payment_writer::domain::cursor::Identity;
-use payment_writer::domain::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
 use payment_writer::domain::wire::Rules;
 use payment_writer::housekeeping::generations::{self, State};
 use payment_writer::ports::{CursorMove, Store, WriteStats};
@@ -107,14 +107,7 @@ impl Writer {
                 self.id(ids)
             );
             let offset = Offset(self.seen.0 + n as i64);
-            source.push(
-                self.partition,
-                offset,
-                Some(at),
-                Some(b"7"),
-                Some(value.as_bytes()),
-                Headers::NONE.iter(),
-            );
+            source.push(self.partition, offset, Some(at), Some(b"7"), Some(value.as_bytes()), []);
         }
         let reached = NextOffset(self.seen.0 + count as i64);
         let (partition, seen) = (self.partition, self.seen);

@@ -152,19 +152,18 @@ async fn status(State(shared): State<Shared>) -> Response {
     let missing = shared.status.missing();
     let mut partitions = Map::new();
     for (partition, status) in shared.status.partitions() {
-        let (state, halted) = match &status.phase {
-            Phase::Opening => ("opening", Value::Null),
-            Phase::Live => ("live", Value::Null),
+        let halted = match &status.phase {
             Phase::Halted(reason) => {
                 // `doubt` is the former name of `reason`, kept until 1.0.
                 let label = reason.label();
-                ("halted", json!({ "reason": label, "doubt": label, "advice": reason.advice(partition) }))
+                json!({ "reason": label, "doubt": label, "advice": reason.advice(partition) })
             }
+            Phase::Opening | Phase::Live => Value::Null,
         };
         partitions.insert(
             partition.to_string(),
             json!({
-                "state": state,
+                "state": <&str>::from(&status.phase),
                 "halted": halted,
                 "applied": status.applied.map(|o| o.0),
                 "published": status.published.map(|o| o.0),

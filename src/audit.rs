@@ -72,7 +72,7 @@ pub fn spawn(
     if settings.audit.share <= 0.0 {
         return Ok(None);
     }
-    status.want_begins();
+    status.record_fetch_starts();
     let mut auditor = Auditor {
         kafka: settings.kafka.clone(),
         topic_id,
@@ -150,7 +150,7 @@ impl Auditor {
 
     /// Updates the plan with the cursors and fetch starts of this process.
     fn observe(&mut self, now: Instant) {
-        let (begins, dropped) = self.status.take_begins();
+        let (begins, dropped) = self.status.take_fetch_starts();
         for begin in begins {
             self.plan.begun(begin, now);
         }

@@ -164,7 +164,7 @@ impl Lane {
 }
 
 fn all_written(batch: &Batch) -> Outcomes {
-    Outcomes(vec![RecordOutcome::Written; batch.len()])
+    vec![RecordOutcome::Written; batch.len()]
 }
 
 /// Milliseconds in a day.
@@ -320,7 +320,7 @@ fn produce(producers: Vec<Transactions>, lanes: &[Vec<Publication>]) -> Outcome<
 
 #[cfg(test)]
 mod tests {
-    use payment_writer::domain::record::{Headers, Partition, TimestampMs};
+    use payment_writer::domain::record::{Partition, TimestampMs};
 
     use super::*;
 
@@ -337,7 +337,7 @@ mod tests {
                 Some(TimestampMs(1_751_050_608_500)),
                 Some(b"7"),
                 Some(value.as_bytes()),
-                Headers::NONE.iter(),
+                [],
             );
         }
         let batches = lane.batches(&Rules::default()).unwrap();
@@ -363,7 +363,7 @@ mod tests {
             None,
             None,
             Some(b"{}"),
-            Headers::NONE.iter(),
+            [],
         );
         assert!(lane.batches(&Rules::default()).is_err());
     }

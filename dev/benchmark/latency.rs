@@ -340,10 +340,11 @@ fn print(rates: &[Rate]) {
 
 #[cfg(test)]
 mod tests {
-    use payment_writer::domain::record::TimestampMs;
-    use payment_writer::domain::wire::write_iso8601_ms;
-
     use super::*;
+
+    fn iso8601(ms: i64) -> String {
+        format!("{:.3}", jiff::Timestamp::from_millisecond(ms).unwrap())
+    }
 
     #[test]
     fn times_are_read_as_the_daemon_writes_them() {
@@ -351,9 +352,8 @@ mod tests {
         let mut times = vec![0, 951_782_400_000, 951_868_799_999, 1_767_225_599_999, 1_767_225_600_000];
         times.extend((0..2_000).map(|n| n * 1_234_567_891));
         for ms in times {
-            let mut text = Vec::new();
-            write_iso8601_ms(TimestampMs(ms), &mut text);
-            assert_eq!(parse_time(&text), Some(ms), "{}", String::from_utf8_lossy(&text));
+            let text = iso8601(ms);
+            assert_eq!(parse_time(text.as_bytes()), Some(ms), "{text}");
         }
     }
 
@@ -377,10 +377,7 @@ mod tests {
         probe.begin();
         probe.take(br#"{"createdAt":"1970-01-01T00:00:01.500Z"}"#);
         assert_eq!(probe.seen.load(Ordering::Acquire), 0);
-        let mut event = br#"{"createdAt":""#.to_vec();
-        write_iso8601_ms(TimestampMs(now_ms() + 1), &mut event);
-        event.push(b'"');
-        probe.take(&event);
+        probe.take(format!("{{\"createdAt\":\"{}\"", iso8601(now_ms() + 1)).as_bytes());
         probe.take(b"nonsense");
         assert_eq!((probe.seen.load(Ordering::Acquire), probe.odd.load(Ordering::Relaxed)), (1, 1));
         assert_eq!(probe.finish().total(), 1);

@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::domain::cursor::LogBounds;
 use crate::domain::record::{NextOffset, Partition};
 use crate::kafka::scan::ScanRange;
-use crate::telemetry::status::begins::Begin;
+use crate::telemetry::status::fetch_starts::FetchStart;
 
 /// Number of offsets behind a fetch start that are all audited.
 pub const AFTER_BEGIN: i64 = 1_000;
@@ -124,8 +124,8 @@ impl Plan {
     }
 
     /// Adds the range behind a fetch start.
-    pub fn begun(&mut self, begin: Begin, now: Instant) {
-        let Begin { partition, position, applied } = begin;
+    pub fn begun(&mut self, start: FetchStart, now: Instant) {
+        let FetchStart { partition, position, applied } = start;
         self.shares.entry(partition).or_insert_with(|| Share::at(applied, now));
         let after = |at: NextOffset| NextOffset(at.0.saturating_add(AFTER_BEGIN));
         // Records below the cursor were decided before this fetch start.

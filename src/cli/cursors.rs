@@ -111,7 +111,7 @@ fn number(offset: Option<NextOffset>) -> String {
 fn mark(offset: Option<&GroupOffset>) -> &'static str {
     match offset {
         None => "-",
-        Some(offset) if offset.mark().is_some() => "ours",
+        Some(offset) if offset.commit_metadata().is_some() => "ours",
         Some(_) => "set by others",
     }
 }

@@ -76,10 +76,10 @@ pub fn dlq(settings: &Settings, command: &DlqCommand) -> Result<(), CommandError
 }
 
 fn reason(text: &str) -> Result<Reason, String> {
-    Reason::ALL
-        .into_iter()
-        .find(|known| known.as_str() == text)
-        .ok_or_else(|| format!("one of {}", Reason::ALL.map(Reason::as_str).join(", ")))
+    text.parse().map_err(|_| {
+        let known: Vec<&str> = Reason::ALL.iter().map(|reason| reason.as_str()).collect();
+        format!("one of {}", known.join(", "))
+    })
 }
 
 fn moment(text: &str) -> Result<TimestampMs, String> {

@@ -149,7 +149,7 @@ fn tell(
     if args.json {
         return print(
             &json!({
-                "message_id": id.to_string(),
+                "message_id": id.to_uuid().to_string(),
                 "state": state,
                 "partition": found.map(|f| f.partition),
                 "offset": found.map(|f| f.offset),

@@ -42,7 +42,7 @@ pub(super) async fn topic(
         let _ = timeout(TOPIC_CHECK, suspicion.notified()).await;
         match ask(group, |group| topic_id(group.consumer(), group.topic(), REQUEST_TIMEOUT)).await {
             Ok(Ok((found, _))) if found != expected => {
-                return IdentityMismatch::OtherTopic { marked: expected, found };
+                return IdentityMismatch::OtherTopic { expected, found };
             }
             Ok(Ok((_, partitions))) => {
                 status.probed(None, Some(Dependency::Up));

@@ -102,7 +102,7 @@ fn label<'a>(headers: &[Header<'a>]) -> Option<Label<'a>> {
         text(headers, bytes).map(|bytes| LeftOut { bytes, sha256: text(headers, sha256).unwrap_or_default() })
     };
     Some(Label {
-        reason: Reason::ALL.into_iter().find(|known| known.as_str() == reason),
+        reason: reason.parse().ok(),
         detail: text(headers, "dlq-detail")?,
         topic: text(headers, "dlq-topic")?,
         partition: Partition(number(headers, "dlq-partition")?),

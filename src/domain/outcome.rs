@@ -8,8 +8,8 @@ mod failures;
 mod refusals;
 
 pub use failures::{
-    FailureClass, KAFKA_RULES, Rule, SQLSTATE_CLASSES, SQLSTATE_CURSOR_MOVED, SQLSTATE_RULES, class_of_kafka,
-    class_of_sqlstate, is_refusal, sqlstate_label, tables,
+    FailureClass, SQLSTATE_CLASSES, SQLSTATE_CURSOR_MOVED, class_of_kafka, class_of_sqlstate, is_refusal,
+    sqlstate_label,
 };
 pub use refusals::Refusals;
 

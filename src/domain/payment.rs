@@ -16,37 +16,26 @@ pub use message_id::{MessageId, MessageIdFault, ParsedMessageId};
 use crate::domain::record::TimestampMs;
 
 /// Status of a payment, as in its message.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, strum::FromRepr)]
+#[repr(i16)]
 pub enum Status {
     /// Code 2.
-    Success,
+    Success = 2,
     /// Code 0.
-    Pending,
+    Pending = 0,
     /// Code -2.
-    Failed,
+    Failed = -2,
 }
 
 impl Status {
-    /// All statuses.
-    pub const ALL: [Status; 3] = [Status::Success, Status::Pending, Status::Failed];
-
     /// The status of a code in messages, tables and settings.
     pub fn from_code(code: i64) -> Option<Self> {
-        match code {
-            2 => Some(Status::Success),
-            0 => Some(Status::Pending),
-            -2 => Some(Status::Failed),
-            _ => None,
-        }
+        Self::from_repr(i16::try_from(code).ok()?)
     }
 
     /// The code in messages, tables and settings.
     pub fn code(self) -> i16 {
-        match self {
-            Status::Success => 2,
-            Status::Pending => 0,
-            Status::Failed => -2,
-        }
+        self as i16
     }
 }
 

@@ -13,7 +13,8 @@ use crate::domain::record::{NextOffset, Offset, Partition, RecordView};
 use crate::domain::wire::Reason;
 
 /// The topics that the daemon writes.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum OutputTopic {
     /// `kafka.read_topic`
     Read,
@@ -34,11 +35,7 @@ impl OutputTopic {
 
     /// The label used in metrics.
     pub fn label(self) -> &'static str {
-        match self {
-            Self::Read => "read",
-            Self::Email => "email",
-            Self::DeadLetter => "dead_letter",
-        }
+        self.into()
     }
 }
 
@@ -167,7 +164,7 @@ pub struct DeadLetter<'a> {
 pub struct OutputCounts {
     /// Messages by [`OutputTopic::index`].
     pub by_topic: [u64; 3],
-    /// Dead letters by the index of their [`Reason`] in `Reason::ALL`.
+    /// Dead letters by their [`Reason`], in the order of `Reason::ALL`.
     pub by_reason: [u64; Reason::ALL.len()],
 }
 
@@ -179,41 +176,6 @@ impl Published {
     /// The committed offsets.
     pub fn positions(&self) -> &[(Partition, NextOffset)] {
         &self.0
-    }
-}
-
-/// Reused buffers for header values.
-#[derive(Default)]
-struct Scratch {
-    source: String,
-    /// Length of the part of `source` before the offset.
-    source_prefix: usize,
-    partition: String,
-    offset: String,
-    timestamp: String,
-    value: LeftOut,
-    key: LeftOut,
-}
-
-/// Size and SHA-256 in hex of a key or value that is too large for its dead letter.
-#[derive(Default)]
-struct LeftOut {
-    bytes: String,
-    sha256: String,
-}
-
-impl LeftOut {
-    /// Returns `content` if it has at most `bytes_max` bytes; otherwise stores its size and hash and returns
-    /// `None`.
-    fn unless_small<'a>(&mut self, content: Option<&'a [u8]>, bytes_max: usize) -> Option<&'a [u8]> {
-        let Some(large) = content.filter(|content| content.len() > bytes_max) else { return content };
-        self.bytes.clear();
-        self.sha256.clear();
-        let _ = write!(self.bytes, "{}", large.len());
-        for byte in Sha256::digest(large) {
-            let _ = write!(self.sha256, "{byte:02x}");
-        }
-        None
     }
 }
 
@@ -231,16 +193,6 @@ impl Publication {
     /// The partitions with their offsets.
     pub fn commits(&self) -> &[OffsetCommit] {
         &self.commits
-    }
-
-    /// Number of records.
-    pub fn len(&self) -> usize {
-        self.outcomes.0.len()
-    }
-
-    /// Whether it has no record; it may still commit offsets.
-    pub fn is_empty(&self) -> bool {
-        self.outcomes.0.is_empty()
     }
 
     /// The batch; `None` if only offsets are committed.
@@ -283,7 +235,7 @@ impl Publication {
     /// The records that this publication dead-letters; none in a daemon that writes rows only.
     pub fn dead_letters(&self) -> impl Iterator<Item = DeadLetter<'_>> {
         let batch = self.batch.as_ref().filter(|_| self.emits);
-        self.outcomes.0.iter().enumerate().filter_map(move |(index, outcome)| {
+        self.outcomes.iter().enumerate().filter_map(move |(index, outcome)| {
             if !matches!(outcome, Outcome::DeadLetter(_) | Outcome::Rejected(_)) {
                 return None;
             }
@@ -291,8 +243,7 @@ impl Publication {
             if self.publish_from(view.record.partition).is_past(view.record.offset) {
                 return None;
             }
-            let (reason, detail) = why_dead(&view, outcome)?;
-            Some(DeadLetter { record: view.record, reason, detail })
+            dead_letter(&view, outcome)
         })
     }
 
@@ -306,11 +257,20 @@ impl Publication {
     ) -> Result<OutputCounts, E> {
         let mut counts = OutputCounts::default();
         let Some(batch) = self.batch.as_ref().filter(|_| self.emits) else { return Ok(counts) };
-        let mut scratch = Scratch::default();
+        let mut send = |output: &Output<'_>| {
+            send(output)?;
+            if let Some(count) = counts.by_topic.get_mut(output.topic.index()) {
+                *count += 1;
+            }
+            Ok(())
+        };
+        let mut by_reason = [0; Reason::ALL.len()];
         // First 8 hex digits of the id: its leading 32 bits.
         let topic_id_prefix = topic_id.as_fields().0;
         let mut publish_from = (Partition(-1), NextOffset(0));
-        for (index, outcome) in self.outcomes.0.iter().enumerate() {
+        // The header `source`, in the format of `Source`, and the length of its part before the offset.
+        let (mut source, mut source_prefix) = (String::new(), 0);
+        for (index, outcome) in self.outcomes.iter().enumerate() {
             if *outcome == Outcome::Duplicate {
                 continue;
             }
@@ -318,34 +278,33 @@ impl Publication {
             let partition = view.record.partition;
             if publish_from.0 != partition {
                 publish_from = (partition, self.publish_from(partition));
-                scratch.source.clear();
+                source.clear();
                 // Writing to a String cannot fail.
-                let _ = write!(scratch.source, "{topic_id_prefix:08x}/{partition}/");
-                scratch.source_prefix = scratch.source.len();
+                let _ = write!(source, "{topic_id_prefix:08x}/{partition}/");
+                source_prefix = source.len();
             }
             if publish_from.1.is_past(view.record.offset) {
                 continue;
             }
-            // The format of `Source`; only the offset changes from record to record.
-            scratch.source.truncate(scratch.source_prefix);
-            scratch.source.push_str(itoa::Buffer::new().format(view.record.offset.0));
-            match outcome {
-                Outcome::Written | Outcome::WrittenBefore => events(&view, &scratch, &mut counts, &mut send)?,
-                Outcome::DeadLetter(_) | Outcome::Rejected(_) => {
-                    if let Some((reason, detail)) = why_dead(&view, outcome) {
-                        dead_letter(&view, reason, &detail, topic, &mut scratch, &mut counts, &mut send)?;
+            source.truncate(source_prefix);
+            source.push_str(itoa::Buffer::new().format(view.record.offset.0));
+            match dead_letter(&view, outcome) {
+                None => send_events(&view, &source, &mut send)?,
+                Some(letter) => {
+                    send_dead_letter(&letter, topic, &source, &mut send)?;
+                    if let Some(count) = by_reason.get_mut(letter.reason as usize) {
+                        *count += 1;
                     }
                 }
-                Outcome::Duplicate => {}
             }
         }
-        Ok(counts)
+        Ok(OutputCounts { by_reason, ..counts })
     }
 }
 
-/// Reason and detail of a dead letter; the detail has the field and the rule, never a value.
-fn why_dead<'b>(view: &PublishedView<'b>, outcome: &Outcome) -> Option<(Reason, Cow<'b, str>)> {
-    match outcome {
+/// The dead letter of a record, if its outcome is one.
+fn dead_letter<'b>(view: &PublishedView<'b>, outcome: &Outcome) -> Option<DeadLetter<'b>> {
+    let (reason, detail) = match outcome {
         Outcome::DeadLetter(reason) => {
             let detail = match (view.refusal, reason) {
                 (Some(refusal), _) => Cow::Borrowed(&*refusal.detail),
@@ -354,26 +313,25 @@ fn why_dead<'b>(view: &PublishedView<'b>, outcome: &Outcome) -> Option<(Reason, 
                 }
                 (None, _) => "".into(),
             };
-            Some((*reason, detail))
+            (*reason, detail)
         }
-        Outcome::Rejected(sqlstate) => {
-            let detail = match sqlstate {
-                Some(code) => format!("the database refused this row: SQLSTATE {code}").into(),
-                None => "the database refused this row in an earlier try".into(),
-            };
-            Some((Reason::RejectedByDatabase, detail))
+        Outcome::Rejected(Some(code)) => {
+            (Reason::RejectedByDatabase, format!("the database refused this row: SQLSTATE {code}").into())
         }
-        Outcome::Written | Outcome::WrittenBefore | Outcome::Duplicate => None,
-    }
+        Outcome::Rejected(None) => {
+            (Reason::RejectedByDatabase, "the database refused this row in an earlier try".into())
+        }
+        Outcome::Written | Outcome::WrittenBefore | Outcome::Duplicate => return None,
+    };
+    Some(DeadLetter { record: view.record, reason, detail })
 }
 
-fn events<E>(
+fn send_events<E>(
     view: &PublishedView<'_>,
-    scratch: &Scratch,
-    counts: &mut OutputCounts,
-    send: &mut impl FnMut(&Output<'_>) -> Result<(), E>,
+    source: &str,
+    mut send: impl FnMut(&Output<'_>) -> Result<(), E>,
 ) -> Result<(), E> {
-    let source: Header<'_> = (b"source", Some(scratch.source.as_bytes()));
+    let only_source: [Header<'_>; 1] = [(b"source", Some(source.as_bytes()))];
     // Allocates only for the few records that have trace headers.
     let mut with_trace: Vec<Header<'_>> = Vec::new();
     let own = view.record.headers;
@@ -383,41 +341,37 @@ fn events<E>(
         }));
         // Many repeated headers would make the output too large as well.
         with_trace.truncate(8);
-        with_trace.push(source);
+        with_trace.extend(only_source);
     }
-    let only_source = [source];
     let headers = if with_trace.is_empty() { &only_source[..] } else { &with_trace };
     let key = view.record.key;
-    for (topic, value) in [(OutputTopic::Read, Some(view.read_event)), (OutputTopic::Email, view.email_event)]
-    {
-        if value.is_some() {
-            send(&Output { topic, key, value, headers })?;
-            if let Some(count) = counts.by_topic.get_mut(topic.index()) {
-                *count += 1;
-            }
-        }
+    send(&Output { topic: OutputTopic::Read, key, value: Some(view.read_event), headers })?;
+    if view.email_event.is_some() {
+        send(&Output { topic: OutputTopic::Email, key, value: view.email_event, headers })?;
     }
     Ok(())
 }
 
-fn dead_letter<E>(
-    view: &PublishedView<'_>,
-    reason: Reason,
-    detail: &str,
-    topic: &str,
-    scratch: &mut Scratch,
-    counts: &mut OutputCounts,
-    send: &mut impl FnMut(&Output<'_>) -> Result<(), E>,
-) -> Result<(), E> {
-    let record = &view.record;
-    for text in [&mut scratch.partition, &mut scratch.offset, &mut scratch.timestamp] {
-        text.clear();
+/// Size and SHA-256 in hex of a key or value that is too large for its dead letter.
+fn left_out(content: Option<&[u8]>, bytes_max: usize) -> Option<[String; 2]> {
+    let large = content.filter(|content| content.len() > bytes_max)?;
+    let mut sha256 = String::with_capacity(64);
+    for byte in Sha256::digest(large) {
+        let _ = write!(sha256, "{byte:02x}");
     }
-    let _ = write!(scratch.partition, "{}", record.partition);
-    let _ = write!(scratch.offset, "{}", record.offset);
-    let _ = write!(scratch.timestamp, "{}", record.timestamp.map_or(-1, |t| t.0));
-    let value = scratch.value.unless_small(record.value, DEAD_LETTER_VALUE_BYTES_MAX);
-    let key = scratch.key.unless_small(record.key, DEAD_LETTER_KEY_BYTES_MAX);
+    Some([large.len().to_string(), sha256])
+}
+
+fn send_dead_letter<E>(
+    DeadLetter { record, reason, detail }: &DeadLetter<'_>,
+    topic: &str,
+    source: &str,
+    mut send: impl FnMut(&Output<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    let (partition, offset) = (record.partition.to_string(), record.offset.to_string());
+    let timestamp = record.timestamp.map_or(-1, |t| t.0).to_string();
+    let value_left_out = left_out(record.value, DEAD_LETTER_VALUE_BYTES_MAX);
+    let key_left_out = left_out(record.key, DEAD_LETTER_KEY_BYTES_MAX);
     let own_bytes: usize = record
         .headers
         .iter()
@@ -431,29 +385,25 @@ fn dead_letter<E>(
         (b"dlq-reason", Some(reason.as_str().as_bytes())),
         (b"dlq-detail", Some(detail.as_bytes())),
         (b"dlq-topic", Some(topic.as_bytes())),
-        (b"dlq-partition", Some(scratch.partition.as_bytes())),
-        (b"dlq-offset", Some(scratch.offset.as_bytes())),
-        (b"dlq-timestamp", Some(scratch.timestamp.as_bytes())),
+        (b"dlq-partition", Some(partition.as_bytes())),
+        (b"dlq-offset", Some(offset.as_bytes())),
+        (b"dlq-timestamp", Some(timestamp.as_bytes())),
     ]);
-    if value.is_none() && record.value.is_some() {
-        headers.push((b"dlq-value-bytes", Some(scratch.value.bytes.as_bytes())));
-        headers.push((b"dlq-value-sha256", Some(scratch.value.sha256.as_bytes())));
+    if let Some([bytes, sha256]) = &value_left_out {
+        headers.push((b"dlq-value-bytes", Some(bytes.as_bytes())));
+        headers.push((b"dlq-value-sha256", Some(sha256.as_bytes())));
     }
-    if key.is_none() && record.key.is_some() {
-        headers.push((b"dlq-key-bytes", Some(scratch.key.bytes.as_bytes())));
-        headers.push((b"dlq-key-sha256", Some(scratch.key.sha256.as_bytes())));
+    if let Some([bytes, sha256]) = &key_left_out {
+        headers.push((b"dlq-key-bytes", Some(bytes.as_bytes())));
+        headers.push((b"dlq-key-sha256", Some(sha256.as_bytes())));
     }
-    headers.push((b"source", Some(scratch.source.as_bytes())));
-    let output = Output { topic: OutputTopic::DeadLetter, key, value, headers: &headers };
-    send(&output)?;
-    if let Some(count) = counts.by_topic.get_mut(OutputTopic::DeadLetter.index()) {
-        *count += 1;
-    }
-    let place = Reason::ALL.iter().position(|r| *r == reason).unwrap_or_default();
-    if let Some(count) = counts.by_reason.get_mut(place) {
-        *count += 1;
-    }
-    Ok(())
+    headers.push((b"source", Some(source.as_bytes())));
+    send(&Output {
+        topic: OutputTopic::DeadLetter,
+        key: record.key.filter(|_| key_left_out.is_none()),
+        value: record.value.filter(|_| value_left_out.is_none()),
+        headers: &headers,
+    })
 }
 
 #[cfg(test)]

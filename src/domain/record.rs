@@ -50,7 +50,7 @@ impl fmt::Display for NextOffset {
 }
 
 /// Milliseconds since 1970-01-01 UTC.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct TimestampMs(pub i64);
 
 /// Bytes of capacity that an emptied batch keeps: four times the default `batch.max_bytes`. Capacity beyond
@@ -112,18 +112,10 @@ pub struct Headers<'a> {
 }
 
 impl<'a> Headers<'a> {
-    /// No headers.
-    pub const NONE: Headers<'static> = Headers { bytes: &[], stored: &[] };
-
     /// Name and value of each header, in order; a value may be null.
     pub fn iter(self) -> impl Iterator<Item = (&'a [u8], Option<&'a [u8]>)> {
         let bytes = self.bytes;
         self.stored.iter().map(move |h| (slice(bytes, h.name), h.value.map(|v| slice(bytes, v))))
-    }
-
-    /// Number of headers.
-    pub fn len(self) -> usize {
-        self.stored.len()
     }
 
     /// Whether there are no headers.

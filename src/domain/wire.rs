@@ -9,14 +9,13 @@ mod refusal;
 use std::borrow::Cow;
 use std::time::Duration;
 
-pub use events::{EventTexts, encode_email_event, encode_read_event, write_iso8601_ms};
+pub use events::{EventTexts, encode_email_event, encode_read_event};
 pub use refusal::{Reason, Refusal};
+use strum::VariantArray;
 
 use self::json::Value;
 use self::refusal::{Field, invalid};
-use crate::domain::payment::{
-    Amount, AmountFault, Currency, MessageId, MessageIdFault, ParsedMessageId, Payment, Status,
-};
+use crate::domain::payment::{Amount, Currency, MessageId, ParsedMessageId, Payment, Status};
 use crate::domain::record::{Headers, RecordView, TimestampMs};
 
 /// Header that names the version of the message's schema.
@@ -81,22 +80,29 @@ pub fn parse<'a>(record: &RecordView<'a>, rules: &Rules) -> Result<Payment<'a>, 
     }
     check_schema_version(record.headers)?;
 
-    let found = json::object(value, Field::index_of).map_err(|fault| fault.refusal())?;
-    let fields = Fields::required(found)?;
+    // In the order of `Field`, which is the contract's.
+    let [message_id, cust_id, amount, currency, status, payment_type, comment, external_ref_id] =
+        json::object::<{ Field::VARIANTS.len() }>(value, Field::index_of).map_err(|fault| fault.refusal())?;
+    let message_id = required(message_id, Field::MessageId)?;
+    let cust_id = required(cust_id, Field::CustId)?;
+    let amount = required(amount, Field::Amount)?;
+    let currency = required(currency, Field::Currency)?;
+    let status = required(status, Field::Status)?;
+    let payment_type = required(payment_type, Field::Type)?;
 
-    let message_id_text = string(&fields.message_id, Field::MessageId)?;
-    let ParsedMessageId { id, embedded_time } = message_id(&message_id_text)?;
-    let (cust_id, cust_id_text) = cust_id(&fields.cust_id)?;
-    let amount = amount(&fields.amount)?;
-    let currency = currency(&fields.currency)?;
+    let message_id_text = string(&message_id, Field::MessageId)?;
+    let ParsedMessageId { id, embedded_time } =
+        MessageId::parse(&message_id_text).map_err(|fault| invalid(Field::MessageId, fault.into()))?;
+    let (cust_id, cust_id_text) = self::cust_id(&cust_id)?;
+    let amount = self::amount(&amount)?;
+    let currency = self::currency(&currency)?;
     if !amount.fits(currency) {
         return Err(invalid(Field::Amount, "has a digit beyond the currency's minor unit"));
     }
-    let status = status(&fields.status)?;
-    let payment_type = payment_type(&fields.payment_type, rules)?;
-    let comment = optional_text(fields.comment, Field::Comment, COMMENT_CHARS_MAX)?;
-    let external_ref_id =
-        optional_text(fields.external_ref_id, Field::ExternalRefId, EXTERNAL_REF_ID_CHARS_MAX)?;
+    let status = self::status(&status)?;
+    let payment_type = self::payment_type(&payment_type, rules)?;
+    let comment = optional_text(comment, Field::Comment, COMMENT_CHARS_MAX)?;
+    let external_ref_id = optional_text(external_ref_id, Field::ExternalRefId, EXTERNAL_REF_ID_CHARS_MAX)?;
 
     if record.key != Some(cust_id_text.as_bytes()) {
         return Err(Refusal::new(Reason::KeyMismatch, "key: is not the decimal text of custId"));
@@ -128,35 +134,9 @@ fn check_schema_version(headers: Headers<'_>) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// The fields of a message; all required fields are present.
-struct Fields<'a> {
-    message_id: Value<'a>,
-    cust_id: Value<'a>,
-    amount: Value<'a>,
-    currency: Value<'a>,
-    status: Value<'a>,
-    payment_type: Value<'a>,
-    comment: Option<Value<'a>>,
-    external_ref_id: Option<Value<'a>>,
-}
-
-impl<'a> Fields<'a> {
-    fn required(found: [Option<Value<'a>>; Field::COUNT]) -> Result<Self, Refusal> {
-        // In the order of `Field`, which is the contract's. A null field counts as absent.
-        let present = |value: Option<Value<'a>>| value.filter(|v| !v.is_null());
-        let required = |value, field: Field| present(value).ok_or_else(|| refusal::missing(field));
-        let [message_id, cust_id, amount, currency, status, payment_type, comment, external_ref_id] = found;
-        Ok(Fields {
-            message_id: required(message_id, Field::MessageId)?,
-            cust_id: required(cust_id, Field::CustId)?,
-            amount: required(amount, Field::Amount)?,
-            currency: required(currency, Field::Currency)?,
-            status: required(status, Field::Status)?,
-            payment_type: required(payment_type, Field::Type)?,
-            comment: present(comment),
-            external_ref_id: present(external_ref_id),
-        })
-    }
+/// A field that must be present; null counts as absent.
+fn required(value: Option<Value<'_>>, field: Field) -> Result<Value<'_>, Refusal> {
+    value.filter(|value| !value.is_null()).ok_or_else(|| refusal::missing(field))
 }
 
 fn string<'a>(value: &Value<'a>, field: Field) -> Result<Cow<'a, str>, Refusal> {
@@ -176,16 +156,6 @@ fn integer<'a>(value: &Value<'a>, field: Field) -> Result<(i64, &'a str), Refusa
     Ok((number, text))
 }
 
-fn message_id(text: &str) -> Result<ParsedMessageId, Refusal> {
-    MessageId::parse(text).map_err(|fault| {
-        let rule = match fault {
-            MessageIdFault::Form => "is neither a hyphenated UUID nor a ULID",
-            MessageIdFault::Nil => "is all zero bits",
-        };
-        invalid(Field::MessageId, rule)
-    })
-}
-
 fn cust_id<'a>(value: &Value<'a>) -> Result<(i64, &'a str), Refusal> {
     let (number, text) = integer(value, Field::CustId)?;
     if number < 0 {
@@ -200,15 +170,7 @@ fn amount(value: &Value<'_>) -> Result<Amount, Refusal> {
         (None, Some(text)) => Amount::parse(&text),
         (None, None) => return Err(invalid(Field::Amount, "is neither a number nor a string")),
     };
-    parsed.map_err(|fault| {
-        let rule = match fault {
-            AmountFault::NotANumber => "is not a number by JSON's grammar",
-            AmountFault::NotPositive => "is not above zero",
-            AmountFault::TooLarge => "has more than 14 integer digits",
-            AmountFault::TooPrecise => "has a digit beyond the currency's minor unit",
-        };
-        invalid(Field::Amount, rule)
-    })
+    parsed.map_err(|fault| invalid(Field::Amount, fault.into()))
 }
 
 fn currency(value: &Value<'_>) -> Result<Currency, Refusal> {
@@ -230,13 +192,13 @@ fn payment_type<'a>(value: &Value<'a>, rules: &Rules) -> Result<Cow<'a, str>, Re
     }
 }
 
-/// An optional text; an empty one counts as absent.
+/// An optional text; null and an empty one count as absent.
 fn optional_text<'a>(
     value: Option<Value<'a>>,
     field: Field,
     chars_max: usize,
 ) -> Result<Option<Cow<'a, str>>, Refusal> {
-    let Some(value) = value else {
+    let Some(value) = value.filter(|value| !value.is_null()) else {
         return Ok(None);
     };
     let text = string(&value, field)?;

@@ -155,7 +155,7 @@ fn positions(
     let (found, _) = topic_id(group.consumer(), group.topic(), ATTEMPT_TIMEOUT)
         .map_err(|e| native_failed("asking for the topic's id", &e))?;
     if found != expected {
-        return Err(IdentityMismatch::OtherTopic { marked: expected, found }.into());
+        return Err(IdentityMismatch::OtherTopic { expected, found }.into());
     }
     let bounds = log_bounds(group, partitions)?;
     let answers = partitions.iter().zip(offsets).zip(bounds);

@@ -165,7 +165,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         }
         let now = Instant::now();
         for (partition, position) in positions {
-            self.status.began(*partition, *position);
+            self.status.fetch_started(*partition, *position);
             match self.fetch_states.by_partition.get_mut(partition) {
                 Some(fetch) => {
                     fetch.reading = Reading::Fetching;
@@ -260,7 +260,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         let Some(fetch) = self.fetch_states.by_partition.get_mut(&partition) else { return };
         fetch.failures = fetch.failures.saturating_add(1);
         fetch.reading = Reading::Failed { again_at: Instant::now() + fetch.pause() };
-        self.metrics.fetch_failed();
+        self.metrics.fetch_failures.increment(1);
         if fetch.failures >= TRIES_MAX {
             self.halt_fetching(partition, fault.reason(position, None));
         }
@@ -326,7 +326,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 GapAnswer::Record(at) => {
                     fetch.gaps = fetch.gaps.saturating_add(1);
                     let is_stubborn = fetch.gaps >= TRIES_MAX;
-                    self.metrics.fetch_gap();
+                    self.metrics.fetch_gaps.increment(1);
                     log_lines::gap(self.settings.index, &self.settings.input_topic, &gap, at);
                     if is_stubborn {
                         fetch.failures = fetch.failures.saturating_add(1).max(TRIES_MAX);
@@ -429,7 +429,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             }
         }
         if let Some((partition, position, end)) = silent {
-            self.metrics.fetch_silent();
+            self.metrics.fetch_clients_renewed.increment(1);
             static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
             if let Some(suppressed) = LIMIT.pass() {
                 tracing::warn!(

@@ -50,7 +50,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             let lane = self.settings.index;
             tracing::info!(lane, reason, suppressed, "reading the cursors of all partitions again");
         }
-        self.metrics.reset();
+        self.metrics.resets.increment(1);
         self.writing = None;
         let traces = self.trace.take().into_iter().chain(self.pending.drain(..).filter_map(|p| p.trace));
         traces.for_each(|trace| trace.dropped(reason));

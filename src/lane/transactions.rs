@@ -367,7 +367,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     fn count_outcomes(&self, batch: &Batch, outcomes: &Outcomes, trace: Option<Box<BatchTrace>>) {
         let outcomes = OutcomeCounts::of(outcomes);
         self.metrics.outcomes(&outcomes);
-        self.metrics.replayed(batch.source().count_with_header(REPLAYS_HEADER));
+        self.metrics.replayed.increment(batch.source().count_with_header(REPLAYS_HEADER) as u64);
         self.status.settled(&outcomes);
         if let Some(trace) = trace {
             trace.settled(&outcomes);

@@ -427,7 +427,7 @@ impl Store for PgStore {
             async |session: &mut Session| write_whole(session, &topic_id, batch, &moves, claiming).await;
         match connection.run(TRANSACTION_TIMEOUT, "writing a batch", whole).await {
             Ok(written) => {
-                let rows = written.0.0.iter().filter(|outcome| **outcome == Outcome::Written).count();
+                let rows = written.0.iter().filter(|outcome| **outcome == Outcome::Written).count();
                 refusals.note(Instant::now(), rows, 0);
                 return Ok(written);
             }

@@ -105,8 +105,7 @@ impl<'r> Label<'r> {
                     label.place = source.filter(is_ours).map(|s| (s.partition, s.offset));
                 }
                 b"dlq-reason" => {
-                    let reason = |r: &Reason| Some(r.as_str().as_bytes()) == value;
-                    label.reason = Reason::ALL.into_iter().find(reason);
+                    label.reason = value.and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
                 }
                 b"dlq-value-sha256" => label.digest = value,
                 _ => {}

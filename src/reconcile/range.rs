@@ -15,7 +15,9 @@ pub fn settled_up_to(known: &Known, identity: &Identity, publishes: bool) -> Opt
     // A committed offset without our commit metadata was set by others and does not prove what was sent.
     // `published` is a copy of an offset that had the metadata.
     let is_ours = |group: &&GroupOffset| {
-        group.mark().is_some_and(|m| m.topic_id == identity.topic_id && m.database_id == identity.database_id)
+        group
+            .commit_metadata()
+            .is_some_and(|m| m.topic_id == identity.topic_id && m.database_id == identity.database_id)
     };
     let committed = known.group.as_ref().filter(is_ours).map(|group| group.position);
     committed.max(row.published).map(|sent| sent.min(row.applied))

@@ -44,7 +44,7 @@ const FIXED: &str = "payment_writer::telemetry::logging=info";
 
 /// Blocks lines that no filter may enable, as the directive of a library could: below `WARN`,
 /// `tokio_postgres` logs statement parameters, which include payment ids, and notices raised by triggers.
-fn may_be_said(line: &Metadata<'_>) -> bool {
+fn may_be_logged(line: &Metadata<'_>) -> bool {
     *line.level() <= Level::WARN || !line.target().starts_with("tokio_postgres")
 }
 
@@ -65,7 +65,7 @@ pub fn init(settings: &LogSettings) -> Result<LogHandle, LoggingError> {
     };
     tracing_subscriber::registry()
         .with(filter)
-        .with(filter_fn(may_be_said))
+        .with(filter_fn(may_be_logged))
         .with(lines)
         .with(problems::Keeper::new(log.problems()))
         .try_init()
@@ -95,15 +95,9 @@ impl LogHandle {
         let wanted = filter(level)?;
         let mut present = self.level.lock().unwrap_or_else(PoisonError::into_inner);
         self.filter.reload(wanted).map_err(|error| error.to_string())?;
-        // The `log` crate checks its own limit first.
-        log::set_max_level(match tracing::level_filters::LevelFilter::current().into_level() {
-            None => log::LevelFilter::Off,
-            Some(tracing::Level::ERROR) => log::LevelFilter::Error,
-            Some(tracing::Level::WARN) => log::LevelFilter::Warn,
-            Some(tracing::Level::INFO) => log::LevelFilter::Info,
-            Some(tracing::Level::DEBUG) => log::LevelFilter::Debug,
-            Some(tracing::Level::TRACE) => log::LevelFilter::Trace,
-        });
+        // The `log` crate checks its own limit first; its levels have the same names.
+        let limit = tracing::level_filters::LevelFilter::current().to_string().parse();
+        log::set_max_level(limit.unwrap_or(log::LevelFilter::Trace));
         tracing::info!(from = %present, to = level, "the log level was changed");
         level.clone_into(&mut present);
         Ok(())
@@ -133,12 +127,12 @@ mod tests {
 
     #[test]
     fn no_filter_lets_statements_through_or_hides_that_it_was_changed() {
-        let told = Targets::default();
+        let logged = Targets::default();
         let (log, filter) =
             LogHandle::new("debug,tokio_postgres::query=trace,payment_writer::telemetry::logging=off")
                 .unwrap();
         let subscriber =
-            tracing_subscriber::registry().with(filter).with(filter_fn(may_be_said)).with(told.clone());
+            tracing_subscriber::registry().with(filter).with(filter_fn(may_be_logged)).with(logged.clone());
         tracing::subscriber::with_default(subscriber, || {
             tracing::debug!(target: "tokio_postgres::query", "executing a statement with parameters");
             tracing::info!(target: "tokio_postgres::connection", "a remark of the server");
@@ -147,9 +141,9 @@ mod tests {
             log.set_level("off").unwrap();
             tracing::error!(target: "payment_writer::lane", "not said");
         });
-        let told = told.0.lock().unwrap().clone();
+        let logged = logged.0.lock().unwrap().clone();
         assert_eq!(
-            told,
+            logged,
             ["tokio_postgres::connection", "payment_writer::lane", "payment_writer::telemetry::logging"]
         );
     }

@@ -6,10 +6,11 @@
 
 mod exporter;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use opentelemetry::propagation::{Extractor, TextMapPropagator};
+use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::trace::{
     Link, Span, SpanBuilder, SpanContext, SpanKind, Status, TraceContextExt, Tracer, TracerProvider,
 };
@@ -22,7 +23,7 @@ use opentelemetry_sdk::trace::{
 
 use crate::config::Settings;
 use crate::domain::batch::{Batch, OutcomeCounts};
-use crate::domain::record::{Headers, Partition};
+use crate::domain::record::{Partition, RecordView};
 use crate::ports::{PublishTimes, WriteStats};
 
 /// Maximum number of spans waiting for the exporter; further ones are dropped.
@@ -170,11 +171,8 @@ impl BatchTrace {
     /// The rows are committed.
     pub fn written(&mut self, stats: &WriteStats) {
         let ended = self.database_ended.take().unwrap_or_else(SystemTime::now);
-        self.phase(
-            "database",
-            ended,
-            &[("claim", stats.claim), ("copy", stats.copy), ("commit", stats.commit)],
-        );
+        let steps = [("claim", stats.claim), ("copy", stats.copy), ("commit", stats.commit)];
+        self.phase("database", ended, &steps);
     }
 
     /// The events are committed.
@@ -191,9 +189,8 @@ impl BatchTrace {
 
     /// An attempt of a phase failed and will be retried.
     pub fn failed(&self, phase: &'static str, class: &'static str) {
-        let attributes =
-            vec![KeyValue::new("payment_writer.phase", phase), KeyValue::new("error.type", class)];
-        self.context.span().add_event("failed, retrying", attributes);
+        let attributes = [KeyValue::new("payment_writer.phase", phase), KeyValue::new("error.type", class)];
+        self.context.span().add_event("failed, retrying", attributes.into());
     }
 
     /// Every record has its outcome: ends the batch's span.
@@ -202,8 +199,8 @@ impl BatchTrace {
         for (name, count) in [
             ("payment_writer.written", outcomes.written),
             ("payment_writer.redelivered", outcomes.redelivered),
-            ("payment_writer.duplicates", outcomes.duplicate),
-            ("payment_writer.dead_letters", outcomes.dead_lettered),
+            ("payment_writer.duplicates", outcomes.duplicates),
+            ("payment_writer.dead_letters", outcomes.dead_letters),
         ] {
             span.set_attribute(KeyValue::new(name, i64::try_from(count).unwrap_or(i64::MAX)));
         }
@@ -221,14 +218,13 @@ impl BatchTrace {
         let took = steps.iter().map(|(_, took)| *took).sum();
         let began = ended.checked_sub(took).unwrap_or(ended);
         let span = SpanBuilder::from_name(name).with_start_time(began);
-        let span = self.tracer.tracer.build_with_context(span, &self.context);
+        let mut span = self.tracer.tracer.build_with_context(span, &self.context);
         let context = Context::new().with_remote_span_context(span.span_context().clone());
         let mut at = began;
         for (name, took) in steps {
             self.step(&context, name, at, *took);
             at += *took;
         }
-        let mut span = span;
         span.end_with_timestamp(ended);
     }
 
@@ -244,32 +240,21 @@ const PARENT_HEADER: &str = "traceparent";
 /// Longer values are ignored; the current format has 55 bytes.
 const PARENT_BYTES_MAX: usize = 128;
 
-struct Parent<'a>(Headers<'a>);
-
-impl Extractor for Parent<'_> {
-    fn get(&self, key: &str) -> Option<&str> {
-        if key != PARENT_HEADER {
-            return None;
-        }
-        let (_, value) = self.0.iter().find(|(name, _)| *name == PARENT_HEADER.as_bytes())?;
-        std::str::from_utf8(value.filter(|value| value.len() <= PARENT_BYTES_MAX)?).ok()
-    }
-
-    fn keys(&self) -> Vec<&str> {
-        vec![PARENT_HEADER]
-    }
+/// The W3C trace context of a record, if it has a valid one.
+fn context_of(record: &RecordView<'_>, propagator: &TraceContextPropagator) -> Option<SpanContext> {
+    let (_, value) = record.headers.iter().find(|(name, _)| *name == PARENT_HEADER.as_bytes())?;
+    let value = std::str::from_utf8(value.filter(|value| value.len() <= PARENT_BYTES_MAX)?).ok()?;
+    let carrier = HashMap::from([(PARENT_HEADER.to_owned(), value.to_owned())]);
+    let context = propagator.extract_with_context(&Context::new(), &carrier);
+    Some(context.span().span_context().clone()).filter(SpanContext::is_valid)
 }
 
 /// Links to the W3C trace contexts of the batch's first records that have one, with the positions of these
 /// records.
 fn links(batch: &Batch) -> Vec<Link> {
     let propagator = TraceContextPropagator::new();
-    let context_of = |headers| -> SpanContext {
-        let context = propagator.extract_with_context(&Context::new(), &Parent(headers));
-        context.span().span_context().clone()
-    };
-    let linked = batch.source().iter().filter(|record| !record.headers.is_empty()).filter_map(|record| {
-        let context = Some(context_of(record.headers)).filter(SpanContext::is_valid)?;
+    let linked = batch.source().iter().filter_map(|record| {
+        let context = context_of(&record, &propagator)?;
         let Partition(partition) = record.partition;
         let place = vec![
             KeyValue::new("messaging.destination.partition.id", partition.to_string()),

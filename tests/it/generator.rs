@@ -35,7 +35,7 @@ fn outcome(record: &Received) -> Result<(String, i64), String> {
         headers,
     );
     match wire::parse(&batch.get(0).unwrap(), &Rules::default()) {
-        Ok(payment) => Ok((payment.message_id.to_string(), payment.payload_hash())),
+        Ok(payment) => Ok((payment.message_id.to_uuid().to_string(), payment.payload_hash())),
         Err(refusal) => Err(refusal.reason.to_string()),
     }
 }

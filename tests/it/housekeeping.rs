@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use payment_writer::domain::batch::{Batch, Progress};
 use payment_writer::domain::cursor::Identity;
 use payment_writer::domain::outcome::Outcome;
-use payment_writer::domain::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
 use payment_writer::domain::wire::Rules;
 use payment_writer::housekeeping::generations;
 use payment_writer::ports::{CursorMove, Store};
@@ -98,7 +98,7 @@ async fn race(
                 Some(TimestampMs(now_ms())),
                 Some(b"7"),
                 Some(Payment::new(id, 7).json().as_bytes()),
-                Headers::NONE.iter(),
+                [],
             );
         }
         let reached = NextOffset(seen.0 + ids.len() as i64);
@@ -106,11 +106,8 @@ async fn race(
         let batch = Batch::assemble(source, vec![progress], &Rules::default());
         let moved = CursorMove { partition, seen, applied: reached, published: None, timestamp: None };
         let (fates, ..) = store.write(&batch, &[moved]).await.unwrap();
-        written += fates.0.iter().filter(|fate| **fate == Outcome::Written).count();
-        assert!(
-            fates.0.iter().all(|fate| matches!(fate, Outcome::Written | Outcome::Duplicate)),
-            "{fates:?}"
-        );
+        written += fates.iter().filter(|fate| **fate == Outcome::Written).count();
+        assert!(fates.iter().all(|fate| matches!(fate, Outcome::Written | Outcome::Duplicate)), "{fates:?}");
         seen = reached;
     }
     written

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use kafka_protocol::messages::ApiKey;
 use payment_writer::config::Settings;
-use payment_writer::domain::batch::{Batch, Outcomes, Progress};
+use payment_writer::domain::batch::{Batch, Progress};
 use payment_writer::domain::cursor::Identity;
 use payment_writer::domain::outcome::Outcome;
 use payment_writer::domain::publication::{OffsetCommit, Publication};
-use payment_writer::domain::record::{Headers, NextOffset, Offset, Partition, SourceBatch, TimestampMs};
+use payment_writer::domain::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
 use payment_writer::domain::wire::Rules;
 use payment_writer::kafka::client::partition_counts;
 use payment_writer::kafka::publisher_settings::PublisherSettings;
@@ -109,20 +109,13 @@ fn publication(accounts: impl Iterator<Item = i64>) -> Publication {
     for account in accounts {
         let value = Payment::new(uuid_v4(count as u64), account).json();
         let (key, at) = (account.to_string(), Some(TimestampMs(1_751_050_608_500)));
-        source.push(
-            Partition(0),
-            Offset(count),
-            at,
-            Some(key.as_bytes()),
-            Some(value.as_bytes()),
-            Headers::NONE.iter(),
-        );
+        source.push(Partition(0), Offset(count), at, Some(key.as_bytes()), Some(value.as_bytes()), []);
         count += 1;
     }
     let reached = NextOffset(count);
     let progress = vec![Progress { partition: Partition(0), seen: NextOffset(0), reached, timestamp: None }];
     let batch = Batch::assemble(source, progress, &Rules::default());
-    let fates = Outcomes(vec![Outcome::Written; batch.len()]);
+    let fates = vec![Outcome::Written; batch.len()];
     let spans = vec![OffsetCommit { partition: Partition(0), publish_from: NextOffset(0), commit: reached }];
     Publication::of_batch(batch, fates, spans, true)
 }

@@ -631,7 +631,7 @@ impl ModelLedger {
         }
         if world.db.id != self.identity.database_id {
             let doubt =
-                IdentityMismatch::OtherDatabase { marked: self.identity.database_id, found: world.db.id };
+                IdentityMismatch::OtherDatabase { expected: self.identity.database_id, found: world.db.id };
             return Err(StoreError {
                 class: FailureClass::Persistent,
                 sqlstate: None,
@@ -775,7 +775,7 @@ impl Store for ModelLedger {
                 let moved: Vec<_> =
                     moves.iter().map(|m| (m.partition.0, m.seen.0, m.applied.0, m.published)).collect();
                 match &written {
-                    Ok((outcomes, _)) => format!("       COMMIT of {who:?} {moved:?} {:?}", outcomes.0),
+                    Ok((outcomes, _)) => format!("       COMMIT of {who:?} {moved:?} {:?}", outcomes),
                     Err(error) => format!("       cursor guard against {who:?}: {error}"),
                 }
             });

@@ -473,7 +473,8 @@ impl World {
         for (partition, position, metadata) in offsets {
             let p = partition as usize;
             // An offset that was set by hand may be overwritten.
-            let known = self.offsets[p].as_ref().filter(|o| o.mark().is_some()).map(|o| o.position.0);
+            let known =
+                self.offsets[p].as_ref().filter(|o| o.commit_metadata().is_some()).map(|o| o.position.0);
             if known.is_some_and(|k| k > position) && self.publishes {
                 let text = format!("group offset of {partition} moves back from {known:?} to {position}");
                 self.fail(text);

@@ -21,7 +21,7 @@ impl Timeline {
 
     fn begun(&mut self, partition: i32, position: i64, applied: i64) {
         let (position, applied) = (NextOffset(position), NextOffset(applied));
-        self.plan.begun(Begin { partition: Partition(partition), position, applied }, self.now);
+        self.plan.begun(FetchStart { partition: Partition(partition), position, applied }, self.now);
     }
 
     /// Everything due now, as partition, first offset and end offset.

@@ -1,5 +1,8 @@
+use std::collections::HashMap;
+
 use super::*;
-use crate::domain::record::Headers;
+use crate::domain::outcome::SqlState;
+use crate::domain::wire::Reason;
 
 const NOW: TimestampMs = TimestampMs(1_767_225_600_000);
 
@@ -24,7 +27,7 @@ fn source(records: &[(i32, i64, String)]) -> SourceBatch {
             Some(NOW),
             Some(b"7"),
             Some(value.as_bytes()),
-            Headers::NONE.iter(),
+            [],
         );
     }
     source
@@ -44,9 +47,7 @@ fn batch(seen: i64, records: &[(i32, i64, u8, u32)]) -> Batch {
 }
 
 fn owner(batch: &Batch, index: usize, partition: i32, offset: i64) -> Owner {
-    let Entry::Valid(candidate) = &batch.places[index].entry else {
-        panic!("an invalid record owns nothing")
-    };
+    let candidate = batch.places[index].payment.as_ref().unwrap();
     Owner { partition: Partition(partition), offset: Offset(offset), payload_hash: candidate.payload_hash }
 }
 
@@ -68,7 +69,7 @@ fn of_twins_in_a_batch_the_lower_offset_is_written() {
     let batch = batch(0, &[(0, 4, 1, 10), (0, 5, 1, 10), (0, 6, 1, 99), (1, 3, 2, 10), (0, 7, 2, 10)]);
     let outcomes = batch.decide(&Answer::default(), &Refused::default());
     assert_eq!(
-        outcomes.0,
+        outcomes,
         [Outcome::Written, Outcome::Duplicate, CONFLICT, Outcome::Written, Outcome::Duplicate]
     );
 }
@@ -79,7 +80,7 @@ fn twins_of_a_stranger_are_all_measured_by_the_stranger() {
     // The owner's payload is that of the second record.
     let answer = Answer { owners: HashMap::from([(id(1), owner(&batch, 1, 8, 0))]) };
     assert_eq!(
-        batch.decide(&answer, &Refused::default()).0,
+        batch.decide(&answer, &Refused::default()),
         [CONFLICT, Outcome::Duplicate, Outcome::Duplicate]
     );
 }
@@ -89,7 +90,7 @@ fn a_record_that_owns_its_id_was_written_before() {
     let batch = batch(0, &[(0, 4, 1, 10), (0, 5, 1, 10), (1, 4, 1, 10)]);
     let answer = Answer { owners: HashMap::from([(id(1), owner(&batch, 0, 0, 4))]) };
     assert_eq!(
-        batch.decide(&answer, &Refused::default()).0,
+        batch.decide(&answer, &Refused::default()),
         [Outcome::WrittenBefore, Outcome::Duplicate, Outcome::Duplicate]
     );
     assert_eq!(
@@ -105,7 +106,7 @@ fn records_below_the_cursor_are_looked_up_and_never_claimed() {
     assert_eq!(batch.lookups().collect::<Vec<_>>(), [id(1), id(2)]);
     assert_eq!(claimed(&batch), [(id(1), 0, 7), (id(3), 0, 6)]);
     let answer = Answer { owners: HashMap::from([(id(1), owner(&batch, 0, 0, 4))]) };
-    let outcomes = batch.decide(&answer, &Refused::default()).0;
+    let outcomes = batch.decide(&answer, &Refused::default());
     // Id 2 has no owner, and its record is below the cursor: the database refused it.
     let refused = Outcome::Rejected(None);
     assert_eq!(outcomes, [Outcome::WrittenBefore, refused, Outcome::Written, Outcome::Duplicate]);
@@ -135,7 +136,7 @@ fn an_invalid_record_claims_no_id() {
         Progress { partition: Partition(0), seen: NextOffset(4), reached: NextOffset(6), timestamp: None };
     let batch = Batch::assemble(source(&texts), vec![progress], &Rules::default());
     assert_eq!(claimed(&batch), [(id(1), 0, 5)]);
-    let outcomes = batch.decide(&Answer::default(), &Refused::default()).0;
+    let outcomes = batch.decide(&Answer::default(), &Refused::default());
     assert_eq!(outcomes, [Outcome::DeadLetter(Reason::InvalidField), Outcome::Written]);
 }
 
@@ -145,7 +146,7 @@ fn after_a_lost_reply_ownership_tells_the_same_fates() {
     let mut batch = batch(4, &records);
     // GIVEN a transaction in which another record owned id 2 and the others were claimed
     let stranger = Answer { owners: HashMap::from([(id(2), owner(&batch, 3, 8, 1))]) };
-    let first = batch.decide(&stranger, &Refused::default()).0;
+    let first = batch.decide(&stranger, &Refused::default());
     assert_eq!(first, [Outcome::Written, Outcome::Duplicate, CONFLICT, Outcome::Duplicate, Outcome::Written]);
     // WHEN the transaction turns out to be committed
     let mut owners = stranger.owners;
@@ -159,7 +160,7 @@ fn after_a_lost_reply_ownership_tells_the_same_fates() {
     let outcomes = batch.decide(&Answer { owners }, &Refused::default());
     let again =
         [Outcome::WrittenBefore, Outcome::Duplicate, CONFLICT, Outcome::Duplicate, Outcome::WrittenBefore];
-    assert_eq!(outcomes.0, again);
+    assert_eq!(outcomes, again);
     let rows = batch.rows(&outcomes);
     assert_eq!((rows.core.count, rows.metadata.count, rows.notes.count), (0, 0, 0));
     assert!(rows.core.bytes.is_empty());
@@ -210,7 +211,7 @@ fn what_the_database_refused_claims_nothing_and_its_twins_are_decided_anew() {
     assert_eq!(claims(&refused(&[0])), [1, 3]);
     assert_eq!(claims(&refused(&[0, 1])), [2, 3]);
     assert_eq!(claims(&refused(&[0, 1, 2])), [3]);
-    let outcomes = |indices: &[u32]| batch.decide(&answer, &refused(indices)).0;
+    let outcomes = |indices: &[u32]| batch.decide(&answer, &refused(indices));
     assert_eq!(outcomes(&[0]), [rejected, Outcome::Written, CONFLICT, Outcome::Written]);
     assert_eq!(outcomes(&[0, 1]), [rejected, rejected, Outcome::Written, Outcome::Written]);
     assert_eq!(outcomes(&[0, 1, 2, 3]), [rejected; 4]);
@@ -226,6 +227,6 @@ fn a_refused_record_stays_refused_when_a_later_one_of_its_partition_was_taken() 
     let again = batch(9, &[(0, 4, 1, 10), (0, 5, 1, 10), (0, 6, 1, 99), (1, 3, 1, 10)]);
     let owners = HashMap::from([(id(1), owner(&again, 1, 0, 5))]);
     // THEN only records after the owner, or in another partition, are compared with it
-    let outcomes = again.decide(&Answer { owners }, &Refused::default()).0;
+    let outcomes = again.decide(&Answer { owners }, &Refused::default());
     assert_eq!(outcomes, [Outcome::Rejected(None), Outcome::WrittenBefore, CONFLICT, Outcome::Duplicate]);
 }

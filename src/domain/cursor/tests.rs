@@ -196,11 +196,11 @@ fn another_topic_or_database_stops_the_daemon() {
     for row in [None, row(7, Some(7))] {
         assert_eq!(
             decided(offset(&other_topic), row.clone()),
-            Decision::Stop(IdentityMismatch::OtherTopic { marked: ELSEWHERE, found: HERE.topic_id })
+            Decision::Stop(IdentityMismatch::OtherTopic { expected: ELSEWHERE, found: HERE.topic_id })
         );
         assert_eq!(
             decided(offset(&other_database), row.clone()),
-            Decision::Stop(IdentityMismatch::OtherDatabase { marked: ELSEWHERE, found: HERE.database_id })
+            Decision::Stop(IdentityMismatch::OtherDatabase { expected: ELSEWHERE, found: HERE.database_id })
         );
         // `--adopt-database` allows another database, but not another topic.
         let known = known(offset(&other_topic), row, 2, 100);
@@ -277,7 +277,7 @@ proptest! {
         let proved = known
             .group
             .as_ref()
-            .filter(|g| g.mark().is_some() && published.is_none_or(|copy| copy <= g.position))
+            .filter(|g| g.commit_metadata().is_some() && published.is_none_or(|copy| copy <= g.position))
             .map(|g| g.position);
         match settled {
             Some(settled) => prop_assert_eq!(start.publish_from, settled, "the operator's resolution"),
@@ -296,7 +296,7 @@ proptest! {
             }
         }
         // The decision is durable on both sides, or becomes so before the first batch.
-        let mark = known.group.as_ref().and_then(GroupOffset::mark);
+        let mark = known.group.as_ref().and_then(GroupOffset::commit_metadata);
         let is_marked = mark.is_some_and(|mark| mark.position == start.publish_from);
         prop_assert!(start.must_commit || is_marked);
         let is_stored = known.row.as_ref().is_some_and(|r| {

@@ -67,37 +67,36 @@ pub(super) struct Fault {
     pub(super) at: usize,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, strum::IntoStaticStr)]
 pub(super) enum FaultKind {
+    #[strum(serialize = "is not UTF-8")]
     NotUtf8,
+    #[strum(serialize = "is not a JSON object")]
     NotAnObject,
+    #[strum(serialize = "ends too early")]
     Ended,
+    #[strum(serialize = "has a character that JSON does not allow there")]
     Unexpected,
+    #[strum(serialize = "goes on after its object")]
     Trailing,
+    #[strum(serialize = "has an unescaped control character in a string")]
     ControlCharacter,
+    #[strum(serialize = "has an escape that JSON does not know")]
     Escape,
+    #[strum(serialize = "has a lone surrogate")]
     Surrogate,
+    #[strum(serialize = "has a number that is not of JSON's grammar")]
     Number,
+    #[strum(serialize = "nests deeper than 32 levels")]
     TooDeep,
+    #[strum(serialize = "has a name twice in one object")]
     RepeatedName,
 }
 
 impl Fault {
     /// The refusal with the rule and the position, without any part of the text.
     pub(super) fn refusal(self) -> Refusal {
-        let rule = match self.kind {
-            FaultKind::NotUtf8 => "is not UTF-8",
-            FaultKind::NotAnObject => "is not a JSON object",
-            FaultKind::Ended => "ends too early",
-            FaultKind::Unexpected => "has a character that JSON does not allow there",
-            FaultKind::Trailing => "goes on after its object",
-            FaultKind::ControlCharacter => "has an unescaped control character in a string",
-            FaultKind::Escape => "has an escape that JSON does not know",
-            FaultKind::Surrogate => "has a lone surrogate",
-            FaultKind::Number => "has a number that is not of JSON's grammar",
-            FaultKind::TooDeep => "nests deeper than 32 levels",
-            FaultKind::RepeatedName => "has a name twice in one object",
-        };
+        let rule: &str = self.kind.into();
         Refusal::new(Reason::MalformedJson, format!("value: {rule} (byte {})", self.at))
     }
 }

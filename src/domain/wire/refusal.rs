@@ -1,10 +1,25 @@
 //! Reasons why a record is not a valid payment.
 
 use std::borrow::Cow;
-use std::fmt;
+
+use strum::VariantArray;
 
 /// Why a record is dead-lettered, in the order in which the rules are checked.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Debug,
+    strum::Display,
+    strum::EnumString,
+    strum::IntoStaticStr,
+    strum::VariantArray,
+)]
+#[strum(serialize_all = "snake_case")]
 pub enum Reason {
     /// The value is null or has zero bytes.
     EmptyValue,
@@ -32,46 +47,17 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in order.
-    pub const ALL: [Reason; 11] = [
-        Reason::EmptyValue,
-        Reason::TooLarge,
-        Reason::UnsupportedSchemaVersion,
-        Reason::MalformedJson,
-        Reason::MissingField,
-        Reason::InvalidField,
-        Reason::KeyMismatch,
-        Reason::InvalidTimestamp,
-        Reason::StaleMessageId,
-        Reason::MessageIdConflict,
-        Reason::RejectedByDatabase,
-    ];
+    pub const ALL: &[Self] = Self::VARIANTS;
 
     /// The name used in headers and metrics.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Reason::EmptyValue => "empty_value",
-            Reason::TooLarge => "too_large",
-            Reason::UnsupportedSchemaVersion => "unsupported_schema_version",
-            Reason::MalformedJson => "malformed_json",
-            Reason::MissingField => "missing_field",
-            Reason::InvalidField => "invalid_field",
-            Reason::KeyMismatch => "key_mismatch",
-            Reason::InvalidTimestamp => "invalid_timestamp",
-            Reason::StaleMessageId => "stale_message_id",
-            Reason::MessageIdConflict => "message_id_conflict",
-            Reason::RejectedByDatabase => "rejected_by_database",
-        }
-    }
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+        self.into()
     }
 }
 
 /// Why a record is refused: the headers `dlq-reason` and `dlq-detail` of its dead letter.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{reason}: {detail}")]
 pub struct Refusal {
     /// The broken rule of the contract.
     pub reason: Reason,
@@ -86,16 +72,9 @@ impl Refusal {
     }
 }
 
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.reason, self.detail)
-    }
-}
-
-impl std::error::Error for Refusal {}
-
 /// The fields of the payment message, in the contract's order.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, Debug, strum::EnumString, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "camelCase")]
 pub(super) enum Field {
     MessageId,
     CustId,
@@ -108,56 +87,26 @@ pub(super) enum Field {
 }
 
 impl Field {
-    pub(super) const COUNT: usize = 8;
-
-    #[cfg(test)]
-    pub(super) const ALL: [Field; Self::COUNT] = [
-        Field::MessageId,
-        Field::CustId,
-        Field::Amount,
-        Field::Currency,
-        Field::Status,
-        Field::Type,
-        Field::Comment,
-        Field::ExternalRefId,
-    ];
-
     pub(super) fn name(self) -> &'static str {
-        match self {
-            Field::MessageId => "messageId",
-            Field::CustId => "custId",
-            Field::Amount => "amount",
-            Field::Currency => "currency",
-            Field::Status => "status",
-            Field::Type => "type",
-            Field::Comment => "comment",
-            Field::ExternalRefId => "externalRefId",
-        }
+        self.into()
     }
 
     /// The index of the field with this name; `None` for a field to ignore.
     pub(super) fn index_of(name: &str) -> Option<usize> {
-        let field = match name {
-            "messageId" => Field::MessageId,
-            "custId" => Field::CustId,
-            "amount" => Field::Amount,
-            "currency" => Field::Currency,
-            "status" => Field::Status,
-            "type" => Field::Type,
-            "comment" => Field::Comment,
-            "externalRefId" => Field::ExternalRefId,
-            _ => return None,
-        };
-        Some(field as usize)
+        name.parse().ok().map(|field: Self| field as usize)
     }
 }
 
 pub(super) fn missing(field: Field) -> Refusal {
-    Refusal::new(Reason::MissingField, format!("{}: absent or null", field.name()))
+    of_field(Reason::MissingField, field, "absent or null")
 }
 
-pub(super) fn invalid(field: Field, rule: &'static str) -> Refusal {
-    Refusal::new(Reason::InvalidField, format!("{}: {rule}", field.name()))
+pub(super) fn invalid(field: Field, rule: &str) -> Refusal {
+    of_field(Reason::InvalidField, field, rule)
+}
+
+fn of_field(reason: Reason, field: Field, rule: &str) -> Refusal {
+    Refusal::new(reason, format!("{}: {rule}", field.name()))
 }
 
 #[cfg(test)]
@@ -165,17 +114,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reasons_are_named_once_and_listed_in_order() {
-        let mut names: Vec<_> = Reason::ALL.iter().map(|r| r.as_str()).collect();
-        assert!(Reason::ALL.is_sorted());
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), Reason::ALL.len());
-    }
-
-    #[test]
     fn fields_are_found_by_their_name_alone() {
-        for (index, field) in Field::ALL.into_iter().enumerate() {
+        for (index, field) in Field::VARIANTS.iter().enumerate() {
             assert_eq!(Field::index_of(field.name()), Some(index));
         }
         for name in ["", "messageid", "custId ", "Amount", "comments"] {

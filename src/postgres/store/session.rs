@@ -151,7 +151,7 @@ impl Session {
         client.batch_execute(SETTINGS).await?;
         let found = database_id(&client).await?;
         if found != identity.database_id {
-            let mismatch = IdentityMismatch::OtherDatabase { marked: identity.database_id, found };
+            let mismatch = IdentityMismatch::OtherDatabase { expected: identity.database_id, found };
             let error = store_error(FailureClass::Persistent, mismatch.to_string());
             return Err(StoreError { identity: Some(mismatch), ..error });
         }

@@ -88,7 +88,7 @@ pub(super) async fn missing(
         .collect();
     // One row is tested for all that are written to the same tables.
     let mut ways: BTreeMap<(Option<Month>, bool), (u32, SqlState)> = BTreeMap::new();
-    for (index, sqlstate) in refused.iter() {
+    for (&index, &sqlstate) in refused {
         let Some(row) = batch.payment_view(index as usize) else { continue };
         let month = Month::of(row.timestamp).filter(|_| months_differ);
         ways.entry((month, row.notes.is_some())).or_insert((index, sqlstate));
@@ -306,7 +306,7 @@ async fn takes(session: &Session, begun: &Begun, head: &Head, pattern: &Pattern)
 mod tests {
     use super::*;
     use crate::domain::batch::Progress;
-    use crate::domain::record::{Headers, NextOffset, SourceBatch};
+    use crate::domain::record::{NextOffset, SourceBatch};
     use crate::domain::wire::Rules;
 
     const AT: TimestampMs = TimestampMs(1_767_225_600_000);
@@ -318,7 +318,7 @@ mod tests {
         );
         let mut source = SourceBatch::new();
         let (partition, offset) = (Partition(1), Offset(5));
-        source.push(partition, offset, Some(AT), Some(b"7"), Some(value.as_bytes()), Headers::NONE.iter());
+        source.push(partition, offset, Some(AT), Some(b"7"), Some(value.as_bytes()), []);
         let progress =
             Progress { partition, seen: NextOffset(0), reached: offset.next(), timestamp: Some(Some(AT)) };
         Batch::assemble(source, vec![progress], &Rules::default())

@@ -22,7 +22,7 @@ const LINES_PER: Duration = Duration::from_secs(60);
 pub(super) fn otlp(
     endpoint: &str,
     timeout: Duration,
-) -> Result<Told<opentelemetry_otlp::SpanExporter>, ExporterBuildError> {
+) -> Result<LoggedExporter<opentelemetry_otlp::SpanExporter>, ExporterBuildError> {
     let agent = ureq::Agent::config_builder()
         .timeout_global(Some(timeout))
         .http_status_as_error(false)
@@ -37,7 +37,12 @@ pub(super) fn otlp(
         .with_endpoint(format!("{}/v1/traces", endpoint.trim_end_matches('/')))
         .with_timeout(timeout)
         .build()?;
-    Ok(Told { exporter, cause, limit: RateLimited::new(LINES_MAX, LINES_PER), failing: Mutex::default() })
+    Ok(LoggedExporter {
+        exporter,
+        cause,
+        limit: RateLimited::new(LINES_MAX, LINES_PER),
+        failing: Mutex::default(),
+    })
 }
 
 /// Why the last request failed; the SDK's error only says that it failed.
@@ -78,7 +83,7 @@ impl HttpClient for Client {
 
 /// Logs when exporting starts to fail, and why, and when it works again; rate-limited.
 #[derive(Debug)]
-pub(super) struct Told<E> {
+pub(super) struct LoggedExporter<E> {
     exporter: E,
     cause: Cause,
     limit: RateLimited,
@@ -86,8 +91,8 @@ pub(super) struct Told<E> {
     failing: Mutex<Option<bool>>,
 }
 
-impl<E> Told<E> {
-    fn tell(&self, outcome: &OTelSdkResult) {
+impl<E> LoggedExporter<E> {
+    fn log(&self, outcome: &OTelSdkResult) {
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         let Err(error) = outcome else {
             if failing.take() == Some(true) {
@@ -113,10 +118,10 @@ impl<E> Told<E> {
     }
 }
 
-impl<E: SpanExporter> SpanExporter for Told<E> {
+impl<E: SpanExporter> SpanExporter for LoggedExporter<E> {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let outcome = self.exporter.export(batch).await;
-        self.tell(&outcome);
+        self.log(&outcome);
         outcome
     }
 

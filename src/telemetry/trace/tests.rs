@@ -1,5 +1,5 @@
 use super::*;
-use crate::domain::batch::{Outcomes, Progress};
+use crate::domain::batch::Progress;
 use crate::domain::outcome::Outcome;
 use crate::domain::record::{NextOffset, Offset, SourceBatch, TimestampMs};
 use crate::domain::wire::{Reason, Rules};
@@ -61,7 +61,7 @@ fn a_batch_is_a_span_with_its_phases_below_it_and_links_to_the_payments_traces()
     trace.published(&PublishTimes { produce: ms(1), offsets: ms(2), deliver: ms(3), commit: ms(4) });
     let id = trace.id();
     let outcomes = vec![Outcome::Written, Outcome::Duplicate, Outcome::DeadLetter(Reason::EmptyValue)];
-    trace.settled(&OutcomeCounts::of(&Outcomes(outcomes)));
+    trace.settled(&OutcomeCounts::of(&outcomes));
 
     let spans = spans(&exporter, &tracer);
     let find = |name: &str| spans.iter().filter(|s| s.name == *name).collect::<Vec<_>>();

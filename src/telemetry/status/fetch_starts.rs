@@ -7,11 +7,11 @@ use crate::domain::record::{NextOffset, Partition};
 
 /// Maximum number of fetch starts that wait for the audit, which takes them every second; beyond it the
 /// oldest is dropped.
-const BEGINS_MAX: usize = 16_384;
+const STARTS_MAX: usize = 16_384;
 
 /// Position at which fetching of a partition started, or at which a rebalance interrupted it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Begin {
+pub struct FetchStart {
     /// The partition.
     pub partition: Partition,
     /// Where fetching started, or the lane's position at the rebalance.
@@ -22,32 +22,32 @@ pub struct Begin {
 
 /// Fetch starts that wait for the audit.
 #[derive(Debug, Default)]
-pub struct Begins {
-    is_wanted: bool,
-    waiting: VecDeque<Begin>,
+pub struct FetchStarts {
+    is_enabled: bool,
+    waiting: VecDeque<FetchStart>,
     dropped: u64,
 }
 
-impl Begins {
+impl FetchStarts {
     /// Enables recording; without it nothing is kept.
-    pub fn want(&mut self) {
-        self.is_wanted = true;
+    pub fn enable(&mut self) {
+        self.is_enabled = true;
     }
 
     /// Adds a fetch start.
-    pub fn push(&mut self, begin: Begin) {
-        if !self.is_wanted {
+    pub fn push(&mut self, start: FetchStart) {
+        if !self.is_enabled {
             return;
         }
-        if self.waiting.len() >= BEGINS_MAX {
+        if self.waiting.len() >= STARTS_MAX {
             self.waiting.pop_front();
             self.dropped += 1;
         }
-        self.waiting.push_back(begin);
+        self.waiting.push_back(start);
     }
 
     /// Takes all, and the number of those dropped since the last call.
-    pub fn take(&mut self) -> (VecDeque<Begin>, u64) {
+    pub fn take(&mut self) -> (VecDeque<FetchStart>, u64) {
         (std::mem::take(&mut self.waiting), std::mem::take(&mut self.dropped))
     }
 }
@@ -56,20 +56,20 @@ impl Begins {
 mod tests {
     use super::*;
 
-    fn begin(position: i64) -> Begin {
-        Begin { partition: Partition(0), position: NextOffset(position), applied: NextOffset(0) }
+    fn start(position: i64) -> FetchStart {
+        FetchStart { partition: Partition(0), position: NextOffset(position), applied: NextOffset(0) }
     }
 
     #[test]
     fn without_an_audit_nothing_is_kept_and_with_one_no_more_than_the_bound() {
-        let mut begins = Begins::default();
-        begins.push(begin(1));
-        assert!(begins.take().0.is_empty());
-        begins.want();
-        (0..BEGINS_MAX as i64 + 3).for_each(|position| begins.push(begin(position)));
-        let (taken, dropped) = begins.take();
-        assert_eq!((taken.len(), dropped), (BEGINS_MAX, 3));
-        assert_eq!(taken[0], begin(3));
-        assert_eq!(begins.take().1, 0);
+        let mut starts = FetchStarts::default();
+        starts.push(start(1));
+        assert!(starts.take().0.is_empty());
+        starts.enable();
+        (0..STARTS_MAX as i64 + 3).for_each(|position| starts.push(start(position)));
+        let (taken, dropped) = starts.take();
+        assert_eq!((taken.len(), dropped), (STARTS_MAX, 3));
+        assert_eq!(taken[0], start(3));
+        assert_eq!(starts.take().1, 0);
     }
 }
