@@ -2,12 +2,13 @@
 
 use clap::Args;
 
+use tokio::runtime::Handle;
+
 use super::output::print;
-use super::reconcile::{described, limit, progress_bar};
+use super::reconcile::{described, limit, with_progress};
 use crate::config::{PostgresUrl, Settings};
 use crate::error::CommandError;
 use crate::rebuild::{Comparison, Wanted, rebuild as run};
-use crate::reconcile::Progress;
 
 /// Environment variable for the URL of the second database, because other users can see the command line.
 const INTO_VARIABLE: &str = "PAYMENT_WRITER_REBUILD_INTO";
@@ -50,28 +51,14 @@ pub struct RebuildArgs {
 }
 
 /// Rebuilds, compares and prints the result.
-pub fn rebuild(settings: &Settings, args: &RebuildArgs) -> Result<(), CommandError> {
-    let into = match (&args.into, std::env::var(INTO_VARIABLE)) {
-        (Some(into), _) => into.clone(),
-        (None, Ok(into)) => into,
-        (None, Err(_)) => {
-            return Err(CommandError::usage(format!("--into URL, or {INTO_VARIABLE}, must be given")));
-        }
-    };
+pub fn rebuild(settings: &Settings, args: &RebuildArgs, runtime: &Handle) -> Result<(), CommandError> {
+    let into = args.into.clone().or_else(|| std::env::var(INTO_VARIABLE).ok());
+    let into =
+        into.ok_or_else(|| CommandError::usage(format!("--into URL, or {INTO_VARIABLE}, must be given")))?;
     let into = PostgresUrl::parse(&into).map_err(|error| CommandError::usage(format!("--into: {error}")))?;
     let wanted = Wanted { into, is_compare_only: args.compare_only, limit: args.limit };
-    let runtime = super::large_runtime()?;
-    let bar = progress_bar();
-    let outcome = run(settings, runtime.handle(), &wanted, &Progress::on(bar.clone()));
-    bar.finish_and_clear();
-    // Not waited for: a request to an unavailable broker may still block its thread.
-    runtime.shutdown_background();
-    let comparison = outcome?;
-    if args.json {
-        print(&comparison.json().to_string())?;
-    } else {
-        print(&describe(&comparison))?;
-    }
+    let comparison = with_progress(|progress| run(settings, runtime, &wanted, progress))?;
+    print(if args.json { comparison.json().to_string() } else { describe(&comparison) })?;
     if comparison.is_equal() {
         return Ok(());
     }

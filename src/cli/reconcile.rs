@@ -1,11 +1,9 @@
 //! `reconcile`: checks that every record has exactly one outcome.
 
-use std::io::IsTerminal;
-
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use tokio::runtime::Handle;
 
-use super::output::{print, table};
+use super::output::{print, progress_bar, table};
 use crate::config::{ByteSize, Settings};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::error::CommandError;
@@ -86,7 +84,7 @@ pub(super) fn limit(text: &str) -> Result<usize, String> {
 }
 
 /// Compares and prints the result.
-pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), CommandError> {
+pub fn reconcile(settings: &Settings, args: &ReconcileArgs, runtime: &Handle) -> Result<(), CommandError> {
     if (args.from_offset.is_some() || args.to_offset.is_some()) && args.partition.len() != 1 {
         return Err(CommandError::usage("--from-offset and --to-offset need exactly one --partition"));
     }
@@ -100,18 +98,8 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Comman
         limit: args.limit,
         looks_for_orphans: args.orphans,
     };
-    let runtime = super::large_runtime()?;
-    let bar = progress_bar();
-    let report = compare(settings, runtime.handle(), &wanted, &Progress::on(bar.clone()));
-    bar.finish_and_clear();
-    // Not waited for: a request to an unavailable broker may still block its thread.
-    runtime.shutdown_background();
-    let report = report?;
-    if args.json {
-        print(&report.json().to_string())?;
-    } else {
-        print(&describe(&report))?;
-    }
+    let report = with_progress(|progress| compare(settings, runtime, &wanted, progress))?;
+    print(if args.json { report.json().to_string() } else { describe(&report) })?;
     if report.is_fine() {
         return Ok(());
     }
@@ -120,17 +108,12 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Comman
     Err(CommandError::failed(format!("findings: {count}, in {} records", report.records)))
 }
 
-/// Progress bar on a terminal, nothing elsewhere.
-pub(super) fn progress_bar() -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(0);
-    let template = "{spinner} {msg:14} {wide_bar} {human_pos}/{human_len} {per_sec}";
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    bar
+/// Shows the progress of a comparison while it runs.
+pub(super) fn with_progress<T>(compare: impl FnOnce(&Progress) -> T) -> T {
+    let bar = progress_bar(Some(0), "{spinner} {msg:14} {wide_bar} {human_pos}/{human_len} {per_sec}");
+    let outcome = compare(&Progress::on(bar.clone()));
+    bar.finish_and_clear();
+    outcome
 }
 
 pub(super) fn described(findings: &Findings, into: &mut Vec<String>) {
@@ -145,9 +128,9 @@ pub(super) fn described(findings: &Findings, into: &mut Vec<String>) {
 
 fn describe(report: &Report) -> String {
     let mut text = Vec::new();
-    let settled = report.compared.iter().filter(|c| c.to > c.from).count();
+    let with_records = report.compared.iter().filter(|c| c.to > c.from).count();
     text.push(format!(
-        "{} records of {} in {settled} of {} partitions, up to both cursors of group {}",
+        "{} records of {} in {with_records} of {} partitions, up to both cursors of group {}",
         report.records,
         report.topic,
         report.compared.len(),
@@ -166,27 +149,14 @@ fn describe(report: &Report) -> String {
             report.halted
         ));
     }
-    let mut rows = vec![["outcome", "records"].map(str::to_owned)];
-    rows.extend(report.outcomes.iter().map(|(outcome, count)| [outcome.to_string(), count.to_string()]));
-    text.push(String::new());
-    text.push(table(&rows));
-    let mut rows = vec![
-        ["currency", "payments", "sum by the log", "by the rows", "by the read events"].map(str::to_owned),
-    ];
-    for currency in report.currencies() {
-        let log = report.log.of(currency);
+    let outcomes = report.outcomes.iter().map(|(outcome, count)| [outcome.to_string(), count.to_string()]);
+    let sums = report.currencies().into_iter().map(|currency| {
+        let (log, rows) = (report.log.of(currency), report.rows.of(currency).text());
         let events = if report.publishes { report.events.of(currency).text() } else { "-".to_owned() };
-        rows.push([
-            currency.to_owned(),
-            log.count.to_string(),
-            log.text(),
-            report.rows.of(currency).text(),
-            events,
-        ]);
-    }
-    text.push(String::new());
-    text.push(table(&rows));
-    text.push(String::new());
+        [currency.to_owned(), log.count.to_string(), log.text(), rows, events]
+    });
+    let header = ["currency", "payments", "sum by the log", "by the rows", "by the read events"];
+    text.push(format!("\n{}\n\n{}\n", table(["outcome", "records"], outcomes), table(header, sums)));
     if report.publishes {
         let [read, email, letters] = report.outputs;
         text.push(format!("read events {read}, e-mail events {email}, dead letters {letters}"));
