@@ -120,8 +120,10 @@ pub fn list(settings: &Settings, args: &ListArgs) -> Result<(), CommandError> {
     })
 }
 
-/// The groups of each property, under its names in text and in JSON. All others have no key.
-fn groups(summary: &Summary) -> [(&'static str, &'static str, Vec<(Value, Group)>); 4] {
+/// The groups of a property, under its names in text and in JSON. All others have no key.
+type Section = (&'static str, &'static str, Vec<(Value, Group)>);
+
+fn groups(summary: &Summary) -> [Section; 4] {
     fn of<K: Ord>(groups: &Groups<K>, key: impl Fn(&K) -> Value) -> Vec<(Value, Group)> {
         let others = (groups.others.letters > 0).then_some((Value::Null, groups.others));
         groups.iter().map(|(found, group)| (key(found), *group)).chain(others).collect()
