@@ -45,13 +45,16 @@ pub enum Output {
     DeadLetter,
 }
 
+/// Ranges of offsets with their partitions.
+pub type Records = Vec<(i32, Range<i64>)>;
+
 /// Deviations from "everything was written and published". Without any, the check is complete.
 #[derive(Default)]
 pub struct Exceptions {
     /// Records that an operator skipped: they have at most one outcome.
     pub given_up: BTreeSet<(i32, i64)>,
     /// Records whose event or e-mail event may be missing, because the topic was created again.
-    pub unseen: Option<(Output, Vec<(i32, Range<i64>)>)>,
+    pub unseen: Option<(Output, Records)>,
     /// The group writes rows and publishes nothing.
     pub rows_only: bool,
 }
