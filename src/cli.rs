@@ -1,6 +1,6 @@
 //! The command line: commands, options and exit codes.
 
-mod check_config;
+mod config;
 mod cursors;
 mod dlq;
 mod migrate;
@@ -10,19 +10,21 @@ mod prune;
 mod rebuild;
 mod reconcile;
 mod run;
-mod show_config;
 mod status;
-mod stop;
 mod top;
 mod topics;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 use clap::{Parser, Subcommand};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 
-pub use cursors::{AcceptArgs, CursorsCommand, SettleArgs, SkipArgs};
+pub use config::{ConfigCommand, ShowConfigArgs};
+pub use cursors::{AcceptArgs, CursorsCommand, ResolveArgs, SkipArgs};
 pub use dlq::{DlqCommand, FilterArgs, ListArgs, ReplayArgs, ShowArgs};
 pub use migrate::{MigrateArgs, MigrateCommand};
 pub use produce::ProduceArgs;
@@ -30,13 +32,14 @@ pub use prune::PruneArgs;
 pub use rebuild::RebuildArgs;
 pub use reconcile::ReconcileArgs;
 pub use run::RunArgs;
-pub use show_config::ShowConfigArgs;
 pub use status::StatusArgs;
 pub use top::TopArgs;
 pub use topics::CreateTopicsArgs;
 
 use crate::config::Settings;
-use crate::error::{CommandError, ErrorKind};
+use crate::dlq::letter;
+use crate::domain::wire::Reason;
+use crate::error::{CommandError, ErrorKind, OrFailed};
 use crate::telemetry::logging;
 
 const EXAMPLES: &str = "\
@@ -110,13 +113,6 @@ pub enum TopicsCommand {
     Create(CreateTopicsArgs),
 }
 
-/// `config`
-#[derive(Debug, Subcommand)]
-pub enum ConfigCommand {
-    /// Show every setting with its effective value and its origin; secrets are hidden
-    Show(ShowConfigArgs),
-}
-
 /// Exit code of a failed command.
 fn exit_code(kind: ErrorKind) -> ExitCode {
     ExitCode::from(match kind {
@@ -131,8 +127,7 @@ pub fn execute(cli: Cli) -> ExitCode {
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // Nothing can be reported if stderr is gone, too.
-            let _ = output::to_stderr(&format!("error: {failure}"));
+            output::warn(format_args!("error: {failure}"));
             exit_code(failure.kind)
         }
     }
@@ -141,34 +136,35 @@ pub fn execute(cli: Cli) -> ExitCode {
 fn dispatch(cli: Cli) -> Result<(), CommandError> {
     let loaded = Settings::load(cli.config.as_deref())?;
     let settings = match cli.command {
-        Command::CheckConfig => return check_config::check_config(&loaded),
-        Command::Config(ConfigCommand::Show(args)) => return show_config::show_config(&loaded, &args),
+        Command::CheckConfig => return config::check(&loaded),
+        Command::Config(ConfigCommand::Show(args)) => return config::show(&loaded, &args),
         _ => loaded.settings,
     };
-    let log = logging::init(&settings.log).map_err(|error| CommandError::failed(error.to_string()))?;
-    match cli.command {
-        Command::Run(args) => run::run(settings, &args, log),
-        Command::Migrate(args) => migrate::migrate(&settings, &args),
-        Command::Topics(TopicsCommand::Create(args)) => topics::create(&settings, &args),
-        Command::Cursors(command) => cursors::cursors(&settings, &command),
-        Command::Dlq(command) => dlq::dlq(&settings, &command),
-        Command::Prune(args) => prune::prune(&settings, &args),
-        Command::Reconcile(args) => reconcile::reconcile(&settings, &args),
-        Command::Rebuild(args) => rebuild::rebuild(&settings, &args),
-        Command::Status(args) => status::status(&settings, &args),
+    let log = logging::init(&settings.log).or_failed()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
+        .enable_all()
+        .build()
+        .or_failed_to("cannot start the runtime")?;
+    let handle = runtime.handle();
+    let outcome = match cli.command {
+        Command::Run(args) => handle.block_on(run::run(&settings, &args, log)),
+        Command::Migrate(args) => handle.block_on(migrate::migrate(&settings, &args)),
+        Command::Topics(TopicsCommand::Create(args)) => handle.block_on(topics::create(&settings, &args)),
+        Command::Cursors(command) => handle.block_on(cursors::cursors(&settings, &command)),
+        Command::Dlq(command) => dlq::dlq(&settings, &command, handle),
+        Command::Prune(args) => handle.block_on(prune::prune(&settings, &args)),
+        Command::Reconcile(args) => reconcile::reconcile(&settings, &args, handle),
+        Command::Rebuild(args) => rebuild::rebuild(&settings, &args, handle),
+        Command::Status(args) => handle.block_on(status::status(&settings, &args)),
         Command::Produce(args) => produce::produce(&settings, &args),
         Command::Top(args) => top::top(&settings, &args),
         // Handled above, before logging starts.
         Command::CheckConfig | Command::Config(_) => Ok(()),
-    }
-}
-
-/// Runtime for short commands; the daemon creates its own.
-fn small_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| CommandError::failed(format!("cannot start the runtime: {error}")))
+    };
+    // Not waited for: a request to an unavailable broker may still block one of its threads.
+    runtime.shutdown_background();
+    outcome
 }
 
 /// Version, with the commit if it is known.
@@ -193,13 +189,24 @@ fn fraction(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Runtime for commands that work in a blocking thread, and for the daemon.
-fn large_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
-        .enable_all()
-        .build()
-        .map_err(|error| CommandError::failed(format!("cannot start the runtime: {error}")))
+/// Parses the name of a dead-letter reason.
+fn reason(text: &str) -> Result<Reason, String> {
+    letter::reason(text).ok_or_else(|| {
+        let known: Vec<&str> = Reason::ALL.iter().map(|reason| reason.as_str()).collect();
+        format!("one of {}", known.join(", "))
+    })
+}
+
+/// Set by the first SIGINT or SIGTERM; the second one ends the process.
+fn stop_signal() -> Result<Arc<AtomicBool>, CommandError> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the first signal finds the flag still unset.
+        flag::register_conditional_shutdown(signal, 1, Arc::clone(&stop))
+            .and_then(|_| flag::register(signal, Arc::clone(&stop)))
+            .or_failed_to("cannot listen for signals")?;
+    }
+    Ok(stop)
 }
 
 fn duration(text: &str) -> Result<std::time::Duration, String> {

@@ -46,9 +46,14 @@ pub enum DlqError {
     /// A topic cannot be read.
     #[error(transparent)]
     Scan(#[from] ScanError),
-    /// The ranges to read cannot be determined.
-    #[error(transparent)]
-    Ranges(#[from] filter::RangesError),
+    /// The dead-letter topic has no record at a named place.
+    #[error("{topic} holds no record at {place}")]
+    Absent {
+        /// The dead-letter topic.
+        topic: String,
+        /// The named place.
+        place: letter::Place,
+    },
     /// A database statement failed.
     #[error(transparent)]
     Database(#[from] SchemaError),
@@ -68,20 +73,17 @@ pub enum DlqError {
     #[error("another `dlq replay --apply` took over; it knows what this one sent")]
     TakenOver,
     /// The operator must state what happened to a chunk.
-    #[error("{0}")]
-    UnknownChunk(#[from] run_metadata::UnknownChunk),
-    /// The async runtime cannot be started.
-    #[error("cannot start the runtime: {0}")]
-    Runtime(#[from] std::io::Error),
+    #[error(transparent)]
+    UnknownOutcome(#[from] run_metadata::UnknownOutcome),
 }
 
 impl From<DlqError> for CommandError {
     fn from(error: DlqError) -> Self {
         let kind = match &error {
-            DlqError::UnknownChunk(_) | DlqError::Binding(BindingError::Identity(_)) => {
+            DlqError::UnknownOutcome(_) | DlqError::Binding(BindingError::Identity(_)) => {
                 ErrorKind::PersonMustDecide
             }
-            DlqError::Ranges(filter::RangesError::Absent { .. }) => ErrorKind::Usage,
+            DlqError::Absent { .. } => ErrorKind::Usage,
             _ => ErrorKind::Failed,
         };
         Self { kind, message: error.to_string() }

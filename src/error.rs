@@ -1,5 +1,7 @@
 //! Errors of commands, classified by what the operator can do about them.
 
+use std::fmt::Display;
+
 use crate::config::ConfigError;
 
 /// What the operator can do about an error. `cli` maps it to an exit code.
@@ -43,5 +45,24 @@ impl CommandError {
 impl From<ConfigError> for CommandError {
     fn from(error: ConfigError) -> Self {
         Self::usage(error.to_string())
+    }
+}
+
+/// Turns the error of a result into [`CommandError::failed`].
+pub trait OrFailed<T> {
+    /// Keeps the error's text.
+    fn or_failed(self) -> Result<T, CommandError>;
+
+    /// Puts what was being done before the error's text.
+    fn or_failed_to(self, doing: impl Display) -> Result<T, CommandError>;
+}
+
+impl<T, E: Display> OrFailed<T> for Result<T, E> {
+    fn or_failed(self) -> Result<T, CommandError> {
+        self.map_err(|error| CommandError::failed(error.to_string()))
+    }
+
+    fn or_failed_to(self, doing: impl Display) -> Result<T, CommandError> {
+        self.map_err(|error| CommandError::failed(format!("{doing}: {error}")))
     }
 }

@@ -13,9 +13,11 @@ use std::time::Duration;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-pub use bad::BadReason;
-pub use payment::{CURRENCIES, Payment};
-pub use tally::{Tally, TallyReport};
+pub use bad::BAD_REASONS;
+pub use payment::Payment;
+pub use tally::Tally;
+
+use crate::domain::wire::Reason;
 
 /// Number of earlier payments that can be repeated; they take a few megabytes.
 const HISTORY_MAX: usize = 65_536;
@@ -50,8 +52,8 @@ pub struct GeneratorConfig {
     pub conflicts: f64,
     /// Share of records that must be dead-lettered.
     pub bad: f64,
-    /// Kinds of bad records.
-    pub bad_reasons: Vec<BadReason>,
+    /// Kinds of bad records, out of [`BAD_REASONS`].
+    pub bad_reasons: Vec<Reason>,
     /// Kind of message ids.
     pub ids: IdKind,
     /// Approximate size to pad values to; `None` leaves them at about 170 bytes.
@@ -77,11 +79,11 @@ pub enum Kind {
     /// An earlier message id with another amount.
     Conflict,
     /// A record that must be dead-lettered.
-    Bad(BadReason),
+    Bad(Reason),
 }
 
-/// A generated record; its buffers are reused for the next one.
-#[derive(Clone, Debug)]
+/// A generated record.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Record {
     /// Kind of the record.
     pub kind: Kind,
@@ -89,42 +91,10 @@ pub struct Record {
     pub timestamp_ms: i64,
     /// Headers, in order.
     pub headers: Vec<(&'static str, Vec<u8>)>,
-    key: Vec<u8>,
-    key_is_null: bool,
-    value: Vec<u8>,
-    value_is_null: bool,
-}
-
-impl Record {
-    /// Creates an empty record to be filled by [`Generator::next_into`].
-    pub fn empty() -> Self {
-        Self {
-            kind: Kind::Bad(BadReason::EmptyValue),
-            timestamp_ms: 0,
-            headers: Vec::new(),
-            key: Vec::new(),
-            key_is_null: true,
-            value: Vec::new(),
-            value_is_null: true,
-        }
-    }
-
-    /// The key; `None` if null.
-    pub fn key(&self) -> Option<&[u8]> {
-        (!self.key_is_null).then_some(self.key.as_slice())
-    }
-
-    /// The value; `None` if null.
-    pub fn value(&self) -> Option<&[u8]> {
-        (!self.value_is_null).then_some(self.value.as_slice())
-    }
-
-    fn clear(&mut self) {
-        self.headers.clear();
-        self.key.clear();
-        self.value.clear();
-        (self.key_is_null, self.value_is_null) = (false, false);
-    }
+    /// Key; may be null.
+    pub key: Option<Vec<u8>>,
+    /// Value; may be null.
+    pub value: Option<Vec<u8>>,
 }
 
 /// Endless generator of records.
@@ -158,69 +128,65 @@ impl Generator {
 
     /// Generates the next record, as of `now_ms`. While there is nothing to repeat, duplicates and conflicts
     /// are replaced by new payments.
-    pub fn next_into(&mut self, now_ms: i64, record: &mut Record) {
-        record.clear();
-        record.timestamp_ms = now_ms;
+    pub fn next(&mut self, now_ms: i64) -> Record {
         let draw = self.rng.next_u32();
         if draw < self.bad_below {
             let at = below(&mut self.rng, self.config.bad_reasons.len() as u32) as usize;
             if let Some(reason) = self.config.bad_reasons.get(at).copied() {
-                record.kind = Kind::Bad(reason);
                 let payment = Payment::random(&mut self.rng, &self.config, now_ms);
-                return bad::fill(reason, payment, &mut self.rng, &self.config, now_ms, record);
+                let mut record = self.record(Kind::Bad(reason), &payment, now_ms);
+                bad::spoil(&mut record, reason, payment, &mut self.rng, &self.config);
+                return record;
             }
         } else if draw < self.duplicates_below
             && let Some(earlier) = self.earlier()
         {
-            return if draw < self.conflicts_below {
-                self.conflict(earlier, record)
-            } else {
-                self.duplicate(earlier, record)
+            return match draw < self.conflicts_below {
+                true => self.conflict(earlier, now_ms),
+                false => self.duplicate(earlier, now_ms),
             };
         }
         let payment = Payment::random(&mut self.rng, &self.config, now_ms);
-        record.kind = Kind::Payment(payment);
-        self.fill(&payment, record);
+        let mut record = self.record(Kind::Payment(payment), &payment, now_ms);
         self.remember(payment);
-        if one_in(&mut self.rng, TRACED_ONE_IN) {
-            self.trace(record);
-        }
+        self.trace_some(&mut record);
+        record
     }
 
-    fn fill(&self, payment: &Payment, record: &mut Record) {
-        payment.write_key(&mut record.key);
-        payment.write_json(&self.config, &mut record.value);
+    fn record(&self, kind: Kind, payment: &Payment, timestamp_ms: i64) -> Record {
+        let key = Some(payment.account.to_string().into_bytes());
+        let value = Some(payment.json(&self.config).into_bytes());
+        Record { kind, timestamp_ms, headers: Vec::new(), key, value }
     }
 
-    fn conflict(&mut self, earlier: Payment, record: &mut Record) {
+    fn conflict(&mut self, earlier: Payment, now_ms: i64) -> Record {
         let more = 1 + u64::from(below(&mut self.rng, 1_000));
         let other = Payment { minor_units: earlier.minor_units + more, ..earlier };
-        record.kind = Kind::Conflict;
-        self.fill(&other, record);
+        self.record(Kind::Conflict, &other, now_ms)
     }
 
-    fn duplicate(&mut self, earlier: Payment, record: &mut Record) {
-        self.fill(&earlier, record);
-        let mut respelt = false;
+    fn duplicate(&mut self, earlier: Payment, now_ms: i64) -> Record {
+        let mut record = self.record(Kind::Duplicate { respelt: false }, &earlier, now_ms);
         if one_in(&mut self.rng, 2) {
-            let other = respell::respell(&earlier, &record.value, &mut self.rng);
+            let other = respell::respell(&earlier, &self.config, &mut self.rng);
             // The other spelling can be longer than allowed.
-            if let Some(other) = other.filter(|other| other.len() <= self.config.value_bytes_max) {
-                record.value = other;
-                respelt = true;
+            if other.len() <= self.config.value_bytes_max {
+                record.value = Some(other.into_bytes());
+                record.kind = Kind::Duplicate { respelt: true };
                 record.headers.push(("schema-version", b"1".to_vec()));
             }
         }
-        record.kind = Kind::Duplicate { respelt };
-        if one_in(&mut self.rng, TRACED_ONE_IN) {
-            self.trace(record);
-        }
+        self.trace_some(&mut record);
+        record
     }
 
-    fn trace(&mut self, record: &mut Record) {
-        let (high, low, span) = (self.rng.next_u64(), self.rng.next_u64(), self.rng.next_u64() | 1);
-        record.headers.push(("correlation-id", format!("{:016x}", high ^ low).into_bytes()));
-        record.headers.push(("traceparent", format!("00-{high:016x}{low:016x}-{span:016x}-01").into_bytes()));
+    fn trace_some(&mut self, record: &mut Record) {
+        if one_in(&mut self.rng, TRACED_ONE_IN) {
+            let (high, low, span) = (self.rng.next_u64(), self.rng.next_u64(), self.rng.next_u64() | 1);
+            let traceparent = format!("00-{high:016x}{low:016x}-{span:016x}-01");
+            record.headers.push(("correlation-id", format!("{:016x}", high ^ low).into_bytes()));
+            record.headers.push(("traceparent", traceparent.into_bytes()));
+        }
     }
 
     fn earlier(&mut self) -> Option<Payment> {
@@ -249,8 +215,8 @@ fn one_in(rng: &mut ChaCha8Rng, times: u32) -> bool {
     below(rng, times) == 0
 }
 
-fn pick<'a, T: ?Sized>(rng: &mut ChaCha8Rng, choices: &[&'a T]) -> Option<&'a T> {
-    choices.get(below(rng, choices.len() as u32) as usize).copied()
+fn pick<T: Copy + Default>(rng: &mut ChaCha8Rng, choices: &[T]) -> T {
+    choices.get(below(rng, choices.len() as u32) as usize).copied().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 //! audit row; the partition's lane reads it and commits the group's offset in its own transaction.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Display};
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio_postgres::Client;
 use uuid::Uuid;
 
 use crate::config::Settings;
@@ -13,16 +13,18 @@ use crate::domain::cursor::{
     CursorRow, Decision, HaltReason, Identity, Known, LogBounds, Mode, Proof, decide,
 };
 use crate::domain::record::{NextOffset, Partition};
-use crate::error::CommandError;
+use crate::error::{CommandError, OrFailed};
 use crate::kafka::group::Group;
 use crate::kafka::librdkafka::topic_id;
 use crate::kafka::offsets::{group_offsets, log_bounds};
 use crate::kafka::probe::{Probed, probe};
-use crate::ports::Store;
+use crate::ports::{KafkaPortError, Store};
 use crate::postgres::binding;
+use crate::postgres::connection::describe;
+use crate::postgres::schema;
 use crate::postgres::store::PgStore;
 
-const REQUEST_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Both cursors of every partition at one time.
 pub struct View {
@@ -30,10 +32,22 @@ pub struct View {
     pub identity: Identity,
     /// What is known about each partition, from 0 on.
     pub known: Vec<Known>,
-    /// Results of reading at the positions where partitions resume.
-    probed: BTreeMap<Partition, Probed>,
-    places: BTreeMap<Partition, NextOffset>,
     topic: String,
+}
+
+/// Why nothing was read at a partition's cursor.
+pub enum Unread {
+    /// No answer in time.
+    NoAnswer,
+    /// The next batch cannot be read.
+    Unreadable(HaltReason),
+}
+
+/// Runs requests to Kafka in another thread.
+async fn blocking<T: Send + 'static, E: Display + Send + 'static>(
+    request: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, CommandError> {
+    tokio::task::spawn_blocking(request).await.or_failed()?.or_failed()
 }
 
 impl View {
@@ -43,62 +57,44 @@ impl View {
     }
 
     /// Reads one record batch of each partition, or of `only` this one, where it resumes, with a time limit.
+    /// Returns the partitions where that failed.
     ///
     /// # Errors
     /// If the client cannot be created.
     pub async fn probe(
-        &mut self,
+        &self,
         settings: &Settings,
         mode: &Mode,
         only: Option<Partition>,
-    ) -> Result<(), CommandError> {
+    ) -> Result<BTreeMap<Partition, Unread>, CommandError> {
         let wanted = |known: &&Known| only.is_none_or(|only| only == known.partition);
-        let positions: Vec<_> = self
-            .known
-            .iter()
-            .filter(wanted)
-            .filter_map(|known| {
-                let position = match decide(known, &self.identity, mode) {
-                    Decision::Go(start) => start.from,
-                    Decision::Prove { from } => known.row.as_ref().map_or(from, |row| row.applied.min(from)),
-                    Decision::Halt(_) | Decision::Stop(_) => return None,
-                };
-                Some((known.partition, position, known.bounds))
-            })
-            .collect();
-        let kafka = settings.kafka.clone();
+        let position = |known: &Known| {
+            let position = match decide(known, &self.identity, mode) {
+                Decision::Go(start) => start.from,
+                Decision::Prove { from } => known.row.as_ref().map_or(from, |row| row.applied.min(from)),
+                Decision::Halt(_) | Decision::Stop(_) => return None,
+            };
+            Some((known.partition, position, known.bounds))
+        };
+        let positions: Vec<_> = self.known.iter().filter(wanted).filter_map(position).collect();
         let places: BTreeMap<_, _> = positions.iter().map(|(partition, at, _)| (*partition, *at)).collect();
-        let probed = tokio::task::spawn_blocking(move || probe(&kafka, &positions))
-            .await
-            .map_err(failed)?
-            .map_err(failed)?;
-        self.probed = probed;
-        self.places = places;
-        Ok(())
-    }
-
-    /// Why a partition cannot be read; `None` if it can be or was not probed.
-    pub fn unreadable(&self, partition: Partition) -> Option<HaltReason> {
-        match (self.probed.get(&partition)?, self.places.get(&partition)?) {
-            (Probed::Unreadable { fault, after }, place) => Some(fault.reason(*place, *after)),
-            _ => None,
-        }
-    }
-
-    /// Whether a partition was probed without an answer in time.
-    pub fn is_silent(&self, partition: Partition) -> bool {
-        self.probed.get(&partition) == Some(&Probed::NoAnswer)
-    }
-
-    /// Whether a resolution is stored that the lane has not applied yet.
-    pub fn is_settled(&self, partition: usize) -> bool {
-        self.known.get(partition).and_then(|k| k.row.as_ref()).is_some_and(|r| r.settled.is_some())
+        let kafka = settings.kafka.clone();
+        let probed = blocking(move || probe(&kafka, &positions)).await?;
+        let unread = |(partition, probed)| match probed {
+            Probed::Readable => None,
+            Probed::NoAnswer => Some((partition, Unread::NoAnswer)),
+            Probed::Unreadable { fault, after } => {
+                let reason = fault.reason(*places.get(&partition)?, after);
+                Some((partition, Unread::Unreadable(reason)))
+            }
+        };
+        Ok(probed.into_iter().filter_map(unread).collect())
     }
 }
 
 /// An operator's decision about a halted partition.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Settlement {
+pub enum HaltResolution {
     /// Events of records before `published` were sent; those of later records are to be sent.
     Accept {
         /// The first record whose events are to be sent.
@@ -111,92 +107,85 @@ pub enum Settlement {
     },
 }
 
+impl HaltResolution {
+    /// The offset that the lane commits in the group.
+    fn committed(self) -> NextOffset {
+        match self {
+            Self::Accept { published: committed } | Self::Skip { to: committed } => committed,
+        }
+    }
+}
+
+/// As in the audit table.
+impl Display for HaltResolution {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Accept { published } => write!(f, "cursors accept --published {published}"),
+            Self::Skip { to } => write!(f, "cursors skip --to {to}"),
+        }
+    }
+}
+
 /// A checked decision that can be applied.
 pub struct Plan {
     partition: Partition,
     topic: String,
     topic_id: Uuid,
     reason: HaltReason,
-    settlement: Settlement,
+    resolution: HaltResolution,
     before: Option<CursorRow>,
     after: CursorRow,
 }
 
-fn offset(offset: Option<NextOffset>) -> String {
-    offset.map_or_else(|| "none".to_owned(), |o| o.to_string())
-}
-
-impl fmt::Display for Plan {
+impl Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { partition, topic, after, .. } = self;
+        let offset = |offset: Option<NextOffset>| offset.map_or_else(|| "none".to_owned(), |o| o.to_string());
         let before = self.before.as_ref();
-        writeln!(
-            f,
-            "partition {} of {}: {}",
-            self.partition,
-            self.topic,
-            self.reason.advice(self.partition)
-        )?;
+        writeln!(f, "partition {partition} of {topic}: {}", self.reason.advice(*partition))?;
         writeln!(
             f,
             "applied {} -> {}, published and the group's offset {} -> {}",
             offset(before.map(|r| r.applied)),
-            self.after.applied,
+            after.applied,
             offset(before.and_then(|r| r.published)),
-            offset(self.after.settled),
+            self.resolution.committed(),
         )?;
-        match self.settlement {
-            Settlement::Accept { published } if published < self.after.applied => write!(
+        match self.resolution {
+            HaltResolution::Accept { published } if published < after.applied => write!(
                 f,
                 "events of records {published} to {} are sent, even if they were sent before",
-                self.after.applied
+                after.applied
             ),
-            Settlement::Accept { published } => {
+            HaltResolution::Accept { published } => {
                 write!(f, "events of records before {published} count as sent and are never sent again")
             }
-            Settlement::Skip { to } => {
+            HaltResolution::Skip { to } => {
                 write!(f, "records before {to} that were not written or published are given up permanently")
             }
         }
     }
 }
 
-async fn connected(settings: &Settings) -> Result<Client, CommandError> {
-    let endpoint = &settings.postgres.url;
-    let (client, _) = endpoint.connect().await.map_err(|error| CommandError::failed(error.to_string()))?;
-    Ok(client)
-}
-
-fn failed(error: impl fmt::Display) -> CommandError {
-    CommandError::failed(error.to_string())
-}
-
 /// Reads both cursors of every partition.
 pub async fn view(settings: &Settings) -> Result<View, CommandError> {
-    let client = connected(settings).await?;
-    crate::postgres::schema::check(&client).await.map_err(failed)?;
-    let database_id =
-        binding::database_id(&client).await.map_err(|e| failed(crate::postgres::connection::describe(&e)))?;
-    let group = Arc::new(Group::observer(&settings.kafka).map_err(failed)?);
+    let (client, _) = settings.postgres.url.connect().await.or_failed()?;
+    schema::check(&client).await.or_failed()?;
+    let database_id = binding::database_id(&client).await.map_err(|e| describe(&e)).or_failed()?;
+    let group = Arc::new(Group::observer(&settings.kafka).or_failed()?);
     let asked = Arc::clone(&group);
-    let (topic_id, count) = tokio::task::spawn_blocking(move || {
-        topic_id(asked.consumer(), asked.topic(), REQUEST_TIMEOUT).map_err(failed)
-    })
-    .await
-    .map_err(failed)??;
+    let (topic_id, count) =
+        blocking(move || topic_id(asked.consumer(), asked.topic(), REQUEST_TIMEOUT)).await?;
     let partitions: Vec<Partition> = (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect();
     let identity = Identity { topic_id, database_id };
-    let pool = settings.postgres.url.pool(1).map_err(failed)?;
+    let pool = settings.postgres.url.pool(1).or_failed()?;
     let topic = settings.kafka.input_topic.clone();
     // The log's bounds are read last, so that a cursor that moves meanwhile is not beyond them.
-    let rows =
-        PgStore::new(pool, topic.clone(), identity.clone()).cursors(&partitions).await.map_err(failed)?;
-    let (offsets, bounds) = tokio::task::spawn_blocking(move || {
-        let offsets = group_offsets(&group, &partitions).map_err(failed)?;
-        let bounds: Vec<LogBounds> = log_bounds(&group, &partitions).map_err(failed)?;
-        Ok::<_, CommandError>((offsets, bounds))
-    })
-    .await
-    .map_err(failed)??;
+    let rows = PgStore::new(pool, topic.clone(), identity.clone()).cursors(&partitions).await.or_failed()?;
+    let ask = move || {
+        Ok::<_, KafkaPortError>((group_offsets(&group, &partitions)?, log_bounds(&group, &partitions)?))
+    };
+    let (offsets, bounds) = blocking(ask).await?;
     let known = rows
         .into_iter()
         .zip(offsets)
@@ -210,155 +199,146 @@ pub async fn view(settings: &Settings) -> Result<View, CommandError> {
             proof: Proof::Unclear(NextOffset(0)),
         })
         .collect();
-    Ok(View { identity, known, probed: BTreeMap::new(), places: BTreeMap::new(), topic })
+    Ok(View { identity, known, topic })
 }
 
 /// Checks a decision against the partition's current state: only a halted partition can be resolved.
 pub async fn plan(
     settings: &Settings,
     partition: Partition,
-    settlement: Settlement,
+    resolution: HaltResolution,
 ) -> Result<Plan, CommandError> {
-    let mut view = view(settings).await?;
+    let view = view(settings).await?;
     let mode = Mode { publishes: settings.kafka.publish, adopts_database: false };
-    if matches!(settlement, Settlement::Skip { .. }) {
-        view.probe(settings, &mode, Some(partition)).await?;
-    }
-    let index = usize::try_from(partition.0).unwrap_or(usize::MAX);
-    let (Some(known), Some(decision)) = (view.known.get(index), view.decision(index, &mode)) else {
+    let Some(known) = view.known.iter().find(|known| known.partition == partition) else {
         return Err(CommandError::usage(format!("{} has no partition {partition}", view.topic)));
     };
-    let reason = match decision {
-        Decision::Halt(reason) => reason,
+    let reason = match decide(known, &view.identity, &mode) {
+        Decision::Halt(reason) => Some(reason),
+        Decision::Stop(mismatch) => return Err(CommandError::person_must_decide(mismatch.to_string())),
         // An unreadable partition can be skipped although its cursors agree.
-        Decision::Go(_) | Decision::Prove { .. } => match view.unreadable(partition) {
-            Some(reason) => reason,
-            None => {
-                return Err(CommandError::failed(format!(
-                    "partition {partition} is not halted; there is nothing to resolve"
-                )));
+        Decision::Go(_) | Decision::Prove { .. } => match resolution {
+            HaltResolution::Accept { .. } => None,
+            HaltResolution::Skip { .. } => {
+                match view.probe(settings, &mode, Some(partition)).await?.remove(&partition) {
+                    Some(Unread::Unreadable(reason)) => Some(reason),
+                    Some(Unread::NoAnswer) | None => None,
+                }
             }
         },
-        Decision::Stop(mismatch) => return Err(CommandError::person_must_decide(mismatch.to_string())),
     };
-    let applied = known.row.as_ref().map_or(known.bounds.start, |r| r.applied);
-    let after = match settlement {
-        Settlement::Accept { published } => CursorRow {
-            applied,
-            published: mode.publishes.then_some(published),
-            applied_timestamp: None,
-            settled: Some(published),
-        },
-        Settlement::Skip { to } => CursorRow {
-            applied: to,
-            published: mode.publishes.then_some(to),
-            applied_timestamp: None,
-            settled: Some(to),
-        },
+    let Some(reason) = reason else {
+        return Err(CommandError::failed(format!(
+            "partition {partition} is not halted; there is nothing to resolve"
+        )));
     };
-    let target = after.settled.unwrap_or(applied);
+    let (before, committed) = (known.row.clone(), resolution.committed());
     let LogBounds { start, end } = known.bounds;
-    if target < start || target > end {
+    let written = before.as_ref().map_or(start, |row| row.applied);
+    let after = CursorRow {
+        applied: match resolution {
+            HaltResolution::Accept { .. } => written,
+            HaltResolution::Skip { to } => to,
+        },
+        published: mode.publishes.then_some(committed),
+        applied_timestamp: None,
+        settled: Some(committed),
+    };
+    if committed < start || committed > end {
         return Err(CommandError::usage(format!(
-            "offset {target} is not in the log of partition {partition}, which has offsets {start} to {end}"
+            "offset {committed} is not in the log of partition {partition}, which has offsets {start} to {end}"
         )));
     }
     // In a restored database, `published` can be beyond `applied`.
-    let sent_max = known.row.as_ref().and_then(|row| row.published).max(Some(applied));
-    if let Settlement::Accept { published } = settlement
+    let sent_max = before.as_ref().and_then(|row| row.published).max(Some(written));
+    if let HaltResolution::Accept { published } = resolution
         && !matches!(reason, HaltReason::Unproved { .. })
         && Some(published) > sent_max
     {
         return Err(CommandError::usage(format!(
-            "records from {applied} on are not written yet, so their events cannot have been sent; to give \
+            "records from {written} on are not written yet, so their events cannot have been sent; to give \
              them up, use cursors skip"
         )));
     }
-    let settled = Known { row: Some(after.clone()), ..known.clone() };
-    if let Decision::Halt(reason) = decide(&settled, &view.identity, &mode) {
-        return Err(CommandError::usage(format!(
-            "the partition would stay halted: {}",
-            reason.advice(partition)
-        )));
+    let resolved = Known { row: Some(after.clone()), ..known.clone() };
+    if let Decision::Halt(reason) = decide(&resolved, &view.identity, &mode) {
+        let advice = reason.advice(partition);
+        return Err(CommandError::usage(format!("the partition would stay halted: {advice}")));
     }
-    Ok(Plan {
-        partition,
-        topic: view.topic,
-        topic_id: view.identity.topic_id,
-        reason,
-        settlement,
-        before: known.row.clone(),
-        after,
-    })
+    let topic_id = view.identity.topic_id;
+    Ok(Plan { partition, topic: view.topic, topic_id, reason, resolution, before, after })
 }
 
 /// Writes the decision, unless the cursor was moved since the plan was created.
 pub async fn apply(settings: &Settings, plan: &Plan, reason: &str) -> Result<(), CommandError> {
-    let mut client = connected(settings).await?;
-    let described = |error: tokio_postgres::Error| failed(crate::postgres::connection::describe(&error));
-    let transaction = client.transaction().await.map_err(described)?;
-    let (applied, published) = (plan.after.applied.0, plan.after.published.map(|p| p.0));
-    let seen = plan.before.as_ref().map(|r| r.applied.0);
-    let partition = plan.partition.0;
-    let changed = match seen {
-        Some(seen) => {
-            transaction
-                .execute(
-                    "UPDATE payment_writer.source_cursor SET applied = $3, published = $4
-             WHERE topic_id = $1 AND partition = $2 AND applied = $5",
-                    &[&plan.topic_id, &partition, &applied, &published, &seen],
-                )
-                .await
+    let Plan { partition: Partition(partition), topic, topic_id, resolution, before, after, .. } = plan;
+    let (applied, published) = (after.applied.0, after.published.map(|p| p.0));
+    let applied_before = before.as_ref().map(|row| row.applied.0);
+    let published_before = before.as_ref().and_then(|row| row.published).map(|p| p.0);
+    let (mut client, _) = settings.postgres.url.connect().await.or_failed()?;
+    let written: Result<bool, tokio_postgres::Error> = async {
+        let transaction = client.transaction().await?;
+        let changed = match applied_before {
+            Some(applied_before) => {
+                transaction
+                    .execute(
+                        "UPDATE payment_writer.source_cursor SET applied = $3, published = $4
+                         WHERE topic_id = $1 AND partition = $2 AND applied = $5",
+                        &[topic_id, partition, &applied, &published, &applied_before],
+                    )
+                    .await?
+            }
+            None => {
+                transaction
+                    .execute(
+                        "INSERT INTO payment_writer.source_cursor (topic, topic_id, partition, applied, published)
+                         VALUES ($5, $1, $2, $3, $4) ON CONFLICT (topic_id, partition) DO NOTHING",
+                        &[topic_id, partition, &applied, &published, topic],
+                    )
+                    .await?
+            }
+        };
+        if changed != 1 {
+            return Ok(false);
         }
-        None => transaction
+        transaction
             .execute(
-                "INSERT INTO payment_writer.source_cursor (topic, topic_id, partition, applied, published)
-             VALUES ($5, $1, $2, $3, $4) ON CONFLICT (topic_id, partition) DO NOTHING",
-                &[&plan.topic_id, &partition, &applied, &published, &plan.topic],
+                "INSERT INTO payment_writer.cursor_settlement (topic_id, partition, committed) VALUES ($1, $2, $3)
+                 ON CONFLICT (topic_id, partition) DO UPDATE
+                 SET committed = excluded.committed, settled_at = now()",
+                &[topic_id, partition, &resolution.committed().0],
             )
-            .await,
+            .await?;
+        transaction
+            .execute(
+                "INSERT INTO payment_writer.cursor_audit
+                     (command, topic, topic_id, partition, before, after, reason)
+                 VALUES ($1, $2, $3, $4,
+                     jsonb_build_object('applied', $5::bigint, 'published', $6::bigint,
+                         'halt_reason', $7::text, 'doubt', $7::text),
+                     jsonb_build_object('applied', $8::bigint, 'published', $9::bigint), $10)",
+                &[
+                    &resolution.to_string(),
+                    topic,
+                    topic_id,
+                    partition,
+                    &applied_before,
+                    &published_before,
+                    &plan.reason.label(),
+                    &applied,
+                    &published,
+                    &reason,
+                ],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(true)
     }
-    .map_err(described)?;
-    if changed != 1 {
-        return Err(CommandError::failed(
-            "the cursor was moved meanwhile; look at cursors show and try again",
-        ));
+    .await;
+    match written.map_err(|error| describe(&error)).or_failed()? {
+        true => Ok(()),
+        false => {
+            Err(CommandError::failed("the cursor was moved meanwhile; look at cursors show and try again"))
+        }
     }
-    transaction
-        .execute(
-            "INSERT INTO payment_writer.cursor_settlement (topic_id, partition, committed) VALUES ($1, $2, $3)
-             ON CONFLICT (topic_id, partition) DO UPDATE
-             SET committed = excluded.committed, settled_at = now()",
-            &[&plan.topic_id, &partition, &plan.after.settled.map(|s| s.0)],
-        )
-        .await
-        .map_err(described)?;
-    let command = match plan.settlement {
-        Settlement::Accept { published } => format!("cursors accept --published {published}"),
-        Settlement::Skip { to } => format!("cursors skip --to {to}"),
-    };
-    transaction
-        .execute(
-            "INSERT INTO payment_writer.cursor_audit
-                 (command, topic, topic_id, partition, before, after, reason)
-             VALUES ($1, $2, $3, $4,
-                 jsonb_build_object('applied', $5::bigint, 'published', $6::bigint,
-                     'halt_reason', $7::text, 'doubt', $7::text),
-                 jsonb_build_object('applied', $8::bigint, 'published', $9::bigint), $10)",
-            &[
-                &command,
-                &plan.topic,
-                &plan.topic_id,
-                &partition,
-                &seen,
-                &plan.before.as_ref().and_then(|r| r.published).map(|p| p.0),
-                &plan.reason.label(),
-                &applied,
-                &published,
-                &reason,
-            ],
-        )
-        .await
-        .map_err(described)?;
-    transaction.commit().await.map_err(described)
 }

@@ -4,7 +4,7 @@
 use payment_writer::domain::batch::{Answer, Batch, Owner, Progress, Refused};
 use payment_writer::domain::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
 use payment_writer::domain::wire::Rules;
-use payment_writer::generator::{Generator, GeneratorConfig, IdKind, Record};
+use payment_writer::generator::{Generator, GeneratorConfig, IdKind};
 use payment_writer::kafka::group::lane_of;
 
 /// Partitions of the input.
@@ -15,7 +15,6 @@ pub const AT: TimestampMs = TimestampMs(1_767_225_600_000);
 /// One lane's share of the payments: an endless supply of valid ones with distinct message ids.
 pub struct Share {
     generator: Generator,
-    record: Record,
     lane: usize,
     lanes: usize,
     /// By partition.
@@ -39,7 +38,7 @@ impl Share {
             types: rules.payment_types,
             window: rules.idempotency_window,
         });
-        Self { generator, record: Record::empty(), lane, lanes, next: vec![NextOffset(0); PARTITIONS] }
+        Self { generator, lane, lanes, next: vec![NextOffset(0); PARTITIONS] }
     }
 
     /// The next `count` payments of this lane, and the new end of each partition. Keys choose the partition,
@@ -47,13 +46,13 @@ impl Share {
     pub fn take(&mut self, count: usize, at: TimestampMs) -> (SourceBatch, Vec<Progress>) {
         let mut arrived = SourceBatch::new();
         while arrived.len() < count {
-            self.generator.next_into(at.0, &mut self.record);
-            let record = &self.record;
-            let hash = record.key().map_or(0, java_partition_hash);
+            let record = self.generator.next(at.0);
+            let hash = record.key.as_deref().map_or(0, java_partition_hash);
             let partition = Partition((hash % PARTITIONS as u32) as i32);
             if lane_of(partition, self.lanes) == self.lane {
                 let headers = record.headers.iter().map(|(n, value)| (n.as_bytes(), Some(value.as_slice())));
-                arrived.push(partition, Offset(0), Some(at), record.key(), record.value(), headers);
+                let (key, value) = (record.key.as_deref(), record.value.as_deref());
+                arrived.push(partition, Offset(0), Some(at), key, value, headers);
             }
         }
         let mut order: Vec<usize> = (0..count).collect();

@@ -3,14 +3,14 @@
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::output::{print, table};
+use super::output::{cell, print, table};
 use crate::config::Settings;
-use crate::domain::cursor::{Decision, GroupOffset, HaltReason, Mode};
+use crate::domain::cursor::{Decision, GroupOffset, HaltReason, Known, Mode, decide};
 use crate::domain::record::{NextOffset, Partition};
 use crate::error::CommandError;
-use crate::resolution::{self, Settlement, View};
+use crate::resolution::{self, HaltResolution, Unread};
 
-const SETTLE_HELP: &str = "\
+const RESOLVE_HELP: &str = "\
 Without --apply nothing is changed; the command shows what it would do. With --apply the decision, the
 user and the reason are written to the audit table, and the daemon continues with the partition within
 seconds. The daemon keeps running meanwhile.";
@@ -25,16 +25,16 @@ pub enum CursorsCommand {
         json: bool,
     },
     /// Resolve a halted partition: state which events were sent; the others are sent
-    #[command(after_help = SETTLE_HELP)]
+    #[command(after_help = RESOLVE_HELP)]
     Accept(AcceptArgs),
     /// Resolve a halted partition: continue at another offset and skip the records before it
-    #[command(after_help = SETTLE_HELP)]
+    #[command(after_help = RESOLVE_HELP)]
     Skip(SkipArgs),
 }
 
 /// Arguments of both resolutions.
 #[derive(Clone, Debug, Args)]
-pub struct SettleArgs {
+pub struct ResolveArgs {
     /// Partition of the input topic
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
     pub partition: i32,
@@ -51,7 +51,7 @@ pub struct SettleArgs {
 pub struct AcceptArgs {
     /// Partition, --apply and --reason.
     #[command(flatten)]
-    pub settle: SettleArgs,
+    pub resolve: ResolveArgs,
     /// Events of records before this offset were sent; events from it on are sent now
     #[arg(long, value_name = "OFFSET", value_parser = clap::value_parser!(i64).range(0..))]
     pub published: i64,
@@ -62,50 +62,44 @@ pub struct AcceptArgs {
 pub struct SkipArgs {
     /// Partition, --apply and --reason.
     #[command(flatten)]
-    pub settle: SettleArgs,
+    pub resolve: ResolveArgs,
     /// Next offset to read; records before it that are not written or published never will be
     #[arg(long, value_name = "OFFSET", value_parser = clap::value_parser!(i64).range(0..))]
     pub to: i64,
 }
 
 /// Shows or resolves cursors.
-pub fn cursors(settings: &Settings, command: &CursorsCommand) -> Result<(), CommandError> {
-    super::small_runtime()?.block_on(async {
-        match command {
-            CursorsCommand::Show { json } => show(settings, *json).await,
-            CursorsCommand::Accept(args) => {
-                let settlement = Settlement::Accept { published: NextOffset(args.published) };
-                settle(settings, &args.settle, settlement).await
-            }
-            CursorsCommand::Skip(args) => {
-                settle(settings, &args.settle, Settlement::Skip { to: NextOffset(args.to) }).await
-            }
+pub async fn cursors(settings: &Settings, command: &CursorsCommand) -> Result<(), CommandError> {
+    match command {
+        CursorsCommand::Show { json } => show(settings, *json).await,
+        CursorsCommand::Accept(AcceptArgs { resolve: args, published }) => {
+            resolve(settings, args, HaltResolution::Accept { published: NextOffset(*published) }).await
         }
-    })
-}
-
-fn state(view: &View, partition: usize, mode: &Mode) -> (&'static str, Option<HaltReason>, Option<String>) {
-    match view.decision(partition, mode) {
-        None => ("unknown", None, None),
-        Some(Decision::Go(_)) if view.is_settled(partition) => ("settled", None, None),
-        Some(Decision::Go(_) | Decision::Prove { .. }) => match partition_of(view, partition) {
-            Some(of) if view.is_silent(of) => ("no answer", None, None),
-            of => match of.and_then(|of| view.unreadable(of)) {
-                Some(reason) => ("unreadable", Some(reason), None),
-                None => ("fine", None, None),
-            },
-        },
-        Some(Decision::Halt(reason)) => ("halted", Some(reason), None),
-        Some(Decision::Stop(mismatch)) => ("identity in doubt", None, Some(mismatch.to_string())),
+        CursorsCommand::Skip(SkipArgs { resolve: args, to }) => {
+            resolve(settings, args, HaltResolution::Skip { to: NextOffset(*to) }).await
+        }
     }
 }
 
-fn partition_of(view: &View, index: usize) -> Option<Partition> {
-    view.known.get(index).map(|known| known.partition)
-}
-
-fn number(offset: Option<NextOffset>) -> String {
-    offset.map_or_else(|| "-".to_owned(), |o| o.to_string())
+/// State of a partition, with the reason and the advice if it needs one.
+fn state(
+    known: &Known,
+    decision: Decision,
+    unread: Option<&Unread>,
+) -> (&'static str, Option<HaltReason>, Option<String>) {
+    let because = |state, reason: HaltReason| {
+        let advice = reason.advice(known.partition);
+        (state, Some(reason), Some(advice))
+    };
+    let is_resolved = known.row.as_ref().is_some_and(|row| row.settled.is_some());
+    match (decision, unread) {
+        (Decision::Halt(reason), _) => because("halted", reason),
+        (Decision::Stop(mismatch), _) => ("identity in doubt", None, Some(mismatch.to_string())),
+        (Decision::Go(_), _) if is_resolved => ("settled", None, None),
+        (_, Some(Unread::NoAnswer)) => ("no answer", None, None),
+        (_, Some(Unread::Unreadable(reason))) => because("unreadable", reason.clone()),
+        (_, None) => ("fine", None, None),
+    }
 }
 
 fn mark(offset: Option<&GroupOffset>) -> &'static str {
@@ -116,68 +110,64 @@ fn mark(offset: Option<&GroupOffset>) -> &'static str {
     }
 }
 
+/// Columns of the table, with their names in JSON.
+const COLUMNS: [(&str, &str); 9] = [
+    ("partition", "partition"),
+    ("applied", "applied"),
+    ("published", "published"),
+    ("committed", "committed"),
+    ("mark", "mark"),
+    ("log start", "log_start"),
+    ("log end", "log_end"),
+    ("lag", "lag_records"),
+    ("state", "state"),
+];
+
 async fn show(settings: &Settings, as_json: bool) -> Result<(), CommandError> {
-    let mut view = resolution::view(settings).await?;
+    let view = resolution::view(settings).await?;
     let mode = Mode { publishes: settings.kafka.publish, adopts_database: false };
-    view.probe(settings, &mode, None).await?;
-    let mut rows = vec![
-        ["partition", "applied", "published", "committed", "mark", "log start", "log end", "lag", "state"]
-            .map(str::to_owned),
-    ];
-    let (mut objects, mut advices) = (Vec::new(), Vec::new());
-    for (index, known) in view.known.iter().enumerate() {
-        let (state, reason, identity) = state(&view, index, &mode);
+    let unread = view.probe(settings, &mode, None).await?;
+    let (mut partitions, mut advices) = (Vec::new(), Vec::new());
+    for known in &view.known {
+        let decision = decide(known, &view.identity, &mode);
+        let (state, reason, advice) = state(known, decision, unread.get(&known.partition));
         let committed = known.group.as_ref().map(|g| g.position);
-        let applied = known.row.as_ref().map(|r| r.applied);
-        let published = known.row.as_ref().and_then(|r| r.published);
-        let lag = known.bounds.end.0 - committed.unwrap_or(known.bounds.start).0.max(known.bounds.start.0);
-        let advice = reason.as_ref().map(|d| d.advice(known.partition)).or(identity);
-        if as_json {
-            objects.push(json!({
-                "partition": known.partition.0,
-                "applied": applied.map(|o| o.0),
-                "published": published.map(|o| o.0),
-                "committed": committed.map(|o| o.0),
-                "mark": mark(known.group.as_ref()),
-                "log_start": known.bounds.start.0,
-                "log_end": known.bounds.end.0,
-                "lag_records": lag,
-                "state": state,
-                "halt_reason": reason.as_ref().map(HaltReason::label),
-                // The former name, kept until 1.0.
-                "doubt": reason.as_ref().map(HaltReason::label),
-                "advice": advice,
-            }));
-        } else {
-            rows.push([
-                known.partition.to_string(),
-                number(applied),
-                number(published),
-                number(committed),
-                mark(known.group.as_ref()).to_owned(),
-                known.bounds.start.to_string(),
-                known.bounds.end.to_string(),
-                lag.to_string(),
-                state.to_owned(),
-            ]);
-        }
+        let reason = reason.as_ref().map(HaltReason::label);
+        partitions.push(json!({
+            "partition": known.partition.0,
+            "applied": known.row.as_ref().map(|r| r.applied.0),
+            "published": known.row.as_ref().and_then(|r| r.published).map(|o| o.0),
+            "committed": committed.map(|o| o.0),
+            "mark": mark(known.group.as_ref()),
+            "log_start": known.bounds.start.0,
+            "log_end": known.bounds.end.0,
+            "lag_records": known.bounds.end.0 - committed.unwrap_or(known.bounds.start).max(known.bounds.start).0,
+            "state": state,
+            "halt_reason": reason,
+            // The former name, kept until 1.0.
+            "doubt": reason,
+            "advice": advice,
+        }));
         advices.extend(advice);
     }
     if as_json {
-        return print(&Value::Array(objects).to_string());
+        return print(Value::Array(partitions));
     }
-    print(&table(&rows))?;
+    let rows = partitions
+        .iter()
+        .map(|partition| COLUMNS.map(|(_, name)| partition.get(name).map_or_else(String::new, cell)));
+    print(table(COLUMNS.map(|(title, _)| title), rows))?;
     advices.dedup();
-    for advice in advices {
-        print(&format!("\n{advice}"))?;
-    }
-    Ok(())
+    advices.into_iter().try_for_each(|advice| print(format_args!("\n{advice}")))
 }
 
-async fn settle(settings: &Settings, args: &SettleArgs, settlement: Settlement) -> Result<(), CommandError> {
-    let partition = Partition(args.partition);
-    let plan = resolution::plan(settings, partition, settlement).await?;
-    print(&plan.to_string())?;
+async fn resolve(
+    settings: &Settings,
+    args: &ResolveArgs,
+    resolution: HaltResolution,
+) -> Result<(), CommandError> {
+    let plan = resolution::plan(settings, Partition(args.partition), resolution).await?;
+    print(&plan)?;
     let Some(reason) = args.reason.as_deref().filter(|_| args.apply) else {
         return print("nothing was changed; add --apply --reason TEXT to apply it");
     };

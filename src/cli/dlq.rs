@@ -1,9 +1,9 @@
 //! `dlq`: shows dead letters and replays them to the input topic.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use clap::{Args, Subcommand};
+use tokio::runtime::Handle;
 
+use super::reason;
 use crate::config::Settings;
 use crate::dlq::filter::{Filter, PLACES_MAX};
 use crate::dlq::letter::Place;
@@ -52,7 +52,7 @@ pub struct FilterArgs {
 }
 
 impl FilterArgs {
-    fn choice(&self) -> Result<Filter, CommandError> {
+    fn filter(&self) -> Result<Filter, CommandError> {
         if self.at.len() > PLACES_MAX {
             return Err(CommandError::usage(format!("--at can name at most {PLACES_MAX} dead letters")));
         }
@@ -67,25 +67,18 @@ impl FilterArgs {
 }
 
 /// Runs a `dlq` command.
-pub fn dlq(settings: &Settings, command: &DlqCommand) -> Result<(), CommandError> {
+pub fn dlq(settings: &Settings, command: &DlqCommand, runtime: &Handle) -> Result<(), CommandError> {
     match command {
         DlqCommand::List(args) => list::list(settings, args),
         DlqCommand::Show(args) => show::show(settings, args),
-        DlqCommand::Replay(args) => replay::replay(settings, args),
+        DlqCommand::Replay(args) => replay::replay(settings, args, runtime),
     }
-}
-
-fn reason(text: &str) -> Result<Reason, String> {
-    text.parse().map_err(|_| {
-        let known: Vec<&str> = Reason::ALL.iter().map(|reason| reason.as_str()).collect();
-        format!("one of {}", known.join(", "))
-    })
 }
 
 fn moment(text: &str) -> Result<TimestampMs, String> {
     if let Ok(ago) = humantime::parse_duration(text.trim()) {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(ago);
-        return Ok(TimestampMs(i64::try_from(since.as_millis()).unwrap_or(i64::MAX)));
+        let now = jiff::Timestamp::now().as_millisecond();
+        return Ok(TimestampMs(now.saturating_sub_unsigned(ago.as_millis() as u64)));
     }
     let of_day = format!("{text}T00:00:00Z");
     let parsed: Result<jiff::Timestamp, _> = text.parse().or_else(|_| of_day.parse());
@@ -94,11 +87,8 @@ fn moment(text: &str) -> Result<TimestampMs, String> {
     })
 }
 
-fn time(at: Option<TimestampMs>) -> String {
-    let shown = |at: TimestampMs| {
-        jiff::Timestamp::from_millisecond(at.0).map_or_else(|_| at.0.to_string(), |t| format!("{t:.3}"))
-    };
-    at.map_or_else(|| "-".to_owned(), shown)
+fn or_dash(text: Option<impl ToString>) -> String {
+    text.map_or_else(|| "-".to_owned(), |text| text.to_string())
 }
 
 fn reason_text(reason: Option<Reason>) -> &'static str {

@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 
 use crate::config::Settings;
-use crate::error::CommandError;
+use crate::error::{CommandError, OrFailed};
 use crate::postgres::schema;
 
 const AFTER_HELP: &str = "\
@@ -41,22 +41,17 @@ pub enum MigrateCommand {
 }
 
 /// Migrates the schema or shows its state.
-pub fn migrate(settings: &Settings, args: &MigrateArgs) -> Result<(), CommandError> {
-    super::small_runtime()?.block_on(async {
-        let endpoint = &settings.postgres.housekeeping_url;
-        let (mut client, _driver) =
-            endpoint.connect().await.map_err(|error| CommandError::failed(error.to_string()))?;
-        let out = &mut std::io::stdout();
-        let failed = |error: schema::SchemaError| CommandError::failed(error.to_string());
-        let printed = match &args.command {
-            None => schema::print_migrate(&schema::migrate(&mut client).await.map_err(failed)?, out),
-            Some(MigrateCommand::Status) => {
-                schema::print_status(&schema::status(&client).await.map_err(failed)?, out)
-            }
-            Some(MigrateCommand::Undo { count, force }) => {
-                schema::print_undo(&schema::undo(&mut client, *count, *force).await.map_err(failed)?, out)
-            }
-        };
-        printed.map_err(|error| CommandError::failed(format!("writing to stdout: {error}")))
-    })
+pub async fn migrate(settings: &Settings, args: &MigrateArgs) -> Result<(), CommandError> {
+    let (mut client, _) = settings.postgres.housekeeping_url.connect().await.or_failed()?;
+    let out = &mut std::io::stdout();
+    let printed = match &args.command {
+        None => schema::print_migrate(&schema::migrate(&mut client).await.or_failed()?, out),
+        Some(MigrateCommand::Status) => {
+            schema::print_status(&schema::status(&client).await.or_failed()?, out)
+        }
+        Some(MigrateCommand::Undo { count, force }) => {
+            schema::print_undo(&schema::undo(&mut client, *count, *force).await.or_failed()?, out)
+        }
+    };
+    printed.or_failed_to("writing to stdout")
 }

@@ -1,28 +1,45 @@
-//! Printing that tolerates a closed pipe (`payment-writer config show | head`).
+//! What commands print. A closed pipe is tolerated (`payment-writer config show | head`).
 
-use std::io::{self, ErrorKind, Write};
+use std::fmt::Display;
+use std::io::{self, ErrorKind, IsTerminal, Write};
 
-use crate::error::CommandError;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::Value;
+
+use crate::error::{CommandError, OrFailed};
 
 /// Prints a line of the result to stdout.
-pub(super) fn print(text: &str) -> Result<(), CommandError> {
-    match writeln!(io::stdout().lock(), "{text}") {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(CommandError::failed(format!("cannot write to stdout: {error}")))
-        }
-        _ => Ok(()),
+pub(super) fn print(text: impl Display) -> Result<(), CommandError> {
+    print_bytes(format!("{text}\n").as_bytes())
+}
+
+/// Prints bytes to stdout as they are.
+pub(super) fn print_bytes(bytes: &[u8]) -> Result<(), CommandError> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.or_failed_to("cannot write to stdout"),
     }
 }
 
-/// Prints a progress or warning line to stderr.
-pub(super) fn to_stderr(text: &str) -> io::Result<()> {
-    writeln!(io::stderr().lock(), "{text}")
+/// Prints a progress or warning line to stderr. That stderr is gone cannot be reported anywhere.
+pub(super) fn warn(text: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// Formats rows under a header as aligned columns.
+pub(super) fn table<const N: usize>(
+    header: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> String {
+    aligned([header.map(str::to_owned)].into_iter().chain(rows))
 }
 
 /// Formats rows as aligned columns; the last column is not padded.
-pub(super) fn table<const N: usize>(rows: &[[String; N]]) -> String {
+pub(super) fn aligned<const N: usize>(rows: impl IntoIterator<Item = [String; N]>) -> String {
+    let rows: Vec<[String; N]> = rows.into_iter().collect();
     let mut widths = [0; N];
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.chars().count().max(*width);
         }
@@ -33,4 +50,26 @@ pub(super) fn table<const N: usize>(rows: &[[String; N]]) -> String {
         cells.join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// A value in a table.
+pub(super) fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// Progress bar on a terminal, nothing elsewhere.
+pub(super) fn progress_bar(length: Option<u64>, template: &str) -> ProgressBar {
+    let target = match io::stderr().is_terminal() {
+        true => ProgressDrawTarget::stderr(),
+        false => ProgressDrawTarget::hidden(),
+    };
+    let bar = ProgressBar::with_draw_target(length, target);
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
 }

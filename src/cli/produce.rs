@@ -3,20 +3,23 @@
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use clap::{ArgGroup, Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{ArgGroup, Args};
 use serde::Serialize;
+use serde_json::Value;
 
-use super::stop::StopSignal;
-use super::{duration, fraction, output, small_runtime};
+use super::output::{aligned, print, progress_bar, warn};
+use super::{duration, fraction, stop_signal};
 use crate::config::{KafkaSettings, Settings};
-use crate::error::CommandError;
-use crate::generator::{BadReason, Generator, GeneratorConfig, IdKind, Record, Tally, TallyReport};
+use crate::domain::wire::Reason;
+use crate::error::{CommandError, OrFailed};
+use crate::generator::{BAD_REASONS, Generator, GeneratorConfig, IdKind, Tally};
 use crate::kafka::group::visible_members;
 use pace::Pace;
-use sender::{Sender, Sending};
+use sender::Sender;
 use transactions::{Transactions, TransactionsReport};
 
 mod pace;
@@ -81,8 +84,8 @@ pub struct ProduceArgs {
     pub bad: f64,
     /// Kinds of bad records; default: all but invalid_timestamp, whose segments a broker may delete before
     /// they are read
-    #[arg(long, value_name = "REASON", value_delimiter = ',')]
-    pub bad_reasons: Vec<BadReason>,
+    #[arg(long, value_name = "REASON", value_delimiter = ',', value_parser = bad_reason())]
+    pub bad_reasons: Vec<Reason>,
     /// Seed: the same seed produces the same records; default: random
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
@@ -93,8 +96,8 @@ pub struct ProduceArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(200..=512 << 10))]
     pub value_bytes: Option<u32>,
     /// Compression of record batches
-    #[arg(long, value_enum, default_value = "none")]
-    pub compression: Compression,
+    #[arg(long, default_value = "none", value_parser = ["none", "gzip", "snappy", "lz4", "zstd"])]
+    pub compression: String,
     /// Records per transaction; a transaction that has been open for 5 s, as with a low --rate, is committed
     /// with fewer. Default: no transactions
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -111,32 +114,9 @@ pub struct ProduceArgs {
     pub report: Option<PathBuf>,
 }
 
-/// Compression of record batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Compression {
-    /// No compression
-    None,
-    /// gzip
-    Gzip,
-    /// Snappy
-    Snappy,
-    /// LZ4
-    Lz4,
-    /// Zstandard
-    Zstd,
-}
-
-impl Compression {
-    /// Value of `compression.type`.
-    fn name(self) -> &'static str {
-        match self {
-            Compression::None => "none",
-            Compression::Gzip => "gzip",
-            Compression::Snappy => "snappy",
-            Compression::Lz4 => "lz4",
-            Compression::Zstd => "zstd",
-        }
-    }
+fn bad_reason() -> impl TypedValueParser<Value = Reason> {
+    let names = BAD_REASONS.map(|(reason, help)| PossibleValue::new(reason.as_str()).help(help));
+    PossibleValuesParser::new(names).try_map(|name| super::reason(&name))
 }
 
 /// At most half of the transactions: each aborted one is followed by one that is committed.
@@ -166,7 +146,7 @@ struct Report<'a> {
     undelivered: u64,
     transactions: TransactionsReport,
     #[serde(flatten)]
-    sent: TallyReport,
+    sent: Value,
 }
 
 /// Sends payments and reports what was sent.
@@ -179,7 +159,7 @@ pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), CommandErr
     }
     // Fail now rather than after an hour of sending if the report cannot be written.
     let mut report_file = args.report.as_deref().map(create).transpose()?;
-    let stop = StopSignal::listen(small_runtime()?)?;
+    let stop = stop_signal()?;
 
     let mut transactions = Transactions::new(&sender, args.transaction_size, args.aborted_share);
 
@@ -192,25 +172,25 @@ pub fn produce(settings: &Settings, args: &ProduceArgs) -> Result<(), CommandErr
         topic: &settings.kafka.input_topic,
         seed,
         seconds,
-        records_per_second: tally.records() as f64 / seconds.max(1e-9),
-        interrupted: stop.is_set(),
+        records_per_second: tally.records as f64 / seconds.max(1e-9),
+        interrupted: stop.load(Ordering::Relaxed),
         undelivered: transactions.undelivered(),
-        transactions: transactions.report(),
+        transactions: transactions.report,
         sent: tally.report(&settings.email.statuses),
     };
     if let (Some(file), Some(path)) = (&mut report_file, &args.report) {
-        write_report(file, path, &report)?;
+        let text = serde_json::to_string_pretty(&report).or_failed()?;
+        writeln!(file, "{text}").or_failed_to(format_args!("cannot write {}", path.display()))?;
     }
-    output::print(&summary(&report, &tally))?;
+    print(summary(&report, &tally))?;
     sent_all?;
     finished
 }
 
 /// Asks for confirmation if the group has members, because they would write the generated payments.
 fn confirm(kafka: &KafkaSettings) -> Result<(), CommandError> {
-    let members = visible_members(kafka).map_err(|error| {
-        CommandError::failed(format!("asking for the members of {}: {error}", kafka.group_id))
-    })?;
+    let members =
+        visible_members(kafka).or_failed_to(format_args!("asking for the members of {}", kafka.group_id))?;
     if members == 0 {
         return Ok(());
     }
@@ -222,10 +202,9 @@ fn confirm(kafka: &KafkaSettings) -> Result<(), CommandError> {
     if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
         return Err(CommandError::usage(format!("{what}. To send anyway, add --yes")));
     }
-    output::to_stderr(&format!("{what}. Send them? [y/N]"))
-        .map_err(|error| CommandError::failed(error.to_string()))?;
+    warn(format_args!("{what}. Send them? [y/N]"));
     let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer).map_err(|error| CommandError::failed(error.to_string()))?;
+    std::io::stdin().read_line(&mut answer).or_failed()?;
     match answer.trim() {
         "y" | "Y" | "yes" => Ok(()),
         _ => Err(CommandError::failed("nothing was sent")),
@@ -249,8 +228,10 @@ fn generator_config(
             "--value-bytes must be at least {SPELLING_BYTES} less than payment.max_bytes, which is {value_bytes_max}"
         )));
     }
+    let by_default = BAD_REASONS.map(|(reason, _)| reason).into_iter();
     let bad_reasons = match args.bad_reasons.as_slice() {
-        [] => BadReason::DEFAULT.to_vec(),
+        // A broker may delete a segment whose timestamps are all that old before it is read.
+        [] => by_default.filter(|reason| *reason != Reason::InvalidTimestamp).collect(),
         chosen => chosen.to_vec(),
     };
     Ok(GeneratorConfig {
@@ -273,21 +254,28 @@ fn send_all(
     args: &ProduceArgs,
     mut generator: Generator,
     transactions: &mut Transactions<'_>,
-    stop: &StopSignal,
+    stop: &AtomicBool,
 ) -> (Tally, Result<(), CommandError>) {
     let pace = Pace::new(args.count, args.rate, args.duration);
-    let progress = progress_bar(pace.total());
-    let (mut tally, mut record) = (Tally::default(), Record::empty());
+    let progress = progress_bar(
+        pace.total,
+        match pace.total {
+            Some(_) => "sending {wide_bar} {human_pos}/{human_len}  {per_sec}  {eta} left",
+            None => "sending {spinner} {human_pos}  {per_sec}  {elapsed}",
+        },
+    );
+    let mut tally = Tally::default();
     let started = Instant::now();
     let result = loop {
-        let goal = pace.due(started.elapsed()).min(tally.records() + RECORDS_PER_LOOK);
-        let burst = send_until(goal, &mut generator, &mut record, &mut tally, transactions, stop)
+        let goal = pace.due(started.elapsed()).min(tally.records + RECORDS_PER_LOOK);
+        let burst = send_until(goal, &mut generator, &mut tally, transactions, stop)
             .and_then(|()| transactions.commit_if_old());
-        progress.set_position(tally.records());
-        if burst.is_err() || stop.is_set() || pace.total().is_some_and(|total| tally.records() >= total) {
+        progress.set_position(tally.records);
+        let is_done = pace.total.is_some_and(|total| tally.records >= total);
+        if burst.is_err() || stop.load(Ordering::Relaxed) || is_done {
             break burst;
         }
-        if let Some(pause) = pace.pause(tally.records(), started.elapsed()) {
+        if let Some(pause) = pace.pause(tally.records, started.elapsed()) {
             std::thread::sleep(pause);
         }
     };
@@ -300,46 +288,18 @@ fn send_all(
 fn send_until(
     goal: u64,
     generator: &mut Generator,
-    record: &mut Record,
     tally: &mut Tally,
     transactions: &mut Transactions<'_>,
-    stop: &StopSignal,
+    stop: &AtomicBool,
 ) -> Result<(), CommandError> {
-    while tally.records() < goal {
-        generator.next_into(now_ms(), record);
-        match transactions.send(record, stop)? {
-            Sending::Taken => tally.add(record),
-            Sending::Interrupted => break,
+    while tally.records < goal {
+        let record = generator.next(jiff::Timestamp::now().as_millisecond());
+        if !transactions.send(&record, stop)? {
+            break;
         }
+        tally.add(&record);
     }
     Ok(())
-}
-
-fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
-}
-
-fn progress_bar(total: Option<u64>) -> ProgressBar {
-    let target = if std::io::stderr().is_terminal() {
-        ProgressDrawTarget::stderr()
-    } else {
-        ProgressDrawTarget::hidden()
-    };
-    let (bar, template) = match total {
-        Some(total) => (
-            ProgressBar::with_draw_target(Some(total), target),
-            "sending {wide_bar} {human_pos}/{human_len}  {per_sec}  {eta} left",
-        ),
-        None => (
-            ProgressBar::with_draw_target(None, target),
-            "sending {spinner} {human_pos}  {per_sec}  {elapsed}",
-        ),
-    };
-    match ProgressStyle::with_template(template) {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
 }
 
 fn create(path: &Path) -> Result<File, CommandError> {
@@ -347,42 +307,31 @@ fn create(path: &Path) -> Result<File, CommandError> {
         .map_err(|error| CommandError::usage(format!("cannot write {}: {error}", path.display())))
 }
 
-fn write_report(file: &mut File, path: &Path, report: &Report<'_>) -> Result<(), CommandError> {
-    let failed = |error: &dyn std::fmt::Display| {
-        CommandError::failed(format!("cannot write {}: {error}", path.display()))
-    };
-    let text = serde_json::to_string_pretty(report).map_err(|error| failed(&error))?;
-    writeln!(file, "{text}").map_err(|error| failed(&error))
-}
-
 fn summary(report: &Report<'_>, tally: &Tally) -> String {
-    let count = |what: &str, count: u64| [format!("  {what}"), count.to_string()];
-    let mut rows = vec![
-        count("payments", tally.payments()),
-        count("duplicates", tally.duplicates()),
-        count("conflicts", tally.conflicts()),
-        count("bad", tally.bad_total()),
-    ];
-    for (reason, records) in tally.bad() {
-        rows.push(count(&format!("  {}", reason.reason()), *records));
-    }
     let transactions = &report.transactions;
+    let mut rows = vec![
+        ("payments".to_owned(), tally.payments),
+        ("duplicates".to_owned(), tally.duplicates),
+        ("conflicts".to_owned(), tally.conflicts),
+        ("bad".to_owned(), tally.bad_total()),
+    ];
+    rows.extend(tally.bad.iter().map(|(reason, records)| (format!("  {reason}"), *records)));
     if transactions.committed + transactions.aborted > 0 {
-        rows.push(count("transactions committed", transactions.committed));
-        rows.push(count("transactions aborted", transactions.aborted));
-        rows.push(count("  records in them", transactions.aborted_records));
+        rows.push(("transactions committed".to_owned(), transactions.committed));
+        rows.push(("transactions aborted".to_owned(), transactions.aborted));
+        rows.push(("  records in them".to_owned(), transactions.aborted_records));
     }
     if report.undelivered > 0 {
-        rows.push(count("not delivered", report.undelivered));
+        rows.push(("not delivered".to_owned(), report.undelivered));
     }
     let how = if report.interrupted { ", interrupted" } else { "" };
     format!(
         "sent {} records to {} in {:.2} s ({:.0}/s, seed {}{how})\n{}",
-        tally.records(),
+        tally.records,
         report.topic,
         report.seconds,
         report.records_per_second,
         report.seed,
-        output::table(&rows)
+        aligned(rows.into_iter().map(|(what, count)| [format!("  {what}"), count.to_string()]))
     )
 }

@@ -33,16 +33,11 @@ fn describe(report: &PassReport) -> String {
     if report.is_busy {
         return "another pass is under way; nothing was done".to_owned();
     }
-    let mut rows = vec![["generation", "rows", "size", "what becomes of it"].map(str::to_owned)];
-    for (generation, verdict) in &report.generations {
-        rows.push([
-            generation.number.to_string(),
-            generation.rows.to_string(),
-            size(generation.bytes),
-            verdict.to_string(),
-        ]);
-    }
-    let mut text = vec![table(&rows)];
+    let rows = report.generations.iter().map(|(generation, verdict)| {
+        let (number, rows) = (generation.number.to_string(), generation.rows.to_string());
+        [number, rows, size(generation.bytes), verdict.to_string()]
+    });
+    let mut text = vec![table(["generation", "rows", "size", "what becomes of it"], rows)];
     if let Some((at, slowest)) = report.horizon {
         let time = time(at);
         text.push(match slowest {
@@ -88,13 +83,13 @@ fn describe(report: &PassReport) -> String {
 }
 
 /// Runs one pass and prints its result.
-pub fn prune(settings: &Settings, args: &PruneArgs) -> Result<(), CommandError> {
-    let report = super::small_runtime()?.block_on(pass(settings, args.dry_run)).map_err(|error| {
+pub async fn prune(settings: &Settings, args: &PruneArgs) -> Result<(), CommandError> {
+    let report = pass(settings, args.dry_run).await.map_err(|error| {
         let kind = match &error {
             PassError::Log(failure) => failure.kind,
             PassError::Database(_) | PassError::Connect(_) => ErrorKind::Failed,
         };
         CommandError { kind, message: error.to_string() }
     })?;
-    print(&describe(&report))
+    print(describe(&report))
 }

@@ -1,6 +1,7 @@
 //! `rebuild`: writes the rows of the whole log to a second database and compares it.
 
 use clap::Args;
+use tokio::runtime::Handle;
 
 use super::output::print;
 use super::reconcile::{describe_findings, json, limit, with_progress};
@@ -49,18 +50,14 @@ pub struct RebuildArgs {
 }
 
 /// Rebuilds, compares and prints the result.
-pub fn rebuild(settings: &Settings, args: &RebuildArgs) -> Result<(), CommandError> {
-    let into = match (&args.into, std::env::var(INTO_VARIABLE)) {
-        (Some(into), _) => into.clone(),
-        (None, Ok(into)) => into,
-        (None, Err(_)) => {
-            return Err(CommandError::usage(format!("--into URL, or {INTO_VARIABLE}, must be given")));
-        }
-    };
+pub fn rebuild(settings: &Settings, args: &RebuildArgs, runtime: &Handle) -> Result<(), CommandError> {
+    let into = args.into.clone().or_else(|| std::env::var(INTO_VARIABLE).ok());
+    let into =
+        into.ok_or_else(|| CommandError::usage(format!("--into URL, or {INTO_VARIABLE}, must be given")))?;
     let into = Endpoint::parse(&into).map_err(|error| CommandError::usage(format!("--into: {error}")))?;
     let wanted = Wanted { into, is_compare_only: args.compare_only, limit: args.limit };
-    let comparison = with_progress(|runtime, progress| run(settings, runtime, &wanted, progress))?;
-    print(&if args.json { json(&comparison)? } else { describe(&comparison) })?;
+    let comparison = with_progress(|progress| run(settings, runtime, &wanted, progress))?;
+    print(if args.json { json(&comparison)? } else { describe(&comparison) })?;
     if comparison.is_equal {
         return Ok(());
     }

@@ -1,14 +1,12 @@
 //! `reconcile`: checks that every record has exactly one outcome.
 
-use std::io::IsTerminal;
-
 use bytesize::ByteSize;
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Serialize;
 use tokio::runtime::Handle;
 
-use super::output::{print, table};
+use super::output::{print, progress_bar, table};
 use crate::config::Settings;
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::error::CommandError;
@@ -91,7 +89,7 @@ pub(super) fn limit(text: &str) -> Result<usize, String> {
 }
 
 /// Compares and prints the result.
-pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), CommandError> {
+pub fn reconcile(settings: &Settings, args: &ReconcileArgs, runtime: &Handle) -> Result<(), CommandError> {
     if (args.from_offset.is_some() || args.to_offset.is_some()) && args.partition.len() != 1 {
         return Err(CommandError::usage("--from-offset and --to-offset need exactly one --partition"));
     }
@@ -105,8 +103,8 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Comman
         limit: args.limit,
         looks_for_orphans: args.orphans,
     };
-    let report = with_progress(|runtime, progress| compare(settings, runtime, &wanted, progress))?;
-    print(&if args.json { json(&report)? } else { describe(&report) })?;
+    let report = with_progress(|progress| compare(settings, runtime, &wanted, progress))?;
+    print(if args.json { json(&report)? } else { describe(&report) })?;
     if report.is_fine {
         return Ok(());
     }
@@ -115,20 +113,11 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs) -> Result<(), Comman
     Err(CommandError::failed(format!("findings: {count}, in {} records", report.records)))
 }
 
-/// Runs a comparison with a progress bar on a terminal, and nothing elsewhere.
-pub(super) fn with_progress<T>(
-    run: impl FnOnce(&Handle, &ProgressBar) -> Result<T, CommandError>,
-) -> Result<T, CommandError> {
-    let runtime = super::large_runtime()?;
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
-    let template = "{spinner} {msg:14} {wide_bar} {human_pos}/{human_len} {per_sec}";
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    let outcome = run(runtime.handle(), &bar);
+/// Shows the progress of a comparison while it runs.
+pub(super) fn with_progress<T>(compare: impl FnOnce(&ProgressBar) -> T) -> T {
+    let bar = progress_bar(Some(0), "{spinner} {msg:14} {wide_bar} {human_pos}/{human_len} {per_sec}");
+    let outcome = compare(&bar);
     bar.finish_and_clear();
-    // Not waited for: a request to an unavailable broker may still block its thread.
-    runtime.shutdown_background();
     outcome
 }
 
@@ -174,17 +163,13 @@ fn describe(report: &Report) -> String {
             report.partitions_halted
         ));
     }
-    let mut rows = vec![["outcome", "records"].map(str::to_owned)];
-    rows.extend(report.outcomes.iter().map(|(outcome, count)| [outcome.to_string(), count.to_string()]));
-    text.extend([String::new(), table(&rows)]);
-    let mut rows = vec![
-        ["currency", "payments", "sum by the log", "by the rows", "by the read events"].map(str::to_owned),
-    ];
-    rows.extend(report.currencies.iter().map(|(code, Currency { log, rows, read_events })| {
+    let outcomes = report.outcomes.iter().map(|(outcome, count)| [outcome.to_string(), count.to_string()]);
+    let sums = report.currencies.iter().map(|(code, Currency { log, rows, read_events })| {
         let events = read_events.map_or_else(|| "-".to_owned(), Sum::text);
         [code.clone(), log.count.to_string(), log.text(), rows.text(), events]
-    }));
-    text.extend([String::new(), table(&rows), String::new()]);
+    });
+    let header = ["currency", "payments", "sum by the log", "by the rows", "by the read events"];
+    text.push(format!("\n{}\n\n{}\n", table(["outcome", "records"], outcomes), table(header, sums)));
     let mut counts = Vec::new();
     if let Some(outputs) = &report.outputs {
         text.push(format!(

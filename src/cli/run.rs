@@ -5,15 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::output::{progress_bar, warn};
 use crate::admin;
 use crate::config::Settings;
 use crate::daemon::{self, RunOptions};
-use crate::error::CommandError;
+use crate::domain::batch::OutcomeCounts;
+use crate::error::{CommandError, OrFailed};
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::status::{PartitionStatus, StatusRegistry};
 use crate::telemetry::trace::BatchTracer;
@@ -45,27 +46,18 @@ pub struct RunArgs {
 }
 
 /// Runs until a signal, until caught up, or until a person must decide.
-pub fn run(settings: Settings, args: &RunArgs, log: LogHandle) -> Result<(), CommandError> {
-    let runtime = super::large_runtime()?;
-    let outcome = runtime.block_on(serve(&settings, args, Arc::new(log)));
-    // Not waited for: a request to an unavailable broker may still block its thread.
-    runtime.shutdown_background();
-    outcome
-}
-
-async fn serve(settings: &Settings, args: &RunArgs, log: Arc<LogHandle>) -> Result<(), CommandError> {
+pub async fn run(settings: &Settings, args: &RunArgs, log: LogHandle) -> Result<(), CommandError> {
     let options = RunOptions { until_caught_up: args.until_caught_up, adopt_database: args.adopt_database };
     let version = super::version();
     let metrics = admin::install_metrics(version, &settings.kafka.group_id)
-        .map_err(|error| CommandError::failed(format!("cannot set up the metrics: {error}")))?;
+        .or_failed_to("cannot set up the metrics")?;
     let tracer = BatchTracer::from_settings(settings, version)
         .map_err(|error| CommandError::usage(error.to_string()))?;
     let status = Arc::new(StatusRegistry::default());
-    let address = admin::serve(settings.admin.listen, Arc::clone(&status), metrics, log, version)
+    let listen = settings.admin.listen;
+    let address = admin::serve(listen, Arc::clone(&status), metrics, Arc::new(log), version)
         .await
-        .map_err(|error| {
-            CommandError::failed(format!("admin.listen: cannot listen on {}: {error}", settings.admin.listen))
-        })?;
+        .or_failed_to(format_args!("admin.listen: cannot listen on {listen}"))?;
     tracing::info!(%address, "the admin server listens");
 
     let (stop, stopped) = watch::channel(false);
@@ -89,43 +81,39 @@ async fn serve(settings: &Settings, args: &RunArgs, log: Arc<LogHandle>) -> Resu
     }
     if let Some(progress) = progress {
         progress.abort();
-        let line = summary(&status, began.elapsed());
-        // Nothing can be reported if stderr is gone.
-        let _ = super::output::to_stderr(&line);
+        warn(summary(&status.totals(), began.elapsed()));
     }
     Ok(outcome?)
 }
 
-fn summary(status: &StatusRegistry, took: Duration) -> String {
-    let totals = status.totals();
-    let settled = totals.written + totals.duplicates + totals.dead_letters + totals.redelivered;
+fn records(totals: &OutcomeCounts) -> u64 {
+    totals.written + totals.duplicates + totals.dead_letters + totals.redelivered
+}
+
+fn summary(totals: &OutcomeCounts, took: Duration) -> String {
+    let (records, seconds) = (records(totals), took.as_secs_f64());
     format!(
-        "written {}, duplicates {}, dead letters {}, redelivered {}; {} records in {:.1} s, {:.0}/s",
+        "written {}, duplicates {}, dead letters {}, redelivered {}; {records} records in {seconds:.1} s, {:.0}/s",
         totals.written,
         totals.duplicates,
         totals.dead_letters,
         totals.redelivered,
-        settled,
-        took.as_secs_f64(),
-        settled as f64 / took.as_secs_f64().max(0.001),
+        records as f64 / seconds.max(0.001),
     )
 }
 
 /// Shows one line: rewritten on a terminal, repeated every few seconds elsewhere.
 async fn show_progress(status: Arc<StatusRegistry>) {
-    let bar = ProgressBar::new_spinner();
-    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
-        bar.set_style(style);
-    }
+    let bar = progress_bar(None, "{spinner} {msg}");
     let is_terminal = std::io::stderr().is_terminal();
     let pause = if is_terminal { Duration::from_millis(200) } else { Duration::from_secs(1) };
     let (mut last, mut last_at) = (0, Instant::now());
     loop {
         tokio::time::sleep(pause).await;
         let totals = status.totals();
-        let settled = totals.written + totals.duplicates + totals.dead_letters + totals.redelivered;
-        let rate = settled.saturating_sub(last) as f64 / last_at.elapsed().as_secs_f64();
-        (last, last_at) = (settled, Instant::now());
+        let records = records(&totals);
+        let rate = records.saturating_sub(last) as f64 / last_at.elapsed().as_secs_f64();
+        (last, last_at) = (records, Instant::now());
         let lag: i64 = status.partitions().values().filter_map(PartitionStatus::lag).sum();
         let line = format!(
             "written {}  duplicates {}  dead letters {}  lag {lag}  {rate:.0}/s",
@@ -135,7 +123,7 @@ async fn show_progress(status: Arc<StatusRegistry>) {
             bar.set_message(line);
             bar.tick();
         } else {
-            let _ = super::output::to_stderr(&line);
+            warn(line);
         }
     }
 }

@@ -4,11 +4,11 @@ use clap::Args;
 use serde_json::json;
 use tokio_postgres::{Client, Row};
 
-use super::output::print;
+use super::output::{aligned, print};
 use crate::config::Settings;
 use crate::domain::payment::{MessageId, payment_id};
 use crate::domain::record::TimestampMs;
-use crate::error::CommandError;
+use crate::error::{CommandError, OrFailed};
 use crate::postgres::connection::describe;
 use crate::resolution;
 
@@ -55,10 +55,6 @@ struct Found {
     claimed_on: Option<String>,
 }
 
-fn failed(error: &tokio_postgres::Error) -> CommandError {
-    CommandError::failed(format!("looking for the id: {}", describe(error)))
-}
-
 fn found(row: &Row) -> Found {
     Found {
         partition: row.get(0),
@@ -68,28 +64,18 @@ fn found(row: &Row) -> Found {
     }
 }
 
-async fn look_up(client: &Client, id: MessageId) -> Result<Option<Found>, CommandError> {
-    let row = client
-        .query_opt(
-            "SELECT source_partition, source_offset, floor(extract(epoch FROM created_at) * 1000)::bigint, date::text
-             FROM payment_writer.idempotency WHERE message_id = $1",
-            &[&id.to_uuid()],
-        )
-        .await
-        .map_err(|e| failed(&e))?;
-    Ok(row.as_ref().map(found))
-}
+/// Record by the claim of its id, with the date of the claim.
+const BY_CLAIM: &str = "\
+    SELECT source_partition, source_offset, floor(extract(epoch FROM created_at) * 1000)::bigint, date::text
+    FROM payment_writer.idempotency WHERE message_id = $1";
+/// The same by a scan of the payment tables.
+const BY_ROW: &str = "\
+    SELECT source_partition, source_offset, floor(extract(epoch FROM created_at) * 1000)::bigint, NULL::text
+    FROM payment_writer.payment_metadata WHERE message_id = $1 ORDER BY created_at LIMIT 1";
 
-async fn search(client: &Client, id: MessageId) -> Result<Option<Found>, CommandError> {
-    let rows = client
-        .query(
-            "SELECT source_partition, source_offset, floor(extract(epoch FROM created_at) * 1000)::bigint, NULL::text
-             FROM payment_writer.payment_metadata WHERE message_id = $1 ORDER BY created_at LIMIT 1",
-            &[&id.to_uuid()],
-        )
-        .await
-        .map_err(|e| failed(&e))?;
-    Ok(rows.first().map(found))
+async fn look_up(client: &Client, query: &str, id: MessageId) -> Result<Option<Found>, CommandError> {
+    let row = client.query_opt(query, &[&id.to_uuid()]).await;
+    Ok(row.map_err(|e| describe(&e)).or_failed_to("looking for the id")?.as_ref().map(found))
 }
 
 /// Whether the group's offset has passed the record; `None` if the broker does not answer.
@@ -102,40 +88,54 @@ async fn is_published(settings: &Settings, found: &Found) -> Option<bool> {
 }
 
 /// Prints what is known of an id.
-pub fn status(settings: &Settings, args: &StatusArgs) -> Result<(), CommandError> {
-    let parsed = MessageId::parse(&args.message_id).map_err(|_| {
-        CommandError::usage(
-            "MESSAGE_ID must be a hyphenated UUID or a ULID, and not all zero bits".to_owned(),
-        )
-    })?;
-    super::small_runtime()?.block_on(async {
-        let endpoint = &settings.postgres.url;
-        let (client, _driver) = endpoint.connect().await.map_err(|e| CommandError::failed(e.to_string()))?;
-        crate::postgres::schema::check(&client).await.map_err(|e| CommandError::failed(e.to_string()))?;
-        let mut answer = look_up(&client, parsed.id).await?;
-        if answer.is_none() && args.search {
-            answer = search(&client, parsed.id).await?;
-        }
-        let published = match &answer {
-            Some(answer) if settings.kafka.publish => is_published(settings, answer).await,
-            _ => None,
-        };
-        tell(settings, args, parsed.id, answer.as_ref(), published)
-    })
+pub async fn status(settings: &Settings, args: &StatusArgs) -> Result<(), CommandError> {
+    let id = MessageId::parse(&args.message_id)
+        .map_err(|_| {
+            CommandError::usage("MESSAGE_ID must be a hyphenated UUID or a ULID, and not all zero bits")
+        })?
+        .id;
+    let (client, _) = settings.postgres.url.connect().await.or_failed()?;
+    crate::postgres::schema::check(&client).await.or_failed()?;
+    let mut answer = look_up(&client, BY_CLAIM, id).await?;
+    if answer.is_none() && args.search {
+        answer = look_up(&client, BY_ROW, id).await?;
+    }
+    let published = match &answer {
+        Some(answer) if settings.kafka.publish => is_published(settings, answer).await,
+        _ => None,
+    };
+    print(describe_answer(settings, args, id, answer.as_ref(), published))
 }
 
-fn tell(
+fn describe_answer(
     settings: &Settings,
     args: &StatusArgs,
     id: MessageId,
     found: Option<&Found>,
     published: Option<bool>,
-) -> Result<(), CommandError> {
+) -> String {
     let asked = args.partition.zip(args.offset);
     let state = match (found, asked) {
         (None, _) => "unknown",
         (Some(found), Some(record)) if record != (found.partition, found.offset) => "duplicate or conflict",
         (Some(_), _) => "written",
+    };
+    if args.json {
+        return json!({
+            "message_id": id.to_uuid().to_string(),
+            "state": state,
+            "partition": found.map(|f| f.partition),
+            "offset": found.map(|f| f.offset),
+            "record_timestamp": found.map(|f| f.timestamp.to_string()),
+            "claimed_on": found.and_then(|f| f.claimed_on.clone()),
+            "payment_id": found.map(|f| payment_id(id, f.timestamp).to_string()),
+            "is_published": published,
+        })
+        .to_string();
+    }
+    let Some(found) = found else {
+        let hint = if args.search { "" } else { " (--search also reads the payment tables)" };
+        return format!("{state}: never written, dead-lettered, or older than the idempotency table{hint}");
     };
     let events = match published {
         _ if !settings.kafka.publish => "not published by this group",
@@ -143,36 +143,13 @@ fn tell(
         Some(false) => "not published yet",
         None => "unknown: the broker did not answer",
     };
-    let time = |at: TimestampMs| {
-        jiff::Timestamp::from_millisecond(at.0).map_or_else(|_| at.0.to_string(), |t| format!("{t:.3}"))
-    };
-    if args.json {
-        return print(
-            &json!({
-                "message_id": id.to_uuid().to_string(),
-                "state": state,
-                "partition": found.map(|f| f.partition),
-                "offset": found.map(|f| f.offset),
-                "record_timestamp": found.map(|f| time(f.timestamp)),
-                "claimed_on": found.and_then(|f| f.claimed_on.clone()),
-                "payment_id": found.map(|f| payment_id(id, f.timestamp).to_string()),
-                "is_published": published,
-            })
-            .to_string(),
-        );
-    }
-    let Some(found) = found else {
-        let hint = if args.search { "" } else { " (--search also reads the payment tables)" };
-        return print(&format!(
-            "{state}: never written, dead-lettered, or older than the idempotency table{hint}"
-        ));
-    };
-    print(&format!("{state}: {} of {}", args.message_id, settings.kafka.input_topic))?;
-    print(&format!("  record      partition {}, offset {}", found.partition, found.offset))?;
-    print(&format!("  timestamp   {}", time(found.timestamp)))?;
-    if let Some(date) = &found.claimed_on {
-        print(&format!("  claimed on  {date}"))?;
-    }
-    print(&format!("  payment id  {}", payment_id(id, found.timestamp)))?;
-    print(&format!("  events      {events}"))
+    let row = |name: &str, value: String| [format!("  {name}"), value];
+    let mut rows = vec![
+        row("record", format!("partition {}, offset {}", found.partition, found.offset)),
+        row("timestamp", found.timestamp.to_string()),
+    ];
+    rows.extend(found.claimed_on.clone().map(|date| row("claimed on", date)));
+    rows.push(row("payment id", payment_id(id, found.timestamp).to_string()));
+    rows.push(row("events", events.to_owned()));
+    format!("{state}: {} of {}\n{}", args.message_id, settings.kafka.input_topic, aligned(rows))
 }

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::output;
 use crate::config::Settings;
-use crate::error::CommandError;
+use crate::error::{CommandError, OrFailed};
 use crate::top::{self, Page, Source};
 
 const AFTER_HELP: &str = "\
@@ -71,13 +71,12 @@ pub fn top(settings: &Settings, args: &TopArgs) -> Result<(), CommandError> {
         let second: Vec<_> = sources.iter().map(Source::fetch).collect();
         let looks = sources.iter().zip(&first).zip(&second);
         let page = Page::of(looks.map(|((source, a), b)| (source.url.as_str(), a.as_ref().ok(), b)));
-        return output::print(&top::plain(&page));
+        return output::print(top::plain(&page));
     }
     if !std::io::stdout().is_terminal() {
         return Err(CommandError::usage("stdout is not a terminal; use --once to print a page"));
     }
-    top::run(sources, first, args.interval)
-        .map_err(|error| CommandError::failed(format!("cannot use the terminal: {error}")))
+    top::run(sources, first, args.interval).or_failed_to("cannot use the terminal")
 }
 
 #[cfg(test)]

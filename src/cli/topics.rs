@@ -5,12 +5,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
-use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaErrorCode;
 
-use super::{output, small_runtime};
+use super::output::{print, warn};
 use crate::config::Settings;
-use crate::error::CommandError;
+use crate::error::{CommandError, OrFailed};
 use crate::kafka::callbacks::QuietLog;
 use crate::kafka::client::{REQUEST_TIMEOUT, base_client_config, make_client, partition_counts};
 
@@ -57,11 +56,7 @@ struct Wanted<'a> {
 }
 
 /// Creates absent topics and waits until all four are visible to every client.
-pub fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), CommandError> {
-    small_runtime()?.block_on(create_absent(settings, args))
-}
-
-async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), CommandError> {
+pub async fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), CommandError> {
     let kafka = &settings.kafka;
     let output = |name| Wanted { name, partitions: args.output_partitions, dead_letters: false };
     let wanted = [
@@ -71,11 +66,9 @@ async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(
         Wanted { dead_letters: true, ..output(&kafka.dead_letter_topic) },
     ];
     let admin: AdminClient<QuietLog> = make_client(&base_client_config(kafka), QuietLog::default())
-        .map_err(|error| CommandError::failed(format!("cannot make a Kafka client: {error}")))?;
-    let away = |error: KafkaError| {
-        CommandError::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
-    };
-    let present = partition_counts(admin.inner()).map_err(away)?;
+        .or_failed_to("cannot make a Kafka client")?;
+    let present = partition_counts(admin.inner())
+        .or_failed_to(format_args!("no answer from Kafka at {}", kafka.bootstrap_servers))?;
     let new_topics: Vec<NewTopic<'_>> = wanted
         .iter()
         .filter(|topic| !present.contains_key(topic.name))
@@ -86,9 +79,12 @@ async fn create_absent(settings: &Settings, args: &CreateTopicsArgs) -> Result<(
     for topic in &wanted {
         let partitions = present.get(topic.name).copied().unwrap_or_default();
         let what = if created.iter().any(|name| name == topic.name) { "created" } else { "already there" };
-        output::print(&format!("{}: {what}, {partitions} partitions", topic.name))?;
+        print(format_args!("{}: {what}, {partitions} partitions", topic.name))?;
         if partitions != topic.partitions {
-            warn(&format!("{} has {partitions} partitions, not {}", topic.name, topic.partitions));
+            warn(format_args!(
+                "warning: {} has {partitions} partitions, not {}",
+                topic.name, topic.partitions
+            ));
         }
         if topic.dead_letters && what != "created" {
             warn_of_retention(&admin, topic.name).await;
@@ -117,10 +113,7 @@ async fn create_topics(
     }
     let options =
         AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT)).operation_timeout(Some(REQUEST_TIMEOUT));
-    let results = admin
-        .create_topics(new_topics, &options)
-        .await
-        .map_err(|error| CommandError::failed(format!("cannot create topics: {error}")))?;
+    let results = admin.create_topics(new_topics, &options).await.or_failed_to("cannot create topics")?;
     let (mut created, mut refused) = (Vec::new(), Vec::new());
     for result in results {
         match result {
@@ -167,8 +160,8 @@ async fn wait_until_visible(
 async fn warn_of_retention(admin: &AdminClient<QuietLog>, topic: &str) {
     let options = AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT));
     let Ok(answers) = admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await else {
-        return warn(&format!(
-            "cannot read the configuration of {topic}; it should never delete dead letters"
+        return warn(format_args!(
+            "warning: cannot read the configuration of {topic}; it should never delete dead letters"
         ));
     };
     for resource in answers.iter().flatten() {
@@ -176,13 +169,8 @@ async fn warn_of_retention(admin: &AdminClient<QuietLog>, topic: &str) {
             let value = resource.get(name).and_then(|entry| entry.value.as_deref());
             if value != Some(expected) {
                 let value = value.unwrap_or("unknown");
-                warn(&format!("{topic} has {name}={value}; {expected} is advised"));
+                warn(format_args!("warning: {topic} has {name}={value}; {expected} is advised"));
             }
         }
     }
-}
-
-fn warn(text: &str) {
-    // A warning that cannot be printed is ignored.
-    let _ = output::to_stderr(&format!("warning: {text}"));
 }

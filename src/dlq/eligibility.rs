@@ -50,98 +50,91 @@ pub enum Objection {
 impl Objection {
     /// Name in the output of commands.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::NotADeadLetter => "not_a_dead_letter",
-            Self::OtherTopic => "other_topic",
-            Self::ValueLeftOut => "value_left_out",
-            Self::KeyLeftOut => "key_left_out",
-            Self::NoTimestamp => "no_timestamp",
-            Self::AheadOfTime => "ahead_of_time",
-            Self::TooManyReplays => "too_many_replays",
-            Self::IdTaken => "message_id_conflict",
-            Self::BeyondWindow => "beyond_window",
-        }
+        self.texts().0
     }
 
     /// Explanation for the operator, one sentence.
     pub fn why(self) -> &'static str {
+        self.texts().1
+    }
+
+    fn texts(self) -> (&'static str, &'static str) {
         match self {
-            Self::NotADeadLetter => "it lacks the headers of a dead letter: it was not written by the daemon",
-            Self::OtherTopic => "its record is from a topic other than kafka.input_topic",
-            Self::ValueLeftOut => {
-                "its value was over 512 KiB and is not in the dead letter: its producer has to send it again"
+            Self::NotADeadLetter => (
+                "not_a_dead_letter",
+                "it lacks the headers of a dead letter: it was not written by the daemon",
+            ),
+            Self::OtherTopic => ("other_topic", "its record is from a topic other than kafka.input_topic"),
+            Self::ValueLeftOut => (
+                "value_left_out",
+                "its value was over 512 KiB and is not in the dead letter: its producer has to send it again",
+            ),
+            Self::KeyLeftOut => (
+                "key_left_out",
+                "its key was over 64 KiB and is not in the dead letter: no payment has such a key",
+            ),
+            Self::NoTimestamp => ("no_timestamp", "its record has no valid timestamp"),
+            Self::AheadOfTime => (
+                "ahead_of_time",
+                "its record's timestamp is more than an hour in the future, which brokers reject; try later",
+            ),
+            Self::TooManyReplays => {
+                ("too_many_replays", "it was replayed too often; --max-replays raises the limit")
             }
-            Self::KeyLeftOut => {
-                "its key was over 64 KiB and is not in the dead letter: no payment has such a key"
-            }
-            Self::NoTimestamp => "its record has no valid timestamp",
-            Self::AheadOfTime => {
-                "its record's timestamp is more than an hour in the future, which brokers reject; try later"
-            }
-            Self::TooManyReplays => "it was replayed too often; --max-replays raises the limit",
-            Self::IdTaken => {
+            Self::IdTaken => (
+                "message_id_conflict",
                 "another payment has its message id: the replay is dead-lettered again, or written as a \
-                 second payment once the id is forgotten; --force replays it"
-            }
-            Self::BeyondWindow => {
+                 second payment once the id is forgotten; --force replays it",
+            ),
+            Self::BeyondWindow => (
+                "beyond_window",
                 "its record is older than idempotency.window: its message id may have been written and \
-                 forgotten; --force replays it"
-            }
+                 forgotten; --force replays it",
+            ),
         }
     }
 }
 
-/// Decision on a dead letter that has not been replayed yet.
+/// How a dead letter is replayed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Judgement {
-    /// Replay it.
-    Go {
-        /// Original timestamp, which the replay keeps.
-        timestamp: TimestampMs,
-        /// Replayed only because of `--force`: a payment could be written twice.
-        is_at_risk: bool,
-    },
-    /// Do not replay it.
-    Refuse(Objection),
+pub struct Go {
+    /// Original timestamp, which the replay keeps.
+    pub timestamp: TimestampMs,
+    /// Replayed only because of `--force`: a payment could be written twice.
+    pub is_at_risk: bool,
 }
 
 impl Eligibility {
     /// Decides whether to replay this dead letter. A dead letter claims no message id, but another record
     /// with the same id may have been written since. While the id is remembered, the daemon recognizes the
     /// replay as a duplicate or a conflict.
-    pub fn judge(&self, letter: &Letter<'_>) -> Judgement {
-        let refuse = Judgement::Refuse;
-        let Some(label) = &letter.label else { return refuse(Objection::NotADeadLetter) };
-        if label.topic != self.input_topic {
-            return refuse(Objection::OtherTopic);
-        }
-        if label.left_out.is_some() {
-            return refuse(Objection::ValueLeftOut);
-        }
-        if label.key_left_out.is_some() {
-            return refuse(Objection::KeyLeftOut);
-        }
-        // librdkafka sends timestamp 0 as the current time.
-        let Some(timestamp) = label.timestamp.filter(|at| at.0 > 0) else {
-            return refuse(Objection::NoTimestamp);
-        };
+    pub fn judge(&self, letter: &Letter<'_>) -> Result<Go, Objection> {
         let millis = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
-        if timestamp.0 > self.now.0.saturating_add(millis(AHEAD_MAX)) {
-            return refuse(Objection::AheadOfTime);
+        let latest = self.now.0.saturating_add(millis(AHEAD_MAX));
+        let earliest = self.now.0.saturating_sub(millis(self.window));
+        let label = letter.label.as_ref().ok_or(Objection::NotADeadLetter)?;
+        // librdkafka sends timestamp 0 as the current time.
+        let timestamp = label.timestamp.filter(|at| at.0 > 0);
+        let refused = [
+            (label.topic != self.input_topic, Objection::OtherTopic),
+            (label.left_out.is_some(), Objection::ValueLeftOut),
+            (label.key_left_out.is_some(), Objection::KeyLeftOut),
+            (timestamp.is_none(), Objection::NoTimestamp),
+            (timestamp.is_some_and(|at| at.0 > latest), Objection::AheadOfTime),
+            (letter.replays >= self.replays_max, Objection::TooManyReplays),
+        ];
+        if let Some((_, objection)) = refused.into_iter().find(|(applies, _)| *applies) {
+            return Err(objection);
         }
-        if letter.replays >= self.replays_max {
-            return refuse(Objection::TooManyReplays);
-        }
+        let timestamp = timestamp.ok_or(Objection::NoTimestamp)?;
         let risk = if label.reason == Some(Reason::MessageIdConflict) {
             Some(Objection::IdTaken)
-        } else if timestamp.0 < self.now.0.saturating_sub(millis(self.window)) {
-            Some(Objection::BeyondWindow)
         } else {
-            None
+            (timestamp.0 < earliest).then_some(Objection::BeyondWindow)
         };
         match risk {
-            Some(objection) if !self.is_forced => refuse(objection),
-            risk => Judgement::Go { timestamp, is_at_risk: risk.is_some() },
+            Some(objection) if !self.is_forced => Err(objection),
+            risk => Ok(Go { timestamp, is_at_risk: risk.is_some() }),
         }
     }
 }
@@ -166,7 +159,7 @@ mod tests {
         }
     }
 
-    fn judged(terms: &Eligibility, changed: &[(&'static str, String)]) -> Judgement {
+    fn judged(terms: &Eligibility, changed: &[(&'static str, String)]) -> Result<Go, Objection> {
         let mut all = vec![
             ("dlq-reason", "invalid_field".to_owned()),
             ("dlq-detail", "x".to_owned()),
@@ -189,15 +182,15 @@ mod tests {
     #[test]
     fn a_letter_of_this_topic_and_within_the_window_goes_with_its_timestamp() {
         for ms in [NOW - HOUR, NOW - 7 * 24 * HOUR, NOW + HOUR] {
-            let go = Judgement::Go { timestamp: TimestampMs(ms), is_at_risk: false };
-            assert_eq!(judged(&terms(), &at(ms)), go);
+            let go = Go { timestamp: TimestampMs(ms), is_at_risk: false };
+            assert_eq!(judged(&terms(), &at(ms)), Ok(go));
         }
         let replayed = [("dlq-replays", "2".to_owned())];
-        assert!(matches!(judged(&terms(), &replayed), Judgement::Go { .. }));
+        assert!(matches!(judged(&terms(), &replayed), Ok(Go { .. })));
     }
 
     #[test]
-    fn each_objection_is_told() {
+    fn each_objection_has_its_cause() {
         let cases: [(&'static str, String, Objection); 9] = [
             ("dlq-topic", "elsewhere".to_owned(), Objection::OtherTopic),
             ("dlq-value-bytes", "600000".to_owned(), Objection::ValueLeftOut),
@@ -210,21 +203,21 @@ mod tests {
             ("dlq-timestamp", (NOW - 7 * 24 * HOUR - 1).to_string(), Objection::BeyondWindow),
         ];
         for (name, value, objection) in cases {
-            assert_eq!(judged(&terms(), &[(name, value)]), Judgement::Refuse(objection), "{name}");
+            assert_eq!(judged(&terms(), &[(name, value)]), Err(objection), "{name}");
         }
         let foreign = Letter::read("0/0".parse().unwrap(), None, None, None, []);
-        assert_eq!(terms().judge(&foreign), Judgement::Refuse(Objection::NotADeadLetter));
+        assert_eq!(terms().judge(&foreign), Err(Objection::NotADeadLetter));
     }
 
     #[test]
     fn force_takes_the_risks_upon_itself_and_nothing_else() {
         let forced = Eligibility { is_forced: true, ..terms() };
         let old = NOW - 8 * 24 * HOUR;
-        let go = Judgement::Go { timestamp: TimestampMs(old), is_at_risk: true };
-        assert_eq!(judged(&forced, &at(old)), go);
+        let go = Go { timestamp: TimestampMs(old), is_at_risk: true };
+        assert_eq!(judged(&forced, &at(old)), Ok(go));
         let conflict = [("dlq-reason", "message_id_conflict".to_owned())];
-        assert!(matches!(judged(&forced, &conflict), Judgement::Go { is_at_risk: true, .. }));
+        assert!(matches!(judged(&forced, &conflict), Ok(Go { is_at_risk: true, .. })));
         let again = [("dlq-replays", "3".to_owned())];
-        assert_eq!(judged(&forced, &again), Judgement::Refuse(Objection::TooManyReplays));
+        assert_eq!(judged(&forced, &again), Err(Objection::TooManyReplays));
     }
 }

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use super::DlqError;
 use super::letter::{Letter, Place};
 use crate::domain::cursor::LogBounds;
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::domain::wire::Reason;
-use crate::kafka::scan::{ScanError, ScanRange, Scanner};
+use crate::kafka::scan::{ScanRange, Scanner};
 
 /// Maximum number of dead letters that can be named one by one.
 pub const PLACES_MAX: usize = 1_000;
@@ -27,35 +28,36 @@ pub struct Filter {
     pub places: BTreeSet<Place>,
 }
 
-/// Ranges of the dead-letter topic to read, up to its current end.
+/// Ranges of the dead-letter topic to read, up to its current end: groups that are read one after the other;
+/// each partition occurs at most once in a group.
 #[derive(Debug, Default)]
-pub struct Ranges {
-    /// Groups of ranges, read one after the other; each partition occurs at most once in a group.
-    pub waves: Vec<Vec<ScanRange>>,
+pub struct Ranges(pub Vec<Vec<ScanRange>>);
+
+impl Ranges {
     /// Total number of offsets.
-    pub offsets: u64,
+    pub fn offsets(&self) -> u64 {
+        self.0.iter().flatten().map(|range| (range.to.0 - range.from.0).unsigned_abs()).sum()
+    }
 }
 
-fn time(at: TimestampMs) -> String {
-    jiff::Timestamp::from_millisecond(at.0).map_or_else(|_| at.0.to_string(), |t| format!("{t:.3}"))
+fn join(items: impl IntoIterator<Item: ToString>) -> String {
+    items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
 }
 
 // In words, for the audit table.
 impl fmt::Display for Filter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let join = |items: Vec<String>| items.join(", ");
         let mut words = Vec::new();
         if !self.reasons.is_empty() {
-            words.push(format!("reason {}", join(self.reasons.iter().map(ToString::to_string).collect())));
+            words.push(format!("reason {}", join(&self.reasons)));
         }
         if !self.partitions.is_empty() {
-            let partitions = self.partitions.iter().map(ToString::to_string).collect();
-            words.push(format!("partition {}", join(partitions)));
+            words.push(format!("partition {}", join(&self.partitions)));
         }
-        words.extend(self.since.map(|at| format!("since {}", time(at))));
-        words.extend(self.until.map(|at| format!("until {}", time(at))));
+        words.extend(self.since.map(|at| format!("since {at}")));
+        words.extend(self.until.map(|at| format!("until {at}")));
         if !self.places.is_empty() {
-            words.push(format!("at {}", join(self.places.iter().map(ToString::to_string).collect())));
+            words.push(format!("at {}", join(&self.places)));
         }
         if words.is_empty() { f.write_str("all") } else { f.write_str(&words.join("; ")) }
     }
@@ -84,7 +86,7 @@ impl Filter {
     ///
     /// # Errors
     /// If the broker does not answer, or the topic has no record at a named place.
-    pub fn ranges(&self, scanner: &Scanner, partitions: &[Partition]) -> Result<Ranges, RangesError> {
+    pub fn ranges(&self, scanner: &Scanner, partitions: &[Partition]) -> Result<Ranges, DlqError> {
         let bounds = scanner.bounds(partitions)?;
         let bounds: BTreeMap<Partition, LogBounds> = partitions.iter().copied().zip(bounds).collect();
         if !self.places.is_empty() {
@@ -103,16 +105,16 @@ impl Filter {
             })
             .filter(|range| !range.is_empty())
             .collect();
-        Ok(Ranges::of(vec![wave]))
+        Ok(Ranges(vec![wave]))
     }
 
-    fn named(&self, topic: &str, bounds: &BTreeMap<Partition, LogBounds>) -> Result<Ranges, RangesError> {
+    fn named(&self, topic: &str, bounds: &BTreeMap<Partition, LogBounds>) -> Result<Ranges, DlqError> {
         let mut waves: Vec<Vec<ScanRange>> = Vec::new();
         let mut depths: BTreeMap<Partition, usize> = BTreeMap::new();
         for place in &self.places {
             let (from, to) = (NextOffset(place.offset.0), place.offset.next());
             if !bounds.get(&place.partition).is_some_and(|b| b.start <= from && to <= b.end) {
-                return Err(RangesError::Absent { topic: topic.to_owned(), place: *place });
+                return Err(DlqError::Absent { topic: topic.to_owned(), place: *place });
             }
             let depth = depths.entry(place.partition).or_default();
             let range = ScanRange { partition: place.partition, from, to };
@@ -122,30 +124,7 @@ impl Filter {
             }
             *depth += 1;
         }
-        Ok(Ranges::of(waves))
-    }
-}
-
-/// Why the ranges cannot be determined.
-#[derive(Debug, thiserror::Error)]
-pub enum RangesError {
-    /// The broker did not answer.
-    #[error(transparent)]
-    Scan(#[from] ScanError),
-    /// The topic has no record at a named place.
-    #[error("{topic} holds no record at {place}")]
-    Absent {
-        /// The dead-letter topic.
-        topic: String,
-        /// The named place.
-        place: Place,
-    },
-}
-
-impl Ranges {
-    fn of(waves: Vec<Vec<ScanRange>>) -> Self {
-        let offsets = waves.iter().flatten().map(|r| (r.to.0 - r.from.0).unsigned_abs()).sum();
-        Self { waves, offsets }
+        Ok(Ranges(waves))
     }
 }
 
@@ -195,8 +174,8 @@ mod tests {
                 false,
             ),
         ];
-        for (choice, expected) in cases {
-            assert_eq!(choice.has(&letter), expected, "{choice}");
+        for (filter, expected) in cases {
+            assert_eq!(filter.has(&letter), expected, "{filter}");
         }
     }
 
@@ -212,25 +191,25 @@ mod tests {
     fn named_letters_are_read_one_by_one_and_must_be_there() {
         let bounds = [0, 1].map(|p| (Partition(p), LogBounds { start: NextOffset(5), end: NextOffset(50) }));
         let bounds = BTreeMap::from(bounds);
-        let choice = Filter { places: [place(0, 5), place(0, 49), place(1, 7)].into(), ..Filter::default() };
-        let ranges = choice.named("dlq", &bounds).unwrap();
-        assert_eq!((ranges.waves.len(), ranges.offsets), (2, 3));
+        let filter = Filter { places: [place(0, 5), place(0, 49), place(1, 7)].into(), ..Filter::default() };
+        let ranges = filter.named("dlq", &bounds).unwrap();
+        assert_eq!((ranges.0.len(), ranges.offsets()), (2, 3));
         for absent in [place(0, 4), place(0, 50), place(2, 7)] {
-            let choice = Filter { places: [absent].into(), ..Filter::default() };
-            let error = choice.named("dlq", &bounds).unwrap_err();
+            let filter = Filter { places: [absent].into(), ..Filter::default() };
+            let error = filter.named("dlq", &bounds).unwrap_err();
             assert_eq!(error.to_string(), format!("dlq holds no record at {absent}"));
         }
     }
 
     #[test]
-    fn a_choice_is_told_in_words() {
+    fn a_filter_is_written_in_words() {
         assert_eq!(Filter::default().to_string(), "all");
-        let choice = Filter {
+        let filter = Filter {
             reasons: vec![Reason::EmptyValue],
             partitions: vec![Partition(1), Partition(2)],
             since: Some(TimestampMs(0)),
             ..Filter::default()
         };
-        assert_eq!(choice.to_string(), "reason empty_value; partition 1, 2; since 1970-01-01T00:00:00.000Z");
+        assert_eq!(filter.to_string(), "reason empty_value; partition 1, 2; since 1970-01-01T00:00:00.000Z");
     }
 }

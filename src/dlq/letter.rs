@@ -77,12 +77,17 @@ pub struct Label<'a> {
 }
 
 /// Description of a value or key that was left out.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct LeftOut<'a> {
     /// Size in bytes.
     pub bytes: Cow<'a, str>,
     /// SHA-256 in hex.
     pub sha256: Cow<'a, str>,
+}
+
+/// The reason with this name, if this version knows it.
+pub fn reason(name: &str) -> Option<Reason> {
+    name.parse().ok()
 }
 
 fn text<'a>(headers: &[Header<'a>], name: &str) -> Option<Cow<'a, str>> {
@@ -102,7 +107,7 @@ fn label<'a>(headers: &[Header<'a>]) -> Option<Label<'a>> {
         text(headers, bytes).map(|bytes| LeftOut { bytes, sha256: text(headers, sha256).unwrap_or_default() })
     };
     Some(Label {
-        reason: reason.parse().ok(),
+        reason: self::reason(&reason),
         detail: text(headers, "dlq-detail")?,
         topic: text(headers, "dlq-topic")?,
         partition: Partition(number(headers, "dlq-partition")?),
@@ -123,7 +128,7 @@ impl<'a> Letter<'a> {
         headers: impl IntoIterator<Item = Header<'a>>,
     ) -> Self {
         let headers: Vec<Header<'a>> = headers.into_iter().collect();
-        let replays = text(&headers, "dlq-replays").and_then(|n| n.parse().ok()).unwrap_or_default();
+        let replays = number(&headers, "dlq-replays").unwrap_or_default();
         Self { place, lettered_at, key, value, replays, label: label(&headers), headers }
     }
 

@@ -32,8 +32,8 @@ impl Reader {
     }
 
     /// Ranges to read for a filter.
-    pub fn ranges(&self, choice: &Filter) -> Result<Ranges, DlqError> {
-        Ok(choice.ranges(&self.scanner, &self.partitions)?)
+    pub fn ranges(&self, filter: &Filter) -> Result<Ranges, DlqError> {
+        filter.ranges(&self.scanner, &self.partitions)
     }
 
     /// Passes every record of the ranges to `each` until it breaks; in order within a partition.
@@ -42,7 +42,7 @@ impl Reader {
         ranges: &Ranges,
         mut each: impl FnMut(&Letter<'_>) -> Result<ControlFlow<()>, DlqError>,
     ) -> Result<ControlFlow<()>, DlqError> {
-        for wave in &ranges.waves {
+        for wave in &ranges.0 {
             let mut outcome = Ok(ControlFlow::Continue(()));
             // `outcome` says whether the callback stopped the scan.
             let _ = self.scanner.read(wave, |record| {

@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::DlqError;
-use super::eligibility::{Eligibility, Judgement, Objection};
+use super::eligibility::{Eligibility, Go, Objection};
 use super::letter::{Letter, Place};
 use super::replay_store::{Audit, ReplayStore};
-use super::run_metadata::{ChunkState, RunMetadata, UnknownChunk, fate};
+use super::run_metadata::{self, ChunkOutcome, RunMetadata, UnknownOutcome};
 use super::sender::Sender;
 use crate::config::Settings;
 use crate::domain::publication::REPLAYS_HEADER;
@@ -33,17 +33,14 @@ pub struct Outcome {
     /// Replayed by an earlier run.
     pub already_replayed: u64,
     /// Claimed by an interrupted run and not resolved yet; the next run resolves them. Only in a dry run.
-    pub unsettled: u64,
+    pub unresolved: u64,
     /// Refused dead letters by reason.
     pub refused: BTreeMap<Objection, u64>,
+    /// Whether a signal ended it early.
+    pub is_interrupted: bool,
 }
 
 impl Outcome {
-    /// Total number of refused dead letters.
-    pub fn refused_total(&self) -> u64 {
-        self.refused.values().sum()
-    }
-
     /// Machine-readable form.
     pub fn to_json(&self) -> Value {
         let refused: BTreeMap<&str, u64> =
@@ -53,7 +50,10 @@ impl Outcome {
             "replayed": self.replayed,
             "at_risk": self.at_risk,
             "already_replayed": self.already_replayed,
-            "unsettled": self.unsettled,
+            "unresolved": self.unresolved,
+            // The former name, kept until 1.0.
+            "unsettled": self.unresolved,
+            "interrupted": self.is_interrupted,
             "refused": refused,
         })
     }
@@ -82,11 +82,11 @@ impl Chunk {
     }
 
     /// Judges a dead letter and adds it to the chunk if it may be replayed.
-    pub fn consider(&mut self, letter: &Letter<'_>, terms: &Eligibility, outcome: &mut Outcome) {
+    pub fn consider(&mut self, letter: &Letter<'_>, eligibility: &Eligibility, outcome: &mut Outcome) {
         outcome.chosen += 1;
-        match terms.judge(letter) {
-            Judgement::Refuse(objection) => *outcome.refused.entry(objection).or_default() += 1,
-            Judgement::Go { timestamp, is_at_risk } => {
+        match eligibility.judge(letter) {
+            Err(objection) => *outcome.refused.entry(objection).or_default() += 1,
+            Ok(Go { timestamp, is_at_risk }) => {
                 if is_at_risk {
                     self.at_risk.insert(letter.place);
                 }
@@ -102,11 +102,6 @@ impl Chunk {
     /// Whether the chunk must be sent.
     pub fn is_full(&self) -> bool {
         self.letters.len() >= self.letters_max || self.letters.bytes() >= CHUNK_BYTES_MAX
-    }
-
-    /// Whether there is nothing to send.
-    pub fn is_empty(&self) -> bool {
-        self.letters.is_empty()
     }
 
     fn places(&self) -> BTreeSet<Place> {
@@ -131,34 +126,34 @@ impl Chunk {
 /// Dry run of a chunk: counts what would happen and changes nothing.
 pub fn look_at(
     chunk: &mut Chunk,
-    register: &ReplayStore,
+    store: &ReplayStore,
     topic_id: Uuid,
     outcome: &mut Outcome,
 ) -> Result<(), DlqError> {
-    if chunk.is_empty() {
+    if chunk.letters.is_empty() {
         return Ok(());
     }
     let places = chunk.places();
-    let claimed = register.claimed(topic_id, &places)?;
-    let unsettled = claimed.values().filter(|is_sent| !**is_sent).count() as u64;
+    let claimed = store.claimed(topic_id, &places)?;
+    let unresolved = claimed.values().filter(|is_sent| !**is_sent).count() as u64;
     chunk.count(&places.into_iter().filter(|place| !claimed.contains_key(place)).collect(), outcome);
-    outcome.already_replayed -= unsettled;
-    outcome.unsettled += unsettled;
+    outcome.already_replayed -= unresolved;
+    outcome.unresolved += unresolved;
     Ok(())
 }
 
 /// Statements of the operator for cases that nothing can prove.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Word {
+pub struct Statements {
     /// `--unfinished`: what happened to an interrupted chunk.
-    pub unfinished: Option<ChunkState>,
+    pub unfinished: Option<ChunkOutcome>,
     /// `--after-restore`: the database may have forgotten replays.
     pub is_after_restore: bool,
 }
 
 /// A run that owns the replay store and the transactional id.
 pub struct Replay {
-    register: ReplayStore,
+    store: ReplayStore,
     sender: Sender,
     topic_id: Uuid,
     /// Id that the commit metadata names now.
@@ -169,26 +164,26 @@ pub struct Replay {
 impl Replay {
     /// Takes over from the previous run and resolves the chunks that it left.
     pub fn begin(
-        mut register: ReplayStore,
+        mut store: ReplayStore,
         settings: &Settings,
         audit: &Audit,
-        word: Word,
+        statements: Statements,
     ) -> Result<Self, DlqError> {
         let sender = Sender::connect(&settings.kafka)?;
-        let run_id = register.take_over(audit)?;
+        let run_id = store.take_over(audit)?;
         failpoint::hit("dlq_after_take_over");
         // After the take-over: a run that claims dead letters from here on started later, and fences this
         // one.
         sender.fence()?;
         failpoint::hit("dlq_after_fence");
-        register.is_owner()?;
-        settle(&mut register, &sender, word)?;
-        failpoint::hit("dlq_after_settle");
+        store.is_owner()?;
+        resolve(&mut store, &sender, statements)?;
+        failpoint::hit("dlq_after_resolve");
         // Commits metadata of this run, so that the next run has metadata to decide by.
-        let mark = RunMetadata { id: run_id, database_id: register.database_id() };
-        sender.send(std::iter::empty(), &mark)?;
-        failpoint::hit("dlq_after_mark");
-        Ok(Self { register, sender, topic_id: audit.topic_id, stands: run_id, run_id })
+        let metadata = RunMetadata { id: run_id, database_id: store.database_id() };
+        sender.send(std::iter::empty(), &metadata)?;
+        failpoint::hit("dlq_after_metadata");
+        Ok(Self { store, sender, topic_id: audit.topic_id, stands: run_id, run_id })
     }
 
     /// Id of this run in the audit table.
@@ -198,57 +193,53 @@ impl Replay {
 
     /// Sends the dead letters of the chunk that no run has claimed.
     pub fn send(&mut self, chunk: &mut Chunk, outcome: &mut Outcome) -> Result<(), DlqError> {
-        if chunk.is_empty() {
+        if chunk.letters.is_empty() {
             return Ok(());
         }
-        let Some(claim) = self.register.claim(self.topic_id, &chunk.places(), self.stands)? else {
+        let Some(claim) = self.store.claim(self.topic_id, &chunk.places(), self.stands)? else {
             chunk.count(&BTreeSet::new(), outcome);
             return Ok(());
         };
         failpoint::hit("dlq_after_claim");
-        let mark = RunMetadata { id: claim.chunk_id, database_id: self.register.database_id() };
+        let metadata = RunMetadata { id: claim.chunk_id, database_id: self.store.database_id() };
         let claimed = chunk.letters.iter().filter(|record| claim.places.contains(&place(record)));
-        self.sender.send(claimed, &mark)?;
+        self.sender.send(claimed, &metadata)?;
         failpoint::hit("dlq_after_commit");
         self.stands = claim.chunk_id;
-        self.register.settle(claim.chunk_id, ChunkState::Sent)?;
+        self.store.resolve(claim.chunk_id, ChunkOutcome::Sent)?;
         failpoint::hit("dlq_after_note");
         chunk.count(&claim.places, outcome);
         Ok(())
     }
 
     /// Records the end of the run.
-    pub fn finish(mut self, outcome: &Outcome, is_interrupted: bool) -> Result<(), DlqError> {
-        let mut value = outcome.to_json();
-        if let Some(object) = value.as_object_mut() {
-            object.insert("interrupted".to_owned(), Value::Bool(is_interrupted));
-        }
-        self.register.finish(&value)
+    pub fn finish(self, outcome: &Outcome) -> Result<(), DlqError> {
+        self.store.finish(&outcome.to_json())
     }
 }
 
 /// Resolves interrupted chunks. The answer is final only after the take-over and the fencing.
-fn settle(register: &mut ReplayStore, sender: &Sender, word: Word) -> Result<(), DlqError> {
-    let mark = sender.mark()?;
-    let database_id = register.database_id();
-    for chunk in register.unfinished()? {
-        let fate =
-            fate(&chunk, mark.as_ref(), database_id).or(word.unfinished).ok_or(UnknownChunk::Unfinished {
-                group: sender.group_id().to_owned(),
-                letters: chunk.letters,
-                claimed_at: chunk.claimed_at,
-            })?;
-        register.settle(chunk.chunk_id, fate)?;
-        failpoint::hit("dlq_after_settle_one");
+fn resolve(store: &mut ReplayStore, sender: &Sender, statements: Statements) -> Result<(), DlqError> {
+    let metadata = sender.metadata()?;
+    let database_id = store.database_id();
+    for chunk in store.unfinished()? {
+        let proved = run_metadata::outcome(&chunk, metadata.as_ref(), database_id);
+        let outcome = proved.or(statements.unfinished).ok_or(UnknownOutcome::Unfinished {
+            group: sender.group_id().to_owned(),
+            letters: chunk.letters,
+            claimed_at: chunk.claimed_at,
+        })?;
+        store.resolve(chunk.chunk_id, outcome)?;
+        failpoint::hit("dlq_after_resolve_one");
     }
-    let is_known = match mark {
-        Some(mark) => mark.database_id == database_id && register.knows(mark.id)?,
+    let is_known = match metadata {
+        Some(metadata) => metadata.database_id == database_id && store.knows(metadata.id)?,
         None => true,
     };
-    if is_known || word.is_after_restore {
+    if is_known || statements.is_after_restore {
         Ok(())
     } else {
-        Err(UnknownChunk::Forgotten { group: sender.group_id().to_owned() }.into())
+        Err(UnknownOutcome::Forgotten { group: sender.group_id().to_owned() }.into())
     }
 }
 
@@ -312,9 +303,9 @@ mod tests {
         );
         assert!(chunk.is_full());
         chunk.count(&["0/1".parse().unwrap()].into(), &mut outcome);
-        assert!(chunk.is_empty());
+        assert!(chunk.letters.is_empty());
         assert_eq!((outcome.chosen, outcome.replayed, outcome.already_replayed), (4, 1, 2));
-        assert_eq!((outcome.at_risk, outcome.refused_total()), (1, 1));
+        assert_eq!((outcome.at_risk, outcome.refused.len()), (1, 1));
         assert_eq!(outcome.to_json()["refused"]["too_many_replays"], 1);
     }
 }

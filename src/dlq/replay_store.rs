@@ -5,13 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
-use tokio::runtime::Runtime;
-use tokio_postgres::{Client, Transaction};
+use tokio::runtime::Handle;
+use tokio_postgres::types::{FromSql, ToSql};
+use tokio_postgres::{Client, Row, Transaction};
 use uuid::Uuid;
 
 use super::DlqError;
 use super::letter::Place;
-use super::run_metadata::{ChunkState, Unfinished};
+use super::run_metadata::{ChunkOutcome, Unfinished};
 use crate::config::Settings;
 use crate::domain::record::{Offset, Partition, TimestampMs};
 use crate::postgres::binding;
@@ -26,7 +27,7 @@ const SESSION_SETTINGS: &str = "SET statement_timeout = '45s'; SET lock_timeout 
 
 /// A database session.
 pub struct ReplayStore {
-    runtime: Runtime,
+    runtime: Handle,
     client: Client,
     database_id: Uuid,
     run_id: Option<Uuid>,
@@ -40,7 +41,7 @@ pub struct Audit {
     /// Id of the dead-letter topic.
     pub topic_id: Uuid,
     /// The filter, in words.
-    pub choice: String,
+    pub filter: String,
     /// Whether `--force` was given.
     pub is_forced: bool,
     /// The operator's reason.
@@ -64,19 +65,10 @@ fn place(row: &tokio_postgres::Row) -> Place {
     Place { partition: Partition(row.get(0)), offset: Offset(row.get(1)) }
 }
 
-/// Fails unless `run_id` is the newest run; the row lock keeps other runs from starting until the transaction
-/// ends.
-async fn owned(transaction: &Transaction<'_>, run_id: Option<Uuid>) -> Result<(), DlqError> {
-    let owner = "SELECT FROM payment_writer.dead_letter_replay_owner WHERE run_id = $1 FOR SHARE";
-    let found = transaction.query_opt(owner, &[&run_id]).await.map_err(doing("cannot read who replays"))?;
-    found.map(|_| ()).ok_or(DlqError::TakenOver)
-}
-
 impl ReplayStore {
-    /// Connects and checks that the database belongs to the daemon that reads `input_topic_id`.
-    pub fn open(settings: &Settings, input_topic_id: Uuid) -> Result<Self, DlqError> {
-        // A separate thread drives the connection, also while this thread waits for Kafka.
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    /// Connects and checks that the database belongs to the daemon that reads `input_topic_id`. The threads of
+    /// `runtime` drive the connection, also while this thread waits for Kafka.
+    pub fn open(runtime: &Handle, settings: &Settings, input_topic_id: Uuid) -> Result<Self, DlqError> {
         let (client, database_id) = runtime.block_on(async {
             let (client, _) = settings.postgres.url.connect().await?;
             client.batch_execute(SESSION_SETTINGS).await.map_err(doing("cannot prepare the session"))?;
@@ -90,7 +82,7 @@ impl ReplayStore {
                 binding::database_id(&client).await.map_err(doing("cannot read which database this is"))?;
             Ok::<_, DlqError>((client, id))
         })?;
-        Ok(Self { runtime, client, database_id, run_id: None })
+        Ok(Self { runtime: runtime.clone(), client, database_id, run_id: None })
     }
 
     /// Id of the database.
@@ -98,11 +90,50 @@ impl ReplayStore {
         self.database_id
     }
 
+    fn query(
+        &self,
+        what: &'static str,
+        query: &str,
+        values: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, DlqError> {
+        Ok(self.runtime.block_on(self.client.query(query, values)).map_err(doing(what))?)
+    }
+
+    fn query_one<T: for<'r> FromSql<'r>>(
+        &self,
+        what: &'static str,
+        query: &str,
+        values: &[&(dyn ToSql + Sync)],
+    ) -> Result<T, DlqError> {
+        let row = self.runtime.block_on(self.client.query_one(query, values));
+        Ok(row.and_then(|row| row.try_get(0)).map_err(doing(what))?)
+    }
+
+    /// Runs statements in a transaction that fails unless this is the newest run. The lock of the owner's row
+    /// keeps other runs from starting until the transaction ends.
+    fn as_owner<T>(
+        &mut self,
+        what: &'static str,
+        statements: impl AsyncFnOnce(&Transaction<'_>) -> Result<T, tokio_postgres::Error>,
+    ) -> Result<T, DlqError> {
+        let (client, run_id) = (&mut self.client, self.run_id);
+        let done: Result<Option<T>, tokio_postgres::Error> = self.runtime.block_on(async {
+            let transaction = client.transaction().await?;
+            let owner = "SELECT FROM payment_writer.dead_letter_replay_owner WHERE run_id = $1 FOR SHARE";
+            if transaction.query_opt(owner, &[&run_id]).await?.is_none() {
+                return Ok(None);
+            }
+            let done = statements(&transaction).await?;
+            transaction.commit().await?;
+            Ok(Some(done))
+        });
+        done.map_err(doing(what))?.ok_or(DlqError::TakenOver)
+    }
+
     /// Current time by the database's clock.
     pub fn now(&self) -> Result<TimestampMs, DlqError> {
         let query = "SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint";
-        let row = self.runtime.block_on(self.client.query_one(query, &[]));
-        Ok(TimestampMs(row.map_err(doing("cannot read the clock"))?.get(0)))
+        self.query_one("cannot read the clock", query, &[]).map(TimestampMs)
     }
 
     /// The claimed ones among `wanted`, each with whether it is recorded as sent.
@@ -117,8 +148,8 @@ impl ReplayStore {
              JOIN payment_writer.dead_letter_replay r USING (partition, letter_offset)
              JOIN payment_writer.dead_letter_replay_chunk c USING (chunk_id)
              WHERE r.topic_id = $1";
-        let rows = self.runtime.block_on(self.client.query(query, &[&topic_id, &partitions, &offsets]));
-        let rows = rows.map_err(doing("cannot look for replayed letters"))?;
+        let rows =
+            self.query("cannot look for replayed letters", query, &[&topic_id, &partitions, &offsets])?;
         Ok(rows.iter().map(|row| (place(row), row.get(2))).collect())
     }
 
@@ -128,47 +159,33 @@ impl ReplayStore {
     /// [`DlqError::Busy`] if another session holds the advisory lock. The lock only spares two simultaneous
     /// runs the fencing; correctness does not depend on it.
     pub fn take_over(&mut self, audit: &Audit) -> Result<Uuid, DlqError> {
-        let Self { runtime, client, .. } = self;
-        let run_id = runtime.block_on(async {
-            if !LockKey::Replay.try_lock(client).await.map_err(doing("cannot take the lock for replays"))? {
-                return Err(DlqError::Busy);
-            }
-            let transaction = client.transaction().await.map_err(doing("cannot begin a run"))?;
-            let row = transaction
-                .query_one(
-                    "INSERT INTO payment_writer.dead_letter_replay_run (topic, topic_id, choice, is_forced, note)
-                     VALUES ($1, $2, $3, $4, $5) RETURNING run_id",
-                    &[&audit.topic, &audit.topic_id, &audit.choice, &audit.is_forced, &audit.note],
-                )
-                .await
-                .map_err(doing("cannot record the run"))?;
-            let run_id: Uuid = row.get(0);
-            transaction
-                .execute("UPDATE payment_writer.dead_letter_replay_owner SET run_id = $1", &[&run_id])
-                .await
-                .map_err(doing("cannot take over"))?;
-            transaction.commit().await.map_err(doing("cannot begin a run"))?;
-            Ok::<_, DlqError>(run_id)
-        })?;
+        let locked = self.runtime.block_on(LockKey::Replay.try_lock(&self.client));
+        if !locked.map_err(doing("cannot take the lock for replays"))? {
+            return Err(DlqError::Busy);
+        }
+        let query = "WITH run AS (
+                 INSERT INTO payment_writer.dead_letter_replay_run (topic, topic_id, choice, is_forced, note)
+                 VALUES ($1, $2, $3, $4, $5) RETURNING run_id
+             )
+             UPDATE payment_writer.dead_letter_replay_owner o SET run_id = run.run_id FROM run
+             RETURNING run.run_id";
+        let values: [&(dyn ToSql + Sync); 5] =
+            [&audit.topic, &audit.topic_id, &audit.filter, &audit.is_forced, &audit.note];
+        let run_id = self.query_one("cannot begin a run", query, &values)?;
         self.run_id = Some(run_id);
         Ok(run_id)
     }
 
     /// Fails if another run has started since.
     pub fn is_owner(&mut self) -> Result<(), DlqError> {
-        let Self { runtime, client, run_id, .. } = self;
-        runtime.block_on(async {
-            let transaction = client.transaction().await.map_err(doing("cannot read who replays"))?;
-            owned(&transaction, *run_id).await
-        })
+        self.as_owner("cannot read who replays", async |_| Ok(()))
     }
 
     /// Whether an id from commit metadata is a run or chunk of this database.
     pub fn knows(&self, id: Uuid) -> Result<bool, DlqError> {
         let query = "SELECT EXISTS (SELECT FROM payment_writer.dead_letter_replay_run WHERE run_id = $1)
                          OR EXISTS (SELECT FROM payment_writer.dead_letter_replay_chunk WHERE chunk_id = $1)";
-        let row = self.runtime.block_on(self.client.query_one(query, &[&id]));
-        Ok(row.map_err(doing("cannot look for a run"))?.get(0))
+        self.query_one("cannot look for a run", query, &[&id])
     }
 
     /// Claimed chunks that are not recorded as sent: at most one, unless a run ended before it resolved the
@@ -176,9 +193,8 @@ impl ReplayStore {
     pub fn unfinished(&self) -> Result<Vec<Unfinished>, DlqError> {
         let query = "SELECT chunk_id, previous, letters, claimed_at::text
                      FROM payment_writer.dead_letter_replay_chunk WHERE state = 'claimed' ORDER BY claimed_at";
-        let rows = self.runtime.block_on(self.client.query(query, &[]));
-        let rows = rows.map_err(doing("cannot look for unfinished replays"))?;
-        let chunk = |row: &tokio_postgres::Row| Unfinished {
+        let rows = self.query("cannot look for unfinished replays", query, &[])?;
+        let chunk = |row: &Row| Unfinished {
             chunk_id: row.get(0),
             previous: row.get(1),
             letters: row.get(2),
@@ -188,30 +204,21 @@ impl ReplayStore {
     }
 
     /// Records whether a chunk was sent; the dead letters of a chunk that was not sent can be claimed again.
-    pub fn settle(&mut self, chunk_id: Uuid, fate: ChunkState) -> Result<(), DlqError> {
-        let Self { runtime, client, run_id, .. } = self;
-        runtime.block_on(async {
-            let what = "cannot record whether a chunk was sent";
-            let transaction = client.transaction().await.map_err(doing(what))?;
-            owned(&transaction, *run_id).await?;
-            let state = match fate {
-                ChunkState::Sent => "sent",
-                ChunkState::NotSent => "released",
+    pub fn resolve(&mut self, chunk_id: Uuid, outcome: ChunkOutcome) -> Result<(), DlqError> {
+        let run_id = self.run_id;
+        self.as_owner("cannot record whether a chunk was sent", async |transaction| {
+            let state = match outcome {
+                ChunkOutcome::Sent => "sent",
+                ChunkOutcome::NotSent => "released",
             };
-            transaction
-                .execute(
-                    "UPDATE payment_writer.dead_letter_replay_chunk
-                     SET state = $2, settled_at = now(), settled_by = $3
-                     WHERE chunk_id = $1 AND state = 'claimed'",
-                    &[&chunk_id, &state, run_id],
-                )
-                .await
-                .map_err(doing(what))?;
-            if fate == ChunkState::NotSent {
+            let update = "UPDATE payment_writer.dead_letter_replay_chunk
+                 SET state = $2, settled_at = now(), settled_by = $3
+                 WHERE chunk_id = $1 AND state = 'claimed'";
+            transaction.execute(update, &[&chunk_id, &state, &run_id]).await?;
+            if outcome == ChunkOutcome::NotSent {
                 let release = "DELETE FROM payment_writer.dead_letter_replay WHERE chunk_id = $1";
-                transaction.execute(release, &[&chunk_id]).await.map_err(doing(what))?;
+                transaction.execute(release, &[&chunk_id]).await?;
             }
-            transaction.commit().await.map_err(doing(what))?;
             Ok(())
         })
     }
@@ -224,49 +231,34 @@ impl ReplayStore {
         wanted: &BTreeSet<Place>,
         previous: Uuid,
     ) -> Result<Option<Claim>, DlqError> {
-        let Self { runtime, client, run_id, .. } = self;
+        let run_id = self.run_id;
         let (partitions, offsets) = columns(wanted);
-        runtime.block_on(async {
-            let what = "cannot claim dead letters";
-            let transaction = client.transaction().await.map_err(doing(what))?;
-            owned(&transaction, *run_id).await?;
-            let row = transaction.query_one("SELECT gen_random_uuid()", &[]).await.map_err(doing(what))?;
-            let chunk_id: Uuid = row.get(0);
-            let rows = transaction
-                .query(
-                    "INSERT INTO payment_writer.dead_letter_replay (topic_id, partition, letter_offset, chunk_id)
-                     SELECT $1, partition, letter_offset, $4
-                     FROM unnest($2::integer[], $3::bigint[]) AS wanted (partition, letter_offset)
-                     ON CONFLICT DO NOTHING RETURNING partition, letter_offset",
-                    &[&topic_id, &partitions, &offsets, &chunk_id],
-                )
-                .await
-                .map_err(doing(what))?;
+        self.as_owner("cannot claim dead letters", async |transaction| {
+            let chunk_id: Uuid = transaction.query_one("SELECT gen_random_uuid()", &[]).await?.get(0);
+            let claim =
+                "INSERT INTO payment_writer.dead_letter_replay (topic_id, partition, letter_offset, chunk_id)
+                 SELECT $1, partition, letter_offset, $4
+                 FROM unnest($2::integer[], $3::bigint[]) AS wanted (partition, letter_offset)
+                 ON CONFLICT DO NOTHING RETURNING partition, letter_offset";
+            let rows = transaction.query(claim, &[&topic_id, &partitions, &offsets, &chunk_id]).await?;
             let places: BTreeSet<Place> = rows.iter().map(place).collect();
             if places.is_empty() {
                 return Ok(None);
             }
             let letters = i32::try_from(places.len()).unwrap_or(i32::MAX);
-            transaction
-                .execute(
-                    "INSERT INTO payment_writer.dead_letter_replay_chunk (chunk_id, run_id, previous, letters)
-                     VALUES ($1, $2, $3, $4)",
-                    &[&chunk_id, run_id, &previous, &letters],
-                )
-                .await
-                .map_err(doing(what))?;
-            transaction.commit().await.map_err(doing(what))?;
+            let chunk =
+                "INSERT INTO payment_writer.dead_letter_replay_chunk (chunk_id, run_id, previous, letters)
+                 VALUES ($1, $2, $3, $4)";
+            transaction.execute(chunk, &[&chunk_id, &run_id, &previous, &letters]).await?;
             Ok(Some(Claim { chunk_id, places }))
         })
     }
 
     /// Records the end of the run.
-    pub fn finish(&mut self, outcome: &Value) -> Result<(), DlqError> {
-        let Self { runtime, client, run_id, .. } = self;
+    pub fn finish(&self, outcome: &Value) -> Result<(), DlqError> {
         let update = "UPDATE payment_writer.dead_letter_replay_run SET finished_at = now(), outcome = $2
                       WHERE run_id = $1";
-        let done = runtime.block_on(client.execute(update, &[run_id, outcome]));
-        done.map_err(doing("cannot record the end of the replay"))?;
+        self.query("cannot record the end of the replay", update, &[&self.run_id, outcome])?;
         Ok(())
     }
 }

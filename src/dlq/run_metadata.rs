@@ -45,17 +45,17 @@ pub struct Unfinished {
 }
 
 /// Whether a chunk was sent.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum ChunkState {
-    /// Its records are in the input topic.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum ChunkOutcome {
+    /// Its records are in the input topic
     Sent,
-    /// Its records are not in the input topic and cannot appear there any more.
+    /// Its records are not in the input topic
     NotSent,
 }
 
 /// Cases that only the operator can decide.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum UnknownChunk {
+pub enum UnknownOutcome {
     /// The commit metadata proves nothing about an unfinished chunk.
     #[error(
         "a replay of {letters} dead letters, claimed {claimed_at}, was interrupted, and the offset of group \
@@ -84,11 +84,15 @@ pub enum UnknownChunk {
 }
 
 /// What the commit metadata, read after `init_transactions`, says about a chunk; `None` if it proves nothing.
-pub fn fate(chunk: &Unfinished, committed: Option<&RunMetadata>, database_id: Uuid) -> Option<ChunkState> {
+pub fn outcome(
+    chunk: &Unfinished,
+    committed: Option<&RunMetadata>,
+    database_id: Uuid,
+) -> Option<ChunkOutcome> {
     let mark = committed.filter(|mark| mark.database_id == database_id)?;
     match mark.id {
-        id if id == chunk.chunk_id => Some(ChunkState::Sent),
-        id if id == chunk.previous => Some(ChunkState::NotSent),
+        id if id == chunk.chunk_id => Some(ChunkOutcome::Sent),
+        id if id == chunk.previous => Some(ChunkOutcome::NotSent),
         _ => None,
     }
 }
@@ -130,11 +134,11 @@ mod tests {
             letters: 5,
             claimed_at: String::new(),
         };
-        let told = |mark: Option<RunMetadata>| fate(&chunk, mark.as_ref(), DATABASE);
-        assert_eq!(told(Some(mark(2))), Some(ChunkState::Sent));
-        assert_eq!(told(Some(mark(1))), Some(ChunkState::NotSent));
-        assert_eq!(told(Some(mark(3))), None);
-        assert_eq!(told(None), None);
-        assert_eq!(told(Some(RunMetadata { database_id: Uuid::from_u128(8), ..mark(2) })), None);
+        let proved = |mark: Option<RunMetadata>| outcome(&chunk, mark.as_ref(), DATABASE);
+        assert_eq!(proved(Some(mark(2))), Some(ChunkOutcome::Sent));
+        assert_eq!(proved(Some(mark(1))), Some(ChunkOutcome::NotSent));
+        assert_eq!(proved(Some(mark(3))), None);
+        assert_eq!(proved(None), None);
+        assert_eq!(proved(Some(RunMetadata { database_id: Uuid::from_u128(8), ..mark(2) })), None);
     }
 }

@@ -96,29 +96,15 @@ impl Sender {
 
     /// Calls `init_transactions`: aborts or completes what an older run left open, and fences it.
     pub fn fence(&self) -> Result<(), DlqError> {
-        let deadline = Instant::now() + INIT_DEADLINE;
-        loop {
-            match self.producer.init(remaining(deadline)) {
-                Ok(()) => return Ok(()),
-                Err(error) if may_repeat(&error, deadline) => std::thread::sleep(SLICE),
-                Err(error) => return Err(failed("init_transactions", error)),
-            }
-        }
-    }
-
-    fn partition_of_marks(&self) -> TopicPartitionList {
-        let mut list = TopicPartitionList::with_capacity(1);
-        list.add_partition(&self.dead_letter_topic, 0);
-        list
+        repeated("init_transactions", Instant::now() + INIT_DEADLINE, |left| self.producer.init(left))
     }
 
     /// Commit metadata of the group; `None` if there is none or a replay did not write it.
-    pub fn mark(&self) -> Result<Option<RunMetadata>, DlqError> {
+    pub fn metadata(&self) -> Result<Option<RunMetadata>, DlqError> {
         let doing = format!("asking for the offset of group {}", self.group_id);
-        let answer = self
-            .consumer
-            .committed_offsets(self.partition_of_marks(), REQUEST_TIMEOUT)
-            .map_err(|e| failed(&doing, e))?;
+        let mut list = TopicPartitionList::with_capacity(1);
+        list.add_partition(&self.dead_letter_topic, 0);
+        let answer = self.consumer.committed_offsets(list, REQUEST_TIMEOUT).map_err(|e| failed(&doing, e))?;
         let found = answer
             .find_partition(&self.dead_letter_topic, 0)
             .ok_or_else(|| failed(&doing, "the partition is missing in the answer"))?;
@@ -130,17 +116,17 @@ impl Sender {
     }
 
     /// Sends records and commits the metadata in one transaction. After an error only the next
-    /// [`fence`](Self::fence) and [`mark`](Self::mark) tell whether it was committed.
+    /// [`fence`](Self::fence) and [`metadata`](Self::metadata) show whether it was committed.
     pub fn send<'r>(
         &self,
         records: impl Iterator<Item = RecordView<'r>>,
-        mark: &RunMetadata,
+        metadata: &RunMetadata,
     ) -> Result<(), DlqError> {
         let deadline = Instant::now() + TRANSACTION_DEADLINE;
         self.producer.begin().map_err(|e| failed("begin_transaction", e))?;
-        let outcome = self.fill(records, mark, deadline).and_then(|()| {
+        let outcome = self.fill(records, metadata, deadline).and_then(|()| {
             failpoint::hit("dlq_before_commit");
-            self.commit(deadline)
+            repeated("commit_transaction", deadline, |left| self.producer.commit(left))
         });
         if outcome.is_err() {
             // Errors do not matter: the next `fence` or the transaction timeout ends an open transaction.
@@ -152,7 +138,7 @@ impl Sender {
     fn fill<'r>(
         &self,
         records: impl Iterator<Item = RecordView<'r>>,
-        mark: &RunMetadata,
+        metadata: &RunMetadata,
         deadline: Instant,
     ) -> Result<(), DlqError> {
         let doing = format!("sending to {}", self.input_topic);
@@ -160,7 +146,7 @@ impl Sender {
             self.produce(&record, deadline).map_err(|e| failed(&doing, e))?;
         }
         failpoint::hit("dlq_after_produce");
-        self.send_mark(mark, deadline)?;
+        self.send_metadata(metadata, deadline)?;
         failpoint::hit("dlq_after_offsets");
         while !self.producer.flush(SLICE) {
             if Instant::now() > deadline {
@@ -185,7 +171,7 @@ impl Sender {
         }
     }
 
-    fn send_mark(&self, mark: &RunMetadata, deadline: Instant) -> Result<(), DlqError> {
+    fn send_metadata(&self, metadata: &RunMetadata, deadline: Instant) -> Result<(), DlqError> {
         let doing = format!("committing the metadata of group {}", self.group_id);
         let group = GroupMetadata::of(&self.consumer)
             .ok_or_else(|| failed(&doing, "the client does not know its group"))?;
@@ -193,34 +179,27 @@ impl Sender {
         {
             // Only the metadata matters, not the offset.
             let mut element = list.add_partition(&self.dead_letter_topic, 0);
-            element.set_metadata(mark.to_string());
+            element.set_metadata(metadata.to_string());
             element.set_offset(KafkaOffset::Offset(0)).map_err(|e| failed(&doing, e))?;
         }
-        loop {
-            // Repeating the call with the same arguments resumes it after a timeout.
-            match self.producer.send_offsets(&list, &group, remaining(deadline)) {
-                Ok(()) => return Ok(()),
-                Err(error) if may_repeat(&error, deadline) => std::thread::sleep(SLICE),
-                Err(error) => return Err(failed(&doing, error)),
-            }
-        }
-    }
-
-    fn commit(&self, deadline: Instant) -> Result<(), DlqError> {
-        loop {
-            match self.producer.commit(remaining(deadline)) {
-                Ok(()) => return Ok(()),
-                Err(error) if may_repeat(&error, deadline) => {}
-                Err(error) => return Err(failed("commit_transaction", error)),
-            }
-        }
+        repeated(&doing, deadline, |left| self.producer.send_offsets(&list, &group, left))
     }
 }
 
-fn may_repeat(error: &NativeError, deadline: Instant) -> bool {
-    error.is_retriable && !error.is_fatal && !error.requires_abort && Instant::now() < deadline
-}
-
-fn remaining(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now()).max(SLICE)
+/// Repeats a call until `deadline` while librdkafka marks its error as retriable; the same call resumes what
+/// timed out.
+fn repeated(
+    doing: &str,
+    deadline: Instant,
+    call: impl Fn(Duration) -> Result<(), NativeError>,
+) -> Result<(), DlqError> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Err(error) = call(left.max(SLICE)) else { return Ok(()) };
+        let is_retriable = error.is_retriable && !error.is_fatal && !error.requires_abort;
+        if !is_retriable || Instant::now() >= deadline {
+            return Err(failed(doing, error));
+        }
+        std::thread::sleep(SLICE);
+    }
 }

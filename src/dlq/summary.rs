@@ -2,6 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
+use jiff::civil::Date;
+use jiff::tz::TimeZone;
+
 use super::letter::Letter;
 use crate::domain::record::{Partition, TimestampMs};
 use crate::domain::wire::Reason;
@@ -62,25 +66,10 @@ impl<K: Ord> Groups<K> {
     }
 }
 
-/// A UTC day, as the number of days since 1970-01-01.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Day(pub i64);
-
-impl Day {
-    const MS: i64 = 86_400_000;
-
-    fn of(at: TimestampMs) -> Self {
-        Self(at.0.div_euclid(Self::MS))
-    }
-}
-
-impl std::fmt::Display for Day {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match jiff::Timestamp::from_millisecond(self.0.saturating_mul(Self::MS)) {
-            Ok(at) => write!(f, "{}", at.strftime("%Y-%m-%d")),
-            Err(_) => write!(f, "day {}", self.0),
-        }
-    }
+/// The day in UTC.
+fn day(at: TimestampMs) -> Date {
+    let limit = if at.0 < 0 { Timestamp::MIN } else { Timestamp::MAX };
+    Timestamp::from_millisecond(at.0).unwrap_or(limit).to_zoned(TimeZone::UTC).date()
 }
 
 /// The counts of `dlq list`.
@@ -95,7 +84,7 @@ pub struct Summary {
     /// By partition of the input topic.
     pub by_partition: Groups<Partition>,
     /// By the UTC day on which they were dead-lettered.
-    pub by_day: Groups<Day>,
+    pub by_day: Groups<Date>,
     /// By number of earlier replays, up to [`REPLAYS_SHOWN_MAX`].
     pub by_replays: Groups<u32>,
     /// Records in the topic that the daemon did not write.
@@ -117,7 +106,7 @@ impl Summary {
         self.by_reason.add(label.reason, at);
         self.by_partition.add(label.partition, at);
         if let Some(at) = at {
-            self.by_day.add(Day::of(at), Some(at));
+            self.by_day.add(day(at), Some(at));
         }
         self.by_replays.add(letter.replays.min(REPLAYS_SHOWN_MAX), at);
         if label.topic != input_topic {
@@ -153,8 +142,8 @@ mod tests {
 
     #[test]
     fn a_day_is_that_of_utc() {
-        assert_eq!(Day::of(TimestampMs(86_399_999)).to_string(), "1970-01-01");
-        assert_eq!(Day::of(TimestampMs(86_400_000)).to_string(), "1970-01-02");
-        assert_eq!(Day::of(TimestampMs(1_709_251_199_999)).to_string(), "2024-02-29");
+        assert_eq!(day(TimestampMs(86_399_999)).to_string(), "1970-01-01");
+        assert_eq!(day(TimestampMs(86_400_000)).to_string(), "1970-01-02");
+        assert_eq!(day(TimestampMs(1_709_251_199_999)).to_string(), "2024-02-29");
     }
 }

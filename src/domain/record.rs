@@ -53,6 +53,16 @@ impl fmt::Display for NextOffset {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct TimestampMs(pub i64);
 
+/// ISO 8601 in UTC, with milliseconds.
+impl fmt::Display for TimestampMs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match jiff::Timestamp::from_millisecond(self.0) {
+            Ok(time) => write!(f, "{time:.3}"),
+            Err(_) => self.0.fmt(f),
+        }
+    }
+}
+
 /// Bytes of capacity that an emptied batch keeps: four times the default `batch.max_bytes`. Capacity beyond
 /// that, as after a very large record, is freed.
 const KEPT_BYTES_MAX: usize = 64 << 20;

@@ -6,11 +6,14 @@ use rand_chacha::rand_core::Rng;
 use super::{GeneratorConfig, IdKind, below};
 
 /// Currency and ISO 4217 minor unit, most frequent first.
-pub const CURRENCIES: [(&str, u32); 8] =
+const CURRENCIES: [(&str, u32); 8] =
     [("EUR", 2), ("USD", 2), ("GBP", 2), ("CHF", 2), ("SEK", 2), ("JPY", 0), ("KWD", 3), ("BGN", 2)];
 
 /// Maximum length of a comment by the contract.
 const COMMENT_CHARS_MAX: usize = 1_000;
+
+/// Start of a field that the daemon does not know.
+const PADDING: &str = ",\"padding\":\"";
 
 /// A valid payment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +26,7 @@ pub struct Payment {
     pub account: u64,
     /// The amount in the currency's minor unit.
     pub minor_units: u64,
-    /// Index in [`CURRENCIES`].
+    /// Index in the list of currencies.
     pub currency: u8,
     /// 2, 0 or -2.
     pub status: i8,
@@ -68,77 +71,52 @@ impl Payment {
         CURRENCIES.get(usize::from(self.currency)).copied().unwrap_or(("EUR", 2))
     }
 
-    pub(super) fn write_key(&self, out: &mut Vec<u8>) {
-        write_number(self.account, 1, out);
+    /// The amount as a decimal number.
+    pub(super) fn amount(&self) -> String {
+        let (_, scale) = self.currency();
+        decimal(self.minor_units.into(), scale)
     }
 
-    /// Writes the message in the format of the original producer.
-    pub(super) fn write_json(&self, config: &GeneratorConfig, out: &mut Vec<u8>) {
-        let (currency, scale) = self.currency();
+    /// The message in the format of the original producer.
+    pub(super) fn json(&self, config: &GeneratorConfig) -> String {
+        let (currency, _) = self.currency();
         let kind = config.types.get(usize::from(self.kind)).map_or("BWI", String::as_str);
-        out.extend_from_slice(b"{\"messageId\":\"");
-        self.write_id(out);
-        out.extend_from_slice(b"\",\"amount\":");
-        write_amount(self.minor_units, scale, out);
-        out.extend_from_slice(match self.status {
-            0 => b",\"status\":0,\"currency\":\"".as_slice(),
-            -2 => b",\"status\":-2,\"currency\":\"",
-            _ => b",\"status\":2,\"currency\":\"",
-        });
-        out.extend_from_slice(currency.as_bytes());
-        out.extend_from_slice(b"\",\"custId\":");
-        write_number(self.account, 1, out);
-        out.extend_from_slice(b",\"type\":\"");
-        out.extend_from_slice(kind.as_bytes());
-        out.push(b'"');
+        let id = if self.ulid { ulid_text(self.id) } else { uuid::Uuid::from_u128(self.id).to_string() };
+        let mut json = format!(
+            r#"{{"messageId":"{id}","amount":{},"status":{},"currency":"{currency}","custId":{},"type":"{kind}""#,
+            self.amount(),
+            self.status,
+            self.account
+        );
         if let Some(reference) = self.external_ref {
-            out.extend_from_slice(b",\"externalRefId\":\"INV-");
-            write_number(u64::from(reference), 10, out);
-            out.push(b'"');
+            json.push_str(&format!(r#","externalRefId":"INV-{reference:010}""#));
         }
-        self.write_comment(kind, currency, config, out);
-        out.push(b'}');
+        if self.comment >= 16 || config.value_bytes.is_some() {
+            let comment = match self.comment {
+                16..32 => "Zahlung fällig – 支払い 💶 \\\"".to_owned(),
+                _ => format!("Creating {kind} trn in {currency}"),
+            };
+            self.write_comment(&comment, config.value_bytes.unwrap_or_default(), &mut json);
+        }
+        json.push('}');
+        json
     }
 
-    /// Writes the comment last, so that it can be padded; padding that exceeds a comment goes to a field that
-    /// the daemon does not know.
-    fn write_comment(&self, kind: &str, currency: &str, config: &GeneratorConfig, out: &mut Vec<u8>) {
-        if self.comment < 16 && config.value_bytes.is_none() {
-            return;
-        }
-        out.extend_from_slice(b",\"comment\":\"");
-        let start = out.len();
-        match self.comment {
-            16..32 => out.extend_from_slice("Zahlung fällig – 支払い 💶 \\\"".as_bytes()),
-            _ => {
-                out.extend_from_slice(b"Creating ");
-                out.extend_from_slice(kind.as_bytes());
-                out.extend_from_slice(b" trn in ");
-                out.extend_from_slice(currency.as_bytes());
-            }
-        }
-        let Some(wanted) = config.value_bytes else { return out.push(b'"') };
+    /// Pads the message to about `wanted` bytes. The comment is the last field, so that it can be padded;
+    /// padding that exceeds a comment goes to a field that the daemon does not know.
+    fn write_comment(&self, comment: &str, wanted: usize, json: &mut String) {
+        let fill = |json: &mut String, room: usize| {
+            let missing = wanted.saturating_sub(json.len() + 2).min(room);
+            json.extend(std::iter::repeat_n('.', missing));
+            json.push('"');
+        };
+        json.push_str(",\"comment\":\"");
+        json.push_str(comment);
         // Counts bytes instead of characters, so the comment is never too long.
-        let room = COMMENT_CHARS_MAX - (out.len() - start);
-        let padding = wanted.saturating_sub(out.len() + 2).min(room);
-        out.resize(out.len() + padding, b'.');
-        out.push(b'"');
-        const PADDING: &[u8] = b",\"padding\":\"";
-        let missing = wanted.saturating_sub(out.len() + PADDING.len() + 2);
-        if missing > 0 {
-            out.extend_from_slice(PADDING);
-            out.resize(out.len() + missing, b'.');
-            out.push(b'"');
-        }
-    }
-
-    fn write_id(&self, out: &mut Vec<u8>) {
-        if self.ulid {
-            out.extend_from_slice(&ulid_text(self.id));
-        } else {
-            let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
-            let id = uuid::Uuid::from_u128(self.id);
-            out.extend_from_slice(id.hyphenated().encode_lower(&mut text).as_bytes());
+        fill(json, COMMENT_CHARS_MAX - comment.len());
+        if json.len() + PADDING.len() + 2 < wanted {
+            json.push_str(PADDING);
+            fill(json, usize::MAX);
         }
     }
 }
@@ -157,32 +135,15 @@ pub(super) fn message_id(kind: IdKind, time_ms: u64, high: u64, low: u64) -> u12
 }
 
 /// 26 digits of five bits each, in Crockford's base 32.
-pub(super) fn ulid_text(id: u128) -> [u8; 26] {
-    const DIGITS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
-    std::array::from_fn(|at| {
-        let digit = (id >> (125 - 5 * at)) as usize & 31;
-        DIGITS.get(digit).copied().unwrap_or(b'0')
-    })
-}
-
-/// Writes decimal digits, zero-padded to `digits_min`.
-fn write_number(mut number: u64, digits_min: usize, out: &mut Vec<u8>) {
-    let start = out.len();
-    while number > 0 || out.len() - start < digits_min {
-        out.push(b'0' + (number % 10) as u8);
-        number /= 10;
-    }
-    if let Some(digits) = out.get_mut(start..) {
-        digits.reverse();
-    }
+pub(super) fn ulid_text(id: u128) -> String {
+    ulid::Ulid(id).to_string()
 }
 
 /// `12345` with two decimals is `123.45`.
-pub(super) fn write_amount(minor_units: u64, scale: u32, out: &mut Vec<u8>) {
-    let factor = 10u64.pow(scale);
-    write_number(minor_units / factor, 1, out);
-    if scale > 0 {
-        out.push(b'.');
-        write_number(minor_units % factor, scale as usize, out);
+pub(super) fn decimal(minor_units: u128, scale: u32) -> String {
+    let (factor, width) = (10u128.pow(scale), scale as usize);
+    match scale {
+        0 => minor_units.to_string(),
+        _ => format!("{}.{:0width$}", minor_units / factor, minor_units % factor),
     }
 }

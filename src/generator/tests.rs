@@ -8,6 +8,10 @@ use crate::domain::wire;
 
 const NOW_MS: i64 = 1_780_000_000_000;
 
+fn all_bad_reasons() -> impl Iterator<Item = Reason> {
+    BAD_REASONS.into_iter().map(|(reason, _)| reason)
+}
+
 fn config(seed: u64) -> GeneratorConfig {
     GeneratorConfig {
         seed,
@@ -15,7 +19,7 @@ fn config(seed: u64) -> GeneratorConfig {
         duplicates: 0.1,
         conflicts: 0.05,
         bad: 0.05,
-        bad_reasons: BadReason::DEFAULT.to_vec(),
+        bad_reasons: all_bad_reasons().filter(|reason| *reason != Reason::InvalidTimestamp).collect(),
         ids: IdKind::V4,
         value_bytes: None,
         types: ["BWI", "VSA", "MSC"].map(str::to_owned).to_vec(),
@@ -28,12 +32,10 @@ type Sent = (Kind, Option<Vec<u8>>, Option<Vec<u8>>, Vec<(&'static str, Vec<u8>)
 
 fn records(config: GeneratorConfig, count: usize) -> Vec<Sent> {
     let mut generator = Generator::new(config);
-    let mut record = Record::empty();
     (0..count)
         .map(|at| {
-            generator.next_into(NOW_MS + at as i64, &mut record);
-            let (key, value) = (record.key().map(<[u8]>::to_vec), record.value().map(<[u8]>::to_vec));
-            (record.kind, key, value, record.headers.clone(), record.timestamp_ms)
+            let Record { kind, timestamp_ms, headers, key, value } = generator.next(NOW_MS + at as i64);
+            (kind, key, value, headers, timestamp_ms)
         })
         .collect()
 }
@@ -110,7 +112,7 @@ proptest! {
                     prop_assert_eq!(first_key, &key.unwrap());
                 }
                 (Kind::Bad(bad), Err(refusal)) => {
-                    prop_assert_eq!(bad.reason(), refusal.reason, "{:?}", value.map(|v| String::from_utf8_lossy(&v).into_owned()));
+                    prop_assert_eq!(bad, refusal.reason, "{:?}", value.map(|v| String::from_utf8_lossy(&v).into_owned()));
                 }
                 (kind, parsed) => prop_assert!(false, "{:?} became {:?}", kind, parsed),
             }
@@ -120,7 +122,7 @@ proptest! {
 
 #[test]
 fn every_bad_reason_is_made_and_the_warm_up_message_is_among_them() {
-    let reasons = [BadReason::DEFAULT.as_slice(), &[BadReason::InvalidTimestamp]].concat();
+    let reasons: Vec<Reason> = all_bad_reasons().collect();
     let sent = records(GeneratorConfig { bad: 1.0, bad_reasons: reasons.clone(), ..config(7) }, 3_000);
     for reason in reasons {
         let of: Vec<_> = sent.iter().filter(|(kind, ..)| *kind == Kind::Bad(reason)).collect();
@@ -129,20 +131,21 @@ fn every_bad_reason_is_made_and_the_warm_up_message_is_among_them() {
             let length = value.as_ref().map_or(0, Vec::len);
             let parsed = value.as_ref().map(|v| serde_json::from_slice::<serde_json::Value>(v));
             match reason {
-                BadReason::EmptyValue => assert_eq!(length, 0),
-                BadReason::TooLarge => assert!(length > 16_384 && length < 17_000),
-                BadReason::UnsupportedSchemaVersion => {
+                Reason::EmptyValue => assert_eq!(length, 0),
+                Reason::TooLarge => assert!(length > 16_384 && length < 17_000),
+                Reason::UnsupportedSchemaVersion => {
                     assert!(headers.iter().any(|(name, value)| *name == "schema-version" && value != b"1"));
                 }
-                BadReason::InvalidTimestamp => assert!(*timestamp < 946_684_800_000),
-                BadReason::KeyMismatch => {
+                Reason::InvalidTimestamp => assert!(*timestamp < 946_684_800_000),
+                Reason::KeyMismatch => {
                     let account = json(value)["custId"].as_u64().unwrap().to_string();
                     assert_ne!(key.as_deref(), Some(account.as_bytes()));
                 }
-                BadReason::MalformedJson => {}
-                BadReason::MissingField | BadReason::InvalidField | BadReason::StaleMessageId => {
+                Reason::MalformedJson => {}
+                Reason::MissingField | Reason::InvalidField | Reason::StaleMessageId => {
                     assert!(parsed.unwrap().unwrap().is_object());
                 }
+                other => panic!("{other} is not of a single record"),
             }
         }
     }
@@ -183,10 +186,10 @@ fn values_are_padded_without_breaking_a_rule() {
 #[test]
 fn the_tally_knows_counts_and_exact_sums() {
     let mut generator = Generator::new(config(11));
-    let (mut tally, mut record) = (Tally::default(), Record::empty());
+    let mut tally = Tally::default();
     let (mut yen, mut ids) = (0u128, HashSet::new());
     for _ in 0..5_000 {
-        generator.next_into(NOW_MS, &mut record);
+        let record = generator.next(NOW_MS);
         tally.add(&record);
         if let Kind::Payment(payment) = record.kind {
             ids.insert(payment.id);
@@ -195,15 +198,15 @@ fn the_tally_knows_counts_and_exact_sums() {
             }
         }
     }
-    assert_eq!(tally.records(), 5_000);
-    assert_eq!(tally.payments(), ids.len() as u64);
-    let report = serde_json::to_value(tally.report(&[2, -2])).unwrap();
+    assert_eq!(tally.records, 5_000);
+    assert_eq!(tally.payments, ids.len() as u64);
+    let report = tally.report(&[2, -2]);
     assert_eq!(report["payments_by_currency"]["JPY"]["amount"], yen.to_string());
     let statuses = &report["payments_by_status"];
     let emails = statuses["2"].as_u64().unwrap() + statuses["-2"].as_u64().unwrap();
     assert_eq!(report["expected"]["email_events"], emails);
     let letters = &report["expected"]["dead_letters_by_reason"];
-    assert_eq!(letters["message_id_conflict"], tally.conflicts());
+    assert_eq!(letters["message_id_conflict"], tally.conflicts);
     let total: u64 = letters.as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum();
     assert_eq!(report["expected"]["dead_letters"], total);
 }

@@ -1,6 +1,9 @@
 //! Contents of the page, computed from two samples of each daemon. Pure.
 
-use super::fetch::{FetchError, Instance, Problem};
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+
+use super::fetch::{FetchError, Instance, Partition, Problem};
 use super::samples::quantile;
 
 const OUTCOMES: [&str; 4] = ["written", "redelivered", "duplicate", "dead_lettered"];
@@ -10,25 +13,12 @@ const PHASES: [&str; 4] = ["waiting", "assembling", "database", "kafka"];
 #[derive(Clone, Debug, Default)]
 pub(super) struct Row {
     pub(super) url: String,
-    /// Version and group; empty if the daemon does not answer.
+    /// Version, group and use of resources; empty if the daemon does not answer.
     pub(super) what: String,
     /// What is missing, or why the daemon does not answer; empty if it is ready.
     pub(super) trouble: String,
-    pub(super) breakers: Vec<String>,
-    pub(super) partitions: usize,
-    pub(super) memory_bytes: f64,
-    pub(super) memory_limit_bytes: f64,
-    pub(super) fds: f64,
-    pub(super) threads: f64,
-}
-
-/// One partition.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Lag {
-    pub(super) partition: i64,
-    pub(super) records: Option<i64>,
-    pub(super) seconds: Option<f64>,
-    pub(super) state: String,
+    /// Dependencies with an open breaker.
+    pub(super) breakers: BTreeSet<String>,
 }
 
 /// The whole page.
@@ -37,19 +27,15 @@ pub struct Page {
     pub(super) rows: Vec<Row>,
     /// By outcome: per second, and since the start.
     pub(super) outcomes: Vec<(&'static str, f64, f64)>,
-    /// Transactions per second.
-    pub(super) database_rate: f64,
-    pub(super) kafka_rate: f64,
+    /// Of database and Kafka: transactions and errors per second.
+    pub(super) transactions: Vec<(&'static str, f64, f64)>,
     pub(super) batch_records: f64,
-    /// Errors per second.
-    pub(super) database_errors: f64,
-    pub(super) kafka_errors: f64,
     /// Share of the lanes' time by phase; database and Kafka overlap.
     pub(super) phases: Vec<(&'static str, f64)>,
     /// Upper bounds of the latency from record to event, in seconds: median and 99th percentile.
     pub(super) latency: [Option<f64>; 2],
-    /// Lag by partition.
-    pub(super) lags: Vec<Lag>,
+    /// By partition.
+    pub(super) lags: Vec<(i64, Partition)>,
     pub(super) oldest_seconds: f64,
     /// Oldest first.
     pub(super) problems: Vec<Problem>,
@@ -63,6 +49,7 @@ impl Page {
     pub fn of<'a>(looks: impl Iterator<Item = Looks<'a>>) -> Self {
         let mut page = Self {
             outcomes: OUTCOMES.map(|name| (name, 0.0, 0.0)).to_vec(),
+            transactions: ["database", "kafka"].map(|name| (name, 0.0, 0.0)).to_vec(),
             phases: PHASES.map(|name| (name, 0.0)).to_vec(),
             ..Self::default()
         };
@@ -83,14 +70,8 @@ impl Page {
             };
             page.rows.push(row(url, now));
             lanes += now.samples.count("payment_writer_database_up");
-            for (partition, lag) in &now.status.partitions {
-                page.lags.push(Lag {
-                    partition: partition.parse().unwrap_or_default(),
-                    records: lag.lag_records,
-                    seconds: lag.lag_seconds,
-                    state: lag.state.clone(),
-                });
-            }
+            let lags = now.status.partitions.iter();
+            page.lags.extend(lags.map(|(number, lag)| (number.parse().unwrap_or_default(), lag.clone())));
             let oldest = now.samples.max("payment_writer_oldest_pending_seconds").unwrap_or_default();
             page.oldest_seconds = page.oldest_seconds.max(oldest);
             page.problems.extend(now.status.recent_problems.iter().cloned());
@@ -109,11 +90,11 @@ impl Page {
             for (name, share) in &mut page.phases {
                 *share += rate("payment_writer_phase_seconds_sum", &[("phase", name)]);
             }
-            let commits = [("step", "commit")];
-            page.database_rate += rate("payment_writer_database_step_seconds_count", &commits);
-            page.kafka_rate += rate("payment_writer_kafka_step_seconds_count", &commits);
-            page.database_errors += rate("payment_writer_database_errors_total", &[]);
-            page.kafka_errors += rate("payment_writer_kafka_errors_total", &[]);
+            for (name, a_second, errors) in &mut page.transactions {
+                let step = format!("payment_writer_{name}_step_seconds_count");
+                *a_second += rate(&step, &[("step", "commit")]);
+                *errors += rate(&format!("payment_writer_{name}_errors_total"), &[]);
+            }
             batches += rate("payment_writer_batch_records_count", &[]);
             records += rate("payment_writer_batch_records_sum", &[]);
             add(&mut buckets_before, before.samples.buckets("payment_writer_end_to_end_seconds"));
@@ -124,18 +105,18 @@ impl Page {
         }
         page.batch_records = if batches > 0.0 { records / batches } else { 0.0 };
         page.latency = [0.5, 0.99].map(|share| quantile(&buckets_before, &buckets_after, share));
-        page.lags.sort_by_key(|lag| lag.partition);
+        page.lags.sort_by_key(|(partition, _)| *partition);
         page.problems.sort();
         page
     }
 
     /// The partitions with the most lag, worst first; without those that are caught up.
-    pub(super) fn worst(&self, count: usize) -> Vec<&Lag> {
-        let is_behind = |lag: &&Lag| lag.records.is_none_or(|r| r > 0) || lag.state != "live";
-        let mut worst: Vec<&Lag> = self.lags.iter().filter(is_behind).collect();
-        worst.sort_by(|a, b| {
-            let key = |lag: &Lag| (lag.state == "halted", lag.records.unwrap_or(i64::MAX));
-            key(b).cmp(&key(a)).then(a.partition.cmp(&b.partition))
+    pub(super) fn worst(&self, count: usize) -> Vec<&(i64, Partition)> {
+        let is_behind = |(_, lag): &&(i64, Partition)| lag.lag_records != Some(0) || lag.state != "live";
+        let mut worst: Vec<_> = self.lags.iter().filter(is_behind).collect();
+        worst.sort_by_key(|(partition, lag)| {
+            let records = lag.lag_records.unwrap_or(i64::MAX);
+            (Reverse((lag.state == "halted", records)), *partition)
         });
         worst.truncate(count);
         worst
@@ -143,29 +124,27 @@ impl Page {
 }
 
 fn row(url: &str, now: &Instance) -> Row {
-    let group = now.samples.by_label("payment_writer_build_info", "group");
+    let Instance { samples, status, .. } = now;
+    let group = samples.by_label("payment_writer_build_info", "group");
     let group = group.first().map_or("", |(group, _)| group.as_str());
+    let sum = |name| samples.sum(name, &[]);
+    let mib = |bytes: f64| format!("{:.0} MiB", bytes / f64::from(1 << 20));
     let missing: Vec<String> =
-        now.status.missing.iter().map(|(name, why)| format!("{name} is missing: {why}")).collect();
-    let mut breakers: Vec<String> = now
-        .samples
-        .by_label("payment_writer_breaker_open", "dependency")
-        .into_iter()
-        .filter(|(_, open)| *open > 0.0)
-        .map(|(dependency, _)| dependency)
-        .collect();
-    breakers.sort();
-    breakers.dedup();
+        status.missing.iter().map(|(name, why)| format!("{name} is missing: {why}")).collect();
+    let breakers = samples.by_label("payment_writer_breaker_open", "dependency").into_iter();
     Row {
         url: url.to_owned(),
-        what: format!("{} group {group}", now.status.build.version),
+        what: format!(
+            "{} group {group}  partitions {}  memory {} of {}  fds {:.0}  threads {:.0}",
+            status.build.version,
+            status.partitions.len(),
+            mib(sum("process_resident_memory_bytes")),
+            mib(sum("payment_writer_memory_limit_bytes")),
+            sum("process_open_fds"),
+            sum("process_threads")
+        ),
         trouble: missing.join("; "),
-        breakers,
-        partitions: now.status.partitions.len(),
-        memory_bytes: now.samples.sum("process_resident_memory_bytes", &[]),
-        memory_limit_bytes: now.samples.sum("payment_writer_memory_limit_bytes", &[]),
-        fds: now.samples.sum("process_open_fds", &[]),
-        threads: now.samples.sum("process_threads", &[]),
+        breakers: breakers.filter(|(_, open)| *open > 0.0).map(|(dependency, _)| dependency).collect(),
     }
 }
 

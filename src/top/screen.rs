@@ -7,12 +7,12 @@ use std::time::Duration;
 use ratatui::Frame;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Constraint, Layout};
-use ratatui::style::{Color, Modifier, Style};
+use ratatui::style::{Color, Stylize};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Paragraph};
 
-use super::fetch::{FetchError, Instance, Source};
-use super::page::{Lag, Page, Row};
+use super::fetch::{FetchError, Instance, Partition, Problem, Source};
+use super::page::{Page, Row};
 
 /// Interval of checks for keys.
 const KEYS_TICK: Duration = Duration::from_millis(100);
@@ -62,59 +62,29 @@ fn age(seconds: f64) -> String {
     }
 }
 
-fn mib(bytes: f64) -> String {
-    format!("{:.0} MiB", bytes / f64::from(1 << 20))
-}
-
-fn bold(text: impl Into<String>) -> Span<'static> {
-    let text: String = text.into();
-    Span::styled(text, Style::new().add_modifier(Modifier::BOLD))
-}
-
-fn coloured(text: impl Into<String>, colour: Color) -> Span<'static> {
-    let text: String = text.into();
-    Span::styled(text, Style::new().fg(colour))
-}
-
 fn daemon(row: &Row) -> Vec<Line<'static>> {
-    let state = if row.trouble.is_empty() {
-        coloured("ready", Color::Green)
-    } else {
-        coloured("not ready", Color::Red)
-    };
-    let mut first = vec![bold(row.url.clone()), Span::raw("  "), state];
+    let state = if row.trouble.is_empty() { "ready".green() } else { "not ready".red() };
+    let mut first = vec![row.url.clone().bold(), "  ".into(), state];
     if !row.what.is_empty() {
-        let memory = format!("{} of {}", mib(row.memory_bytes), mib(row.memory_limit_bytes));
-        let breakers = if row.breakers.is_empty() { "closed".to_owned() } else { row.breakers.join(", ") };
-        first.push(Span::raw(format!(
-            "  {}  partitions {}  memory {memory}  fds {:.0}  threads {:.0}  breaker ",
-            row.what, row.partitions, row.fds, row.threads
-        )));
-        let colour = if row.breakers.is_empty() { Color::Green } else { Color::Red };
-        first.push(coloured(breakers, colour));
+        first.push(format!("  {}  breaker ", row.what).into());
+        let open: Vec<&str> = row.breakers.iter().map(String::as_str).collect();
+        first.push(if open.is_empty() { "closed".green() } else { open.join(", ").red() });
     }
-    let mut lines = vec![Line::from(first)];
-    if !row.trouble.is_empty() {
-        lines.push(Line::from(coloured(format!("  {}", row.trouble), Color::Red)));
-    }
-    lines
+    let trouble = (!row.trouble.is_empty()).then(|| format!("  {}", row.trouble).red().into());
+    [Line::from(first)].into_iter().chain(trouble).collect()
 }
 
 fn throughput(page: &Page) -> Section {
-    let mut lines: Vec<Line<'static>> = page
+    let outcomes = page
         .outcomes
         .iter()
-        .map(|(name, rate, total)| {
-            Line::from(format!("{name:<14} {:>8}/s {:>10}", short(*rate), short(*total)))
-        })
-        .collect();
-    let error = |name: &str, rate: f64, errors: f64| {
-        let text = format!("{name:<14} {:>8}/s  errors {}/s", short(rate), short(errors));
-        if errors > 0.0 { Line::from(coloured(text, Color::Red)) } else { Line::from(text) }
-    };
-    lines.push(error("database tx", page.database_rate, page.database_errors));
-    lines.push(error("kafka tx", page.kafka_rate, page.kafka_errors));
-    section("records a second, since the start", lines)
+        .map(|(name, rate, total)| format!("{name:<14} {:>8}/s {:>10}", short(*rate), short(*total)).into());
+    let transactions = page.transactions.iter().map(|(name, rate, errors)| {
+        let name = format!("{name} tx");
+        let text = format!("{name:<14} {:>8}/s  errors {}/s", short(*rate), short(*errors));
+        if *errors > 0.0 { text.red().into() } else { text.into() }
+    });
+    section("records a second, since the start", outcomes.chain(transactions).collect())
 }
 
 fn time(page: &Page) -> Section {
@@ -124,9 +94,9 @@ fn time(page: &Page) -> Section {
         .map(|(name, share)| {
             let filled = (share.clamp(0.0, 1.0) * BAR_CHARS as f64).round() as usize;
             Line::from(vec![
-                Span::raw(format!("{name:<11} {:>4.0}% ", share * 100.0)),
-                coloured("█".repeat(filled), Color::Cyan),
-                coloured("·".repeat(BAR_CHARS.saturating_sub(filled)), Color::DarkGray),
+                format!("{name:<11} {:>4.0}% ", share * 100.0).into(),
+                "█".repeat(filled).cyan(),
+                "·".repeat(BAR_CHARS.saturating_sub(filled)).dark_gray(),
             ])
         })
         .collect();
@@ -141,34 +111,29 @@ fn time(page: &Page) -> Section {
 }
 
 /// Symbol of a partition; the higher, the more lag.
-fn heat(lag: &Lag) -> Span<'static> {
-    if lag.state == "halted" {
-        return coloured("X", Color::Magenta);
-    }
-    match lag.records {
-        None => coloured("?", Color::Yellow),
-        Some(0) => coloured("·", Color::Green),
+fn heat(lag: &Partition) -> Span<'static> {
+    match lag.lag_records {
+        _ if lag.state == "halted" => "X".magenta(),
+        None => "?".yellow(),
+        Some(0) => "·".green(),
         Some(records) => {
             // One level per power of ten.
             let level = (records.max(1) as f64).log10().floor() as usize;
-            let signs = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-            let sign = signs.get(level).or(signs.last()).copied().unwrap_or('█');
-            coloured(sign.to_string(), if level < 3 { Color::Yellow } else { Color::Red })
+            let sign = ["▁", "▂", "▃", "▄", "▅", "▆", "▇"].get(level).copied().unwrap_or("█");
+            sign.fg(if level < 3 { Color::Yellow } else { Color::Red })
         }
     }
 }
 
 fn lag(page: &Page) -> Section {
-    let total: i64 = page.lags.iter().filter_map(|lag| lag.records).sum();
-    let mut lines: Vec<Line<'static>> =
-        page.lags.chunks(100).map(|part| Line::from(part.iter().map(heat).collect::<Vec<_>>())).collect();
-    for lag in page.worst(WORST_MAX) {
-        let records = lag.records.map_or("?".to_owned(), |records| short(records as f64));
-        let seconds = lag.seconds.map_or("?".to_owned(), age);
-        lines.push(Line::from(format!(
-            "partition {:<4} {records:>8} records  {seconds:>6}  {}",
-            lag.partition, lag.state
-        )));
+    let total: i64 = page.lags.iter().filter_map(|(_, lag)| lag.lag_records).sum();
+    let symbols = |part: &[(i64, Partition)]| part.iter().map(|(_, lag)| heat(lag)).collect();
+    let mut lines: Vec<Line<'static>> = page.lags.chunks(100).map(symbols).collect();
+    for (partition, lag) in page.worst(WORST_MAX) {
+        let records = lag.lag_records.map_or("?".to_owned(), |records| short(records as f64));
+        let (seconds, state) = (lag.lag_seconds.map_or("?".to_owned(), age), &lag.state);
+        let text = format!("partition {partition:<4} {records:>8} records  {seconds:>6}  {state}");
+        lines.push(text.into());
     }
     let title = format!("lag: {} records, the oldest {} old", short(total as f64), age(page.oldest_seconds));
     section(title, lines)
@@ -177,15 +142,12 @@ fn lag(page: &Page) -> Section {
 fn problems(page: &Page) -> Section {
     let from = page.problems.len().saturating_sub(PROBLEMS_MAX);
     let last = page.problems.get(from..).unwrap_or_default();
-    let line = |problem: &super::fetch::Problem| {
+    let line = |problem: &Problem| {
         let colour = if problem.level == "ERROR" { Color::Red } else { Color::Yellow };
         // The time without date and fraction.
-        let at = problem.at.get(11..19).unwrap_or(&problem.at).to_owned();
-        Line::from(vec![
-            Span::raw(format!("{at} ")),
-            coloured(format!("{:<5} ", problem.level), colour),
-            Span::raw(problem.message.clone()),
-        ])
+        let at = problem.at.get(11..19).unwrap_or(&problem.at);
+        let level = format!("{:<5} ", problem.level).fg(colour);
+        Line::from(vec![format!("{at} ").into(), level, problem.message.clone().into()])
     };
     let lines = if last.is_empty() { vec![Line::from("none")] } else { last.iter().map(line).collect() };
     section("last warnings and errors", lines)

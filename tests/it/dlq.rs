@@ -460,11 +460,11 @@ fn a_replay_killed_at_any_step_and_run_again_sends_each_letter_once() {
     let steps = [
         "dlq_after_take_over",
         "dlq_after_fence",
-        "dlq_after_settle",
+        "dlq_after_resolve",
         "dlq_after_produce:1",
         "dlq_after_offsets:1",
         "dlq_before_commit:1",
-        "dlq_after_mark",
+        "dlq_after_metadata",
         "dlq_after_claim:1",
         "dlq_after_produce:2",
         "dlq_after_offsets:2",
@@ -492,8 +492,8 @@ fn a_replay_killed_at_any_step_and_run_again_sends_each_letter_once() {
     // AND it may also die while it resolves what an earlier run left behind
     let first = LETTERS * steps.len() as u64;
     for (left, step, first) in [
-        ("dlq_after_commit:1", "dlq_after_settle_one", first),
-        ("dlq_before_commit:2", "dlq_after_settle_one", first + LETTERS),
+        ("dlq_after_commit:1", "dlq_after_resolve_one", first),
+        ("dlq_before_commit:2", "dlq_after_resolve_one", first + LETTERS),
         ("dlq_after_claim:1", "dlq_after_fence", first + 2 * LETTERS),
     ] {
         add_letters(&scope, first..first + LETTERS);
@@ -559,7 +559,8 @@ fn runs_that_fence_each_other_leave_nothing_sent_twice() {
 
     // AND a run that is no longer the owner in the database detects that
     add_letters(&scope, 20..40);
-    for (step, sent) in [("dlq_after_fence:1", 20), ("dlq_after_settle:1", 20), ("dlq_before_commit:2", 40)] {
+    for (step, sent) in [("dlq_after_fence:1", 20), ("dlq_after_resolve:1", 20), ("dlq_before_commit:2", 40)]
+    {
         let mut late = stopped_at(&scope, step, &["--all"]);
         scope.execute("UPDATE payment_writer.dead_letter_replay_owner SET run_id = gen_random_uuid()");
         late.signal("CONT");

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use clap::Args;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::super::output::{print, table};
-use super::{FilterArgs, escaped, reason_text, time};
+use super::{FilterArgs, escaped, or_dash, reason_text};
 use crate::config::Settings;
 use crate::dlq::letter::{Letter, Place};
 use crate::dlq::reader::Reader;
@@ -48,13 +49,16 @@ pub struct ListArgs {
 }
 
 /// A dead letter without its contents.
+#[derive(Serialize)]
 struct Line {
+    at: String,
+    dead_lettered: Option<String>,
     reason: &'static str,
     detail: String,
     topic: String,
     partition: i32,
     offset: i64,
-    record_at: Option<TimestampMs>,
+    timestamp: Option<String>,
     replays: u32,
     bytes: usize,
 }
@@ -69,12 +73,14 @@ impl Newest {
     fn add(&mut self, letter: &Letter<'_>) {
         let Some(label) = &letter.label else { return };
         let line = Line {
+            at: letter.place.to_string(),
+            dead_lettered: letter.lettered_at.map(|at| at.to_string()),
             reason: reason_text(label.reason),
             detail: escaped(label.detail.as_bytes()).chars().take(DETAIL_CHARS_MAX).collect(),
             topic: escaped(label.topic.as_bytes()).chars().take(DETAIL_CHARS_MAX).collect(),
             partition: label.partition.0,
             offset: label.offset.0,
-            record_at: label.timestamp,
+            timestamp: label.timestamp.map(|at| at.to_string()),
             replays: letter.replays,
             bytes: letter.bytes(),
         };
@@ -83,19 +89,24 @@ impl Newest {
             self.lines.pop_first();
         }
     }
+
+    /// Number of dead letters that are not listed.
+    fn more(&self, summary: &Summary) -> u64 {
+        summary.all.letters.saturating_sub(self.lines.len() as u64)
+    }
 }
 
 /// Prints the counts or the list.
 pub fn list(settings: &Settings, args: &ListArgs) -> Result<(), CommandError> {
-    let choice = args.choice.choice()?;
+    let filter = args.choice.filter()?;
     let reader = Reader::open(&settings.kafka)?;
-    let mut tally = Summary::default();
+    let mut summary = Summary::default();
     let limit = if args.each { usize::try_from(args.limit).unwrap_or(usize::MAX) } else { 0 };
     let mut newest = Newest { limit, lines: BTreeMap::new() };
     // Up to the current end of the topic.
-    let _ = reader.read(&reader.ranges(&choice)?, |letter| {
-        if choice.has(letter) {
-            tally.add(letter, &settings.kafka.input_topic);
+    let _ = reader.read(&reader.ranges(&filter)?, |letter| {
+        if filter.has(letter) {
+            summary.add(letter, &settings.kafka.input_topic);
             if limit > 0 {
                 newest.add(letter);
             }
@@ -103,120 +114,107 @@ pub fn list(settings: &Settings, args: &ListArgs) -> Result<(), CommandError> {
         Ok(ControlFlow::Continue(()))
     })?;
     let topic = &settings.kafka.dead_letter_topic;
-    if args.json {
-        print(&as_json(topic, &tally, args, &newest).to_string())
-    } else {
-        print(&as_text(topic, &tally, args, &newest))
+    print(match args.json {
+        true => as_json(topic, &summary, args, &newest).to_string(),
+        false => as_text(topic, &summary, args, &newest),
+    })
+}
+
+/// The groups of a property, under its names in text and in JSON. All others have no key.
+type Section = (&'static str, &'static str, Vec<(Value, Group)>);
+
+fn groups(summary: &Summary) -> [Section; 4] {
+    fn of<K: Ord>(groups: &Groups<K>, key: impl Fn(&K) -> Value) -> Vec<(Value, Group)> {
+        let others = (groups.others.letters > 0).then_some((Value::Null, groups.others));
+        groups.iter().map(|(found, group)| (key(found), *group)).chain(others).collect()
+    }
+    [
+        ("reason", "reason", of(&summary.by_reason, |reason| json!(reason_text(*reason)))),
+        ("partition", "partition", of(&summary.by_partition, |partition| json!(partition.0))),
+        ("day (UTC)", "day", of(&summary.by_day, |day| json!(day.to_string()))),
+        ("replays", "replays", of(&summary.by_replays, |count| json!(count))),
+    ]
+}
+
+fn key_text(name: &str, key: &Value) -> String {
+    match key {
+        Value::Null => "all others".to_owned(),
+        Value::String(text) => text.clone(),
+        count if name == "replays" && count.as_u64() >= Some(REPLAYS_SHOWN_MAX.into()) => {
+            format!("{count} or more")
+        }
+        number => number.to_string(),
     }
 }
 
-fn more(tally: &Summary, newest: &Newest) -> u64 {
-    tally.all.letters.saturating_sub(newest.lines.len() as u64)
-}
-
-fn section<K: Ord>(name: &str, groups: &Groups<K>, shown: impl Fn(&K) -> String) -> String {
-    let row =
-        |key: String, group: &Group| [key, group.letters.to_string(), time(group.oldest), time(group.newest)];
-    let mut rows = vec![[name, "letters", "oldest", "newest"].map(str::to_owned)];
-    rows.extend(groups.iter().map(|(key, group)| row(shown(key), group)));
-    if groups.others.letters > 0 {
-        rows.push(row("all others".to_owned(), &groups.others));
-    }
-    table(&rows)
-}
-
-fn replays(count: u32) -> String {
-    if count >= REPLAYS_SHOWN_MAX { format!("{count} or more") } else { count.to_string() }
-}
-
-fn as_text(topic: &str, tally: &Summary, args: &ListArgs, newest: &Newest) -> String {
+fn as_text(topic: &str, summary: &Summary, args: &ListArgs, newest: &Newest) -> String {
     let mut text = vec![format!(
         "{} dead letters in {topic}, keys and values {}",
-        tally.all.letters,
-        indicatif::BinaryBytes(tally.bytes)
+        summary.all.letters,
+        indicatif::BinaryBytes(summary.bytes)
     )];
-    if tally.all.letters > 0 {
-        text.push(section("reason", &tally.by_reason, |reason| reason_text(*reason).to_owned()));
-        text.push(section("partition", &tally.by_partition, ToString::to_string));
-        text.push(section("day (UTC)", &tally.by_day, ToString::to_string));
-        text.push(section("replays", &tally.by_replays, |count| replays(*count)));
+    if summary.all.letters > 0 {
+        text.extend(groups(summary).map(|(title, name, groups)| {
+            let rows = groups.into_iter().map(|(key, group)| {
+                let Group { letters, oldest, newest } = group;
+                [key_text(name, &key), letters.to_string(), or_dash(oldest), or_dash(newest)]
+            });
+            table([title, "letters", "oldest", "newest"], rows)
+        }));
     }
-    if args.each && tally.all.letters > 0 {
+    if args.each && summary.all.letters > 0 {
         let header = ["at", "dead-lettered", "reason", "record", "timestamp", "replays", "bytes", "detail"];
-        let mut rows = vec![header.map(str::to_owned)];
-        rows.extend(newest.lines.iter().map(|((at, place), line)| {
+        let rows = newest.lines.values().map(|line| {
             [
-                place.to_string(),
-                time(*at),
+                line.at.clone(),
+                or_dash(line.dead_lettered.as_ref()),
                 line.reason.to_owned(),
                 format!("{}/{}/{}", line.topic, line.partition, line.offset),
-                time(line.record_at),
+                or_dash(line.timestamp.as_ref()),
                 line.replays.to_string(),
                 line.bytes.to_string(),
                 line.detail.clone(),
             ]
-        }));
-        text.push(table(&rows));
-        if more(tally, newest) > 0 {
-            text.push(format!("{} older ones are not listed; raise --limit for more", more(tally, newest)));
+        });
+        text.push(table(header, rows));
+        let more = newest.more(summary);
+        if more > 0 {
+            text.push(format!("{more} older ones are not listed; raise --limit for more"));
         }
     }
-    if tally.of_other_topics > 0 {
-        text.push(format!("{} of them are from topics other than kafka.input_topic", tally.of_other_topics));
+    if summary.of_other_topics > 0 {
+        let count = summary.of_other_topics;
+        text.push(format!("{count} of them are from topics other than kafka.input_topic"));
     }
-    if tally.not_dead_letters > 0 {
-        text.push(format!("{} other records in the topic are not dead letters", tally.not_dead_letters));
+    if summary.not_dead_letters > 0 {
+        text.push(format!("{} other records in the topic are not dead letters", summary.not_dead_letters));
     }
     text.join("\n\n")
 }
 
-fn groups<K: Ord>(name: &str, groups: &Groups<K>, shown: impl Fn(&K) -> Value) -> Value {
-    let object = |key: Value, group: &Group| {
-        json!({
-            name: key,
-            "letters": group.letters,
-            "oldest": group.oldest.map(|at| time(Some(at))),
-            "newest": group.newest.map(|at| time(Some(at))),
-        })
-    };
-    let mut all: Vec<Value> = groups.iter().map(|(key, group)| object(shown(key), group)).collect();
-    if groups.others.letters > 0 {
-        all.push(object(Value::Null, &groups.others));
-    }
-    Value::Array(all)
-}
-
-fn as_json(topic: &str, tally: &Summary, args: &ListArgs, newest: &Newest) -> Value {
+fn as_json(topic: &str, summary: &Summary, args: &ListArgs, newest: &Newest) -> Value {
+    let time = |at: Option<TimestampMs>| at.map(|at| at.to_string());
     let mut value = json!({
         "topic": topic,
-        "letters": tally.all.letters,
-        "bytes": tally.bytes,
-        "oldest": tally.all.oldest.map(|at| time(Some(at))),
-        "newest": tally.all.newest.map(|at| time(Some(at))),
-        "by_reason": groups("reason", &tally.by_reason, |reason| json!(reason_text(*reason))),
-        "by_partition": groups("partition", &tally.by_partition, |partition| json!(partition.0)),
-        "by_day": groups("day", &tally.by_day, |day| json!(day.to_string())),
-        "by_replays": groups("replays", &tally.by_replays, |count| json!(count)),
-        "of_other_topics": tally.of_other_topics,
-        "not_dead_letters": tally.not_dead_letters,
+        "letters": summary.all.letters,
+        "bytes": summary.bytes,
+        "oldest": time(summary.all.oldest),
+        "newest": time(summary.all.newest),
+        "of_other_topics": summary.of_other_topics,
+        "not_dead_letters": summary.not_dead_letters,
     });
-    if let (true, Some(object)) = (args.each, value.as_object_mut()) {
-        let each = newest.lines.iter().map(|((at, place), line)| {
-            json!({
-                "at": place.to_string(),
-                "dead_lettered": at.map(|at| time(Some(at))),
-                "reason": line.reason,
-                "detail": line.detail,
-                "topic": line.topic,
-                "partition": line.partition,
-                "offset": line.offset,
-                "timestamp": line.record_at.map(|at| time(Some(at))),
-                "replays": line.replays,
-                "bytes": line.bytes,
-            })
-        });
-        object.insert("each".to_owned(), each.collect());
-        object.insert("more".to_owned(), json!(more(tally, newest)));
+    let mut insert =
+        |name: String, more: Value| value.as_object_mut().map(|object| object.insert(name, more));
+    for (_, name, groups) in groups(summary) {
+        let group = |(key, group): (Value, Group)| {
+            let (oldest, newest) = (time(group.oldest), time(group.newest));
+            json!({ name: key, "letters": group.letters, "oldest": oldest, "newest": newest })
+        };
+        insert(format!("by_{name}"), groups.into_iter().map(group).collect());
+    }
+    if args.each {
+        insert("each".to_owned(), newest.lines.values().map(|line| json!(line)).collect());
+        insert("more".to_owned(), json!(newest.more(summary)));
     }
     value
 }

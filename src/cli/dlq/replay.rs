@@ -1,27 +1,26 @@
 //! `dlq replay`: replays selected dead letters to the input topic, each once.
 
-use std::io::IsTerminal;
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use clap::Args;
 use serde_json::json;
+use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use super::super::output::{print, table, to_stderr};
+use super::super::output::{aligned, print, progress_bar, warn};
 use super::super::produce::rate;
-use super::super::small_runtime;
-use super::super::stop::StopSignal;
+use super::super::stop_signal;
 use super::FilterArgs;
 use crate::config::Settings;
 use crate::dlq::DlqError;
 use crate::dlq::eligibility::Eligibility;
 use crate::dlq::filter::{Filter, Ranges};
 use crate::dlq::reader::Reader;
-use crate::dlq::replay::{CHUNK_LETTERS_MAX, Chunk, Outcome, Replay, Word, look_at};
+use crate::dlq::replay::{CHUNK_LETTERS_MAX, Chunk, Outcome, Replay, Statements, look_at};
 use crate::dlq::replay_store::{Audit, ReplayStore};
-use crate::dlq::run_metadata::ChunkState;
+use crate::dlq::run_metadata::ChunkOutcome;
 use crate::error::CommandError;
 use crate::kafka::scan::Scanner;
 
@@ -81,34 +80,16 @@ pub struct ReplayArgs {
     pub after_restore: bool,
     /// State whether an interrupted replay was sent, if nothing proves it
     #[arg(long, value_enum, value_name = "OUTCOME", requires = "apply")]
-    pub unfinished: Option<UnfinishedFate>,
+    pub unfinished: Option<ChunkOutcome>,
     /// As JSON
     #[arg(long)]
     pub json: bool,
 }
 
-/// What the operator found in the input topic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum UnfinishedFate {
-    /// Its records are in the input topic
-    Sent,
-    /// Its records are not in the input topic
-    NotSent,
-}
-
-impl From<UnfinishedFate> for ChunkState {
-    fn from(fate: UnfinishedFate) -> Self {
-        match fate {
-            UnfinishedFate::Sent => Self::Sent,
-            UnfinishedFate::NotSent => Self::NotSent,
-        }
-    }
-}
-
 /// Replays dead letters, or shows what would be replayed.
-pub fn replay(settings: &Settings, args: &ReplayArgs) -> Result<(), CommandError> {
-    let choice = args.choice.choice()?;
-    if choice.is_everything() && !args.all {
+pub fn replay(settings: &Settings, args: &ReplayArgs, runtime: &Handle) -> Result<(), CommandError> {
+    let filter = args.choice.filter()?;
+    if filter.is_everything() && !args.all {
         return Err(CommandError::usage(
             "select dead letters: --reason, --partition, --since, --until, --at, or --all",
         ));
@@ -119,25 +100,24 @@ pub fn replay(settings: &Settings, args: &ReplayArgs) -> Result<(), CommandError
              dead letters; use the settings of the daemon that publishes",
         ));
     }
-    let stop = StopSignal::listen(small_runtime()?)?;
+    let stop = stop_signal()?;
     let reader = Reader::open(&settings.kafka)?;
-    let ranges = reader.ranges(&choice)?;
+    let ranges = reader.ranges(&filter)?;
     let input = Scanner::new(&settings.kafka, &settings.kafka.input_topic).map_err(DlqError::from)?;
     let (input_topic_id, _) = input.describe().map_err(DlqError::from)?;
     drop(input);
-    let register = ReplayStore::open(settings, input_topic_id)?;
-    let terms = Eligibility {
+    let store = ReplayStore::open(runtime, settings, input_topic_id)?;
+    let eligibility = Eligibility {
         input_topic: settings.kafka.input_topic.clone(),
-        now: register.now()?,
+        now: store.now()?,
         window: settings.idempotency.window,
         replays_max: args.max_replays,
         is_forced: args.force,
     };
-    let job =
-        Job { settings, args, choice: &choice, terms: &terms, reader: &reader, ranges: &ranges, stop: &stop };
+    let job = Job { settings, args, filter, eligibility, reader, ranges, stop: &stop };
     match args.note.as_deref().filter(|_| args.apply) {
-        Some(note) => job.apply(register, note),
-        None => job.look(&register),
+        Some(note) => job.apply(store, note),
+        None => job.look(&store),
     }
 }
 
@@ -145,43 +125,41 @@ pub fn replay(settings: &Settings, args: &ReplayArgs) -> Result<(), CommandError
 struct Job<'a> {
     settings: &'a Settings,
     args: &'a ReplayArgs,
-    choice: &'a Filter,
-    terms: &'a Eligibility,
-    reader: &'a Reader,
-    ranges: &'a Ranges,
-    stop: &'a StopSignal,
+    filter: Filter,
+    eligibility: Eligibility,
+    reader: Reader,
+    ranges: Ranges,
+    stop: &'a AtomicBool,
 }
 
 impl Job<'_> {
-    fn look(&self, register: &ReplayStore) -> Result<(), CommandError> {
+    fn look(&self, store: &ReplayStore) -> Result<(), CommandError> {
         let topic_id = self.reader.topic_id();
         let mut outcome = Outcome::default();
-        let is_stopped = self.run("looking", &mut outcome, CHUNK_LETTERS_MAX, |chunk, outcome| {
-            look_at(chunk, register, topic_id, outcome)
+        self.run("looking", &mut outcome, CHUNK_LETTERS_MAX, |chunk, outcome| {
+            look_at(chunk, store, topic_id, outcome)
         })?;
-        self.tell(&outcome, is_stopped, None)
+        self.report(&outcome, None)
     }
 
-    fn apply(&self, register: ReplayStore, note: &str) -> Result<(), CommandError> {
+    fn apply(&self, store: ReplayStore, note: &str) -> Result<(), CommandError> {
         let audit = Audit {
             topic: self.settings.kafka.dead_letter_topic.clone(),
             topic_id: self.reader.topic_id(),
-            choice: self.choice.to_string(),
+            filter: self.filter.to_string(),
             is_forced: self.args.force,
             note: note.to_owned(),
         };
-        let word = Word {
-            unfinished: self.args.unfinished.map(ChunkState::from),
-            is_after_restore: self.args.after_restore,
-        };
-        let mut replay = Replay::begin(register, self.settings, &audit, word)?;
+        let statements =
+            Statements { unfinished: self.args.unfinished, is_after_restore: self.args.after_restore };
+        let mut replay = Replay::begin(store, self.settings, &audit, statements)?;
         // At most one second's worth per chunk.
         let letters_max = self.args.rate.ceil().min(CHUNK_LETTERS_MAX as f64) as usize;
         let (began, mut pace) = (Instant::now(), Pace::new(self.args.rate));
         let mut outcome = Outcome::default();
-        let is_stopped = self.run("replaying", &mut outcome, letters_max, |chunk, outcome| {
+        let replayed = self.run("replaying", &mut outcome, letters_max, |chunk, outcome| {
             while let Some(pause) = pace.pause(began.elapsed()) {
-                if self.stop.is_set() {
+                if self.is_stopped() {
                     return Ok(());
                 }
                 std::thread::sleep(pause);
@@ -191,86 +169,87 @@ impl Job<'_> {
             pace.sent(outcome.replayed - sent_before, at);
             Ok(())
         });
-        let is_stopped = is_stopped.inspect_err(|_| self.tell_of_failure(&outcome))?;
+        replayed.inspect_err(|_| {
+            // The caller reports the failure itself.
+            warn(format_args!(
+                "replayed before the failure: {}. Run the same command again: it first resolves the interrupted \
+                 chunk, and no dead letter is sent twice",
+                outcome.replayed
+            ));
+        })?;
         let run_id = replay.run_id();
-        replay.finish(&outcome, is_stopped)?;
-        self.tell(&outcome, is_stopped, Some(run_id))
+        replay.finish(&outcome)?;
+        self.report(&outcome, Some(run_id))
     }
 
-    /// Reads the selected dead letters and passes them on in chunks. Returns true if a signal ended it early.
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Reads the selected dead letters and passes them on in chunks, until a signal arrives.
     fn run(
         &self,
         doing: &'static str,
         outcome: &mut Outcome,
         letters_max: usize,
         mut flush: impl FnMut(&mut Chunk, &mut Outcome) -> Result<(), DlqError>,
-    ) -> Result<bool, CommandError> {
-        let progress = progress_bar(doing, self.ranges.offsets);
+    ) -> Result<(), DlqError> {
+        let template = "{prefix} {wide_bar} {human_pos}/{human_len} read  {msg}  {eta} left";
+        let progress = progress_bar(Some(self.ranges.offsets()), template).with_prefix(doing);
         let mut chunk = Chunk::new(letters_max);
-        let flow = self.reader.read(self.ranges, |letter| {
+        let flow = self.reader.read(&self.ranges, |letter| {
             progress.inc(1);
-            if self.choice.has(letter) {
-                chunk.consider(letter, self.terms, outcome);
+            if self.filter.has(letter) {
+                chunk.consider(letter, &self.eligibility, outcome);
             }
             if chunk.is_full() {
                 flush(&mut chunk, outcome)?;
                 progress.set_message(format!("{} letters", outcome.replayed));
             }
-            Ok(if self.stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            Ok(if self.is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         });
         let flushed = match flow {
-            Ok(ControlFlow::Continue(())) => flush(&mut chunk, outcome).map(|()| self.stop.is_set()),
-            Ok(ControlFlow::Break(())) => Ok(true),
+            Ok(ControlFlow::Continue(())) => flush(&mut chunk, outcome),
+            Ok(ControlFlow::Break(())) => Ok(()),
             Err(error) => Err(error),
         };
+        outcome.is_interrupted = self.is_stopped();
         progress.finish_and_clear();
-        Ok(flushed?)
+        flushed
     }
 
-    fn tell_of_failure(&self, outcome: &Outcome) {
-        // The caller reports the failure itself.
-        let _ = to_stderr(&format!(
-            "replayed before the failure: {}. Run the same command again: it first resolves the interrupted \
-             chunk, and no dead letter is sent twice",
-            outcome.replayed
-        ));
-    }
-
-    fn tell(&self, outcome: &Outcome, is_interrupted: bool, run: Option<Uuid>) -> Result<(), CommandError> {
-        let kafka = &self.settings.kafka;
-        if self.args.json {
-            let mut value = outcome.to_json();
-            if let Some(object) = value.as_object_mut() {
-                object.insert("topic".to_owned(), json!(kafka.dead_letter_topic));
-                object.insert("input_topic".to_owned(), json!(kafka.input_topic));
-                object.insert("dry_run".to_owned(), json!(run.is_none()));
-                object.insert("interrupted".to_owned(), json!(is_interrupted));
-                object.insert("run".to_owned(), json!(run.map(|run| run.to_string())));
-            }
-            return print(&value.to_string());
+    /// Prints the outcome; `run` is absent in a dry run.
+    fn report(&self, outcome: &Outcome, run: Option<Uuid>) -> Result<(), CommandError> {
+        if !self.args.json {
+            return print(self.as_text(outcome, run));
         }
-        print(&self.as_text(outcome, is_interrupted, run))
+        let kafka = &self.settings.kafka;
+        let mut value = outcome.to_json();
+        if let Some(object) = value.as_object_mut() {
+            object.insert("topic".to_owned(), json!(kafka.dead_letter_topic));
+            object.insert("input_topic".to_owned(), json!(kafka.input_topic));
+            object.insert("dry_run".to_owned(), json!(run.is_none()));
+            object.insert("run".to_owned(), json!(run.map(|run| run.to_string())));
+        }
+        print(value)
     }
 
-    fn as_text(&self, outcome: &Outcome, is_interrupted: bool, run: Option<Uuid>) -> String {
+    fn as_text(&self, outcome: &Outcome, run: Option<Uuid>) -> String {
         let row = |what: &str, count: u64, why: &str| [what.to_owned(), count.to_string(), why.to_owned()];
         let going = if run.is_some() { "replayed" } else { "would be replayed" };
         let mut rows = vec![
             row(going, outcome.replayed, ""),
             row("already replayed", outcome.already_replayed, "each dead letter is replayed once"),
         ];
-        if outcome.unsettled > 0 {
+        if outcome.unresolved > 0 {
             let why = "claimed by a running or interrupted replay; the next --apply resolves it";
-            rows.push(row("under way", outcome.unsettled, why));
+            rows.push(row("under way", outcome.unresolved, why));
         }
         for (objection, count) in &outcome.refused {
             rows.push(row(&format!("refused: {}", objection.as_str()), *count, objection.why()));
         }
-        let kafka = &self.settings.kafka;
-        let mut text = vec![
-            format!("{} dead letters chosen of {}", outcome.chosen, kafka.dead_letter_topic),
-            table(&rows),
-        ];
+        let topic = &self.settings.kafka.dead_letter_topic;
+        let mut text = vec![format!("{} dead letters chosen of {topic}", outcome.chosen), aligned(rows)];
         if outcome.at_risk > 0 {
             text.push(format!(
                 "--force: {} of these records are older than idempotency.window ({}), or another payment has \
@@ -280,7 +259,7 @@ impl Job<'_> {
                 humantime::format_duration(self.settings.idempotency.window),
             ));
         }
-        if is_interrupted {
+        if outcome.is_interrupted {
             text.push("interrupted: the remaining dead letters were not replayed".to_owned());
         }
         text.push(match run {
@@ -313,20 +292,6 @@ impl Pace {
     fn sent(&mut self, letters: u64, at: Duration) {
         let takes = Duration::try_from_secs_f64(letters as f64 / self.per_second).unwrap_or(Duration::MAX);
         self.next_at = at.saturating_add(takes);
-    }
-}
-
-fn progress_bar(doing: &'static str, offsets: u64) -> ProgressBar {
-    let target = if std::io::stderr().is_terminal() {
-        ProgressDrawTarget::stderr()
-    } else {
-        ProgressDrawTarget::hidden()
-    };
-    let bar = ProgressBar::with_draw_target(Some(offsets), target).with_prefix(doing);
-    match ProgressStyle::with_template("{prefix} {wide_bar} {human_pos}/{human_len} read  {msg}  {eta} left")
-    {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
     }
 }
 

@@ -1,16 +1,15 @@
 //! `dlq show`: shows one dead letter.
 
-use std::io::{self, ErrorKind, Write};
 use std::ops::ControlFlow;
 
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::super::output::{print, table};
-use super::{escaped, reason_text, time};
+use super::super::output::{aligned, print, print_bytes};
+use super::{escaped, or_dash, reason_text};
 use crate::config::Settings;
 use crate::dlq::filter::Filter;
-use crate::dlq::letter::{LeftOut, Letter, Place};
+use crate::dlq::letter::{Letter, Place};
 use crate::dlq::reader::Reader;
 use crate::error::CommandError;
 
@@ -43,13 +42,13 @@ pub struct ShowArgs {
 /// Prints a dead letter.
 pub fn show(settings: &Settings, args: &ShowArgs) -> Result<(), CommandError> {
     let reader = Reader::open(&settings.kafka)?;
-    let choice = Filter { places: [args.at].into(), ..Filter::default() };
+    let filter = Filter { places: [args.at].into(), ..Filter::default() };
     let mut shown = None;
-    let _ = reader.read(&reader.ranges(&choice)?, |letter| {
+    let _ = reader.read(&reader.ranges(&filter)?, |letter| {
         shown = Some(match (args.raw, args.json) {
-            (true, _) => raw(letter),
-            (_, true) => print(&as_json(letter, args.payload).to_string()),
-            _ => print(&as_text(letter, args.payload)),
+            (true, _) => print_bytes(letter.value.unwrap_or_default()),
+            (_, true) => print(as_json(letter, args.payload)),
+            _ => print(as_text(letter, args.payload)),
         });
         Ok(ControlFlow::Break(()))
     })?;
@@ -60,16 +59,6 @@ pub fn show(settings: &Settings, args: &ShowArgs) -> Result<(), CommandError> {
             args.at
         )))
     })
-}
-
-fn raw(letter: &Letter<'_>) -> Result<(), CommandError> {
-    let mut stdout = io::stdout().lock();
-    match stdout.write_all(letter.value.unwrap_or_default()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(CommandError::failed(format!("cannot write to stdout: {error}")))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn size(bytes: Option<&[u8]>) -> String {
@@ -88,13 +77,14 @@ fn own_headers(letter: &Letter<'_>) -> (usize, usize) {
 
 fn as_text(letter: &Letter<'_>, payload: bool) -> String {
     let row = |name: &str, value: String| [name.to_owned(), value];
-    let mut rows = vec![row("at", letter.place.to_string()), row("dead-lettered", time(letter.lettered_at))];
+    let mut rows =
+        vec![row("at", letter.place.to_string()), row("dead-lettered", or_dash(letter.lettered_at))];
     if let Some(label) = &letter.label {
         rows.push(row("reason", reason_text(label.reason).to_owned()));
         rows.push(row("detail", escaped(label.detail.as_bytes())));
         let topic = escaped(label.topic.as_bytes());
         rows.push(row("record", format!("{topic}, partition {}, offset {}", label.partition, label.offset)));
-        rows.push(row("timestamp", time(label.timestamp)));
+        rows.push(row("timestamp", or_dash(label.timestamp)));
         rows.push(row("replays", letter.replays.to_string()));
         for (what, left_out) in [("value", &label.left_out), ("key", &label.key_left_out)] {
             let Some(left_out) = left_out else { continue };
@@ -109,7 +99,7 @@ fn as_text(letter: &Letter<'_>, payload: bool) -> String {
     rows.push(row("key", size(letter.key)));
     rows.push(row("value", size(letter.value)));
     rows.push(row("own headers", format!("{count}, {bytes} bytes")));
-    let mut text = table(&rows);
+    let mut text = aligned(rows);
     if payload {
         text.push_str(&format!("\n\nkey: {}", shown(letter.key)));
         for (name, value) in letter.own_headers() {
@@ -133,22 +123,20 @@ fn contents(bytes: Option<&[u8]>) -> Value {
 
 fn as_json(letter: &Letter<'_>, payload: bool) -> Value {
     let label = letter.label.as_ref();
-    let left_out =
-        |left_out: Option<&LeftOut<'_>>| left_out.map(|l| json!({ "bytes": l.bytes, "sha256": l.sha256 }));
     let (own_headers, own_header_bytes) = own_headers(letter);
     let mut value = json!({
         "at": letter.place.to_string(),
-        "dead_lettered": letter.lettered_at.map(|at| time(Some(at))),
+        "dead_lettered": letter.lettered_at.map(|at| at.to_string()),
         "is_dead_letter": label.is_some(),
         "reason": label.map(|l| reason_text(l.reason)),
         "detail": label.map(|l| &l.detail),
         "topic": label.map(|l| &l.topic),
         "partition": label.map(|l| l.partition.0),
         "offset": label.map(|l| l.offset.0),
-        "timestamp": label.and_then(|l| l.timestamp).map(|at| time(Some(at))),
+        "timestamp": label.and_then(|l| l.timestamp).map(|at| at.to_string()),
         "replays": letter.replays,
-        "left_out": left_out(label.and_then(|l| l.left_out.as_ref())),
-        "key_left_out": left_out(label.and_then(|l| l.key_left_out.as_ref())),
+        "left_out": label.and_then(|l| l.left_out.as_ref()),
+        "key_left_out": label.and_then(|l| l.key_left_out.as_ref()),
         "key_bytes": letter.key.map(<[u8]>::len),
         "value_bytes": letter.value.map(<[u8]>::len),
         "own_headers": own_headers,

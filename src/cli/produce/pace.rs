@@ -8,7 +8,8 @@ const TICK: Duration = Duration::from_millis(1);
 /// Optional rate and optional end.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
-    total: Option<u64>,
+    /// Total number of records; `None`: no end.
+    pub(super) total: Option<u64>,
     per_second: Option<f64>,
 }
 
@@ -16,11 +17,6 @@ impl Pace {
     pub(super) fn new(count: Option<u64>, per_second: Option<f64>, duration: Option<Duration>) -> Self {
         let by_time = per_second.zip(duration).map(|(rate, time)| (rate * time.as_secs_f64()).round() as u64);
         Self { total: count.or(by_time), per_second }
-    }
-
-    /// Total number of records; `None`: no end.
-    pub(super) fn total(self) -> Option<u64> {
-        self.total
     }
 
     /// Number of records that should have been sent by now; a sender that falls behind catches up.
@@ -47,7 +43,7 @@ mod tests {
     #[test]
     fn a_rate_is_met_at_every_moment_and_in_total() {
         let pace = Pace::new(None, Some(1_500.0), Some(Duration::from_secs(4)));
-        assert_eq!(pace.total(), Some(6_000));
+        assert_eq!(pace.total, Some(6_000));
         for (millis, due) in [(0, 0), (1, 1), (2, 3), (1_000, 1_500), (3_999, 5_998), (9_000, 6_000)] {
             assert_eq!(pace.due(Duration::from_millis(millis)), due, "{millis} ms");
         }
@@ -63,7 +59,7 @@ mod tests {
     #[test]
     fn a_slow_rate_pauses_until_the_next_record_but_listens_meanwhile() {
         let pace = Pace::new(None, Some(0.5), None);
-        assert_eq!(pace.total(), None);
+        assert_eq!(pace.total, None);
         assert_eq!(pace.pause(0, Duration::ZERO), Some(Duration::from_millis(100)));
         assert_eq!(pace.pause(0, Duration::from_millis(1_950)), Some(Duration::from_millis(50)));
         assert_eq!(pace.pause(0, Duration::from_secs(2)), None);

@@ -1,8 +1,8 @@
 //! Passes records to librdkafka as fast as it accepts them.
 
 use std::error::Error;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rdkafka::ClientContext;
@@ -13,10 +13,9 @@ use rdkafka::producer::{
     BaseRecord, DeliveryResult, NoCustomPartitioner, Producer, ProducerContext, ThreadedProducer,
 };
 
-use super::super::stop::StopSignal;
 use super::ProduceArgs;
 use crate::config::KafkaSettings;
-use crate::error::CommandError;
+use crate::error::{CommandError, OrFailed};
 use crate::generator::Record;
 use crate::kafka::client::{REQUEST_TIMEOUT, make_client, partition_counts, producer_config};
 use crate::kafka::token;
@@ -34,20 +33,13 @@ const DELIVERY_LOOK: Duration = Duration::from_millis(1);
 /// Maximum number of attempts of a retriable call, each for at most [`REQUEST_TIMEOUT`].
 const TRIES_MAX: u32 = 4;
 
-/// Result of passing a record to the client.
-pub(super) enum Sending {
-    /// The client accepted it.
-    Taken,
-    /// The client's queue was full until a signal arrived.
-    Interrupted,
-}
-
 /// Counts failed deliveries; successful ones are not reported individually.
 #[derive(Default)]
 struct Deliveries {
     failed: AtomicU64,
-    first_error: Mutex<Option<String>>,
-    last_fault: Mutex<Option<RDKafkaErrorCode>>,
+    first_error: OnceLock<KafkaError>,
+    /// librdkafka's code of the last logged error.
+    last_fault: AtomicI32,
 }
 
 impl ClientContext for Deliveries {
@@ -59,11 +51,9 @@ impl ClientContext for Deliveries {
 
     /// librdkafka repeats an error many times per second while it lasts; log it once.
     fn error(&self, error: KafkaError, reason: &str) {
-        let Ok(mut last) = self.last_fault.lock() else { return };
-        let code = error.rdkafka_error_code();
-        if *last != code {
+        let code = error.rdkafka_error_code().map_or(0, |code| code as i32);
+        if self.last_fault.swap(code, Ordering::Relaxed) != code {
             tracing::warn!("Kafka: {reason}");
-            *last = code;
         }
     }
 }
@@ -74,9 +64,7 @@ impl ProducerContext<NoCustomPartitioner> for Deliveries {
     fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
         if let Err((error, _)) = result {
             self.failed.fetch_add(1, Ordering::Relaxed);
-            if let Ok(mut first) = self.first_error.lock() {
-                first.get_or_insert_with(|| error.to_string());
-            }
+            self.first_error.get_or_init(|| error.clone());
         }
     }
 }
@@ -106,24 +94,23 @@ impl Sender {
             .set("queue.buffering.max.messages", QUEUE_RECORDS_MAX)
             .set("queue.buffering.max.kbytes", QUEUE_KIB_MAX)
             .set("delivery.report.only.error", "true")
-            .set("compression.type", args.compression.name());
+            .set("compression.type", &args.compression);
         if args.transaction_size.is_some() {
             // Unique per run, so that concurrent runs do not fence each other.
             config.set("transactional.id", format!("payment-writer-produce-{:032x}", rand::random::<u128>()));
         }
-        let producer: ThreadedProducer<Deliveries> = make_client(&config, Deliveries::default())
-            .map_err(|error| CommandError::failed(format!("cannot make a Kafka client: {error}")))?;
-        let topics = partition_counts(producer.client()).map_err(|error| {
-            CommandError::failed(format!("no answer from Kafka at {}: {error}", kafka.bootstrap_servers))
-        })?;
-        if !topics.contains_key(&kafka.input_topic) {
-            let topic = &kafka.input_topic;
+        let producer: ThreadedProducer<Deliveries> =
+            make_client(&config, Deliveries::default()).or_failed_to("cannot make a Kafka client")?;
+        let topics = partition_counts(producer.client())
+            .or_failed_to(format_args!("no answer from Kafka at {}", kafka.bootstrap_servers))?;
+        let topic = kafka.input_topic.clone();
+        if !topics.contains_key(&topic) {
             return Err(CommandError::failed(format!(
                 "topic {topic} does not exist, or a partition of it has no leader; \
                  `payment-writer topics create` creates it"
             )));
         }
-        let sender = Self { producer, topic: kafka.input_topic.clone() };
+        let sender = Self { producer, topic };
         if args.transaction_size.is_some() {
             sender.retried("start transactions", || sender.producer.init_transactions(REQUEST_TIMEOUT))?;
         }
@@ -159,39 +146,22 @@ impl Sender {
 
     /// Retries a call whose error librdkafka marks as retriable.
     fn retried(&self, doing: &str, call: impl Fn() -> Result<(), KafkaError>) -> Result<(), CommandError> {
-        let mut tries = 1;
-        loop {
-            match call() {
-                Ok(()) => return Ok(()),
-                Err(KafkaError::Transaction(error)) if error.is_retriable() && tries < TRIES_MAX => {
-                    tries += 1
-                }
-                Err(error) => {
-                    return Err(CommandError::failed(format!("cannot {doing} in {}: {error}", self.topic)));
-                }
+        let mut result = call();
+        for _ in 1..TRIES_MAX {
+            match &result {
+                Err(KafkaError::Transaction(error)) if error.is_retriable() => result = call(),
+                _ => break,
             }
         }
+        result.or_failed_to(format_args!("cannot {doing} in {}", self.topic))
     }
 
-    /// Passes a record to the client and waits while the client's queue is full.
-    pub(super) fn send(&self, record: &Record, stop: &StopSignal) -> Result<Sending, CommandError> {
-        self.send_unless(record, || stop.is_set())
-    }
-
-    /// Like [`send`](Self::send), but ignores signals: an aborted transaction is always completed.
-    pub(super) fn send_again(&self, record: &Record) -> Result<(), CommandError> {
-        self.send_unless(record, || false).map(|_| ())
-    }
-
-    fn send_unless(&self, record: &Record, is_stopped: impl Fn() -> bool) -> Result<Sending, CommandError> {
+    /// Passes a record to the client, and waits while the client's queue is full. False: `stop` was set
+    /// meanwhile.
+    pub(super) fn send(&self, record: &Record, stop: Option<&AtomicBool>) -> Result<bool, CommandError> {
         let mut base: BaseRecord<'_, [u8], [u8], ()> =
             BaseRecord::with_opaque_to(&self.topic, ()).timestamp(record.timestamp_ms);
-        if let Some(key) = record.key() {
-            base = base.key(key);
-        }
-        if let Some(value) = record.value() {
-            base = base.payload(value);
-        }
+        (base.key, base.payload) = (record.key.as_deref(), record.value.as_deref());
         if !record.headers.is_empty() {
             let headers = OwnedHeaders::new_with_capacity(record.headers.len());
             base = base.headers(record.headers.iter().fold(headers, |headers, (name, value)| {
@@ -200,16 +170,16 @@ impl Sender {
         }
         loop {
             match self.producer.send(base) {
-                Ok(()) => return Ok(Sending::Taken),
+                Ok(()) => return Ok(true),
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), same)) => {
-                    if is_stopped() {
-                        return Ok(Sending::Interrupted);
+                    if stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+                        return Ok(false);
                     }
                     base = same;
                     std::thread::sleep(QUEUE_FULL_PAUSE);
                 }
                 Err((error, _)) => {
-                    return Err(CommandError::failed(format!("cannot send to {}: {error}", self.topic)));
+                    return Err(error).or_failed_to(format_args!("cannot send to {}", self.topic));
                 }
             }
         }
@@ -220,14 +190,11 @@ impl Sender {
     pub(super) fn flush(&self) -> Result<(), CommandError> {
         while self.producer.in_flight_count() > 0 {
             match self.producer.flush(Duration::from_secs(1)) {
-                Ok(()) | Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) => {}
-                Err(error) => {
-                    return Err(CommandError::failed(format!("cannot flush {}: {error}", self.topic)));
-                }
+                Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) => {}
+                flushed => flushed.or_failed_to(format_args!("cannot flush {}", self.topic))?,
             }
         }
-        let first_error = self.producer.context().first_error.lock().ok().and_then(|first| first.clone());
-        match first_error {
+        match self.producer.context().first_error.get() {
             None => Ok(()),
             Some(error) => Err(CommandError::failed(format!(
                 "{} records were not delivered to {}, or not acknowledged; the first error: {error}",

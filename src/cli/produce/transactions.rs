@@ -1,11 +1,11 @@
 //! Sends records in transactions, some of which are aborted and repeated.
 
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::super::stop::StopSignal;
-use super::sender::{Sender, Sending};
+use super::sender::Sender;
 use crate::error::CommandError;
 use crate::generator::Record;
 
@@ -57,7 +57,7 @@ pub(super) struct Transactions<'s> {
     began: Instant,
     /// Records of the open transaction, kept to repeat them after an abort.
     records: Vec<Record>,
-    report: TransactionsReport,
+    pub(super) report: TransactionsReport,
 }
 
 impl<'s> Transactions<'s> {
@@ -73,21 +73,22 @@ impl<'s> Transactions<'s> {
         }
     }
 
-    /// Sends a record and ends the transaction if it is full.
-    pub(super) fn send(&mut self, record: &Record, stop: &StopSignal) -> Result<Sending, CommandError> {
-        let Some(size) = self.size else { return self.sender.send(record, stop) };
+    /// Sends a record and ends the transaction if it is full. False: the client's queue was full until a
+    /// signal arrived.
+    pub(super) fn send(&mut self, record: &Record, stop: &AtomicBool) -> Result<bool, CommandError> {
+        let Some(size) = self.size else { return self.sender.send(record, Some(stop)) };
         if !self.is_open {
             self.sender.begin()?;
             (self.is_open, self.began) = (true, Instant::now());
         }
-        if matches!(self.sender.send(record, stop)?, Sending::Interrupted) {
-            return Ok(Sending::Interrupted);
+        if !self.sender.send(record, Some(stop))? {
+            return Ok(false);
         }
         self.records.push(record.clone());
         if self.records.len() >= size {
             self.end()?;
         }
-        Ok(Sending::Taken)
+        Ok(true)
     }
 
     /// Ends a transaction that has been open for long.
@@ -108,10 +109,6 @@ impl<'s> Transactions<'s> {
         }
     }
 
-    pub(super) fn report(&self) -> TransactionsReport {
-        self.report
-    }
-
     fn end(&mut self) -> Result<(), CommandError> {
         if self.aborts.next() {
             self.sender.abort()?;
@@ -119,7 +116,8 @@ impl<'s> Transactions<'s> {
             self.report.aborted_records += self.records.len() as u64;
             self.sender.begin()?;
             for record in &self.records {
-                self.sender.send_again(record)?;
+                // Whatever signals arrive: the records of an aborted transaction are always sent again.
+                self.sender.send(record, None)?;
             }
         }
         self.commit()

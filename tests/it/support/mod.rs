@@ -16,6 +16,8 @@
 // The tests use their own clients, besides those of the program.
 #![allow(clippy::disallowed_methods)]
 
+#[path = "../../../dev/audit/checker/mod.rs"]
+mod checker;
 mod daemon;
 mod exactly_once;
 mod flow;
