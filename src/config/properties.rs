@@ -87,7 +87,7 @@ impl KafkaProperties {
         Self(all)
     }
 
-    /// Adds a property. The error is what is wrong with it, and contains the value only if [`is_secret`] allows it.
+    /// Adds a property, or says what is wrong with it, without the value if [`is_secret`].
     pub(super) fn add(&mut self, name: &str, value: &Value) -> Result<(), String> {
         let value = match value {
             Value::String(text) => text.clone(),
