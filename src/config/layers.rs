@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::origin::{Effective, Origin};
-use super::properties::is_secret;
+use super::properties::{HIDDEN, PROPERTIES, is_secret, property_key};
 use super::sections::Settings;
 
 /// The shipped settings file sets every setting to its default, except two that have none of their own.
@@ -15,13 +15,9 @@ const SHIPPED: &str = include_str!("../../config/payment-writer.toml");
 /// By default the same as [`URL`].
 const HOUSEKEEPING_URL: &str = "postgres.housekeeping_url";
 const URL: &str = "postgres.url";
-/// The only table whose names are not settings.
-const PROPERTIES: &str = "kafka.properties";
 /// Prefix of environment variables. Container platforms set variables such as `PAYMENT_WRITER_SERVICE_HOST`
 /// for a service of this name; the second underscore tells them from settings.
 const PREFIX: &str = "PAYMENT_WRITER__";
-/// Shown instead of a secret.
-pub(super) const HIDDEN: &str = "***";
 
 /// The merged layers, and everything that is wrong with them.
 pub(super) struct Layers {
@@ -264,11 +260,6 @@ fn not_toml(path: &Path, text: &str, error: &toml::de::Error) -> String {
     });
     let reason = error.message().replace('\n', ", ");
     format!("settings file {} is not valid TOML{place}: {reason}", path.display())
-}
-
-/// The full name of a librdkafka property.
-pub(super) fn property_key(name: &str) -> String {
-    format!("{PROPERTIES}.\"{name}\"")
 }
 
 /// The environment variable of a setting.

@@ -9,7 +9,10 @@ use rdkafka::types::RDKafkaConfRes;
 
 use serde_json::Value;
 
-use super::layers::{HIDDEN, property_key};
+/// The only table whose names are not settings.
+pub(super) const PROPERTIES: &str = "kafka.properties";
+/// Shown instead of a secret.
+pub(super) const HIDDEN: &str = "***";
 
 /// Property that carries the token command in a client's configuration: librdkafka leaves its meaning to the
 /// application.
@@ -55,6 +58,11 @@ const OPTIONAL: [((&str, &str), &str, bool); 3] = [
     (("sasl.mechanisms", "GSSAPI"), "gssapi", cfg!(feature = "gssapi")),
     (("sasl.oauthbearer.method", "OIDC"), "curl", cfg!(feature = "curl")),
 ];
+
+/// The full name of a librdkafka property.
+pub(super) fn property_key(name: &str) -> String {
+    format!("{PROPERTIES}.\"{name}\"")
+}
 
 /// Whether the value of a librdkafka property is secret.
 pub fn is_secret(property: &str) -> bool {
