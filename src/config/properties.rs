@@ -6,7 +6,6 @@ use std::fmt;
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaConfRes;
-
 use serde_json::Value;
 
 /// The only table whose names are not settings.
