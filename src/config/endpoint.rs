@@ -92,6 +92,7 @@ impl fmt::Display for Endpoint {
 }
 
 impl PartialEq for Endpoint {
+    // Certificate files are not compared.
     fn eq(&self, other: &Self) -> bool {
         self.config == other.config
     }
@@ -288,17 +289,17 @@ mod tests {
     }
 
     #[test]
-    fn settings_of_the_url_win_over_ours() {
+    fn parameters_of_the_url_override_the_defaults() {
         let config = |url| Endpoint::parse(url).unwrap().config;
-        let ours = config("postgres://u@db/x");
-        assert_eq!(ours.get_application_name(), Some("payment-writer"));
-        assert_eq!(ours.get_connect_timeout(), Some(&Duration::from_secs(5)));
-        assert_eq!(ours.get_tcp_user_timeout(), Some(&Duration::from_secs(20)));
-        assert_eq!(ours.get_keepalives_idle(), Duration::from_secs(15));
-        assert_eq!(ours.get_keepalives_interval(), Some(Duration::from_secs(5)));
-        assert_eq!(ours.get_keepalives_retries(), Some(3));
-        let theirs = config("postgres://u@db/x?application_name=other&connect_timeout=1");
-        assert_eq!(theirs.get_application_name(), Some("other"));
-        assert_eq!(theirs.get_connect_timeout(), Some(&Duration::from_secs(1)));
+        let default = config("postgres://u@db/x");
+        assert_eq!(default.get_application_name(), Some("payment-writer"));
+        assert_eq!(default.get_connect_timeout(), Some(&Duration::from_secs(5)));
+        assert_eq!(default.get_tcp_user_timeout(), Some(&Duration::from_secs(20)));
+        assert_eq!(default.get_keepalives_idle(), Duration::from_secs(15));
+        assert_eq!(default.get_keepalives_interval(), Some(Duration::from_secs(5)));
+        assert_eq!(default.get_keepalives_retries(), Some(3));
+        let set = config("postgres://u@db/x?application_name=other&connect_timeout=1");
+        assert_eq!(set.get_application_name(), Some("other"));
+        assert_eq!(set.get_connect_timeout(), Some(&Duration::from_secs(1)));
     }
 }

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::origin::{Effective, Origin};
-use super::properties::is_secret;
+use super::properties::{HIDDEN, PROPERTIES, is_secret, property_key};
 use super::sections::Settings;
 
 /// The shipped settings file sets every setting to its default, except two that have none of their own.
@@ -15,15 +15,11 @@ const SHIPPED: &str = include_str!("../../config/payment-writer.toml");
 /// By default the same as [`URL`].
 const HOUSEKEEPING_URL: &str = "postgres.housekeeping_url";
 const URL: &str = "postgres.url";
-/// The only table whose names are not settings.
-const PROPERTIES: &str = "kafka.properties";
 /// Prefix of environment variables. Container platforms set variables such as `PAYMENT_WRITER_SERVICE_HOST`
 /// for a service of this name; the second underscore tells them from settings.
 const PREFIX: &str = "PAYMENT_WRITER__";
-/// Shown instead of a secret.
-pub(super) const HIDDEN: &str = "***";
 
-/// Values by layer, merged, with everything that is wrong with them.
+/// The merged layers, and everything that is wrong with them.
 pub(super) struct Layers {
     defaults: Vec<Effective>,
     /// In the order of the shipped file.
@@ -59,8 +55,8 @@ impl Layers {
         }
     }
 
-    /// Reads the variables that begin with [`PREFIX`]: `__` separates the parts of a name, and `_` in the name
-    /// of a librdkafka property stands for a dot.
+    /// Reads the variables that begin with [`PREFIX`]: `__` separates the parts of a name, and `_` in the
+    /// name of a librdkafka property stands for a dot.
     pub(super) fn add_environment(&mut self, variables: impl IntoIterator<Item = (OsString, OsString)>) {
         let variables: BTreeMap<String, OsString> =
             variables.into_iter().filter_map(|(name, text)| Some((name.into_string().ok()?, text))).collect();
@@ -118,8 +114,8 @@ impl Layers {
         key == PROPERTIES || self.settings.iter().any(|setting| is_inside(&setting.key))
     }
 
-    /// The known setting most similar to `key`. The right name in the wrong section counts nearly as much as a
-    /// misspelled one.
+    /// The known setting most similar to `key`. The right name in the wrong section counts nearly as much as
+    /// a misspelled one.
     fn nearest(&self, key: &str) -> &str {
         let name = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
         let similarity = |known: &str| {
@@ -137,10 +133,7 @@ impl Layers {
                 Ok(settings) => break settings,
                 Err(error) => error,
             };
-            let mut key = error.path().to_string();
-            if key == HOUSEKEEPING_URL && self.is_default(HOUSEKEEPING_URL) {
-                key = URL.to_owned();
-            }
+            let key = self.source_of(&error.path().to_string()).to_owned();
             if !failed.insert(key.clone()) {
                 // The default is not allowed either: a host name that cannot be an instance id.
                 return None;
@@ -169,21 +162,21 @@ impl Layers {
 
     /// The settings as nested tables.
     fn tree(&self) -> Value {
-        let mut root = Value::Null;
-        for Effective { key, value, .. } in self.settings.iter().filter(|setting| setting.key != PROPERTIES) {
-            match key.split_once('.') {
-                Some((section, name)) => root[section][name] = value.clone(),
-                None => root[key] = value.clone(),
-            }
+        let mut sections: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
+        for Effective { key, .. } in self.settings.iter().filter(|setting| setting.key != PROPERTIES) {
+            let (section, name) = key.split_once('.').unwrap_or(("", key));
+            let value = find(&self.settings, self.source_of(key)).map(|setting| setting.value.clone());
+            sections.entry(section).or_default().insert(name.to_owned(), value.unwrap_or_default());
         }
-        if self.is_default(HOUSEKEEPING_URL) {
-            root["postgres"]["housekeeping_url"] = root["postgres"]["url"].clone();
-        }
-        root
+        let mut root = sections.remove("").unwrap_or_default();
+        root.extend(sections.into_iter().map(|(name, section)| (name.to_owned(), section.into())));
+        Value::Object(root)
     }
 
-    fn is_default(&self, key: &str) -> bool {
-        find(&self.settings, key).is_some_and(|setting| setting.origin == Origin::Default)
+    /// The setting whose value this one has.
+    fn source_of<'a>(&self, key: &'a str) -> &'a str {
+        let setting = find(&self.settings, key).filter(|setting| setting.origin == Origin::Default);
+        if key == HOUSEKEEPING_URL && setting.is_some() { URL } else { key }
     }
 
     fn refuse(&mut self, key: &str, rule: &str) {
@@ -236,7 +229,8 @@ fn flattened(table: toml::Table) -> Vec<(String, Value)> {
     settings
 }
 
-/// A text from the environment in the type of the setting's default, or unchanged if it does not have that type.
+/// A text from the environment in the type of the setting's default, or unchanged if it does not have that
+/// type.
 fn typed(text: String, default: Option<&Value>) -> Value {
     let bare = text.trim();
     let value = match default {
@@ -266,11 +260,6 @@ fn not_toml(path: &Path, text: &str, error: &toml::de::Error) -> String {
     });
     let reason = error.message().replace('\n', ", ");
     format!("settings file {} is not valid TOML{place}: {reason}", path.display())
-}
-
-/// The full name of a librdkafka property.
-pub(super) fn property_key(name: &str) -> String {
-    format!("{PROPERTIES}.\"{name}\"")
 }
 
 /// The environment variable of a setting.

@@ -6,10 +6,12 @@ use std::fmt;
 use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
 use rdkafka::types::RDKafkaConfRes;
-
 use serde_json::Value;
 
-use super::layers::{HIDDEN, property_key};
+/// The only table whose names are not settings.
+pub(super) const PROPERTIES: &str = "kafka.properties";
+/// Shown instead of a secret.
+pub(super) const HIDDEN: &str = "***";
 
 /// Property that carries the token command in a client's configuration: librdkafka leaves its meaning to the
 /// application.
@@ -56,6 +58,11 @@ const OPTIONAL: [((&str, &str), &str, bool); 3] = [
     (("sasl.oauthbearer.method", "OIDC"), "curl", cfg!(feature = "curl")),
 ];
 
+/// The full name of a librdkafka property.
+pub(super) fn property_key(name: &str) -> String {
+    format!("{PROPERTIES}.\"{name}\"")
+}
+
 /// Whether the value of a librdkafka property is secret.
 pub fn is_secret(property: &str) -> bool {
     if property.ends_with(".location") || property.ends_with(".file") {
@@ -87,7 +94,7 @@ impl KafkaProperties {
         Self(all)
     }
 
-    /// Adds a property. The error is what is wrong with it, and contains the value only if [`is_secret`] allows it.
+    /// Adds a property, or says what is wrong with it, without the value if [`is_secret`].
     pub(super) fn add(&mut self, name: &str, value: &Value) -> Result<(), String> {
         let value = match value {
             Value::String(text) => text.clone(),

@@ -247,8 +247,8 @@ impl Settings {
 }
 
 impl KafkaSettings {
-    /// Tokens come from a command, from a server (OIDC), or are unsecured test tokens; exactly one source must be
-    /// set.
+    /// Tokens come from a command, from a server (OIDC), or are unsecured test tokens; exactly one source
+    /// must be set.
     fn token_conflicts(&self) -> Vec<&'static str> {
         let is = |name: &str, wanted: &str| {
             self.properties.get(name).is_some_and(|value| value.eq_ignore_ascii_case(wanted))

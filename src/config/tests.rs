@@ -205,7 +205,7 @@ level = "inof"
 }
 
 #[test]
-fn properties_that_exactly_once_rests_on_are_refused() {
+fn properties_that_exactly_once_depends_on_are_rejected() {
     for name in [
         "enable.auto.commit",
         "isolation.level",

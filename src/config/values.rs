@@ -1,4 +1,5 @@
-//! From a value of a layer to its type. Errors say what is allowed, and never contain the value: it may be secret.
+//! From a value of a layer to its type. Errors say what is allowed, and never contain the value, which may be
+//! secret.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
