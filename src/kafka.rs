@@ -12,9 +12,9 @@
 //!   generation (KIP-447): the broker refuses an outdated generation, as after a revocation.
 //!
 //! [`lane_client`] joins the three to what a lane sees, the [`KafkaPort`](crate::ports::KafkaPort). `client`
-//! has the settings of all clients and `librdkafka` the calls that need `unsafe`. The other modules answer
-//! single questions: offsets, the content of a gap, what the outputs show, whether partitions are readable or
-//! unassigned.
+//! has the settings of all clients, `callbacks` what they do while they are polled, and `librdkafka` the calls
+//! that need `unsafe`. The other modules answer single questions: offsets, the content of a gap, what the
+//! outputs show, whether partitions are readable or unassigned.
 
 pub mod callbacks;
 pub mod client;
