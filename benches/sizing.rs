@@ -37,7 +37,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use futures_util::future::{join, join_all};
-use payment_writer::config::Settings;
+use payment_writer::config::{Endpoint, Settings};
 use payment_writer::domain::batch::{Batch, Progress};
 use payment_writer::domain::cursor::{CursorRow, Identity};
 use payment_writer::domain::publication::{OffsetCommit, OutputTopic, Publication};
@@ -49,9 +49,9 @@ use payment_writer::kafka::lane_client::LaneClient;
 use payment_writer::kafka::librdkafka::topic_id;
 use payment_writer::kafka::publisher_settings::PublisherSettings;
 use payment_writer::ports::{CursorMove, KafkaPort, LaneEvent, Store};
+use payment_writer::postgres::binding;
 use payment_writer::postgres::schema::{self, months};
 use payment_writer::postgres::store::PgStore;
-use payment_writer::postgres::{binding, connection};
 use payment_writer::telemetry::status::StatusRegistry;
 use plotters::prelude::*;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
@@ -129,7 +129,7 @@ impl Traces {
             return;
         }
         let removed = async {
-            let (client, _driver) = connection::connect(&self.admin_url).await?;
+            let (client, _driver) = Endpoint::parse(&self.admin_url).unwrap().connect().await?;
             client.batch_execute(&format!("DROP DATABASE \"{}\" WITH (FORCE)", self.database)).await?;
             let admin: AdminClient<DefaultClientContext> =
                 base_client_config(&self.settings.kafka).create()?;
@@ -212,7 +212,7 @@ impl World {
     /// Each measurement starts with empty tables, just after a checkpoint if the role may run one, so that it
     /// does not depend on the one before.
     async fn empty_tables(&self) {
-        let (client, _driver) = connection::connect(&self.url).await.unwrap();
+        let (client, _driver) = Endpoint::parse(&self.url).unwrap().connect().await.unwrap();
         client
             .batch_execute(
                 "TRUNCATE payment_writer.payment_core, payment_writer.payment_metadata,
@@ -220,7 +220,7 @@ impl World {
             )
             .await
             .unwrap();
-        if let Ok((admin, _driver)) = connection::connect(&self.traces.admin_url).await {
+        if let Ok((admin, _driver)) = Endpoint::parse(&self.traces.admin_url).unwrap().connect().await {
             let _ = admin.batch_execute("CHECKPOINT").await;
         }
     }
@@ -239,7 +239,7 @@ fn config(url: &str) -> tokio_postgres::Config {
 
 /// Creates the database with its schema, and the topics; returns their names.
 async fn make(traces: &Traces, url: &str) -> Identity {
-    let (admin, _driver) = connection::connect(&traces.admin_url).await.unwrap();
+    let (admin, _driver) = Endpoint::parse(&traces.admin_url).unwrap().connect().await.unwrap();
     let (admin_config, owner_config) = (config(&traces.admin_url), config(url));
     // A database created by an administrator is given to the role that uses it.
     let owner = match (admin_config.get_user(), owner_config.get_user()) {
@@ -247,9 +247,9 @@ async fn make(traces: &Traces, url: &str) -> Identity {
         _ => String::new(),
     };
     admin.batch_execute(&format!("CREATE DATABASE \"{}\"{owner}", traces.database)).await.unwrap();
-    let (mut client, _driver) = connection::connect(url).await.unwrap();
+    let (mut client, _driver) = Endpoint::parse(url).unwrap().connect().await.unwrap();
     schema::migrate(&mut client).await.unwrap();
-    months::make_months_ahead(&mut client).await.unwrap();
+    months::keep(&mut client, None).await.unwrap();
     let database_id = binding::database_id(&client).await.unwrap();
 
     let kafka = &traces.settings.kafka;
@@ -395,9 +395,9 @@ impl Stand {
         let counts = tokio::time::timeout(PATIENCE, assigned).await.expect("no partitions were assigned");
         assert_eq!(counts.iter().sum::<usize>(), PARTITIONS);
 
-        let (client, _driver) = connection::connect(&world.url).await.unwrap();
+        let (client, _driver) = Endpoint::parse(&world.url).unwrap().connect().await.unwrap();
         client.batch_execute("DELETE FROM payment_writer.source_cursor").await.unwrap();
-        let pool = connection::pool(&world.url, lanes * 2).unwrap();
+        let pool = Endpoint::parse(&world.url).unwrap().pool(lanes * 2).unwrap();
         let rules = Arc::new(settings.rules());
         let mut stand = Self { lanes: Vec::new(), group };
         for (index, handle) in handles.into_iter().enumerate() {

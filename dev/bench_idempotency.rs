@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
+use payment_writer::config::Endpoint;
 use payment_writer::domain::batch::{Batch, Progress};
 use payment_writer::domain::cursor::Identity;
 use payment_writer::domain::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
@@ -77,7 +78,8 @@ impl Writer {
             )
             .await
             .unwrap();
-        let pool = payment_writer::postgres::connection::pool(&arguments.database, 1).unwrap();
+        let endpoint = Endpoint::parse(&arguments.database).unwrap();
+        let pool = endpoint.pool(1).unwrap();
         let store = PgStore::new(pool, "bench".to_owned(), Identity { topic_id, database_id });
         let seed = now_ms().unsigned_abs() << 20;
         Self { store, partition: Partition(partition), seen: NextOffset(0), seed }
@@ -194,8 +196,7 @@ fn worst(batches: &[(Instant, f64)], from: Instant, to: Instant) -> (f64, f64) {
 #[tokio::main]
 async fn main() {
     let arguments = Arguments::parse();
-    let (mut client, _driver) =
-        payment_writer::postgres::connection::connect(&arguments.database).await.unwrap();
+    let (mut client, _driver) = Endpoint::parse(&arguments.database).unwrap().connect().await.unwrap();
     let mut results = Vec::new();
     println!("{:<44} {:>10} {:>10}", "claims a second, median", "v4", "v7");
     let mut filled = 0;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::future;
-use payment_writer::config::Settings;
+use payment_writer::config::{Endpoint, Settings};
 use payment_writer::domain::batch::{Batch, Claim, Outcomes, Progress, Refused};
 use payment_writer::domain::columns::{COPY_HEADER, COPY_TRAILER};
 use payment_writer::domain::cursor::Identity;
@@ -190,7 +190,7 @@ type Sessions = Vec<(Client, tokio::task::JoinHandle<()>)>;
 fn sessions(site: &Site<'_>, count: usize) -> Outcome<(Sessions, [String; 4])> {
     let leaf = site.servers.connected(&site.url, async |client| {
         // The daemon creates months before its first row; without them all rows go to the default partitions.
-        months::make_months_ahead(client).await.map_err(failed("creating months"))?;
+        months::keep(client, None).await.map_err(failed("creating months"))?;
         let all = generations::list(client).await.map_err(failed("reading generations"))?;
         let current = all.into_iter().find(|generation| generation.state == State::Current);
         current.map(|generation| generation.leaf).ok_or_else(|| "there is no current generation".to_owned())
@@ -207,9 +207,9 @@ fn sessions(site: &Site<'_>, count: usize) -> Outcome<(Sessions, [String; 4])> {
         ),
         statement("payment_notes", "payment_id, created_at, external_ref_id, comment"),
     ];
-    let sessions = site.servers.runtime.block_on(future::try_join_all(
-        (0..count).map(|_| payment_writer::postgres::connection::connect(&site.url)),
-    ));
+    let endpoint = Endpoint::parse(&site.url).map_err(failed("connecting to Postgres"))?;
+    let sessions =
+        site.servers.runtime.block_on(future::try_join_all((0..count).map(|_| endpoint.connect())));
     Ok((sessions.map_err(failed("connecting to Postgres"))?, statements))
 }
 

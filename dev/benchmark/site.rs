@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use clap::ValueEnum;
-use payment_writer::config::Settings;
+use payment_writer::config::{Endpoint, Settings};
 use payment_writer::kafka::client::base_client_config;
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
@@ -103,9 +103,8 @@ impl Servers {
         work: impl AsyncFnOnce(&mut Client) -> Result<T, String>,
     ) -> Outcome<T> {
         self.runtime.block_on(async {
-            let (mut client, _driver) = payment_writer::postgres::connection::connect(url)
-                .await
-                .map_err(failed("connecting to Postgres"))?;
+            let endpoint = Endpoint::parse(url).map_err(failed("connecting to Postgres"))?;
+            let (mut client, _driver) = endpoint.connect().await.map_err(failed("connecting to Postgres"))?;
             work(&mut client).await
         })
     }
@@ -125,8 +124,9 @@ impl Servers {
     /// A session that reads a database's transaction count, connected to another database so as not to count
     /// itself.
     pub fn counter(&self, database: &str) -> Outcome<Counter<'_>> {
-        let connect = payment_writer::postgres::connection::connect(&self.admin_url);
-        let (client, _driver) = self.runtime.block_on(connect).map_err(failed("connecting to Postgres"))?;
+        let endpoint = Endpoint::parse(&self.admin_url).map_err(failed("connecting to Postgres"))?;
+        let connected = self.runtime.block_on(endpoint.connect());
+        let (client, _driver) = connected.map_err(failed("connecting to Postgres"))?;
         Ok(Counter { runtime: &self.runtime, client, database: database.to_owned() })
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use payment_writer::config::Endpoint;
 use payment_writer::domain::batch::{Batch, Progress};
 use payment_writer::domain::cursor::Identity;
 use payment_writer::domain::outcome::Outcome;
@@ -84,8 +85,7 @@ async fn race(
     ids: Vec<Uuid>,
 ) -> usize {
     const BATCH: usize = 2_500;
-    let pool = payment_writer::postgres::connection::pool(&scope_url, 1).unwrap();
-    let mut store = PgStore::new(pool, topic, identity);
+    let mut store = PgStore::new(Endpoint::parse(&scope_url).unwrap().pool(1).unwrap(), topic, identity);
     let partition = Partition(partition);
     let mut seen = NextOffset(from);
     let mut written = 0;
@@ -147,7 +147,7 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
         let (first, second) = (lane(0, ids), lane(1, other));
         let url = scope.postgres_url();
         let rotations = async {
-            let (mut client, _driver) = payment_writer::postgres::connection::connect(&url).await.unwrap();
+            let (mut client, _driver) = Endpoint::parse(&url).unwrap().connect().await.unwrap();
             for _ in 0..2 {
                 let all = generations::list(&client).await.unwrap();
                 let current = all.iter().find(|g| g.state == generations::State::Current).unwrap().number;
@@ -178,8 +178,7 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
         );
         // The next round does not need the older ones.
         runtime.block_on(async {
-            let (client, _driver) =
-                payment_writer::postgres::connection::connect(&scope.postgres_url()).await.unwrap();
+            let (client, _driver) = Endpoint::parse(&scope.postgres_url()).unwrap().connect().await.unwrap();
             for generation in generations::list(&client).await.unwrap() {
                 if generation.state == generations::State::Older {
                     generations::retire(&client, generation.number).await.unwrap();
@@ -356,7 +355,7 @@ fn no_writer_waits_for_a_prune_behind_a_long_reader() {
         let (url, is_over) = (scope.postgres_url(), Arc::clone(&is_over));
         std::thread::spawn(move || {
             block_on(async {
-                let (client, _driver) = payment_writer::postgres::connection::connect(&url).await.unwrap();
+                let (client, _driver) = Endpoint::parse(&url).unwrap().connect().await.unwrap();
                 let mut longest = 0.0f64;
                 while !is_over.load(Ordering::Relaxed) {
                     let row = client

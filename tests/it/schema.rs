@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use payment_writer::domain::record::{NextOffset, Partition};
-use payment_writer::postgres::connection::{self, ConnectError};
-use payment_writer::postgres::schema::cursors::{CURSOR_ARGUMENTS, CURSOR_GUARD, LostGuard, MOVE_CURSORS};
-use payment_writer::postgres::schema::months::{Month, Obstacle, make_months, make_months_ahead};
+use payment_writer::config::Endpoint;
+use payment_writer::domain::outcome::SQLSTATE_CURSOR_MOVED;
+use payment_writer::postgres::connection::ConnectError;
+use payment_writer::postgres::schema::months::{Month, MonthsReport, Obstacle, make_months};
 use payment_writer::postgres::schema::{
     self, NEWEST_KNOWN, OLDEST_SUPPORTED, SchemaError, SchemaVersion, StepState, check, migrate, status, undo,
 };
@@ -33,8 +33,18 @@ fn migrated(name: &str) -> (Scope<'static>, Client) {
     (scope, client)
 }
 
+fn connect(url: &str) -> Result<Client, ConnectError> {
+    block_on(Endpoint::parse(url).unwrap().connect()).map(|(client, _)| client)
+}
+
 fn session(scope: &Scope<'_>) -> Client {
-    block_on(connection::connect(&scope.postgres_url())).unwrap().0
+    connect(&scope.postgres_url()).unwrap()
+}
+
+/// This month and the next two.
+async fn make_months_ahead(client: &mut Client) -> Result<MonthsReport, SchemaError> {
+    let current = Month::current(client).await?;
+    make_months(client, current, 3).await
 }
 
 fn text_column(scope: &Scope<'_>, query: &str) -> Vec<String> {
@@ -393,6 +403,24 @@ fn with_cursors(name: &str) -> (Scope<'static>, Client) {
     (scope, client)
 }
 
+/// The lowest partition whose guard failed, as the error's detail says.
+#[derive(serde::Deserialize, PartialEq, Debug)]
+struct LostGuard {
+    partition: i32,
+    /// `applied` as the lane last read or wrote it.
+    seen: Option<i64>,
+    /// `applied` in the database; `None` without a row.
+    applied: Option<i64>,
+}
+
+impl LostGuard {
+    /// `None` if it is another error.
+    fn from_error(error: &tokio_postgres::Error) -> Option<Self> {
+        let db = error.as_db_error().filter(|db| db.code().code() == SQLSTATE_CURSOR_MOVED)?;
+        serde_json::from_str(db.detail()?).ok()
+    }
+}
+
 /// Partition, seen, applied, published; without the timestamps.
 type Move = (i32, i64, i64, Option<i64>);
 
@@ -400,7 +428,7 @@ async fn move_cursors(client: &Client, moves: &[Move]) -> Result<(), tokio_postg
     let none: Vec<Option<std::time::SystemTime>> = vec![None; moves.len()];
     client
         .execute(
-            MOVE_CURSORS,
+            "SELECT payment_writer.move_cursors_v1($1, $2, $3, $4, $5, $6)",
             &[
                 &TOPIC_ID,
                 &moves.iter().map(|m| m.0).collect::<Vec<_>>(),
@@ -463,14 +491,10 @@ fn a_cursor_moved_by_another_session_prevents_the_commit() {
     let error =
         block_on(move_cursors(&client, &[(2, 100, 130, None), (9, 99, 130, None), (4, 70, 130, None)]))
             .unwrap_err();
-    assert_eq!(error.code().unwrap().code(), CURSOR_GUARD);
+    assert_eq!(error.code().unwrap().code(), SQLSTATE_CURSOR_MOVED);
     assert_eq!(
         LostGuard::from_error(&error),
-        Some(LostGuard {
-            partition: Partition(4),
-            seen: Some(NextOffset(70)),
-            applied: Some(NextOffset(100))
-        })
+        Some(LostGuard { partition: 4, seen: Some(70), applied: Some(100) })
     );
     for partition in [2, 4, 9] {
         assert_eq!(cursor(&scope, partition).0, 100);
@@ -479,7 +503,7 @@ fn a_cursor_moved_by_another_session_prevents_the_commit() {
     let error = block_on(move_cursors(&client, &[(2, 100, 130, None), (77, 0, 130, None)])).unwrap_err();
     assert_eq!(
         LostGuard::from_error(&error),
-        Some(LostGuard { partition: Partition(77), seen: Some(NextOffset(0)), applied: None })
+        Some(LostGuard { partition: 77, seen: Some(0), applied: None })
     );
     assert_eq!(cursor(&scope, 2).0, 100);
 }
@@ -500,12 +524,12 @@ fn a_lost_guard_rolls_back_a_simple_query_of_several_statements() {
 fn arrays_of_different_lengths_or_with_repeated_partitions_are_rejected() {
     let (_scope, client) = with_cursors("guard_arguments");
     let twice = block_on(move_cursors(&client, &[(2, 100, 130, None), (2, 100, 130, None)])).unwrap_err();
-    assert_eq!(twice.code().unwrap().code(), CURSOR_ARGUMENTS);
+    assert_eq!(twice.code().unwrap().code(), "PW002");
     let short = block_on(client.batch_execute(&format!(
         "SELECT payment_writer.move_cursors_v1('{TOPIC_ID}', '{{1,2}}', '{{100}}', '{{130,130}}', '{{1,1}}', '{{null,null}}')"
     )))
     .unwrap_err();
-    assert_eq!(short.code().unwrap().code(), CURSOR_ARGUMENTS);
+    assert_eq!(short.code().unwrap().code(), "PW002");
 }
 
 #[test]
@@ -525,7 +549,7 @@ fn a_zombie_that_waited_for_the_lock_loses_the_guard() {
         };
         let (lost, ()) = tokio::join!(late, commit);
         let lost = LostGuard::from_error(&lost.unwrap_err()).unwrap();
-        assert_eq!((lost.partition, lost.applied), (Partition(2), Some(NextOffset(110))));
+        assert_eq!((lost.partition, lost.applied), (2, Some(110)));
     });
     assert_eq!(cursor(&scope, 3).0, 100);
 }
@@ -550,7 +574,7 @@ fn lanes_that_name_partitions_in_opposite_order_do_not_deadlock() {
                 .collect();
             match move_cursors(client, &moves).await {
                 Ok(()) => won += 1,
-                Err(e) => assert_eq!(e.code().unwrap().code(), CURSOR_GUARD, "{e:?}"),
+                Err(e) => assert_eq!(e.code().unwrap().code(), SQLSTATE_CURSOR_MOVED, "{e:?}"),
             }
         }
         won
@@ -706,7 +730,7 @@ fn a_writer_needs_no_ddl_not_even_for_later_generations() {
          SELECT payment_writer.make_generation_v1(2)"
     ));
     let url = scope.postgres_url().replace("//payment_writer:payment_writer@", &format!("//{role}:w@"));
-    let writer = block_on(connection::connect(&url)).unwrap().0;
+    let writer = connect(&url).unwrap();
 
     assert_eq!(block_on(check(&writer)).unwrap(), NEWEST_KNOWN);
     block_on(move_cursors(&writer, &[(1, 100, 110, None)])).unwrap();
@@ -735,7 +759,7 @@ fn a_writer_needs_no_ddl_not_even_for_later_generations() {
 fn the_error_for_a_wrong_password_does_not_contain_it() {
     let scope = Scope::new(Servers::shared(), "password");
     let url = scope.postgres_url().replace(":payment_writer@", ":s3cret-and-wrong@");
-    let error = block_on(connection::connect(&url)).err().unwrap();
+    let error = connect(&url).err().unwrap();
     assert!(matches!(error, ConnectError::Refused { .. }), "{error}");
     assert_eq!(error.sqlstate(), Some("28P01"), "{error}");
     assert!(!error.to_string().contains("s3cret"), "{error}");
@@ -753,7 +777,7 @@ fn sessions_have_the_same_settings_with_and_without_a_pool() {
     let alone = session(&scope);
     assert_eq!(block_on(alone.query_one(settings, &[])).unwrap().get::<_, &str>(0), expected);
     block_on(async {
-        let pool = connection::pool(&scope.postgres_url(), 2).unwrap();
+        let pool = Endpoint::parse(&scope.postgres_url()).unwrap().pool(2).unwrap();
         let pooled = pool.get().await.unwrap();
         assert_eq!(pooled.query_one(settings, &[]).await.unwrap().get::<_, &str>(0), expected);
     });
