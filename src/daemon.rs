@@ -530,7 +530,8 @@ async fn watch_topic(
                 metrics::input_partitions(partitions);
             }
             Ok(Err(error)) => {
-                status.probed(None, Some(Dependency::Down(format!("asking for the input topic: {error}"))));
+                let why = status.broker_refusal().unwrap_or_else(|| error.to_string());
+                status.probed(None, Some(Dependency::Down(format!("asking for the input topic: {why}"))));
             }
             Err(_) => {}
         }
@@ -558,7 +559,10 @@ async fn watch_ends(group: &Group, status: &StatusRegistry) {
                 status.ends(asked_at, ends.into_iter());
                 status.probed(None, Some(Dependency::Up));
             }
-            Ok(Err(error)) => status.probed(None, Some(Dependency::Down(error.to_string()))),
+            Ok(Err(error)) => {
+                let why = status.broker_refusal().unwrap_or_else(|| error.to_string());
+                status.probed(None, Some(Dependency::Down(why)));
+            }
             Err(_) => {}
         }
     }

@@ -185,7 +185,7 @@ fn with_kinit_payments_flow_beyond_the_expiry_of_tickets_and_a_daemon_without_on
 
     // WHEN no ticket can be renewed, THEN it waits again, and continues when one can
     kdc.stop();
-    wait_until_within(PATIENCE, "the broker is missing", || missing(&daemon).contains("\"broker\""));
+    wait_until_within(PATIENCE, "Ticket expired", || missing(&daemon).contains("Ticket expired"));
     let unreachable = "kinit: Cannot contact any KDC";
     wait_until_within(PATIENCE, unreachable, || daemon.log().contains(unreachable));
     assert!(daemon.is_running());
