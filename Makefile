@@ -75,9 +75,9 @@ upgrade: ## test upgrade and rollback between an earlier commit and this tree un
 	cargo test --locked --features failpoints --test it -- --ignored --exact upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated
 
 .PHONY: features
-features: ## build with Kerberos (gssapi) and OIDC (curl) in librdkafka, and test OIDC; needs their libraries' headers; ten minutes
+features: ## build with Kerberos (gssapi) and OIDC (curl) in librdkafka, and test both; needs their libraries' headers and a KDC; ten minutes
 	@dev/install --features
-	cargo test --locked --features failpoints,gssapi,curl --test it -- security::oidc
+	cargo test --locked --features failpoints,gssapi,curl --test it -- security::oidc security::kerberos
 	cargo test --locked --features failpoints,gssapi,curl --lib config::
 
 .PHONY: worst-batches

@@ -49,7 +49,8 @@ pub(super) async fn topic(
                 metrics::input_partitions(partitions);
             }
             Ok(Err(error)) => {
-                status.probed(None, Some(Dependency::Down(format!("asking for the input topic: {error}"))));
+                let why = status.broker_refusal().unwrap_or_else(|| error.to_string());
+                status.probed(None, Some(Dependency::Down(format!("asking for the input topic: {why}"))));
             }
             Err(_) => {}
         }
@@ -73,7 +74,10 @@ pub(super) async fn ends(group: &Group, status: &StatusRegistry) {
                 status.ends(asked_at, partitions.into_iter().zip(ends));
                 status.probed(None, Some(Dependency::Up));
             }
-            Ok(Err(error)) => status.probed(None, Some(Dependency::Down(error.to_string()))),
+            Ok(Err(error)) => {
+                let why = status.broker_refusal().unwrap_or_else(|| error.to_string());
+                status.probed(None, Some(Dependency::Down(why)));
+            }
             Err(_) => {}
         }
     }

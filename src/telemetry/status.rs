@@ -189,8 +189,9 @@ impl State {
 
 /// Partitions are revoked one by one, all within this time.
 const SAME_REBALANCE: Duration = Duration::from_millis(100);
-/// librdkafka retries a refused connection continually, with pauses of up to ten seconds.
-const REFUSAL_LASTS: Duration = Duration::from_secs(15);
+/// librdkafka retries a refused connection continually, but reports an identical error of a broker only every
+/// 30 s.
+const REFUSAL_LASTS: Duration = Duration::from_secs(35);
 
 /// State shared by the lanes, which update it once per batch, and the admin server, which reads it.
 #[derive(Default)]

@@ -14,6 +14,9 @@ use openssl::x509::{X509, X509Builder, X509NameBuilder};
 
 use crate::support::{Daemon, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
 
+#[cfg(feature = "gssapi")]
+mod kerberos;
+
 fn builder(name: &str, key: &PKey<Private>) -> X509Builder {
     let mut subject = X509NameBuilder::new().unwrap();
     subject.append_entry_by_text("CN", name).unwrap();

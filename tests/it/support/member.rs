@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::daemon::TESTED_PROGRAM;
 use super::{Daemon, PATIENCE, Scope, wait_until_within};
 
-/// An instance's id and settings.
+/// An instance's id and settings, as environment variables.
 #[derive(Clone)]
 pub struct Member {
     settings: Vec<(String, String)>,
@@ -24,10 +24,15 @@ impl Member {
         self
     }
 
-    /// Runs another build of the program.
-    pub fn of_program(mut self, path: &str) -> Member {
-        self.settings.push((TESTED_PROGRAM.to_owned(), path.to_owned()));
+    /// Adds an environment variable that is not a setting.
+    pub fn with_variable(mut self, name: &str, value: &str) -> Member {
+        self.settings.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// Runs another build of the program.
+    pub fn of_program(self, path: &str) -> Member {
+        self.with_variable(TESTED_PROGRAM, path)
     }
 
     /// The group removes a stopped member after two seconds instead of ten.

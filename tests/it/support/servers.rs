@@ -103,7 +103,8 @@ impl Servers {
     }
 
     /// As [`Servers::own`]; both also accept TLS, with the certificate in this folder, and Kafka has a
-    /// listener with authentication and ACLs.
+    /// listener with authentication and ACLs. It accepts Kerberos instead of passwords if the folder has
+    /// `kafka.keytab`.
     pub fn with_tls(folder: &Path) -> Servers {
         Servers::up(1, &["--tls", folder.to_str().unwrap()])
     }
