@@ -1,5 +1,6 @@
 //! The command line: commands, options and exit codes.
 
+mod check_messages;
 mod config;
 mod cursors;
 mod dlq;
@@ -23,6 +24,7 @@ use clap::{Parser, Subcommand};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
+pub use check_messages::CheckMessagesArgs;
 pub use config::{ConfigCommand, ShowConfigArgs};
 pub use cursors::{AcceptArgs, CursorsCommand, ResolveArgs, SkipArgs};
 pub use dlq::{DlqCommand, FilterArgs, ListArgs, ReplayArgs, ShowArgs};
@@ -53,6 +55,7 @@ Examples:
   payment-writer dlq list --since 1d              which dead letters were written in the last day, and why
   payment-writer reconcile                        is every record in the tables and the outputs exactly once?
   payment-writer produce --count 200000           send test payments
+  payment-writer check-messages --file new.jsonl  which of these messages would be dead-lettered, and why
 
 Settings come from the file; environment variables such as PAYMENT_WRITER__KAFKA__GROUP_ID=payments
 override them. `payment-writer config show` lists all settings.
@@ -99,6 +102,8 @@ pub enum Command {
     Top(TopArgs),
     /// Check the settings without connecting to anything
     CheckConfig,
+    /// Check messages of a file or topic against the contract: what would be dead-lettered, and why
+    CheckMessages(CheckMessagesArgs),
     /// Show the settings
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -157,6 +162,7 @@ fn dispatch(cli: Cli) -> Result<(), CommandError> {
         Command::Reconcile(args) => reconcile::reconcile(&settings, &args, handle),
         Command::Rebuild(args) => rebuild::rebuild(&settings, &args, handle),
         Command::Status(args) => handle.block_on(status::status(&settings, &args)),
+        Command::CheckMessages(args) => check_messages::check_messages(&settings, &args),
         Command::Produce(args) => produce::produce(&settings, &args),
         Command::Top(args) => top::top(&settings, &args),
         // Handled above, before logging starts.
@@ -252,6 +258,7 @@ mod tests {
         for page in [
             include_str!("../README.md"),
             include_str!("../docs/tutorial.md"),
+            include_str!("../docs/how-to/check-messages.md"),
             include_str!("../docs/how-to/deploy.md"),
             include_str!("../docs/how-to/halted-partitions.md"),
             include_str!("../docs/how-to/housekeeping.md"),

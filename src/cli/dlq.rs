@@ -18,6 +18,7 @@ mod show;
 pub use list::ListArgs;
 pub use replay::ReplayArgs;
 pub use show::ShowArgs;
+pub(super) use show::contents;
 
 /// `dlq`
 #[derive(Clone, Debug, Subcommand)]
@@ -96,7 +97,7 @@ fn reason_text(reason: Option<Reason>) -> &'static str {
 }
 
 /// Foreign bytes as text for a terminal: control characters and invalid UTF-8 are escaped.
-fn escaped(bytes: &[u8]) -> String {
+pub(super) fn escaped(bytes: &[u8]) -> String {
     let mut text = String::new();
     for chunk in bytes.utf8_chunks() {
         for character in chunk.valid().chars() {

@@ -303,7 +303,7 @@ impl Publication {
 }
 
 /// The dead letter of a record, if its outcome is one.
-fn dead_letter<'b>(view: &PublishedView<'b>, outcome: &Outcome) -> Option<DeadLetter<'b>> {
+pub fn dead_letter<'b>(view: &PublishedView<'b>, outcome: &Outcome) -> Option<DeadLetter<'b>> {
     let (reason, detail) = match outcome {
         Outcome::DeadLetter(reason) => {
             let detail = match (view.refusal, reason) {

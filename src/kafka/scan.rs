@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use rdkafka::consumer::Consumer;
 use rdkafka::types::RDKafkaErrorCode;
 use uuid::Uuid;
 
@@ -103,6 +104,17 @@ impl Scanner {
         let (id, count) =
             topic_id(self.fetcher.consumer(), &self.topic, ATTEMPT_TIMEOUT).map_err(|e| self.error(e))?;
         Ok((id, (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect()))
+    }
+
+    /// Whether the topic exists and this principal may see it. Requests all topics, because brokers may create
+    /// a topic that is requested by name.
+    pub fn exists(&self) -> Result<bool, ScanError> {
+        let metadata = self
+            .fetcher
+            .consumer()
+            .fetch_metadata(None, ATTEMPT_TIMEOUT)
+            .map_err(|e| self.error(format!("no broker answers: {e}")))?;
+        Ok(metadata.topics().iter().any(|topic| topic.name() == self.topic))
     }
 
     /// First offset and last stable offset of each partition, in the order given.

@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods)]
 
 mod audit;
+mod check_messages;
 mod commands;
 mod crash;
 mod dlq;

@@ -111,7 +111,7 @@ fn as_text(letter: &Letter<'_>, payload: bool) -> String {
 }
 
 /// Text if it is valid UTF-8, otherwise hexadecimal digits.
-fn contents(bytes: Option<&[u8]>) -> Value {
+pub(in crate::cli) fn contents(bytes: Option<&[u8]>) -> Value {
     match bytes.map(|bytes| (std::str::from_utf8(bytes), bytes)) {
         None => Value::Null,
         Some((Ok(text), _)) => json!({ "text": text }),
