@@ -14,13 +14,13 @@
 // Ordered from the bottom layer to the top: a module may use only those before it in this list
 // (tests/layers).
 
-pub mod failpoint;
+mod failpoint;
 
 /// Payments, records and their outcomes, without I/O.
 pub mod domain;
 
 pub mod config;
-pub mod error;
+mod error;
 
 pub mod ports;
 
@@ -31,18 +31,18 @@ pub mod postgres;
 
 pub mod lane;
 
-pub mod dlq;
-pub mod resolution;
+mod dlq;
+mod resolution;
 
 pub mod housekeeping;
-pub mod reconcile;
+mod reconcile;
 
-pub mod audit;
+mod audit;
 
-pub mod admin;
-pub mod daemon;
+mod admin;
+mod daemon;
 pub mod generator;
-pub mod rebuild;
-pub mod top;
+mod rebuild;
+mod top;
 
 pub mod cli;

@@ -5,6 +5,6 @@ mod page;
 mod samples;
 mod screen;
 
-pub use fetch::{FetchError, Instance, Source};
+pub use fetch::Source;
 pub use page::Page;
 pub use screen::{plain, run};
