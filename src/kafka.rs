@@ -34,5 +34,6 @@ pub mod scan;
 mod throttle;
 pub mod timestamp_lookup;
 pub mod token;
+pub mod topic_rules;
 pub mod transactions;
 pub mod unassigned;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use rdkafka::consumer::Consumer;
 use rdkafka::types::RDKafkaErrorCode;
 use uuid::Uuid;
 
@@ -12,6 +13,7 @@ use super::fetcher::{Fetcher, reader_config};
 use super::librdkafka::fetch::FetchItem;
 use super::librdkafka::{NativeRecord, topic_id};
 use super::offsets::{bounds_of, positions_at};
+use super::topic_rules::{Role, Rule};
 use crate::config::KafkaSettings;
 use crate::domain::cursor::LogBounds;
 use crate::domain::outcome::{FailureClass, class_of_kafka, is_refusal};
@@ -103,6 +105,11 @@ impl Scanner {
         let (id, count) =
             topic_id(self.fetcher.consumer(), &self.topic, ATTEMPT_TIMEOUT).map_err(|e| self.error(e))?;
         Ok((id, (0..i32::try_from(count).unwrap_or(i32::MAX)).map(Partition).collect()))
+    }
+
+    /// How a topic breaks a rule; `None` if it does not, or its settings cannot be read.
+    pub fn violation(&self, rule: &Rule, kafka: &KafkaSettings, role: Role) -> Option<String> {
+        rule.check(self.fetcher.consumer().client(), kafka, role)?
     }
 
     /// First offset and last stable offset of each partition, in the order given.

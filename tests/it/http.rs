@@ -198,6 +198,7 @@ fn metrics_and_status_count_the_records_by_outcome() {
         "partition",
         "phase",
         "probe",
+        "setting",
         "reason",
         "result",
         "sqlstate_class",

@@ -16,6 +16,7 @@ mod generator;
 mod housekeeping;
 mod http;
 mod illness;
+mod input;
 mod java;
 mod joins;
 mod limits;
