@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::callbacks::{Callbacks, Listener, QuietLog};
 use super::client::{ATTEMPT_TIMEOUT, client_config_over, make_client};
+use super::join_failure::JoinFailure;
 use super::librdkafka::add_brokers;
 use super::rebootstrap::Rebootstrap;
 use crate::config::KafkaSettings;
@@ -191,35 +192,6 @@ impl Revocation {
     }
 }
 
-/// The reasons for which the group cannot be joined may alternate.
-static JOIN_LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
-
-/// What decides whether the brokers accept a member, for the errors with which they refuse it; librdkafka
-/// reports these to the poll, and tries again.
-fn join_advice(code: RDKafkaErrorCode) -> Option<&'static str> {
-    use RDKafkaErrorCode as Code;
-    Some(match code {
-        Code::InconsistentGroupProtocol => {
-            "members with another partition.assignment.strategy than cooperative-sticky, or another \
-             group.protocol than classic, are in it; stop them, or set another kafka.group_id"
-        }
-        Code::InvalidSessionTimeout => {
-            "session.timeout.ms in kafka.properties is outside of the brokers' group.min.session.timeout.ms to \
-             group.max.session.timeout.ms"
-        }
-        Code::GroupMaxSizeReached => {
-            "it has as many members as the brokers' group.max.size allows; run fewer instances, or raise it"
-        }
-        Code::InvalidGroupId => "kafka.group_id is not a valid name of a group",
-        Code::GroupAuthorizationFailed => "the right Read on the group kafka.group_id is missing",
-        Code::TopicAuthorizationFailed => "the rights Read and Describe on kafka.input_topic are missing",
-        Code::CoordinatorNotAvailable | Code::CoordinatorLoadInProgress | Code::NotCoordinator => {
-            "its coordinator is not available; see which partitions of __consumer_offsets have a leader"
-        }
-        _ => return None,
-    })
-}
-
 /// The process's member of the group, as its callbacks see it.
 pub struct Member {
     kafka: KafkaSettings,
@@ -239,17 +211,6 @@ impl Member {
 
     fn is_closing(&self) -> bool {
         self.is_closing.load(Ordering::Acquire)
-    }
-
-    /// Notes why the group could not be joined, and logs it when the reason changes. The client tries again.
-    fn join_failed(&self, code: RDKafkaErrorCode, reported: &mut Option<RDKafkaErrorCode>) {
-        let Some(advice) = join_advice(code) else { return };
-        self.status.join_failed(format!("cannot join the group: {code:?}: {advice}"));
-        if reported.replace(code) != Some(code)
-            && let Some(suppressed) = JOIN_LIMIT.pass()
-        {
-            tracing::warn!(?code, advice, suppressed, "the group cannot be joined, trying again");
-        }
     }
 
     /// Sends an event to a lane; false if the lane has ended. A lane receives events while it fetches
@@ -430,13 +391,13 @@ fn poll(consumer: &BaseConsumer<GroupContext>) {
     let member = &consumer.context().0;
     let mut rebootstrap = Rebootstrap::default();
     let mut was_out = true;
-    let mut reported = None;
+    let mut join_failure = JoinFailure::default();
     while !member.is_closing() {
         *member.polled_at() = Instant::now();
         let is_out = !member.status.is_member();
         if was_out && !is_out {
             rebootstrap.settle();
-            reported = None;
+            join_failure = JoinFailure::default();
         }
         was_out = is_out;
         if member.all_brokers_down.swap(false, Ordering::AcqRel) {
@@ -451,8 +412,10 @@ fn poll(consumer: &BaseConsumer<GroupContext>) {
             None | Some(Ok(_)) => {}
             Some(Err(error)) => {
                 tracing::debug!(target: "librdkafka", %error, "poll");
-                if let Some(code) = error.rdkafka_error_code() {
-                    member.join_failed(code, &mut reported);
+                // A member's own partitions flow on meanwhile.
+                if is_out && let Some(reason) = error.rdkafka_error_code().and_then(|c| join_failure.note(c))
+                {
+                    member.status.join_failed(reason);
                 }
             }
         }

@@ -500,6 +500,7 @@ impl StatusRegistry {
         let mut state = self.state();
         state.note_rebalance();
         state.is_member = false;
+        state.join_failure = None;
         state.waits(now);
     }
 

@@ -49,12 +49,19 @@ pub fn topic_id<C: ConsumerContext>(
                 let id = sys::rd_kafka_TopicDescription_topic_id(topic);
                 let high = sys::rd_kafka_Uuid_most_significant_bits(id) as u64;
                 let low = sys::rd_kafka_Uuid_least_significant_bits(id) as u64;
-                Ok((uuid::Uuid::from_u64_pair(high, low), partitions))
+                Ok((known_id(uuid::Uuid::from_u64_pair(high, low))?, partitions))
             },
         );
         sys::rd_kafka_TopicCollection_destroy(collection);
         answer
     }
+}
+
+/// Refuses the nil id, which stands for none: with it, a topic that is created again could not be told apart.
+fn known_id(id: uuid::Uuid) -> Result<uuid::Uuid, NativeError> {
+    let message = "the brokers give topics no ids, which need Kafka 2.8 with metadata version 2.8 (KIP-516)";
+    let refused = || NativeError::plain(code::RD_KAFKA_RESP_ERR__UNSUPPORTED_FEATURE, message);
+    (!id.is_nil()).then_some(id).ok_or_else(refused)
 }
 
 /// Returns one setting of a topic as text (`DescribeConfigs`). Needs the right `DescribeConfigs` on the
@@ -224,4 +231,16 @@ unsafe fn array<'a, R, T>(
 unsafe fn text<'a>(pointer: *const c_char) -> Option<&'a str> {
     // SAFETY: the caller passes null or a text that lives as long as its object.
     (!pointer.is_null()).then(|| unsafe { CStr::from_ptr(pointer) })?.to_str().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topic_without_an_id_is_refused() {
+        let refused = known_id(uuid::Uuid::nil()).unwrap_err();
+        assert!(refused.to_string().contains("KIP-516"), "{refused}");
+        assert!(known_id(uuid::Uuid::from_u128(7)).is_ok());
+    }
 }
