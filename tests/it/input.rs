@@ -95,7 +95,9 @@ fn trials_a_topic_that_becomes_compacted_is_reported_while_the_daemon_runs() {
     set_topic(&scope, &scope.input_topic, "cleanup.policy", "compact");
     wait_until_within(2 * DEADLINE, "the metric names the input", || compacted("input") == 1.0);
     let named = format!("{} has cleanup.policy=compact", scope.input_topic);
-    assert!(daemon.log().lines().any(|line| line.contains("ERROR") && line.contains(&named)));
+    wait_until("the log names the input", || {
+        daemon.log().lines().any(|line| line.contains("ERROR") && line.contains(&named))
+    });
     // Readiness does not change: to stop reading would lose more.
     assert_eq!(daemon.get("/readyz").unwrap().status, 200);
 
@@ -249,7 +251,7 @@ fn why_the_group_cannot_be_joined_is_reported_with_the_setting_that_decides_it()
     let daemon = scope.daemon_with(
         &["run"],
         &[
-            ("PAYMENT_WRITER__KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "1000"),
+            ("PAYMENT_WRITER__KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "900"),
             ("PAYMENT_WRITER__KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", "300"),
         ],
     );
