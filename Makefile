@@ -64,6 +64,12 @@ joins: ## test instances that join and leave while a backlog of transactions is 
 	JOINS_COUNT=$(COUNT) JOINS_TRANSACTION=$(TRANSACTION) JOINS_JOINS=$(JOINS) JOINS_RUNS=$(RUNS) JOINS_LISTENS=$(LISTENS) \
 	cargo test --locked --features failpoints --test it -- --ignored --exact joins::full_size --nocapture
 
+.PHONY: trials
+trials: ## run the integration tests of situations at users that take minutes
+	@dev/install
+	@dev/servers install
+	cargo test --locked --features failpoints --test it -- --ignored trials_
+
 .PHONY: upgrade
 # The last version with its own Kafka producer, whose transactional ids have another format.
 FROM ?= 18931c3

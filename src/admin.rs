@@ -17,7 +17,9 @@ use tokio::net::TcpListener;
 
 use crate::domain::record::Partition;
 use crate::telemetry::logging::LogHandle;
-use crate::telemetry::metrics::{BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now, scraped};
+use crate::telemetry::metrics::{
+    BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now, open_transaction, scraped,
+};
 use crate::telemetry::status::{Phase, StatusRegistry};
 
 /// Maximum size of a request body; a log filter is one line.
@@ -122,7 +124,8 @@ fn scrape(shared: &Shared) -> String {
             if !is_ours {
                 let partition = partition.to_string();
                 gauge!("payment_writer_lag_records", "partition" => partition.clone()).set(0.0);
-                gauge!("payment_writer_lag_seconds", "partition" => partition).set(0.0);
+                gauge!("payment_writer_lag_seconds", "partition" => partition.clone()).set(0.0);
+                open_transaction(partition, 0, 0);
             }
             is_ours
         });
@@ -134,7 +137,9 @@ fn scrape(shared: &Shared) -> String {
             gauge!("payment_writer_lag_records", "partition" => partition.clone()).set(lag as f64);
         }
         let seconds = status.lag_ms(now) as f64 / 1_000.0;
-        gauge!("payment_writer_lag_seconds", "partition" => partition).set(seconds);
+        gauge!("payment_writer_lag_seconds", "partition" => partition.clone()).set(seconds);
+        let (records, age_ms) = status.open_transaction().map_or((0, 0), |o| (o.records, o.age_ms(now)));
+        open_transaction(partition, records, age_ms);
     }
     scraped(&shared.status.missing(), shared.status.oldest_pending_ms(now));
     shared.process.collect();
@@ -160,6 +165,7 @@ async fn status(State(shared): State<Shared>) -> Response {
             }
             Phase::Opening | Phase::Live => Value::Null,
         };
+        let open = status.open_transaction();
         partitions.insert(
             partition.to_string(),
             json!({
@@ -171,6 +177,8 @@ async fn status(State(shared): State<Shared>) -> Response {
                 "end": status.end.map(|o| o.0),
                 "lag_records": status.lag(),
                 "lag_seconds": status.lag_ms(now) as f64 / 1_000.0,
+                "open_transaction_records": open.map_or(0, |open| open.records),
+                "open_transaction_seconds": open.map_or(0, |open| open.age_ms(now)) as f64 / 1_000.0,
             }),
         );
     }

@@ -222,7 +222,7 @@ impl Running<'_> {
             }
             () = unassigned::watch(&self.group, self.found.partitions) => Ok(()),
             () = watchers::ends(&self.group, status) => Ok(()),
-            () = watchers::retention(&self.group) => Ok(()),
+            () = watchers::topic_settings(&self.group) => Ok(()),
             () = watchers::database(&settings.postgres.url, status) => Ok(()),
             () = schedule::run(settings) => Ok(()),
             () = self.months.run() => Ok(()),

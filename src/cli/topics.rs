@@ -12,6 +12,7 @@ use crate::config::Settings;
 use crate::error::{CommandError, OrFailed};
 use crate::kafka::callbacks::QuietLog;
 use crate::kafka::client::{REQUEST_TIMEOUT, base_client_config, make_client, partition_counts};
+use crate::kafka::topic_rules;
 
 /// Time limit for the brokers to propagate the metadata of a new topic.
 const VISIBLE_WITHIN: Duration = Duration::from_secs(30);
@@ -25,7 +26,7 @@ const DEAD_LETTER_CONFIG: [(&str, &str); 3] =
 
 const AFTER_HELP: &str = "\
 An existing topic is not changed; the command warns if its number of partitions or, for the dead-letter
-topic, its retention differs.
+topic, its retention differs, if it is compacted, and if the input has message.timestamp.type=LogAppendTime.
 
 Never change the input's number of partitions: an account's payments would move to another partition
 and lose their order.
@@ -89,6 +90,10 @@ pub async fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), 
         if topic.dead_letters && what != "created" {
             warn_of_retention(&admin, topic.name).await;
         }
+    }
+    // A topic that this call created has no violation.
+    for violation in topic_rules::check(admin.inner(), kafka).into_iter().filter_map(|c| c.violation) {
+        warn(format_args!("warning: {violation}"));
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::{RunError, ask, ticks};
 use crate::domain::record::{NextOffset, Partition};
 use crate::kafka::group::Group;
-use crate::kafka::offsets::{group_offsets, log_bounds};
+use crate::kafka::offsets::{group_offsets, high_watermarks, log_bounds};
 use crate::telemetry::status::{Phase, StatusRegistry};
 
 const TICK: Duration = Duration::from_millis(100);
@@ -22,12 +22,20 @@ pub(super) async fn caught_up(
     partitions: usize,
 ) -> Result<(), RunError> {
     let all: Vec<Partition> = (0..i32::try_from(partitions).unwrap_or(i32::MAX)).map(Partition).collect();
-    let mut targets: BTreeMap<Partition, NextOffset> = loop {
+    let (open, mut targets): (BTreeMap<_, _>, BTreeMap<Partition, NextOffset>) = loop {
         let wanted = all.clone();
-        if let Ok(Ok(bounds)) = ask(group, move |group| log_bounds(group, &wanted)).await {
+        let answer = ask(group, move |group| {
+            let highs = high_watermarks(group, &wanted).unwrap_or_default();
+            log_bounds(group, &wanted).map(|bounds| (highs, bounds))
+        });
+        if let Ok(Ok((highs, bounds))) = answer.await {
             // An empty partition is already caught up.
+            let ends = all.iter().copied().zip(&bounds).map(|(partition, bounds)| (partition, bounds.end));
+            let behind =
+                ends.filter_map(|(p, end)| Some((p, end, *highs.get(&p).filter(|high| **high > end)?)));
+            let behind = behind.map(|(partition, end, high)| (partition, (end, high))).collect();
             let targets = all.iter().copied().zip(bounds);
-            break targets.filter(|(_, b)| b.end > b.start).map(|(p, b)| (p, b.end)).collect();
+            break (behind, targets.filter(|(_, b)| b.end > b.start).map(|(p, b)| (p, b.end)).collect());
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     };
@@ -57,6 +65,7 @@ pub(super) async fn caught_up(
             }
         }
         if targets.is_empty() {
+            report_unread(&open, status);
             return Ok(());
         }
         let halted =
@@ -67,5 +76,23 @@ pub(super) async fn caught_up(
                 targets.len()
             )));
         }
+    }
+}
+
+/// Logs how many records were not read because they are behind a transaction that was open at the start. `open`
+/// has the last stable offset and the high watermark of each such partition, from the start.
+fn report_unread(open: &BTreeMap<Partition, (NextOffset, NextOffset)>, status: &StatusRegistry) {
+    let assigned = status.partitions();
+    let unread = open.iter().map(|(partition, (end, high))| {
+        let applied = assigned.get(partition).and_then(|status| status.applied);
+        high.0 - applied.map_or(*end, |applied| applied.max(*end)).0
+    });
+    let unread: Vec<i64> = unread.filter(|records| *records > 0).collect();
+    if !unread.is_empty() {
+        tracing::warn!(
+            records = unread.iter().sum::<i64>(),
+            partitions = unread.len(),
+            "caught up, except for records behind an open transaction of a producer"
+        );
     }
 }

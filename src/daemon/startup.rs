@@ -8,6 +8,7 @@ use super::{Daemon, REQUEST_TIMEOUT, RunError, ask};
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
 use crate::kafka::group::Group;
 use crate::kafka::librdkafka::topic_id;
+use crate::kafka::topic_rules::{self, Action};
 use crate::lane::backoff::Backoff;
 use crate::postgres::binding::{self, Binding, BindingError};
 use crate::postgres::connection::{class_of, describe};
@@ -90,10 +91,18 @@ impl Daemon<'_> {
                     .map_err(|error| format!("topic {}: {error}", group.topic()))?;
                 let cluster_id = group.consumer().client().fetch_cluster_id(REQUEST_TIMEOUT);
                 let cluster_id = cluster_id.ok_or("the cluster does not report its id")?;
-                Ok::<_, String>(Found { topic_id, cluster_id, partitions })
+                let checked = topic_rules::check(group.consumer().client(), group.settings());
+                Ok::<_, String>((Found { topic_id, cluster_id, partitions }, checked))
             });
             match asked.await {
-                Ok(Ok(found)) => Ok(found),
+                Ok(Ok((found, checked))) => {
+                    let refused = checked.into_iter().filter(|checked| checked.rule.action == Action::Refuse);
+                    let refused: Vec<String> = refused.filter_map(|checked| checked.violation).collect();
+                    match refused.is_empty() {
+                        true => Ok(found),
+                        false => Err(AttemptError::Retried(FailureClass::Persistent, refused.join("; "))),
+                    }
+                }
                 Ok(Err(message)) => {
                     group.listen();
                     Err(match self.status.broker_refusal() {

@@ -1,5 +1,6 @@
 //! Checks that run beside the lanes.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use rdkafka::consumer::Consumer;
@@ -11,10 +12,11 @@ use uuid::Uuid;
 use super::{REQUEST_TIMEOUT, ask, ticks};
 use crate::config::Endpoint;
 use crate::domain::cursor::IdentityMismatch;
-use crate::domain::record::Partition;
+use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::kafka::group::Group;
 use crate::kafka::librdkafka::{topic_id, topic_setting};
-use crate::kafka::offsets::last_stable_offsets;
+use crate::kafka::offsets::{high_watermarks, last_stable_offsets};
+use crate::kafka::topic_rules::{self, Action, Checked};
 use crate::postgres::connection::describe;
 use crate::telemetry::metrics;
 use crate::telemetry::status::{Dependency, StatusRegistry};
@@ -22,10 +24,13 @@ use crate::telemetry::status::{Dependency, StatusRegistry};
 /// Interval between checks of the topic's id: librdkafka does not notice that a topic was recreated
 /// (librdkafka #3255).
 const TOPIC_CHECK: Duration = Duration::from_secs(5);
-/// Interval between reads of the input topic's retention.
-const RETENTION_CHECK: Duration = Duration::from_secs(60);
+/// Interval between reads of the topics' settings.
+const SETTINGS_CHECK: Duration = Duration::from_secs(60);
 /// Interval between reads of the log ends, for lag.
 const ENDS_TICK: Duration = Duration::from_secs(2);
+/// A transaction of this age is reported. Java's producer ends its own after a minute by default
+/// (`transaction.timeout.ms`).
+const TRANSACTION_LONG_MS: i64 = 60_000;
 /// Interval between database checks, for readiness.
 const DATABASE_PROBE: Duration = Duration::from_secs(2);
 
@@ -60,6 +65,7 @@ pub(super) async fn topic(
 /// Keeps the log ends in the status registry up to date, for lag. Never returns.
 pub(super) async fn ends(group: &Group, status: &StatusRegistry) {
     let mut ticks = ticks(ENDS_TICK);
+    let mut reported = BTreeSet::new();
     loop {
         ticks.tick().await;
         let partitions: Vec<Partition> = status.partitions().into_keys().collect();
@@ -69,9 +75,18 @@ pub(super) async fn ends(group: &Group, status: &StatusRegistry) {
         // Taken before the request: records that arrive during it are not in the answer.
         let asked_at = metrics::now();
         let wanted = partitions.clone();
-        match ask(group, move |group| last_stable_offsets(group, &wanted)).await {
-            Ok(Ok(ends)) => {
+        let answer = ask(group, move |group| {
+            let highs = high_watermarks(group, &wanted);
+            last_stable_offsets(group, &wanted).map(|ends| (highs, ends))
+        });
+        match answer.await {
+            Ok(Ok((highs, ends))) => {
                 status.ends(asked_at, partitions.into_iter().zip(ends));
+                match highs {
+                    Ok(highs) => status.high_watermarks(asked_at, highs),
+                    Err(error) => tracing::debug!(%error, "cannot read the high watermarks"),
+                }
+                report_open_transactions(asked_at, status, &mut reported);
                 status.probed(None, Some(Dependency::Up));
             }
             Ok(Err(error)) => {
@@ -83,20 +98,64 @@ pub(super) async fn ends(group: &Group, status: &StatusRegistry) {
     }
 }
 
-/// Exports the input topic's retention, for alerts on records that are about to be deleted. The metric is
-/// absent without the permission to read it. Never returns.
-pub(super) async fn retention(group: &Group) {
-    let mut ticks = ticks(RETENTION_CHECK);
+/// Logs the open transactions that have become long, once each.
+fn report_open_transactions(
+    now: TimestampMs,
+    status: &StatusRegistry,
+    reported: &mut BTreeSet<(Partition, NextOffset)>,
+) {
+    let mut records = 0;
+    let mut long = BTreeSet::new();
+    for (partition, status) in status.partitions() {
+        if let Some(open) = status.open_transaction()
+            && open.age_ms(now) >= TRANSACTION_LONG_MS
+        {
+            records += open.records;
+            long.insert((partition, open.at));
+        }
+    }
+    if let Some((partition, offset)) = long.difference(reported).next() {
+        tracing::warn!(
+            records,
+            partitions = long.len(),
+            %partition,
+            %offset,
+            "a producer's open transaction holds records back for more than a minute; kafka-transactions.sh \
+             describe-producers names the producer"
+        );
+    }
+    *reported = long;
+}
+
+/// Exports the input topic's retention, for alerts on records that are about to be deleted, and checks the
+/// topics' settings. The metrics are absent without the permission to read these. Never returns.
+pub(super) async fn topic_settings(group: &Group) {
+    let mut ticks = ticks(SETTINGS_CHECK);
+    let mut violated = BTreeSet::new();
     loop {
         ticks.tick().await;
         let answer = ask(group, |group| {
-            topic_setting(group.consumer().client(), group.topic(), "retention.ms", REQUEST_TIMEOUT)
+            let client = group.consumer().client();
+            let retention = topic_setting(client, group.topic(), "retention.ms", REQUEST_TIMEOUT);
+            (retention, topic_rules::check(client, group.settings()))
         });
-        match answer.await {
+        let Ok((retention, checked)) = answer.await else { continue };
+        match retention {
             // -1 means unlimited.
-            Ok(Ok(ms)) => metrics::input_retention(ms.parse().ok().map(Duration::from_millis)),
-            Ok(Err(error)) => tracing::debug!(%error, "cannot read the retention of the input topic"),
-            Err(_) => {}
+            Ok(ms) => metrics::input_retention(ms.parse().ok().map(Duration::from_millis)),
+            Err(error) => tracing::debug!(%error, "cannot read the retention of the input topic"),
+        }
+        for Checked { role, rule, violation } in checked {
+            match violation {
+                None => {
+                    violated.remove(&(role, rule.setting));
+                }
+                Some(detail) if violated.insert((role, rule.setting)) => match rule.action {
+                    Action::Refuse => tracing::error!(detail, "a topic's setting loses payments or events"),
+                    Action::Warn => tracing::warn!(detail, "a topic's setting is not as it should be"),
+                },
+                Some(_) => {}
+            }
         }
     }
 }

@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::callbacks::{Callbacks, Listener, QuietLog};
 use super::client::{ATTEMPT_TIMEOUT, client_config_over, make_client};
+use super::join_failure::JoinFailure;
 use super::librdkafka::add_brokers;
 use super::rebootstrap::Rebootstrap;
 use crate::config::KafkaSettings;
@@ -390,11 +391,13 @@ fn poll(consumer: &BaseConsumer<GroupContext>) {
     let member = &consumer.context().0;
     let mut rebootstrap = Rebootstrap::default();
     let mut was_out = true;
+    let mut join_failure = JoinFailure::default();
     while !member.is_closing() {
         *member.polled_at() = Instant::now();
         let is_out = !member.status.is_member();
         if was_out && !is_out {
             rebootstrap.settle();
+            join_failure = JoinFailure::default();
         }
         was_out = is_out;
         if member.all_brokers_down.swap(false, Ordering::AcqRel) {
@@ -407,7 +410,14 @@ fn poll(consumer: &BaseConsumer<GroupContext>) {
         match consumer.poll(POLL) {
             // Nothing is assigned to this client, so no record can arrive.
             None | Some(Ok(_)) => {}
-            Some(Err(error)) => tracing::debug!(target: "librdkafka", %error, "poll"),
+            Some(Err(error)) => {
+                tracing::debug!(target: "librdkafka", %error, "poll");
+                // A member's own partitions flow on meanwhile.
+                if is_out && let Some(reason) = error.rdkafka_error_code().and_then(|c| join_failure.note(c))
+                {
+                    member.status.join_failed(reason);
+                }
+            }
         }
         if let Some((code, reason)) = consumer.client().fatal_error() {
             let end = match code {

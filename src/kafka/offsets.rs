@@ -1,5 +1,6 @@
 //! Requests for offsets: log bounds, offsets by timestamp, and the group's committed offsets.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
@@ -10,7 +11,7 @@ use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
 use super::client::ATTEMPT_TIMEOUT;
 use super::group::Group;
-use super::librdkafka::NativeError;
+use super::librdkafka::{self, NativeError};
 use crate::domain::cursor::{GroupOffset, LogBounds};
 use crate::domain::outcome::{FailureClass, class_of_kafka};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
@@ -18,6 +19,9 @@ use crate::ports::KafkaPortError;
 
 const LIST_OFFSETS: &str = "asking for the log's bounds";
 const OFFSET_FETCH: &str = "asking for the group's offsets";
+
+/// Time limit of a request for high watermarks: they are for display, and last stable offsets wait for them.
+const HIGH_WATERMARKS_MAX: Duration = Duration::from_secs(2);
 
 pub(super) fn transient(doing: &str, error: impl std::fmt::Display) -> KafkaPortError {
     KafkaPortError::transient(format!("{doing}: {error}"))
@@ -126,6 +130,20 @@ pub fn last_stable_offsets(
     partitions: &[Partition],
 ) -> Result<Vec<NextOffset>, KafkaPortError> {
     offsets_at(group.consumer(), group.topic(), partitions, KafkaOffset::End)
+}
+
+/// High watermark of each partition whose leader answers.
+///
+/// Read it before the last stable offset: records below it that are then still beyond the last stable offset
+/// are behind an open transaction.
+pub fn high_watermarks(
+    group: &Group,
+    partitions: &[Partition],
+) -> Result<BTreeMap<Partition, NextOffset>, KafkaPortError> {
+    let numbers: Vec<i32> = partitions.iter().map(|partition| partition.0).collect();
+    let found = librdkafka::high_watermarks(group.consumer(), group.topic(), &numbers, HIGH_WATERMARKS_MAX)
+        .map_err(|e| native_failed(LIST_OFFSETS, &e))?;
+    Ok(found.into_iter().map(|(partition, offset)| (Partition(partition), NextOffset(offset))).collect())
 }
 
 /// How long to wait for a coordinator that is moving or loading.

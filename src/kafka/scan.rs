@@ -13,6 +13,7 @@ use super::fetcher::{Fetcher, reader_config};
 use super::librdkafka::fetch::FetchItem;
 use super::librdkafka::{NativeRecord, topic_id};
 use super::offsets::{bounds_of, positions_at};
+use super::topic_rules::{Role, Rule};
 use crate::config::KafkaSettings;
 use crate::domain::cursor::LogBounds;
 use crate::domain::outcome::{FailureClass, class_of_kafka, is_refusal};
@@ -115,6 +116,11 @@ impl Scanner {
             .fetch_metadata(None, ATTEMPT_TIMEOUT)
             .map_err(|e| self.error(format!("no broker answers: {e}")))?;
         Ok(metadata.topics().iter().any(|topic| topic.name() == self.topic))
+    }
+
+    /// How a topic breaks a rule; `None` if it does not, or its settings cannot be read.
+    pub fn violation(&self, rule: &Rule, kafka: &KafkaSettings, role: Role) -> Option<String> {
+        rule.check(self.fetcher.consumer().client(), kafka, role)?
     }
 
     /// First offset and last stable offset of each partition, in the order given.

@@ -145,6 +145,17 @@ pub fn input_retention(retention: Option<Duration>) {
     gauge!("payment_writer_input_retention_seconds").set(seconds);
 }
 
+/// Sets the number of records of a partition behind an open transaction, and its age.
+pub fn open_transaction(partition: String, records: i64, age_ms: i64) {
+    gauge!("payment_writer_open_transaction_records", "partition" => partition.clone()).set(records as f64);
+    gauge!("payment_writer_open_transaction_seconds", "partition" => partition).set(age_ms as f64 / 1_000.0);
+}
+
+/// Sets whether a setting of a topic breaks a rule, by the topic's role.
+pub fn topic_misconfigured(topic: &'static str, setting: &'static str, is: bool) {
+    gauge!("payment_writer_topic_misconfigured", "topic" => topic, "setting" => setting).set(flag(is));
+}
+
 /// Durations of the steps of Kafka transactions.
 #[derive(Clone)]
 pub struct KafkaSteps {

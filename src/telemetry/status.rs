@@ -42,6 +42,7 @@ pub struct PartitionStatus {
     stamped: Option<TimestampMs>,
     /// Last stable offset, when last read.
     pub end: Option<NextOffset>,
+    open: Option<OpenTransaction>,
     /// When the partition was last caught up to the end, by the wall clock.
     caught_up_at: Option<TimestampMs>,
     /// When the partition was assigned, by the wall clock.
@@ -50,6 +51,24 @@ pub struct PartitionStatus {
     found_applied: Option<NextOffset>,
     /// End offset and first timestamp of each batch in flight.
     in_hand: VecDeque<(NextOffset, TimestampMs)>,
+}
+
+/// The first open transaction of a partition, at its last stable offset. Records from there on are not read
+/// until it ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OpenTransaction {
+    /// The last stable offset.
+    pub at: NextOffset,
+    /// Number of records between the last stable offset and the high watermark.
+    pub records: i64,
+    since: TimestampMs,
+}
+
+impl OpenTransaction {
+    /// How long the last stable offset has been there, in milliseconds, as far as this process knows.
+    pub fn age_ms(&self, now: TimestampMs) -> i64 {
+        (now.0 - self.since.0).max(0)
+    }
 }
 
 /// Maximum number of batches of a partition in flight: one being written and those that wait for their Kafka
@@ -92,6 +111,20 @@ impl PartitionStatus {
             None => self.applied_timestamp.max(self.caught_up_at).unwrap_or(self.assigned_at),
         };
         (now.0 - oldest.0).max(0)
+    }
+
+    /// The first open transaction, when the high watermark was last read.
+    pub fn open_transaction(&self) -> Option<OpenTransaction> {
+        self.open
+    }
+
+    /// `high` was read before the end.
+    fn note_high_watermark(&mut self, now: TimestampMs, high: NextOffset) {
+        let open = self.end.filter(|end| *end < high).map(|at| {
+            let since = self.open.filter(|open| open.at == at).map_or(now, |open| open.since);
+            OpenTransaction { at, records: high.0 - at.0, since }
+        });
+        self.open = open;
     }
 
     /// A cursor beyond the end has a lag of 0, but new records will not be written either.
@@ -149,6 +182,8 @@ struct State {
     rebalanced_at: Option<Instant>,
     broker_lost_at: Option<Instant>,
     broker_refusal: Option<(Instant, String)>,
+    /// Why the group could not be joined, since the last time that the process was a member.
+    join_failure: Option<String>,
     was_fenced_after_loss: bool,
     fetch_starts: FetchStarts,
     totals: OutcomeCounts,
@@ -403,6 +438,16 @@ impl StatusRegistry {
         }
     }
 
+    /// Updates the high watermarks, which were read before the ends.
+    pub fn high_watermarks(&self, now: TimestampMs, highs: BTreeMap<Partition, NextOffset>) {
+        let mut state = self.state();
+        for (partition, high) in highs {
+            if let Some(status) = state.partitions.get_mut(&partition) {
+                status.note_high_watermark(now, high);
+            }
+        }
+    }
+
     /// All assigned partitions.
     pub fn partitions(&self) -> BTreeMap<Partition, PartitionStatus> {
         self.state().partitions.clone()
@@ -429,11 +474,17 @@ impl StatusRegistry {
         }
     }
 
+    /// The group could not be joined.
+    pub fn join_failed(&self, reason: String) {
+        self.state().join_failure = Some(reason);
+    }
+
     /// The process is a member and was assigned these partitions; lanes start recovery later.
     pub fn assigned(&self, now: TimestampMs, partitions: &[Partition]) {
         let mut state = self.state();
         state.note_rebalance();
         state.is_member = true;
+        state.join_failure = None;
         for partition in partitions {
             state.partitions.entry(*partition).or_insert_with(|| PartitionStatus::opening(now));
         }
@@ -450,6 +501,7 @@ impl StatusRegistry {
         let mut state = self.state();
         state.note_rebalance();
         state.is_member = false;
+        state.join_failure = None;
         state.waits(now);
     }
 
@@ -473,7 +525,8 @@ impl StatusRegistry {
             note("broker", broker, false);
         }
         if !state.is_member && state.partitions.is_empty() {
-            missing.insert("group", "not joined yet".to_owned());
+            let reason = state.join_failure.clone();
+            missing.insert("group", reason.unwrap_or_else(|| "not joined yet".to_owned()));
         }
         missing
     }

@@ -58,6 +58,11 @@ pub(super) struct Partition {
     pub(super) state: String,
     pub(super) lag_records: Option<i64>,
     pub(super) lag_seconds: Option<f64>,
+    /// Absent from daemons of earlier versions.
+    #[serde(default)]
+    pub(super) open_transaction_records: i64,
+    #[serde(default)]
+    pub(super) open_transaction_seconds: f64,
 }
 
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, PartialOrd, Ord)]

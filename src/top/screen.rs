@@ -135,6 +135,12 @@ fn lag(page: &Page) -> Section {
         let text = format!("partition {partition:<4} {records:>8} records  {seconds:>6}  {state}");
         lines.push(text.into());
     }
+    let open: i64 = page.lags.iter().map(|(_, lag)| lag.open_transaction_records).sum();
+    if open > 0 {
+        let oldest = page.lags.iter().map(|(_, lag)| lag.open_transaction_seconds).fold(0.0, f64::max);
+        let text = format!("{} records behind open transactions, for {}", short(open as f64), age(oldest));
+        lines.push(text.yellow().into());
+    }
     let title = format!("lag: {} records, the oldest {} old", short(total as f64), age(page.oldest_seconds));
     section(title, lines)
 }

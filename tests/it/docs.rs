@@ -4,6 +4,7 @@ mod commands;
 mod generated;
 mod links;
 mod settings;
+mod topics;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -198,6 +198,7 @@ fn metrics_and_status_count_the_records_by_outcome() {
         "partition",
         "phase",
         "probe",
+        "setting",
         "reason",
         "result",
         "sqlstate_class",
@@ -212,7 +213,7 @@ fn metrics_and_status_count_the_records_by_outcome() {
     }
     assert_eq!(values["partition"], BTreeSet::from(["0", "1", "2"]));
     assert_eq!(values["client"], BTreeSet::from(["producer", "reader"]));
-    assert_eq!(values["topic"], BTreeSet::from(["dead_letter", "email", "read"]));
+    assert_eq!(values["topic"], BTreeSet::from(["dead_letter", "email", "input", "read"]));
     assert_eq!(values["kind"], BTreeSet::from(["assigned", "lost", "revoked"]));
     assert_eq!(values["reason"].len(), 11);
     assert_eq!(values["outcome"], BTreeSet::from(["dead_lettered", "duplicate", "redelivered", "written"]));

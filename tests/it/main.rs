@@ -17,6 +17,7 @@ mod generator;
 mod housekeeping;
 mod http;
 mod illness;
+mod input;
 mod java;
 mod joins;
 mod limits;

@@ -11,10 +11,11 @@ use crate::support::{Act, Daemon, Flow, Load, Scope, Servers};
 const LONG_MEMORY: [&str; 1] = ["PaymentWriterBudgetBurnLong"];
 
 /// Alerts that none of the three faults causes.
-const NEVER: [&str; 5] = [
+const NEVER: [&str; 6] = [
     "PaymentWriterPartitionsHalted",
     "PaymentWriterPartitionsAdded",
     "PaymentWriterRetentionAtRisk",
+    "PaymentWriterTopicCompacted",
     "PaymentWriterAbsent",
     "PaymentWriterAuditUnaccounted",
 ];

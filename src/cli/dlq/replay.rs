@@ -23,6 +23,7 @@ use crate::dlq::replay_store::{Audit, ReplayStore};
 use crate::dlq::run_metadata::ChunkOutcome;
 use crate::error::CommandError;
 use crate::kafka::scan::Scanner;
+use crate::kafka::topic_rules::{Role, TIMESTAMP_TYPE};
 
 /// Interval of checks for signals while waiting for the rate limit.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
@@ -43,7 +44,8 @@ interrupted chunk, and sends nothing twice. Ctrl-C stops after the chunk that is
 Refused: records that were replayed --max-replays times; values that were left out; dead letters of
 another topic; records without a timestamp. Also refused, unless --force is given, are records that could
 be written twice: those older than idempotency.window, because another record with the same message id
-may have been written and forgotten; and message_id_conflict, because another payment has the id.
+may have been written and forgotten; and message_id_conflict, because another payment has the id. With
+message.timestamp.type=LogAppendTime on the input, which changes the timestamps, all are refused.
 
 Examples:
   payment-writer dlq replay --reason invalid_field --since 2h
@@ -72,7 +74,8 @@ pub struct ReplayArgs {
     /// Send at most this many records per second
     #[arg(long, value_name = "PER_SECOND", default_value = "1000", value_parser = rate)]
     pub rate: f64,
-    /// Also replay where a payment could be written twice: beyond the window, and on conflicts
+    /// Also replay where a payment could be written twice: beyond the window, on conflicts, and if the brokers set
+    /// the timestamps
     #[arg(long)]
     pub force: bool,
     /// Continue although the database was restored or replaced and does not have the last replay
@@ -105,6 +108,11 @@ pub fn replay(settings: &Settings, args: &ReplayArgs, runtime: &Handle) -> Resul
     let ranges = reader.ranges(&filter)?;
     let input = Scanner::new(&settings.kafka, &settings.kafka.input_topic).map_err(DlqError::from)?;
     let (input_topic_id, _) = input.describe().map_err(DlqError::from)?;
+    if let Some(violation) = input.violation(&TIMESTAMP_TYPE, &settings.kafka, Role::Input)
+        && !args.force
+    {
+        return Err(CommandError::person_must_decide(format!("{violation}; or replay with --force")));
+    }
     drop(input);
     let store = ReplayStore::open(runtime, settings, input_topic_id)?;
     let eligibility = Eligibility {

@@ -1,11 +1,13 @@
 //! Admin requests about one topic.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
 use std::time::Duration;
 
 use rdkafka::ClientContext;
 use rdkafka::client::Client;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::{Offset, TopicPartitionList};
 use rdkafka_sys as sys;
 use sys::rd_kafka_admin_op_t as operation;
 use sys::rd_kafka_resp_err_t as code;
@@ -47,12 +49,19 @@ pub fn topic_id<C: ConsumerContext>(
                 let id = sys::rd_kafka_TopicDescription_topic_id(topic);
                 let high = sys::rd_kafka_Uuid_most_significant_bits(id) as u64;
                 let low = sys::rd_kafka_Uuid_least_significant_bits(id) as u64;
-                Ok((uuid::Uuid::from_u64_pair(high, low), partitions))
+                Ok((known_id(uuid::Uuid::from_u64_pair(high, low))?, partitions))
             },
         );
         sys::rd_kafka_TopicCollection_destroy(collection);
         answer
     }
+}
+
+/// Refuses the nil id, which stands for none: with it, a topic that is created again could not be told apart.
+fn known_id(id: uuid::Uuid) -> Result<uuid::Uuid, NativeError> {
+    let message = "the brokers give topics no ids, which need Kafka 2.8 with metadata version 2.8 (KIP-516)";
+    let refused = || NativeError::plain(code::RD_KAFKA_RESP_ERR__UNSUPPORTED_FEATURE, message);
+    (!id.is_nil()).then_some(id).ok_or_else(refused)
 }
 
 /// Returns one setting of a topic as text (`DescribeConfigs`). Needs the right `DescribeConfigs` on the
@@ -102,6 +111,42 @@ pub fn topic_setting<C: ClientContext>(
         sys::rd_kafka_ConfigResource_destroy(resource);
         answer
     }
+}
+
+/// Returns the high watermark of each partition for which the brokers answered (`ListOffsets`).
+///
+/// # Errors
+/// An error of the client.
+pub fn high_watermarks<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    partitions: &[i32],
+    timeout: Duration,
+) -> Result<BTreeMap<i32, i64>, NativeError> {
+    let request = Request { name: "ListOffsets", operation: operation::RD_KAFKA_ADMIN_OP_LISTOFFSETS };
+    let client = consumer.client();
+    let mut list = TopicPartitionList::with_capacity(partitions.len());
+    for partition in partitions {
+        // `OFFSET_SPEC_LATEST`; the isolation level of an admin request is read_uncommitted by default.
+        let added = list.add_partition_offset(topic, *partition, Offset::End);
+        added.map_err(|e| NativeError::plain(code::RD_KAFKA_RESP_ERR__INVALID_ARG, &e.to_string()))?;
+    }
+    let send = |options: *mut _, queue| {
+        // SAFETY: client and list are live; the client copies the list.
+        unsafe { sys::rd_kafka_ListOffsets(client.native_ptr(), list.ptr(), options, queue) }
+    };
+    request.ask(client, topic, timeout, send, |event| {
+        // SAFETY: what is read lives inside the event, which the caller keeps.
+        unsafe {
+            let result = sys::rd_kafka_event_ListOffsets_result(event);
+            let infos = array(result, sys::rd_kafka_ListOffsets_result_infos);
+            let found = infos.iter().filter_map(|info| {
+                let found = sys::rd_kafka_ListOffsetsResultInfo_topic_partition(*info).as_ref()?;
+                (found.err == code::RD_KAFKA_RESP_ERR_NO_ERROR).then_some((found.partition, found.offset))
+            });
+            Ok(found.collect())
+        }
+    })
 }
 
 /// One kind of admin request.
@@ -186,4 +231,16 @@ unsafe fn array<'a, R, T>(
 unsafe fn text<'a>(pointer: *const c_char) -> Option<&'a str> {
     // SAFETY: the caller passes null or a text that lives as long as its object.
     (!pointer.is_null()).then(|| unsafe { CStr::from_ptr(pointer) })?.to_str().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topic_without_an_id_is_refused() {
+        let refused = known_id(uuid::Uuid::nil()).unwrap_err();
+        assert!(refused.to_string().contains("KIP-516"), "{refused}");
+        assert!(known_id(uuid::Uuid::from_u128(7)).is_ok());
+    }
 }

@@ -1,0 +1,131 @@
+//! Topic settings that the daemon depends on, as a table, and the one function that checks them.
+
+use rdkafka::client::{Client, ClientContext};
+
+use super::client::ATTEMPT_TIMEOUT;
+use super::librdkafka::topic_setting;
+use crate::config::KafkaSettings;
+use crate::telemetry::metrics::topic_misconfigured;
+
+/// Role of a topic of this program.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum Role {
+    /// `kafka.input_topic`
+    Input,
+    /// `kafka.read_topic`
+    Read,
+    /// `kafka.email_topic`
+    Email,
+    /// `kafka.dead_letter_topic`
+    DeadLetter,
+}
+
+impl Role {
+    fn topic(self, kafka: &KafkaSettings) -> &str {
+        match self {
+            Self::Input => &kafka.input_topic,
+            Self::Read => &kafka.read_topic,
+            Self::Email => &kafka.email_topic,
+            Self::DeadLetter => &kafka.dead_letter_topic,
+        }
+    }
+}
+
+/// What the daemon does about a topic that breaks a rule.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Waits at the start; logs an error while it runs.
+    Refuse,
+    /// Logs a warning.
+    Warn,
+}
+
+/// A rule about one setting of topics.
+pub struct Rule {
+    /// The topics it applies to.
+    pub roles: &'static [Role],
+    /// Name of the setting in Kafka.
+    pub setting: &'static str,
+    /// A word that the setting's value must not contain.
+    pub refused: &'static str,
+    /// The value that satisfies the rule.
+    pub wanted: &'static str,
+    /// What is done about it.
+    pub action: Action,
+    /// What happens otherwise.
+    pub consequence: &'static str,
+}
+
+/// Brokers compact each topic whose policy contains this word.
+pub const CLEANUP_POLICY: Rule = Rule {
+    roles: &[Role::Input, Role::Read, Role::Email, Role::DeadLetter],
+    setting: "cleanup.policy",
+    refused: "compact",
+    wanted: "delete",
+    action: Action::Refuse,
+    consequence: "compaction removes all but the last record of each key, read or not, and refuses records without key",
+};
+
+/// Timestamps of records are part of payments' ids and of the time by which ids are forgotten.
+pub const TIMESTAMP_TYPE: Rule = Rule {
+    roles: &[Role::Input],
+    setting: "message.timestamp.type",
+    refused: "LogAppendTime",
+    wanted: "CreateTime",
+    action: Action::Warn,
+    consequence: "a record that is sent again, as by dlq replay, gets another timestamp, and so another payment id",
+};
+
+/// All rules.
+pub const RULES: [&Rule; 2] = [&CLEANUP_POLICY, &TIMESTAMP_TYPE];
+
+/// Result of a rule for one topic.
+pub struct Checked {
+    /// The topic.
+    pub role: Role,
+    /// The rule.
+    pub rule: &'static Rule,
+    /// What is wrong, why it matters and how to change it; `None` if the topic satisfies the rule.
+    pub violation: Option<String>,
+}
+
+impl Rule {
+    /// Checks one topic; `None` if it does not exist or its settings cannot be read.
+    pub fn check<C: ClientContext>(
+        &self,
+        client: &Client<C>,
+        kafka: &KafkaSettings,
+        role: Role,
+    ) -> Option<Option<String>> {
+        let (topic, setting) = (role.topic(kafka), self.setting);
+        match topic_setting(client, topic, setting, ATTEMPT_TIMEOUT) {
+            Ok(value) => {
+                let violation = value.contains(self.refused).then(|| self.violation(topic, &value));
+                topic_misconfigured(role.into(), setting, violation.is_some());
+                Some(violation)
+            }
+            Err(error) => {
+                tracing::debug!(topic, setting, %error, "cannot read a topic's setting");
+                None
+            }
+        }
+    }
+
+    fn violation(&self, topic: &str, value: &str) -> String {
+        let Self { setting, wanted, consequence, .. } = self;
+        format!(
+            "{topic} has {setting}={value}: {consequence}; change it with kafka-configs.sh --bootstrap-server \
+             BROKER --entity-type topics --entity-name {topic} --alter --add-config {setting}={wanted}"
+        )
+    }
+}
+
+/// Checks all rules. Topics that do not exist or whose settings cannot be read are left out, and the outputs
+/// of a daemon that does not publish.
+pub fn check<C: ClientContext>(client: &Client<C>, kafka: &KafkaSettings) -> Vec<Checked> {
+    let of_rule = |rule: &'static Rule| rule.roles.iter().map(move |role| (rule, *role));
+    let used = RULES.into_iter().flat_map(of_rule).filter(|(_, role)| kafka.publish || *role == Role::Input);
+    used.filter_map(|(rule, role)| Some(Checked { role, rule, violation: rule.check(client, kafka, role)? }))
+        .collect()
+}
