@@ -21,7 +21,7 @@ use tokio_postgres::Client;
 use self::generations::{Generation, State, Step};
 use self::horizon::{Horizon, goes_at};
 use self::log_times::current_horizon;
-pub use self::report::{PassError, PassReport, Verdict, time};
+pub use self::report::{PassError, PassReport, Task, Verdict, time};
 use crate::config::Settings;
 use crate::failpoint;
 use crate::postgres::schema::locks::LockKey;
@@ -52,24 +52,37 @@ pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, P
         report.took = began.0.elapsed();
         return Ok(report);
     }
-    make_ready(&client).await?;
-    rotate_when_due(&client, settings, &mut report).await?;
+    report.note(Task::Generation, make_ready(&client).await);
+    let rotated = rotate_when_due(&client, settings, &mut report).await;
+    report.note(Task::Rotation, rotated);
     // In advance, so that the next rotation only has to update rows.
-    make_ready(&client).await?;
-    measure_closed(&mut client).await?;
+    report.note(Task::Generation, make_ready(&client).await);
+    report.note(Task::Pruning, measure_closed(&mut client).await);
     let weighed = weigh(&client, settings, &mut report).await;
+    if let Err(error @ PassError::Database(_)) = &weighed {
+        report.note(Task::Pruning, Err(error));
+    }
     if weighed.is_err() {
         // Generations that an earlier pass retired can be removed without the horizon.
-        report.generations = begun(&client).await?;
+        match begun(&client).await {
+            Ok(generations) => report.generations = generations,
+            Err(error) => report.note(Task::Pruning, Err(error)),
+        }
     }
-    remove(&client, &mut report.generations).await?;
+    let removed = remove(&client, &mut report.generations).await;
+    report.note(Task::Pruning, removed);
     match payment_months::keep(&mut client, settings.retention.payment_months).await {
         Ok(months) => report.months = months,
-        Err(error) => report.months_error = Some(error.to_string()),
+        Err(error) => report.note(Task::Months, Err(error)),
     }
     report.took = began.0.elapsed();
     record(&client, &report, weighed.is_ok() && report.is_complete(), began.1).await?;
-    weighed.map(|()| report)
+    weighed?;
+    // A failure of the months alone is in the report.
+    if report.failed.iter().any(|(task, _)| *task != Task::Months) {
+        return Err(PassError::Tasks(report.failures()));
+    }
+    Ok(report)
 }
 
 /// Generations that an earlier pass has retired or detached.
@@ -162,13 +175,20 @@ async fn weigh(client: &Client, settings: &Settings, report: &mut PassReport) ->
     Ok(())
 }
 
+/// Tries each generation that goes; returns the first error.
 async fn remove(client: &Client, generations: &mut [(Generation, Verdict)]) -> Result<(), SchemaError> {
-    for (generation, verdict) in generations {
-        if *verdict == Verdict::Goes && remove_one(client, generation).await? == Step::Locked {
-            *verdict = Verdict::Locked(generation.state);
+    let mut removed = Ok(());
+    for (generation, verdict) in generations.iter_mut().filter(|(_, verdict)| *verdict == Verdict::Goes) {
+        match remove_one(client, generation).await {
+            Ok(Step::Done) => {}
+            Ok(Step::Locked) => *verdict = Verdict::Locked(generation.state),
+            Err(error) => {
+                *verdict = Verdict::Failed(generation.state);
+                removed = removed.and(Err(error));
+            }
         }
     }
-    Ok(())
+    removed
 }
 
 /// Does the steps that are left, each in its own transaction.

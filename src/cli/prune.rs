@@ -5,7 +5,7 @@ use clap::Args;
 use super::output::{print, table};
 use crate::config::Settings;
 use crate::error::{CommandError, ErrorKind};
-use crate::housekeeping::{PassError, PassReport, pass, time};
+use crate::housekeeping::{PassError, PassReport, Task, pass, time};
 
 const AFTER_HELP: &str = "\
 One pass completes what an earlier one left, creates months of the payment tables, rotates the
@@ -63,7 +63,7 @@ fn describe(report: &PassReport) -> String {
             report.default_rows
         ));
     }
-    if let Some(error) = &report.months_error {
+    if let Some(error) = report.error_of(Task::Months) {
         text.push(format!("maintaining the months failed: {error}"));
     }
     for archived in &report.months.archived {
@@ -87,7 +87,7 @@ pub async fn prune(settings: &Settings, args: &PruneArgs) -> Result<(), CommandE
     let report = pass(settings, args.dry_run).await.map_err(|error| {
         let kind = match &error {
             PassError::Log(failure) => failure.kind,
-            PassError::Database(_) | PassError::Connect(_) => ErrorKind::Failed,
+            PassError::Database(_) | PassError::Connect(_) | PassError::Tasks(_) => ErrorKind::Failed,
         };
         CommandError { kind, message: error.to_string() }
     })?;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::config::{Endpoint, Settings};
 use crate::postgres::schema::months::{MonthsReport, Obstacle, keep};
+use crate::telemetry::logging::Repeated;
 
 const TICK: Duration = Duration::from_secs(24 * 60 * 60);
 const RETRY: Duration = Duration::from_secs(60);
@@ -14,7 +15,8 @@ const FIRST_WAIT: Duration = Duration::from_secs(10);
 pub struct MonthsKeeper<'s> {
     endpoint: &'s Endpoint,
     kept: Option<u32>,
-    has_told: bool,
+    /// The last logged obstacles or error.
+    trouble: Repeated,
     pause: Duration,
 }
 
@@ -24,7 +26,7 @@ impl<'s> MonthsKeeper<'s> {
         let mut keeper = Self {
             endpoint: &settings.postgres.housekeeping_url,
             kept: settings.retention.payment_months,
-            has_told: false,
+            trouble: Repeated::default(),
             pause: RETRY,
         };
         // The pause stays as it is after a timeout.
@@ -48,21 +50,21 @@ impl<'s> MonthsKeeper<'s> {
         let is_done = match outcome {
             Ok(report) => self.told(&report),
             Err(error) => {
-                if !self.has_told {
+                if self.trouble.is_due(&error) {
                     tracing::warn!(
                         error,
                         "making months of the payment tables failed, retrying every minute"
                     );
+                    self.trouble.written(error);
                 }
                 false
             }
         };
-        self.has_told = !is_done;
         self.pause = if is_done { TICK } else { RETRY };
     }
 
     /// Logs what was done. Returns whether nothing is left that a retry could do.
-    fn told(&self, report: &MonthsReport) -> bool {
+    fn told(&mut self, report: &MonthsReport) -> bool {
         if !report.made.is_empty() {
             tracing::info!(months = report.made.join(", "), "made months of the payment tables");
         }
@@ -77,12 +79,18 @@ impl<'s> MonthsKeeper<'s> {
         }
         let is_by_hand = |o: &Obstacle| matches!(o, Obstacle::TooLarge | Obstacle::NameTaken);
         let is_done = report.waiting.iter().all(|(_, obstacle)| is_by_hand(obstacle));
-        for (month, obstacle) in &report.waiting {
-            if is_done {
-                tracing::warn!(month, %obstacle, "a month of the payment tables cannot be made");
-            } else if !self.has_told {
-                tracing::warn!(month, %obstacle, "a month of the payment tables cannot be made yet");
+        let waiting = format!("{:?}", report.waiting);
+        if report.waiting.is_empty() {
+            self.trouble.end();
+        } else if self.trouble.is_due(&waiting) {
+            for (month, obstacle) in &report.waiting {
+                if is_by_hand(obstacle) {
+                    tracing::warn!(month, %obstacle, "a month of the payment tables cannot be made");
+                } else {
+                    tracing::warn!(month, %obstacle, "a month of the payment tables cannot be made yet");
+                }
             }
+            self.trouble.written(waiting);
         }
         is_done
     }

@@ -1,8 +1,9 @@
 //! Metrics of housekeeping.
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use strum::VariantArray;
 
-use super::PassReport;
+use super::{PassReport, Task};
 use crate::domain::record::TimestampMs;
 
 /// The metrics of housekeeping passes, generations and the horizon.
@@ -17,6 +18,8 @@ pub struct HousekeepingMetrics {
     dropped: Counter,
     /// Number of rows in default partitions, which should be 0.
     pub default_rows: Gauge,
+    /// Number of months after the current one that have their partitions.
+    pub months_ahead: Gauge,
 }
 
 impl Default for HousekeepingMetrics {
@@ -30,6 +33,7 @@ impl Default for HousekeepingMetrics {
             rotations: counter!("payment_writer_generation_rotations_total"),
             dropped: counter!("payment_writer_generations_dropped_total"),
             default_rows: gauge!("payment_writer_default_partition_rows"),
+            months_ahead: gauge!("payment_writer_months_ahead"),
         }
     }
 }
@@ -61,6 +65,16 @@ impl HousekeepingMetrics {
         self.is_held.set(f64::from(u8::from(at.is_none())));
         if let Some(at) = at {
             self.horizon.set(at.0 as f64 / 1_000.0);
+        }
+    }
+
+    /// Sets which tasks failed in the last pass.
+    pub fn failing(&self, tasks: &[String]) {
+        for task in Task::VARIANTS {
+            let name: &'static str = task.into();
+            let is_failing = tasks.iter().any(|failed| failed == name);
+            gauge!("payment_writer_housekeeping_failing", "task" => name)
+                .set(f64::from(u8::from(is_failing)));
         }
     }
 

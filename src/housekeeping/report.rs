@@ -1,5 +1,6 @@
 //! What a pass did, and why.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -25,9 +26,26 @@ pub enum PassError {
     /// The database cannot be reached.
     #[error("{0}")]
     Connect(#[from] ConnectError),
+    /// Tasks of the pass failed, each named with its error. The other tasks were done.
+    #[error("{0}")]
+    Tasks(String),
     /// The broker could not be queried, or an operator must decide.
     #[error("the horizon is unknown, so nothing was pruned: {0}")]
     Log(#[source] CommandError),
+}
+
+/// A task of a pass. Each is tried whether or not the others fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
+pub enum Task {
+    /// Creating the table of the next generation.
+    Generation,
+    /// Making the next generation current.
+    Rotation,
+    /// Measuring and dropping generations; the horizon has its own metric.
+    Pruning,
+    /// Creating, filling and archiving months of the payment tables.
+    Months,
 }
 
 /// What a pass does with one generation, and why.
@@ -47,6 +65,8 @@ pub enum Verdict {
     Unmeasured,
     /// Kept: another session uses its table.
     Locked(State),
+    /// Kept: the database refused to remove it.
+    Failed(State),
 }
 
 /// Formats a time in seconds precision, for display.
@@ -67,6 +87,9 @@ impl fmt::Display for Verdict {
             Self::Unmeasured => f.write_str("stays: its youngest record is not known yet"),
             Self::Locked(state) => {
                 write!(f, "stays, {state}: another session uses its table; the next pass continues")
+            }
+            Self::Failed(state) => {
+                write!(f, "stays, {state}: it could not be removed; the next pass continues")
             }
         }
     }
@@ -89,8 +112,8 @@ pub struct PassReport {
     pub horizon: Option<(TimestampMs, Option<Partition>)>,
     /// What was done with the monthly partitions of the payment tables.
     pub months: MonthsReport,
-    /// Why maintaining the monthly partitions failed. Other steps do not depend on it.
-    pub months_error: Option<String>,
+    /// The tasks that failed, and why.
+    pub failed: Vec<(Task, String)>,
     /// In a dry run, rows in the payment tables' default partitions, counted up to a limit.
     pub default_rows: i64,
     /// Duration of the pass.
@@ -102,20 +125,40 @@ impl PassReport {
     pub fn is_complete(&self) -> bool {
         let soon = i64::try_from(DUE_SOON.as_millis()).unwrap_or(i64::MAX);
         let waits = |v: &Verdict| match v {
-            Verdict::Held(..) | Verdict::Locked(_) | Verdict::Unmeasured => true,
+            Verdict::Held(..) | Verdict::Locked(_) | Verdict::Failed(_) | Verdict::Unmeasured => true,
             Verdict::TooYoung(goes_at) => self.horizon.is_some_and(|(at, _)| goes_at.0 - at.0 <= soon),
             Verdict::Current | Verdict::Ready | Verdict::Goes => false,
         };
         !self.is_busy
             && !self.rotation_waits
             && self.months.waiting.is_empty()
-            && self.months_error.is_none()
+            && self.failed.is_empty()
             && !self.generations.iter().any(|(_, verdict)| waits(verdict))
     }
 
     /// The generations that were dropped, or would be dropped.
     pub fn gone(&self) -> impl Iterator<Item = &Generation> {
         self.generations.iter().filter(|(_, v)| *v == Verdict::Goes).map(|(g, _)| g)
+    }
+
+    /// Why this task failed; `None` if it did not.
+    pub fn error_of(&self, task: Task) -> Option<&str> {
+        self.failed.iter().find(|(failed, _)| *failed == task).map(|(_, error)| error.as_str())
+    }
+
+    /// Notes the first error of a task.
+    pub(super) fn note(&mut self, task: Task, outcome: Result<(), impl fmt::Display>) {
+        if let Err(error) = outcome
+            && self.error_of(task).is_none()
+        {
+            self.failed.push((task, error.to_string()));
+        }
+    }
+
+    /// The tasks that failed, with their errors.
+    pub(super) fn failures(&self) -> String {
+        let named = |(task, error): &(Task, String)| format!("{}: {error}", <&str>::from(task));
+        self.failed.iter().map(named).collect::<Vec<_>>().join("; ")
     }
 
     pub(super) fn detail(&self) -> serde_json::Value {
@@ -131,7 +174,9 @@ impl PassReport {
             "months_made": self.months.made,
             "months_archived": self.months.archived,
             "rows_moved": self.months.moved,
-            "months_error": self.months_error,
+            "months_error": self.error_of(Task::Months),
+            "failed": self.failed.iter().map(|(task, error)| (<&str>::from(task), error.as_str()))
+                .collect::<BTreeMap<_, _>>(),
         })
     }
 }

@@ -11,8 +11,8 @@ use super::horizon::Horizon;
 use super::pass_metrics::HousekeepingMetrics;
 use super::{PassError, PassReport, current_horizon, generations, pass};
 use crate::config::{self, Settings};
-use crate::postgres::schema::{SchemaError, doing, months};
-use crate::telemetry::logging::RateLimited;
+use crate::postgres::schema::{SchemaError, column, doing, months};
+use crate::telemetry::logging::{RateLimited, Repeated};
 
 /// Interval between checks of the schedule and of the table sizes.
 const TICK: Duration = Duration::from_secs(60);
@@ -47,6 +47,14 @@ async fn last_pass(client: &Client) -> Result<(Timestamp, bool, Timestamp), Sche
     Ok((time(0), row.get(1), time(2)))
 }
 
+/// Names of the tasks that failed in the last pass of any process.
+async fn failing_tasks(client: &Client) -> Result<Vec<String>, SchemaError> {
+    let query = "
+        SELECT jsonb_object_keys(detail -> 'failed') FROM payment_writer.housekeeping_pass
+        WHERE id = (SELECT max(id) FROM payment_writer.housekeeping_pass)";
+    column(client, "cannot read the last pass", query, &[]).await
+}
+
 /// Runs forever. Failures are logged and do not stop anything else.
 pub async fn run(settings: &Settings) {
     let mut keeper = Keeper::default();
@@ -62,8 +70,8 @@ struct Keeper {
     client: Option<Client>,
     retry_at: Option<tokio::time::Instant>,
     ticks: u32,
-    /// The last logged error; it is logged again only when it changes.
-    trouble: Option<String>,
+    /// The last logged error.
+    trouble: Repeated,
 }
 
 impl Keeper {
@@ -77,11 +85,11 @@ impl Keeper {
     fn complain(&mut self, message: String) {
         // Two errors may alternate.
         static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(10 * 60));
-        if self.trouble.as_ref() != Some(&message)
+        if self.trouble.is_due(&message)
             && let Some(suppressed) = LIMIT.pass()
         {
             tracing::warn!(error = message, suppressed, "housekeeping is held up, trying again");
-            self.trouble = Some(message);
+            self.trouble.written(message);
         }
     }
 
@@ -114,6 +122,8 @@ impl Keeper {
         let list = generations::list(&client).await?;
         let live = list.iter().filter(|g| matches!(g.state, State::Current | State::Older));
         self.metrics.generations(live.rev().map(|g| (g.rows, g.bytes)));
+        self.metrics.failing(&failing_tasks(&client).await?);
+        self.metrics.months_ahead.set(months::ahead(&client).await? as f64);
         self.metrics.default_rows.set(months::default_rows(&client).await? as f64);
         if self.ticks.is_multiple_of(HORIZON_TICKS) {
             match current_horizon(&client, settings).await {
@@ -129,7 +139,7 @@ impl Keeper {
         if report.is_busy {
             return;
         }
-        self.trouble = None;
+        self.trouble.end();
         self.metrics.pass(report);
         let gone: Vec<String> = report.gone().map(|g| g.number.to_string()).collect();
         tracing::info!(

@@ -57,6 +57,7 @@ const STEPS: &[Step] = &[
     step!("4", "settlements"),
     step!("5", "housekeeping"),
     step!("6", "dead_letter_replays"),
+    step!("7", "replica_identity"),
 ];
 
 /// The newest step that this program knows.

@@ -17,8 +17,8 @@ use payment_writer::postgres::store::PgStore;
 use uuid::Uuid;
 
 use crate::support::{
-    Finished, Flow, Load, Member, Message, Payment, Scope, Servers, block_on, payment_id, ulid, uuid_v4,
-    uuid_v7, wait_until,
+    Daemon, Finished, Flow, Load, Member, Message, Payment, Scope, Servers, block_on, payment_id, ulid,
+    uuid_v4, uuid_v7, wait_until,
 };
 
 const HOUR_MS: i64 = 3_600_000;
@@ -573,6 +573,61 @@ fn rows_in_a_default_partition_move_to_their_month_and_old_months_are_detached()
     let second = format!("{}_2", archived[0].get::<_, &str>(0));
     assert!(pass.stdout.contains(&second), "{pass:?}");
     assert_eq!(scope.count(&second), 1);
+}
+
+#[test]
+fn each_task_fails_apart_where_ddl_is_refused_and_metrics_name_it() {
+    // GIVEN a rotation that is due, a month that is missing, and an event trigger that refuses DDL
+    let scope = Scope::ready("ddl_refused", 1, 1);
+    scope.produce(&scope.input_topic, (1..=20).map(|n| record(n, now_ms() - 20 * DAY_MS)));
+    scope.drain();
+    prune(&scope);
+    age_current(&scope);
+    let newest =
+        "SELECT max(tablename)::text FROM pg_tables WHERE tablename ~ '^payment_core_[0-9]{4}_[0-9]{2}$'";
+    let newest: String = scope.sql(newest, &[])[0].get(0);
+    scope.execute(&format!("DROP TABLE payment_writer.{newest}"));
+    scope.execute_as_admin(
+        "CREATE FUNCTION refuse_ddl() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+             IF session_user = 'payment_writer' THEN
+                 RAISE insufficient_privilege USING MESSAGE = 'schema changes are frozen';
+             END IF;
+         END $$;
+         CREATE EVENT TRIGGER no_ddl ON ddl_command_start EXECUTE FUNCTION refuse_ddl()",
+    );
+
+    // WHEN a pass runs THEN it does what needs no DDL, and names what failed and why
+    let failed = scope.command(&["prune"]);
+    assert_eq!(failed.code, Some(1), "{failed:?}");
+    assert_eq!(live(&scope), [(1, "retired".to_owned()), (2, "current".to_owned())], "{failed:?}");
+    for task in ["generation", "pruning", "months"] {
+        assert!(failed.stderr.contains(&format!("{task}: ")), "{task}: {failed:?}");
+    }
+    assert!(failed.stderr.contains("schema changes are frozen"), "{failed:?}");
+
+    // and a daemon writes payments and reports the same
+    scope.produce(&scope.input_topic, [record(21, now_ms())]);
+    let daemon = Member::new("frozen").start(&scope);
+    wait_until("the payment is written", || scope.count("payment_core") == 21);
+    let failing = |daemon: &Daemon, task: &str| {
+        daemon.metric("payment_writer_housekeeping_failing", &format!("task=\"{task}\""))
+    };
+    wait_until("the pass is reported", || failing(&daemon, "months") == 1.0);
+    assert_eq!(failing(&daemon, "generation"), 1.0);
+    assert_eq!(failing(&daemon, "pruning"), 1.0);
+    assert_eq!(failing(&daemon, "rotation"), 0.0);
+    assert_eq!(daemon.metric("payment_writer_months_ahead", ""), 1.0);
+    drop(daemon);
+
+    // WHEN DDL is allowed again THEN the next pass completes all of it
+    scope.execute_as_admin("DROP EVENT TRIGGER no_ddl");
+    prune(&scope);
+    assert_eq!(states(&scope), "2 current");
+    let daemon = Member::new("thawed").start(&scope);
+    wait_until("all months are there", || daemon.metric("payment_writer_months_ahead", "") == 2.0);
+    for task in ["generation", "rotation", "pruning", "months"] {
+        assert_eq!(failing(&daemon, task), 0.0, "{task}");
+    }
 }
 
 #[test]

@@ -30,6 +30,7 @@ mod protocol;
 mod rebalance;
 mod rebuild;
 mod reconcile;
+mod replication;
 mod schema;
 mod security;
 mod self_audit;

@@ -13,7 +13,7 @@ use std::fmt;
 use std::time::Duration;
 
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, SimpleQueryMessage};
+use tokio_postgres::{Client, Transaction};
 
 use super::locks::{LOCK_TIMEOUT_MS, LockKey, Step, with_short_locks};
 use super::{SchemaError, column, doing, value};
@@ -35,6 +35,8 @@ const MOVE_TIMEOUT: &str = "10min";
 
 /// Timeout for scanning the default partition under its lock.
 const STATEMENT_TIMEOUT_MS: u32 = 250;
+/// Time after which the server ends a session that stopped between the statements of a month.
+const IDLE_TIMEOUT: &str = "5s";
 /// Attempts per table and month; after that it is left to the next start or the next day.
 const TRIES_MAX: u32 = 10;
 const BETWEEN_TRIES: Duration = Duration::from_millis(200);
@@ -154,6 +156,21 @@ pub async fn default_rows(client: &Client) -> Result<i64, SchemaError> {
         .collect();
     let query = format!("SELECT {}", counts.join(" + "));
     value(client, "cannot count the rows of the default partitions", &query, &[]).await
+}
+
+/// Number of months after the current one that have a partition of every payment table; the daemon keeps it at
+/// [`MONTHS_AHEAD`]. 0 also if the current month has none.
+pub async fn ahead(client: &Client) -> Result<usize, SchemaError> {
+    let current = Month::current(client).await?;
+    let attached = "
+        SELECT c.relname::text FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+        JOIN unnest($1::text[]) AS t ON i.inhparent = to_regclass('payment_writer.' || t)";
+    let tables = PARTITIONED_TABLES.as_slice();
+    let attached: Vec<String> = column(client, "cannot read the months", attached, &[&tables]).await?;
+    let has_month = |n: &i32| {
+        PARTITIONED_TABLES.iter().all(|table| attached.contains(&format!("{table}_{}", current.plus(*n))))
+    };
+    Ok((0..=MONTHS_AHEAD).take_while(has_month).count().saturating_sub(1))
 }
 
 /// Months of rows in the default partitions, oldest first.
@@ -318,6 +335,7 @@ async fn attach(
         .batch_execute(&format!(
             "SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; \
              SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
+             SET LOCAL idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}'; \
              SELECT pg_advisory_xact_lock({})",
             LockKey::Months
         ))
@@ -328,33 +346,52 @@ async fn attach(
     if transaction.query_opt(made_meanwhile, &[&partition]).await?.is_some() {
         return Ok(Made::Before);
     }
-    let move_rows = format!(
-        "WITH moved AS (DELETE FROM payment_writer.{table}_default WHERE {} RETURNING *) \
-         INSERT INTO payment_writer.{partition} SELECT * FROM moved",
-        month.condition()
-    );
+    transaction
+        .batch_execute(&format!(
+            "CREATE TABLE payment_writer.{partition} \
+               (LIKE payment_writer.{table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE); \
+             SET LOCAL statement_timeout = '{MOVE_TIMEOUT}'"
+        ))
+        .await?;
     // The first time moves most rows, without blocking writers, the second those written meanwhile; other
     // sessions always see each row in exactly one of the tables.
-    let attach = format!(
-        "CREATE TABLE payment_writer.{partition} \
-           (LIKE payment_writer.{table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING STORAGE); \
-         SET LOCAL statement_timeout = '{MOVE_TIMEOUT}'; \
-         {move_rows}; \
-         SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
-         LOCK TABLE payment_writer.{table}_default IN ACCESS EXCLUSIVE MODE; \
-         {move_rows}; \
-         ALTER TABLE payment_writer.{table} ATTACH PARTITION payment_writer.{partition} \
-         FOR VALUES FROM ({}) TO ({})",
-        month.start(),
-        month.plus(1).start()
-    );
-    let rows = |message: &SimpleQueryMessage| match message {
-        SimpleQueryMessage::CommandComplete(rows) => *rows,
-        _ => 0,
-    };
-    let moved = transaction.simple_query(&attach).await?.iter().map(rows).sum();
+    let before = move_rows(&transaction, table, partition, month).await?;
+    transaction
+        .batch_execute(&format!(
+            "SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}; \
+             LOCK TABLE payment_writer.{table}_default IN ACCESS EXCLUSIVE MODE"
+        ))
+        .await?;
+    let meanwhile = move_rows(&transaction, table, partition, month).await?;
+    transaction
+        .batch_execute(&format!(
+            "ALTER TABLE payment_writer.{table} ATTACH PARTITION payment_writer.{partition} \
+             FOR VALUES FROM ({}) TO ({})",
+            month.start(),
+            month.plus(1).start()
+        ))
+        .await?;
     transaction.commit().await?;
-    Ok(Made::Now(moved))
+    Ok(Made::Now(before + meanwhile))
+}
+
+/// Moves the rows of this month out of the default partition. Without such rows there is no DELETE: Postgres
+/// refuses it (55000) if the table is published and has no replica identity, as before step 7 of the schema.
+async fn move_rows(
+    transaction: &Transaction<'_>,
+    table: &str,
+    partition: &str,
+    month: Month,
+) -> Result<u64, tokio_postgres::Error> {
+    let rows = format!("FROM payment_writer.{table}_default WHERE {}", month.condition());
+    if !transaction.query_one(&format!("SELECT EXISTS (SELECT {rows})"), &[]).await?.get::<_, bool>(0) {
+        return Ok(0);
+    }
+    let move_rows = format!(
+        "WITH moved AS (DELETE {rows} RETURNING *) \
+         INSERT INTO payment_writer.{partition} SELECT * FROM moved"
+    );
+    transaction.execute(&move_rows, &[]).await
 }
 
 #[cfg(test)]

@@ -59,6 +59,29 @@ impl RateLimited {
     }
 }
 
+/// When a line about a state that lasts is written: when its text changes, and once a day.
+#[derive(Debug, Default)]
+pub struct Repeated(Option<(String, Instant)>);
+
+impl Repeated {
+    const PER: Duration = Duration::from_secs(24 * 60 * 60);
+
+    /// Whether the line is to be written now; [`written`](Self::written) records that it was.
+    pub fn is_due(&self, text: &str) -> bool {
+        self.0.as_ref().is_none_or(|(last, at)| last != text || at.elapsed() >= Self::PER)
+    }
+
+    /// Records that the line was written.
+    pub fn written(&mut self, text: String) {
+        self.0 = Some((text, Instant::now()));
+    }
+
+    /// The state has ended: the next line is written whatever its text.
+    pub fn end(&mut self) {
+        self.0 = None;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,5 +99,18 @@ mod tests {
         assert_eq!(late(70), Some(1), "one was written at last, the other is suppressed");
         LIMIT.leave_out(7);
         assert_eq!(at(80), Some(7));
+    }
+
+    #[test]
+    fn a_state_that_lasts_is_logged_when_it_changes_and_daily() {
+        let mut line = Repeated::default();
+        assert!(line.is_due("locked"));
+        line.written("locked".to_owned());
+        assert!(!line.is_due("locked") && line.is_due("refused"));
+        line.0 = Instant::now().checked_sub(Repeated::PER).map(|at| ("locked".to_owned(), at));
+        assert!(line.is_due("locked"));
+        line.written("locked".to_owned());
+        line.end();
+        assert!(line.is_due("locked"));
     }
 }
