@@ -32,6 +32,7 @@ mod schema;
 mod security;
 mod self_audit;
 mod servers;
+mod shape;
 mod support;
 mod top;
 mod traces;
