@@ -29,16 +29,16 @@ fn a_generation_that_loses_its_key_while_the_daemon_runs_receives_no_payment_twi
         // GIVEN a daemon that has written payments
         let scope = Scope::new(Servers::shared(), name);
         scope.prepare(2, 1);
-        let mut daemon = member().with("BATCH__LINGER", "500ms").start(&scope);
+        let mut daemon = member().with("LANES", "2").with("BATCH__LINGER", "500ms").start(&scope);
         let mut load = Load::without_bad_records(71);
         let records = load.take(rows);
-        scope.produce(&scope.input_topic, records.clone());
+        scope.spread(records.clone(), &[0]);
         scope.wait_until_caught_up();
         let written = scope.count("payment_core");
 
-        // WHEN the generation loses its key, and the same payments come again with the same ids
+        // WHEN the generation loses its key, and the same payments come again in a lane that has not seen them
         scope.execute("ALTER TABLE payment_writer.idempotency_g1 DROP CONSTRAINT idempotency_g1_pkey");
-        scope.produce(&scope.input_topic, records);
+        scope.spread(records, &[1]);
 
         // THEN nothing is written, and table and remedy are named
         names(&daemon, "idempotency_g1");
@@ -72,15 +72,15 @@ fn a_deferrable_or_partial_key_is_no_key() {
         ("CREATE UNIQUE INDEX ON payment_writer.idempotency_g1 (message_id, source_offset)", "key_wide"),
     ] {
         let scope = Scope::new(Servers::shared(), name);
-        scope.prepare(1, 1);
-        let daemon = member().with("BATCH__LINGER", "500ms").start(&scope);
-        scope.produce(&scope.input_topic, Load::without_bad_records(72).take(300));
+        scope.prepare(2, 1);
+        let daemon = member().with("LANES", "2").with("BATCH__LINGER", "500ms").start(&scope);
+        scope.spread(Load::without_bad_records(72).take(300), &[0]);
         scope.wait_until_caught_up();
         let written = scope.count("payment_core");
         scope.execute(&format!(
             "ALTER TABLE payment_writer.idempotency_g1 DROP CONSTRAINT idempotency_g1_pkey; {definition}"
         ));
-        scope.produce(&scope.input_topic, Load::without_bad_records(72).take(300));
+        scope.spread(Load::without_bad_records(72).take(300), &[1]);
         names(&daemon, "idempotency_g1");
         assert_eq!(scope.count("payment_core"), written, "{definition}");
     }

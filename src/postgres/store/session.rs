@@ -146,6 +146,16 @@ fn pool_error(error: PoolError) -> StoreError {
     StoreError { message: format!("connecting: {}", error.message), ..error }
 }
 
+/// The generation lacks the key that prevents claiming an id twice.
+pub(super) fn no_key(generation: i64) -> StoreError {
+    let table = format!("payment_writer.idempotency_g{generation}");
+    let message = format!(
+        "{table} has no valid unique key on (message_id), without which payments are written twice: nothing is \
+         written until it has one again; ALTER TABLE {table} ADD PRIMARY KEY (message_id)"
+    );
+    store_error(FailureClass::Persistent, message)
+}
+
 async fn check_shape(client: &ClientWrapper) -> Result<(), StoreError> {
     match shape::missing(client).await? {
         missing if missing.is_empty() => Ok(()),
@@ -216,12 +226,7 @@ impl Session {
         if self.client.query_one(&self.has_key, &[&generation]).await?.try_get(0)? {
             return Ok(KeyHolds(()));
         }
-        let table = format!("payment_writer.idempotency_g{generation}");
-        let message = format!(
-            "{table} has no valid unique key on (message_id), without which payments are written twice: nothing is \
-             written until it has one again; ALTER TABLE {table} ADD PRIMARY KEY (message_id)"
-        );
-        Err(store_error(FailureClass::Persistent, message))
+        Err(no_key(generation))
     }
 
     /// Ends sessions that lock cursors, wait for their client and are in a transaction of more than 30 s.
