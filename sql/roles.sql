@@ -46,3 +46,7 @@ GRANT UPDATE ON
     payment_writer.dead_letter_replay_run
     TO payment_writer_app;
 GRANT DELETE ON payment_writer.cursor_settlement, payment_writer.dead_letter_replay TO payment_writer_app;
+-- PUBLIC has it by default, unless ALTER DEFAULT PRIVILEGES took it away.
+GRANT EXECUTE ON FUNCTION
+    payment_writer.move_cursors_v1(uuid, integer[], bigint[], bigint[], bigint[], timestamptz[])
+    TO payment_writer_app;

@@ -18,18 +18,24 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(15);
 /// Timeout for a free connection of a pool.
 const POOL_WAIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Settings of every session.
+/// Settings of every session. All that the program depends on are set, because `ALTER ROLE` and `ALTER DATABASE` can
+/// change their defaults; `default_transaction_read_only` stays, because it can be deliberate.
 ///
+/// `row_security = off` makes the server refuse a query whose rows a policy would hide.
 /// `synchronous_commit` is raised to `on` if it is weaker, and kept if it is stronger (`remote_apply`). An
 /// idle transaction of a stopped or disconnected lane holds row locks that the next owner of its partitions
 /// waits for, so the server ends it after 30 s (25P03). The TCP settings do the same for a client machine
 /// that disappears in the middle of a COPY. `jit` is slower for statements of a few milliseconds.
 const SESSION_SETTINGS: &str = "\
+    SET statement_timeout = 0; SET lock_timeout = 0; SET idle_session_timeout = 0; \
+    SELECT set_config('transaction_timeout', '0', false) FROM pg_settings WHERE name = 'transaction_timeout'; \
     SELECT set_config('synchronous_commit', 'on', false) \
       WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply'); \
     SET TimeZone = 'UTC'; \
     SET DateStyle = 'ISO'; \
-    SET default_transaction_isolation = 'read committed'; \
+    SET default_transaction_isolation = 'read committed'; SET default_transaction_deferrable = off; \
+    SET row_security = off; SET client_min_messages = 'notice'; SET extra_float_digits = 1; \
+    SET quote_all_identifiers = off; \
     SET idle_in_transaction_session_timeout = '30s'; \
     SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; \
     SET tcp_user_timeout = '20s'; \
@@ -85,6 +91,11 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
         let code = db.code().code();
         return match code.get(..2) {
             Some("22" | "23") => format!("SQLSTATE {code}"),
+            // read_only_sql_transaction
+            _ if code == "25006" => format!(
+                "SQLSTATE {code}: {} (the server is a standby, or default_transaction_read_only is on)",
+                db.message()
+            ),
             _ => format!("SQLSTATE {code}: {}", db.message()),
         };
     }

@@ -9,6 +9,7 @@ pub mod locks;
 mod migrate;
 pub mod months;
 mod report;
+pub mod shape;
 mod undo;
 
 use refinery::Migration;
@@ -158,6 +159,10 @@ pub async fn check(client: &Client) -> Result<SchemaVersion, SchemaError> {
         SELECT name FROM unnest($2::text[]) AS name WHERE to_regprocedure('payment_writer.' || name) IS NULL";
     let required: [&(dyn ToSql + Sync); 2] = [&REQUIRED_RELATIONS, &REQUIRED_FUNCTIONS];
     let missing = column(client, "cannot look for the tables", missing, &required).await?;
+    if !missing.is_empty() {
+        return Err(SchemaError::Incomplete(missing));
+    }
+    let missing = shape::missing(client).await.map_err(doing("cannot compare the tables"))?;
     if missing.is_empty() { Ok(found) } else { Err(SchemaError::Incomplete(missing)) }
 }
 

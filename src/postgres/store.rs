@@ -24,7 +24,7 @@ use uuid::Uuid;
 use self::bisect::Bisected;
 use self::claims::{Claiming, claim};
 use self::generations::OlderGeneration;
-use self::session::{Session, store_error};
+use self::session::{KeyHolds, Session, store_error};
 use crate::domain::batch::{Answer, Batch, Outcomes, Owner, Refused, Rows, TableRows};
 use crate::domain::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER};
 use crate::domain::cursor::{CursorRow, Identity};
@@ -79,7 +79,10 @@ impl Connection {
         work: impl AsyncFnOnce(&mut Session) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         let mut session = match self.session.take() {
-            Some(session) => session,
+            Some(mut session) => {
+                session.check_shape_when_due().await?;
+                session
+            }
             None => {
                 let session = Session::open(&self.pool, &self.identity).await?;
                 if std::mem::take(&mut self.was_locked_out) {
@@ -296,7 +299,12 @@ async fn begin(
     Ok(Begun { current, today: generations.try_get(4)?, answer, stats, at })
 }
 
-async fn commit(session: &Session, begun: Begun, outcomes: Outcomes) -> Result<Written, StoreError> {
+async fn commit(
+    session: &Session,
+    begun: Begun,
+    outcomes: Outcomes,
+    _: KeyHolds,
+) -> Result<Written, StoreError> {
     let Begun { answer, mut stats, at, .. } = begun;
     stats.copy = at.elapsed().saturating_sub(stats.claim);
     failpoint::hit("before_postgres_commit");
@@ -321,8 +329,10 @@ async fn write_whole(
     claiming.claim(session, &mut begun, claims).await?;
     let outcomes = batch.decide(&begun.answer, &none);
     begun.stats.claim = begun.at.elapsed();
-    copy_at_once(session, &batch.rows(&outcomes)).await?;
-    commit(session, begun, outcomes).await
+    // One round trip.
+    let rows = batch.rows(&outcomes);
+    let (key, ()) = future::try_join(session.key_of(begun.current), copy_at_once(session, &rows)).await?;
+    commit(session, begun, outcomes, key).await
 }
 
 fn older_generations(row: &tokio_postgres::Row) -> Result<Vec<OlderGeneration>, StoreError> {

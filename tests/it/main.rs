@@ -35,6 +35,7 @@ mod schema;
 mod security;
 mod self_audit;
 mod servers;
+mod shape;
 mod support;
 mod top;
 mod traces;

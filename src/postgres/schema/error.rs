@@ -55,8 +55,11 @@ pub enum SchemaError {
         /// Name in this program; the same if only the contents differ.
         known: String,
     },
-    /// All steps were applied, but tables or functions are missing.
-    #[error("the schema is incomplete, {} missing from schema {SCHEMA}: restore it", .0.join(", "))]
+    /// All steps were applied, but tables, functions, columns, keys or partitions are missing.
+    #[error(
+        "the schema is incomplete, {} missing from schema {SCHEMA}: restore it (a lost unique key with ALTER TABLE \
+         {SCHEMA}.TABLE ADD PRIMARY KEY (COLUMNS))", .0.join("; ")
+    )]
     Incomplete(Vec<String>),
     /// Another session has been changing the schema for more than a minute.
     #[error("another session has been changing the schema for {} s", .0.as_secs())]

@@ -103,7 +103,7 @@ pub(super) async fn alone<T>(
         Err(e) => Err(doing("cannot prepare the session")(e)),
     };
     // If the connection is lost, the lock is released as well.
-    let release = format!("RESET lock_timeout; SELECT pg_advisory_unlock({})", LockKey::Migrate);
+    let release = format!("SET lock_timeout = 0; SELECT pg_advisory_unlock({})", LockKey::Migrate);
     if client.batch_execute(&release).await.is_err() {
         tracing::debug!("the session ended before it released the migration lock");
     }

@@ -63,7 +63,8 @@ pub(super) async fn write(
         return Ok(Bisected::Undecided(undecided(refused.len(), rows, sqlstate)));
     }
     let outcomes = batch.decide(&begun.answer, &refused);
-    let written = commit(session, begun, outcomes).await?;
+    let key = session.key_of(begun.current).await?;
+    let written = commit(session, begun, outcomes, key).await?;
     refusals.note(Instant::now(), rows, refused.len());
     static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
     if !refused.is_empty()

@@ -16,7 +16,7 @@ use futures_util::{TryFutureExt, future};
 use uuid::Uuid;
 
 use super::recent::Recent;
-use super::session::{Session, store_error};
+use super::session::{Session, no_key, store_error};
 use super::{Begun, array, copy, owners};
 use crate::domain::batch::{Claim, Owner, Rows};
 use crate::domain::columns::{ArrayParam, postgres_timestamp};
@@ -25,6 +25,8 @@ use crate::ports::StoreError;
 
 /// unique_violation
 const SQLSTATE_UNIQUE: &str = "23505";
+/// invalid_column_reference: ON CONFLICT without a unique index for it
+const SQLSTATE_NO_KEY: &str = "42P10";
 /// Batches with fewer claims than this start with `INSERT ... ON CONFLICT`.
 const COPY_MIN: usize = 200;
 /// Number of batches that start with a lookup of all ids after one with an unexpected existing id.
@@ -148,7 +150,11 @@ pub(super) async fn claim(
         partitions.push(&claim.partition.0.to_be_bytes());
     }
     let statement = session.claim_into(leaf).await?;
-    let rows = session.client.query(&statement, &[&ids, &offsets, &hashes, &timestamps, &partitions]).await?;
+    let rows = session.client.query(&statement, &[&ids, &offsets, &hashes, &timestamps, &partitions]).await;
+    let rows = rows.map_err(StoreError::from).map_err(|error| match error.sqlstate.as_deref() {
+        Some(SQLSTATE_NO_KEY) => no_key(leaf),
+        _ => error,
+    })?;
     let unclaimed: Vec<Uuid> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
     if let Some(ids) = array(unclaimed.iter().map(|id| *id.as_bytes())) {
         // A separate statement, so that its snapshot includes owners committed meanwhile.

@@ -1,6 +1,6 @@
 //! A lane's session: its settings, prepared statements and errors.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use deadpool_postgres::{ClientWrapper, Object, Pool, PoolError};
 use tokio_postgres::Statement;
@@ -11,6 +11,7 @@ use crate::ports::StoreError;
 use crate::postgres::binding::database_id;
 use crate::postgres::connection::{class_of, describe};
 use crate::postgres::schema::locks::LockKey;
+use crate::postgres::schema::{SchemaError, shape};
 use crate::telemetry::logging::RateLimited;
 
 /// Settings of a lane's session. `transaction_timeout` (from Postgres 17) is just longer than the limit for
@@ -72,6 +73,22 @@ pub(super) const DELETE_SETTLEMENTS: &str = "
     USING unnest($2::integer[], $3::bigint[]) AS taken (partition, committed)
     WHERE s.topic_id = $1 AND s.partition = taken.partition AND s.committed = taken.committed";
 
+/// Whether a generation has the key that prevents claiming an id twice. Parameter: its number.
+const HAS_KEY: &str = "
+    SELECT EXISTS (
+        SELECT FROM pg_catalog.pg_index i
+        JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = to_regclass('payment_writer.idempotency_g' || $1::bigint)
+            AND a.attname = 'message_id' AND i.indnatts = 1
+            AND i.indisunique AND i.indisvalid AND i.indisready AND i.indimmediate
+            AND i.indpred IS NULL AND i.indexprs IS NULL)";
+
+/// Interval between comparisons of the schema's shape by a session in use.
+const SHAPE_CHECK: Duration = Duration::from_secs(60);
+
+/// Proof that the claims of the open transaction are in a table in which no id can be twice.
+pub(super) struct KeyHolds(());
+
 /// Ends the sessions of hung processes with an open transaction on the cursors. For the server, a session
 /// that waits for COPY data is not idle, and no server timeout interrupts it. Ending it is safe: uncommitted
 /// work is repeated by the owner of the partition.
@@ -129,6 +146,23 @@ fn pool_error(error: PoolError) -> StoreError {
     StoreError { message: format!("connecting: {}", error.message), ..error }
 }
 
+/// The generation lacks the key that prevents claiming an id twice.
+pub(super) fn no_key(generation: i64) -> StoreError {
+    let table = format!("payment_writer.idempotency_g{generation}");
+    let message = format!(
+        "{table} has no valid unique key on (message_id), without which payments are written twice: nothing is \
+         written until it has one again; ALTER TABLE {table} ADD PRIMARY KEY (message_id)"
+    );
+    store_error(FailureClass::Persistent, message)
+}
+
+async fn check_shape(client: &ClientWrapper) -> Result<(), StoreError> {
+    match shape::missing(client).await? {
+        missing if missing.is_empty() => Ok(()),
+        missing => Err(store_error(FailureClass::Persistent, SchemaError::Incomplete(missing).to_string())),
+    }
+}
+
 /// A session with its prepared statements.
 pub(super) struct Session {
     /// Not returned to the pool: a session that failed inside a transaction must not be reused.
@@ -137,9 +171,11 @@ pub(super) struct Session {
     pub move_cursors: Statement,
     pub lock_generations: Statement,
     pub generations: Statement,
+    has_key: Statement,
     pub copy_core: Statement,
     pub copy_metadata: Statement,
     pub copy_notes: Statement,
+    shape_checked_at: Instant,
     /// The current generation when the cached statements were prepared.
     cached_for: i64,
 }
@@ -155,18 +191,42 @@ impl Session {
             let error = store_error(FailureClass::Persistent, mismatch.to_string());
             return Err(StoreError { identity: Some(mismatch), ..error });
         }
+        check_shape(&client).await?;
         let lock = format!("SELECT pg_advisory_xact_lock_shared({})", LockKey::Rotation);
         Ok(Self {
             cursors: client.prepare(CURSORS).await?,
             move_cursors: client.prepare(MOVE_CURSORS).await?,
             lock_generations: client.prepare(&lock).await?,
             generations: client.prepare(GENERATIONS).await?,
+            has_key: client.prepare(HAS_KEY).await?,
             copy_core: client.prepare(COPY_CORE).await?,
             copy_metadata: client.prepare(COPY_METADATA).await?,
             copy_notes: client.prepare(COPY_NOTES).await?,
             client,
+            shape_checked_at: Instant::now(),
             cached_for: 0,
         })
+    }
+
+    /// Compares the schema's shape if that was not done for [`SHAPE_CHECK`].
+    pub(super) async fn check_shape_when_due(&mut self) -> Result<(), StoreError> {
+        if self.shape_checked_at.elapsed() >= SHAPE_CHECK {
+            check_shape(&self.client).await?;
+            self.shape_checked_at = Instant::now();
+        }
+        Ok(())
+    }
+
+    /// Checks the generation's key. Called after the claims of the transaction, whose lock on the table keeps the key
+    /// until the COMMIT.
+    ///
+    /// # Errors
+    /// A persistent failure without the key: every payment could be written twice.
+    pub(super) async fn key_of(&self, generation: i64) -> Result<KeyHolds, StoreError> {
+        if self.client.query_one(&self.has_key, &[&generation]).await?.try_get(0)? {
+            return Ok(KeyHolds(()));
+        }
+        Err(no_key(generation))
     }
 
     /// Ends sessions that lock cursors, wait for their client and are in a transaction of more than 30 s.
@@ -222,12 +282,13 @@ impl Session {
         work: impl Future<Output = Result<(), StoreError>>,
     ) -> Result<Option<SqlState>, StoreError> {
         self.client.batch_execute("SAVEPOINT part").await?;
-        let refused = match work.await {
-            Ok(()) => {
-                // Checks deferred constraints now; at the COMMIT the failing row could not be determined.
-                self.client.batch_execute("SET CONSTRAINTS ALL IMMEDIATE").await?;
-                None
-            }
+        let done = async {
+            work.await?;
+            // Checks deferred constraints now; at the COMMIT the failing row could not be determined.
+            self.client.batch_execute("SET CONSTRAINTS ALL IMMEDIATE").await.map_err(StoreError::from)
+        };
+        let refused = match done.await {
+            Ok(()) => None,
             Err(error) => {
                 let sqlstate = error.sqlstate.as_deref().and_then(SqlState::new);
                 Some(sqlstate.filter(|_| error.class == FailureClass::Record).ok_or(error)?)
