@@ -4,8 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::Path;
 
-use config::builder::{ConfigBuilder, DefaultState};
-use config::{Config, ConfigError, File, FileFormat, Map, Source, Value, ValueKind};
+use config::{Config, ConfigError, File, FileFormat, Map, Value, ValueKind};
 
 use super::origin::{Effective, Origin};
 use super::properties::{HIDDEN, PROPERTIES, is_secret, property_key};
@@ -14,8 +13,6 @@ use super::sections::Settings;
 /// The shipped settings file sets every setting to its default, except two that have none of their own: these
 /// are commented out.
 const SHIPPED: &str = include_str!("../../config/payment-writer.toml");
-/// By default the name of the host.
-const INSTANCE_ID: &str = "kafka.instance_id";
 /// By default the same as [`URL`].
 const HOUSEKEEPING_URL: &str = "postgres.housekeeping_url";
 const URL: &str = "postgres.url";
@@ -31,20 +28,6 @@ pub(super) struct Layers {
     pub(super) problems: Vec<String>,
 }
 
-/// The values of one layer by dotted name.
-#[derive(Clone, Debug, Default)]
-struct Layer(Map<String, Value>);
-
-impl Source for Layer {
-    fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
-        Box::new(self.clone())
-    }
-
-    fn collect(&self) -> Result<Map<String, Value>, ConfigError> {
-        Ok(self.0.clone())
-    }
-}
-
 impl Layers {
     pub(super) fn defaults() -> Self {
         let shipped = ["instance_id =", "housekeeping_url ="]
@@ -53,20 +36,17 @@ impl Layers {
         let host_name = gethostname::gethostname().to_string_lossy().into_owned();
         let merged = Config::builder()
             .add_source(File::from_str(&shipped, FileFormat::Toml))
-            .set_override(INSTANCE_ID, host_name)
-            .and_then(ConfigBuilder::<DefaultState>::build)
+            .set_override("kafka.instance_id", host_name)
+            .and_then(|layers| layers.build())
             .unwrap_or_default();
         Self { defaults: flattened(&merged.cache), merged, problems: Vec::new() }
     }
 
     pub(super) fn add_file(&mut self, path: &Path, text: &str) {
         let origin = path.to_string_lossy().into_owned();
+        let with_origin = |(key, value): (String, Value)| (key, Value::new(Some(&origin), value.kind));
         match Config::builder().add_source(File::from_str(text, FileFormat::Toml)).build() {
-            Ok(file) => self.add(
-                flattened(&file.cache)
-                    .into_iter()
-                    .map(|(key, value)| (key, Value::new(Some(&origin), value.kind))),
-            ),
+            Ok(file) => self.add(flattened(&file.cache).into_iter().map(with_origin)),
             Err(error) => self.problems.push(not_toml(path, &error)),
         }
     }
@@ -89,9 +69,9 @@ impl Layers {
             };
             let value = Value::new(Some(&variable), typed(text, find(&self.defaults, &key)));
             if let Some(first) = values.insert(key.clone(), value) {
-                let first = first.origin().unwrap_or_default();
                 self.problems.push(format!(
-                    "setting {key} is given by two environment variables, {first} and {variable}"
+                    "setting {key} is given by two environment variables, {} and {variable}",
+                    first.origin().unwrap_or_default()
                 ));
             }
         }
@@ -100,7 +80,7 @@ impl Layers {
 
     /// Merges a layer, except for what is in the wrong place.
     fn add(&mut self, values: impl IntoIterator<Item = (String, Value)>) {
-        let mut layer = Layer::default();
+        let mut layer = Vec::new();
         let mut properties = Map::new();
         for (key, value) in values {
             if let Some(name) = key.strip_prefix("kafka.properties.") {
@@ -108,17 +88,19 @@ impl Layers {
             } else if let Some(problem) = self.misplaced(&key, &value) {
                 self.problems.push(problem);
             } else {
-                layer.0.insert(key, value);
+                layer.push((key, value));
             }
         }
-        layer.0.insert(PROPERTIES.to_owned(), properties.into());
+        layer.push((PROPERTIES.to_owned(), properties.into()));
         self.merge(layer);
     }
 
-    fn merge(&mut self, layer: Layer) {
-        let merged = Config::builder().add_source(self.merged.clone()).add_source(layer).build();
-        // Layers are in memory: this cannot fail.
-        self.merged = merged.unwrap_or_default();
+    fn merge(&mut self, layer: impl IntoIterator<Item = (String, Value)>) {
+        let layers = Config::builder().add_source(self.merged.clone());
+        let layers =
+            layer.into_iter().try_fold(layers, |layers, (key, value)| layers.set_override(key, value));
+        // Names of settings are valid paths, and layers are in memory: this cannot fail.
+        self.merged = layers.and_then(|layers| layers.build()).unwrap_or_default();
     }
 
     /// What is wrong with a setting of this name, if it is not one, or a table where there is none.
@@ -126,25 +108,20 @@ impl Layers {
         let origin = Origin::of(value);
         let is_table = matches!(value.kind, ValueKind::Table(_));
         let is_inside = |name: &str| name.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
-        if key == PROPERTIES || self.defaults.iter().any(|(known, _)| is_inside(known)) {
-            return match &origin {
-                Origin::Environment(variable) => {
-                    Some(format!("{key} ({origin}) must be given one by one, as {variable}__NAME"))
-                }
-                _ => (!is_table).then(|| format!("{key} ({origin}) must be a table")),
-            };
-        }
-        if find(&self.defaults, key).is_some() {
-            return is_table.then(|| format!("{key} = {{}} ({origin}) must not be a table"));
-        }
+        let is_section = key == PROPERTIES || self.defaults.iter().any(|(known, _)| is_inside(known));
         let nearest = self.nearest(key);
-        let (name, place, nearest) = match &origin {
-            Origin::Environment(variable) => {
-                (variable.as_str(), "in the environment".to_owned(), variable_of(nearest))
+        match &origin {
+            Origin::Environment(variable) if is_section => {
+                Some(format!("{key} ({origin}) must be given one by one, as {variable}__NAME"))
             }
-            _ => (key, format!("({origin})"), nearest.to_owned()),
-        };
-        Some(format!("unknown setting {name} {place}; the nearest known one is {nearest}"))
+            _ if is_section => (!is_table).then(|| format!("{key} ({origin}) must be a table")),
+            _ if nearest == key => is_table.then(|| format!("{key} = {{}} ({origin}) must not be a table")),
+            Origin::Environment(variable) => Some(format!(
+                "unknown setting {variable} in the environment; the nearest known one is {}",
+                variable_of(nearest)
+            )),
+            _ => Some(format!("unknown setting {key} ({origin}); the nearest known one is {nearest}")),
+        }
     }
 
     /// The known setting most similar to `key`. The right name in the wrong section counts nearly as much as
@@ -162,21 +139,20 @@ impl Layers {
     pub(super) fn settings(&mut self) -> Option<Settings> {
         let mut failed = BTreeSet::new();
         let mut settings: Settings = loop {
-            self.default_housekeeping_url();
-            let error = match serde_path_to_error::deserialize(self.merged.clone()) {
+            if self.value(HOUSEKEEPING_URL).origin().is_none() {
+                let url = Value::new(None, self.value(URL).kind);
+                self.merge([(HOUSEKEEPING_URL.to_owned(), url)]);
+            }
+            let (key, rule) = match self.merged.clone().try_deserialize() {
                 Ok(settings) => break settings,
-                Err(error) => error,
+                Err(ConfigError::At { key, error, .. }) => (key.unwrap_or_default(), error.to_string()),
+                Err(error) => (String::new(), error.to_string()),
             };
-            let key = error.path().to_string();
             // The default is not allowed either if it failed before: a host name that cannot be an instance id.
             let default = find(&self.defaults, &key).filter(|_| failed.insert(key.clone()))?.clone();
-            let rule = match error.into_inner() {
-                ConfigError::At { error, .. } => *error,
-                error => error,
-            };
-            self.refuse(&key, &rule.to_string());
+            self.refuse(&key, &rule);
             // The default takes its place, so that the settings after it are checked too.
-            self.merge(Layer(Map::from_iter([(key, default)])));
+            self.merge([(key, default)]);
         };
         for (name, value) in self.merged.get_table(PROPERTIES).unwrap_or_default() {
             let origin = Origin::of(&value);
@@ -194,13 +170,6 @@ impl Layers {
 
     fn value(&self, key: &str) -> Value {
         find(&flattened(&self.merged.cache), key).cloned().unwrap_or_default()
-    }
-
-    fn default_housekeeping_url(&mut self) {
-        if self.value(HOUSEKEEPING_URL).origin().is_none() {
-            let url = Value::new(None, self.value(URL).kind);
-            self.merge(Layer(Map::from_iter([(HOUSEKEEPING_URL.to_owned(), url)])));
-        }
     }
 
     fn refuse(&mut self, key: &str, rule: &str) {
@@ -271,11 +240,9 @@ fn typed(text: String, default: Option<&Value>) -> ValueKind {
 /// The parser's message without the line that it quotes, which may contain a password.
 fn not_toml(path: &Path, error: &ConfigError) -> String {
     let text = error.to_string();
-    let (place, reason) = match text.strip_prefix("TOML parse error").and_then(|text| text.split_once('\n')) {
-        Some((place, rest)) => (place, rest.lines().skip(3).collect::<Vec<_>>().join(", ")),
-        None => ("", text),
-    };
-    format!("settings file {} is not valid TOML{place}: {reason}", path.display())
+    let lines = text.lines().enumerate().filter(|(at, _)| !(1..=3).contains(at)).map(|(_, line)| line);
+    let reason = lines.collect::<Vec<_>>().join(": ").replace("TOML parse error", "it is not valid TOML");
+    format!("cannot read settings file {}: {reason}", path.display())
 }
 
 /// The environment variable of a setting.
