@@ -33,10 +33,9 @@ impl Layers {
         let shipped = ["instance_id =", "housekeeping_url ="]
             .iter()
             .fold(SHIPPED.to_owned(), |text, name| text.replace(&format!("# {name}"), name));
-        let host_name = gethostname::gethostname().to_string_lossy().into_owned();
         let merged = Config::builder()
             .add_source(File::from_str(&shipped, FileFormat::Toml))
-            .set_override("kafka.instance_id", host_name)
+            .set_override("kafka.instance_id", gethostname::gethostname().to_string_lossy().into_owned())
             .and_then(|layers| layers.build())
             .unwrap_or_default();
         Self { defaults: flattened(&merged.cache), merged, problems: Vec::new() }
@@ -140,8 +139,7 @@ impl Layers {
         let mut failed = BTreeSet::new();
         let mut settings: Settings = loop {
             if self.value(HOUSEKEEPING_URL).origin().is_none() {
-                let url = Value::new(None, self.value(URL).kind);
-                self.merge([(HOUSEKEEPING_URL.to_owned(), url)]);
+                self.merge([(HOUSEKEEPING_URL.to_owned(), Value::new(None, self.value(URL).kind))]);
             }
             let (key, rule) = match self.merged.clone().try_deserialize() {
                 Ok(settings) => break settings,
