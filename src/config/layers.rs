@@ -4,54 +4,49 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::Path;
 
-use serde_json::{Map, Value};
+use config::{Config, ConfigError, File, FileFormat, Map, Value, ValueKind};
 
 use super::origin::{Effective, Origin};
 use super::properties::{HIDDEN, PROPERTIES, is_secret, property_key};
 use super::sections::Settings;
 
-/// The shipped settings file sets every setting to its default, except two that have none of their own.
+/// The shipped settings file sets every setting to its default, except two that have none of their own: these
+/// are commented out.
 const SHIPPED: &str = include_str!("../../config/payment-writer.toml");
 /// By default the same as [`URL`].
 const HOUSEKEEPING_URL: &str = "postgres.housekeeping_url";
 const URL: &str = "postgres.url";
 /// Prefix of environment variables. Container platforms set variables such as `PAYMENT_WRITER_SERVICE_HOST`
 /// for a service of this name; the second underscore tells them from settings.
-const PREFIX: &str = "PAYMENT_WRITER__";
+pub(super) const PREFIX: &str = "PAYMENT_WRITER__";
 
 /// The merged layers, and everything that is wrong with them.
 pub(super) struct Layers {
-    defaults: Vec<Effective>,
     /// In the order of the shipped file.
-    settings: Vec<Effective>,
-    /// librdkafka's properties by name.
-    properties: BTreeMap<String, Effective>,
+    defaults: Vec<(String, Value)>,
+    merged: Config,
     pub(super) problems: Vec<String>,
 }
 
 impl Layers {
     pub(super) fn defaults() -> Self {
-        let with_origin = |(key, value)| Effective { key, value, origin: Origin::Default };
-        let shipped = flattened(SHIPPED.parse().unwrap_or_default());
-        let mut defaults: Vec<Effective> = shipped.into_iter().map(with_origin).collect();
-        let host_name = Value::from(gethostname::gethostname().to_string_lossy());
-        for (before, key, value) in
-            [("kafka.group_id", "kafka.instance_id", host_name), (URL, HOUSEKEEPING_URL, Value::Null)]
-        {
-            let at = defaults.iter().position(|setting| setting.key == before).map_or(0, |at| at + 1);
-            defaults.insert(at, with_origin((key.to_owned(), value)));
-        }
-        Self { settings: defaults.clone(), defaults, properties: BTreeMap::new(), problems: Vec::new() }
+        let shipped = ["instance_id =", "housekeeping_url ="]
+            .iter()
+            .fold(SHIPPED.to_owned(), |text, name| text.replace(&format!("# {name}"), name));
+        let merged = Config::builder()
+            .add_source(File::from_str(&shipped, FileFormat::Toml))
+            .set_override("kafka.instance_id", gethostname::gethostname().to_string_lossy().into_owned())
+            .and_then(|layers| layers.build())
+            .unwrap_or_default();
+        Self { defaults: flattened(&merged.cache), merged, problems: Vec::new() }
     }
 
     pub(super) fn add_file(&mut self, path: &Path, text: &str) {
-        match text.parse() {
-            Ok(table) => {
-                for (key, value) in flattened(table) {
-                    self.set(&key, value, Origin::File(path.to_path_buf()));
-                }
-            }
-            Err(error) => self.problems.push(not_toml(path, text, &error)),
+        let origin = path.to_string_lossy().into_owned();
+        let with_origin = |(key, value): (String, Value)| (key, Value::new(Some(&origin), value.kind));
+        match Config::builder().add_source(File::from_str(text, FileFormat::Toml)).build() {
+            Ok(file) => self.add(flattened(&file.cache).into_iter().map(with_origin)),
+            Err(error) => self.problems.push(not_toml(path, &error)),
         }
     }
 
@@ -60,58 +55,72 @@ impl Layers {
     pub(super) fn add_environment(&mut self, variables: impl IntoIterator<Item = (OsString, OsString)>) {
         let variables: BTreeMap<String, OsString> =
             variables.into_iter().filter_map(|(name, text)| Some((name.into_string().ok()?, text))).collect();
-        let mut seen = BTreeMap::new();
+        let mut values = BTreeMap::new();
         for (variable, text) in variables {
             let Some(name) = variable.strip_prefix(PREFIX) else { continue };
             let mut key = name.to_ascii_lowercase().replace("__", ".");
             if let Some(property) = key.strip_prefix("kafka.properties.") {
                 key = format!("{PROPERTIES}.{}", property.replace('_', "."));
             }
-            if let Some(first) = seen.insert(key.clone(), variable.clone()) {
-                self.problems.push(format!(
-                    "setting {key} is given by two environment variables, {first} and {variable}"
-                ));
+            let Ok(text) = text.into_string() else {
+                self.problems.push(format!("{key} (environment {variable}) must be valid UTF-8"));
                 continue;
-            }
-            let origin = Origin::Environment(variable);
-            match text.into_string() {
-                Ok(text) => {
-                    let default = find(&self.defaults, &key).map(|setting| &setting.value);
-                    self.set(&key, typed(text, default), origin);
-                }
-                Err(_) => self.problems.push(format!("{key} ({origin}) must be valid UTF-8")),
+            };
+            let value = Value::new(Some(&variable), typed(text, find(&self.defaults, &key)));
+            if let Some(first) = values.insert(key.clone(), value) {
+                self.problems.push(format!(
+                    "setting {key} is given by two environment variables, {} and {variable}",
+                    first.origin().unwrap_or_default()
+                ));
             }
         }
+        self.add(values);
     }
 
-    fn set(&mut self, key: &str, value: Value, origin: Origin) {
-        if let Some(name) = key.strip_prefix("kafka.properties.") {
-            let property = Effective { key: property_key(name), value, origin };
-            self.properties.insert(name.to_owned(), property);
-        } else if self.is_table(key) {
-            let rule = match &origin {
-                Origin::Environment(variable) => format!("must be given one by one, as {variable}__NAME"),
-                _ if value.is_object() => return,
-                _ => "must be a table".to_owned(),
-            };
-            self.problems.push(format!("{key} ({origin}) {rule}"));
-        } else if let Some(setting) = self.settings.iter_mut().find(|setting| setting.key == key) {
-            *setting = Effective { key: key.to_owned(), value, origin };
-        } else {
-            let nearest = self.nearest(key);
-            let (name, place, nearest) = match &origin {
-                Origin::Environment(variable) => {
-                    (variable.as_str(), "in the environment".to_owned(), variable_of(nearest))
-                }
-                _ => (key, format!("({origin})"), nearest.to_owned()),
-            };
-            self.problems.push(format!("unknown setting {name} {place}; the nearest known one is {nearest}"));
+    /// Merges a layer, except for what is in the wrong place.
+    fn add(&mut self, values: impl IntoIterator<Item = (String, Value)>) {
+        let mut layer = Vec::new();
+        let mut properties = Map::new();
+        for (key, value) in values {
+            if let Some(name) = key.strip_prefix("kafka.properties.") {
+                properties.insert(name.to_owned(), value);
+            } else if let Some(problem) = self.misplaced(&key, &value) {
+                self.problems.push(problem);
+            } else {
+                layer.push((key, value));
+            }
         }
+        layer.push((PROPERTIES.to_owned(), properties.into()));
+        self.merge(layer);
     }
 
-    fn is_table(&self, key: &str) -> bool {
+    fn merge(&mut self, layer: impl IntoIterator<Item = (String, Value)>) {
+        let layers = Config::builder().add_source(self.merged.clone());
+        let layers =
+            layer.into_iter().try_fold(layers, |layers, (key, value)| layers.set_override(key, value));
+        // Names of settings are valid paths, and layers are in memory: this cannot fail.
+        self.merged = layers.and_then(|layers| layers.build()).unwrap_or_default();
+    }
+
+    /// What is wrong with a setting of this name, if it is not one, or a table where there is none.
+    fn misplaced(&self, key: &str, value: &Value) -> Option<String> {
+        let origin = Origin::of(value);
+        let is_table = matches!(value.kind, ValueKind::Table(_));
         let is_inside = |name: &str| name.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
-        key == PROPERTIES || self.settings.iter().any(|setting| is_inside(&setting.key))
+        let is_section = key == PROPERTIES || self.defaults.iter().any(|(known, _)| is_inside(known));
+        let nearest = self.nearest(key);
+        match &origin {
+            Origin::Environment(variable) if is_section => {
+                Some(format!("{key} ({origin}) must be given one by one, as {variable}__NAME"))
+            }
+            _ if is_section => (!is_table).then(|| format!("{key} ({origin}) must be a table")),
+            _ if nearest == key => is_table.then(|| format!("{key} = {{}} ({origin}) must not be a table")),
+            Origin::Environment(variable) => Some(format!(
+                "unknown setting {variable} in the environment; the nearest known one is {}",
+                variable_of(nearest)
+            )),
+            _ => Some(format!("unknown setting {key} ({origin}); the nearest known one is {nearest}")),
+        }
     }
 
     /// The known setting most similar to `key`. The right name in the wrong section counts nearly as much as
@@ -121,7 +130,7 @@ impl Layers {
         let similarity = |known: &str| {
             strsim::jaro_winkler(known, key).max(strsim::jaro_winkler(&name(known), &name(key)) - 0.05)
         };
-        let known = self.settings.iter().map(|setting| setting.key.as_str());
+        let known = self.defaults.iter().map(|(key, _)| key.as_str());
         known.max_by(|a, b| similarity(a).total_cmp(&similarity(b))).unwrap_or_default()
     }
 
@@ -129,27 +138,24 @@ impl Layers {
     pub(super) fn settings(&mut self) -> Option<Settings> {
         let mut failed = BTreeSet::new();
         let mut settings: Settings = loop {
-            let error = match serde_path_to_error::deserialize(self.tree()) {
+            if self.value(HOUSEKEEPING_URL).origin().is_none() {
+                self.merge([(HOUSEKEEPING_URL.to_owned(), Value::new(None, self.value(URL).kind))]);
+            }
+            let (key, rule) = match self.merged.clone().try_deserialize() {
                 Ok(settings) => break settings,
-                Err(error) => error,
+                Err(ConfigError::At { key, error, .. }) => (key.unwrap_or_default(), error.to_string()),
+                Err(error) => (String::new(), error.to_string()),
             };
-            let key = self.source_of(&error.path().to_string()).to_owned();
-            if !failed.insert(key.clone()) {
-                // The default is not allowed either: a host name that cannot be an instance id.
-                return None;
-            }
-            self.refuse(&key, &error.inner().to_string());
+            // The default is not allowed either if it failed before: a host name that cannot be an instance id.
+            let default = find(&self.defaults, &key).filter(|_| failed.insert(key.clone()))?.clone();
+            self.refuse(&key, &rule);
             // The default takes its place, so that the settings after it are checked too.
-            for (setting, default) in self.settings.iter_mut().zip(&self.defaults) {
-                if setting.key == key {
-                    setting.clone_from(default);
-                }
-            }
+            self.merge([(key, default)]);
         };
-        for (name, property) in &self.properties {
-            let Effective { key, value, origin } = property;
-            if let Err(rule) = settings.kafka.properties.add(name, value) {
-                self.problems.push(format!("{key} ({origin}) {rule}"));
+        for (name, value) in self.merged.get_table(PROPERTIES).unwrap_or_default() {
+            let origin = Origin::of(&value);
+            if let Err(rule) = settings.kafka.properties.add(&name, &json(value)) {
+                self.problems.push(format!("{} ({origin}) {rule}", property_key(&name)));
             }
         }
         for (keys, rule) in settings.conflicts() {
@@ -160,106 +166,81 @@ impl Layers {
         Some(settings)
     }
 
-    /// The settings as nested tables.
-    fn tree(&self) -> Value {
-        let mut sections: BTreeMap<&str, Map<String, Value>> = BTreeMap::new();
-        for Effective { key, .. } in self.settings.iter().filter(|setting| setting.key != PROPERTIES) {
-            let (section, name) = key.split_once('.').unwrap_or(("", key));
-            let value = find(&self.settings, self.source_of(key)).map(|setting| setting.value.clone());
-            sections.entry(section).or_default().insert(name.to_owned(), value.unwrap_or_default());
-        }
-        let mut root = sections.remove("").unwrap_or_default();
-        root.extend(sections.into_iter().map(|(name, section)| (name.to_owned(), section.into())));
-        Value::Object(root)
-    }
-
-    /// The setting whose value this one has.
-    fn source_of<'a>(&self, key: &'a str) -> &'a str {
-        let setting = find(&self.settings, key).filter(|setting| setting.origin == Origin::Default);
-        if key == HOUSEKEEPING_URL && setting.is_some() { URL } else { key }
+    fn value(&self, key: &str) -> Value {
+        find(&flattened(&self.merged.cache), key).cloned().unwrap_or_default()
     }
 
     fn refuse(&mut self, key: &str, rule: &str) {
-        let setting = find(&self.settings, key);
-        let shown = match setting {
-            // A URL may contain a password.
-            Some(setting) if ![URL, HOUSEKEEPING_URL].contains(&key) => echo(&setting.value),
-            _ => "(hidden)".to_owned(),
-        };
-        let origin = setting.map_or(&Origin::Default, |setting| &setting.origin);
+        let value = self.value(key);
+        let origin = Origin::of(&value);
+        // A URL may contain a password.
+        let shown = if [URL, HOUSEKEEPING_URL].contains(&key) { "(hidden)".to_owned() } else { echo(value) };
         self.problems.push(format!("{key} = {shown} ({origin}) {rule}"));
     }
 
     /// Every value with its origin, without secrets.
-    pub(super) fn effective(mut self, settings: &Settings) -> Vec<Effective> {
-        for setting in &mut self.settings {
-            let url = match setting.key.as_str() {
-                URL => &settings.postgres.url,
-                HOUSEKEEPING_URL => &settings.postgres.housekeeping_url,
-                _ => continue,
+    pub(super) fn effective(&self, settings: &Settings) -> Vec<Effective> {
+        let shown = |(key, value): (String, Value)| {
+            let origin = Origin::of(&value);
+            let url = |endpoint| serde_json::Value::from(format!("postgres://{endpoint}"));
+            let (key, value) = match (key.as_str(), key.strip_prefix("kafka.properties.")) {
+                (_, Some(name)) if is_secret(name) => (property_key(name), HIDDEN.into()),
+                (_, Some(name)) => (property_key(name), json(value)),
+                (URL, _) => (key, url(&settings.postgres.url)),
+                (HOUSEKEEPING_URL, _) => (key, url(&settings.postgres.housekeeping_url)),
+                _ => (key, json(value)),
             };
-            setting.value = format!("postgres://{url}").into();
-        }
-        for (_, property) in self.properties.iter_mut().filter(|(name, _)| is_secret(name)) {
-            property.value = HIDDEN.into();
-        }
-        let table = self.settings.iter().position(|setting| setting.key == PROPERTIES);
-        if let Some(at) = table.filter(|_| !self.properties.is_empty()) {
-            self.settings.splice(at..=at, self.properties.into_values());
-        }
-        self.settings
+            Effective { key, value, origin }
+        };
+        flattened(&self.merged.cache).into_iter().map(shown).collect()
     }
 }
 
-fn find<'a>(settings: &'a [Effective], key: &str) -> Option<&'a Effective> {
-    settings.iter().find(|setting| setting.key == key)
+fn find<'a>(values: &'a [(String, Value)], key: &str) -> Option<&'a Value> {
+    values.iter().find(|(name, _)| name == key).map(|(_, value)| value)
 }
 
 /// Dotted names and values. Whether the dotted name of a librdkafka property is quoted in TOML makes no
 /// difference. An empty table is kept as a value, so that its name is checked.
-fn flattened(table: toml::Table) -> Vec<(String, Value)> {
-    let mut settings = Vec::new();
-    for (name, value) in table {
-        match value {
-            toml::Value::Table(inner) if !inner.is_empty() => settings
-                .extend(flattened(inner).into_iter().map(|(key, value)| (format!("{name}.{key}"), value))),
-            value => settings.push((name, serde_json::to_value(value).unwrap_or_default())),
-        }
-    }
-    settings
+fn flattened(root: &Value) -> Vec<(String, Value)> {
+    let ValueKind::Table(table) = &root.kind else { return Vec::new() };
+    let inside = |(name, value): (&String, &Value)| match flattened(value) {
+        inner if inner.is_empty() => vec![(name.clone(), value.clone())],
+        inner => inner.into_iter().map(|(key, value)| (format!("{name}.{key}"), value)).collect(),
+    };
+    table.iter().flat_map(inside).collect()
 }
 
 /// A text from the environment in the type of the setting's default, or unchanged if it does not have that
 /// type.
-fn typed(text: String, default: Option<&Value>) -> Value {
+fn typed(text: String, default: Option<&Value>) -> ValueKind {
     let bare = text.trim();
-    let value = match default {
-        Some(Value::Bool(_)) => bare.parse::<bool>().map(Value::from).ok(),
-        Some(Value::Number(number)) if number.is_i64() => bare.parse::<i64>().map(Value::from).ok(),
-        Some(Value::Number(_)) => bare.parse().ok().and_then(serde_json::Number::from_f64).map(Value::from),
-        Some(Value::Array(items)) => match items.first() {
+    let value = match default.map(|default| &default.kind) {
+        Some(ValueKind::Boolean(_)) => bare.parse().map(ValueKind::Boolean).ok(),
+        Some(ValueKind::I64(_)) => bare.parse().map(ValueKind::I64).ok(),
+        Some(ValueKind::Float(_)) => {
+            bare.parse().ok().filter(|number: &f64| number.is_finite()).map(Into::into)
+        }
+        Some(ValueKind::Array(items)) => match items.first() {
             first @ Some(_) => {
                 let items = bare.split(',').map(str::trim).filter(|item| !item.is_empty());
-                Some(items.map(|item| typed(item.to_owned(), first)).collect())
+                Some(items.map(|item| typed(item.to_owned(), first)).collect::<Vec<_>>().into())
             }
             // A command: its arguments may contain commas.
-            None if bare.starts_with('[') => serde_json::from_str(bare).ok(),
-            None => Some(Some(bare).filter(|program| !program.is_empty()).into_iter().collect()),
+            None if bare.starts_with('[') => serde_json::from_str::<Vec<Value>>(bare).map(Into::into).ok(),
+            None => Some(Vec::from_iter(Some(bare).filter(|program| !program.is_empty())).into()),
         },
         _ => None,
     };
-    value.unwrap_or(Value::String(text))
+    value.unwrap_or(ValueKind::String(text))
 }
 
-/// The parser's full message quotes the line, and with it possibly a password; its short one does not.
-fn not_toml(path: &Path, text: &str, error: &toml::de::Error) -> String {
-    let before = error.span().and_then(|span| text.get(..span.start));
-    let place = before.map_or_else(String::new, |before| {
-        let line = before.rsplit('\n').next().unwrap_or_default();
-        format!(" at line {}, column {}", before.matches('\n').count() + 1, line.chars().count() + 1)
-    });
-    let reason = error.message().replace('\n', ", ");
-    format!("settings file {} is not valid TOML{place}: {reason}", path.display())
+/// The parser's message without the line that it quotes, which may contain a password.
+fn not_toml(path: &Path, error: &ConfigError) -> String {
+    let text = error.to_string();
+    let lines = text.lines().enumerate().filter(|(at, _)| !(1..=3).contains(at)).map(|(_, line)| line);
+    let reason = lines.collect::<Vec<_>>().join(": ").replace("TOML parse error", "it is not valid TOML");
+    format!("cannot read settings file {}: {reason}", path.display())
 }
 
 /// The environment variable of a setting.
@@ -267,10 +248,14 @@ fn variable_of(key: &str) -> String {
     format!("{PREFIX}{}", key.replace('.', "__").to_ascii_uppercase())
 }
 
+fn json(value: Value) -> serde_json::Value {
+    value.try_deserialize().unwrap_or_default()
+}
+
 /// A value in an error, at most 80 characters.
-fn echo(value: &Value) -> String {
+fn echo(value: Value) -> String {
     const CHARS_MAX: usize = 80;
-    let text = value.to_string();
+    let text = json(value).to_string();
     if text.chars().count() <= CHARS_MAX {
         return text;
     }

@@ -3,7 +3,10 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use config::Value;
 use serde::{Serialize, Serializer};
+
+use super::layers::PREFIX;
 
 /// The layer that a setting's effective value comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +17,16 @@ pub enum Origin {
     File(PathBuf),
     /// This environment variable.
     Environment(String),
+}
+
+impl Origin {
+    pub(super) fn of(value: &Value) -> Self {
+        match value.origin() {
+            None => Self::Default,
+            Some(variable) if variable.starts_with(PREFIX) => Self::Environment(variable.to_owned()),
+            Some(path) => Self::File(PathBuf::from(path)),
+        }
+    }
 }
 
 impl fmt::Display for Origin {

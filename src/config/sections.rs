@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 
 use super::endpoint::Endpoint;
@@ -77,7 +78,7 @@ pub struct KafkaSettings {
     #[serde(deserialize_with = "token_command")]
     pub token_command: Vec<String>,
     /// Properties passed to librdkafka.
-    #[serde(skip)]
+    #[serde(deserialize_with = "properties")]
     pub properties: KafkaProperties,
 }
 
@@ -286,6 +287,11 @@ fn servers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Erro
 fn token_command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     let rule = "must be an array of texts (in the environment: in JSON, or only the name of a program)";
     values::checked(deserializer, rule, Some)
+}
+
+// Added one by one afterwards, so that every problem is reported.
+fn properties<'de, D: Deserializer<'de>>(deserializer: D) -> Result<KafkaProperties, D::Error> {
+    IgnoredAny::deserialize(deserializer).map(|_| KafkaProperties::default())
 }
 
 fn batch_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
