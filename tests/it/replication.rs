@@ -1,9 +1,8 @@
-//! Logical replication of the database: publications of all tables, as other programs create them, and
-//! subscribers of the payment tables.
+//! Logical replication of the database: publications of all tables, as other programs create them.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::support::{Act, Member, Message, Payment, Scope, Servers, uuid_v7, wait_until};
+use crate::support::{Message, Payment, Scope, uuid_v7};
 
 const DAY_MS: i64 = 24 * 3_600_000;
 
@@ -86,62 +85,4 @@ fn an_older_schema_makes_months_beside_a_publication_while_the_default_partition
     scope.execute_as_admin("CREATE PUBLICATION everything FOR ALL TABLES");
     scope.command(&["prune"]).succeeds();
     assert_eq!(months(&scope, "payment_core"), 4);
-}
-
-#[test]
-fn a_subscriber_follows_the_payment_tables_through_months_rotation_and_archiving() {
-    // GIVEN a server with logical replication, and a second database that subscribes to the payment tables
-    let servers = Servers::own();
-    let (scope, copy) = (Scope::new(&servers, "published"), Scope::new(&servers, "subscriber"));
-    scope.on_server(&["ALTER SYSTEM SET wal_level = logical".to_owned()]);
-    servers.postgres(Act::Stop);
-    servers.postgres(Act::Start);
-    scope.create_topics(1, 1);
-    scope.command(&["migrate"]).succeeds();
-    copy.command(&["migrate"]).succeeds();
-    scope.execute_as_admin(
-        "CREATE PUBLICATION everything FOR ALL TABLES;
-         CREATE PUBLICATION payments FOR TABLE payment_writer.payment_core, payment_writer.payment_metadata,
-             payment_writer.payment_notes WITH (publish_via_partition_root = true, publish = 'insert')",
-    );
-    // A subscription creates its slot only on another server.
-    scope.execute_as_admin("SELECT pg_create_logical_replication_slot('payments', 'pgoutput')");
-    copy.execute_as_admin(&format!(
-        "CREATE SUBSCRIPTION payments CONNECTION '{}' PUBLICATION payments
-         WITH (create_slot = false, slot_name = 'payments')",
-        servers.postgres_admin_url(&scope.database)
-    ));
-
-    // WHEN payments are written to the default partition and to months, and are moved
-    let long_ago = now_ms() - 100 * DAY_MS;
-    scope.produce(&scope.input_topic, (1..=10).map(|n| payment(n, long_ago)));
-    scope.drain();
-    wait_until("the rows arrive", || copy.count("payment_core") == 10);
-    let pass = scope.command(&["prune"]).succeeds();
-    assert!(pass.stdout.contains("rows moved from the default partitions: 20"), "{pass:?}");
-    scope.produce(&scope.input_topic, (11..=20).map(|n| payment(n, now_ms())));
-    scope.drain();
-
-    // THEN each arrives once
-    let rows = |scope: &Scope<'_>| {
-        let ids = "SELECT payment_id::text FROM payment_writer.payment_core ORDER BY 1";
-        scope.sql(ids, &[]).iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>()
-    };
-    wait_until("the later rows arrive", || copy.count("payment_core") >= 20);
-    assert_eq!(rows(&copy), rows(&scope));
-
-    // WHEN a generation is rotated and dropped, and a month is archived and dropped THEN the copy keeps its rows
-    age_current(&scope);
-    let kept = [("PAYMENT_WRITER__RETENTION__PAYMENT_MONTHS", "2")];
-    let pass = scope.command_with(&["prune"], &kept).succeeds();
-    assert!(pass.stdout.contains("rotated: generation 2"), "{pass:?}");
-    let archived = "SELECT tablename::text FROM pg_tables WHERE tablename LIKE 'archived_payment_core_%'";
-    let archived: String = scope.sql(archived, &[])[0].get(0);
-    scope.execute(&format!("DROP TABLE payment_writer.{archived}"));
-    scope.produce(&scope.input_topic, [payment(21, now_ms())]);
-    let daemon = Member::new("later").catch_up(&scope);
-    assert!(!daemon.log().contains(" ERROR "), "{}", daemon.log());
-    wait_until("the last row arrives", || copy.count("payment_core") == 21);
-    assert_eq!(scope.count("payment_core"), 11);
-    copy.execute_as_admin("DROP SUBSCRIPTION payments");
 }
