@@ -139,6 +139,10 @@ advisories: ## check the dependencies for known vulnerabilities; fetches the adv
 	@dev/install --lint
 	cargo-deny --locked check advisories
 
+.PHONY: mutants
+mutants: ## check that the model notices each mutation in tests/model/mutants/: NAME=mutation; without NAME all, half an hour
+	@dev/mutants $(NAME)
+
 .PHONY: count
 count: ## count lines of production code in src/, by module and in total
 	@dev/count

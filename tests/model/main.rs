@@ -13,30 +13,8 @@
 //! model whatever -- --nocapture` replays one and prints all its steps; `MODEL_SEEDS=100000` runs more of
 //! them, `MODEL_FROM=2000` starts at that seed.
 //!
-//! Each of these mutations was made by hand once, to check that the model detects it:
-//!
-//! | mutation | detected as |
-//! | - | - |
-//! | publish-from ignored | emitted twice |
-//! | `published` not stored on assignment | emitted twice after a restore and a deleted group |
-//! | a group offset trusted without commit metadata, or after a rollback | twice, ahead of the rows, or lost |
-//! | unproved events taken for unsent (no `unproved_events`), or no output scan | emitted twice |
-//! | gaps in the log, or cursors beyond its end, not checked | stuck; no halt |
-//! | the cursor guard ignored | no rows for an id, or a later record owns it |
-//! | offsets committed past a batch dropped on revocation, or nothing dropped | lost, or twice |
-//! | an unknown outcome taken for an abort, also while revoking | emitted twice, or lost |
-//! | the producer not renewed after it | stuck |
-//! | a reset that keeps written batches, or fetched records | emitted twice |
-//! | redelivered records: offsets committed only up to `applied` | lost |
-//! | redelivery inside the client not filtered, control records not counted | twice; stuck |
-//! | an answer accepted that was requested before a partition's latest assignment or reset | emitted twice |
-//! | the first record after fetching starts accepted at any offset, without proof of the gap | lost |
-//! | records that the client delivers behind an error accepted | lost |
-//! | no copy of the committed offset at rest, or on a drain | stuck; not equal after a drain |
-//! | duplicates in a batch, or a record's own claim, not distinguished | two rows of an id; events lost |
-//! | the group's offset not committed before the first rows | halted without need |
-//! | a stale generation, or a revocation that the group no longer waits for, not fenced | emitted twice |
-//! | pending offsets of another process not waited for | emitted twice |
+//! `make mutants` applies each mutation in `tests/model/mutants/` to a copy of the sources, and checks that the
+//! model notices it.
 //!
 //! Not detected, because another mechanism still protects: a session that is not compared, or a lost COMMIT
 //! reply taken for a failure, fails at the cursor guard; a first cursor stored without its guard fails at the
