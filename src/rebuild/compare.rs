@@ -98,6 +98,16 @@ pub(super) fn compare(
         positions(database, "reading cursors", query, &[&topic_id])
     };
     let (in_first, in_second) = (applied(&first)?, applied(&second)?);
+    let is_missing =
+        |partition: &&Partition| !starts.contains_key(partition) || !in_second.contains_key(partition);
+    let missing = in_first.keys().filter(is_missing).count();
+    if missing > 0 {
+        return Err(CommandError::failed(format!(
+            "{missing} of {} partitions cannot be compared, because no rebuild has reached them in the second \
+             database; run it without --compare-only",
+            in_first.len()
+        )));
+    }
     let range = |(partition, from): (&Partition, &NextOffset)| {
         let to = *in_first.get(partition)?.min(in_second.get(partition)?);
         Some(ScanRange { partition: *partition, from: *from, to: to.max(*from) })

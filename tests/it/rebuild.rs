@@ -177,6 +177,15 @@ fn a_difference_is_reported_and_the_wrong_database_is_rejected() {
     assert_eq!(scope.command(&["rebuild"]).code, Some(2));
     let into = second_database(&scope);
     assert_eq!(rebuild(&scope, &into, &["--compare-only"], &[]).code, Some(1));
+    // An empty database with the schema is not equal.
+    let empty = Scope::new(Servers::shared(), "rebuild_empty");
+    empty.command(&["migrate"]).succeeds();
+    let refused = rebuild(&scope, &empty.postgres_url(), &["--compare-only"], &[]);
+    assert_eq!(
+        (refused.code, refused.stderr.contains("no rebuild has reached them")),
+        (Some(1), true),
+        "{refused:?}"
+    );
 
     // THEN nothing is written, and with the right target nothing is sent
     assert_eq!(others.count("source_cursor"), 0);

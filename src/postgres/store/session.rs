@@ -153,13 +153,19 @@ pub(super) fn no_key(generation: i64) -> StoreError {
         "{table} has no valid unique key on (message_id), without which payments are written twice: nothing is \
          written until it has one again; ALTER TABLE {table} ADD PRIMARY KEY (message_id)"
     );
-    store_error(FailureClass::Persistent, message)
+    incomplete(message)
+}
+
+/// Counted like the errors of the server about a missing table or column.
+fn incomplete(message: String) -> StoreError {
+    let sqlstate = tokio_postgres::error::SqlState::UNDEFINED_OBJECT.code().to_owned();
+    StoreError { sqlstate: Some(sqlstate), ..store_error(FailureClass::Persistent, message) }
 }
 
 async fn check_shape(client: &ClientWrapper) -> Result<(), StoreError> {
     match shape::missing(client).await? {
         missing if missing.is_empty() => Ok(()),
-        missing => Err(store_error(FailureClass::Persistent, SchemaError::Incomplete(missing).to_string())),
+        missing => Err(incomplete(SchemaError::Incomplete(missing).to_string())),
     }
 }
 
