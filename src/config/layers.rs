@@ -6,7 +6,7 @@ use std::path::Path;
 
 use config::{Config, ConfigError, File, FileFormat, Map, Value, ValueKind};
 
-use super::origin::{Effective, Origin};
+use super::origin::{Effective, Origin, PREFIX};
 use super::properties::{HIDDEN, PROPERTIES, is_secret, property_key};
 use super::sections::Settings;
 
@@ -16,9 +16,6 @@ const SHIPPED: &str = include_str!("../../config/payment-writer.toml");
 /// By default the same as [`URL`].
 const HOUSEKEEPING_URL: &str = "postgres.housekeeping_url";
 const URL: &str = "postgres.url";
-/// Prefix of environment variables. Container platforms set variables such as `PAYMENT_WRITER_SERVICE_HOST`
-/// for a service of this name; the second underscore tells them from settings.
-pub(super) const PREFIX: &str = "PAYMENT_WRITER__";
 
 /// The merged layers, and everything that is wrong with them.
 pub(super) struct Layers {

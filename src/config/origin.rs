@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use config::Value;
 use serde::{Serialize, Serializer};
 
-use super::layers::PREFIX;
+/// Prefix of environment variables. Container platforms set variables such as `PAYMENT_WRITER_SERVICE_HOST`
+/// for a service of this name; the second underscore tells them from settings.
+pub(super) const PREFIX: &str = "PAYMENT_WRITER__";
 
 /// The layer that a setting's effective value comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
