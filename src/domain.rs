@@ -5,6 +5,7 @@ pub mod batch;
 pub mod columns;
 pub mod cursor;
 pub mod outcome;
+pub mod partitioner;
 pub mod payment;
 pub mod publication;
 pub mod record;

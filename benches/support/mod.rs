@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 use payment_writer::domain::batch::{Answer, Batch, Owner, Progress, Refused};
+use payment_writer::domain::partitioner::java_partition_hash;
 use payment_writer::domain::record::{NextOffset, Offset, Partition, SourceBatch, TimestampMs};
 use payment_writer::domain::wire::Rules;
 use payment_writer::generator::{Generator, GeneratorConfig, IdKind};
@@ -74,29 +75,6 @@ impl Share {
         }
         (batch, progress)
     }
-}
-
-/// Hash by which Java's partitioner assigns a key, before the modulo: murmur2 (`Utils.murmur2`), made positive.
-fn java_partition_hash(key: &[u8]) -> u32 {
-    const M: u32 = 0x5bd1_e995;
-    let mut hash = 0x9747_b28c_u32 ^ key.len() as u32;
-    let mut words = key.chunks_exact(4);
-    for word in words.by_ref() {
-        let mut k = word.iter().rev().fold(0_u32, |k, byte| (k << 8) | u32::from(*byte));
-        k = k.wrapping_mul(M);
-        k ^= k >> 24;
-        k = k.wrapping_mul(M);
-        hash = hash.wrapping_mul(M) ^ k;
-    }
-    let rest = words.remainder();
-    if !rest.is_empty() {
-        hash ^= rest.iter().rev().fold(0_u32, |k, byte| (k << 8) | u32::from(*byte));
-        hash = hash.wrapping_mul(M);
-    }
-    hash ^= hash >> 13;
-    hash = hash.wrapping_mul(M);
-    hash ^= hash >> 15;
-    hash & 0x7fff_ffff
 }
 
 /// `count` payments of one of two lanes; always the same.

@@ -48,7 +48,7 @@ impl<'s> MonthsKeeper<'s> {
             Err(error) => Err(error.to_string()),
         };
         let is_done = match outcome {
-            Ok(report) => self.told(&report),
+            Ok(report) => self.log_report(&report),
             Err(error) => {
                 if self.trouble.is_due(&error) {
                     tracing::warn!(
@@ -64,7 +64,7 @@ impl<'s> MonthsKeeper<'s> {
     }
 
     /// Logs what was done. Returns whether nothing is left that a retry could do.
-    fn told(&mut self, report: &MonthsReport) -> bool {
+    fn log_report(&mut self, report: &MonthsReport) -> bool {
         if !report.made.is_empty() {
             tracing::info!(months = report.made.join(", "), "made months of the payment tables");
         }

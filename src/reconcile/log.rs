@@ -11,6 +11,7 @@ use super::table::{Claim, Entry, Hashes, Notes, Place, Table};
 use super::{Comparison, Fault, hash};
 use crate::domain::batch::{Batch, PaymentView};
 use crate::domain::columns::postgres_timestamp;
+use crate::domain::partitioner::java_partition_hash;
 use crate::domain::record::{NextOffset, SourceBatch, TimestampMs};
 use crate::domain::wire::{self, Rules};
 use crate::error::CommandError;
@@ -115,7 +116,7 @@ impl Slice {
                 entry.amount = amount;
                 entry.currency = currency.as_bytes().try_into().unwrap_or_default();
             }
-            entry.key = record.key.filter(|key| !key.is_empty()).map(hash::java_partition_hash);
+            entry.key = record.key.filter(|key| !key.is_empty()).map(java_partition_hash);
             self.table.push(entry);
         }
         *source = batch.into_memory().take_source();
