@@ -80,6 +80,19 @@ upgrade: ## test upgrade and rollback between an earlier commit and this tree un
 	PAYMENT_WRITER_FORMER_PROGRAM=$$former \
 	cargo test --locked --features failpoints --test it -- --ignored --exact upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated
 
+.PHONY: compat
+PAIRS ?= 3.7.2/15 3.9.1/16 4.0.0/17 /18
+compat: ## test kills and rebalances with other versions of Kafka and Postgres: PAIRS="3.9.1/16 /18"; without a version of Kafka, that of dev/pom.xml; ten minutes
+	@dev/install
+	cargo test --locked --features failpoints --test it --no-run
+	@set -e; for pair in $(PAIRS); do \
+	    kafka=$${pair%/*} postgres=$${pair#*/}; \
+	    echo "== Kafka $${kafka:-of dev/pom.xml}, Postgres $$postgres"; \
+	    KAFKA=$$kafka POSTGRES=$$postgres dev/servers install; \
+	    KAFKA=$$kafka POSTGRES=$$postgres cargo test --locked --features failpoints --test it -- \
+	        --ignored --exact compat::kills_and_rebalances_lose_and_duplicate_nothing --nocapture; \
+	done
+
 .PHONY: features
 features: ## build with Kerberos (gssapi) and OIDC (curl) in librdkafka, and test both; needs their libraries' headers and a KDC; ten minutes
 	@dev/install --features

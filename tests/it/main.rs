@@ -6,6 +6,7 @@
 mod audit;
 mod check_messages;
 mod commands;
+mod compat;
 mod crash;
 mod dlq;
 mod docs;
