@@ -14,8 +14,8 @@
 //! restore. A partition starts at the lower of the two. Records below `applied` are then looked up instead of
 //! written, and events of records below the committed offset are not published again.
 //!
-//! On a revocation ([`revocation`]) the lane publishes what is written, for at most eight seconds, drops what
-//! is left, and tells the group that it is done. A lane that does not know how far it has come, because a
+//! On a revocation ([`revocation`]) the lane lets running transactions finish and publishes what is written, each
+//! for at most eight seconds, drops what is left, and tells the group that it is done. A lane that does not know how far it has come, because a
 //! transaction ended with an unknown outcome or a cursor is not where it left it, drops everything that it
 //! holds and starts its partitions again from both cursors ([`recovery`]). Every start goes this way.
 //!
@@ -78,7 +78,7 @@ pub struct LaneSettings {
     pub mode: Mode,
     /// Records in a batch, at most.
     pub batch_payments_max: usize,
-    /// Bytes in a batch; the last record may exceed it.
+    /// Bytes in a batch, checked between chunks of up to 1,000 records.
     pub batch_bytes_max: usize,
     /// How long the first record of a batch waits for others.
     pub linger: Duration,
@@ -171,7 +171,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             producer: Producer::Unsettled,
             database: Backoff::new("database", index),
             broker: Backoff::new("broker", index),
-            asking: Backoff::new("broker", index),
+            asking: Backoff::new("group offsets", index),
             wrote_at: Instant::now(),
             compared_at: Instant::now(),
             status,
@@ -237,7 +237,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     }
 
     /// Whether a revocation arrived during the fetch. It is handled before another batch is written: the
-    /// rebalance callback waits for the lane, and the next owner reads what was fetched again.
+    /// rebalance callback waits for the lane, and what was fetched is read again by the next owner.
     fn is_revocation_waiting(&self) -> bool {
         self.inbox.iter().any(|event| matches!(event, LaneEvent::Revoked { .. }))
     }

@@ -59,15 +59,25 @@ pub fn lane_reader_config(kafka: &KafkaSettings) -> rdkafka::ClientConfig {
     reader_config(kafka, &FETCH_DEFAULTS)
 }
 
+/// The lane's transactional producer.
+#[derive(Default)]
+enum Producer {
+    /// There is none, or the outcome of its transaction is unknown: it is replaced.
+    #[default]
+    Absent,
+    /// `init_transactions` failed and may be repeated.
+    Starting(Publisher),
+    /// No transaction is open.
+    Ready(Publisher),
+}
+
 /// The Kafka clients of one lane.
 pub struct LaneClient {
     group: Group,
     /// Created when partitions are started; replaced when it fails or hangs.
     fetcher: Option<Arc<Fetcher>>,
     settings: PublisherSettings,
-    publisher: Option<Publisher>,
-    /// True while a transaction is running, and after one ended with an unknown outcome.
-    is_outcome_unknown: bool,
+    producer: Producer,
     unhandled_revocations: Arc<AtomicI64>,
     /// The lane's own event channel, for answers. Weak, so that the channel closes when the group drops its
     /// sender.
@@ -85,8 +95,7 @@ impl LaneClient {
             group,
             fetcher: None,
             settings,
-            publisher: None,
-            is_outcome_unknown: false,
+            producer: Producer::Absent,
             unhandled_revocations: Arc::clone(&lane.unhandled_revocations),
             events: lane.events.downgrade(),
             suspicion,
@@ -297,12 +306,6 @@ impl KafkaPort for LaneClient {
     ) -> Result<(Published, OutputCounts, PublishTimes), PublishError> {
         let unknown = |reason: &str| Err(PublishError::Unknown(reason.to_owned()));
         let stale = |reason: &str| Err(PublishError::StaleGeneration(reason.to_owned()));
-        if self.is_outcome_unknown {
-            return unknown("the outcome of an earlier transaction is unknown");
-        }
-        let Some(publisher) = &self.publisher else {
-            return unknown("there is no producer yet");
-        };
         let Some(metadata) = GroupMetadata::of(self.group.consumer()) else {
             return stale("the consumer has no group");
         };
@@ -310,36 +313,40 @@ impl KafkaPort for LaneClient {
         if metadata.generation() < 0 {
             return stale("the consumer is between two generations");
         }
-        // The counter is read after the metadata. If the generation is one that the member joined after a
-        // revocation, the counter of that revocation is visible here; if it is an earlier one, the broker
-        // refuses it.
+        // First the metadata, then the counter. In a generation that the member joined after a revocation that no
+        // lane has handled yet, the counter is up and visible here; an earlier generation is refused by the broker.
         if self.unhandled_revocations.load(Ordering::Acquire) != 0 {
             return stale("a revocation is not handled yet");
         }
-        self.is_outcome_unknown = true;
+        // Put back once the outcome is known; if this future is dropped before, there is no producer.
+        let Producer::Ready(publisher) = std::mem::take(&mut self.producer) else {
+            return unknown("no producer is ready");
+        };
         let publication = Arc::clone(publication);
         let sent =
             publisher.run(move |transactions| transactions.publish(&publication, Some(&metadata))).await;
         let outcome = sent.unwrap_or_else(unknown);
-        self.is_outcome_unknown = matches!(outcome, Err(PublishError::Unknown(_)));
+        if !matches!(outcome, Err(PublishError::Unknown(_))) {
+            self.producer = Producer::Ready(publisher);
+        }
         outcome
     }
 
     async fn renew(&mut self) -> Result<(), KafkaPortError> {
-        if self.is_outcome_unknown {
-            self.publisher = None;
-            self.is_outcome_unknown = false;
-        }
-        let publisher = match self.publisher.take() {
-            Some(publisher) => publisher,
-            None => Publisher::spawn(self.settings.clone())
+        let publisher = match std::mem::take(&mut self.producer) {
+            Producer::Starting(publisher) => publisher,
+            // `init_transactions` fails on a producer that is ready.
+            Producer::Absent | Producer::Ready(_) => Publisher::spawn(self.settings.clone())
                 .map_err(|e| transient("starting the publisher thread", e))?,
         };
         let initialised = publisher
             .run(Transactions::init)
             .await
             .map_err(|_| KafkaPortError::transient("the producer does not answer and was abandoned"))?;
-        self.publisher = Some(publisher);
+        self.producer = match initialised {
+            Ok(()) => Producer::Ready(publisher),
+            Err(_) => Producer::Starting(publisher),
+        };
         initialised
     }
 }

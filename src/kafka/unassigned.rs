@@ -81,8 +81,14 @@ fn look(group: &Group) -> Result<Option<Look>, KafkaError> {
             found.members().iter().map(|m| assigned(m.assignment().unwrap_or_default(), group.topic()));
         // The broker derives a static member's id from its `group.instance.id`.
         let first = found.members().iter().map(|m| m.id()).min().unwrap_or_default();
-        Look { assigned: assigned.sum(), is_ours_to_mend: first.starts_with(&format!("{instance_id}-")) }
+        Look { assigned: assigned.sum(), is_ours_to_mend: is_member_of(first, instance_id) }
     }))
+}
+
+/// Whether the broker gave this member id to the static member of this name: the name, a dash and a UUID.
+fn is_member_of(member_id: &str, instance_id: &str) -> bool {
+    let suffix = member_id.strip_prefix(instance_id).and_then(|rest| rest.strip_prefix('-'));
+    suffix.is_some_and(|suffix| uuid::Uuid::try_parse(suffix).is_ok())
 }
 
 /// Number of partitions of `topic` in a member's assignment in the format of the consumer protocol: version,
@@ -139,7 +145,14 @@ fn visit(kafka: &KafkaSettings) -> Result<(), KafkaError> {
 
 #[cfg(test)]
 mod tests {
-    use super::assigned;
+    use super::{assigned, is_member_of};
+
+    #[test]
+    fn a_member_id_belongs_to_one_static_member() {
+        let id = "eu-0-1f0c64c2-9f5e-4b2c-8a51-9d6ab0e1c111";
+        assert!(is_member_of(id, "eu-0"));
+        assert!(!is_member_of(id, "eu") && !is_member_of(id, "eu-") && !is_member_of("eu-0-x", "eu-0"));
+    }
 
     #[test]
     fn partitions_are_counted_in_the_consumer_protocols_assignment() {

@@ -15,6 +15,9 @@ const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_TRANSIENT_MAX: Duration = Duration::from_secs(5);
 /// Longest pause after a failure that an operator has to fix.
 const BACKOFF_PERSISTENT_MAX: Duration = Duration::from_secs(10);
+/// For this long after a failed write, a read proves nothing: a standby answers reads, and a database that refuses
+/// a row does, too. Longer than any pause between two writes.
+const WRITE_FAILURE_COUNTS: Duration = Duration::from_secs(30);
 
 /// A dependency may go away and come back many times a minute.
 const LINES_MAX: u32 = 5;
@@ -39,6 +42,7 @@ pub struct Backoff {
     /// fix.
     blocked: RateLimited,
     failures: u32,
+    write_failed_at: Option<Instant>,
     due_at: Instant,
     jitter: ChaCha8Rng,
 }
@@ -54,6 +58,7 @@ impl Backoff {
             away: RateLimited::new(LINES_MAX, LINES_PER),
             blocked: RateLimited::new(LINES_MAX, LINES_PER),
             failures: 0,
+            write_failed_at: None,
             due_at: Instant::now(),
             jitter,
         }
@@ -74,9 +79,20 @@ impl Backoff {
         self.due_at
     }
 
-    /// Notes an answer: the next call may follow at once.
+    /// Notes that a write failed, besides [`failed`](Self::failed).
+    pub fn write_failed(&mut self) {
+        self.write_failed_at = Some(Instant::now());
+    }
+
+    /// Whether a successful read proves that the dependency is up.
+    pub fn is_proved_by_a_read(&self) -> bool {
+        self.write_failed_at.is_none_or(|at| at.elapsed() > WRITE_FAILURE_COUNTS)
+    }
+
+    /// Notes a success: the next call may follow at once.
     pub fn succeeded(&mut self) {
         self.failures = 0;
+        self.write_failed_at = None;
         self.due_at = Instant::now();
         if let Some(down) = self.down.take().filter(|down| down.was_logged) {
             let seconds = down.since.elapsed().as_secs_f64();

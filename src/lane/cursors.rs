@@ -69,11 +69,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 return Ok(false);
             }
         };
-        // With a batch to write, the database counts as up only after the write: reading may work where
-        // writing fails.
-        if self.writing.is_none() {
-            self.database_up();
-        }
+        self.database_answered();
         self.compared_at = Instant::now();
         let planned: BTreeMap<Partition, NextOffset> = self
             .writing
@@ -161,7 +157,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 }
                 Ok(())
             }
-            Err(failure) => self.store_failed("copying the group's offsets", failure),
+            Err(failure) => self.write_failed("copying the group's offsets", failure),
         }
     }
 }

@@ -62,6 +62,14 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.broker.delay();
     }
 
+    /// The cluster answered a question. That proves nothing for a publication that failed and is tried again.
+    pub(super) fn broker_answered(&mut self) {
+        if self.pending.is_empty() {
+            self.broker_up();
+        }
+    }
+
+    /// A publication succeeded, or the start of a producer.
     pub(super) fn broker_up(&mut self) {
         self.broker.succeeded();
         self.metrics.broker_up(true);
@@ -90,6 +98,14 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.status.broker(self.settings.index, down);
     }
 
+    /// The database answered a read.
+    pub(super) fn database_answered(&mut self) {
+        if self.database.is_proved_by_a_read() {
+            self.database_up();
+        }
+    }
+
+    /// A write to the database succeeded.
     pub(super) fn database_up(&mut self) {
         self.database.succeeded();
         self.metrics.database_up(true);
@@ -108,6 +124,11 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             }
             KafkaPortError::Identity(mismatch) => Err(mismatch),
         }
+    }
+
+    pub(super) fn write_failed(&mut self, doing: &str, failure: StoreError) -> Result<(), IdentityMismatch> {
+        self.database.write_failed();
+        self.store_failed(doing, failure)
     }
 
     pub(super) fn store_failed(&mut self, doing: &str, failure: StoreError) -> Result<(), IdentityMismatch> {

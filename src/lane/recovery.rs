@@ -131,7 +131,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         let found = match found {
             Ok(found) => found,
             Err(KafkaPortError::Identity(mismatch)) => return Err(mismatch),
-            Err(KafkaPortError::Failed { .. }) if partitions.is_empty() => return Ok(()),
+            // Outdated as a whole.
+            _ if partitions.is_empty() => return Ok(()),
             Err(KafkaPortError::Failed { class, message }) => {
                 self.questions.failed(&partitions);
                 self.asking_failed(class, &message);
@@ -173,9 +174,9 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.prove(to_prove, &mut starts).await?;
         self.note_assigned();
         if starts.is_empty() {
-            self.database_up();
-            // After a publication that failed and was dropped by a reset, nothing else would tell.
-            self.broker_up();
+            // Where nothing can start, nothing else would tell.
+            self.database_answered();
+            self.broker_answered();
             return Ok(());
         }
         self.store_and_start(starts).await
@@ -367,19 +368,19 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             })
             .collect();
         failpoint::hit("before_store_cursors");
-        if !rows.is_empty()
-            && let Err(failure) = self.store.store_cursors(&rows).await
-        {
-            return self.store_failed("storing the first cursors", failure);
+        if rows.is_empty() {
+            self.database_answered();
+        } else if let Err(failure) = self.store.store_cursors(&rows).await {
+            return self.write_failed("storing the first cursors", failure);
+        } else {
+            self.database_up();
         }
-        // Not before the write: a standby answers reads, too.
-        self.database_up();
         failpoint::hit("after_store_cursors");
         let positions: Vec<_> = starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
         if !self.start_fetching(&positions).await? {
             return Ok(());
         }
-        self.broker_up();
+        self.broker_answered();
         for (known, start) in starts {
             self.builder.buffer.begin(known.partition, start.from);
             self.partitions.insert(

@@ -39,15 +39,14 @@ type Written = Result<(Outcomes, Answer, WriteStats), StoreError>;
 type Sent = Result<(Published, OutputCounts, PublishTimes), PublishError>;
 
 /// The end of the transactions that ran side by side.
-#[expect(clippy::large_enum_variant, reason = "made once a batch, and taken apart at once")]
 enum InFlight {
     Finished {
         written: Option<Written>,
         /// The result and its duration.
         sent: Option<(Sent, Duration)>,
     },
-    /// Partitions are being revoked, and the transactions did not finish within the grace.
-    GivenUp,
+    /// Partitions are being revoked, and not both finished within the grace; perhaps the Kafka transaction did.
+    GivenUp { sent: Option<(Sent, Duration)> },
 }
 
 impl<K: KafkaPort, S: Store> Lane<K, S> {
@@ -87,25 +86,26 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             _ => Vec::new(),
         };
         let publication = self.first_pending().filter(|_| publishes);
-        match self.run_transactions(writes, &moves, publication.as_ref()).await {
-            InFlight::Finished { written, sent } => {
-                drop(publication);
-                if let Some((sent, took)) = sent {
-                    self.after_publish(sent, took)?;
-                }
-                if let Some(written) = written {
-                    self.after_write(written, &moves)?;
-                }
+        let is_publishing = publication.is_some();
+        let in_flight = self.run_transactions(writes, &moves, publication.as_ref()).await;
+        drop(publication);
+        let (written, sent, is_given_up) = match in_flight {
+            InFlight::Finished { written, sent } => (written, sent, false),
+            InFlight::GivenUp { sent } => (None, sent, true),
+        };
+        match sent {
+            Some((sent, took)) => self.after_publish(sent, took)?,
+            None if is_publishing => self.producer_lost(),
+            None => {}
+        }
+        if let Some(written) = written {
+            self.after_write(written, &moves)?;
+        }
+        if is_given_up {
+            if writes {
+                self.session = Session::Unchecked;
             }
-            InFlight::GivenUp => {
-                if publication.is_some() {
-                    self.producer_lost();
-                }
-                if writes {
-                    self.session = Session::Unchecked;
-                }
-                self.reset("transactions did not finish before partitions were revoked");
-            }
+            self.reset("transactions did not finish before partitions were revoked");
         }
         Ok(())
     }
@@ -132,8 +132,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             status,
             ..
         } = self;
-        // At most three batches: two of the one being written and those that wait for publication, and the next.
-        // Where batches are small, the next one rather waits and grows.
+        // At most three batches are held: two that are being written or wait for publication, and the next. Where
+        // batches are small, the next one rather waits and grows.
         let is_next_wanted = writes
             && !builder.has_next()
             && pending.len() < PENDING_MAX
@@ -184,7 +184,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     biased;
                     sent = &mut publish => break sent,
                     () = &mut write, if !is_written => is_written = true,
-                    () = &mut grace_ended => return InFlight::GivenUp,
+                    () = &mut grace_ended => return InFlight::GivenUp { sent: None },
                 }
             }
         };
@@ -199,7 +199,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             biased;
             () = &mut write => InFlight::Finished { written: write.take_output().flatten(), sent },
             never = prepare => match never {},
-            () = grace_ended => InFlight::GivenUp,
+            () = grace_ended => InFlight::GivenUp { sent },
         }
     }
 
@@ -211,7 +211,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     trace.failed("database", failure.class.as_str());
                 }
                 let is_undecided = failure.class == FailureClass::Record;
-                self.store_failed("writing a batch", failure)?;
+                self.write_failed("writing a batch", failure)?;
                 if is_undecided {
                     self.take_again_with_others();
                 }

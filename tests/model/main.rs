@@ -291,6 +291,26 @@ fn a_quiet_lane_writes_again_what_a_restored_database_lost() {
 }
 
 #[test]
+fn a_database_that_answers_reads_and_refuses_writes_is_tried_ever_less_often() {
+    let mut refused = None;
+    let stats = in_world(async {
+        // GIVEN a database that refuses all payments
+        let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
+        driver.world().refused_writes = Some(0);
+        // WHEN one record arrives, and the lane takes its batch again to write it with others
+        driver.append_to(0, 1, 0, 0);
+        driver.pause(Duration::from_secs(60)).await;
+        refused = driver.world().refused_writes.take();
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!(stats.rows, 1);
+    // THEN the pause between two tries grows to ten seconds, although reads succeed in between
+    let refused = refused.unwrap();
+    assert!((8..25).contains(&refused), "{refused} tries in a minute");
+}
+
+#[test]
 fn published_offsets_stored_on_assignment_outlive_the_group() {
     let stats = in_world(async {
         // GIVEN payments written and published, and an earlier backup, restored while no process ran

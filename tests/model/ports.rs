@@ -397,13 +397,15 @@ impl KafkaPort for ModelLog {
     }
 
     async fn publish(&mut self, publication: &Arc<Publication>) -> Sent {
-        match self.shared.point(self.who, "publish").await {
+        if std::mem::replace(&mut self.is_in_doubt, true) {
+            return Err(PublishError::Unknown("the outcome of an earlier transaction is unknown".to_owned()));
+        }
+        let fault = self.shared.point(self.who, "publish").await;
+        self.is_in_doubt = false;
+        match fault {
             Fault::Before => return Err(PublishError::StaleGeneration("rebalance in progress".to_owned())),
             Fault::After => return Err(aborted("coordinator is moving")),
             _ => {}
-        }
-        if self.is_in_doubt {
-            return Err(PublishError::Unknown("the outcome of an earlier transaction is unknown".to_owned()));
         }
         let Some(epoch) = self.producer else {
             return Err(PublishError::Unknown("there is no producer yet".to_owned()));
@@ -435,12 +437,17 @@ impl KafkaPort for ModelLog {
             Ok(Err(_)) => Err(PublishError::Unknown("the thread is gone".to_owned())),
             Err(_) => Err(PublishError::Unknown("the producer hangs".to_owned())),
         };
-        self.is_in_doubt = matches!(outcome, Err(PublishError::Unknown(_)));
         self.shared.thaw(self.who).await;
+        self.is_in_doubt = matches!(outcome, Err(PublishError::Unknown(_)));
         outcome
     }
 
     async fn renew(&mut self) -> Result<(), KafkaPortError> {
+        if self.producer.is_some() && !self.is_in_doubt {
+            // librdkafka's `init_transactions` fails on a producer that is ready.
+            let who = self.who;
+            self.shared.world.borrow_mut().fail(format!("{who:?} renews a producer that is ready"));
+        }
         let is_lost = self.request("renew").await?;
         self.is_in_doubt = false;
         let epoch = {
@@ -751,6 +758,11 @@ impl Store for ModelLedger {
                 });
             }
         };
+        if let Some(refused) = &mut self.shared.world.borrow_mut().refused_writes {
+            *refused += 1;
+            self.session = Some(session);
+            return Err(failed(FailureClass::Record, "refused"));
+        }
         let (reply, answer) = oneshot::channel();
         let (shared, batch, moves, who) = (Rc::clone(&self.shared), batch.clone(), moves.to_vec(), self.who);
         let delay_ms = {

@@ -277,6 +277,8 @@ pub struct World {
     pub writing: BTreeSet<Who>,
     /// Records that a lane fetched during its database transaction.
     pub taken_ahead: u64,
+    /// While set, the database refuses all payments: how many batches so far.
+    pub refused_writes: Option<u32>,
     /// How often a client started at another position.
     pub passed_over: u64,
     /// Faults scheduled for the next call of this process and name.
@@ -341,6 +343,7 @@ impl World {
             faults: 0,
             writing: BTreeSet::new(),
             taken_ahead: 0,
+            refused_writes: None,
             passed_over: 0,
             ordered: Vec::new(),
             is_calm: false,
