@@ -31,6 +31,8 @@ pub mod postgres;
 
 pub mod lane;
 
+pub mod dependencies;
+
 mod dlq;
 mod resolution;
 

@@ -20,7 +20,7 @@ use rdkafka::client::Client;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka_sys as sys;
 
-pub use admin::{high_watermarks, topic_id, topic_setting};
+pub use admin::{NO_TOPIC_IDS, high_watermarks, topic_id, topic_setting};
 pub use group_metadata::GroupMetadata;
 pub use producer::TxnProducer;
 pub use record::NativeRecord;

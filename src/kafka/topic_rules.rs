@@ -80,6 +80,14 @@ pub const TIMESTAMP_TYPE: Rule = Rule {
 /// All rules.
 pub const RULES: [&Rule; 2] = [&CLEANUP_POLICY, &TIMESTAMP_TYPE];
 
+/// The command that changes a setting of a topic.
+pub fn alter(topic: &str, setting: &str, value: &str) -> String {
+    format!(
+        "kafka-configs.sh --bootstrap-server BROKER --entity-type topics --entity-name {topic} --alter --add-config \
+         {setting}={value}"
+    )
+}
+
 /// Result of a rule for one topic.
 pub struct Checked {
     /// The topic.
@@ -112,12 +120,15 @@ impl Rule {
         }
     }
 
-    fn violation(&self, topic: &str, value: &str) -> String {
-        let Self { setting, wanted, consequence, .. } = self;
-        format!(
-            "{topic} has {setting}={value}: {consequence}; change it with kafka-configs.sh --bootstrap-server \
-             BROKER --entity-type topics --entity-name {topic} --alter --add-config {setting}={wanted}"
-        )
+    /// What is said about a topic whose setting has this value.
+    pub fn violation(&self, topic: &str, value: &str) -> String {
+        let Self { setting, consequence, .. } = self;
+        format!("{topic} has {setting}={value}: {consequence}; change it with {}", self.remedy(topic))
+    }
+
+    /// The command that changes the setting of a topic.
+    pub fn remedy(&self, topic: &str) -> String {
+        alter(topic, self.setting, self.wanted)
     }
 }
 

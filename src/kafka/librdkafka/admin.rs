@@ -57,10 +57,13 @@ pub fn topic_id<C: ConsumerContext>(
     }
 }
 
+/// Why a topic without an id is refused.
+pub const NO_TOPIC_IDS: &str =
+    "the brokers give topics no ids, which need Kafka 2.8 with metadata version 2.8 (KIP-516)";
+
 /// Refuses the nil id, which stands for none: with it, a topic that is created again could not be told apart.
 fn known_id(id: uuid::Uuid) -> Result<uuid::Uuid, NativeError> {
-    let message = "the brokers give topics no ids, which need Kafka 2.8 with metadata version 2.8 (KIP-516)";
-    let refused = || NativeError::plain(code::RD_KAFKA_RESP_ERR__UNSUPPORTED_FEATURE, message);
+    let refused = || NativeError::plain(code::RD_KAFKA_RESP_ERR__UNSUPPORTED_FEATURE, NO_TOPIC_IDS);
     (!id.is_nil()).then_some(id).ok_or_else(refused)
 }
 
