@@ -9,16 +9,17 @@ use uuid::Uuid;
 use crate::domain::cursor::IdentityMismatch;
 use crate::kafka::join_failure;
 use crate::kafka::librdkafka::NO_TOPIC_IDS;
-use crate::kafka::topic_rules::{Action, CLEANUP_POLICY, Rule, TIMESTAMP_TYPE};
-use crate::kafka::transactions::{missing_output, too_large};
+use crate::kafka::topic_rules::{Action, CLEANUP_POLICY, Rule, TIMESTAMP_TYPE, alter};
+use crate::kafka::transactions::{DEAD_LETTER_BYTES, missing_output, too_large};
 use crate::postgres::schema::{NEWEST_KNOWN, OLDEST_SUPPORTED, SchemaError, SchemaVersion};
 use crate::postgres::store::no_key;
 
-/// One thing that the daemon depends on.
+/// One thing that the daemon depends on; those of Kafka come first.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "`fact` describes each")]
 pub enum Dependency {
+    BrokersReachable,
     InputTopic,
     TopicIds,
     TopicIdentity,
@@ -26,6 +27,11 @@ pub enum Dependency {
     TimestampType,
     OutputTopics,
     OutputSizes,
+    OutputReplicas,
+    MinInsyncReplicas,
+    Replication,
+    InputRetention,
+    DeadLetterRetention,
     InputRights,
     OutputRights,
     GroupRights,
@@ -35,17 +41,24 @@ pub enum Dependency {
     GroupSize,
     TransactionTimeout,
     DatabaseReachable,
+    ServerVersion,
+    Encoding,
+    Durability,
+    Connections,
+    Clock,
+    Writable,
+    SessionSettings,
     SchemaVersion,
     SchemaNewer,
     SchemaSteps,
     SchemaShape,
     GenerationKey,
-    DatabaseIdentity,
-    Binding,
     RoleRights,
     RowSecurity,
-    Writable,
-    SessionSettings,
+    HousekeepingRole,
+    DatabaseIdentity,
+    Binding,
+    Cursors,
 }
 
 /// When the daemon checks.
@@ -77,6 +90,8 @@ pub enum Told {
     Kafka(Code),
     /// This SQLSTATE.
     Postgres(&'static str),
+    /// Nothing; only `doctor` checks it.
+    Nothing,
 }
 
 /// What the daemon does.
@@ -87,8 +102,10 @@ pub enum Does {
     Refuse,
     /// Waits, not ready, and goes on when it is right.
     Wait,
-    /// Logs a warning.
+    /// Logs a warning, or goes on without one if nothing tells it.
     Warn,
+    /// Goes on, and loses payments or events, or fails later.
+    Lose,
     /// Ends: an operator must decide.
     Stop,
     /// Sets it itself.
@@ -114,6 +131,11 @@ fn fact(told: Told, does: Does, says: impl ToString, remedy: &str) -> Fact {
     Fact { told, does, says: says.to_string(), remedy: remedy.to_owned() }
 }
 
+/// Something that only `doctor` checks.
+fn unnoticed(does: Does, says: &str, remedy: &str) -> Fact {
+    fact(Told::Nothing, does, says, remedy)
+}
+
 fn rule(rule: &Rule) -> Fact {
     let does = match rule.action {
         Action::Refuse => Does::Refuse,
@@ -129,9 +151,12 @@ fn join(code: Code, remedy: &str) -> Fact {
 }
 
 fn right(code: Code, says: &str, arguments: &str) -> Fact {
-    let remedy =
-        format!("kafka-acls.sh --bootstrap-server BROKER --add --allow-principal User:NAME {arguments}");
-    fact(Told::Kafka(code), Does::Wait, says, &remedy)
+    fact(Told::Kafka(code), Does::Wait, says, &grant(arguments))
+}
+
+/// The command that grants a right in Kafka.
+pub fn grant(arguments: &str) -> String {
+    format!("kafka-acls.sh --bootstrap-server BROKER --add --allow-principal User:NAME {arguments}")
 }
 
 impl Dependency {
@@ -149,6 +174,12 @@ impl Dependency {
     pub fn fact(self) -> Fact {
         let nil = Uuid::nil();
         match self {
+            Self::BrokersReachable => fact(
+                Told::Checks(&[When::Start, When::Seconds]),
+                Does::Wait,
+                "the brokers of kafka.bootstrap_servers cannot be reached, or refuse the connection",
+                "kafka.bootstrap_servers",
+            ),
             Self::InputTopic => fact(
                 Told::Kafka(Code::UnknownTopicOrPartition),
                 Does::Wait,
@@ -159,7 +190,7 @@ impl Dependency {
                 Told::Checks(&[When::Start, When::Seconds]),
                 Does::Wait,
                 NO_TOPIC_IDS,
-                "need Kafka 2.8 with metadata version 2.8",
+                "Kafka 2.8 with metadata version 2.8",
             ),
             Self::TopicIdentity => fact(
                 Told::Checks(&[When::Start, When::Seconds]),
@@ -176,7 +207,34 @@ impl Dependency {
                 Told::Kafka(Code::MessageSizeTooLarge),
                 Does::Wait,
                 too_large("READ", "EMAIL", "DEAD_LETTERS"),
-                "raise max.message.bytes",
+                &alter("TOPIC", "max.message.bytes", &DEAD_LETTER_BYTES.to_string()),
+            ),
+            Self::OutputReplicas => fact(
+                Told::Kafka(Code::NotEnoughReplicas),
+                Does::Wait,
+                "partitions of the outputs have at least min.insync.replicas copies",
+                &alter("TOPIC", "min.insync.replicas", "1"),
+            ),
+            Self::MinInsyncReplicas => unnoticed(
+                Does::Warn,
+                "what one broker has counts as written, and is lost with it",
+                &alter("TOPIC", "min.insync.replicas", "2"),
+            ),
+            Self::Replication => unnoticed(
+                Does::Warn,
+                "what a broker has is lost with it",
+                "kafka-reassign-partitions.sh; payment-writer topics create --replication-factor 3 for a new topic",
+            ),
+            Self::InputRetention => unnoticed(
+                Does::Warn,
+                "a longer outage loses payments, and a database that is written again from the log does not know all ids \
+                 of the last idempotency.window",
+                "retention.ms of at least a day and idempotency.window",
+            ),
+            Self::DeadLetterRetention => unnoticed(
+                Does::Warn,
+                "dead letters are deleted, replayed or not",
+                &alter("TOPIC", "retention.ms", "-1"),
             ),
             Self::InputRights => right(
                 Code::TopicAuthorizationFailed,
@@ -215,6 +273,29 @@ impl Dependency {
                 "the server at postgres.url cannot be reached, or refuses the connection",
                 "postgres.url",
             ),
+            Self::ServerVersion => {
+                unnoticed(Does::Lose, "older servers were not tried", "Postgres 15 or newer")
+            }
+            Self::Encoding => unnoticed(
+                Does::Lose,
+                "not every payment can be stored",
+                "CREATE DATABASE ... ENCODING 'UTF8'",
+            ),
+            Self::Durability => unnoticed(
+                Does::Lose,
+                "a crash of the machine loses payments, or corrupts the database",
+                "ALTER SYSTEM SET fsync = on; ALTER SYSTEM SET full_page_writes = on; SELECT pg_reload_conf()",
+            ),
+            Self::Connections => unnoticed(
+                Does::Warn,
+                "with too few connections, lanes and commands wait",
+                "max_connections, or CONNECTION LIMIT of role and database",
+            ),
+            Self::Clock => unnoticed(
+                Does::Warn,
+                "the time of records is compared with that of the database",
+                "synchronise both clocks, as with chrony",
+            ),
             Self::SchemaVersion => {
                 let error = SchemaError::TooOld { found: SchemaVersion(1), needed: OLDEST_SUPPORTED };
                 fact(START, Does::Wait, error, "payment-writer migrate")
@@ -233,7 +314,7 @@ impl Dependency {
                 SESSIONS,
                 Does::Wait,
                 SchemaError::Incomplete(vec!["not null payment_core.amount".to_owned()]),
-                "ALTER TABLE",
+                "restore it (a lost unique key with ALTER TABLE payment_writer.TABLE ADD PRIMARY KEY (COLUMNS))",
             ),
             Self::GenerationKey => fact(
                 Told::Checks(&[When::Start, When::Session, When::Batch]),
@@ -258,6 +339,16 @@ impl Dependency {
                 "the role of postgres.url lacks rights that sql/roles.sql grants",
                 "psql \"$OWNER_URL\" -f sql/roles.sql",
             ),
+            Self::HousekeepingRole => fact(
+                Told::Postgres("42501"),
+                Does::Wait,
+                "the role of postgres.housekeeping_url owns the tables, so that it can make months and generations",
+                "postgres.housekeeping_url",
+            ),
+            Self::Cursors => {
+                let says = "a partition is halted; payment-writer cursors show says why";
+                fact(START, Does::Wait, says, "payment-writer cursors show")
+            }
             Self::RowSecurity => fact(
                 Told::Postgres("42501"),
                 Does::Wait,
@@ -310,6 +401,7 @@ mod tests {
                 }
                 Told::Kafka(code) => class_of_kafka(code),
                 Told::Postgres(sqlstate) => class_of_sqlstate(sqlstate, None),
+                Told::Nothing => continue,
             };
             let waits = [FailureClass::Persistent, FailureClass::Transient, FailureClass::Fenced];
             assert!(waits.contains(&class), "{dependency:?}: {class:?}");

@@ -43,6 +43,7 @@ mod audit;
 
 mod admin;
 mod daemon;
+mod doctor;
 pub mod generator;
 mod rebuild;
 mod top;

@@ -22,7 +22,8 @@ pub enum Role {
 }
 
 impl Role {
-    fn topic(self, kafka: &KafkaSettings) -> &str {
+    /// The topic's name.
+    pub fn topic(self, kafka: &KafkaSettings) -> &str {
         match self {
             Self::Input => &kafka.input_topic,
             Self::Read => &kafka.read_topic,
@@ -109,7 +110,7 @@ impl Rule {
         let (topic, setting) = (role.topic(kafka), self.setting);
         match topic_setting(client, topic, setting, ATTEMPT_TIMEOUT) {
             Ok(value) => {
-                let violation = value.contains(self.refused).then(|| self.violation(topic, &value));
+                let violation = self.breach(topic, &value);
                 topic_misconfigured(role.into(), setting, violation.is_some());
                 Some(violation)
             }
@@ -118,6 +119,11 @@ impl Rule {
                 None
             }
         }
+    }
+
+    /// What is wrong about a topic whose setting has this value; `None` if nothing is.
+    pub fn breach(&self, topic: &str, value: &str) -> Option<String> {
+        value.contains(self.refused).then(|| self.violation(topic, value))
     }
 
     /// What is said about a topic whose setting has this value.

@@ -9,6 +9,7 @@ mod commands;
 mod crash;
 mod dlq;
 mod docs;
+mod doctor;
 mod expansion;
 mod failover;
 mod fetching;

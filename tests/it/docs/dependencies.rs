@@ -22,7 +22,9 @@ fn the_dependencies_page_matches_the_list() {
             }
             Told::Kafka(code) => format!("the brokers' error {code:?}"),
             Told::Postgres(sqlstate) => format!("SQLSTATE {sqlstate}"),
+            Told::Nothing => "nothing, only `doctor` checks".to_owned(),
         };
+        let says = says.replace(&uuid::Uuid::nil().to_string(), "ID");
         let (name, does): (&str, &str) = (dependency.name(), does.into());
         let is_command =
             ["ALTER ", "kafka-", "payment-writer ", "psql "].iter().any(|word| remedy.starts_with(word));
