@@ -41,7 +41,7 @@ fn names(found: &[Value], what: &str, place: &str, remedy: &str) {
 }
 
 /// End offsets of all topics, the group's offsets, and a hash of each table.
-fn state(scope: &Scope<'_>) -> (BTreeMap<String, Vec<i64>>, BTreeMap<i32, (i64, String)>, Vec<String>) {
+fn state(scope: &Scope<'_>) -> String {
     let consumer: BaseConsumer = scope.client_config().create().unwrap();
     let metadata = consumer.fetch_metadata(None, DEADLINE).unwrap();
     let prefix = scope.input_topic.strip_suffix("input").unwrap();
@@ -58,8 +58,8 @@ fn state(scope: &Scope<'_>) -> (BTreeMap<String, Vec<i64>>, BTreeMap<i32, (i64, 
          FROM pg_class WHERE relnamespace = 'payment_writer'::regnamespace AND relkind IN ('r', 'p') ORDER BY 1",
         &[],
     );
-    let tables = tables.iter().map(|row| row.get(0)).collect();
-    (ends.collect(), scope.committed_all(), tables)
+    let tables: Vec<String> = tables.iter().map(|row| row.get(0)).collect();
+    format!("{:#?}", (ends.collect::<BTreeMap<String, Vec<i64>>>(), scope.committed_all(), tables))
 }
 
 #[test]
@@ -103,6 +103,12 @@ fn a_healthy_installation_is_fine_and_nothing_is_written() {
     fine("beside a daemon");
     assert!(daemon.is_running());
     assert!(!daemon.log().contains("fenced"), "{}", daemon.log());
+
+    // AND another group is told that the database is not its own
+    let other = format!("{}_other", scope.group_id);
+    let (found, finished) = examine(&scope, &[("PAYMENT_WRITER__KAFKA__GROUP_ID", &*other)]);
+    assert_eq!(finished.code, Some(1));
+    names(&found, "binding", &other, "kafka.group_id");
 
     // AND the table says the same in one line each
     let said = scope.command(&["doctor"]).succeeds().stdout;
