@@ -103,15 +103,11 @@ pub async fn examine(settings: &Settings) -> Vec<Finding> {
     for what in Dependency::VARIANTS {
         if report.0.iter().all(|finding| finding.what != what.name()) {
             let place = if what.is_of_kafka() { "kafka" } else { "postgres" };
-            let why = "a check before it failed, or there was no answer";
-            report.skip(
-                *what,
-                place,
-                why,
-                "run doctor again when the other findings are answered".to_owned(),
-            );
+            report.skip(*what, place, "an error or a missing answer kept it from that", String::new());
         }
     }
+    // The worst is next to the prompt.
+    report.0.sort_by_key(|finding| finding.severity);
     report.0
 }
 

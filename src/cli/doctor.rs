@@ -8,17 +8,17 @@ use crate::doctor::{self, Finding, Severity};
 use crate::error::{CommandError, OrFailed};
 
 const AFTER_HELP: &str = "\
-Connects to everything with the settings at hand and checks what docs/reference/dependencies.md lists, and more:
-rights on topics, group, transactional ids and tables; settings of topics, brokers and the database server; the
-schema; whether topic, group and database belong together; connections, clocks, retention, replication. It can
-run before the first start, and beside a running daemon. Takes seconds; two minutes if servers do not answer.
+Connects to everything with the settings at hand and checks what docs/reference/dependencies.md lists: rights on
+topics, group, transactional ids and tables; settings of topics, brokers and the database server; the schema;
+whether topic, group and database belong together; connections, clocks, retention, replication. It can run before
+the first start, and beside a running daemon. Takes seconds, and up to three minutes if servers do not answer.
 
 Nothing is written, except that the brokers remember the transactional id
 <kafka.group_id>-<kafka.instance_id>-doctor-<hash>, which no daemon uses. The brokers' clocks, and whether
 transactions use KIP-890, cannot be asked with the Kafka client.
 
-Each line is one finding: ok; warn, also for a check that could not be made; error for what would stop or harm
-the daemon. Exits with 0 without errors, 1 with any.
+Each line is one finding, the worst last: ok; warn, also for a check that could not be made; error for what would
+stop or harm the daemon. Exits with 0 without errors, 1 with any.
 
 Examples:
   payment-writer doctor
