@@ -4,6 +4,7 @@ mod check_messages;
 mod config;
 mod cursors;
 mod dlq;
+mod doctor;
 mod migrate;
 mod output;
 mod produce;
@@ -28,6 +29,7 @@ pub use check_messages::CheckMessagesArgs;
 pub use config::{ConfigCommand, ShowConfigArgs};
 pub use cursors::{AcceptArgs, CursorsCommand, ResolveArgs, SkipArgs};
 pub use dlq::{DlqCommand, FilterArgs, ListArgs, ReplayArgs, ShowArgs};
+pub use doctor::DoctorArgs;
 pub use migrate::{MigrateArgs, MigrateCommand};
 pub use produce::ProduceArgs;
 pub use prune::PruneArgs;
@@ -50,6 +52,7 @@ Examples:
   payment-writer topics create                    create the four topics where absent
   payment-writer migrate                          create or update the tables
   payment-writer prune --dry-run                  which old message ids would be dropped, and why others stay
+  payment-writer doctor                           is all there that the daemon depends on?
   payment-writer run                              write payments until stopped
   payment-writer top                              watch the daemon
   payment-writer dlq list --since 1d              which dead letters were written in the last day, and why
@@ -102,6 +105,8 @@ pub enum Command {
     Top(TopArgs),
     /// Check the settings without connecting to anything
     CheckConfig,
+    /// Check what the daemon depends on: rights, topics, schema, servers; writes nothing
+    Doctor(DoctorArgs),
     /// Check messages of a file or topic against the contract: what would be dead-lettered, and why
     CheckMessages(CheckMessagesArgs),
     /// Show the settings
@@ -157,6 +162,7 @@ fn dispatch(cli: Cli) -> Result<(), CommandError> {
         Command::Migrate(args) => handle.block_on(migrate::migrate(&settings, &args)),
         Command::Topics(TopicsCommand::Create(args)) => handle.block_on(topics::create(&settings, &args)),
         Command::Cursors(command) => handle.block_on(cursors::cursors(&settings, &command)),
+        Command::Doctor(args) => handle.block_on(doctor::doctor(&settings, &args)),
         Command::Dlq(command) => dlq::dlq(&settings, &command, handle),
         Command::Prune(args) => handle.block_on(prune::prune(&settings, &args)),
         Command::Reconcile(args) => reconcile::reconcile(&settings, &args, handle),

@@ -21,7 +21,7 @@ pub mod client;
 pub mod fetcher;
 mod gaps;
 pub mod group;
-mod join_failure;
+pub mod join_failure;
 pub mod lane_client;
 pub mod last_stable;
 pub mod librdkafka;

@@ -31,6 +31,8 @@ pub mod postgres;
 
 pub mod lane;
 
+pub mod dependencies;
+
 mod dlq;
 mod resolution;
 
@@ -41,6 +43,7 @@ mod audit;
 
 mod admin;
 mod daemon;
+mod doctor;
 pub mod generator;
 mod rebuild;
 mod top;

@@ -11,7 +11,7 @@ use crate::telemetry::logging::RateLimited;
 static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
 
 /// What decides whether the brokers accept a member, for the errors with which they refuse it.
-fn advice(code: Code) -> Option<&'static str> {
+pub fn advice(code: Code) -> Option<&'static str> {
     Some(match code {
         Code::InconsistentGroupProtocol => {
             "members with another partition.assignment.strategy than cooperative-sticky, or another \

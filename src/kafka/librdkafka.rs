@@ -20,7 +20,9 @@ use rdkafka::client::Client;
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka_sys as sys;
 
-pub use admin::{high_watermarks, topic_id, topic_setting};
+pub use admin::{
+    NO_TOPIC_IDS, describe_group, describe_topic, high_watermarks, settings_of, topic_id, topic_setting,
+};
 pub use group_metadata::GroupMetadata;
 pub use producer::TxnProducer;
 pub use record::NativeRecord;

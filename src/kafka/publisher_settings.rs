@@ -1,5 +1,6 @@
 //! Settings of a lane's publisher: producer configuration, `transactional.id`, topics and time limit.
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,10 +52,10 @@ pub struct PublisherSettings {
     pub identity: Identity,
 }
 
-/// The `transactional.id` of a lane, the same after a restart. It starts with group, instance and lane, so
+/// The `transactional.id` of a lane, or of `doctor`, the same after a restart. It starts with group, instance and lane, so
 /// that ACLs can be granted by prefix. The hash at its end distinguishes group `payments` with instance
 /// `eu-0` from `payments-eu` with `0`.
-pub fn transactional_id(group: &str, instance: &str, lane: usize) -> String {
+pub fn transactional_id(group: &str, instance: &str, lane: impl Display) -> String {
     // Neither name can contain a NUL.
     let hash = xxh3_64(format!("{group}\0{instance}").as_bytes()) >> 32;
     format!("{group}-{instance}-{lane}-{hash:08x}")

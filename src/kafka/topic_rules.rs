@@ -22,7 +22,8 @@ pub enum Role {
 }
 
 impl Role {
-    fn topic(self, kafka: &KafkaSettings) -> &str {
+    /// The topic's name.
+    pub fn topic(self, kafka: &KafkaSettings) -> &str {
         match self {
             Self::Input => &kafka.input_topic,
             Self::Read => &kafka.read_topic,
@@ -80,6 +81,14 @@ pub const TIMESTAMP_TYPE: Rule = Rule {
 /// All rules.
 pub const RULES: [&Rule; 2] = [&CLEANUP_POLICY, &TIMESTAMP_TYPE];
 
+/// The command that changes a setting of a topic.
+pub fn alter(topic: &str, setting: &str, value: &str) -> String {
+    format!(
+        "kafka-configs.sh --bootstrap-server BROKER --entity-type topics --entity-name {topic} --alter --add-config \
+         {setting}={value}"
+    )
+}
+
 /// Result of a rule for one topic.
 pub struct Checked {
     /// The topic.
@@ -101,7 +110,7 @@ impl Rule {
         let (topic, setting) = (role.topic(kafka), self.setting);
         match topic_setting(client, topic, setting, ATTEMPT_TIMEOUT) {
             Ok(value) => {
-                let violation = value.contains(self.refused).then(|| self.violation(topic, &value));
+                let violation = self.breach(topic, &value);
                 topic_misconfigured(role.into(), setting, violation.is_some());
                 Some(violation)
             }
@@ -112,12 +121,20 @@ impl Rule {
         }
     }
 
-    fn violation(&self, topic: &str, value: &str) -> String {
-        let Self { setting, wanted, consequence, .. } = self;
-        format!(
-            "{topic} has {setting}={value}: {consequence}; change it with kafka-configs.sh --bootstrap-server \
-             BROKER --entity-type topics --entity-name {topic} --alter --add-config {setting}={wanted}"
-        )
+    /// What is wrong about a topic whose setting has this value; `None` if nothing is.
+    pub fn breach(&self, topic: &str, value: &str) -> Option<String> {
+        value.contains(self.refused).then(|| self.violation(topic, value))
+    }
+
+    /// What is said about a topic whose setting has this value.
+    pub fn violation(&self, topic: &str, value: &str) -> String {
+        let Self { setting, consequence, .. } = self;
+        format!("{topic} has {setting}={value}: {consequence}; change it with {}", self.remedy(topic))
+    }
+
+    /// The command that changes the setting of a topic.
+    pub fn remedy(&self, topic: &str) -> String {
+        alter(topic, self.setting, self.wanted)
     }
 }
 

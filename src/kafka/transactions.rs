@@ -144,9 +144,7 @@ impl Transactions {
             if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
                 return Err(KafkaPortError::Failed {
                     class: FailureClass::Persistent,
-                    message: format!(
-                        "output topic {topic} is missing or unusable; `payment-writer topics create` creates it"
-                    ),
+                    message: missing_output(topic),
                 });
             }
         }
@@ -385,13 +383,32 @@ impl Transaction<'_> {
     fn explained(&self, error: &NativeError) -> String {
         let [read, email, dead_letters] = self.settings.outputs();
         match error.code {
-            RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => format!(
-                "{error}: an output is larger than its topic permits; raise max.message.bytes of {read} and \
-                 {email} to at least 64 KiB, of {dead_letters} to at least 1 MiB"
-            ),
+            RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => {
+                format!("{error}: {}", too_large(read, email, dead_letters))
+            }
             _ => error.to_string(),
         }
     }
+}
+
+/// What is said about an output topic that cannot be used.
+pub fn missing_output(topic: &str) -> String {
+    format!("output topic {topic} is missing or unusable; `payment-writer topics create` creates it")
+}
+
+/// `max.message.bytes` that every event fits into.
+pub const EVENT_BYTES: usize = 64 << 10;
+/// `max.message.bytes` that every dead letter fits into.
+pub const DEAD_LETTER_BYTES: usize = 1 << 20;
+
+/// What is said about an output that its topic does not take.
+pub fn too_large(read: &str, email: &str, dead_letters: &str) -> String {
+    format!(
+        "an output is larger than its topic permits; raise max.message.bytes of {read} and {email} to at least \
+         {} KiB, of {dead_letters} to at least {} MiB",
+        EVENT_BYTES >> 10,
+        DEAD_LETTER_BYTES >> 20
+    )
 }
 
 /// Whether the same call continues what failed.

@@ -41,6 +41,19 @@ const SESSION_SETTINGS: &str = "\
     SET tcp_user_timeout = '20s'; \
     SET jit = off";
 
+/// The settings of [`SESSION_SETTINGS`] that this session does not have, as `name=value`: something between it and
+/// the server does not keep a session. The TCP settings do not exist on a socket of the machine.
+pub async fn lost_settings(client: &Client) -> Result<Vec<String>, tokio_postgres::Error> {
+    let query = "
+        SELECT name || '=' || current_setting(name) FROM unnest($1::text[], $2::text[]) AS s (name, value)
+        WHERE current_setting(name) NOT LIKE value || '%' AND name NOT LIKE 'tcp%'";
+    let set =
+        SESSION_SETTINGS.split(';').filter_map(|set| set.trim().strip_prefix("SET ")?.split_once(" = "));
+    let (names, values): (Vec<&str>, Vec<&str>) =
+        set.map(|(name, value)| (name, value.trim_matches('\''))).unzip();
+    client.query(query, &[&names, &values]).await?.iter().map(|row| row.try_get(0)).collect()
+}
+
 /// Why a connection could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {

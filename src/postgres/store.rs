@@ -24,6 +24,7 @@ use uuid::Uuid;
 use self::bisect::Bisected;
 use self::claims::{Claiming, claim};
 use self::generations::OlderGeneration;
+pub use self::session::no_key;
 use self::session::{KeyHolds, Session, store_error};
 use crate::domain::batch::{Answer, Batch, Outcomes, Owner, Refused, Rows, TableRows};
 use crate::domain::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER};

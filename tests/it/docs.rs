@@ -1,6 +1,7 @@
 //! Compares the documentation with the program and its tests.
 
 mod commands;
+mod dependencies;
 mod generated;
 mod links;
 mod settings;

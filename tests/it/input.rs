@@ -26,7 +26,7 @@ fn missing(daemon: &Daemon, what: &str) -> String {
 }
 
 /// Sets one setting of a topic, and resets all others.
-fn set_topic(scope: &Scope<'_>, topic: &str, name: &str, value: &str) {
+pub fn set_topic(scope: &Scope<'_>, topic: &str, name: &str, value: &str) {
     let config = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(name, value);
     for result in block_on(scope.admin().alter_configs([&config], &AdminOptions::new())).unwrap() {
         result.unwrap();

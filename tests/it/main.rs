@@ -10,6 +10,7 @@ mod compat;
 mod crash;
 mod dlq;
 mod docs;
+mod doctor;
 mod expansion;
 mod failover;
 mod fetching;

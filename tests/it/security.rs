@@ -31,7 +31,7 @@ fn builder(name: &str, key: &PKey<Private>) -> X509Builder {
 }
 
 /// A CA certificate, and a certificate for 127.0.0.1 signed by it.
-fn make_certificates(folder: &Path) {
+pub fn make_certificates(folder: &Path) {
     let new_key = || PKey::from_rsa(Rsa::generate(2048).unwrap()).unwrap();
     let (authority_key, server_key) = (new_key(), new_key());
     let mut authority = builder("a test's authority", &authority_key);

@@ -14,6 +14,18 @@ use sys::rd_kafka_resp_err_t as code;
 
 use super::{NativeError, c_string, millis};
 
+/// What the brokers say of a topic.
+pub struct TopicDescription {
+    /// Its id; nil if the brokers give none.
+    pub id: uuid::Uuid,
+    /// Number of partitions.
+    pub partitions: usize,
+    /// The smallest number of replicas of a partition.
+    pub replicas: usize,
+    /// Rights of this principal, by their names in Kafka; empty unless asked for.
+    pub operations: Vec<String>,
+}
+
 /// Returns a topic's id and its number of partitions (`DescribeTopics`).
 ///
 /// # Errors
@@ -23,10 +35,27 @@ pub fn topic_id<C: ConsumerContext>(
     topic: &str,
     timeout: Duration,
 ) -> Result<(uuid::Uuid, usize), NativeError> {
-    let request = Request { name: "DescribeTopics", operation: operation::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS };
+    let found = describe_topic(consumer.client(), topic, false, timeout)?;
+    Ok((known_id(found.id)?, found.partitions))
+}
+
+/// Describes a topic (`DescribeTopics`), with the rights of this principal if asked for (KIP-430).
+///
+/// # Errors
+/// An error of the broker or the client.
+pub fn describe_topic<C: ClientContext>(
+    client: &Client<C>,
+    topic: &str,
+    asks_rights: bool,
+    timeout: Duration,
+) -> Result<TopicDescription, NativeError> {
+    let request = Request {
+        name: "DescribeTopics",
+        operation: operation::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS,
+        asks_rights,
+    };
     let name = c_string(topic);
     let mut names = [name.as_ptr()];
-    let client = consumer.client();
     // SAFETY: client and names are live, and the collection is until it is destroyed, once, here; what is
     // read lives inside the event.
     unsafe {
@@ -40,16 +69,19 @@ pub fn topic_id<C: ConsumerContext>(
                 let result = sys::rd_kafka_event_DescribeTopics_result(event);
                 let topics = array(result, sys::rd_kafka_DescribeTopics_result_topics);
                 let topic = *topics.first().ok_or_else(|| request.lacks("topic"))?;
-                let error = sys::rd_kafka_TopicDescription_error(topic);
-                if !error.is_null() {
-                    checked(sys::rd_kafka_error_code(error), "the topic cannot be described")?;
-                }
-                let mut partitions = 0;
-                sys::rd_kafka_TopicDescription_partitions(topic, &mut partitions);
+                checked_of(sys::rd_kafka_TopicDescription_error(topic), "the topic cannot be described")?;
+                let partitions = array(topic, sys::rd_kafka_TopicDescription_partitions);
+                let replicas =
+                    partitions.iter().map(|p| array(*p, sys::rd_kafka_TopicPartitionInfo_replicas).len());
                 let id = sys::rd_kafka_TopicDescription_topic_id(topic);
                 let high = sys::rd_kafka_Uuid_most_significant_bits(id) as u64;
                 let low = sys::rd_kafka_Uuid_least_significant_bits(id) as u64;
-                Ok((known_id(uuid::Uuid::from_u64_pair(high, low))?, partitions))
+                Ok(TopicDescription {
+                    id: uuid::Uuid::from_u64_pair(high, low),
+                    partitions: partitions.len(),
+                    replicas: replicas.min().unwrap_or(0),
+                    operations: operations(topic, sys::rd_kafka_TopicDescription_authorized_operations),
+                })
             },
         );
         sys::rd_kafka_TopicCollection_destroy(collection);
@@ -57,10 +89,73 @@ pub fn topic_id<C: ConsumerContext>(
     }
 }
 
+/// What the brokers say of a consumer group.
+pub struct GroupDescription {
+    /// Number of members.
+    pub members: usize,
+    /// The assignor that they use; empty without members.
+    pub assignor: String,
+    /// Rights of this principal, by their names in Kafka.
+    pub operations: Vec<String>,
+}
+
+/// Describes a consumer group, with the rights of this principal (`DescribeGroups`, KIP-430). A group that does not
+/// exist has no members. `topic` is one that exists.
+///
+/// # Errors
+/// An error of the broker or the client.
+pub fn describe_group<C: ClientContext>(
+    client: &Client<C>,
+    group: &str,
+    topic: &str,
+    timeout: Duration,
+) -> Result<GroupDescription, NativeError> {
+    let request = Request {
+        name: "DescribeGroups",
+        operation: operation::RD_KAFKA_ADMIN_OP_DESCRIBECONSUMERGROUPS,
+        asks_rights: true,
+    };
+    let name = c_string(group);
+    let mut names = [name.as_ptr()];
+    let native = client.native_ptr();
+    // SAFETY: client and names are live; the client copies the names; what is read lives inside the event.
+    unsafe {
+        request.ask(
+            client,
+            topic,
+            timeout,
+            |options, queue| {
+                sys::rd_kafka_DescribeConsumerGroups(native, names.as_mut_ptr(), 1, options, queue)
+            },
+            |event| {
+                let result = sys::rd_kafka_event_DescribeConsumerGroups_result(event);
+                let groups = array(result, sys::rd_kafka_DescribeConsumerGroups_result_groups);
+                let group = *groups.first().ok_or_else(|| request.lacks("group"))?;
+                checked_of(
+                    sys::rd_kafka_ConsumerGroupDescription_error(group),
+                    "the group cannot be described",
+                )?;
+                let assignor = text(sys::rd_kafka_ConsumerGroupDescription_partition_assignor(group));
+                Ok(GroupDescription {
+                    members: sys::rd_kafka_ConsumerGroupDescription_member_count(group),
+                    assignor: assignor.unwrap_or_default().to_owned(),
+                    operations: operations(
+                        group,
+                        sys::rd_kafka_ConsumerGroupDescription_authorized_operations,
+                    ),
+                })
+            },
+        )
+    }
+}
+
+/// Why a topic without an id is refused.
+pub const NO_TOPIC_IDS: &str =
+    "the brokers give topics no ids, which need Kafka 2.8 with metadata version 2.8 (KIP-516)";
+
 /// Refuses the nil id, which stands for none: with it, a topic that is created again could not be told apart.
 fn known_id(id: uuid::Uuid) -> Result<uuid::Uuid, NativeError> {
-    let message = "the brokers give topics no ids, which need Kafka 2.8 with metadata version 2.8 (KIP-516)";
-    let refused = || NativeError::plain(code::RD_KAFKA_RESP_ERR__UNSUPPORTED_FEATURE, message);
+    let refused = || NativeError::plain(code::RD_KAFKA_RESP_ERR__UNSUPPORTED_FEATURE, NO_TOPIC_IDS);
     (!id.is_nil()).then_some(id).ok_or_else(refused)
 }
 
@@ -75,13 +170,35 @@ pub fn topic_setting<C: ClientContext>(
     setting: &str,
     timeout: Duration,
 ) -> Result<String, NativeError> {
-    let request =
-        Request { name: "DescribeConfigs", operation: operation::RD_KAFKA_ADMIN_OP_DESCRIBECONFIGS };
-    let name = c_string(topic);
+    let mut settings = settings_of(client, topic, None, timeout)?;
+    settings.remove(setting).ok_or_else(|| DESCRIBE_CONFIGS.lacks(setting))
+}
+
+const DESCRIBE_CONFIGS: Request = Request {
+    name: "DescribeConfigs",
+    operation: operation::RD_KAFKA_ADMIN_OP_DESCRIBECONFIGS,
+    asks_rights: false,
+};
+
+/// Returns all settings of a topic, or of the broker with this id (`DescribeConfigs`); without secrets. Needs the right
+/// `DescribeConfigs` on the topic, or on the cluster.
+///
+/// # Errors
+/// An error of the broker or the client, also when that right is missing.
+pub fn settings_of<C: ClientContext>(
+    client: &Client<C>,
+    topic: &str,
+    broker: Option<i32>,
+    timeout: Duration,
+) -> Result<BTreeMap<String, String>, NativeError> {
+    let request = DESCRIBE_CONFIGS;
+    let (kind, name) = match broker {
+        Some(id) => (sys::rd_kafka_ResourceType_t::RD_KAFKA_RESOURCE_BROKER, c_string(&id.to_string())),
+        None => (sys::rd_kafka_ResourceType_t::RD_KAFKA_RESOURCE_TOPIC, c_string(topic)),
+    };
     // SAFETY: client and name are live, and the resource is until it is destroyed, once, here; what is read
     // lives inside the event.
     unsafe {
-        let kind = sys::rd_kafka_ResourceType_t::RD_KAFKA_RESOURCE_TOPIC;
         let resource = sys::rd_kafka_ConfigResource_new(kind, name.as_ptr());
         if resource.is_null() {
             return Err(NativeError::plain(code::RD_KAFKA_RESP_ERR__INVALID_ARG, "this is not a topic name"));
@@ -97,15 +214,15 @@ pub fn topic_setting<C: ClientContext>(
             |event| {
                 let result = sys::rd_kafka_event_DescribeConfigs_result(event);
                 let resources = array(result, sys::rd_kafka_DescribeConfigs_result_resources);
-                let resource = *resources.first().ok_or_else(|| request.lacks(setting))?;
+                let resource = *resources.first().ok_or_else(|| request.lacks("settings"))?;
                 let error = sys::rd_kafka_ConfigResource_error(resource);
-                checked(error, "the topic's settings cannot be described")?;
-                array(resource, sys::rd_kafka_ConfigResource_configs)
-                    .iter()
-                    .find(|entry| text(sys::rd_kafka_ConfigEntry_name(**entry)) == Some(setting))
-                    .and_then(|entry| text(sys::rd_kafka_ConfigEntry_value(*entry)))
-                    .map(str::to_owned)
-                    .ok_or_else(|| request.lacks(setting))
+                checked(error, "the settings cannot be described")?;
+                let entries = array(resource, sys::rd_kafka_ConfigResource_configs).iter();
+                let entry = |entry: &*const _| {
+                    let name = text(sys::rd_kafka_ConfigEntry_name(*entry))?;
+                    Some((name.to_owned(), text(sys::rd_kafka_ConfigEntry_value(*entry))?.to_owned()))
+                };
+                Ok(entries.filter_map(entry).collect())
             },
         );
         sys::rd_kafka_ConfigResource_destroy(resource);
@@ -123,7 +240,11 @@ pub fn high_watermarks<C: ConsumerContext>(
     partitions: &[i32],
     timeout: Duration,
 ) -> Result<BTreeMap<i32, i64>, NativeError> {
-    let request = Request { name: "ListOffsets", operation: operation::RD_KAFKA_ADMIN_OP_LISTOFFSETS };
+    let request = Request {
+        name: "ListOffsets",
+        operation: operation::RD_KAFKA_ADMIN_OP_LISTOFFSETS,
+        asks_rights: false,
+    };
     let client = consumer.client();
     let mut list = TopicPartitionList::with_capacity(partitions.len());
     for partition in partitions {
@@ -153,6 +274,8 @@ pub fn high_watermarks<C: ConsumerContext>(
 struct Request {
     name: &'static str,
     operation: sys::rd_kafka_admin_op_t,
+    /// Whether the answer is to contain this principal's rights.
+    asks_rights: bool,
 }
 
 impl Request {
@@ -180,6 +303,11 @@ impl Request {
             let options = sys::rd_kafka_AdminOptions_new(native, self.operation);
             let (buffer, len) = (reason.as_mut_ptr(), reason.len());
             sys::rd_kafka_AdminOptions_set_request_timeout(options, millis(timeout), buffer, len);
+            if self.asks_rights {
+                // It only refuses requests that have no such option.
+                let refused = sys::rd_kafka_AdminOptions_set_include_authorized_operations(options, 1);
+                let _ = NativeError::check(refused);
+            }
             send(options, queue);
             // The admin request has its own timeout; the extra second lets its answer arrive first.
             let event = sys::rd_kafka_queue_poll(queue, millis(timeout + Duration::from_secs(1)));
@@ -208,6 +336,27 @@ fn checked(error: sys::rd_kafka_resp_err_t, message: &str) -> Result<(), NativeE
     match error {
         code::RD_KAFKA_RESP_ERR_NO_ERROR => Ok(()),
         error => Err(NativeError::plain(error, message)),
+    }
+}
+
+/// As [`checked`], for an error object that belongs to an answer; null means success.
+unsafe fn checked_of(error: *const sys::rd_kafka_error_t, message: &str) -> Result<(), NativeError> {
+    // SAFETY: the caller passes null or an error that lives as long as its answer.
+    if error.is_null() { Ok(()) } else { checked(unsafe { sys::rd_kafka_error_code(error) }, message) }
+}
+
+/// The names of the operations that `get` finds in an answer.
+unsafe fn operations<R>(
+    of: *const R,
+    get: unsafe extern "C" fn(*const R, *mut usize) -> *const sys::rd_kafka_AclOperation_t,
+) -> Vec<String> {
+    let mut count = 0;
+    // SAFETY: the caller keeps the answer alive, which owns the array, and `get` writes its length; the names are
+    // constants.
+    unsafe {
+        let first = get(of, &mut count);
+        let found = if first.is_null() { &[] } else { std::slice::from_raw_parts(first, count) };
+        found.iter().filter_map(|o| text(sys::rd_kafka_AclOperation_name(*o))).map(str::to_owned).collect()
     }
 }
 

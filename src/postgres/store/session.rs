@@ -147,7 +147,7 @@ fn pool_error(error: PoolError) -> StoreError {
 }
 
 /// The generation lacks the key that prevents claiming an id twice.
-pub(super) fn no_key(generation: i64) -> StoreError {
+pub fn no_key(generation: i64) -> StoreError {
     let table = format!("payment_writer.idempotency_g{generation}");
     let message = format!(
         "{table} has no valid unique key on (message_id), without which payments are written twice: nothing is \
