@@ -21,10 +21,12 @@ use crate::error::CommandError;
 use crate::kafka::scan::ScanRange;
 use crate::postgres::connection::describe;
 
-/// Read-only as a safeguard. Joins of whole months need memory. No timeouts: the server waits while the
-/// client reads Kafka between two rows, and large sorts take minutes.
-const SESSION: &str =
-    "SET default_transaction_read_only = on; SET work_mem = '64MB'; SET tcp_user_timeout = 0";
+/// Read-only as a safeguard. Joins of whole months need memory. Without statistics, as after a restore, the
+/// planner expects few rows and would join them by nested loops, in quadratic time. No timeouts: the server
+/// waits while the client reads Kafka between two rows, and large sorts take minutes.
+const SESSION: &str = "\
+    SET default_transaction_read_only = on; SET work_mem = '64MB'; SET enable_nestloop = off; \
+    SET tcp_user_timeout = 0";
 
 /// A field in the binary format of the server.
 struct Raw<'a>(Option<&'a [u8]>);
