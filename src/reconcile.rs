@@ -22,7 +22,7 @@ use indicatif::ProgressBar;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use self::database::Database;
+use self::database::{Database, Months};
 use self::judge::{Outcome, judge, refused_by_other_settings};
 use self::log::{Identified, Slice, identify};
 use self::outputs::{CutOff, Outputs};
@@ -177,14 +177,22 @@ impl<'a> Comparison<'a> {
             allowed: Findings::new(self.wanted.limit),
             ..Report::default()
         };
-        let mut suspects = Vec::new();
+        let (mut suspects, mut months) = (Vec::new(), Vec::new());
         for slice in slices {
-            report = self.slice_with_tries(slice, &report, &mut suspects)?;
+            report = self.slice_with_tries(slice, &report, &mut suspects, &mut months)?;
         }
         self.resolve(suspects, &mut report)?;
         if self.wanted.looks_for_orphans {
             self.progress.set_message("orphans");
             report.orphans = Some(self.database.orphans(self.archived_before)?);
+            for place in self.database.rows_of_other_months(&months)? {
+                match self.exempt.is_rewound(place) {
+                    true => report.of_lost_records += 1,
+                    false => report
+                        .findings
+                        .push(place, "a row in payment_metadata, in a month that is not its own"),
+                }
+            }
         }
         report.findings.named.sort();
         report.allowed.named.sort();
@@ -261,6 +269,7 @@ impl<'a> Comparison<'a> {
         mut ranges: Vec<ScanRange>,
         before: &Report,
         suspects: &mut Vec<Suspect>,
+        months: &mut Vec<Months>,
     ) -> Result<Report, Fault> {
         let mut tries = 0;
         let wanted = ranges.clone();
@@ -272,7 +281,10 @@ impl<'a> Comparison<'a> {
                 report.not_compared(gone, "left the log during the comparison", false);
             }
             match self.slice(&ranges, suspects, &mut report) {
-                Ok(()) => return Ok(report),
+                Ok(times) => {
+                    months.extend(ranges.iter().map(|range| (*range, times)));
+                    return Ok(report);
+                }
                 Err(Fault::Scan(_) | Fault::Pruned) if tries < TRIES_MAX => {}
                 Err(fault) => return Err(fault),
             }
@@ -284,13 +296,14 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// Compares one slice. `suspects` is changed only at the end, when nothing can fail any more.
+    /// Compares one slice, and returns the earliest and latest timestamp of its rows. `suspects` is changed only
+    /// at the end, when nothing can fail any more.
     fn slice(
         &self,
         ranges: &[ScanRange],
         suspects: &mut Vec<Suspect>,
         report: &mut Report,
-    ) -> Result<(), Fault> {
+    ) -> Result<Option<(TimestampMs, TimestampMs)>, Fault> {
         self.progress.set_message("log");
         failpoint::hit("before_slice");
         let mut slice = Slice::read(self, ranges, self.database.pruned_until()?)?;
@@ -307,7 +320,7 @@ impl<'a> Comparison<'a> {
             return Err(Fault::Pruned);
         }
         self.judge(&slice, &cut_off, suspects, report);
-        Ok(())
+        Ok(slice.times)
     }
 
     /// Finds long runs of offsets without a record that are not aborted transactions.
@@ -362,10 +375,13 @@ impl<'a> Comparison<'a> {
             return Ok(());
         }
         let ids: Vec<Uuid> = slice.unclaimed.iter().map(|(_, id)| *id).collect();
-        let written: HashSet<Uuid> = self.database.written_ids(&ids)?.into_iter().collect();
+        let written = self.database.written_ids(&ids)?;
         for (place, id) in &slice.unclaimed {
             if let Some(entry) = table.entry(*place) {
-                entry.circumstances.is_elsewhere = written.contains(id);
+                // A later record of its partition cannot have been first.
+                let is_elsewhere = |other: &Place| other.0 != place.0 || other.1 < place.1;
+                let others = written.get(id);
+                entry.circumstances.is_elsewhere = others.is_some_and(|o| o.iter().any(is_elsewhere));
             }
         }
         Ok(())

@@ -67,7 +67,8 @@ pub struct ReconcileArgs {
     #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = limit)]
     pub limit: usize,
     /// Also look for rows of payment_core, payment_notes and idempotency without a row of payment_metadata,
-    /// regardless of the range; scans these tables completely
+    /// regardless of the range, and for rows of the compared records in months that are not theirs; scans
+    /// these tables completely
     #[arg(long)]
     pub orphans: bool,
     /// As one JSON object
@@ -219,6 +220,9 @@ fn describe(report: &Report) -> String {
         let title =
             "\ndecided differently by an earlier database or by other settings, as the contract allows";
         describe_findings(title, &report.allowed, &mut text);
+    }
+    if report.orphans.is_none() {
+        text.push("not compared without --orphans: rows in other months than their records".to_owned());
     }
     if let Some(Orphans { payment_core, payment_notes, idempotency }) = report.orphans {
         for (table, count) in

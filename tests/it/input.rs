@@ -112,17 +112,14 @@ fn trials_a_topic_that_becomes_compacted_is_reported_while_the_daemon_runs() {
 }
 
 /// Begins a transaction and writes a payment to this partition.
-pub fn leave_open(scope: &Scope<'_>, partition: i32) -> BaseProducer {
-    let producer: BaseProducer = scope
-        .client_config()
-        .set("transactional.id", format!("{}_left_open", scope.input_topic))
-        .create()
-        .unwrap();
+pub fn leave_open(scope: &Scope<'_>, topic: &str, partition: i32) -> BaseProducer {
+    let producer: BaseProducer =
+        scope.client_config().set("transactional.id", format!("{topic}_left_open")).create().unwrap();
     producer.init_transactions(DEADLINE).unwrap();
     producer.begin_transaction().unwrap();
     let Message { key, value, .. } = Payment::new(uuid_v4(100), 1).message();
     let (key, value) = (key.unwrap(), value.unwrap());
-    producer.send(BaseRecord::to(&scope.input_topic).key(&key).payload(&value).partition(partition)).unwrap();
+    producer.send(BaseRecord::to(topic).key(&key).payload(&value).partition(partition)).unwrap();
     producer.flush(DEADLINE).unwrap();
     producer
 }
@@ -132,7 +129,7 @@ fn records_behind_an_open_transaction_are_reported() {
     // GIVEN a transaction that a producer left open, with other records behind it
     let scope = Scope::ready("left_open", 2, 1);
     scope.produce(&scope.input_topic, payments(0..10));
-    let producer = leave_open(&scope, 1);
+    let producer = leave_open(&scope, &scope.input_topic, 1);
     scope.produce(&scope.input_topic, payments(200..250));
 
     // WHEN the daemon has caught up

@@ -502,7 +502,7 @@ fn data_removed_for_a_known_reason_is_no_finding() {
 }
 
 /// What was not compared, as `partition/from-to: why`, with `!` where that may hide a loss.
-fn not_compared(said: &Value) -> Vec<String> {
+pub fn not_compared(said: &Value) -> Vec<String> {
     let text = |part: &Value| {
         let mark = if part["may_hide_loss"] == true { "!" } else { "" };
         let why = part["why"].as_str().unwrap();
@@ -528,7 +528,7 @@ fn records_behind_an_open_transaction_are_named() {
     scope.prepare(2, 1);
     scope.produce_in_transaction(&scope.input_topic, payments(1_000..2_100, 0), false);
     scope.produce(&scope.input_topic, payments(0..5, 1));
-    let _producer = leave_open(&scope, 1);
+    let _producer = leave_open(&scope, &scope.input_topic, 1);
     scope.produce(&scope.input_topic, payments(5..30, 1));
     member().catch_up(&scope);
 
@@ -644,6 +644,63 @@ fn trials_offsets_that_compaction_removed_are_named() {
     assert_eq!(code, Some(1));
     let named = not_compared(&said);
     assert!(named[0].contains("without a record, removed by compaction or lost"), "{named:?}");
+}
+
+#[test]
+fn a_dead_letter_without_its_long_key_is_recognized() {
+    let scope = Scope::new(Servers::shared(), "reconcile_long_key");
+    scope.prepare(2, 3);
+    let long = |partition| Message::new(vec![b'k'; 70 * 1024], "{}").partition(partition);
+    scope.produce(&scope.input_topic, [long(0), long(1)]);
+    member().catch_up(&scope);
+    assert_eq!(is_fine(&scope, &[])["outputs"]["dead_letter"], 2);
+}
+
+#[test]
+fn a_lost_record_is_no_duplicate_of_a_later_one_and_a_row_in_another_month_is_found() {
+    // GIVEN a lost payment, whose id a later record has, and claims that were pruned
+    let scope = Scope::new(Servers::shared(), "reconcile_later");
+    scope.prepare(2, 1);
+    let rows_only = [("PAYMENT_WRITER__KAFKA__PUBLISH", "false")];
+    let catch_up = || drop(member().with("KAFKA__PUBLISH", "false").catch_up(&scope));
+    scope.produce(&scope.input_topic, payments(0..3, 0));
+    catch_up();
+    scope.execute(
+        "SET search_path = payment_writer;
+         DELETE FROM payment_core USING payment_metadata m
+             WHERE m.payment_id = payment_core.payment_id AND source_offset = 1;
+         DELETE FROM payment_metadata WHERE source_offset = 1;
+         DELETE FROM idempotency WHERE source_offset = 1",
+    );
+    // And a duplicate of a record of another partition, whose claim was pruned.
+    scope.produce(&scope.input_topic, payments(1..2, 0));
+    scope.produce(&scope.input_topic, payments(2..3, 1));
+    catch_up();
+    scope.execute(
+        "SET search_path = payment_writer;
+         INSERT INTO idempotency_generation (generation, leaf, state, youngest_record)
+             VALUES (99, 'gone', 'dropped', now() + interval '1 day');
+         DELETE FROM idempotency",
+    );
+    // THEN it is lost
+    let (code, said) = reconcile_with(&scope, &[], &rows_only);
+    let lost = "0/1: lost: it is valid, its id is not claimed, and it has no outcome";
+    assert_eq!((code, texts(&said["findings"])), (Some(1), vec![lost.to_owned()]), "{said:#}");
+    assert_eq!(said["outcomes"]["duplicate"], 1);
+
+    // WHEN a row was written again, in another month
+    scope.execute(
+        "SET search_path = payment_writer;
+         INSERT INTO payment_metadata
+             SELECT payment_id, created_at - interval '70 days', updated_at, version, message_id,
+                 source_partition, source_offset
+             FROM payment_metadata WHERE source_partition = 0 AND source_offset = 2",
+    );
+    // THEN it is found when all months are read
+    let (_, said) = reconcile_with(&scope, &["--orphans"], &rows_only);
+    let other = "0/2: a row in payment_metadata, in a month that is not its own";
+    assert_eq!(texts(&said["findings"]), [lost, other]);
+    assert_eq!(said["orphans"], json!({ "payment_core": 0, "payment_notes": 0, "idempotency": 0 }));
 }
 
 #[test]
