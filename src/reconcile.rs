@@ -17,6 +17,7 @@ pub(crate) mod table;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 use tokio::runtime::Handle;
@@ -31,7 +32,7 @@ use self::recheck::{Evidence, Suspect};
 use self::report::{Findings, NotCompared, Report};
 use self::table::{ENTRY_BYTES, Place, Placed};
 use crate::config::Settings;
-use crate::domain::cursor::{Decision, Known, LogBounds, Mode};
+use crate::domain::cursor::{Decision, Known, LogBounds, Mode, decide};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::domain::wire::Rules;
 use crate::error::CommandError;
@@ -43,6 +44,10 @@ use crate::resolution::{self, View};
 
 /// A slice is retried if records leave a topic, or a generation of claims is dropped, while it is read.
 const TRIES_MAX: u32 = 3;
+
+/// How long a new leader may report an end of the log that lags behind the cursors.
+const END_LAGS_MAX: Duration = Duration::from_secs(5);
+const END_POLL: Duration = Duration::from_millis(200);
 
 /// Maximum number of records to recheck, over all slices; further ones count as wrong.
 const SUSPECTS_MAX: usize = 100_000;
@@ -228,19 +233,32 @@ impl<'a> Comparison<'a> {
         let positions =
             |time: Option<TimestampMs>| time.map(|time| self.scanner.positions_at(&all, time)).transpose();
         let (since, until) = (positions(wanted.since)?, positions(wanted.until)?);
+        let settled: Vec<Option<NextOffset>> =
+            view.known.iter().map(|known| settled_up_to(known, &view.identity, publishes)).collect();
         let high_watermarks = self.scanner.high_watermarks(&all)?;
-        let bounds = self.scanner.bounds(&all)?;
+        let began = Instant::now();
+        let bounds = loop {
+            let bounds = self.scanner.bounds(&all)?;
+            let is_behind = settled.iter().zip(&bounds).any(|(settled, log)| *settled > Some(log.end));
+            if !is_behind || began.elapsed() > END_LAGS_MAX {
+                break bounds;
+            }
+            std::thread::sleep(END_POLL);
+        };
         let mut ranges = Vec::new();
         let mut halted = 0;
         for (index, ((known, high_watermark), bounds)) in
             view.known.iter().zip(high_watermarks).zip(bounds).enumerate()
         {
-            let halt = match view.decision(index, &mode) {
-                Some(Decision::Stop(mismatch)) => {
+            // The start as it was with the cursors: what is removed since can have been written since.
+            let bounds = LogBounds { start: known.bounds.start, ..bounds };
+            let known = Known { bounds, ..known.clone() };
+            let halt = match decide(&known, &view.identity, &mode) {
+                Decision::Stop(mismatch) => {
                     return Err(CommandError::person_must_decide(mismatch.to_string()).into());
                 }
-                Some(Decision::Halt(reason)) => Some(reason),
-                Some(Decision::Go(_) | Decision::Prove { .. }) | None => None,
+                Decision::Halt(reason) => Some(reason),
+                Decision::Go(_) | Decision::Prove { .. } => None,
             };
             halted += u64::from(halt.is_some());
             if !wanted.partitions.is_empty() && !wanted.partitions.contains(&known.partition) {
@@ -254,8 +272,7 @@ impl<'a> Comparison<'a> {
             if let Some(position) = until.as_ref().and_then(|until| until.get(index).copied().flatten()) {
                 asked.1 = asked.1.min(position);
             }
-            let settled = settled_up_to(known, &view.identity, publishes);
-            let known = Known { bounds, ..known.clone() };
+            let settled = settled.get(index).copied().flatten();
             let (range, not) = select(&known, settled, halt.as_ref(), high_watermark, asked);
             ranges.push(range);
             not_compared.extend(not);
