@@ -46,7 +46,7 @@ use crate::resolution::{self, View};
 const TRIES_MAX: u32 = 3;
 
 /// How long a new leader may report an end of the log that lags behind the cursors.
-const END_LAGS_MAX: Duration = Duration::from_secs(5);
+const END_LAGS_MAX: Duration = Duration::from_secs(2);
 const END_POLL: Duration = Duration::from_millis(200);
 
 /// Maximum number of records to recheck, over all slices; further ones count as wrong.
