@@ -259,6 +259,7 @@ impl Auditor {
     fn without_letter(&mut self, suspects: &[Suspect]) -> Result<(Vec<Suspect>, &'static str), String> {
         // In a recreated topic, the offsets belong to other records.
         if self.input.topic_id().map_err(|error| error.to_string())? != self.topic_id {
+            self.metrics.dropped(suspects.len() as u64);
             return Ok((Vec::new(), ""));
         }
         if !self.kafka.publish {

@@ -15,31 +15,39 @@ mod recheck;
 pub(crate) mod report;
 pub(crate) mod table;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use self::database::Database;
+use self::database::{Database, Months};
 use self::judge::{Outcome, judge, refused_by_other_settings};
 use self::log::{Identified, Slice, identify};
 use self::outputs::{CutOff, Outputs};
-use self::range::{Exempt, settled_up_to, slices};
+use self::range::{Exempt, Gaps, select, settled_up_to, slices};
 use self::recheck::{Evidence, Suspect};
-use self::report::{Findings, Report};
+use self::report::{Findings, NotCompared, Report};
 use self::table::{ENTRY_BYTES, Place, Placed};
 use crate::config::Settings;
-use crate::domain::cursor::{Decision, LogBounds, Mode};
+use crate::domain::cursor::{Decision, Known, LogBounds, Mode, decide};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::domain::wire::Rules;
 use crate::error::CommandError;
+use crate::failpoint;
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
+use crate::kafka::topic_rules::{CLEANUP_POLICY, Role};
 use crate::postgres::binding::{self, BindingError};
 use crate::resolution::{self, View};
 
 /// A slice is retried if records leave a topic, or a generation of claims is dropped, while it is read.
 const TRIES_MAX: u32 = 3;
+
+/// How long a new leader may report an end of the log that lags behind the cursors.
+const END_LAGS_MAX: Duration = Duration::from_secs(2);
+const END_POLL: Duration = Duration::from_millis(200);
 
 /// Maximum number of records to recheck, over all slices; further ones count as wrong.
 const SUSPECTS_MAX: usize = 100_000;
@@ -154,7 +162,8 @@ impl<'a> Comparison<'a> {
 
     fn compare(&self, view: &View) -> Result<Report, Fault> {
         let kafka = &self.settings.kafka;
-        let (ranges, halted) = self.ranges(view)?;
+        let mut not_compared = self.compacted();
+        let (ranges, halted) = self.ranges(view, &mut not_compared)?;
         let offsets_max = (self.wanted.memory_bytes / ENTRY_BYTES).min(log::UNCLAIMED_MAX);
         let slices = slices(&ranges, i64::try_from(offsets_max).unwrap_or(i64::MAX));
         let offsets: i64 = ranges.iter().map(|r| r.to.0.saturating_sub(r.from.0)).sum();
@@ -165,6 +174,7 @@ impl<'a> Comparison<'a> {
             group: kafka.group_id.clone(),
             database: self.settings.postgres.url.to_string(),
             partitions: ranges,
+            not_compared,
             partitions_halted: halted,
             slices: slices.len(),
             outputs: kafka.publish.then(Default::default),
@@ -172,23 +182,46 @@ impl<'a> Comparison<'a> {
             allowed: Findings::new(self.wanted.limit),
             ..Report::default()
         };
-        let mut suspects = Vec::new();
+        let (mut suspects, mut months) = (Vec::new(), Vec::new());
         for slice in slices {
-            report = self.slice_with_tries(slice, &report, &mut suspects)?;
+            report = self.slice_with_tries(slice, &report, &mut suspects, &mut months)?;
         }
         self.resolve(suspects, &mut report)?;
         if self.wanted.looks_for_orphans {
             self.progress.set_message("orphans");
             report.orphans = Some(self.database.orphans(self.archived_before)?);
+            for place in self.database.rows_of_other_months(&months)? {
+                match self.exempt.is_rewound(place) {
+                    true => report.of_lost_records += 1,
+                    false => report
+                        .findings
+                        .push(place, "a row in payment_metadata, in a month that is not its own"),
+                }
+            }
         }
         report.findings.named.sort();
         report.allowed.named.sort();
-        report.is_fine = report.findings.count == 0 && report.orphans.is_none_or(|o| o.count() == 0);
+        report.not_compared.sort();
+        report.is_fine = report.findings.count == 0
+            && report.orphans.is_none_or(|o| o.count() == 0)
+            && !report.not_compared.iter().any(|part| part.may_hide_loss);
         Ok(report)
     }
 
+    /// The topics that are compacted: what was removed from them cannot be compared.
+    fn compacted(&self) -> Vec<NotCompared> {
+        let kafka = &self.settings.kafka;
+        let roles = CLEANUP_POLICY.roles.iter().filter(|role| kafka.publish || **role == Role::Input);
+        let violations = roles.filter_map(|role| self.scanner.violation(&CLEANUP_POLICY, kafka, *role));
+        violations.map(|why| NotCompared { may_hide_loss: true, why, range: None }).collect()
+    }
+
     /// The range of each partition, and the number of halted partitions.
-    fn ranges(&self, view: &View) -> Result<(Vec<ScanRange>, u64), Fault> {
+    fn ranges(
+        &self,
+        view: &View,
+        not_compared: &mut Vec<NotCompared>,
+    ) -> Result<(Vec<ScanRange>, u64), Fault> {
         let wanted = self.wanted;
         let publishes = self.settings.kafka.publish;
         let mode = Mode { publishes, adopts_database: false };
@@ -200,32 +233,49 @@ impl<'a> Comparison<'a> {
         let positions =
             |time: Option<TimestampMs>| time.map(|time| self.scanner.positions_at(&all, time)).transpose();
         let (since, until) = (positions(wanted.since)?, positions(wanted.until)?);
+        let settled: Vec<Option<NextOffset>> =
+            view.known.iter().map(|known| settled_up_to(known, &view.identity, publishes)).collect();
+        let high_watermarks = self.scanner.high_watermarks(&all)?;
+        let began = Instant::now();
+        let bounds = loop {
+            let bounds = self.scanner.bounds(&all)?;
+            let is_behind = settled.iter().zip(&bounds).any(|(settled, log)| *settled > Some(log.end));
+            if !is_behind || began.elapsed() > END_LAGS_MAX {
+                break bounds;
+            }
+            std::thread::sleep(END_POLL);
+        };
         let mut ranges = Vec::new();
         let mut halted = 0;
-        for (index, known) in view.known.iter().enumerate() {
-            match view.decision(index, &mode) {
-                Some(Decision::Stop(mismatch)) => {
+        for (index, ((known, high_watermark), bounds)) in
+            view.known.iter().zip(high_watermarks).zip(bounds).enumerate()
+        {
+            // The start as it was with the cursors: what is removed since can have been written since.
+            let bounds = LogBounds { start: known.bounds.start, ..bounds };
+            let known = Known { bounds, ..known.clone() };
+            let halt = match decide(&known, &view.identity, &mode) {
+                Decision::Stop(mismatch) => {
                     return Err(CommandError::person_must_decide(mismatch.to_string()).into());
                 }
-                Some(Decision::Halt(_)) => halted += 1,
-                Some(Decision::Go(_) | Decision::Prove { .. }) | None => {}
-            }
+                Decision::Halt(reason) => Some(reason),
+                Decision::Go(_) | Decision::Prove { .. } => None,
+            };
+            halted += u64::from(halt.is_some());
             if !wanted.partitions.is_empty() && !wanted.partitions.contains(&known.partition) {
                 continue;
             }
-            let start = known.bounds.start;
-            let settled = settled_up_to(known, &view.identity, publishes).unwrap_or(start);
-            let mut from = start.max(wanted.from.unwrap_or(start));
-            let mut to = settled.min(known.bounds.end);
-            to = to.min(wanted.to.unwrap_or(to));
+            let mut asked = (wanted.from.unwrap_or(NextOffset(0)), wanted.to.unwrap_or(NextOffset(i64::MAX)));
             if let Some(since) = &since {
                 // No record with that timestamp or later: the range is empty.
-                from = since.get(index).copied().flatten().map_or(to, |position| from.max(position));
+                asked.0 = since.get(index).copied().flatten().map_or(asked.1, |at| asked.0.max(at));
             }
             if let Some(position) = until.as_ref().and_then(|until| until.get(index).copied().flatten()) {
-                to = to.min(position);
+                asked.1 = asked.1.min(position);
             }
-            ranges.push(ScanRange { partition: known.partition, from, to: to.max(from) });
+            let settled = settled.get(index).copied().flatten();
+            let (range, not) = select(&known, settled, halt.as_ref(), high_watermark, asked);
+            ranges.push(range);
+            not_compared.extend(not);
         }
         Ok((ranges, halted))
     }
@@ -236,13 +286,22 @@ impl<'a> Comparison<'a> {
         mut ranges: Vec<ScanRange>,
         before: &Report,
         suspects: &mut Vec<Suspect>,
+        months: &mut Vec<Months>,
     ) -> Result<Report, Fault> {
         let mut tries = 0;
+        let wanted = ranges.clone();
         loop {
             tries += 1;
             let mut report = before.clone();
+            for (wanted, range) in wanted.iter().zip(&ranges).filter(|(wanted, range)| wanted != range) {
+                let gone = ScanRange { to: range.from, ..*wanted };
+                report.not_compared(gone, "left the log during the comparison", false);
+            }
             match self.slice(&ranges, suspects, &mut report) {
-                Ok(()) => return Ok(report),
+                Ok(times) => {
+                    months.extend(ranges.iter().map(|range| (*range, times)));
+                    return Ok(report);
+                }
                 Err(Fault::Scan(_) | Fault::Pruned) if tries < TRIES_MAX => {}
                 Err(fault) => return Err(fault),
             }
@@ -254,15 +313,18 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// Compares one slice. `suspects` is changed only at the end, when nothing can fail any more.
+    /// Compares one slice, and returns the earliest and latest timestamp of its rows. `suspects` is changed only
+    /// at the end, when nothing can fail any more.
     fn slice(
         &self,
         ranges: &[ScanRange],
         suspects: &mut Vec<Suspect>,
         report: &mut Report,
-    ) -> Result<(), Fault> {
+    ) -> Result<Option<(TimestampMs, TimestampMs)>, Fault> {
         self.progress.set_message("log");
+        failpoint::hit("before_slice");
         let mut slice = Slice::read(self, ranges, self.database.pruned_until()?)?;
+        self.removed(ranges, &slice, report)?;
         self.progress.set_message("rows");
         self.rows(ranges, &mut slice, report)?;
         self.elsewhere(&mut slice)?;
@@ -275,6 +337,31 @@ impl<'a> Comparison<'a> {
             return Err(Fault::Pruned);
         }
         self.judge(&slice, &cut_off, suspects, report);
+        Ok(slice.times)
+    }
+
+    /// Finds long runs of offsets without a record that are not aborted transactions.
+    fn removed(&self, ranges: &[ScanRange], slice: &Slice, report: &mut Report) -> Result<(), Fault> {
+        let mut gaps = Gaps::new(ranges);
+        slice.table.entries().iter().for_each(|entry| gaps.pass(entry.place));
+        let mut suspected: BTreeMap<Partition, ScanRange> = BTreeMap::new();
+        for gap in gaps.found() {
+            suspected.entry(gap.partition).or_insert(gap).to = gap.to;
+        }
+        if suspected.is_empty() {
+            return Ok(());
+        }
+        let suspected: Vec<ScanRange> = suspected.into_values().collect();
+        let mut gaps = Gaps::new(&suspected);
+        let kafka = &self.settings.kafka;
+        // The callback never stops the scan.
+        let _ = Scanner::uncommitted(kafka, &kafka.input_topic)?.read(&suspected, |record| {
+            gaps.pass((record.partition(), record.offset()));
+            ControlFlow::Continue(())
+        })?;
+        for gap in gaps.found() {
+            report.not_compared(gap, "without a record, removed by compaction or lost", true);
+        }
         Ok(())
     }
 
@@ -305,10 +392,13 @@ impl<'a> Comparison<'a> {
             return Ok(());
         }
         let ids: Vec<Uuid> = slice.unclaimed.iter().map(|(_, id)| *id).collect();
-        let written: HashSet<Uuid> = self.database.written_ids(&ids)?.into_iter().collect();
+        let written = self.database.written_ids(&ids)?;
         for (place, id) in &slice.unclaimed {
             if let Some(entry) = table.entry(*place) {
-                entry.circumstances.is_elsewhere = written.contains(id);
+                // A later record of its partition cannot have been first.
+                let is_elsewhere = |other: &Place| other.0 != place.0 || other.1 < place.1;
+                let others = written.get(id);
+                entry.circumstances.is_elsewhere = others.is_some_and(|o| o.iter().any(is_elsewhere));
             }
         }
         Ok(())

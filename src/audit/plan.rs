@@ -234,7 +234,9 @@ impl Plan {
         for share in self.shares.values() {
             for waiting in &share.waiting {
                 let Some(since) = waiting.ready_since else { continue };
-                offsets += (waiting.range.to.min(share.applied).0 - waiting.range.from.0).unsigned_abs();
+                let passed = ScanRange { to: waiting.range.to.min(share.applied), ..waiting.range };
+                // The cursor may have gone back.
+                offsets += if passed.is_empty() { 0 } else { self::offsets(passed) };
                 oldest = oldest.min(since);
             }
         }

@@ -4,7 +4,7 @@ use clap::Args;
 use tokio::runtime::Handle;
 
 use super::output::print;
-use super::reconcile::{describe_findings, json, limit, with_progress};
+use super::reconcile::{describe_findings, describe_not_compared, json, limit, with_progress};
 use crate::config::{Endpoint, Settings};
 use crate::error::CommandError;
 use crate::rebuild::{Comparison, Wanted, rebuild as run};
@@ -77,6 +77,7 @@ fn describe(comparison: &Comparison) -> String {
             comparison.older_than_the_log
         ));
     }
+    describe_not_compared(&comparison.not_compared, &mut text);
     if comparison.allowed.count > 0 {
         describe_findings("\ndecided differently, as the contract allows", &comparison.allowed, &mut text);
     }

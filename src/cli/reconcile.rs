@@ -1,5 +1,7 @@
 //! `reconcile`: checks that every record has exactly one outcome.
 
+use std::collections::BTreeMap;
+
 use bytesize::ByteSize;
 use clap::Args;
 use indicatif::ProgressBar;
@@ -10,7 +12,7 @@ use super::output::{print, progress_bar, table};
 use crate::config::Settings;
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::error::CommandError;
-use crate::reconcile::report::{Currency, Findings, Orphans, Report, Sum};
+use crate::reconcile::report::{Currency, Findings, NotCompared, Orphans, Report, Sum};
 use crate::reconcile::{Wanted, reconcile as compare};
 
 const AFTER_HELP: &str = "\
@@ -22,14 +24,20 @@ of records that have left the log are not compared. Outputs are read from their 
 Findings contain partition and offset, never the contents of a record. Differences that the contract
 allows after a recovery are listed separately and are not findings.
 
-Exits with 0 if everything is correct, 1 if there are findings or something cannot be read, 3 if group,
-topic and database do not belong together.
+What was not compared is named by partition and offsets: records that are no longer in the log, not written
+yet, or behind an open transaction.
+
+Exits with 0 if everything is correct, 1 if there are findings, if something cannot be read, or if a loss may
+be hidden in what was not compared (compacted topics, halted partitions, cursors that are missing or beyond
+what can be read), 3 if group, topic and database do not belong together.
 
 Examples:
   payment-writer reconcile
   payment-writer reconcile --partition 7 --from-offset 120000 --to-offset 130000
   payment-writer reconcile --since 2026-03-01T00:00:00Z --json";
 
+/// Maximum number of ranges that are listed for a reason.
+const RANGES_MAX: usize = 20;
 /// Minimum memory of a slice.
 const MEMORY_BYTES_MIN: usize = 4 * 1024;
 
@@ -59,7 +67,8 @@ pub struct ReconcileArgs {
     #[arg(long, value_name = "COUNT", default_value_t = 100, value_parser = limit)]
     pub limit: usize,
     /// Also look for rows of payment_core, payment_notes and idempotency without a row of payment_metadata,
-    /// regardless of the range; scans these tables completely
+    /// regardless of the range, and for rows of the compared records in months that are not theirs; scans
+    /// these tables completely
     #[arg(long)]
     pub orphans: bool,
     /// As one JSON object
@@ -110,7 +119,11 @@ pub fn reconcile(settings: &Settings, args: &ReconcileArgs, runtime: &Handle) ->
     }
     let orphans = report.orphans.map_or(0, |orphans| orphans.count());
     let count = report.findings.count.saturating_add(orphans);
-    Err(CommandError::failed(format!("findings: {count}, in {} records", report.records)))
+    let hidden = report.not_compared.iter().filter(|part| part.may_hide_loss).count();
+    Err(CommandError::failed(format!(
+        "findings: {count}, in {} records; not compared where a loss may be hidden: {hidden}",
+        report.records
+    )))
 }
 
 /// Shows the progress of a comparison while it runs.
@@ -139,6 +152,25 @@ pub(super) fn describe_findings(title: &str, findings: &Findings, into: &mut Vec
     }
 }
 
+/// Adds a line for each reason.
+pub(super) fn describe_not_compared(parts: &[NotCompared], into: &mut Vec<String>) {
+    let mut reasons: BTreeMap<(bool, &str), Vec<String>> = BTreeMap::new();
+    for NotCompared { may_hide_loss, why, range } in parts {
+        let ranges = reasons.entry((!may_hide_loss, why)).or_default();
+        ranges.extend(range.map(|r| format!("partition {} from {} to before {}", r.partition, r.from, r.to)));
+    }
+    for ((is_harmless, why), ranges) in reasons {
+        let title = if is_harmless { "not compared" } else { "NOT COMPARED, A LOSS MAY BE HIDDEN" };
+        let mut text = [vec![format!("{title}: {why}")], ranges].concat();
+        let unnamed = text.len().saturating_sub(1 + RANGES_MAX);
+        text.truncate(1 + RANGES_MAX);
+        if unnamed > 0 {
+            text.push(format!("and {unnamed} more (--json)"));
+        }
+        into.push(text.join("; "));
+    }
+}
+
 fn describe(report: &Report) -> String {
     let compared = report.partitions.iter().filter(|range| !range.is_empty()).count();
     let mut text = vec![
@@ -151,12 +183,7 @@ fn describe(report: &Report) -> String {
         ),
         format!("rows in {}", report.database),
     ];
-    if report.partitions.iter().any(|range| range.from.0 > 0) {
-        text.push(
-            "not compared: records before the range or no longer in the log, with their rows and events"
-                .to_owned(),
-        );
-    }
+    describe_not_compared(&report.not_compared, &mut text);
     if report.partitions_halted > 0 {
         text.push(format!(
             "halted partitions: {}, compared up to the halt (see `cursors show`)",
@@ -194,6 +221,9 @@ fn describe(report: &Report) -> String {
             "\ndecided differently by an earlier database or by other settings, as the contract allows";
         describe_findings(title, &report.allowed, &mut text);
     }
+    if report.orphans.is_none() {
+        text.push("not compared without --orphans: rows in other months than their records".to_owned());
+    }
     if let Some(Orphans { payment_core, payment_notes, idempotency }) = report.orphans {
         for (table, count) in
             [("payment_core", payment_core), ("payment_notes", payment_notes), ("idempotency", idempotency)]
@@ -202,7 +232,9 @@ fn describe(report: &Report) -> String {
         }
     }
     if report.is_fine {
-        text.push("\neverything is correct: every record has exactly one outcome".to_owned());
+        text.push(
+            "\neverything is correct: every record that was compared has exactly one outcome".to_owned(),
+        );
     } else {
         describe_findings("\nOFF", &report.findings, &mut text);
     }

@@ -140,8 +140,18 @@ pub fn high_watermarks(
     group: &Group,
     partitions: &[Partition],
 ) -> Result<BTreeMap<Partition, NextOffset>, KafkaPortError> {
+    high_watermarks_of(group.consumer(), group.topic(), partitions, HIGH_WATERMARKS_MAX)
+}
+
+/// As [`high_watermarks`], for any topic and consumer.
+pub(super) fn high_watermarks_of<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    partitions: &[Partition],
+    timeout: Duration,
+) -> Result<BTreeMap<Partition, NextOffset>, KafkaPortError> {
     let numbers: Vec<i32> = partitions.iter().map(|partition| partition.0).collect();
-    let found = librdkafka::high_watermarks(group.consumer(), group.topic(), &numbers, HIGH_WATERMARKS_MAX)
+    let found = librdkafka::high_watermarks(consumer, topic, &numbers, timeout)
         .map_err(|e| native_failed(LIST_OFFSETS, &e))?;
     Ok(found.into_iter().map(|(partition, offset)| (Partition(partition), NextOffset(offset))).collect())
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use rdkafka::ClientConfig;
 use rdkafka::consumer::Consumer;
 use rdkafka::types::RDKafkaErrorCode;
 use uuid::Uuid;
@@ -12,7 +13,7 @@ use super::client::ATTEMPT_TIMEOUT;
 use super::fetcher::{Fetcher, reader_config};
 use super::librdkafka::fetch::FetchItem;
 use super::librdkafka::{NativeRecord, topic_id};
-use super::offsets::{bounds_of, positions_at};
+use super::offsets::{bounds_of, high_watermarks_of, positions_at};
 use super::topic_rules::{Role, Rule};
 use crate::config::KafkaSettings;
 use crate::domain::cursor::LogBounds;
@@ -46,7 +47,7 @@ impl ScanError {
 }
 
 /// The offsets from `from` up to, but not including, `to`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize)]
 pub struct ScanRange {
     /// The partition.
     pub partition: Partition,
@@ -85,7 +86,16 @@ pub struct Scanner {
 impl Scanner {
     /// Creates a reader of `topic`, without a request to the brokers.
     pub fn new(kafka: &KafkaSettings, topic: &str) -> Result<Self, ScanError> {
-        let fetcher = Fetcher::new(&reader_config(kafka, &DEFAULTS), topic)
+        Self::with(&reader_config(kafka, &DEFAULTS), topic)
+    }
+
+    /// As [`new`](Self::new), but it also reads aborted records, and those of open transactions.
+    pub fn uncommitted(kafka: &KafkaSettings, topic: &str) -> Result<Self, ScanError> {
+        Self::with(reader_config(kafka, &DEFAULTS).set("isolation.level", "read_uncommitted"), topic)
+    }
+
+    fn with(config: &ClientConfig, topic: &str) -> Result<Self, ScanError> {
+        let fetcher = Fetcher::new(config, topic)
             .map_err(|e| ScanError::new(topic, format!("creating a consumer: {e}")))?;
         Ok(Self { fetcher, topic: topic.to_owned() })
     }
@@ -126,6 +136,18 @@ impl Scanner {
     /// First offset and last stable offset of each partition, in the order given.
     pub fn bounds(&self, partitions: &[Partition]) -> Result<Vec<LogBounds>, ScanError> {
         bounds_of(self.fetcher.consumer(), &self.topic, partitions).map_err(|e| self.error(e))
+    }
+
+    /// High watermark of each partition, in the order given. Read it before the [bounds](Self::bounds): what is then
+    /// between the last stable offset and this is behind an open transaction.
+    pub fn high_watermarks(&self, partitions: &[Partition]) -> Result<Vec<NextOffset>, ScanError> {
+        let found = high_watermarks_of(self.fetcher.consumer(), &self.topic, partitions, ATTEMPT_TIMEOUT)
+            .map_err(|e| self.error(e))?;
+        let of = |partition: &Partition| {
+            let missing = || self.error(format!("partition {partition}: no answer about its high watermark"));
+            found.get(partition).copied().ok_or_else(missing)
+        };
+        partitions.iter().map(of).collect()
     }
 
     /// The first offset of each partition whose timestamp is at or after `time`; `None` if there is no such

@@ -20,13 +20,13 @@ use crate::domain::columns::postgres_timestamp;
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::domain::wire::Reason;
 use crate::error::CommandError;
-use crate::kafka::scan::{ScanRange, Scanner};
+use crate::kafka::scan::ScanRange;
 use crate::reconcile::Fault;
 use crate::reconcile::database::{
     Claimed, Database, PAYMENT_COLUMNS, arrays, encode, failed, payment_tables, place, timestamp_us,
 };
-use crate::reconcile::outputs::Label;
-use crate::reconcile::report::Findings;
+use crate::reconcile::outputs::{Label, Topic};
+use crate::reconcile::report::{Findings, NotCompared};
 use crate::reconcile::table::Place;
 
 /// Maximum number of differences to recheck; all others count as wrong without a recheck.
@@ -43,6 +43,8 @@ pub struct Comparison {
     pub group: String,
     /// Compared ranges.
     pub partitions: Vec<ScanRange>,
+    /// Ranges that only one of the databases has written.
+    pub not_compared: Vec<NotCompared>,
     /// Number of payments with the same rows and the same claim in both databases.
     pub equal: u64,
     /// Number of payments of the first database whose records had left the log when the rebuild started.
@@ -108,15 +110,27 @@ pub(super) fn compare(
             in_first.len()
         )));
     }
-    let range = |(partition, from): (&Partition, &NextOffset)| {
-        let to = *in_first.get(partition)?.min(in_second.get(partition)?);
-        Some(ScanRange { partition: *partition, from: *from, to: to.max(*from) })
-    };
+    let (mut partitions, mut not_compared) = (Vec::new(), Vec::new());
+    for (partition, from) in &starts {
+        let cursors = [in_first.get(partition).copied(), in_second.get(partition).copied()];
+        let [to, end] =
+            [cursors.iter().min(), cursors.iter().max()].map(|c| c.copied().flatten().unwrap_or(*from));
+        let range = ScanRange { partition: *partition, from: *from, to: to.max(*from) };
+        let rest = ScanRange { from: range.to, to: end, ..range };
+        partitions.push(range);
+        if !rest.is_empty() {
+            let may_hide_loss = cursors.contains(&None);
+            let why =
+                if may_hide_loss { "one database has no cursor" } else { "written by one database so far" };
+            not_compared.push(NotCompared { may_hide_loss, why: why.to_owned(), range: Some(rest) });
+        }
+    }
     let mut comparison = Comparison {
         is_equal: false,
         into: rebuilding.postgres.url.to_string(),
         group: rebuilding.kafka.group_id.clone(),
-        partitions: starts.iter().filter_map(range).collect(),
+        partitions,
+        not_compared,
         equal: 0,
         older_than_the_log: older(&first, &starts)?,
         allowed: Findings::new(limit),
@@ -130,7 +144,8 @@ pub(super) fn compare(
     }
     comparison.findings.named.sort();
     comparison.allowed.named.sort();
-    comparison.is_equal = comparison.findings.count == 0;
+    let is_hidden = comparison.not_compared.iter().any(|part| part.may_hide_loss);
+    comparison.is_equal = comparison.findings.count == 0 && !is_hidden;
     Ok(comparison)
 }
 
@@ -255,9 +270,8 @@ fn explain(
     let archived_before = first.archived_before(settings.retention.payment_months)?;
     let mut refused = Vec::new();
     for (difference, payment) in open {
-        let is_before = |limit: Option<TimestampMs>| {
-            limit.is_some_and(|limit| payment.created_at_us <= postgres_timestamp(limit))
-        };
+        let is_up_to = |until: TimestampMs| payment.created_at_us <= postgres_timestamp(until);
+        let is_before = |time: TimestampMs| payment.created_at_us < postgres_timestamp(time);
         let other_owner = |claims: &HashMap<Uuid, Claimed>, database: &str| {
             let owner = claims.get(&payment.message_id)?.place;
             let (p, o) = Some(owner).filter(|owner| *owner != payment.place)?;
@@ -271,13 +285,13 @@ fn explain(
                 if exempt.is_given_up(payment.place) {
                     Some("it was skipped in the first database (cursors skip)".to_owned())
                 } else {
-                    is_before(archived_before)
-                        .then(|| "its month was detached from the first database".to_owned())
+                    let is_archived = archived_before.is_some_and(is_before);
+                    is_archived.then(|| "its month was detached from the first database".to_owned())
                 }
             }),
             Difference::Claim => pruned
                 .iter()
-                .any(|until| is_before(*until))
+                .any(|until| until.is_some_and(is_up_to))
                 .then(|| "its claim is so old that one of the databases has dropped it".to_owned()),
         };
         match allowed {
@@ -304,17 +318,11 @@ fn explain(
 
 /// The records among `places` whose dead letter says that the database rejected them.
 fn rejected(settings: &Settings, topic_id: Uuid, places: &HashSet<Place>) -> Result<HashSet<Place>, Fault> {
-    let scanner = Scanner::new(&settings.kafka, &settings.kafka.dead_letter_topic)?;
-    let (_, partitions) = scanner.describe()?;
-    let bounds = scanner.bounds(&partitions)?;
-    let ranges: Vec<ScanRange> = partitions
-        .into_iter()
-        .zip(bounds)
-        .map(|(partition, bounds)| ScanRange { partition, from: bounds.start, to: bounds.end })
-        .collect();
+    let topic =
+        Topic::open(&settings.kafka, &settings.kafka.dead_letter_topic).map_err(CommandError::failed)?;
     let mut found = HashSet::new();
     // The callback never stops the scan.
-    let _ = scanner.read(&ranges, |record| {
+    let _ = topic.scanner.read(&topic.ranges()?, |record| {
         let label = Label::of(record, topic_id);
         let is_rejected = label.reason == Some(Reason::RejectedByDatabase);
         found.extend(label.place.filter(|place| is_rejected && places.contains(place)));

@@ -21,10 +21,12 @@ use crate::error::CommandError;
 use crate::kafka::scan::ScanRange;
 use crate::postgres::connection::describe;
 
-/// Read-only as a safeguard. Joins of whole months need memory. No timeouts: the server waits while the
-/// client reads Kafka between two rows, and large sorts take minutes.
-const SESSION: &str =
-    "SET default_transaction_read_only = on; SET work_mem = '64MB'; SET tcp_user_timeout = 0";
+/// Read-only as a safeguard. Joins of whole months need memory. Without statistics, as after a restore, the
+/// planner expects few rows and would join them by nested loops, in quadratic time. No timeouts: the server
+/// waits while the client reads Kafka between two rows, and large sorts take minutes.
+const SESSION: &str = "\
+    SET default_transaction_read_only = on; SET work_mem = '64MB'; SET enable_nestloop = off; \
+    SET tcp_user_timeout = 0";
 
 /// A field in the binary format of the server.
 struct Raw<'a>(Option<&'a [u8]>);
@@ -82,6 +84,9 @@ pub struct Claimed {
     /// Timestamp of that record, in microseconds since 2000.
     pub created_at_us: i64,
 }
+
+/// A range, and the earliest and latest timestamp of its records' rows.
+pub type Months = (ScanRange, Option<(TimestampMs, TimestampMs)>);
 
 /// The columns of the payment tables, joined: 7 of metadata, 7 of core, 4 of notes.
 pub(crate) const PAYMENT_COLUMNS: &str = "\
@@ -203,14 +208,43 @@ impl Database {
         Ok(claims.into_iter().collect())
     }
 
-    /// The message ids among these that occur in a payment row, claimed or not. Scans the whole table.
-    pub fn written_ids(&self, ids: &[Uuid]) -> Result<Vec<Uuid>, CommandError> {
-        self.query(
+    /// The records that have a row with one of these message ids, claimed or not. Scans the whole table.
+    pub fn written_ids(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, Vec<Place>>, CommandError> {
+        let rows = self.query(
             "looking for message ids in payment_metadata",
-            "SELECT DISTINCT m.message_id FROM payment_writer.payment_metadata m
-             JOIN unnest($1::uuid[]) AS wanted (message_id) USING (message_id)",
+            "SELECT m.message_id, m.source_partition, m.source_offset FROM payment_writer.payment_metadata m
+             JOIN (SELECT DISTINCT unnest($1::uuid[])) AS wanted (message_id) USING (message_id)",
             &[&ids],
-            |row| row.try_get(0),
+            |row| Ok((row.try_get(0)?, place(row, 1)?)),
+        )?;
+        let mut written: HashMap<Uuid, Vec<Place>> = HashMap::new();
+        rows.into_iter().for_each(|(id, place)| written.entry(id).or_default().push(place));
+        Ok(written)
+    }
+
+    /// The records of these ranges with a row of `payment_metadata` in none of the months that [`payment_rows`] reads
+    /// for them. Scans the whole table.
+    ///
+    /// [`payment_rows`]: Self::payment_rows
+    pub fn rows_of_other_months(&self, slices: &[Months]) -> Result<Vec<Place>, CommandError> {
+        let ranges: Vec<ScanRange> = slices.iter().map(|(range, _)| *range).collect();
+        let (partitions, from, to) = arrays(&ranges);
+        let times = |of: fn((TimestampMs, TimestampMs)) -> TimestampMs| -> Vec<Option<i64>> {
+            slices.iter().map(|(_, times)| times.map(|times| of(times).0)).collect()
+        };
+        let (first, last) = (times(|times| times.0), times(|times| times.1));
+        self.query(
+            "looking for rows of other months",
+            "SELECT m.source_partition, m.source_offset
+             FROM unnest($1::integer[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[])
+                 AS r (partition, first, past, oldest, youngest)
+             JOIN payment_writer.payment_metadata m ON m.source_partition = r.partition
+                 AND m.source_offset >= r.first AND m.source_offset < r.past
+                 AND (m.created_at >= date_trunc('month', to_timestamp(r.oldest / 1000))
+                     AND m.created_at < date_trunc('month', to_timestamp(r.youngest / 1000)) + interval '1 month')
+                     IS NOT TRUE",
+            &[&partitions, &from, &to, &first, &last],
+            |row| place(row, 0),
         )
     }
 

@@ -3,7 +3,7 @@
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::domain::publication::DEAD_LETTER_VALUE_BYTES_MAX;
+use crate::domain::publication::{DEAD_LETTER_KEY_BYTES_MAX, DEAD_LETTER_VALUE_BYTES_MAX};
 
 // 0 means "none".
 fn folded(hash: u64) -> u32 {
@@ -25,15 +25,13 @@ pub fn message(key: Option<&[u8]>, value: Option<&[u8]>) -> u32 {
     folded(hash.digest())
 }
 
-/// Hash of the dead letter of a record; the SHA-256 represents a value that was left out for its length.
+/// Hash of the dead letter of a record; the SHA-256 represents a key or value that was left out for its length.
 pub fn dead_letter(key: Option<&[u8]>, value: Option<&[u8]>) -> u32 {
-    match value.filter(|v| v.len() > DEAD_LETTER_VALUE_BYTES_MAX) {
-        None => message(key, value),
-        Some(long) => {
-            let digest: String = Sha256::digest(long).iter().map(|byte| format!("{byte:02x}")).collect();
-            message(key, Some(digest.as_bytes()))
-        }
-    }
+    let digest = |long: &[u8]| Sha256::digest(long).iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest_over = |max, part: Option<&[u8]>| part.filter(|part| part.len() > max).map(digest);
+    let keys: Option<String> = digest_over(DEAD_LETTER_KEY_BYTES_MAX, key);
+    let values: Option<String> = digest_over(DEAD_LETTER_VALUE_BYTES_MAX, value);
+    message(keys.as_ref().map(String::as_bytes).or(key), values.as_ref().map(String::as_bytes).or(value))
 }
 
 #[cfg(test)]

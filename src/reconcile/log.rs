@@ -12,6 +12,7 @@ use super::{Comparison, Fault, hash};
 use crate::domain::batch::{Batch, PaymentView};
 use crate::domain::columns::postgres_timestamp;
 use crate::domain::partitioner::java_partition_hash;
+use crate::domain::publication::DEAD_LETTER_KEY_BYTES_MAX;
 use crate::domain::record::{NextOffset, SourceBatch, TimestampMs};
 use crate::domain::wire::{self, Rules};
 use crate::error::CommandError;
@@ -116,7 +117,8 @@ impl Slice {
                 entry.amount = amount;
                 entry.currency = currency.as_bytes().try_into().unwrap_or_default();
             }
-            entry.key = record.key.filter(|key| !key.is_empty()).map(java_partition_hash);
+            let key = record.key.filter(|key| (1..=DEAD_LETTER_KEY_BYTES_MAX).contains(&key.len()));
+            entry.key = key.map(java_partition_hash);
             self.table.push(entry);
         }
         *source = batch.into_memory().take_source();

@@ -89,14 +89,16 @@ pub(crate) struct Label<'r> {
     pub place: Option<Place>,
     /// Reason of a dead letter.
     pub reason: Option<Reason>,
+    /// Hash of a key that was left out.
+    key_digest: Option<&'r [u8]>,
     /// Hash of a value that was left out.
-    digest: Option<&'r [u8]>,
+    value_digest: Option<&'r [u8]>,
 }
 
 impl<'r> Label<'r> {
     /// Reads the headers; `topic_id` is the id of the input topic.
     pub fn of(record: &NativeRecord<'r>, topic_id: Uuid) -> Self {
-        let mut label = Self { place: None, reason: None, digest: None };
+        let mut label = Self { place: None, reason: None, key_digest: None, value_digest: None };
         for (name, value) in record.headers() {
             match name {
                 b"source" => {
@@ -107,7 +109,8 @@ impl<'r> Label<'r> {
                 b"dlq-reason" => {
                     label.reason = value.and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
                 }
-                b"dlq-value-sha256" => label.digest = value,
+                b"dlq-key-sha256" => label.key_digest = value,
+                b"dlq-value-sha256" => label.value_digest = value,
                 _ => {}
             }
         }
@@ -171,11 +174,13 @@ impl Outputs {
                     firsts.entry(partition).or_insert(offset);
                 }
                 let value = record.value();
-                let (hashed, reason) = match part {
-                    Part::DeadLetter => (value.or(label.digest), label.reason),
-                    _ => (value, None),
+                let (hash, reason) = match part {
+                    Part::DeadLetter => {
+                        let (key, value) = (record.key().or(label.key_digest), value.or(label.value_digest));
+                        (hash::message(key, value), label.reason)
+                    }
+                    _ => (hash::message(record.key(), value), None),
                 };
-                let hash = hash::message(record.key(), hashed);
                 match table.note((partition, offset), &[(*part, hash)], reason) {
                     Placed::Outside => {}
                     Placed::Nowhere => {

@@ -1,7 +1,10 @@
 //! Selects the records to compare: up to both cursors, in slices that fit into memory. Pure.
 
+use std::collections::BTreeMap;
+
+use super::report::NotCompared;
 use super::table::Place;
-use crate::domain::cursor::{GroupOffset, Identity, Known};
+use crate::domain::cursor::{GroupOffset, HaltReason, Identity, Known, LogBounds};
 use crate::domain::record::{NextOffset, Partition};
 use crate::kafka::scan::ScanRange;
 
@@ -21,6 +24,44 @@ pub fn settled_up_to(known: &Known, identity: &Identity, publishes: bool) -> Opt
     };
     let committed = known.group.as_ref().filter(is_ours).map(|group| group.position);
     committed.max(row.published).map(|sent| sent.min(row.applied))
+}
+
+/// A partition's range to compare, and everything that is not compared up to the high watermark. Offsets that were
+/// not asked for are in neither.
+pub fn select(
+    known: &Known,
+    settled: Option<NextOffset>,
+    halted: Option<&HaltReason>,
+    high_watermark: NextOffset,
+    asked: (NextOffset, NextOffset),
+) -> (ScanRange, Vec<NotCompared>) {
+    let LogBounds { start, end } = known.bounds;
+    let part = |from: NextOffset, to: NextOffset| {
+        let from = from.max(asked.0);
+        ScanRange { partition: known.partition, from, to: to.min(asked.1).max(from) }
+    };
+    // Records before this were written and published, or should have been.
+    let cut = settled.or(halted.map(HaltReason::first_offset)).unwrap_or(start);
+    let compared_to = settled.map_or(start, |settled| settled.clamp(start, end.max(start)));
+    let is_unknown = known.row.is_none() && known.group.as_ref().is_some_and(|group| group.position > start);
+    let (unwritten, is_abnormal) = match halted {
+        Some(reason) => (format!("halted: {}", reason.label()), true),
+        None if is_unknown => ("the group has an offset, but the database has no cursor".to_owned(), true),
+        None => ("not written and published yet".to_owned(), false),
+    };
+    let parts = [
+        (NextOffset(0), start.min(cut), "no longer in the log", false),
+        (cut, start, "left the log before they were written and published", true),
+        (compared_to, end, unwritten.as_str(), is_abnormal),
+        (end, cut, "before the cursors, but beyond what can be read of the log", true),
+        (end.max(cut), high_watermark, "behind an open transaction", false),
+    ];
+    let named = parts.into_iter().map(|(from, to, why, may_hide_loss)| NotCompared {
+        may_hide_loss,
+        why: why.to_owned(),
+        range: Some(part(from, to)).filter(|range| !range.is_empty()),
+    });
+    (part(start, compared_to), named.filter(|not_compared| not_compared.range.is_some()).collect())
 }
 
 /// Records that need no outcome, by decision of an operator.
@@ -58,6 +99,42 @@ impl Exempt {
     /// Whether this offset was used twice.
     pub fn is_rewound(&self, (partition, offset): Place) -> bool {
         self.rewound.iter().any(|range| range.contains(partition, offset))
+    }
+}
+
+/// More offsets without a record in a row are not control records of transactions that ended at the same time.
+const CONTROL_RECORDS_MAX: i64 = 1_000;
+
+/// Finds long runs of offsets without a record. Each partition has one range.
+pub struct Gaps {
+    ranges: BTreeMap<Partition, ScanRange>,
+    found: Vec<ScanRange>,
+}
+
+impl Gaps {
+    /// Starts at the beginning of these ranges.
+    pub fn new(ranges: &[ScanRange]) -> Self {
+        Self { ranges: ranges.iter().map(|range| (range.partition, *range)).collect(), found: Vec::new() }
+    }
+
+    /// Passes the next record of its partition.
+    pub fn pass(&mut self, (partition, offset): Place) {
+        let Some(rest) = self.ranges.get_mut(&partition) else { return };
+        let gap = ScanRange { to: NextOffset(offset.0), ..*rest };
+        rest.from = offset.next();
+        self.note(gap);
+    }
+
+    fn note(&mut self, gap: ScanRange) {
+        if gap.to.0.saturating_sub(gap.from.0) > CONTROL_RECORDS_MAX {
+            self.found.push(gap);
+        }
+    }
+
+    /// All gaps, including those at the ends of the ranges.
+    pub fn found(mut self) -> Vec<ScanRange> {
+        std::mem::take(&mut self.ranges).into_values().for_each(|rest| self.note(rest));
+        self.found
     }
 }
 
@@ -133,6 +210,56 @@ mod tests {
             let (known, identity) = known(applied, published, committed);
             assert_eq!(settled_up_to(&known, &identity, publishes), expected.map(NextOffset));
         }
+    }
+
+    #[test]
+    fn what_is_not_compared_is_named_up_to_the_high_watermark() {
+        let all = (NextOffset(0), NextOffset(i64::MAX));
+        let gap = HaltReason::LogGap { needed: NextOffset(3), log_start: NextOffset(10) };
+        type Named = [(i64, i64, bool)];
+        type Case<'a> = (i64, i64, i64, Option<i64>, Option<&'a HaltReason>, (i64, i64), &'a Named);
+        let cases: [Case<'_>; 8] = [
+            (0, 20, 20, Some(20), None, (0, 20), &[]),
+            (0, 20, 30, Some(20), None, (0, 20), &[(20, 30, false)]),
+            (10, 20, 20, Some(15), None, (10, 15), &[(0, 10, false), (15, 20, false)]),
+            // Removed before they were written.
+            (10, 20, 20, Some(3), Some(&gap), (10, 10), &[(0, 3, false), (3, 10, true), (10, 20, true)]),
+            (10, 10, 10, None, Some(&gap), (10, 10), &[(0, 3, false), (3, 10, true)]),
+            // The log ends before the cursors, or an open transaction begins there.
+            (0, 20, 20, Some(25), None, (0, 20), &[(20, 25, true)]),
+            (0, 20, 30, Some(25), None, (0, 20), &[(20, 25, true), (25, 30, false)]),
+            (0, 20, 20, None, None, (0, 0), &[(0, 20, false)]),
+        ];
+        for (start, end, high, settled, halted, compared, named) in cases {
+            let (mut known, _) = known(0, None, None);
+            known.bounds = LogBounds { start: NextOffset(start), end: NextOffset(end) };
+            let (range_, not_compared) =
+                select(&known, settled.map(NextOffset), halted, NextOffset(high), all);
+            assert_eq!((range_.from.0, range_.to.0), compared);
+            let found: Vec<_> = not_compared
+                .iter()
+                .map(|n| n.range.map(|r| (r.from.0, r.to.0, n.may_hide_loss)).unwrap())
+                .collect();
+            assert_eq!(found, named);
+        }
+        // Only what was asked for; a cursor that only the group has.
+        let (mut other, _) = known(0, None, Some((40, Uuid::from_u128(2))));
+        other.row = None;
+        other.bounds = LogBounds { start: NextOffset(0), end: NextOffset(50) };
+        let (compared, named) = select(&other, None, None, NextOffset(60), (NextOffset(45), NextOffset(55)));
+        assert!(compared.is_empty());
+        let parts: Vec<_> = named.iter().map(|n| (n.range.unwrap(), n.may_hide_loss)).collect();
+        assert_eq!(parts, [(range(0, 45, 50), true), (range(0, 50, 55), false)]);
+    }
+
+    #[test]
+    fn only_runs_that_no_control_records_explain_are_gaps() {
+        let ranges = [range(0, 0, 5_000), range(1, 10, 1_011), range(2, 0, 1_000)];
+        let mut gaps = Gaps::new(&ranges);
+        for offset in [0, 1_001, 2_003, 2_004] {
+            gaps.pass((Partition(0), Offset(offset)));
+        }
+        assert_eq!(gaps.found(), [range(0, 1_002, 2_003), range(0, 2_005, 5_000), range(1, 10, 1_011)]);
     }
 
     #[test]

@@ -136,10 +136,22 @@ impl Orphans {
     }
 }
 
+/// What was not compared, and why.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+pub struct NotCompared {
+    /// Whether a loss there would stay unnoticed: what was not compared is then not correct.
+    pub may_hide_loss: bool,
+    /// Reason.
+    pub why: String,
+    /// Offsets of the input topic; `None` if they are not known.
+    #[serde(flatten)]
+    pub range: Option<ScanRange>,
+}
+
 /// The result of a comparison.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
-    /// Whether every record has exactly one correct outcome.
+    /// Whether every record has exactly one correct outcome, and no loss can be hidden in what was not compared.
     pub is_fine: bool,
     /// Name of the input topic.
     pub topic: String,
@@ -149,6 +161,8 @@ pub struct Report {
     pub database: String,
     /// Compared ranges by partition.
     pub partitions: Vec<ScanRange>,
+    /// Ranges that were not compared.
+    pub not_compared: Vec<NotCompared>,
     /// Number of halted partitions; compared only up to the halt.
     pub partitions_halted: u64,
     /// Number of slices.
@@ -176,6 +190,11 @@ impl Report {
     /// Adds the deviations of a record to the findings.
     pub fn wrong(&mut self, place: Place, wrongs: &[Wrong]) {
         wrongs.iter().for_each(|wrong| self.findings.push(place, wrong.to_string()));
+    }
+
+    /// Adds offsets that were not compared.
+    pub fn not_compared(&mut self, range: ScanRange, why: &str, may_hide_loss: bool) {
+        self.not_compared.push(NotCompared { may_hide_loss, why: why.to_owned(), range: Some(range) });
     }
 
     /// The payments of this currency.

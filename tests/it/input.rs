@@ -27,7 +27,13 @@ fn missing(daemon: &Daemon, what: &str) -> String {
 
 /// Sets one setting of a topic, and resets all others.
 pub fn set_topic(scope: &Scope<'_>, topic: &str, name: &str, value: &str) {
-    let config = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(name, value);
+    configure_topic(scope, topic, &[(name, value)]);
+}
+
+/// Sets these settings of a topic, and resets all others.
+pub fn configure_topic(scope: &Scope<'_>, topic: &str, settings: &[(&str, &str)]) {
+    let config = AlterConfig::new(ResourceSpecifier::Topic(topic));
+    let config = settings.iter().fold(config, |config, (name, value)| config.set(name, value));
     for result in block_on(scope.admin().alter_configs([&config], &AdminOptions::new())).unwrap() {
         result.unwrap();
     }
@@ -105,22 +111,25 @@ fn trials_a_topic_that_becomes_compacted_is_reported_while_the_daemon_runs() {
     wait_until_within(2 * DEADLINE, "the metric is reset", || compacted("input") == 0.0);
 }
 
+/// Begins a transaction and writes a payment to this partition.
+pub fn leave_open(scope: &Scope<'_>, topic: &str, partition: i32) -> BaseProducer {
+    let producer: BaseProducer =
+        scope.client_config().set("transactional.id", format!("{topic}_left_open")).create().unwrap();
+    producer.init_transactions(DEADLINE).unwrap();
+    producer.begin_transaction().unwrap();
+    let Message { key, value, .. } = Payment::new(uuid_v4(100), 1).message();
+    let (key, value) = (key.unwrap(), value.unwrap());
+    producer.send(BaseRecord::to(topic).key(&key).payload(&value).partition(partition)).unwrap();
+    producer.flush(DEADLINE).unwrap();
+    producer
+}
+
 #[test]
 fn records_behind_an_open_transaction_are_reported() {
     // GIVEN a transaction that a producer left open, with other records behind it
     let scope = Scope::ready("left_open", 2, 1);
     scope.produce(&scope.input_topic, payments(0..10));
-    let producer: BaseProducer = scope
-        .client_config()
-        .set("transactional.id", format!("{}_left_open", scope.input_topic))
-        .create()
-        .unwrap();
-    producer.init_transactions(DEADLINE).unwrap();
-    producer.begin_transaction().unwrap();
-    let Message { key, value, .. } = Payment::new(uuid_v4(100), 1).message();
-    let (key, value) = (key.unwrap(), value.unwrap());
-    producer.send(BaseRecord::to(&scope.input_topic).key(&key).payload(&value).partition(1)).unwrap();
-    producer.flush(DEADLINE).unwrap();
+    let producer = leave_open(&scope, &scope.input_topic, 1);
     scope.produce(&scope.input_topic, payments(200..250));
 
     // WHEN the daemon has caught up

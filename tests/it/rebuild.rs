@@ -1,8 +1,12 @@
 //! A second database rebuilt from the log equals the first and can replace it.
 
+use std::time::Duration;
+
+use rdkafka::producer::Producer;
 use serde_json::{Value, json};
 
-use crate::reconcile::{is_fine, texts};
+use crate::input::leave_open;
+use crate::reconcile::{is_fine, not_compared, texts};
 use crate::support::{
     Finished, Flow, Load, Member, Message, PATIENCE, Payment, Scope, Servers, uuid_v4, wait_until_within,
 };
@@ -146,6 +150,66 @@ fn differences_caused_by_the_write_order_are_listed_and_are_no_findings() {
     assert!(allowed.iter().any(|text| text == twin), "{allowed:#?}");
     // Except for the dead letter that this test wrote: that record has events, too.
     assert_eq!(texts(&said["findings"]), ["1/15: a dead letter, though it should be written"]);
+}
+
+#[test]
+fn what_was_not_compared_is_named_and_hides_no_difference() {
+    // GIVEN a payment of the first moment of the oldest month that is kept, and its rebuilt copy
+    let scope = Scope::new(Servers::shared(), "rebuild_edges");
+    scope.prepare(2, 1);
+    let month = "SELECT (extract(epoch FROM date_trunc('month', now() AT TIME ZONE 'UTC')
+        - interval '1 month') * 1000)::bigint";
+    let payment = |seed: u64| Payment::new(uuid_v4(seed), 4).message().partition((seed % 2) as i32);
+    let oldest: i64 = scope.sql(month, &[])[0].get(0);
+    scope.produce(&scope.input_topic, [payment(0).timestamp_ms(oldest)]);
+    scope.produce(&scope.input_topic, (1..6).map(payment));
+    member().catch_up(&scope);
+    let into = second_database(&scope);
+    let compare = |code| {
+        let months = [("PAYMENT_WRITER__RETENTION__PAYMENT_MONTHS", "1")];
+        says(&rebuild(&scope, &into, &["--compare-only"], &months), code)
+    };
+    assert_eq!(says(&rebuild(&scope, &into, &[], &[]), 0)["equal"], 6);
+
+    // WHEN the first has lost it
+    let lose = |offset: i64| {
+        scope.execute(&format!(
+            "SET search_path = payment_writer;
+             DELETE FROM payment_core USING payment_metadata m WHERE m.payment_id = payment_core.payment_id
+                 AND source_partition = 0 AND source_offset = {offset};
+             DELETE FROM payment_metadata WHERE source_partition = 0 AND source_offset = {offset};
+             DELETE FROM idempotency WHERE source_partition = 0 AND source_offset = {offset}"
+        ));
+    };
+    lose(0);
+    // THEN that is a difference: its month was not detached
+    assert_eq!(texts(&compare(1)["findings"]), ["0/0: its rows are in the second database only"]);
+
+    // WHEN its dead letter is behind an open transaction, for a while
+    let producer = leave_open(&scope, &scope.dead_letter_topic, 0);
+    let letter = Message::new("4", "").header("source", scope.source(0, 0));
+    let letter = letter.header("dlq-reason", "rejected_by_database");
+    scope.produce(&scope.dead_letter_topic, [letter.partition(0)]);
+    let said = std::thread::scope(|threads| {
+        let comparing = threads.spawn(|| compare(0));
+        std::thread::sleep(Duration::from_secs(4));
+        producer.abort_transaction(PATIENCE).unwrap();
+        comparing.join().unwrap()
+    });
+    // THEN it is read
+    assert_eq!(texts(&said["allowed"]), ["0/0: rejected by the first database, and dead-lettered"]);
+
+    // WHEN the first has written more
+    scope.produce(&scope.input_topic, (6..8).map(payment));
+    member().catch_up(&scope);
+    // THEN that is named, and no difference
+    let further = ["0/3-4: written by one database so far", "1/3-4: written by one database so far"];
+    assert_eq!(not_compared(&compare(0)), further);
+    // AND where the first has no cursor, nothing counts as equal
+    scope.execute("DELETE FROM payment_writer.source_cursor WHERE partition = 1");
+    let said = compare(1);
+    assert_eq!(not_compared(&said), ["!1/0-3: one database has no cursor", further[0]]);
+    assert_eq!((&said["is_equal"], &said["findings"]["count"]), (&json!(false), &json!(0)));
 }
 
 #[test]

@@ -7,6 +7,7 @@ use rdkafka::admin::AdminOptions;
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 use serde_json::{Value, json};
 
+use crate::input::{configure_topic, leave_open};
 use crate::support::{
     Check, Finished, Flow, Load, Member, Message, PATIENCE, Payment, Scope, Servers, block_on, uuid_v4,
     wait_until_within,
@@ -165,7 +166,7 @@ fn beside_a_running_daemon_there_is_no_false_alarm() {
     let scope = Scope::new(Servers::shared(), "reconcile_beside");
     scope.prepare(4, 2);
     let mut daemon = member().start(&scope);
-    let flow = Flow::start(&scope, Load::new(72), 10);
+    let flow = Flow::start(&scope, Load::new(72), 5);
     wait_until_within(PATIENCE, "payments are written", || scope.count("payment_core") > 100);
 
     // WHEN it is compared again and again
@@ -186,6 +187,54 @@ fn beside_a_running_daemon_there_is_no_false_alarm() {
         scope.read_all(&scope.input_topic).len() as u64,
         "all records with an outcome are compared"
     );
+}
+
+/// The plans of the statements on payments and claims that auto_explain has logged for these databases.
+fn logged_plans(servers: &Servers, databases: &[&str]) -> Vec<String> {
+    let log = std::fs::read_to_string(servers.dir().join("data/logs/postgres.log")).unwrap();
+    let mut entries: Vec<String> = Vec::new();
+    for line in log.lines() {
+        match entries.last_mut() {
+            Some(entry) if line.starts_with('\t') => entry.push_str(&format!("\n{line}")),
+            _ => entries.push(line.to_owned()),
+        }
+    }
+    let is_plan = |entry: &String| {
+        let is_ours = databases.iter().any(|name| entry.contains(&format!("@{name} ")));
+        is_ours && entry.contains(" plan:") && entry.contains("payment_metadata m")
+    };
+    entries.into_iter().filter(is_plan).collect()
+}
+
+#[test]
+fn no_plan_depends_on_statistics() {
+    // GIVEN payments in tables that were never analyzed, as right after the first start or a restore
+    let scope = Scope::new(Servers::shared(), "reconcile_plans");
+    scope.prepare(2, 1);
+    scope.produce(
+        &scope.input_topic,
+        (0..1_000).map(|seed| payment(seed, 5).message().partition((seed % 2) as i32)),
+    );
+    member().catch_up(&scope);
+    let second = format!("{}_second", scope.database);
+    scope.on_server(&[format!("CREATE DATABASE \"{second}\" OWNER payment_writer")]);
+    for database in [&scope.database, &second] {
+        scope.execute_as_admin(&format!(
+            "ALTER DATABASE \"{database}\" SET session_preload_libraries = 'auto_explain';
+             ALTER DATABASE \"{database}\" SET auto_explain.log_min_duration = 0"
+        ));
+    }
+
+    // WHEN its rows are compared with the log, and with a second database
+    is_fine(&scope, &["--orphans"]);
+    let into = scope.servers.postgres_url(&second);
+    scope.command_with(&["rebuild"], &[("PAYMENT_WRITER_REBUILD_INTO", &into)]).succeeds();
+
+    // THEN no row of one table is looked up by reading another table again
+    let plans = logged_plans(scope.servers, &[&scope.database, &second]);
+    assert!(plans.len() >= 5, "{plans:#?}");
+    let nested: Vec<&String> = plans.iter().filter(|plan| plan.contains("Nested Loop")).collect();
+    assert!(nested.is_empty(), "{nested:#?}");
 }
 
 #[test]
@@ -450,6 +499,208 @@ fn data_removed_for_a_known_reason_is_no_finding() {
     scope.produce(&scope.input_topic, [payment(400, 5).message().partition(0)]);
     member().catch_up(&scope);
     assert_eq!(is_fine(&scope, &[])["outputs"]["read"], 1);
+}
+
+/// What was not compared, as `partition/from-to: why`, with `!` where that may hide a loss.
+pub fn not_compared(said: &Value) -> Vec<String> {
+    let text = |part: &Value| {
+        let mark = if part["may_hide_loss"] == true { "!" } else { "" };
+        let why = part["why"].as_str().unwrap();
+        match part["partition"].is_null() {
+            true => format!("{mark}{why}"),
+            false => format!("{mark}{}/{}-{}: {why}", part["partition"], part["from"], part["to"]),
+        }
+    };
+    let mut parts: Vec<String> = said["not_compared"].as_array().unwrap().iter().map(text).collect();
+    parts.sort();
+    parts
+}
+
+/// Payments on this partition.
+fn payments(seeds: std::ops::Range<u64>, partition: i32) -> Vec<Message> {
+    seeds.map(|seed| payment(seed, 5).message().partition(partition)).collect()
+}
+
+#[test]
+fn records_behind_an_open_transaction_are_named() {
+    // GIVEN a transaction that a producer left open, records behind it, and a large aborted one
+    let scope = Scope::new(Servers::shared(), "reconcile_open");
+    scope.prepare(2, 1);
+    scope.produce_in_transaction(&scope.input_topic, payments(1_000..2_100, 0), false);
+    scope.produce(&scope.input_topic, payments(0..5, 1));
+    let _producer = leave_open(&scope, &scope.input_topic, 1);
+    scope.produce(&scope.input_topic, payments(5..30, 1));
+    member().catch_up(&scope);
+
+    // THEN what is behind the open transaction is named, and nothing else
+    let said = is_fine(&scope, &[]);
+    assert_eq!(not_compared(&said), ["1/5-31: behind an open transaction"]);
+    let shown = scope.command(&["reconcile"]).succeeds().stdout;
+    let line = "not compared: behind an open transaction; partition 1 from 5 to before 31";
+    assert!(shown.contains(line), "{shown}");
+    assert_eq!(not_compared(&is_fine(&scope, &["--partition", "0"])), [""; 0]);
+
+    // WHEN the cursors are beyond it
+    scope.execute("UPDATE payment_writer.source_cursor SET applied = 31, published = 31 WHERE partition = 1");
+    // THEN a loss may be hidden there
+    let (code, said) = reconcile_with(&scope, &[], &[]);
+    assert_eq!(code, Some(1), "{said:#}");
+    let expected = "!1/5-31: before the cursors, but beyond what can be read of the log";
+    assert_eq!(not_compared(&said), [expected]);
+    let shown = scope.command(&["reconcile"]);
+    assert!(shown.stdout.contains("NOT COMPARED") && shown.stderr.contains("hidden: 1"), "{shown:?}");
+    assert!(!shown.stdout.contains("is correct"), "{shown:?}");
+}
+
+#[test]
+fn records_that_left_the_log_and_partitions_without_a_cursor_are_named() {
+    let scope = Scope::new(Servers::shared(), "reconcile_gone");
+    scope.prepare(3, 1);
+    for partition in 0..3 {
+        let from = 10 * partition as u64;
+        scope.produce(&scope.input_topic, payments(from..from + 10, partition));
+    }
+    member().catch_up(&scope);
+    assert_eq!(not_compared(&is_fine(&scope, &[])), [""; 0]);
+
+    // WHEN retention removes records while they are compared
+    let stopped = [("PAYMENT_WRITER_FAILPOINT", "before_slice:1:stop")];
+    let mut command = scope.daemon_with(&["reconcile", "--json"], &stopped);
+    wait_until_within(PATIENCE, "it is about to read the log", || command.is_stopped());
+    scope.delete_records(0, 4);
+    command.signal("CONT");
+    assert_eq!(command.wait().code(), Some(0), "{}", command.log());
+    let log = command.log();
+    let said = log.lines().find(|line| line.starts_with('{')).unwrap_or_else(|| panic!("{log}"));
+    let said: Value = serde_json::from_str(said).unwrap();
+    // THEN they are named, then and later
+    assert_eq!(not_compared(&said), ["0/0-4: left the log during the comparison"]);
+    assert_eq!((&said["records"], &said["findings"]["count"]), (&json!(26), &json!(0)));
+    assert_eq!(not_compared(&is_fine(&scope, &[])), ["0/0-4: no longer in the log"]);
+    assert_eq!(not_compared(&is_fine(&scope, &["--partition", "0", "--from-offset", "5"])), [""; 0]);
+
+    // WHEN records are not written yet
+    scope.produce(&scope.input_topic, payments(40..45, 1));
+    let part = ["--partition", "1"];
+    assert_eq!(not_compared(&is_fine(&scope, &part)), ["1/10-15: not written and published yet"]);
+    // AND are removed before they are, or the cursor of a partition is lost
+    scope.delete_records(1, 12);
+    scope.execute("DELETE FROM payment_writer.source_cursor WHERE partition = 2");
+    // THEN a loss may be hidden there
+    let (code, said) = reconcile_with(&scope, &[], &[]);
+    assert_eq!(code, Some(1), "{said:#}");
+    assert_eq!(
+        not_compared(&said),
+        [
+            "!1/10-12: left the log before they were written and published",
+            "!1/12-15: halted: log_gap",
+            "!2/0-10: the group has an offset, but the database has no cursor",
+            "0/0-4: no longer in the log",
+            "1/0-10: no longer in the log",
+        ]
+    );
+}
+
+#[test]
+fn compacted_topics_are_named() {
+    let scope = settled("reconcile_compacted");
+    for topic in [&scope.input_topic, &scope.dead_letter_topic] {
+        configure_topic(&scope, topic, &[("cleanup.policy", "compact")]);
+        let (code, said) = reconcile_with(&scope, &[], &[]);
+        assert_eq!((code, &said["findings"]["count"]), (Some(1), &json!(0)), "{said:#}");
+        let named = not_compared(&said);
+        assert_eq!(named.len(), 1);
+        assert!(named[0].starts_with(&format!("!{topic} has cleanup.policy=compact")), "{named:?}");
+        configure_topic(&scope, topic, &[("cleanup.policy", "delete")]);
+    }
+    is_fine(&scope, &[]);
+}
+
+#[test]
+#[ignore = "waits for the log cleaner; `make trials`"]
+fn trials_offsets_that_compaction_removed_are_named() {
+    // GIVEN records with one key
+    let scope = Scope::new(Servers::shared(), "reconcile_cleaned");
+    scope.prepare(1, 1);
+    scope.produce(&scope.input_topic, payments(0..2_000, 0));
+    member().catch_up(&scope);
+    // WHEN the topic is compacted for a while
+    let compact = [
+        ("cleanup.policy", "compact"),
+        ("segment.ms", "100"),
+        ("min.cleanable.dirty.ratio", "0.001"),
+        ("max.compaction.lag.ms", "1"),
+    ];
+    configure_topic(&scope, &scope.input_topic, &compact);
+    scope.produce(&scope.input_topic, payments(2_000..2_001, 0));
+    wait_until_within(2 * PATIENCE, "records are removed", || {
+        scope.produce(&scope.input_topic, [Message::new("6", "x")]);
+        scope.read_all(&scope.input_topic).iter().filter(|record| record.offset < 2_000).count() < 10
+    });
+    configure_topic(&scope, &scope.input_topic, &[("cleanup.policy", "delete")]);
+    member().catch_up(&scope);
+    // THEN the gap is named
+    let (code, said) = reconcile_with(&scope, &[], &[]);
+    assert_eq!(code, Some(1));
+    let named = not_compared(&said);
+    assert!(named[0].contains("without a record, removed by compaction or lost"), "{named:?}");
+}
+
+#[test]
+fn a_dead_letter_without_its_long_key_is_recognized() {
+    let scope = Scope::new(Servers::shared(), "reconcile_long_key");
+    scope.prepare(2, 3);
+    let long = |partition| Message::new(vec![b'k'; 70 * 1024], "{}").partition(partition);
+    scope.produce(&scope.input_topic, [long(0), long(1)]);
+    member().catch_up(&scope);
+    assert_eq!(is_fine(&scope, &[])["outputs"]["dead_letter"], 2);
+}
+
+#[test]
+fn a_lost_record_is_no_duplicate_of_a_later_one_and_a_row_in_another_month_is_found() {
+    // GIVEN a lost payment, whose id a later record has, and claims that were pruned
+    let scope = Scope::new(Servers::shared(), "reconcile_later");
+    scope.prepare(2, 1);
+    let rows_only = [("PAYMENT_WRITER__KAFKA__PUBLISH", "false")];
+    let catch_up = || drop(member().with("KAFKA__PUBLISH", "false").catch_up(&scope));
+    scope.produce(&scope.input_topic, payments(0..3, 0));
+    catch_up();
+    scope.execute(
+        "SET search_path = payment_writer;
+         DELETE FROM payment_core USING payment_metadata m
+             WHERE m.payment_id = payment_core.payment_id AND source_offset = 1;
+         DELETE FROM payment_metadata WHERE source_offset = 1;
+         DELETE FROM idempotency WHERE source_offset = 1",
+    );
+    // And a duplicate of a record of another partition, whose claim was pruned.
+    scope.produce(&scope.input_topic, payments(1..2, 0));
+    scope.produce(&scope.input_topic, payments(2..3, 1));
+    catch_up();
+    scope.execute(
+        "SET search_path = payment_writer;
+         INSERT INTO idempotency_generation (generation, leaf, state, youngest_record)
+             VALUES (99, 'gone', 'dropped', now() + interval '1 day');
+         DELETE FROM idempotency",
+    );
+    // THEN it is lost
+    let (code, said) = reconcile_with(&scope, &[], &rows_only);
+    let lost = "0/1: lost: it is valid, its id is not claimed, and it has no outcome";
+    assert_eq!((code, texts(&said["findings"])), (Some(1), vec![lost.to_owned()]), "{said:#}");
+    assert_eq!(said["outcomes"]["duplicate"], 1);
+
+    // WHEN a row was written again, in another month
+    scope.execute(
+        "SET search_path = payment_writer;
+         INSERT INTO payment_metadata
+             SELECT payment_id, created_at - interval '70 days', updated_at, version, message_id,
+                 source_partition, source_offset
+             FROM payment_metadata WHERE source_partition = 0 AND source_offset = 2",
+    );
+    // THEN it is found when all months are read
+    let (_, said) = reconcile_with(&scope, &["--orphans"], &rows_only);
+    let other = "0/2: a row in payment_metadata, in a month that is not its own";
+    assert_eq!(texts(&said["findings"]), [lost, other]);
+    assert_eq!(said["orphans"], json!({ "payment_core": 0, "payment_notes": 0, "idempotency": 0 }));
 }
 
 #[test]

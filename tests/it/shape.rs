@@ -302,6 +302,34 @@ fn a_read_only_default_and_row_level_security_are_named() {
     let daemon = member().start(&scope);
     scope.produce(&scope.input_topic, Load::without_bad_records(76).take(10));
     names(&daemon, "default_transaction_read_only is on");
+    // The commands that only read do not mind, and the others name it.
+    for (arguments, code) in [
+        (&["reconcile"][..], 0),
+        (&["status", "00000000-0000-4000-8000-000000000000", "--search"], 0),
+        (&["migrate", "status"], 0),
+        (&["prune"], 1),
+        (&["migrate"], 0),
+    ] {
+        let finished = scope.command(arguments);
+        assert_eq!(finished.code, Some(code), "{arguments:?}: {finished:?}");
+        let is_named = finished.stderr.contains("default_transaction_read_only is on");
+        assert_eq!(is_named, code == 1, "{arguments:?}: {finished:?}");
+    }
+    let second = format!("{database}_second");
+    scope.on_server(&[
+        format!("CREATE DATABASE \"{second}\" OWNER payment_writer"),
+        format!("ALTER DATABASE \"{second}\" SET default_transaction_read_only = on"),
+    ]);
+    let url = scope.servers.postgres_url(&second);
+    for (arguments, variable) in [
+        (["rebuild"], "PAYMENT_WRITER_REBUILD_INTO"),
+        (["migrate"], "PAYMENT_WRITER__POSTGRES__HOUSEKEEPING_URL"),
+    ] {
+        let refused = scope.command_with(&arguments, &[(variable, &url)]);
+        assert_eq!(refused.code, Some(1), "{arguments:?}: {refused:?}");
+        let is_named = refused.stderr.contains("default_transaction_read_only is on");
+        assert!(is_named, "{arguments:?}: {refused:?}");
+    }
     // From another database, because this one is read-only.
     scope.on_server(&[format!("ALTER DATABASE \"{database}\" RESET default_transaction_read_only")]);
     daemon.wait_until_ready();

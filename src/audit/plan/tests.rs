@@ -61,6 +61,18 @@ fn all_offsets_behind_a_begin_are_audited_once_they_are_passed() {
 }
 
 #[test]
+fn what_waits_is_not_counted_where_the_cursor_has_gone_back() {
+    let mut t = Timeline::new(0.0);
+    t.begun(3, 5_000, 5_000);
+    t.passed(&[(3, 6_000)]);
+    assert_eq!(t.plan.behind(t.now).0, 1_000);
+    t.passed(&[(3, 5_200)]);
+    assert_eq!(t.plan.behind(t.now).0, 200);
+    t.passed(&[(3, 1_000)]);
+    assert_eq!(t.plan.behind(t.now).0, 0);
+}
+
+#[test]
 fn a_quiet_partition_is_audited_as_far_as_it_has_come() {
     let mut t = Timeline::new(0.0);
     t.passed(&[(3, 100)]);
