@@ -27,7 +27,8 @@ pub fn resident_peak_mb(daemon: &Daemon) -> u64 {
 }
 
 #[test]
-fn memory_is_bounded_with_a_full_batch_of_the_largest_values_and_a_hanging_database() {
+#[ignore = "takes minutes; `make trials`"]
+fn trials_memory_is_bounded_with_a_full_batch_of_the_largest_values_and_a_hanging_database() {
     // GIVEN a backlog of values of the largest allowed size, far more than may be held in memory
     let servers = Servers::own();
     let scope = Scope::new(&servers, "memory");
@@ -97,7 +98,8 @@ fn deeply_nested_values_and_very_long_numbers_are_ordinary_dead_letters() {
 }
 
 #[test]
-fn a_topic_of_two_thousand_partitions_is_written_and_published() {
+#[ignore = "takes minutes; `make trials`"]
+fn trials_a_topic_of_two_thousand_partitions_is_written_and_published() {
     // GIVEN many more partitions than usual, with records in all of them
     let servers = Servers::own();
     let scope = Scope::new(&servers, "thousands");

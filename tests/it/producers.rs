@@ -285,7 +285,8 @@ fn no_client_creates_topics_automatically() {
 }
 
 #[test]
-fn a_producer_quota_is_logged_and_payments_flow_at_its_rate() {
+#[ignore = "takes minutes; `make trials`"]
+fn trials_a_producer_quota_is_logged_and_payments_flow_at_its_rate() {
     // GIVEN a quota that allows a fraction of a batch within the transaction timeout
     let servers = Servers::own();
     let scope = Scope::new(&servers, "quota");
