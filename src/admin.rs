@@ -1,7 +1,7 @@
 //! The admin server: `/metrics`, `/livez`, `/readyz`, `/status`, `/log-level`.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, State};
@@ -206,9 +206,11 @@ async fn status(State(shared): State<Shared>) -> Response {
     .into_response()
 }
 
-/// The port may be open to a scraper in the network; only callers on this machine may change the process.
+/// The port may be open to a scraper in the network; only callers on this machine may change the process. Other
+/// addresses of 127.0.0.0/8 may stand for the network: a service mesh's sidecar connects from 127.0.0.6.
 fn is_from_here(caller: SocketAddr) -> bool {
-    caller.ip().to_canonical().is_loopback()
+    let ip = caller.ip().to_canonical();
+    ip == Ipv4Addr::LOCALHOST || ip == Ipv6Addr::LOCALHOST
 }
 
 /// Extractor that accepts only local callers; runs before the extractor that reads the body.
@@ -222,7 +224,7 @@ impl<S: Send + Sync> FromRequestParts<S> for FromHere {
             Ok(ConnectInfo(caller)) if is_from_here(caller) => Ok(Self),
             _ => Err((
                 StatusCode::FORBIDDEN,
-                "the log level can be read and changed from loopback addresses only\n",
+                "the log level can be read and changed from 127.0.0.1 and ::1 only\n",
             )),
         }
     }
@@ -251,7 +253,8 @@ mod tests {
     fn only_the_machine_itself_may_ask_for_the_logs_level() {
         for (caller, expected) in [
             ("127.0.0.1:5", true),
-            ("127.8.0.1:5", true),
+            ("127.0.0.6:5", false),
+            ("[::ffff:127.0.0.6]:5", false),
             ("[::1]:5", true),
             ("[::ffff:127.0.0.1]:5", true),
             ("10.0.0.1:5", false),

@@ -22,8 +22,14 @@ fn sources(folder: &str) -> Vec<PathBuf> {
 }
 
 #[test]
-fn every_test_that_the_guarantees_name_exists() {
-    let page = include_str!("../../docs/guarantees.md");
+fn every_test_that_guarantees_and_trials_name_exists() {
+    assert!(named_tests("guarantees.md", include_str!("../../docs/guarantees.md")) > 30);
+    assert!(named_tests("evidence/trials.md", include_str!("../../docs/evidence/trials.md")) > 30);
+}
+
+/// How many tests a page names. Each of them exists.
+#[track_caller]
+fn named_tests(name_of_page: &str, page: &str) -> usize {
     let mut named = 0;
     for name in page.split('`').skip(1).step_by(2) {
         let Some((file, test)) = name.split_once("::") else { continue };
@@ -38,9 +44,9 @@ fn every_test_that_the_guarantees_name_exists() {
             }
         };
         let has = |text: &str| test == "*" || text.contains(&format!("fn {test}()"));
-        assert!(has(&text.unwrap()), "docs/guarantees.md names {name}, which does not exist");
+        assert!(has(&text.unwrap()), "docs/{name_of_page} names {name}, which does not exist");
     }
-    assert!(named > 30, "only {named} tests are named");
+    named
 }
 
 /// Records the described metrics, and nothing else.

@@ -240,3 +240,29 @@ fn the_daemon_recovers_from_a_broker_that_hangs_for_longer_than_its_session() {
     }
     scope.assert_exactly_once();
 }
+
+#[test]
+#[ignore = "of servers of its own; `make trials`"]
+fn trials_a_drain_that_cannot_finish_ends_in_time_with_exit_code_0() {
+    // GIVEN written payments whose events cannot be published, because the broker hangs
+    let servers = Servers::own();
+    let scope = Scope::new(&servers, "endless_drain");
+    scope.prepare(4, 2);
+    let member = Member::new("a").with("SHUTDOWN__TIMEOUT", "2s");
+    let mut daemon = member.start(&scope);
+    let flow = Flow::start(&scope, Load::new(32), 10);
+    recovers(&daemon);
+    servers.kafka(Act::Pause);
+
+    // WHEN the daemon is asked to end
+    daemon.terminate();
+
+    // THEN it gives up after its limit, and says so; the next start publishes the rest
+    let status = daemon.wait();
+    servers.kafka(Act::Resume);
+    assert_eq!(status.code(), Some(0), "{}", daemon.log());
+    assert!(daemon.log().contains("shutdown.timeout"), "{}", daemon.log());
+    drop(flow.end());
+    drop(member.catch_up(&scope));
+    scope.assert_exactly_once();
+}

@@ -1,6 +1,8 @@
 //! Partitions that move between instances, gracefully and after failures, while records flow.
 
-use crate::support::{Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+use rdkafka::admin::{AdminOptions, NewPartitions};
+
+use crate::support::{Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, block_on, wait_until_within};
 
 fn member(name: &str) -> Member {
     Member::new(name).with("BATCH__MAX_PAYMENTS", "100").soon_forgotten()
@@ -183,5 +185,36 @@ fn a_zombie_between_its_first_offsets_and_its_first_cursors_changes_nothing() {
     scope.wait_until_caught_up();
     zombie.drains();
     heir.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
+#[ignore = "new partitions are found within minutes; `make trials`"]
+fn trials_partitions_added_under_load_are_written_and_published() {
+    // GIVEN two instances under load
+    let scope = Scope::new(Servers::shared(), "added_partitions");
+    scope.prepare(6, 2);
+    let mut daemons = ["a", "b"].map(|name| Member::new(name).start(&scope));
+    for daemon in &daemons {
+        daemon.wait_for_partitions("each has its half", |partitions| partitions == 3);
+    }
+    let flow = Flow::start(&scope, Load::new(31), 5);
+
+    // WHEN the input gets as many partitions again, and producers use them
+    let topic = NewPartitions::new(&scope.input_topic, 12);
+    for result in block_on(scope.admin().create_partitions([&topic], &AdminOptions::new())).unwrap() {
+        result.unwrap();
+    }
+
+    // THEN both instances get their share, and each record has its outcome
+    for daemon in &daemons {
+        daemon.wait_for_partitions("each has half of the new ones", |partitions| partitions == 6);
+    }
+    let written =
+        |partition: i32| scope.read_all(&scope.input_topic).iter().any(|r| r.partition == partition);
+    wait_until_within(PATIENCE, "new partitions have records", || (6..12).all(&written));
+    drop(flow.end());
+    scope.wait_until_caught_up();
+    daemons.iter_mut().for_each(Daemon::drains);
     scope.assert_exactly_once();
 }
