@@ -113,6 +113,11 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
     text
 }
 
+/// Process id of the session's server process.
+pub async fn backend_pid(client: &Client) -> Result<i32, tokio_postgres::Error> {
+    client.query_typed_one("SELECT pg_backend_pid()", &[]).await?.try_get(0)
+}
+
 impl Endpoint {
     /// Opens one connection. The task that drives it ends when the client is dropped or the connection
     /// breaks.

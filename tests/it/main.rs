@@ -41,3 +41,4 @@ mod top;
 mod traces;
 mod transactions;
 mod upgrade;
+mod waits;

@@ -1,0 +1,117 @@
+//! What the database makes the daemon wait for is named in the log, `/readyz` and `/status`.
+
+use crate::outages::misses;
+use crate::support::{Daemon, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+
+fn member(name: &str) -> Member {
+    Member::new(name).with("LANES", "1").soon_forgotten()
+}
+
+/// Creates a login with the writer's rights; returns its URL.
+fn writer(scope: &Scope<'_>, role: &str) -> String {
+    scope.execute_as_admin(&format!("CREATE ROLE \"{role}\" LOGIN PASSWORD 'u' IN ROLE payment_writer_app"));
+    scope.postgres_url().replace("//payment_writer:payment_writer@", &format!("//{role}:u@"))
+}
+
+/// Waits until readiness fails for `reason`; then `/status` and the log name it, too.
+#[track_caller]
+fn tells(daemon: &Daemon, reason: &str) {
+    misses(daemon, "database", reason);
+    assert!(daemon.status()["missing"].to_string().replace('\\', "").contains(reason), "{}", daemon.status());
+    let warned = |line: &str| (line.contains("WARN") || line.contains("ERROR")) && line.contains(reason);
+    assert!(daemon.log().replace('\\', "").lines().any(warned), "{reason} in:\n{}", daemon.log());
+}
+
+/// A process that hangs in a COPY, and its heir with another login.
+fn frozen<'s>(scope: &'s Scope<'_>, logins: &[String; 2]) -> (Daemon, Daemon, i32) {
+    scope.prepare(2, 2);
+    scope.execute_as_admin(include_str!("../../sql/roles.sql"));
+    let urls = logins.clone().map(|role| writer(scope, &role));
+    let member = |name: &str, url: &str| {
+        member(name).with("POSTGRES__URL", url).with("POSTGRES__HOUSEKEEPING_URL", &scope.postgres_url())
+    };
+    scope.feed(Load::new(81).take(100));
+    let frozen = member("a", &urls[0]).start_at(scope, "before_copy_ends:1:stop");
+    wait_until_within(PATIENCE, "it hangs in a COPY", || frozen.is_stopped());
+    let holder = "SELECT a.pid FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+        WHERE l.relation = 'payment_writer.source_cursor'::regclass AND l.mode = 'RowExclusiveLock'
+            AND a.usename = $1";
+    let holder = scope.sql(holder, &[&logins[0]])[0].get(0);
+    (frozen, member("b", &urls[1]).start(scope), holder)
+}
+
+fn end(scope: &Scope<'_>, logins: &[String; 2], mut frozen: Daemon, mut heir: Daemon) {
+    scope.wait_until_caught_up();
+    frozen.kill();
+    heir.drains();
+    scope.assert_exactly_once();
+    let [old, new] = logins;
+    scope.execute_as_admin(&format!("DROP ROLE \"{old}\", \"{new}\"; DROP OWNED BY payment_writer_app"));
+}
+
+fn logins(scope: &Scope<'_>) -> [String; 2] {
+    ["old", "new"].map(|name| format!("{}_{name}", scope.database))
+}
+
+#[test]
+fn a_lock_of_a_frozen_process_is_named_with_its_pid_and_role() {
+    // GIVEN a process that hangs in a COPY, and an heir with another login
+    let scope = Scope::new(Servers::shared(), "frozen");
+    let logins = logins(&scope);
+    let (frozen, heir, pid) = frozen(&scope, &logins);
+
+    // THEN the heir names the session that holds the lock
+    tells(&heir, &format!("pid {pid}, role \"{}\"", logins[0]));
+
+    // WHEN an administrator ends it, THEN the heir continues
+    scope.execute_as_admin(&format!("SELECT pg_terminate_backend({pid})"));
+    end(&scope, &logins, frozen, heir);
+}
+
+#[test]
+#[ignore = "minutes"]
+fn trials_a_frozen_session_is_ended_by_an_heir_with_the_rights_of_its_role() {
+    // GIVEN a process that hangs in a COPY, and an heir whose login has the rights of the other login
+    let scope = Scope::new(Servers::shared(), "frozen_ended");
+    let logins = logins(&scope);
+    let (frozen, heir, _) = frozen(&scope, &logins);
+    let [old, new] = &logins;
+    scope.execute_as_admin(&format!("GRANT \"{old}\" TO \"{new}\""));
+
+    // THEN the heir ends the session, and continues
+    wait_until_within(PATIENCE, "the session is ended", || heir.log().contains("ended sessions"));
+    end(&scope, &logins, frozen, heir);
+}
+
+#[test]
+fn a_connection_limit_and_a_missing_right_are_named() {
+    // GIVEN a login that may open no connection
+    let scope = Scope::new(Servers::shared(), "refusals");
+    scope.prepare(2, 2);
+    scope.execute_as_admin(include_str!("../../sql/roles.sql"));
+    let role = format!("{}_writer", scope.database);
+    let url = writer(&scope, &role);
+    scope.execute_as_admin(&format!("ALTER ROLE \"{role}\" CONNECTION LIMIT 0"));
+    let mut daemon = member("a")
+        .with("POSTGRES__URL", &url)
+        .with("POSTGRES__HOUSEKEEPING_URL", &scope.postgres_url())
+        .start(&scope);
+    let mut load = Load::new(83);
+
+    // THEN the limit is named
+    tells(&daemon, "SQLSTATE 53300: too many connections for role");
+
+    // AND then a right that is missing
+    scope.execute_as_admin(&format!("ALTER ROLE \"{role}\" CONNECTION LIMIT -1"));
+    daemon.wait_until_ready();
+    scope.execute("REVOKE INSERT ON payment_writer.payment_notes FROM payment_writer_app");
+    scope.feed(load.take(50));
+    tells(&daemon, "SQLSTATE 42501: permission denied for table payment_notes");
+
+    // WHEN it is granted, THEN it continues
+    scope.execute("GRANT INSERT ON payment_writer.payment_notes TO payment_writer_app");
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+    scope.execute_as_admin(&format!("DROP ROLE \"{role}\"; DROP OWNED BY payment_writer_app"));
+}
