@@ -3,11 +3,15 @@
 //! Errors name hosts, database and user, never a password.
 
 use std::error::Error as StdError;
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use futures_util::future::BoxFuture;
+use postgres_openssl::TlsStream;
 use tokio::task::JoinHandle;
-use tokio_postgres::Client;
+use tokio_postgres::{AsyncMessage, Client, Config, Connection, Socket};
 
 use crate::config::Endpoint;
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
@@ -113,6 +117,30 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
     text
 }
 
+/// COMMITs of this process that were committed on the primary alone, because their wait for a standby was cancelled.
+static CANCELLED_STANDBY_WAITS: AtomicU64 = AtomicU64::new(0);
+
+/// Number of COMMITs of this process whose wait for a standby was cancelled. It is up to date when a COMMIT returns.
+pub(super) fn cancelled_standby_waits() -> u64 {
+    CANCELLED_STANDBY_WAITS.load(Ordering::Acquire)
+}
+
+/// Drives a connection. The server tells only by a warning that the wait for a standby was cancelled; its SQLSTATE is
+/// that of all warnings, and its text is translated.
+async fn drive(mut connection: Connection<Socket, TlsStream<Socket>>) {
+    loop {
+        match poll_fn(|context| connection.poll_message(context)).await {
+            Some(Ok(AsyncMessage::Notice(notice))) if notice.routine() == Some("SyncRepWaitForLSN") => {
+                CANCELLED_STANDBY_WAITS.fetch_add(1, Ordering::AcqRel);
+            }
+            Some(Ok(_)) => {}
+            None => return,
+            // The user of the client gets the same error and handles it, once the connection is dropped.
+            Some(Err(e)) => return tracing::debug!(error = describe(&e), "database connection ended"),
+        }
+    }
+}
+
 /// Process id of the session's server process.
 pub async fn backend_pid(client: &Client) -> Result<i32, tokio_postgres::Error> {
     client.query_typed_one("SELECT pg_backend_pid()", &[]).await?.try_get(0)
@@ -122,43 +150,38 @@ impl Endpoint {
     /// Opens one connection. The task that drives it ends when the client is dropped or the connection
     /// breaks.
     pub async fn connect(&self) -> Result<(Client, JoinHandle<()>), ConnectError> {
-        let opened = tokio::time::timeout(CONNECT_DEADLINE, async {
-            let (client, connection) = self.config.connect(self.tls.clone()).await?;
-            let driver = tokio::spawn(async move {
-                // The user of the client gets the same error and handles it.
-                if let Err(e) = connection.await {
-                    tracing::debug!(error = describe(&e), "database connection ended");
-                }
-            });
-            client.batch_execute(SESSION_SETTINGS).await?;
-            Ok((client, driver))
-        })
-        .await;
-        match opened {
+        match tokio::time::timeout(CONNECT_DEADLINE, self.open()).await {
             Ok(Ok(connection)) => Ok(connection),
             Ok(Err(source)) => Err(ConnectError::Refused { target: self.to_string(), source }),
             Err(_) => Err(ConnectError::TimedOut { target: self.to_string() }),
         }
     }
 
+    async fn open(&self) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
+        let (client, connection) = self.config.connect(self.tls.clone()).await?;
+        let driver = tokio::spawn(drive(connection));
+        client.batch_execute(SESSION_SETTINGS).await?;
+        Ok((client, driver))
+    }
+
     /// A pool of at most `size` connections, which are opened on demand.
     pub fn pool(&self, size: usize) -> Result<Pool, ConnectError> {
-        let manager = Manager::from_config(
-            self.config.clone(),
-            self.tls.clone(),
-            ManagerConfig { recycling_method: RecyclingMethod::Fast },
-        );
-        let prepare = Hook::async_fn(|client: &mut deadpool_postgres::ClientWrapper, _| {
-            Box::pin(async move { client.batch_execute(SESSION_SETTINGS).await.map_err(HookError::Backend) })
-        });
+        let config = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let manager = Manager::from_connect(self.config.clone(), self.clone(), config);
         Ok(Pool::builder(manager)
             .max_size(size)
             .wait_timeout(Some(POOL_WAIT_TIMEOUT))
             .create_timeout(Some(CONNECT_DEADLINE))
             .recycle_timeout(Some(CONNECT_DEADLINE))
-            .post_create(prepare)
             .runtime(Runtime::Tokio1)
             .build()?)
+    }
+}
+
+// For the pool.
+impl Connect for Endpoint {
+    fn connect(&self, _: &Config) -> BoxFuture<'_, Result<(Client, JoinHandle<()>), tokio_postgres::Error>> {
+        Box::pin(self.open())
     }
 }
 

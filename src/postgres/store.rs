@@ -33,6 +33,7 @@ use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
 use crate::domain::wire;
 use crate::failpoint;
 use crate::ports::{CursorMove, Store, StoreError, WriteStats};
+use crate::postgres::connection::cancelled_standby_waits;
 use crate::postgres::waits::Waits;
 
 /// After this a transaction is given up and its session closed; the server's timeouts are shorter.
@@ -61,7 +62,7 @@ impl PgStore {
         Self { connection, topic, refusals: Refusals::default(), claiming: Claiming::default() }
     }
 
-    /// Calls `tell` with the reason while a call waits for a lock.
+    /// Calls `tell` with the reason while a call waits for a lock or a standby.
     pub fn telling(mut self, tell: impl Fn(String) + Send + Sync + 'static) -> Self {
         self.connection.waits = Waits::new(self.connection.pool.clone(), tell);
         self
@@ -325,7 +326,14 @@ async fn commit(
     let Begun { answer, mut stats, at, .. } = begun;
     stats.copy = at.elapsed().saturating_sub(stats.claim);
     failpoint::hit("before_postgres_commit");
+    let cancelled = cancelled_standby_waits();
     session.client.batch_execute("COMMIT").await?;
+    // The outcome is unknown: a failover may lose the rows. The next attempt commits the cursors again, which
+    // waits for the standby.
+    if cancelled_standby_waits() != cancelled {
+        let message = "the COMMIT's wait for a standby was cancelled: the rows may not be on any standby";
+        return Err(store_error(FailureClass::Transient, message.to_owned()));
+    }
     failpoint::hit("after_postgres_commit");
     stats.commit = at.elapsed().saturating_sub(stats.claim + stats.copy);
     Ok((outcomes, answer, stats))

@@ -1,4 +1,4 @@
-//! Tells what a session waits for: a lock of another session.
+//! Tells what a session waits for: a lock of another session, or a standby.
 
 use std::fmt;
 use std::future::Future;
@@ -17,14 +17,15 @@ const TICK: Duration = Duration::from_secs(5);
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 
 /// The last session in the chain of those that wait for each other's locks; parameter: the pid of the first. Any role
-/// may see these columns.
+/// may see pid, role and application name; what a session waits for, only the role itself.
 const ROOT: &str = "
     WITH RECURSIVE chain (pid, depth) AS (
         SELECT $1::integer, 0
         UNION
         SELECT unnest(pg_blocking_pids(pid)), depth + 1 FROM chain WHERE depth < 9
     )
-    SELECT c.pid, a.usename::text, a.application_name, c.depth > 0
+    SELECT c.pid, a.usename::text, a.application_name, coalesce(a.wait_event = 'SyncRep', false), c.depth > 0,
+        current_setting('synchronous_standby_names')
     FROM chain c LEFT JOIN pg_stat_activity a USING (pid)
     ORDER BY depth DESC LIMIT 1";
 
@@ -74,12 +75,19 @@ impl Waits {
         }
     }
 
-    /// `None` if it is no lock, or if that cannot be found out.
+    /// `None` if it is neither a lock nor a standby, or if that cannot be found out.
     async fn reason(&self, pid: i32) -> Option<String> {
         // Not returned to the pool: it is rarely needed.
         let client = Object::take(self.pool.get().await.ok()?);
         let row = client.query_one(ROOT, &[&pid]).await.ok()?;
-        if !row.try_get(3).ok()? {
+        if row.try_get(3).ok()? {
+            let names: String = row.try_get(5).ok()?;
+            return Some(format!(
+                "a COMMIT waits for a standby (SyncRep): synchronous_standby_names is {names:?}; pg_stat_replication \
+                 lists the standbys that are connected"
+            ));
+        }
+        if !row.try_get(4).ok()? {
             return None;
         }
         let holder: i32 = row.try_get(0).ok()?;

@@ -83,6 +83,65 @@ fn trials_a_frozen_session_is_ended_by_an_heir_with_the_rights_of_its_role() {
     end(&scope, &logins, frozen, heir);
 }
 
+/// Waits until this many sessions of the scope's database wait for a standby; returns their number.
+fn waiting_for_standby(scope: &Scope<'_>) -> i64 {
+    let query = "SELECT count(*) FROM pg_stat_activity
+        WHERE wait_event = 'SyncRep' AND datname = current_database()";
+    scope.sql(query, &[])[0].get(0)
+}
+
+#[test]
+fn a_missing_standby_is_named_and_a_commit_whose_wait_was_cancelled_is_not_published() {
+    // GIVEN a daemon that starts for the first time, and a server whose COMMITs wait for a standby that does
+    // not exist
+    let servers = Servers::own();
+    let scope = Scope::new(&servers, "standby");
+    scope.prepare(2, 2);
+    let mut load = Load::without_bad_records(82);
+    scope.feed(load.take(50));
+    let standby = |setting: &str| {
+        scope.on_server(&[format!("ALTER SYSTEM {setting}"), "SELECT pg_reload_conf()".to_owned()]);
+    };
+    let (appoint, dismiss) = ("SET synchronous_standby_names = 'nobody'", "RESET synchronous_standby_names");
+    standby(appoint);
+    let mut daemon = member("a").start(&scope);
+
+    // THEN it names the cause, and continues when the cause is gone
+    tells(&daemon, "synchronous_standby_names is \"nobody\"");
+    standby(dismiss);
+    scope.wait_until_caught_up();
+    let events = || scope.read_all(&scope.read_topic).len();
+    let committed = || scope.cursors().values().map(|(applied, _)| applied).sum::<i64>();
+    let (before, sent) = (committed(), events());
+
+    // WHEN the standby is missing again
+    standby(appoint);
+    scope.feed(load.take(50));
+    tells(&daemon, "synchronous_standby_names is \"nobody\"");
+    assert_eq!(events(), sent);
+
+    // AND somebody cancels the wait, so that the batch is committed here alone
+    wait_until_within(PATIENCE, "the wait is cancelled", || {
+        scope.execute_as_admin(
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'",
+        );
+        committed() > before
+    });
+
+    // THEN it waits for the standby again, and publishes nothing
+    wait_until_within(PATIENCE, "it waits for the standby again", || {
+        daemon.log().contains("may not be on any standby") && waiting_for_standby(&scope) > 0
+    });
+    assert_eq!(events(), sent);
+    assert_eq!(daemon.get("/readyz").map(|reply| reply.status), Some(503));
+
+    // WHEN no standby is asked for any more, THEN it continues
+    standby(dismiss);
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
 #[test]
 fn a_connection_limit_and_a_missing_right_are_named() {
     // GIVEN a login that may open no connection
