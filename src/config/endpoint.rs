@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use openssl::error::ErrorStack;
 use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslVerifyMode};
@@ -58,6 +60,8 @@ pub enum EndpointError {
 pub struct Endpoint {
     pub(crate) config: Config,
     pub(crate) tls: MakeTlsConnector,
+    /// It was found that no pooler shares sessions between connections.
+    pub(crate) is_direct: Arc<AtomicBool>,
 }
 
 impl fmt::Debug for Endpoint {
@@ -121,7 +125,7 @@ impl Endpoint {
         let (mode, verify) = mode_and_verify(&tls)?;
         config.ssl_mode(mode);
         let connector = connector(&tls, verify, config.get_ssl_negotiation())?;
-        Ok(Self { config, tls: connector })
+        Ok(Self { config, tls: connector, is_direct: Arc::default() })
     }
 }
 

@@ -37,12 +37,6 @@ enum AttemptError {
     Retried(FailureClass, String),
 }
 
-/// The class of an error without a SQLSTATE (no answer from the server) is transient.
-fn by_sqlstate(sqlstate: Option<&str>, message: String) -> AttemptError {
-    let class = sqlstate.map_or(FailureClass::Transient, |code| class_of_sqlstate(code, None));
-    AttemptError::Retried(class, message)
-}
-
 /// Repeats an attempt, with backoff, until the dependency answers.
 async fn until_it_answers<T>(
     dependency: &'static str,
@@ -76,12 +70,15 @@ impl Daemon<'_> {
         let attempt = async || {
             let endpoint = &self.settings.postgres.url;
             let connected = endpoint.connect().await;
-            let (client, _driver) = connected.map_err(|e| by_sqlstate(e.sqlstate(), e.to_string()))?;
+            let (client, _driver) = connected.map_err(|e| AttemptError::Retried(e.class(), e.to_string()))?;
             schema::check(&client).await.map_err(|error| match error {
                 // The schema of a newer version stays.
                 SchemaError::TooNew { .. } => AttemptError::Final(RunError::Failed(error.to_string())),
                 // A missing or old schema: wait for the operator to migrate it.
-                _ => by_sqlstate(Some(error.sqlstate().map_or("42P01", |s| s.code())), error.to_string()),
+                _ => {
+                    let sqlstate = error.sqlstate().map_or("42P01", |s| s.code());
+                    AttemptError::Retried(class_of_sqlstate(sqlstate, None), error.to_string())
+                }
             })?;
             let id = binding::database_id(&client).await;
             id.map_err(|error| AttemptError::Retried(class_of(&error), describe(&error)))

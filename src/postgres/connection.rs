@@ -19,6 +19,8 @@ use crate::domain::outcome::{FailureClass, class_of_sqlstate};
 /// Timeout for opening a session: TCP, TLS, authentication, session settings. It also covers a server that
 /// accepts connections and then does not answer (stopped, out of memory).
 const CONNECT_DEADLINE: Duration = Duration::from_secs(15);
+/// Timeout for finding out whether there is a pooler in transaction mode.
+const POOLER_CHECK_DEADLINE: Duration = Duration::from_secs(5);
 /// Timeout for a free connection of a pool.
 const POOL_WAIT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -62,17 +64,28 @@ pub enum ConnectError {
         /// User, hosts and database.
         target: String,
     },
+    /// Statements of one session are given to several server processes, so that settings, prepared statements and
+    /// locks of the session are lost.
+    #[error(
+        "cannot connect to {target}: the database is reached through a pooler in transaction mode; use its session \
+         mode (pool_mode = session of PgBouncer) or a direct connection"
+    )]
+    Pooled {
+        /// User, hosts and database.
+        target: String,
+    },
     /// The pool cannot be built: an error in this program.
     #[error("cannot build the connection pool: {0}")]
     Pool(#[from] deadpool_postgres::BuildError),
 }
 
 impl ConnectError {
-    /// The SQLSTATE, if the server itself refused.
-    pub fn sqlstate(&self) -> Option<&str> {
+    /// The class of the failure.
+    pub fn class(&self) -> FailureClass {
         match self {
-            Self::Refused { source, .. } => source.code().map(|c| c.code()),
-            Self::TimedOut { .. } | Self::Pool(_) => None,
+            Self::Refused { source, .. } => class_of(source),
+            Self::TimedOut { .. } | Self::Pool(_) => FailureClass::Transient,
+            Self::Pooled { .. } => FailureClass::Persistent,
         }
     }
 }
@@ -143,6 +156,7 @@ async fn drive(mut connection: Connection<Socket, TlsStream<Socket>>) {
 
 /// Process id of the session's server process.
 pub async fn backend_pid(client: &Client) -> Result<i32, tokio_postgres::Error> {
+    // Without a prepared statement, which may be lost.
     client.query_typed_one("SELECT pg_backend_pid()", &[]).await?.try_get(0)
 }
 
@@ -150,11 +164,33 @@ impl Endpoint {
     /// Opens one connection. The task that drives it ends when the client is dropped or the connection
     /// breaks.
     pub async fn connect(&self) -> Result<(Client, JoinHandle<()>), ConnectError> {
-        match tokio::time::timeout(CONNECT_DEADLINE, self.open()).await {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(source)) => Err(ConnectError::Refused { target: self.to_string(), source }),
-            Err(_) => Err(ConnectError::TimedOut { target: self.to_string() }),
+        let target = || self.to_string();
+        let opened = match tokio::time::timeout(CONNECT_DEADLINE, self.open()).await {
+            Ok(opened) => opened.map_err(|source| ConnectError::Refused { target: target(), source }),
+            Err(_) => Err(ConnectError::TimedOut { target: target() }),
+        };
+        let connection = opened.inspect_err(|_| self.is_direct.store(false, Ordering::Relaxed))?;
+        if !self.is_direct.load(Ordering::Relaxed) {
+            // Without an answer it stays unknown: the server may permit no second connection.
+            match tokio::time::timeout(POOLER_CHECK_DEADLINE, self.shares_sessions(&connection.0)).await {
+                Ok(Ok(true)) => return Err(ConnectError::Pooled { target: target() }),
+                Ok(Ok(false)) => self.is_direct.store(true, Ordering::Relaxed),
+                Ok(Err(_)) | Err(_) => {}
+            }
         }
+        Ok(connection)
+    }
+
+    /// Whether a session of the client is not one of the server, as behind a pooler in transaction mode: two sessions have
+    /// the same server process, or one changes it. In this order that cannot be missed while a pooler has no other
+    /// clients, whether it takes the server connection that was used last (as PgBouncer does) or the one that was used
+    /// first (`server_round_robin`).
+    async fn shares_sessions(&self, client: &Client) -> Result<bool, tokio_postgres::Error> {
+        let (other, _driver) = self.open().await?;
+        let first = backend_pid(client).await?;
+        let second = backend_pid(&other).await?;
+        let is_stable = backend_pid(&other).await? == second && backend_pid(client).await? == first;
+        Ok(first == second || !is_stable)
     }
 
     async fn open(&self) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {

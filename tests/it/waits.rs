@@ -1,7 +1,10 @@
 //! What the database makes the daemon wait for is named in the log, `/readyz` and `/status`.
 
+use std::path::Path;
+use std::process::{Child, Command};
+
 use crate::outages::misses;
-use crate::support::{Daemon, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+use crate::support::{Daemon, Load, Member, PATIENCE, Scope, Servers, free_address, wait_until_within};
 
 fn member(name: &str) -> Member {
     Member::new(name).with("LANES", "1").soon_forgotten()
@@ -173,4 +176,104 @@ fn a_connection_limit_and_a_missing_right_are_named() {
     daemon.drains();
     scope.assert_exactly_once();
     scope.execute_as_admin(&format!("DROP ROLE \"{role}\"; DROP OWNED BY payment_writer_app"));
+}
+
+/// A PgBouncer in front of a scope's database.
+struct Pooler {
+    process: Child,
+    folder: tempfile::TempDir,
+    url: String,
+}
+
+impl Pooler {
+    fn start(scope: &Scope<'_>, settings: &str) -> Pooler {
+        let folder = tempfile::tempdir().unwrap();
+        let port = free_address().port();
+        let file = folder.path().join("pgbouncer.ini");
+        std::fs::write(folder.path().join("users"), "\"payment_writer\" \"payment_writer\"\n").unwrap();
+        let server = scope.servers.postgres_port();
+        let text = format!(
+            "[databases]\n* = host=127.0.0.1 port={server}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+             listen_port = {port}\nunix_socket_dir =\nauth_type = plain\nauth_file = {users}\n{settings}\n",
+            users = folder.path().join("users").display(),
+        );
+        std::fs::write(&file, text).unwrap();
+        // It refuses to run as root.
+        let everybody = |path: &Path, mode: &str| {
+            assert!(Command::new("chmod").arg(mode).arg(path).status().unwrap().success());
+        };
+        everybody(folder.path(), "755");
+        let mut command = Command::new("pgbouncer");
+        if std::fs::metadata("/proc/self").is_ok_and(|it| std::os::unix::fs::MetadataExt::uid(&it) == 0) {
+            command.args(["-u", "nobody"]);
+        }
+        let log = std::fs::File::create(folder.path().join("log")).unwrap();
+        let process = command.arg(&file).stdin(std::process::Stdio::null()).stderr(log).spawn();
+        let process = process.expect("pgbouncer, which dev/install brings");
+        wait_until_within(PATIENCE, "the pooler listens", || {
+            std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        let url = format!("postgres://payment_writer:payment_writer@127.0.0.1:{port}/{}", scope.database);
+        Pooler { process, folder, url }
+    }
+
+    /// Replaces a setting of the running pooler.
+    fn set(&self, before: &str, now: &str) {
+        let file = self.folder.path().join("pgbouncer.ini");
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(text.contains(before));
+        std::fs::write(&file, text.replace(before, now)).unwrap();
+        let reload = format!("kill -s HUP {}", self.process.id());
+        assert!(Command::new("sh").args(["-c", &reload]).status().unwrap().success());
+    }
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+const TRANSACTION_MODE: &str = "pool_mode = transaction";
+
+#[test]
+fn a_pooler_in_transaction_mode_is_refused_by_name_until_it_is_in_session_mode() {
+    // GIVEN a database behind a pooler in transaction mode
+    let scope = Scope::new(Servers::shared(), "pooler");
+    scope.prepare(2, 2);
+    let pooler = Pooler::start(&scope, TRANSACTION_MODE);
+    let mut load = Load::new(84);
+    scope.feed(load.take(50));
+    let mut daemon = member("a").with("POSTGRES__URL", &pooler.url).start(&scope);
+
+    // THEN the daemon waits and names it, and so do commands
+    tells(&daemon, "a pooler in transaction mode");
+    let refuses = |url: &str| {
+        for command in [&["cursors", "show"][..], &["reconcile"]] {
+            let finished = scope.command_with(command, &[("PAYMENT_WRITER__POSTGRES__URL", url)]);
+            assert_eq!(finished.code, Some(1), "{finished:?}");
+            assert!(finished.stderr.contains("a pooler in transaction mode"), "{finished:?}");
+        }
+    };
+    refuses(&pooler.url);
+
+    // AND whichever of its idle connections to the server the pooler takes
+    let other = Pooler::start(&scope, &format!("{TRANSACTION_MODE}\nserver_round_robin = 1"));
+    for connections in 1..=3 {
+        let clients: Vec<_> = (0..connections).map(|_| scope.connect_to(&other.url)).collect();
+        for client in &clients {
+            crate::support::block_on(client.batch_execute("BEGIN; SELECT 1")).unwrap();
+        }
+        drop(clients);
+        refuses(&other.url);
+    }
+
+    // WHEN the pooler is set to session mode, THEN the daemon continues
+    pooler.set(TRANSACTION_MODE, "pool_mode = session");
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+    let lines = daemon.log().lines().filter(|line| line.contains("a pooler in transaction mode")).count();
+    assert_eq!(lines, 1, "{}", daemon.log());
 }
