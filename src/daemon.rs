@@ -135,6 +135,12 @@ impl<'d> Daemon<'d> {
         for dependency in ["database", "broker"] {
             metrics::breaker_at_start(dependency, false);
         }
+        if !endpoint.ignored.is_empty() {
+            tracing::warn!(
+                detail = endpoint.ignored.join(", "),
+                "parameters of postgres.url without an effect"
+            );
+        }
         let database_id = self.database_ready().await?;
         let (mut receivers, mut handles) = (Vec::new(), Vec::new());
         for _ in 0..settings.lanes {

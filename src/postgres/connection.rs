@@ -15,6 +15,7 @@ use tokio_postgres::{AsyncMessage, Client, Config, Connection, Socket};
 
 use crate::config::Endpoint;
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
+use crate::telemetry::logging::RateLimited;
 
 /// Timeout for opening a session: TCP, TLS, authentication, session settings. It also covers a server that
 /// accepts connections and then does not answer (stopped, out of memory).
@@ -194,7 +195,18 @@ impl Endpoint {
     }
 
     async fn open(&self) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
-        let (client, connection) = self.config.connect(self.tls.clone()).await?;
+        let mut config = self.config.clone();
+        match self.password() {
+            Ok(Some(password)) => drop(config.password(password)),
+            Ok(None) => {}
+            Err(error) => {
+                static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
+                if let Some(suppressed) = LIMIT.pass() {
+                    tracing::warn!(error, suppressed, "the password file cannot be used");
+                }
+            }
+        }
+        let (client, connection) = config.connect(self.tls.clone()).await?;
         let driver = tokio::spawn(drive(connection));
         client.batch_execute(SESSION_SETTINGS).await?;
         Ok((client, driver))

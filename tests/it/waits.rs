@@ -178,6 +178,39 @@ fn a_connection_limit_and_a_missing_right_are_named() {
     scope.execute_as_admin(&format!("DROP ROLE \"{role}\"; DROP OWNED BY payment_writer_app"));
 }
 
+#[test]
+fn a_new_password_in_the_password_file_is_used_by_a_running_daemon() {
+    // GIVEN a daemon that takes its password from a file
+    let scope = Scope::new(Servers::shared(), "password_file");
+    scope.prepare(2, 2);
+    scope.execute_as_admin(include_str!("../../sql/roles.sql"));
+    let role = format!("{}_writer", scope.database);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let url = writer(&scope, &role).replace(":u@", "@") + "?passfile=" + file.path().to_str().unwrap();
+    let write = |password: &str| std::fs::write(file.path(), format!("*:*:*:{role}:{password}\n")).unwrap();
+    write("u");
+    let mut daemon = member("a")
+        .with("POSTGRES__URL", &url)
+        .with("POSTGRES__HOUSEKEEPING_URL", &scope.postgres_url())
+        .start(&scope);
+    let mut load = Load::new(85);
+    scope.feed(load.take(20));
+    scope.wait_until_caught_up();
+
+    // WHEN the password is changed in the database, and its connections are lost
+    scope.execute_as_admin(&format!("ALTER ROLE \"{role}\" PASSWORD 'new'"));
+    scope.cut_connections();
+    scope.feed(load.take(20));
+    tells(&daemon, "28P01");
+
+    // AND then in the file, THEN the daemon continues
+    write("new");
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+    scope.execute_as_admin(&format!("DROP ROLE \"{role}\"; DROP OWNED BY payment_writer_app"));
+}
+
 /// A PgBouncer in front of a scope's database.
 struct Pooler {
     process: Child,
