@@ -276,7 +276,7 @@ fn take_parameters(url: &str) -> Result<Parameters, EndpointError> {
             ("ssl", "true") => {
                 own.entry("sslmode").or_insert_with(|| "require".to_owned());
             }
-            ("ssl", _) => return Err(invalid("ssl is not true; sslmode has more values")),
+            ("ssl", _) => return Err(invalid("ssl takes no value but true; use sslmode")),
             ("keepalives_count", count) => rest.extend(["&keepalives_retries=", count]),
             ("fallback_application_name", name) => fallback_name = format!("&application_name={name}"),
             ("target_session_attrs", "primary") => rest.push_str("&target_session_attrs=read-write"),

@@ -26,7 +26,7 @@ fn tells(daemon: &Daemon, reason: &str) {
 }
 
 /// A process that hangs in a COPY, and its heir with another login.
-fn frozen<'s>(scope: &'s Scope<'_>, logins: &[String; 2]) -> (Daemon, Daemon, i32) {
+fn frozen(scope: &Scope<'_>, logins: &[String; 2]) -> (Daemon, Daemon, i32) {
     scope.prepare(2, 2);
     scope.execute_as_admin(include_str!("../../sql/roles.sql"));
     let urls = logins.clone().map(|role| writer(scope, &role));
