@@ -28,7 +28,7 @@ use crate::lane::{Lane, LaneSettings};
 use crate::ports::LaneEvent;
 use crate::postgres::store::PgStore;
 use crate::telemetry::metrics;
-use crate::telemetry::status::StatusRegistry;
+use crate::telemetry::status::{Dependency, StatusRegistry};
 use crate::telemetry::trace::BatchTracer;
 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -135,6 +135,12 @@ impl<'d> Daemon<'d> {
         for dependency in ["database", "broker"] {
             metrics::breaker_at_start(dependency, false);
         }
+        if !endpoint.ignored.is_empty() {
+            tracing::warn!(
+                detail = endpoint.ignored.join(", "),
+                "parameters of postgres.url without an effect"
+            );
+        }
         let database_id = self.database_ready().await?;
         let (mut receivers, mut handles) = (Vec::new(), Vec::new());
         for _ in 0..settings.lanes {
@@ -165,7 +171,9 @@ impl<'d> Daemon<'d> {
                 handle,
                 Arc::clone(&suspicion),
             );
-            let store = PgStore::new(pool.clone(), kafka.input_topic.clone(), identity.clone());
+            let waiting = Arc::clone(status);
+            let store = PgStore::new(pool.clone(), kafka.input_topic.clone(), identity.clone())
+                .telling(move |reason| waiting.database(index, Dependency::Down(reason)));
             let lane_settings = LaneSettings {
                 index,
                 rules: Arc::clone(&rules),

@@ -4,3 +4,4 @@ pub mod binding;
 pub mod connection;
 pub mod schema;
 pub mod store;
+pub mod waits;

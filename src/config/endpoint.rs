@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use openssl::error::ErrorStack;
 use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslVerifyMode};
@@ -23,6 +26,35 @@ const DEFAULTS: &str = "application_name=payment-writer&connect_timeout=5&tcp_us
 const EXPECTED_FORM: &str = "expected postgres://user:password@host:port/database?parameter=value, with known \
     parameters, and special characters in user and password percent-encoded";
 
+/// Parameters of libpq that have no effect here: there is no GSSAPI, and the driver always uses SNI and protocol 3.0.
+const WITHOUT_EFFECT: [&str; 8] = [
+    "gssencmode",
+    "gssdelegation",
+    "gsslib",
+    "krbsrvname",
+    "sslsni",
+    "sslcompression",
+    "min_protocol_version",
+    "max_protocol_version",
+];
+
+/// Parameters of libpq that are refused, because without their effect another server or a weaker connection could be
+/// used.
+const NOT_SUPPORTED: [&str; 12] = [
+    "service",
+    "servicefile",
+    "sslcrl",
+    "sslcrldir",
+    "sslpassword",
+    "sslcertmode",
+    "ssl_min_protocol_version",
+    "ssl_max_protocol_version",
+    "requirepeer",
+    "require_auth",
+    "requiressl",
+    "replication",
+];
+
 /// Why a URL cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
@@ -42,6 +74,14 @@ pub enum EndpointError {
         /// Errors of OpenSSL.
         source: ErrorStack,
     },
+    /// The password file named in the URL has no password for it.
+    #[error("passfile of the Postgres URL, {path}: {reason}")]
+    PasswordFile {
+        /// Path of the file.
+        path: String,
+        /// Why there is none.
+        reason: String,
+    },
     /// OpenSSL cannot be initialized.
     #[error("cannot set up TLS: {0}")]
     Tls(#[from] ErrorStack),
@@ -50,14 +90,21 @@ pub enum EndpointError {
 /// A parsed Postgres URL: where and how to connect.
 ///
 /// `postgres://user:password@host:port,host2:port2/database?parameter=value`, with parameters as in libpq:
-/// `sslmode` (`disable`, `prefer` (default), `require`, `verify-ca`, `verify-full`), `sslrootcert` (a file,
-/// or `system`; by default the system's certificates), `sslcert`, `sslkey`, `sslnegotiation`,
-/// `target_session_attrs`, `connect_timeout`, `application_name` and the others of `tokio-postgres`. As in
-/// libpq, `sslmode=require` with an `sslrootcert` verifies like `verify-ca`.
+/// `sslmode` (`disable`, `allow` (as `prefer`), `prefer` (default), `require`, `verify-ca`, `verify-full`),
+/// `sslrootcert` (a file, or `system`; by default the system's certificates), `sslcert`, `sslkey`,
+/// `sslnegotiation`, `passfile`, `target_session_attrs`, `connect_timeout`, `application_name` and the others
+/// of `tokio-postgres`. As in libpq, `sslmode=require` with an `sslrootcert` verifies like `verify-ca`, and
+/// without a password the file of `PGPASSFILE` is used.
 #[derive(Clone)]
 pub struct Endpoint {
     pub(crate) config: Config,
     pub(crate) tls: MakeTlsConnector,
+    /// It was found that no pooler shares sessions between connections.
+    pub(crate) is_direct: Arc<AtomicBool>,
+    /// Read again for each connection, so that a new password is used.
+    pub(crate) password_file: Option<PathBuf>,
+    /// Parameters that have no effect.
+    pub(crate) ignored: Vec<String>,
 }
 
 impl fmt::Debug for Endpoint {
@@ -94,7 +141,7 @@ impl fmt::Display for Endpoint {
 impl PartialEq for Endpoint {
     // Certificate files are not compared.
     fn eq(&self, other: &Self) -> bool {
-        self.config == other.config
+        self.config == other.config && self.password_file == other.password_file
     }
 }
 
@@ -108,7 +155,7 @@ impl<'de> Deserialize<'de> for Endpoint {
 impl Endpoint {
     /// Parses a URL. Reads the files that it names, but does not use the network.
     pub fn parse(url: &str) -> Result<Self, EndpointError> {
-        let (plain_url, tls) = take_tls(url)?;
+        let Parameters { plain_url, own, ignored } = take_parameters(url)?;
         let mut config: Config = plain_url.parse().map_err(|e| invalid_url(&e))?;
         if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
             return Err(invalid("it names no host"));
@@ -118,10 +165,66 @@ impl Endpoint {
         if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
             return Err(invalid(EXPECTED_FORM));
         }
-        let (mode, verify) = mode_and_verify(&tls)?;
+        let (mode, verify) = mode_and_verify(&own)?;
         config.ssl_mode(mode);
-        let connector = connector(&tls, verify, config.get_ssl_negotiation())?;
-        Ok(Self { config, tls: connector })
+        let tls = connector(&own, verify, config.get_ssl_negotiation())?;
+        let named = own.get("passfile").map(PathBuf::from);
+        let is_named = named.is_some();
+        let password_file = named
+            .or_else(|| std::env::var_os("PGPASSFILE").map(PathBuf::from))
+            .filter(|_| config.get_password().is_none());
+        let mut endpoint = Self { config, tls, is_direct: Arc::default(), password_file, ignored };
+        if let Err(reason) = endpoint.password() {
+            // PGPASSFILE may be meant for other databases.
+            let file = endpoint.password_file.take().filter(|_| is_named);
+            if let Some(path) = file {
+                return Err(EndpointError::PasswordFile { path: path.display().to_string(), reason });
+            }
+        }
+        Ok(endpoint)
+    }
+
+    /// The present password of the password file; `None` without such a file.
+    ///
+    /// # Errors
+    /// Why the file has none, without its contents.
+    pub(crate) fn password(&self) -> Result<Option<String>, String> {
+        let Some(path) = &self.password_file else { return Ok(None) };
+        let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+        let found =
+            text.lines().filter(|line| !line.starts_with('#')).find_map(|line| self.password_in(line));
+        found.map(Some).ok_or_else(|| "no line fits host, port, database and user".to_owned())
+    }
+
+    /// The password of a line `host:port:database:user:password`, if the line fits. `*` fits everything; a backslash
+    /// precedes a colon or a backslash of a field.
+    fn password_in(&self, line: &str) -> Option<String> {
+        let mut fields = vec![String::new()];
+        let mut characters = line.chars();
+        while let Some(character) = characters.next() {
+            match (character, fields.last_mut()) {
+                (':', _) => fields.push(String::new()),
+                ('\\', Some(field)) => field.extend(characters.next()),
+                (_, Some(field)) => field.push(character),
+                (_, None) => {}
+            }
+        }
+        let [host, port, database, user, password, ..] = fields.as_slice() else { return None };
+        let fits = |field: &String, value: &str| field == "*" || field == value;
+        let config = &self.config;
+        let name = config.get_user().unwrap_or_default();
+        let ports = config.get_ports();
+        let is_host = config.get_hosts().iter().enumerate().any(|(at, found)| {
+            let found_port = ports.get(at).or(ports.first()).copied().unwrap_or(5432);
+            let found = match found {
+                Host::Tcp(name) => name.clone(),
+                #[cfg(unix)]
+                Host::Unix(path) => path.display().to_string(),
+            };
+            fits(host, &found) && fits(port, &found_port.to_string())
+        });
+        let is_fit = is_host && fits(database, config.get_dbname().unwrap_or(name)) && fits(user, name);
+        is_fit.then(|| password.clone())
     }
 }
 
@@ -133,12 +236,18 @@ enum Verify {
     IssuerAndHost,
 }
 
-/// URL parameters that tokio-postgres leaves to its TLS connector, by name.
-type TlsParameters = BTreeMap<&'static str, String>;
+/// URL parameters that tokio-postgres does not know, by name.
+type OwnParameters = BTreeMap<&'static str, String>;
 
-/// Removes the TLS parameters from the URL, because tokio-postgres rejects unknown ones, and adds
-/// [`DEFAULTS`].
-fn take_tls(url: &str) -> Result<(String, TlsParameters), EndpointError> {
+struct Parameters {
+    /// The URL as tokio-postgres takes it.
+    plain_url: String,
+    own: OwnParameters,
+    ignored: Vec<String>,
+}
+
+/// Sorts the parameters of the URL, because tokio-postgres rejects those that it does not know, and adds [`DEFAULTS`].
+fn take_parameters(url: &str) -> Result<Parameters, EndpointError> {
     let authority = url
         .strip_prefix("postgres://")
         .or_else(|| url.strip_prefix("postgresql://"))
@@ -147,37 +256,63 @@ fn take_tls(url: &str) -> Result<(String, TlsParameters), EndpointError> {
     let credentials = authority.find('@').map_or(0, |at| at + 1);
     let mark = authority.get(credentials..).and_then(|rest| rest.find('?')).map(|at| credentials + at);
     let (place, query) = mark.and_then(|at| authority.split_at_checked(at)).unwrap_or((authority, ""));
-    let mut plain = format!("postgres://{place}?{DEFAULTS}");
-    let mut tls = TlsParameters::new();
+    let (mut fallback_name, mut rest) = (String::new(), String::new());
+    let mut own = OwnParameters::new();
+    let mut ignored = Vec::new();
     for parameter in query.trim_start_matches('?').split('&').filter(|p| !p.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-        match ["sslmode", "sslrootcert", "sslcert", "sslkey"].into_iter().find(|known| *known == name) {
-            Some(name) => {
-                let value = percent_decode_str(value)
-                    .decode_utf8()
-                    .map_err(|_| invalid(&format!("the value of {name} is not well encoded")))?;
-                tls.insert(name, value.into_owned());
+        let own_name = ["sslmode", "sslrootcert", "sslcert", "sslkey", "passfile"]
+            .into_iter()
+            .find(|known| *known == name);
+        if let Some(name) = own_name {
+            let value = percent_decode_str(value)
+                .decode_utf8()
+                .map_err(|_| invalid(&format!("the value of {name} is not well encoded")))?;
+            own.insert(name, value.into_owned());
+            continue;
+        }
+        match (name, value) {
+            // As in libpq, which knows no other value.
+            ("ssl", "true") => {
+                own.entry("sslmode").or_insert_with(|| "require".to_owned());
             }
-            None => plain.extend(["&", parameter]),
+            ("ssl", _) => return Err(invalid("ssl takes no value but true; use sslmode")),
+            ("keepalives_count", count) => rest.extend(["&keepalives_retries=", count]),
+            ("fallback_application_name", name) => fallback_name = format!("&application_name={name}"),
+            ("target_session_attrs", "primary") => rest.push_str("&target_session_attrs=read-write"),
+            ("target_session_attrs", "standby") => rest.push_str("&target_session_attrs=read-only"),
+            ("target_session_attrs", "prefer-standby") => {
+                return Err(invalid("target_session_attrs=prefer-standby is not supported"));
+            }
+            // The driver uses no other encoding.
+            ("client_encoding", encoding)
+                if ["utf8", "utf-8", "auto"].contains(&encoding.to_ascii_lowercase().as_str()) => {}
+            ("client_encoding", _) => return Err(invalid("client_encoding is not UTF8")),
+            ("gssencmode", "disable") => {}
+            ("gssencmode", "require") => return Err(invalid("gssencmode=require is not supported")),
+            _ if WITHOUT_EFFECT.contains(&name) => ignored.push(name.to_owned()),
+            _ if NOT_SUPPORTED.contains(&name) => return Err(invalid(&format!("{name} is not supported"))),
+            _ => rest.extend(["&", parameter]),
         }
     }
-    Ok((plain, tls))
+    let plain_url = format!("postgres://{place}?{DEFAULTS}{fallback_name}{rest}");
+    Ok(Parameters { plain_url, own, ignored })
 }
 
-fn mode_and_verify(tls: &TlsParameters) -> Result<(SslMode, Verify), EndpointError> {
+fn mode_and_verify(tls: &OwnParameters) -> Result<(SslMode, Verify), EndpointError> {
     match tls.get("sslmode").map(String::as_str) {
         Some("disable") => Ok((SslMode::Disable, Verify::Nothing)),
-        None | Some("prefer") => Ok((SslMode::Prefer, Verify::Nothing)),
+        None | Some("prefer" | "allow") => Ok((SslMode::Prefer, Verify::Nothing)),
         Some("require") if tls.contains_key("sslrootcert") => Ok((SslMode::Require, Verify::Issuer)),
         Some("require") => Ok((SslMode::Require, Verify::Nothing)),
         Some("verify-ca") => Ok((SslMode::Require, Verify::Issuer)),
         Some("verify-full") => Ok((SslMode::Require, Verify::IssuerAndHost)),
-        Some(_) => Err(invalid("sslmode is none of disable, prefer, require, verify-ca, verify-full")),
+        Some(_) => Err(invalid("sslmode is none of disable, allow, prefer, require, verify-ca, verify-full")),
     }
 }
 
 fn connector(
-    tls: &TlsParameters,
+    tls: &OwnParameters,
     verify: Verify,
     negotiation: SslNegotiation,
 ) -> Result<MakeTlsConnector, EndpointError> {
@@ -227,6 +362,8 @@ fn invalid_url(error: &tokio_postgres::Error) -> EndpointError {
 mod tests {
     use std::time::Duration;
 
+    use tokio_postgres::config::TargetSessionAttrs;
+
     use super::*;
 
     fn refusal(url: &str) -> String {
@@ -275,6 +412,9 @@ mod tests {
             ("", SslMode::Prefer, Verify::Nothing),
             ("?sslmode=disable", SslMode::Disable, Verify::Nothing),
             ("?sslmode=prefer", SslMode::Prefer, Verify::Nothing),
+            ("?sslmode=allow", SslMode::Prefer, Verify::Nothing),
+            ("?ssl=true", SslMode::Require, Verify::Nothing),
+            ("?sslmode=verify-ca&ssl=true", SslMode::Require, Verify::Issuer),
             ("?sslmode=require", SslMode::Require, Verify::Nothing),
             ("?sslmode=require&sslrootcert=system", SslMode::Require, Verify::Issuer),
             ("?connect_timeout=3&sslmode=verify-ca", SslMode::Require, Verify::Issuer),
@@ -282,8 +422,8 @@ mod tests {
         ];
         for (query, mode, verify) in cases {
             let url = format!("postgres://u:p?w@db/x{query}");
-            let (_, tls) = take_tls(&url).unwrap();
-            assert_eq!(mode_and_verify(&tls).unwrap(), (mode, verify), "{query}");
+            let own = take_parameters(&url).unwrap().own;
+            assert_eq!(mode_and_verify(&own).unwrap(), (mode, verify), "{query}");
             assert_eq!(Endpoint::parse(&url).unwrap().config.get_ssl_mode(), mode, "{query}");
         }
     }
@@ -301,5 +441,62 @@ mod tests {
         let set = config("postgres://u@db/x?application_name=other&connect_timeout=1");
         assert_eq!(set.get_application_name(), Some("other"));
         assert_eq!(set.get_connect_timeout(), Some(&Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn parameters_of_libpq_are_taken_ignored_or_refused_by_name() {
+        let parse = |query: &str| Endpoint::parse(&format!("postgres://u:p@db/x?{query}"));
+        let taken = parse(
+            "keepalives_count=7&fallback_application_name=other&client_encoding=UTF8&target_session_attrs=primary",
+        )
+        .unwrap();
+        assert_eq!(taken.config.get_keepalives_retries(), Some(7));
+        assert_eq!(taken.config.get_application_name(), Some("other"));
+        assert_eq!(taken.config.get_target_session_attrs(), TargetSessionAttrs::ReadWrite);
+        assert!(taken.ignored.is_empty());
+        let both = parse("application_name=mine&fallback_application_name=other").unwrap();
+        assert_eq!(both.config.get_application_name(), Some("mine"));
+        let standby = parse("target_session_attrs=standby").unwrap();
+        assert_eq!(standby.config.get_target_session_attrs(), TargetSessionAttrs::ReadOnly);
+
+        for name in WITHOUT_EFFECT {
+            assert_eq!(parse(&format!("{name}=1")).unwrap().ignored, [name]);
+        }
+        for name in NOT_SUPPORTED {
+            assert!(refusal(&format!("postgres://u:p@db/x?{name}=1")).contains(name), "{name}");
+        }
+        for (parameter, name) in [
+            ("target_session_attrs=prefer-standby", "prefer-standby"),
+            ("client_encoding=LATIN1", "client_encoding"),
+            ("gssencmode=require", "gssencmode"),
+            ("ssl=yes", "sslmode"),
+        ] {
+            let text = refusal(&format!("postgres://u:p@db/x?{parameter}"));
+            assert!(text.contains(name), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_password_file_is_read_again_each_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passwords");
+        let url = format!("postgres://u@db1,db2:6000/x?passfile={}", path.display());
+        assert!(refusal(&url).contains("passwords"));
+        std::fs::write(&path, "# comment\ndb1:5433:x:u:no\nother:*:*:*:no\n").unwrap();
+        assert!(refusal(&url).contains("no line fits"));
+        for (line, password) in [
+            ("db1:*:x:u:one", "one"),
+            ("db2:6000:*:u:with\\:colon\\\\", "with:colon\\"),
+            ("*:*:*:*:any:rest", "any"),
+        ] {
+            std::fs::write(&path, format!("no:*:*:*:no\n{line}\n*:*:*:*:later\n")).unwrap();
+            assert_eq!(Endpoint::parse(&url).unwrap().password().unwrap().as_deref(), Some(password));
+        }
+        let endpoint = Endpoint::parse(&url).unwrap();
+        std::fs::write(&path, "*:*:x:u:changed").unwrap();
+        assert_eq!(endpoint.password().unwrap().as_deref(), Some("changed"));
+        // A password of the URL precedes it.
+        let url = url.replace("u@", "u:p@");
+        assert_eq!(Endpoint::parse(&url).unwrap().password_file, None);
     }
 }

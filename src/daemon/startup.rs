@@ -1,7 +1,10 @@
 //! Waits at the start for the database and the broker.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use rdkafka::consumer::Consumer;
-use tokio::time::sleep_until;
+use tokio::time::{sleep_until, timeout};
 use uuid::Uuid;
 
 use super::{Daemon, REQUEST_TIMEOUT, RunError, ask};
@@ -11,10 +14,14 @@ use crate::kafka::librdkafka::topic_id;
 use crate::kafka::topic_rules::{self, Action};
 use crate::lane::backoff::Backoff;
 use crate::postgres::binding::{self, Binding, BindingError};
-use crate::postgres::connection::{class_of, describe};
+use crate::postgres::connection::{backend_pid, class_of, describe};
 use crate::postgres::schema::{self, SchemaError};
+use crate::postgres::waits::Waits;
 use crate::telemetry::metrics;
 use crate::telemetry::status::Dependency;
+
+const BINDING: &str = "binding the database to the group";
+const BINDING_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Identity of the cluster and the topic at the start.
 pub(super) struct Found {
@@ -28,12 +35,6 @@ enum AttemptError {
     /// Waiting does not help.
     Final(RunError),
     Retried(FailureClass, String),
-}
-
-/// The class of an error without a SQLSTATE (no answer from the server) is transient.
-fn by_sqlstate(sqlstate: Option<&str>, message: String) -> AttemptError {
-    let class = sqlstate.map_or(FailureClass::Transient, |code| class_of_sqlstate(code, None));
-    AttemptError::Retried(class, message)
 }
 
 /// Repeats an attempt, with backoff, until the dependency answers.
@@ -69,12 +70,15 @@ impl Daemon<'_> {
         let attempt = async || {
             let endpoint = &self.settings.postgres.url;
             let connected = endpoint.connect().await;
-            let (client, _driver) = connected.map_err(|e| by_sqlstate(e.sqlstate(), e.to_string()))?;
+            let (client, _driver) = connected.map_err(|e| AttemptError::Retried(e.class(), e.to_string()))?;
             schema::check(&client).await.map_err(|error| match error {
                 // The schema of a newer version stays.
                 SchemaError::TooNew { .. } => AttemptError::Final(RunError::Failed(error.to_string())),
                 // A missing or old schema: wait for the operator to migrate it.
-                _ => by_sqlstate(Some(error.sqlstate().map_or("42P01", |s| s.code())), error.to_string()),
+                _ => {
+                    let sqlstate = error.sqlstate().map_or("42P01", |s| s.code());
+                    AttemptError::Retried(class_of_sqlstate(sqlstate, None), error.to_string())
+                }
             })?;
             let id = binding::database_id(&client).await;
             id.map_err(|error| AttemptError::Retried(class_of(&error), describe(&error)))
@@ -132,17 +136,25 @@ impl Daemon<'_> {
             topic_id: found.topic_id,
             publishes: kafka.publish,
         };
+        let endpoint = &self.settings.postgres.url;
+        let pool = endpoint.pool(1).map_err(|error| RunError::Failed(error.to_string()))?;
+        let status = Arc::clone(self.status);
+        let waits = Waits::new(pool, move |reason| status.probed(Some(Dependency::Down(reason)), None));
         let attempt = async || {
             let transient = |message| AttemptError::Retried(FailureClass::Transient, message);
-            let connected = self.settings.postgres.url.connect().await;
+            let connected = endpoint.connect().await;
             let (mut client, _driver) = connected.map_err(|error| transient(error.to_string()))?;
-            let bound = binding::bind(&mut client, &wanted, self.options.adopt_database).await;
+            let pid = backend_pid(&client).await.map_err(|error| transient(describe(&error)))?;
+            let bind = binding::bind(&mut client, &wanted, self.options.adopt_database);
+            let (bound, reason) = waits.explain(pid, BINDING, timeout(BINDING_TIMEOUT, bind)).await;
+            let bound =
+                bound.map_err(|_| transient(reason.unwrap_or_else(|| "no answer in time".to_owned())))?;
             bound.map_err(|error| match error {
                 BindingError::Identity(mismatch) => AttemptError::Final(mismatch.into()),
                 BindingError::Database(_) => transient(error.to_string()),
             })
         };
         let probed = |database| self.status.probed(Some(database), None);
-        until_it_answers("database", "binding the database to the group", probed, attempt).await
+        until_it_answers("database", BINDING, probed, attempt).await
     }
 }

@@ -3,18 +3,25 @@
 //! Errors name hosts, database and user, never a password.
 
 use std::error::Error as StdError;
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use futures_util::future::BoxFuture;
+use postgres_openssl::TlsStream;
 use tokio::task::JoinHandle;
-use tokio_postgres::Client;
+use tokio_postgres::{AsyncMessage, Client, Config, Connection, Socket};
 
 use crate::config::Endpoint;
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
+use crate::telemetry::logging::RateLimited;
 
 /// Timeout for opening a session: TCP, TLS, authentication, session settings. It also covers a server that
 /// accepts connections and then does not answer (stopped, out of memory).
 const CONNECT_DEADLINE: Duration = Duration::from_secs(15);
+/// Timeout for finding out whether there is a pooler in transaction mode.
+const POOLER_CHECK_DEADLINE: Duration = Duration::from_secs(5);
 /// Timeout for a free connection of a pool.
 const POOL_WAIT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -71,17 +78,28 @@ pub enum ConnectError {
         /// User, hosts and database.
         target: String,
     },
+    /// Statements of one session are given to several server processes, so that settings, prepared statements and
+    /// locks of the session are lost.
+    #[error(
+        "cannot connect to {target}: the database is reached through a pooler in transaction mode; use its session \
+         mode (pool_mode = session of PgBouncer) or a direct connection"
+    )]
+    Pooled {
+        /// User, hosts and database.
+        target: String,
+    },
     /// The pool cannot be built: an error in this program.
     #[error("cannot build the connection pool: {0}")]
     Pool(#[from] deadpool_postgres::BuildError),
 }
 
 impl ConnectError {
-    /// The SQLSTATE, if the server itself refused.
-    pub fn sqlstate(&self) -> Option<&str> {
+    /// The class of the failure.
+    pub fn class(&self) -> FailureClass {
         match self {
-            Self::Refused { source, .. } => source.code().map(|c| c.code()),
-            Self::TimedOut { .. } | Self::Pool(_) => None,
+            Self::Refused { source, .. } => class_of(source),
+            Self::TimedOut { .. } | Self::Pool(_) => FailureClass::Transient,
+            Self::Pooled { .. } => FailureClass::Persistent,
         }
     }
 }
@@ -126,47 +144,105 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
     text
 }
 
+/// COMMITs of this process that were committed on the primary alone, because their wait for a standby was cancelled.
+static CANCELLED_STANDBY_WAITS: AtomicU64 = AtomicU64::new(0);
+
+/// Number of COMMITs of this process whose wait for a standby was cancelled. It is up to date when a COMMIT returns.
+pub(super) fn cancelled_standby_waits() -> u64 {
+    CANCELLED_STANDBY_WAITS.load(Ordering::Acquire)
+}
+
+/// Drives a connection. The server tells only by a warning that the wait for a standby was cancelled; its SQLSTATE is
+/// that of all warnings, and its text is translated.
+async fn drive(mut connection: Connection<Socket, TlsStream<Socket>>) {
+    loop {
+        match poll_fn(|context| connection.poll_message(context)).await {
+            Some(Ok(AsyncMessage::Notice(notice))) if notice.routine() == Some("SyncRepWaitForLSN") => {
+                CANCELLED_STANDBY_WAITS.fetch_add(1, Ordering::AcqRel);
+            }
+            Some(Ok(_)) => {}
+            None => return,
+            // The user of the client gets the same error and handles it, once the connection is dropped.
+            Some(Err(e)) => return tracing::debug!(error = describe(&e), "database connection ended"),
+        }
+    }
+}
+
+/// Process id of the session's server process.
+pub async fn backend_pid(client: &Client) -> Result<i32, tokio_postgres::Error> {
+    // Without a prepared statement, which may be lost.
+    client.query_typed_one("SELECT pg_backend_pid()", &[]).await?.try_get(0)
+}
+
 impl Endpoint {
     /// Opens one connection. The task that drives it ends when the client is dropped or the connection
     /// breaks.
     pub async fn connect(&self) -> Result<(Client, JoinHandle<()>), ConnectError> {
-        let opened = tokio::time::timeout(CONNECT_DEADLINE, async {
-            let (client, connection) = self.config.connect(self.tls.clone()).await?;
-            let driver = tokio::spawn(async move {
-                // The user of the client gets the same error and handles it.
-                if let Err(e) = connection.await {
-                    tracing::debug!(error = describe(&e), "database connection ended");
-                }
-            });
-            client.batch_execute(SESSION_SETTINGS).await?;
-            Ok((client, driver))
-        })
-        .await;
-        match opened {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(source)) => Err(ConnectError::Refused { target: self.to_string(), source }),
-            Err(_) => Err(ConnectError::TimedOut { target: self.to_string() }),
+        let target = || self.to_string();
+        let opened = match tokio::time::timeout(CONNECT_DEADLINE, self.open()).await {
+            Ok(opened) => opened.map_err(|source| ConnectError::Refused { target: target(), source }),
+            Err(_) => Err(ConnectError::TimedOut { target: target() }),
+        };
+        let connection = opened.inspect_err(|_| self.is_direct.store(false, Ordering::Relaxed))?;
+        if !self.is_direct.load(Ordering::Relaxed) {
+            // Without an answer it stays unknown: the server may permit no second connection.
+            match tokio::time::timeout(POOLER_CHECK_DEADLINE, self.shares_sessions(&connection.0)).await {
+                Ok(Ok(true)) => return Err(ConnectError::Pooled { target: target() }),
+                Ok(Ok(false)) => self.is_direct.store(true, Ordering::Relaxed),
+                Ok(Err(_)) | Err(_) => {}
+            }
         }
+        Ok(connection)
+    }
+
+    /// Whether a session of the client is not one of the server, as behind a pooler in transaction mode: two sessions have
+    /// the same server process, or one changes it. In this order that cannot be missed while a pooler has no other
+    /// clients, whether it takes the server connection that was used last (as PgBouncer does) or the one that was used
+    /// first (`server_round_robin`).
+    async fn shares_sessions(&self, client: &Client) -> Result<bool, tokio_postgres::Error> {
+        let (other, _driver) = self.open().await?;
+        let first = backend_pid(client).await?;
+        let second = backend_pid(&other).await?;
+        let is_stable = backend_pid(&other).await? == second && backend_pid(client).await? == first;
+        Ok(first == second || !is_stable)
+    }
+
+    async fn open(&self) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
+        let mut config = self.config.clone();
+        match self.password() {
+            Ok(Some(password)) => drop(config.password(password)),
+            Ok(None) => {}
+            Err(error) => {
+                static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
+                if let Some(suppressed) = LIMIT.pass() {
+                    tracing::warn!(error, suppressed, "the password file cannot be used");
+                }
+            }
+        }
+        let (client, connection) = config.connect(self.tls.clone()).await?;
+        let driver = tokio::spawn(drive(connection));
+        client.batch_execute(SESSION_SETTINGS).await?;
+        Ok((client, driver))
     }
 
     /// A pool of at most `size` connections, which are opened on demand.
     pub fn pool(&self, size: usize) -> Result<Pool, ConnectError> {
-        let manager = Manager::from_config(
-            self.config.clone(),
-            self.tls.clone(),
-            ManagerConfig { recycling_method: RecyclingMethod::Fast },
-        );
-        let prepare = Hook::async_fn(|client: &mut deadpool_postgres::ClientWrapper, _| {
-            Box::pin(async move { client.batch_execute(SESSION_SETTINGS).await.map_err(HookError::Backend) })
-        });
+        let config = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let manager = Manager::from_connect(self.config.clone(), self.clone(), config);
         Ok(Pool::builder(manager)
             .max_size(size)
             .wait_timeout(Some(POOL_WAIT_TIMEOUT))
             .create_timeout(Some(CONNECT_DEADLINE))
             .recycle_timeout(Some(CONNECT_DEADLINE))
-            .post_create(prepare)
             .runtime(Runtime::Tokio1)
             .build()?)
+    }
+}
+
+// For the pool.
+impl Connect for Endpoint {
+    fn connect(&self, _: &Config) -> BoxFuture<'_, Result<(Client, JoinHandle<()>), tokio_postgres::Error>> {
+        Box::pin(self.open())
     }
 }
 

@@ -34,6 +34,8 @@ use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
 use crate::domain::wire;
 use crate::failpoint;
 use crate::ports::{CursorMove, Store, StoreError, WriteStats};
+use crate::postgres::connection::cancelled_standby_waits;
+use crate::postgres::waits::Waits;
 
 /// After this a transaction is given up and its session closed; the server's timeouts are shorter.
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
@@ -56,8 +58,15 @@ pub struct PgStore {
 impl PgStore {
     /// A store that takes its session from `pool` on first use.
     pub fn new(pool: Pool, topic: String, identity: Identity) -> Self {
-        let connection = Connection { pool, identity, session: None, was_locked_out: false };
+        let waits = Waits::new(pool.clone(), |_| {});
+        let connection = Connection { pool, identity, session: None, was_locked_out: false, waits };
         Self { connection, topic, refusals: Refusals::default(), claiming: Claiming::default() }
+    }
+
+    /// Calls `tell` with the reason while a call waits for a lock or a standby.
+    pub fn telling(mut self, tell: impl Fn(String) + Send + Sync + 'static) -> Self {
+        self.connection.waits = Waits::new(self.connection.pool.clone(), tell);
+        self
     }
 }
 
@@ -68,6 +77,7 @@ struct Connection {
     session: Option<Session>,
     /// The last call failed with a lock timeout: the holder of the lock may be a hung process.
     was_locked_out: bool,
+    waits: Waits,
 }
 
 impl Connection {
@@ -92,13 +102,21 @@ impl Connection {
                 session
             }
         };
-        let result = tokio::time::timeout(limit, work(&mut session)).await.unwrap_or_else(|_| {
+        let pid = session.pid;
+        let call = tokio::time::timeout(limit, work(&mut session));
+        let (answer, reason) = self.waits.explain(pid, doing, call).await;
+        let mut result = answer.unwrap_or_else(|_| {
             let message = format!("{doing}: no answer within {} s", limit.as_secs());
             Err(store_error(FailureClass::Transient, message))
         });
-        match &result {
+        match &mut result {
             Ok(_) => self.session = Some(session),
-            Err(error) => self.was_locked_out = error.sqlstate.as_deref() == Some(SQLSTATE_LOCK_TIMEOUT),
+            Err(error) => {
+                self.was_locked_out = error.sqlstate.as_deref() == Some(SQLSTATE_LOCK_TIMEOUT);
+                if let Some(reason) = reason {
+                    error.message = format!("{}; {reason}", error.message);
+                }
+            }
         }
         result
     }
@@ -309,7 +327,14 @@ async fn commit(
     let Begun { answer, mut stats, at, .. } = begun;
     stats.copy = at.elapsed().saturating_sub(stats.claim);
     failpoint::hit("before_postgres_commit");
+    let cancelled = cancelled_standby_waits();
     session.client.batch_execute("COMMIT").await?;
+    // The outcome is unknown: a failover may lose the rows. The next attempt commits the cursors again, which
+    // waits for the standby.
+    if cancelled_standby_waits() != cancelled {
+        let message = "the COMMIT's wait for a standby was cancelled: the rows may not be on any standby";
+        return Err(store_error(FailureClass::Transient, message.to_owned()));
+    }
     failpoint::hit("after_postgres_commit");
     stats.commit = at.elapsed().saturating_sub(stats.claim + stats.copy);
     Ok((outcomes, answer, stats))

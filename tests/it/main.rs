@@ -43,3 +43,4 @@ mod top;
 mod traces;
 mod transactions;
 mod upgrade;
+mod waits;

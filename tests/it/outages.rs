@@ -7,7 +7,7 @@ use crate::support::{Act, Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, 
 
 /// Waits until readiness fails because of `what`.
 #[track_caller]
-fn misses(daemon: &Daemon, what: &str, reason: &str) {
+pub fn misses(daemon: &Daemon, what: &str, reason: &str) {
     wait_until_within(PATIENCE, &format!("/readyz names {what} {reason}"), || {
         daemon.get("/readyz").is_some_and(|reply| {
             let json: Value = serde_json::from_str(&reply.body).unwrap();

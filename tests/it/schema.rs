@@ -761,7 +761,7 @@ fn the_error_for_a_wrong_password_does_not_contain_it() {
     let url = scope.postgres_url().replace(":payment_writer@", ":s3cret-and-wrong@");
     let error = connect(&url).err().unwrap();
     assert!(matches!(error, ConnectError::Refused { .. }), "{error}");
-    assert_eq!(error.sqlstate(), Some("28P01"), "{error}");
+    assert!(error.to_string().contains("SQLSTATE 28P01"), "{error}");
     assert!(!error.to_string().contains("s3cret"), "{error}");
 }
 

@@ -9,7 +9,7 @@ use crate::domain::cursor::{Identity, IdentityMismatch};
 use crate::domain::outcome::{FailureClass, SqlState};
 use crate::ports::StoreError;
 use crate::postgres::binding::database_id;
-use crate::postgres::connection::{class_of, describe};
+use crate::postgres::connection::{backend_pid, class_of, describe};
 use crate::postgres::schema::locks::LockKey;
 use crate::postgres::schema::{SchemaError, shape};
 use crate::telemetry::logging::RateLimited;
@@ -91,7 +91,8 @@ pub(super) struct KeyHolds(());
 
 /// Ends the sessions of hung processes with an open transaction on the cursors. For the server, a session
 /// that waits for COPY data is not idle, and no server timeout interrupts it. Ending it is safe: uncommitted
-/// work is repeated by the owner of the partition.
+/// work is repeated by the owner of the partition. Of other roles, the server permits to end sessions to their members
+/// alone.
 const END_HUNG_SESSIONS: &str = "
     SELECT count(pg_terminate_backend(a.pid))
     FROM (
@@ -99,7 +100,7 @@ const END_HUNG_SESSIONS: &str = "
         WHERE relation = 'payment_writer.source_cursor'::regclass AND granted AND pid <> pg_backend_pid()
     ) l
     JOIN pg_stat_activity a USING (pid)
-    WHERE a.usename = current_user AND a.wait_event_type = 'Client'
+    WHERE pg_has_role(a.usesysid, 'USAGE') AND a.wait_event_type = 'Client'
         AND a.xact_start < clock_timestamp() - interval '30 seconds'";
 
 /// Claims ids in order and returns those that already exist. If there are none, the count avoids the
@@ -173,6 +174,7 @@ async fn check_shape(client: &ClientWrapper) -> Result<(), StoreError> {
 pub(super) struct Session {
     /// Not returned to the pool: a session that failed inside a transaction must not be reused.
     pub client: ClientWrapper,
+    pub pid: i32,
     pub cursors: Statement,
     pub move_cursors: Statement,
     pub lock_generations: Statement,
@@ -198,6 +200,7 @@ impl Session {
             return Err(StoreError { identity: Some(mismatch), ..error });
         }
         check_shape(&client).await?;
+        let pid = backend_pid(&client).await?;
         let lock = format!("SELECT pg_advisory_xact_lock_shared({})", LockKey::Rotation);
         Ok(Self {
             cursors: client.prepare(CURSORS).await?,
@@ -209,6 +212,7 @@ impl Session {
             copy_metadata: client.prepare(COPY_METADATA).await?,
             copy_notes: client.prepare(COPY_NOTES).await?,
             client,
+            pid,
             shape_checked_at: Instant::now(),
             cached_for: 0,
         })

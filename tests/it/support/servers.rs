@@ -430,6 +430,11 @@ impl<'s> Scope<'s> {
         block_on(connect(&self.postgres_url()))
     }
 
+    /// As [`Scope::connect`], with another URL.
+    pub fn connect_to(&self, url: &str) -> Client {
+        block_on(connect(url))
+    }
+
     /// Terminates every connection to this scope's database.
     pub fn cut_connections(&self) {
         let url = self.servers.postgres_admin_url("postgres");

@@ -1,0 +1,114 @@
+//! Tells what a session waits for: a lock of another session, or a standby.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use deadpool_postgres::{Object, Pool};
+use tokio::time::{Instant, sleep};
+
+use crate::telemetry::logging::RateLimited;
+
+/// How often a call that does not return is explained.
+const TICK: Duration = Duration::from_secs(5);
+/// After this time the same reason is logged again. Longer than the pauses between the attempts of a lane.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+
+/// The last session in the chain of those that wait for each other's locks; parameter: the pid of the first. Any role
+/// may see pid, role and application name; what a session waits for, only the role itself.
+const ROOT: &str = "
+    WITH RECURSIVE chain (pid, depth) AS (
+        SELECT $1::integer, 0
+        UNION
+        SELECT unnest(pg_blocking_pids(pid)), depth + 1 FROM chain WHERE depth < 9
+    )
+    SELECT c.pid, a.usename::text, a.application_name, coalesce(a.wait_event = 'SyncRep', false), c.depth > 0,
+        current_setting('synchronous_standby_names')
+    FROM chain c LEFT JOIN pg_stat_activity a USING (pid)
+    ORDER BY depth DESC LIMIT 1";
+
+/// Explains calls that wait, in the log and by a callback.
+pub struct Waits {
+    pool: Pool,
+    tell: Box<dyn Fn(String) + Send + Sync>,
+    /// What was told last, and when.
+    told: Mutex<Option<(String, Instant)>>,
+}
+
+impl fmt::Debug for Waits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Waits").finish_non_exhaustive()
+    }
+}
+
+impl Waits {
+    /// `tell` gets what waits and for what, again every five seconds while it lasts. The sessions that look for the
+    /// reason are from `pool`.
+    pub fn new(pool: Pool, tell: impl Fn(String) + Send + Sync + 'static) -> Self {
+        Self { pool, tell: Box::new(tell), told: Mutex::default() }
+    }
+
+    /// Runs `work` of the session `pid`. Returns what it waited for last, too.
+    pub async fn explain<T>(
+        &self,
+        pid: i32,
+        doing: &str,
+        work: impl Future<Output = T>,
+    ) -> (T, Option<String>) {
+        let mut work = pin!(work);
+        let mut reason = None;
+        loop {
+            let look = async {
+                sleep(TICK).await;
+                self.reason(pid).await
+            };
+            tokio::select! {
+                biased;
+                done = &mut work => return (done, reason),
+                found = look => if let Some(found) = found {
+                    self.note(doing, &found);
+                    reason = Some(found);
+                },
+            }
+        }
+    }
+
+    /// `None` if it is neither a lock nor a standby, or if that cannot be found out.
+    async fn reason(&self, pid: i32) -> Option<String> {
+        // Not returned to the pool: it is rarely needed.
+        let client = Object::take(self.pool.get().await.ok()?);
+        let row = client.query_one(ROOT, &[&pid]).await.ok()?;
+        if row.try_get(3).ok()? {
+            let names: String = row.try_get(5).ok()?;
+            return Some(format!(
+                "a COMMIT waits for a standby (SyncRep): synchronous_standby_names is {names:?}; pg_stat_replication \
+                 lists the standbys that are connected"
+            ));
+        }
+        if !row.try_get(4).ok()? {
+            return None;
+        }
+        let holder: i32 = row.try_get(0).ok()?;
+        Some(match (row.try_get::<_, Option<String>>(1).ok()?, row.try_get::<_, Option<String>>(2).ok()?) {
+            (Some(role), application) => format!(
+                "a lock is held by the session with pid {holder}, role {role:?}, application_name {:?}; if that \
+                 hangs, SELECT pg_terminate_backend({holder}) ends it",
+                application.unwrap_or_default()
+            ),
+            (None, _) => "a lock is held by a prepared transaction (pg_prepared_xacts)".to_owned(),
+        })
+    }
+
+    fn note(&self, doing: &str, reason: &str) {
+        static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+        (self.tell)(format!("{doing}: {reason}"));
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_new = told.as_ref().is_none_or(|(last, at)| last != reason || at.elapsed() >= FORGOTTEN_AFTER);
+        if is_new && let Some(suppressed) = LIMIT.pass() {
+            tracing::warn!(dependency = "database", doing, reason, suppressed, "waits; nothing is lost");
+        }
+        *told = Some((reason.to_owned(), Instant::now()));
+    }
+}
