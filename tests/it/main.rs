@@ -24,6 +24,7 @@ mod limits;
 mod logs;
 mod outages;
 mod outcomes;
+mod plans;
 mod poison;
 mod producers;
 mod protocol;
