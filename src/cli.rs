@@ -27,7 +27,7 @@ use signal_hook::flag;
 
 pub use check_messages::CheckMessagesArgs;
 pub use config::{ConfigCommand, ShowConfigArgs};
-pub use cursors::{AcceptArgs, CursorsCommand, ResolveArgs, SkipArgs};
+pub use cursors::{AcceptArgs, ApplyArgs, CursorsCommand, ResolveArgs, SkipArgs};
 pub use dlq::{DlqCommand, FilterArgs, ListArgs, ReplayArgs, ShowArgs};
 pub use doctor::DoctorArgs;
 pub use migrate::{MigrateArgs, MigrateCommand};

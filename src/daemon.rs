@@ -229,6 +229,7 @@ impl Running<'_> {
                 Err(mismatch.into())
             }
             () = unassigned::watch(&self.group, self.found.partitions) => Ok(()),
+            () = watchers::readiness(&self.group, status) => Ok(()),
             () = watchers::ends(&self.group, status) => Ok(()),
             () = watchers::topic_settings(&self.group) => Ok(()),
             () = watchers::database(&settings.postgres.url, status) => Ok(()),

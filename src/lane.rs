@@ -54,6 +54,7 @@ use crate::domain::publication::Publication;
 use crate::domain::record::Partition;
 use crate::domain::wire::Rules;
 use crate::ports::{KafkaPort, LaneEvent, Store};
+use crate::telemetry::logging::Lasting;
 use crate::telemetry::metrics::{self, LaneMetrics};
 use crate::telemetry::status::StatusRegistry;
 use crate::telemetry::trace::{BatchTrace, BatchTracer};
@@ -136,6 +137,8 @@ pub struct Lane<K: KafkaPort, S: Store> {
     broker: Backoff,
     /// For questions about partitions that are not running yet.
     asking: Backoff,
+    /// While transactions are refused until the group's next generation.
+    fenced: Lasting,
     wrote_at: Instant,
     /// When the cursors in the database were last known to equal the lane's.
     compared_at: Instant,
@@ -172,6 +175,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             database: Backoff::new("database", index),
             broker: Backoff::new("broker", index),
             asking: Backoff::new("group offsets", index),
+            fenced: Lasting::default(),
             wrote_at: Instant::now(),
             compared_at: Instant::now(),
             status,

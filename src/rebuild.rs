@@ -20,8 +20,7 @@ use crate::error::CommandError;
 use crate::postgres::binding;
 use crate::postgres::schema::{self, SchemaError};
 use crate::reconcile::database::failed;
-use crate::reconcile::not_bound;
-use crate::resolution::{self, View};
+use crate::resolution::{self, View, not_bound};
 use crate::telemetry::status::StatusRegistry;
 
 pub use self::compare::Comparison;

@@ -39,8 +39,8 @@ use crate::error::CommandError;
 use crate::failpoint;
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
 use crate::kafka::topic_rules::{CLEANUP_POLICY, Role};
-use crate::postgres::binding::{self, BindingError};
-use crate::resolution::{self, View};
+use crate::postgres::binding;
+use crate::resolution::{self, View, not_bound};
 
 /// A slice is retried if records leave a topic, or a generation of claims is dropped, while it is read.
 const TRIES_MAX: u32 = 3;
@@ -93,14 +93,6 @@ impl From<Fault> for CommandError {
             Fault::Failed(failure) => failure,
             Fault::Scan(_) | Fault::Pruned => Self::failed(fault.to_string()),
         }
-    }
-}
-
-/// The error of a database that does not belong to the group, or cannot be asked.
-pub(crate) fn not_bound(error: BindingError) -> CommandError {
-    match error {
-        BindingError::Database(_) => CommandError::failed(error.to_string()),
-        BindingError::Identity(mismatch) => CommandError::person_must_decide(mismatch.to_string()),
     }
 }
 

@@ -1,13 +1,19 @@
 //! Resolves halted partitions by an operator's decision. The decision is written to the database with an
 //! audit row; the partition's lane reads it and commits the group's offset in its own transaction.
 
+mod all_halted;
+mod plan_file;
+
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_postgres::Transaction;
 use uuid::Uuid;
 
+pub use self::all_halted::{check, propose};
+pub use self::plan_file::{PlanFile, PlanLine};
 use crate::config::Settings;
 use crate::domain::cursor::{
     CursorRow, Decision, HaltReason, Identity, Known, LogBounds, Mode, Proof, decide,
@@ -19,7 +25,7 @@ use crate::kafka::librdkafka::topic_id;
 use crate::kafka::offsets::{group_offsets, log_bounds};
 use crate::kafka::probe::{Probed, probe};
 use crate::ports::{KafkaPortError, Store};
-use crate::postgres::binding;
+use crate::postgres::binding::{self, BindingError};
 use crate::postgres::connection::describe;
 use crate::postgres::schema;
 use crate::postgres::store::PgStore;
@@ -41,6 +47,14 @@ pub enum Unread {
     NoAnswer,
     /// The next batch cannot be read.
     Unreadable(HaltReason),
+}
+
+/// The error of a database that does not belong to the group, or cannot be asked.
+pub(crate) fn not_bound(error: BindingError) -> CommandError {
+    match error {
+        BindingError::Database(_) => CommandError::failed(error.to_string()),
+        BindingError::Identity(mismatch) => CommandError::person_must_decide(mismatch.to_string()),
+    }
 }
 
 /// Runs requests to Kafka in another thread.
@@ -116,12 +130,12 @@ impl HaltResolution {
     }
 }
 
-/// As in the audit table.
+/// As on the command line, after `cursors`.
 impl Display for HaltResolution {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Accept { published } => write!(f, "cursors accept --published {published}"),
-            Self::Skip { to } => write!(f, "cursors skip --to {to}"),
+            Self::Accept { published } => write!(f, "accept --published {published}"),
+            Self::Skip { to } => write!(f, "skip --to {to}"),
         }
     }
 }
@@ -232,6 +246,18 @@ pub async fn plan(
             "partition {partition} is not halted; there is nothing to resolve"
         )));
     };
+    checked(&view, known, &mode, reason, resolution)
+}
+
+/// Checks a decision against what is known of the halted partition.
+fn checked(
+    view: &View,
+    known: &Known,
+    mode: &Mode,
+    reason: HaltReason,
+    resolution: HaltResolution,
+) -> Result<Plan, CommandError> {
+    let partition = known.partition;
     let (before, committed) = (known.row.clone(), resolution.committed());
     let LogBounds { start, end } = known.bounds;
     let written = before.as_ref().map_or(start, |row| row.applied);
@@ -261,84 +287,103 @@ pub async fn plan(
         )));
     }
     let resolved = Known { row: Some(after.clone()), ..known.clone() };
-    if let Decision::Halt(reason) = decide(&resolved, &view.identity, &mode) {
+    if let Decision::Halt(reason) = decide(&resolved, &view.identity, mode) {
         let advice = reason.advice(partition);
         return Err(CommandError::usage(format!("the partition would stay halted: {advice}")));
     }
-    let topic_id = view.identity.topic_id;
-    Ok(Plan { partition, topic: view.topic, topic_id, reason, resolution, before, after })
+    let (topic, topic_id) = (view.topic.clone(), view.identity.topic_id);
+    Ok(Plan { partition, topic, topic_id, reason, resolution, before, after })
 }
 
-/// Writes the decision, unless the cursor was moved since the plan was created.
-pub async fn apply(settings: &Settings, plan: &Plan, reason: &str) -> Result<(), CommandError> {
+/// Writes the decisions, each with its reason, in one transaction: none if any of the cursors was moved since
+/// it was checked. If the connection is lost while it commits, either all of them are written or none.
+pub async fn apply(settings: &Settings, plans: &[(Plan, &str)]) -> Result<(), CommandError> {
+    let (mut client, _) = settings.postgres.url.connect().await.or_failed()?;
+    let written: Result<Vec<String>, tokio_postgres::Error> = async {
+        let transaction = client.transaction().await?;
+        let mut moved = Vec::new();
+        for (plan, reason) in plans {
+            if !write(&transaction, plan, reason).await? {
+                moved.push(plan.partition.to_string());
+            }
+        }
+        if moved.is_empty() {
+            transaction.commit().await?;
+        }
+        Ok(moved)
+    }
+    .await;
+    let moved = written.map_err(|error| describe(&error)).or_failed()?;
+    if moved.is_empty() {
+        return Ok(());
+    }
+    Err(CommandError::failed(format!(
+        "nothing was changed: the cursor of partition {} was moved meanwhile; look at cursors show and try again",
+        moved.join(", ")
+    )))
+}
+
+/// Writes one decision; false if its cursor is not as it was checked.
+async fn write(
+    transaction: &Transaction<'_>,
+    plan: &Plan,
+    reason: &str,
+) -> Result<bool, tokio_postgres::Error> {
     let Plan { partition: Partition(partition), topic, topic_id, resolution, before, after, .. } = plan;
     let (applied, published) = (after.applied.0, after.published.map(|p| p.0));
     let applied_before = before.as_ref().map(|row| row.applied.0);
     let published_before = before.as_ref().and_then(|row| row.published).map(|p| p.0);
-    let (mut client, _) = settings.postgres.url.connect().await.or_failed()?;
-    let written: Result<bool, tokio_postgres::Error> = async {
-        let transaction = client.transaction().await?;
-        let changed = match applied_before {
-            Some(applied_before) => {
-                transaction
-                    .execute(
-                        "UPDATE payment_writer.source_cursor SET applied = $3, published = $4
-                         WHERE topic_id = $1 AND partition = $2 AND applied = $5",
-                        &[topic_id, partition, &applied, &published, &applied_before],
-                    )
-                    .await?
-            }
-            None => {
-                transaction
-                    .execute(
-                        "INSERT INTO payment_writer.source_cursor (topic, topic_id, partition, applied, published)
-                         VALUES ($5, $1, $2, $3, $4) ON CONFLICT (topic_id, partition) DO NOTHING",
-                        &[topic_id, partition, &applied, &published, topic],
-                    )
-                    .await?
-            }
-        };
-        if changed != 1 {
-            return Ok(false);
+    let changed = match applied_before {
+        Some(applied_before) => {
+            transaction
+                .execute(
+                    "UPDATE payment_writer.source_cursor SET applied = $3, published = $4
+                     WHERE topic_id = $1 AND partition = $2 AND applied = $5
+                         AND published IS NOT DISTINCT FROM $6",
+                    &[topic_id, partition, &applied, &published, &applied_before, &published_before],
+                )
+                .await?
         }
-        transaction
+        None => transaction
             .execute(
-                "INSERT INTO payment_writer.cursor_settlement (topic_id, partition, committed) VALUES ($1, $2, $3)
-                 ON CONFLICT (topic_id, partition) DO UPDATE
-                 SET committed = excluded.committed, settled_at = now()",
-                &[topic_id, partition, &resolution.committed().0],
+                "INSERT INTO payment_writer.source_cursor (topic, topic_id, partition, applied, published)
+                     VALUES ($5, $1, $2, $3, $4) ON CONFLICT (topic_id, partition) DO NOTHING",
+                &[topic_id, partition, &applied, &published, topic],
             )
-            .await?;
-        transaction
-            .execute(
-                "INSERT INTO payment_writer.cursor_audit
-                     (command, topic, topic_id, partition, before, after, reason)
-                 VALUES ($1, $2, $3, $4,
-                     jsonb_build_object('applied', $5::bigint, 'published', $6::bigint,
-                         'halt_reason', $7::text, 'doubt', $7::text),
-                     jsonb_build_object('applied', $8::bigint, 'published', $9::bigint), $10)",
-                &[
-                    &resolution.to_string(),
-                    topic,
-                    topic_id,
-                    partition,
-                    &applied_before,
-                    &published_before,
-                    &plan.reason.label(),
-                    &applied,
-                    &published,
-                    &reason,
-                ],
-            )
-            .await?;
-        transaction.commit().await?;
-        Ok(true)
+            .await?,
+    };
+    if changed != 1 {
+        return Ok(false);
     }
-    .await;
-    match written.map_err(|error| describe(&error)).or_failed()? {
-        true => Ok(()),
-        false => {
-            Err(CommandError::failed("the cursor was moved meanwhile; look at cursors show and try again"))
-        }
-    }
+    transaction
+        .execute(
+            "INSERT INTO payment_writer.cursor_settlement (topic_id, partition, committed) VALUES ($1, $2, $3)
+             ON CONFLICT (topic_id, partition) DO UPDATE
+             SET committed = excluded.committed, settled_at = now()",
+            &[topic_id, partition, &resolution.committed().0],
+        )
+        .await?;
+    transaction
+        .execute(
+            "INSERT INTO payment_writer.cursor_audit
+                 (command, topic, topic_id, partition, before, after, reason)
+             VALUES ($1, $2, $3, $4,
+                 jsonb_build_object('applied', $5::bigint, 'published', $6::bigint,
+                     'halt_reason', $7::text, 'doubt', $7::text),
+                 jsonb_build_object('applied', $8::bigint, 'published', $9::bigint), $10)",
+            &[
+                &format!("cursors {resolution}"),
+                topic,
+                topic_id,
+                partition,
+                &applied_before,
+                &published_before,
+                &plan.reason.label(),
+                &applied,
+                &published,
+                &reason,
+            ],
+        )
+        .await?;
+    Ok(true)
 }

@@ -1,19 +1,32 @@
 //! `cursors`: shows cursors and resolves halted partitions.
 
-use clap::{Args, Subcommand};
-use serde_json::{Value, json};
+use std::io;
+use std::path::{Path, PathBuf};
 
-use super::output::{cell, print, table};
+use clap::{Args, Subcommand};
+use serde_json::{Map, Value, json};
+
+use super::output::{cell, confirm, print, table};
 use crate::config::Settings;
 use crate::domain::cursor::{Decision, GroupOffset, HaltReason, Known, Mode, decide};
 use crate::domain::record::{NextOffset, Partition};
 use crate::error::CommandError;
-use crate::resolution::{self, HaltResolution, Unread};
+use crate::resolution::{self, HaltResolution, PlanFile, PlanLine, Unread};
 
 const RESOLVE_HELP: &str = "\
 Without --apply nothing is changed; the command shows what it would do. With --apply the decision, the
 user and the reason are written to the audit table, and the daemon continues with the partition within
 seconds. The daemon keeps running meanwhile.";
+
+const PLAN_HELP: &str = "\
+The plan says of each partition what was found, the decision, and why. If any of these partitions is not
+as in the plan any more, or the plan is of another group, topic or database, nothing is changed; all
+decisions are written in one transaction of the database. Each is written to the audit table with the
+user and the reason, and the daemon continues with the partitions within seconds.
+
+Examples:
+  payment-writer cursors show --plan > plan.txt
+  payment-writer cursors apply plan.txt";
 
 /// `cursors`
 #[derive(Clone, Debug, Subcommand)]
@@ -23,7 +36,14 @@ pub enum CursorsCommand {
         /// As JSON
         #[arg(long)]
         json: bool,
+        /// Print a plan for `cursors apply`: for each halted partition the decision that loses no payment and
+        /// sends no event twice, if there is one
+        #[arg(long)]
+        plan: bool,
     },
+    /// Resolve all halted partitions that a plan of `cursors show --plan` decides: all of them, or none
+    #[command(after_help = PLAN_HELP)]
+    Apply(ApplyArgs),
     /// Resolve a halted partition: state which events were sent; the others are sent
     #[command(after_help = RESOLVE_HELP)]
     Accept(AcceptArgs),
@@ -68,10 +88,26 @@ pub struct SkipArgs {
     pub to: i64,
 }
 
+/// `cursors apply`
+#[derive(Clone, Debug, Args)]
+pub struct ApplyArgs {
+    /// File with the plan; `-` for standard input
+    #[arg(value_name = "PLAN")]
+    pub plan: PathBuf,
+    /// Do not ask for confirmation
+    #[arg(long)]
+    pub yes: bool,
+    /// Reason, for the audit table; default: the reason in each line of the plan
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+}
+
 /// Shows or resolves cursors.
 pub async fn cursors(settings: &Settings, command: &CursorsCommand) -> Result<(), CommandError> {
     match command {
-        CursorsCommand::Show { json } => show(settings, *json).await,
+        CursorsCommand::Show { json, plan: false } => show(settings, *json).await,
+        CursorsCommand::Show { json, plan: true } => show_plan(settings, *json).await,
+        CursorsCommand::Apply(args) => apply(settings, args).await,
         CursorsCommand::Accept(AcceptArgs { resolve: args, published }) => {
             resolve(settings, args, HaltResolution::Accept { published: NextOffset(*published) }).await
         }
@@ -171,6 +207,61 @@ async fn resolve(
     let Some(reason) = args.reason.as_deref().filter(|_| args.apply) else {
         return print("nothing was changed; add --apply --reason TEXT to apply it");
     };
-    resolution::apply(settings, &plan, reason).await?;
+    resolution::apply(settings, &[(plan, reason)]).await?;
     print("done; the daemon continues with the partition within seconds")
+}
+
+async fn show_plan(settings: &Settings, as_json: bool) -> Result<(), CommandError> {
+    let plan = resolution::propose(settings).await?;
+    if !as_json {
+        return print(plan);
+    }
+    let mut json: Map<String, Value> =
+        plan.header.fields().into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
+    let partition = |line: &PlanLine| {
+        let PlanLine { partition, found, decision, why } = line;
+        json!({
+            "partition": partition,
+            "applied": found.applied,
+            "published": found.published,
+            "committed": found.group,
+            "halt_reason": found.halt_reason,
+            "decision": decision.as_ref().map(ToString::to_string),
+            "why": why,
+        })
+    };
+    json.insert("time".to_owned(), plan.time.to_string().into());
+    json.insert("partitions".to_owned(), plan.lines.iter().map(partition).collect());
+    print(Value::Object(json))
+}
+
+async fn apply(settings: &Settings, args: &ApplyArgs) -> Result<(), CommandError> {
+    let shown = args.plan.display();
+    let text = match args.plan == Path::new("-") {
+        true => io::read_to_string(io::stdin()),
+        false => std::fs::read_to_string(&args.plan),
+    };
+    let text = text.map_err(|error| CommandError::usage(format!("cannot read {shown}: {error}")))?;
+    let plan: PlanFile =
+        text.parse().map_err(|wrong: String| CommandError::usage(format!("{shown}: {wrong}")))?;
+    let count = plan.lines.len();
+    if count == 0 {
+        return Err(CommandError::failed(format!(
+            "{shown}: no partition has a decision; nothing was changed"
+        )));
+    }
+    if !args.yes {
+        let what = format!("the plan resolves {count} partitions of {}", plan.header.topic);
+        confirm(&what, "Apply it?", "nothing was changed")?;
+    }
+    let mut decisions = resolution::check(settings, &plan).await?;
+    if let Some(reason) = &args.reason {
+        decisions.iter_mut().for_each(|(_, why)| *why = reason);
+    }
+    resolution::apply(settings, &decisions).await?;
+    for line in &plan.lines {
+        let decision = line.decision.as_ref().map(ToString::to_string).unwrap_or_default();
+        print(format_args!("partition {}: {decision}", line.partition))?;
+    }
+    print("done; the daemon continues with the partitions within seconds")
 }

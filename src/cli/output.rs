@@ -27,6 +27,23 @@ pub(super) fn warn(text: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
+/// Asks on a terminal whether to go on.
+///
+/// # Errors
+/// Without a terminal; or when the answer is no, with the text `otherwise`.
+pub(super) fn confirm(what: &str, question: &str, otherwise: &str) -> Result<(), CommandError> {
+    if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+        return Err(CommandError::usage(format!("{what}. {question} Without a terminal, add --yes")));
+    }
+    warn(format_args!("{what}. {question} [y/N]"));
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer).or_failed()?;
+    match answer.trim() {
+        "y" | "Y" | "yes" => Ok(()),
+        _ => Err(CommandError::failed(otherwise)),
+    }
+}
+
 /// Formats rows under a header as aligned columns.
 pub(super) fn table<const N: usize>(
     header: [&str; N],

@@ -1,7 +1,7 @@
 //! `produce`: the load generator.
 
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use clap::{ArgGroup, Args};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::output::{aligned, print, progress_bar, warn};
+use super::output::{self, aligned, print, progress_bar};
 use super::{duration, fraction, stop_signal};
 use crate::config::{KafkaSettings, Settings};
 use crate::domain::wire::Reason;
@@ -199,16 +199,7 @@ fn confirm(kafka: &KafkaSettings) -> Result<(), CommandError> {
          database and publish their events",
         kafka.group_id, kafka.input_topic
     );
-    if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
-        return Err(CommandError::usage(format!("{what}. To send anyway, add --yes")));
-    }
-    warn(format_args!("{what}. Send them? [y/N]"));
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer).or_failed()?;
-    match answer.trim() {
-        "y" | "Y" | "yes" => Ok(()),
-        _ => Err(CommandError::failed("nothing was sent")),
-    }
+    output::confirm(&what, "Send them?", "nothing was sent")
 }
 
 fn generator_config(

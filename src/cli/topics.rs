@@ -92,7 +92,7 @@ pub async fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), 
         }
     }
     // A topic that this call created has no violation.
-    for violation in topic_rules::check(admin.inner(), kafka).into_iter().filter_map(|c| c.violation) {
+    for violation in topic_rules::check(admin.inner(), kafka).into_iter().filter_map(|c| c.violation.ok()?) {
         warn(format_args!("warning: {violation}"));
     }
     Ok(())

@@ -101,7 +101,8 @@ impl Daemon<'_> {
             match asked.await {
                 Ok(Ok((found, checked))) => {
                     let refused = checked.into_iter().filter(|checked| checked.rule.action == Action::Refuse);
-                    let refused: Vec<String> = refused.filter_map(|checked| checked.violation).collect();
+                    let refused: Vec<String> =
+                        refused.filter_map(|checked| checked.violation.ok()?).collect();
                     match refused.is_empty() {
                         true => Ok(found),
                         false => Err(AttemptError::Retried(FailureClass::Persistent, refused.join("; "))),

@@ -1,6 +1,6 @@
 //! Checks that run beside the lanes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use rdkafka::consumer::Consumer;
@@ -18,6 +18,7 @@ use crate::kafka::librdkafka::{topic_id, topic_setting};
 use crate::kafka::offsets::{high_watermarks, last_stable_offsets};
 use crate::kafka::topic_rules::{self, Action, Checked};
 use crate::postgres::connection::describe;
+use crate::telemetry::logging::{Lasting, RateLimited, Repeated};
 use crate::telemetry::metrics;
 use crate::telemetry::status::{Dependency, StatusRegistry};
 
@@ -33,6 +34,8 @@ const ENDS_TICK: Duration = Duration::from_secs(2);
 const TRANSACTION_LONG_MS: i64 = 60_000;
 /// Interval between database checks, for readiness.
 const DATABASE_PROBE: Duration = Duration::from_secs(2);
+/// Interval between looks at what keeps the daemon from being ready.
+const READINESS_TICK: Duration = Duration::from_secs(2);
 
 /// Checks the topic's id periodically; returns when it has changed.
 pub(super) async fn topic(
@@ -62,10 +65,48 @@ pub(super) async fn topic(
     }
 }
 
+/// Logs what has been missing for long and when it is there again. The lanes log only what they try themselves,
+/// and librdkafka does not report what a join waits for. Never returns.
+pub(super) async fn readiness(group: &Group, status: &StatusRegistry) {
+    /// The reasons may alternate.
+    static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+    let mut ticks = ticks(READINESS_TICK);
+    let mut lines: BTreeMap<&'static str, Lasting> = BTreeMap::new();
+    loop {
+        ticks.tick().await;
+        if lines.get("group").is_some_and(Lasting::is_long)
+            && let Ok(reason) = ask(group, Group::join_wait).await
+        {
+            status.join_waits(reason);
+        }
+        let missing = status.missing();
+        for (what, line) in lines.iter_mut().filter(|(what, _)| !missing.contains_key(*what)) {
+            if let Some(lasted) = line.ends() {
+                tracing::info!(dependency = what, after_seconds = lasted.as_secs_f64(), "no longer missing");
+            }
+        }
+        for (what, reason) in missing {
+            // The lanes log how the reason changes for database and broker.
+            let text = if what == "group" { reason.as_str() } else { "" };
+            if lines.entry(what).or_default().holds(text)
+                && let Some(suppressed) = LIMIT.pass()
+            {
+                tracing::warn!(
+                    dependency = what,
+                    reason,
+                    suppressed,
+                    "not ready: this has been missing for long"
+                );
+            }
+        }
+    }
+}
+
 /// Keeps the log ends in the status registry up to date, for lag. Never returns.
 pub(super) async fn ends(group: &Group, status: &StatusRegistry) {
     let mut ticks = ticks(ENDS_TICK);
     let mut reported = BTreeSet::new();
+    let mut unread = Lasting::default();
     loop {
         ticks.tick().await;
         let partitions: Vec<Partition> = status.partitions().into_keys().collect();
@@ -83,8 +124,15 @@ pub(super) async fn ends(group: &Group, status: &StatusRegistry) {
             Ok(Ok((highs, ends))) => {
                 status.ends(asked_at, partitions.into_iter().zip(ends));
                 match highs {
-                    Ok(highs) => status.high_watermarks(asked_at, highs),
-                    Err(error) => tracing::debug!(%error, "cannot read the high watermarks"),
+                    Ok(highs) => {
+                        status.high_watermarks(asked_at, highs);
+                        unread.ends();
+                    }
+                    Err(error) if unread.holds("") => tracing::warn!(
+                        %error,
+                        "cannot read the high watermarks, so open transactions of producers are not seen"
+                    ),
+                    Err(_) => {}
                 }
                 report_open_transactions(asked_at, status, &mut reported);
                 status.probed(None, Some(Dependency::Up));
@@ -132,6 +180,7 @@ fn report_open_transactions(
 pub(super) async fn topic_settings(group: &Group) {
     let mut ticks = ticks(SETTINGS_CHECK);
     let mut violated = BTreeSet::new();
+    let mut unreadable = Repeated::default();
     loop {
         ticks.tick().await;
         let answer = ask(group, |group| {
@@ -140,22 +189,34 @@ pub(super) async fn topic_settings(group: &Group) {
             (retention, topic_rules::check(client, group.settings()))
         });
         let Ok((retention, checked)) = answer.await else { continue };
+        let mut unread = Vec::new();
         match retention {
             // -1 means unlimited.
             Ok(ms) => metrics::input_retention(ms.parse().ok().map(Duration::from_millis)),
-            Err(error) => tracing::debug!(%error, "cannot read the retention of the input topic"),
+            Err(error) => unread.push(format!("{} retention.ms: {error}", group.topic())),
         }
         for Checked { role, rule, violation } in checked {
             match violation {
-                None => {
+                Err(error) => unread.push(error),
+                Ok(None) => {
                     violated.remove(&(role, rule.setting));
                 }
-                Some(detail) if violated.insert((role, rule.setting)) => match rule.action {
+                Ok(Some(detail)) if violated.insert((role, rule.setting)) => match rule.action {
                     Action::Refuse => tracing::error!(detail, "a topic's setting loses payments or events"),
                     Action::Warn => tracing::warn!(detail, "a topic's setting is not as it should be"),
                 },
-                Some(_) => {}
+                Ok(Some(_)) => {}
             }
+        }
+        let error = unread.join("; ");
+        if unread.is_empty() {
+            unreadable.end();
+        } else if unreadable.is_due(&error) {
+            tracing::warn!(
+                error,
+                "settings of topics cannot be read, so they are not checked; it needs the right DescribeConfigs"
+            );
+            unreadable.written(error);
         }
     }
 }

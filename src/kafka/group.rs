@@ -372,6 +372,25 @@ impl Group {
         Ok(())
     }
 
+    /// Why this process is not a member yet although no broker refuses it: librdkafka retries errors such as
+    /// `COORDINATOR_NOT_AVAILABLE` without reporting them. Blocks for [`ATTEMPT_TIMEOUT`] at most.
+    pub fn join_wait(&self) -> String {
+        let group_id = &self.settings().group_id;
+        let reason = match self.consumer.fetch_group_list(Some(group_id), ATTEMPT_TIMEOUT) {
+            Err(error) => format!("asking the brokers for the group: {error}"),
+            Ok(list) => match list.groups().iter().find(|group| group.name() == group_id) {
+                Some(group) => {
+                    format!("the group is in state {}: a rebalance waits for all its members", group.state())
+                }
+                None => "no broker is the group's coordinator: its partition of __consumer_offsets has no \
+                         leader, or the topic cannot be created, as when offsets.topic.replication.factor is \
+                         above the number of brokers"
+                    .to_owned(),
+            },
+        };
+        format!("not joined yet: {reason}")
+    }
+
     /// Polls the client's callbacks for a moment; for clients that have not [joined](Self::join).
     pub fn listen(&self) {
         let until = Instant::now() + LISTEN;

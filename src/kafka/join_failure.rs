@@ -1,5 +1,6 @@
 //! Why the brokers refuse a member. librdkafka reports these errors to the poll, and tries again; it does not
-//! report transient ones, as of a coordinator that is not available.
+//! report transient ones, as of a coordinator that is not available
+//! ([`join_wait`](super::group::Group::join_wait)).
 
 use std::time::Duration;
 

@@ -190,6 +190,7 @@ fn take(buffer: &mut FetchBuffer, suspicion: &Notify, item: FetchItem<'_>) {
         ),
         FetchItem::End { partition, position } => buffer.end(partition, position),
         FetchItem::Failed { partition, code, offset } => {
+            // A fault that lasts halts its partition, which is logged.
             tracing::debug!(target: "librdkafka", partition = partition.map(|p| p.0), %code, "fetch");
             suspicion.notify_one();
             if let Some(partition) = partition {

@@ -130,7 +130,7 @@ impl Scanner {
 
     /// How a topic breaks a rule; `None` if it does not, or its settings cannot be read.
     pub fn violation(&self, rule: &Rule, kafka: &KafkaSettings, role: Role) -> Option<String> {
-        rule.check(self.fetcher.consumer().client(), kafka, role)?
+        rule.check(self.fetcher.consumer().client(), kafka, role).ok()?
     }
 
     /// First offset and last stable offset of each partition, in the order given.

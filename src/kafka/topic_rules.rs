@@ -95,30 +95,28 @@ pub struct Checked {
     pub role: Role,
     /// The rule.
     pub rule: &'static Rule,
-    /// What is wrong, why it matters and how to change it; `None` if the topic satisfies the rule.
-    pub violation: Option<String>,
+    /// What is wrong, why it matters and how to change it; `None` if the topic satisfies the rule. The error
+    /// tells why its setting cannot be read.
+    pub violation: Result<Option<String>, String>,
 }
 
 impl Rule {
-    /// Checks one topic; `None` if it does not exist or its settings cannot be read.
+    /// Checks one topic.
+    ///
+    /// # Errors
+    /// If the topic does not exist or its settings cannot be read.
     pub fn check<C: ClientContext>(
         &self,
         client: &Client<C>,
         kafka: &KafkaSettings,
         role: Role,
-    ) -> Option<Option<String>> {
+    ) -> Result<Option<String>, String> {
         let (topic, setting) = (role.topic(kafka), self.setting);
-        match topic_setting(client, topic, setting, ATTEMPT_TIMEOUT) {
-            Ok(value) => {
-                let violation = self.breach(topic, &value);
-                topic_misconfigured(role.into(), setting, violation.is_some());
-                Some(violation)
-            }
-            Err(error) => {
-                tracing::debug!(topic, setting, %error, "cannot read a topic's setting");
-                None
-            }
-        }
+        let value = topic_setting(client, topic, setting, ATTEMPT_TIMEOUT)
+            .map_err(|error| format!("{topic} {setting}: {error}"))?;
+        let violation = self.breach(topic, &value);
+        topic_misconfigured(role.into(), setting, violation.is_some());
+        Ok(violation)
     }
 
     /// What is wrong about a topic whose setting has this value; `None` if nothing is.
@@ -138,11 +136,9 @@ impl Rule {
     }
 }
 
-/// Checks all rules. Topics that do not exist or whose settings cannot be read are left out, and the outputs
-/// of a daemon that does not publish.
+/// Checks all rules, but not the outputs of a daemon that does not publish.
 pub fn check<C: ClientContext>(client: &Client<C>, kafka: &KafkaSettings) -> Vec<Checked> {
     let of_rule = |rule: &'static Rule| rule.roles.iter().map(move |role| (rule, *role));
     let used = RULES.into_iter().flat_map(of_rule).filter(|(_, role)| kafka.publish || *role == Role::Input);
-    used.filter_map(|(rule, role)| Some(Checked { role, rule, violation: rule.check(client, kafka, role)? }))
-        .collect()
+    used.map(|(rule, role)| Checked { role, rule, violation: rule.check(client, kafka, role) }).collect()
 }

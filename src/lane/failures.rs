@@ -53,11 +53,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// The group is between two generations, as in every rebalance; the broker is fine.
     pub(super) fn fenced(&mut self, message: &str) {
-        tracing::debug!(
-            lane = self.settings.index,
-            reason = message,
-            "waiting for the group's next generation"
-        );
+        let lane = self.settings.index;
+        if self.fenced.holds(message) {
+            tracing::warn!(lane, reason = message, "still waiting for the group's next generation");
+        } else {
+            tracing::debug!(lane, reason = message, "waiting for the group's next generation");
+        }
         self.metrics.kafka_error(FailureClass::Fenced);
         self.broker.delay();
     }
@@ -72,6 +73,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// A publication succeeded, or the start of a producer.
     pub(super) fn broker_up(&mut self) {
         self.broker.succeeded();
+        self.fenced.ends();
         self.metrics.broker_up(true);
         self.status.broker(self.settings.index, Dependency::Up);
     }

@@ -14,7 +14,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 pub use self::problems::{PROBLEMS_MAX, Problem, Problems};
-pub use self::rate::{RateLimited, Repeated};
+pub use self::rate::{Lasting, RateLimited, Repeated};
 use crate::config::{LogFormat, LogSettings, log_filter};
 
 /// Logging could not be set up.

@@ -184,6 +184,8 @@ struct State {
     broker_refusal: Option<(Instant, String)>,
     /// Why the group could not be joined, since the last time that the process was a member.
     join_failure: Option<String>,
+    /// What the join waits for, if the brokers do not refuse it.
+    join_wait: Option<String>,
     was_fenced_after_loss: bool,
     fetch_starts: FetchStarts,
     totals: OutcomeCounts,
@@ -479,12 +481,18 @@ impl StatusRegistry {
         self.state().join_failure = Some(reason);
     }
 
+    /// The brokers do not refuse to let this process join the group, but it waits for `reason`.
+    pub fn join_waits(&self, reason: String) {
+        self.state().join_wait = Some(reason);
+    }
+
     /// The process is a member and was assigned these partitions; lanes start recovery later.
     pub fn assigned(&self, now: TimestampMs, partitions: &[Partition]) {
         let mut state = self.state();
         state.note_rebalance();
         state.is_member = true;
         state.join_failure = None;
+        state.join_wait = None;
         for partition in partitions {
             state.partitions.entry(*partition).or_insert_with(|| PartitionStatus::opening(now));
         }
@@ -525,7 +533,7 @@ impl StatusRegistry {
             note("broker", broker, false);
         }
         if !state.is_member && state.partitions.is_empty() {
-            let reason = state.join_failure.clone();
+            let reason = state.join_failure.clone().or_else(|| state.join_wait.clone());
             missing.insert("group", reason.unwrap_or_else(|| "not joined yet".to_owned()));
         }
         missing

@@ -266,3 +266,30 @@ fn why_the_group_cannot_be_joined_is_reported_with_the_setting_that_decides_it()
     );
     reported(&daemon, &["InvalidSessionTimeout", "session.timeout.ms", "group.min.session.timeout.ms"]);
 }
+
+#[test]
+#[ignore = "minutes"]
+fn trials_a_group_without_a_coordinator_is_reported_within_seconds_and_joined_once_it_has_one() {
+    // GIVEN a broker that cannot create the topic of the groups' offsets
+    let servers = Servers::with_kafka_settings("offsets.topic.replication.factor=3\n");
+    let scope = Scope::new(&servers, "no_coordinator");
+    scope.prepare(2, 1);
+
+    // THEN the daemon names the reason at warn, once, and in /readyz
+    let daemon = scope.daemon(&["run"]);
+    let told = |daemon: &Daemon| {
+        let log = daemon.log();
+        log.lines().filter(|line| line.contains("WARN") && line.contains("__consumer_offsets")).count()
+    };
+    wait_until("it is in the log", || told(&daemon) > 0);
+    wait_until("it is in /readyz", || missing(&daemon, "group").contains("offsets.topic.replication.factor"));
+    std::thread::sleep(Duration::from_secs(15));
+    assert_eq!(told(&daemon), 1, "{}", daemon.log());
+
+    // WHEN the topic is there
+    scope.create_topic_with("__consumer_offsets", 10, &[("cleanup.policy", "compact")]);
+
+    // THEN the group is joined, and the log says so
+    daemon.wait_until_ready();
+    wait_until("the log says so", || daemon.log().contains("no longer missing"));
+}

@@ -26,6 +26,7 @@ mod limits;
 mod logs;
 mod outages;
 mod outcomes;
+mod plans;
 mod poison;
 mod producers;
 mod protocol;

@@ -266,3 +266,26 @@ fn trials_a_drain_that_cannot_finish_ends_in_time_with_exit_code_0() {
     drop(member.catch_up(&scope));
     scope.assert_exactly_once();
 }
+
+#[test]
+#[ignore = "minutes"]
+fn trials_an_idle_daemon_warns_of_a_broker_that_is_away() {
+    // GIVEN a daemon that has nothing to do
+    let servers = Servers::own();
+    let scope = Scope::new(&servers, "idle");
+    scope.prepare(2, 1);
+    let daemon = Member::new("a").start(&scope);
+    daemon.wait_for_partitions("its partitions are live", |partitions| partitions == 2);
+
+    // WHEN the broker hangs
+    servers.kafka(Act::Pause);
+
+    // THEN that is a warning, and so is its end
+    let told = |text: &str| daemon.log().lines().filter(|line| line.contains(text)).count();
+    wait_until_within(PATIENCE, "it is a warning", || {
+        daemon.log().lines().any(|line| line.contains("WARN") && line.contains("dependency=\"broker\""))
+    });
+    servers.kafka(Act::Resume);
+    wait_until_within(PATIENCE, "the log says that it is back", || told("no longer missing") > 0);
+    assert!(told("not ready: this has been missing for long") <= 2, "{}", daemon.log());
+}

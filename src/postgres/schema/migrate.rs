@@ -105,6 +105,7 @@ pub(super) async fn alone<T>(
     // If the connection is lost, the lock is released as well.
     let release = format!("SET lock_timeout = 0; SELECT pg_advisory_unlock({})", LockKey::Migrate);
     if client.batch_execute(&release).await.is_err() {
+        // The server releases the lock with the session.
         tracing::debug!("the session ended before it released the migration lock");
     }
     result

@@ -82,6 +82,39 @@ impl Repeated {
     }
 }
 
+/// When a line about a condition that usually passes within seconds is written: once it has lasted for
+/// [`Self::LONG`], then as [`Repeated`].
+#[derive(Debug, Default)]
+pub struct Lasting {
+    since: Option<Instant>,
+    line: Repeated,
+}
+
+impl Lasting {
+    const LONG: Duration = Duration::from_secs(10);
+
+    /// Notes that the condition holds. Whether it has lasted for long and its line is to be written now.
+    pub fn holds(&mut self, text: &str) -> bool {
+        self.since.get_or_insert_with(Instant::now);
+        let is_due = self.is_long() && self.line.is_due(text);
+        if is_due {
+            self.line.written(text.to_owned());
+        }
+        is_due
+    }
+
+    /// Whether the condition has lasted for [`Self::LONG`].
+    pub fn is_long(&self) -> bool {
+        self.since.is_some_and(|since| since.elapsed() >= Self::LONG)
+    }
+
+    /// Notes that the condition has ended. Returns how long it lasted if its line was written.
+    pub fn ends(&mut self) -> Option<Duration> {
+        let ended = std::mem::take(self);
+        ended.line.0.and(ended.since).map(|since| since.elapsed())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,5 +145,17 @@ mod tests {
         line.written("locked".to_owned());
         line.end();
         assert!(line.is_due("locked"));
+    }
+
+    #[test]
+    fn a_condition_is_logged_when_it_has_lasted_for_long_and_when_it_changes() {
+        let mut line = Lasting::default();
+        assert!(!line.holds("no leader") && line.ends().is_none(), "it was short");
+        let lasts = |line: &mut Lasting| line.since = Instant::now().checked_sub(Lasting::LONG);
+        assert!(!line.holds("no leader"));
+        lasts(&mut line);
+        assert!(line.holds("no leader") && !line.holds("no leader") && line.holds("no broker"));
+        assert!(line.ends().is_some_and(|lasted| lasted >= Lasting::LONG));
+        assert!(!line.holds("no broker"), "it begins anew");
     }
 }
