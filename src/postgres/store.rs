@@ -10,7 +10,7 @@ mod recent;
 mod session;
 mod witness;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,7 +18,7 @@ use bytes::Bytes;
 use deadpool_postgres::Pool;
 use futures_util::{SinkExt, TryFutureExt, future};
 use tokio_postgres::types::{Timestamp, ToSql};
-use tokio_postgres::{CopyInSink, Statement};
+use tokio_postgres::{CopyInSink, Row, Statement};
 use uuid::Uuid;
 
 use self::bisect::Bisected;
@@ -149,6 +149,33 @@ impl Moves {
             timestamps: moves.iter().map(|m| m.timestamp.map(timestamp)).collect(),
         }
     }
+
+    /// Those of other partitions.
+    fn without(&self, moved: &BTreeMap<i32, String>) -> Self {
+        fn rest<T: Copy>(all: &[T], left: &[usize]) -> Vec<T> {
+            left.iter().filter_map(|at| all.get(*at).copied()).collect()
+        }
+        let partitions = self.partitions.iter().enumerate();
+        let left: Vec<usize> = partitions.filter(|(_, p)| !moved.contains_key(p)).map(|(at, _)| at).collect();
+        Self {
+            partitions: rest(&self.partitions, &left),
+            seen: rest(&self.seen, &left),
+            applied: rest(&self.applied, &left),
+            published: rest(&self.published, &left),
+            timestamps: rest(&self.timestamps, &left),
+        }
+    }
+
+    /// The parameters of the statements, in their order, and further ones.
+    fn parameters<'a>(
+        &'a self,
+        topic_id: &'a Uuid,
+        more: &[&'a (dyn ToSql + Sync)],
+    ) -> Vec<&'a (dyn ToSql + Sync)> {
+        let own: [&(dyn ToSql + Sync); 6] =
+            [topic_id, &self.partitions, &self.seen, &self.applied, &self.published, &self.timestamps];
+        [&own[..], more].concat()
+    }
 }
 
 /// The timestamp of a record; `-infinity` if it has none, or one outside the range of payments, as a dead
@@ -160,11 +187,34 @@ fn timestamp(at: Option<TimestampMs>) -> Timestamp<SystemTime> {
     }
 }
 
-async fn move_cursors(session: &Session, topic_id: &Uuid, moves: &Moves) -> Result<(), StoreError> {
-    let parameters: [&(dyn ToSql + Sync); 6] =
-        [topic_id, &moves.partitions, &moves.seen, &moves.applied, &moves.published, &moves.timestamps];
-    session.client.query(&session.move_cursors, &parameters).await?;
-    Ok(())
+/// Moves the cursors under their guard, and returns where they are now. Those whose place is not known, or who are not
+/// there as expected, are left to the function in the database, which finds them and names one that was moved.
+async fn move_cursors(
+    session: &Session,
+    topic_id: &Uuid,
+    moves: &Moves,
+) -> Result<BTreeMap<i32, String>, StoreError> {
+    let place_of = |row: &Row| Ok::<_, tokio_postgres::Error>((row.try_get(0)?, row.try_get(1)?));
+    let mut places: BTreeMap<i32, String> = BTreeMap::new();
+    let known: Vec<&str> =
+        moves.partitions.iter().filter_map(|p| session.known_places.get(p)).map(String::as_str).collect();
+    if !known.is_empty() {
+        let moved = session.client.query(&session.move_known, &moves.parameters(topic_id, &[&known])).await?;
+        places = moved.iter().map(place_of).collect::<Result<_, _>>()?;
+    }
+    let rest = moves.without(&places);
+    if !rest.partitions.is_empty() {
+        let (_, found) = future::try_join(
+            session.client.query(&session.move_cursors, &rest.parameters(topic_id, &[])),
+            session.client.query(&session.places, &[topic_id, &rest.partitions]),
+        )
+        .await?;
+        for row in &found {
+            let (partition, place) = place_of(row)?;
+            places.insert(partition, place);
+        }
+    }
+    Ok(places)
 }
 
 /// Looks up `ids` in this generation and adds the owners found.
@@ -303,7 +353,7 @@ async fn begin(
     let at = Instant::now();
     // One round trip. The shared lock prevents a rotation until the commit. The current generation is read by
     // a separate statement, so that its snapshot is taken after the lock is granted.
-    let (_, _, generations, ()) = future::try_join4(
+    let (_, _, generations, places) = future::try_join4(
         session.client.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED").map_err(StoreError::from),
         session.client.query(&session.lock_generations, &[]).map_err(StoreError::from),
         session.client.query_one(&session.generations, &[]).map_err(StoreError::from),
@@ -313,6 +363,7 @@ async fn begin(
     let current: i64 = generations.try_get(0)?;
     let older = older_generations(&generations)?;
     session.forget_rotated(current);
+    session.known_places.extend(places);
     let mut stats = WriteStats::default();
     let answer = look_up(session, batch, current, &older, &mut stats).await?;
     Ok(Begun { current, today: generations.try_get(4)?, answer, stats, at })
@@ -494,7 +545,11 @@ impl Store for PgStore {
     async fn move_cursors(&mut self, moves: &[CursorMove]) -> Result<(), StoreError> {
         let moves = Moves::new(moves);
         let topic_id = self.connection.identity.topic_id;
-        let work = async |session: &mut Session| move_cursors(session, &topic_id, &moves).await;
+        let work = async |session: &mut Session| {
+            let places = move_cursors(session, &topic_id, &moves).await?;
+            session.known_places.extend(places);
+            Ok(())
+        };
         self.connection.run(TRANSACTION_TIMEOUT, "moving cursors", work).await.map_err(fault_of_database)
     }
 }

@@ -1,7 +1,15 @@
 //! Limits that hold for any input: memory, nesting, sizes, numbers of partitions.
 
+use payment_writer::config::Endpoint;
+use payment_writer::domain::cursor::Identity;
+use payment_writer::domain::record::{NextOffset, Partition};
+use payment_writer::ports::{CursorMove, Store};
+use payment_writer::postgres::store::PgStore;
+use uuid::Uuid;
+
 use crate::support::{
-    Act, Daemon, Load, Member, Message, PATIENCE, Scope, Servers, uuid_v4, wait_until_within,
+    Act, Daemon, Load, Member, Message, PATIENCE, Scope, Servers, block_on, uuid_v4, wait_until,
+    wait_until_within,
 };
 
 /// Memory limit of one instance with the default settings, with any backlog. Measured here: 96 MB while the
@@ -125,4 +133,65 @@ fn trials_a_topic_of_two_thousand_partitions_is_written_and_published() {
     first.drains();
     second.drains();
     scope.assert_exactly_once();
+}
+
+/// Blocks of `source_cursor` and its index that the server looked at, and updates of its rows.
+fn cursor_work(scope: &Scope<'_>) -> (i64, i64) {
+    let rows = scope.sql(
+        "SELECT io.heap_blks_hit + io.heap_blks_read + io.idx_blks_hit + io.idx_blks_read, st.n_tup_upd
+         FROM pg_statio_user_tables io JOIN pg_stat_user_tables st USING (relid) WHERE io.relname = 'source_cursor'",
+        &[],
+    );
+    (rows[0].get(0), rows[0].get(1))
+}
+
+#[test]
+fn a_held_snapshot_does_not_make_each_batch_dearer() {
+    const MOVES: i64 = 3_000;
+    // GIVEN a lane with a partition, and a snapshot that keeps all dead versions of its cursor
+    let scope = Scope::new(Servers::shared(), "held_snapshot");
+    scope.command(&["migrate"]).succeeds();
+    let database_id = scope.sql("SELECT database_id FROM payment_writer.database_identity", &[])[0].get(0);
+    let identity = Identity { topic_id: Uuid::from_u128(7), database_id };
+    scope.sql(
+        "INSERT INTO payment_writer.source_cursor (topic, topic_id, partition, applied) VALUES ('t', $1, 0, 0)",
+        &[&identity.topic_id],
+    );
+    let holder = scope.connect();
+    block_on(holder.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")).unwrap();
+    let url = Endpoint::parse(&scope.postgres_url()).unwrap();
+    let mut store = block_on(async { PgStore::new(url.pool(1).unwrap(), "t".to_owned(), identity) });
+
+    // WHEN it moves its cursor again and again
+    let mut at = 0;
+    let mut move_on = |count: i64| {
+        for _ in 0..count {
+            let moved = CursorMove {
+                partition: Partition(0),
+                seen: NextOffset(at),
+                applied: NextOffset(at + 1),
+                published: Some(NextOffset(at)),
+                timestamp: None,
+            };
+            block_on(store.move_cursors(&[moved])).unwrap();
+            at += 1;
+        }
+        // The server reports its statistics once a second, with the next transaction.
+        wait_until("the moves are in the server's statistics", || {
+            let reported = cursor_work(&scope).1 >= at;
+            if !reported {
+                block_on(store.cursors(&[Partition(0)])).unwrap();
+            }
+            reported
+        });
+        cursor_work(&scope).0
+    };
+    let first = move_on(MOVES / 5);
+    let middle = move_on(MOVES - 2 * (MOVES / 5));
+    let last = move_on(MOVES / 5) - middle;
+
+    // THEN the last moves need hardly more work than the first
+    block_on(holder.batch_execute("COMMIT")).unwrap();
+    println!("{first} blocks for the first {} moves, {last} for the last", MOVES / 5);
+    assert!(last < 3 * first, "{first} blocks for the first {} moves, {last} for the last", MOVES / 5);
 }

@@ -1,5 +1,6 @@
 //! A lane's session: its settings, prepared statements and errors.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{ClientWrapper, Object, Pool, PoolError};
@@ -33,6 +34,30 @@ const CURSORS: &str = "
 
 /// The parameters are documented in `sql/V3__cursors_and_identity.sql`.
 const MOVE_CURSORS: &str = "SELECT payment_writer.move_cursors_v1($1, $2, $3, $4, $5, $6)";
+
+/// Moves cursors whose place in the table is known, without a look at their earlier versions: while a snapshot is
+/// held, all of them stay, and every index of the row leads to each. Parameters and rules are those of
+/// `move_cursors_v1`, and the places; returns partition and new place of each row that was moved. The conditions on
+/// `topic_id` and `partition` are written so that no index can serve them.
+const MOVE_KNOWN: &str = "
+    UPDATE payment_writer.source_cursor c
+    SET applied = greatest(c.applied, m.applied),
+        published = greatest(c.published, m.published),
+        applied_timestamp = CASE
+            WHEN m.applied > c.applied
+                THEN nullif(coalesce(m.applied_timestamp, c.applied_timestamp), '-infinity')
+            ELSE c.applied_timestamp
+        END
+    FROM unnest($2::integer[], $3::bigint[], $4::bigint[], $5::bigint[], $6::timestamptz[])
+        AS m (partition, seen, applied, published, applied_timestamp)
+    WHERE c.ctid = ANY ($7::text[]::tid[]) AND c.topic_id::text = $1::uuid::text
+        AND c.partition + 0 = m.partition AND c.applied = m.seen
+    RETURNING c.partition, c.ctid::text";
+
+/// Where cursors are in the table. Parameters: topic id, partitions.
+const PLACES: &str = "
+    SELECT partition, ctid::text FROM payment_writer.source_cursor
+    WHERE topic_id = $1 AND partition = ANY ($2)";
 
 /// The generations, and the UTC date as days since 2000-01-01.
 const GENERATIONS: &str = "
@@ -89,7 +114,8 @@ const SHAPE_CHECK: Duration = Duration::from_secs(60);
 /// Proof that the claims of the open transaction are in a table in which no id can be twice.
 pub(super) struct KeyHolds(());
 
-/// Ends the sessions of hung processes with an open transaction on the cursors. For the server, a session
+/// Ends the sessions of hung processes with an open transaction that moved cursors, but not those that only read them,
+/// as a backup. For the server, a session
 /// that waits for COPY data is not idle, and no server timeout interrupts it. Ending it is safe: uncommitted
 /// work is repeated by the owner of the partition. Of other roles, the server permits to end sessions to their members
 /// alone.
@@ -98,6 +124,7 @@ const END_HUNG_SESSIONS: &str = "
     FROM (
         SELECT DISTINCT pid FROM pg_locks
         WHERE relation = 'payment_writer.source_cursor'::regclass AND granted AND pid <> pg_backend_pid()
+            AND mode <> 'AccessShareLock'
     ) l
     JOIN pg_stat_activity a USING (pid)
     WHERE pg_has_role(a.usesysid, 'USAGE') AND a.wait_event_type = 'Client'
@@ -177,6 +204,10 @@ pub(super) struct Session {
     pub pid: i32,
     pub cursors: Statement,
     pub move_cursors: Statement,
+    pub move_known: Statement,
+    pub places: Statement,
+    /// `ctid` of the cursors that this session moved last. A wrong one, as after VACUUM FULL, moves nothing.
+    pub known_places: BTreeMap<i32, String>,
     pub lock_generations: Statement,
     pub generations: Statement,
     has_key: Statement,
@@ -205,6 +236,9 @@ impl Session {
         Ok(Self {
             cursors: client.prepare(CURSORS).await?,
             move_cursors: client.prepare(MOVE_CURSORS).await?,
+            move_known: client.prepare(MOVE_KNOWN).await?,
+            places: client.prepare(PLACES).await?,
+            known_places: BTreeMap::new(),
             lock_generations: client.prepare(&lock).await?,
             generations: client.prepare(GENERATIONS).await?,
             has_key: client.prepare(HAS_KEY).await?,
