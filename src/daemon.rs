@@ -165,12 +165,9 @@ impl<'d> Daemon<'d> {
         let suspicion = Arc::new(Notify::new());
         let mut lanes = JoinSet::new();
         for (index, (handle, receiver)) in handles.iter().zip(receivers).enumerate() {
-            let client = LaneClient::new(
-                group.clone(),
-                PublisherSettings::of(kafka, &identity, index),
-                handle,
-                Arc::clone(&suspicion),
-            );
+            let publisher = PublisherSettings::of(kafka, &identity, index);
+            let publication_max = publisher.deadline;
+            let client = LaneClient::new(group.clone(), publisher, handle, Arc::clone(&suspicion));
             let waiting = Arc::clone(status);
             let store = PgStore::new(pool.clone(), kafka.input_topic.clone(), identity.clone())
                 .telling(move |reason| waiting.database(index, Dependency::Down(reason)));
@@ -183,6 +180,7 @@ impl<'d> Daemon<'d> {
                 batch_payments_max: settings.batch.max_payments,
                 batch_bytes_max: settings.batch.max_bytes,
                 linger: settings.batch.linger,
+                publication_max,
                 tracer: tracer.cloned(),
             };
             lanes.spawn(Lane::new(lane_settings, client, store, receiver, Arc::clone(status)).run());

@@ -11,6 +11,7 @@ use crate::kafka::join_failure;
 use crate::kafka::librdkafka::NO_TOPIC_IDS;
 use crate::kafka::topic_rules::{Action, CLEANUP_POLICY, Rule, TIMESTAMP_TYPE, alter};
 use crate::kafka::transactions::{DEAD_LETTER_BYTES, missing_output, too_large};
+use crate::postgres::connection::ConnectError;
 use crate::postgres::schema::{NEWEST_KNOWN, OLDEST_SUPPORTED, SchemaError, SchemaVersion};
 use crate::postgres::store::no_key;
 
@@ -41,6 +42,7 @@ pub enum Dependency {
     GroupSize,
     TransactionTimeout,
     DatabaseReachable,
+    Pooling,
     ServerVersion,
     Encoding,
     Durability,
@@ -272,6 +274,12 @@ impl Dependency {
                 Does::Wait,
                 "the server at postgres.url cannot be reached, or refuses the connection",
                 "postgres.url",
+            ),
+            Self::Pooling => fact(
+                Told::Checks(&[When::Start, When::Session]),
+                Does::Wait,
+                ConnectError::Pooled { target: "DATABASE".to_owned() },
+                "use its session mode (pool_mode = session of PgBouncer) or a direct connection",
             ),
             Self::ServerVersion => {
                 unnoticed(Does::Lose, "older servers were not tried", "Postgres 15 or newer")

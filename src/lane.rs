@@ -83,6 +83,8 @@ pub struct LaneSettings {
     pub batch_bytes_max: usize,
     /// How long the first record of a batch waits for others.
     pub linger: Duration,
+    /// Time limit of a publication.
+    pub publication_max: Duration,
     /// Traces a sample of the batches; `None`: tracing is off.
     pub tracer: Option<Arc<BatchTracer>>,
 }

@@ -200,12 +200,18 @@ impl<'a> Comparison<'a> {
         Ok(report)
     }
 
-    /// The topics that are compacted: what was removed from them cannot be compared.
+    /// The topics that are compacted, or may be: what was removed from them cannot be compared.
     fn compacted(&self) -> Vec<NotCompared> {
         let kafka = &self.settings.kafka;
         let roles = CLEANUP_POLICY.roles.iter().filter(|role| kafka.publish || **role == Role::Input);
-        let violations = roles.filter_map(|role| self.scanner.violation(&CLEANUP_POLICY, kafka, *role));
-        violations.map(|why| NotCompared { may_hide_loss: true, why, range: None }).collect()
+        let not_compared = |role: &Role| {
+            let (may_hide_loss, why) = match self.scanner.violation(&CLEANUP_POLICY, kafka, *role) {
+                Ok(violation) => (true, violation?),
+                Err(error) => (false, format!("not known whether the topic is compacted: {error}")),
+            };
+            Some(NotCompared { may_hide_loss, why, range: None })
+        };
+        roles.filter_map(not_compared).collect()
     }
 
     /// The range of each partition, and the number of halted partitions.

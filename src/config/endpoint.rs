@@ -214,7 +214,8 @@ impl Endpoint {
         let config = &self.config;
         let name = config.get_user().unwrap_or_default();
         let ports = config.get_ports();
-        let is_host = config.get_hosts().iter().enumerate().any(|(at, found)| {
+        // With several hosts one password is for all of them, and must be given to no other.
+        let is_host = config.get_hosts().iter().enumerate().all(|(at, found)| {
             let found_port = ports.get(at).or(ports.first()).copied().unwrap_or(5432);
             let found = match found {
                 Host::Tcp(name) => name.clone(),
@@ -258,6 +259,7 @@ fn take_parameters(url: &str) -> Result<Parameters, EndpointError> {
     let (place, query) = mark.and_then(|at| authority.split_at_checked(at)).unwrap_or((authority, ""));
     let (mut fallback_name, mut rest) = (String::new(), String::new());
     let mut own = OwnParameters::new();
+    let mut is_encrypted = false;
     let mut ignored = Vec::new();
     for parameter in query.trim_start_matches('?').split('&').filter(|p| !p.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
@@ -273,9 +275,7 @@ fn take_parameters(url: &str) -> Result<Parameters, EndpointError> {
         }
         match (name, value) {
             // As in libpq, which knows no other value.
-            ("ssl", "true") => {
-                own.entry("sslmode").or_insert_with(|| "require".to_owned());
-            }
+            ("ssl", "true") => is_encrypted = true,
             ("ssl", _) => return Err(invalid("ssl takes no value but true; use sslmode")),
             ("keepalives_count", count) => rest.extend(["&keepalives_retries=", count]),
             ("fallback_application_name", name) => fallback_name = format!("&application_name={name}"),
@@ -293,6 +293,12 @@ fn take_parameters(url: &str) -> Result<Parameters, EndpointError> {
             _ if WITHOUT_EFFECT.contains(&name) => ignored.push(name.to_owned()),
             _ if NOT_SUPPORTED.contains(&name) => return Err(invalid(&format!("{name} is not supported"))),
             _ => rest.extend(["&", parameter]),
+        }
+    }
+    if is_encrypted {
+        let mode = own.entry("sslmode").or_insert_with(|| "require".to_owned());
+        if !["require", "verify-ca", "verify-full"].contains(&mode.as_str()) {
+            return Err(invalid("ssl=true contradicts sslmode"));
         }
     }
     let plain_url = format!("postgres://{place}?{DEFAULTS}{fallback_name}{rest}");

@@ -50,10 +50,6 @@ const OWNED: [(&str, &str); 28] = [
     ("allow.auto.create.topics", "topics are created by `payment-writer topics create`"),
 ];
 
-/// Properties with a smallest value, and the reason for it.
-const SMALLEST: [(&str, u64, &str); 1] =
-    [("transaction.timeout.ms", 10_000, "batches are made smaller only after publications of eight seconds")];
-
 /// Values that librdkafka supports only if it was built with an optional library: property and value in
 /// capitals, Cargo feature, and whether this binary has it.
 const OPTIONAL: [((&str, &str), &str, bool); 3] = [
@@ -108,11 +104,6 @@ impl KafkaProperties {
         };
         if let Some((_, reason)) = OWNED.iter().find(|(owned, _)| *owned == name) {
             return Err(format!("cannot be set: {reason}"));
-        }
-        if let Some((_, least, reason)) = SMALLEST.iter().find(|(limited, ..)| *limited == name)
-            && value.parse().is_ok_and(|given: u64| given < *least)
-        {
-            return Err(format!("must be at least {least}: {reason}"));
         }
         let capitals = value.to_ascii_uppercase();
         let setting = (name, capitals.as_str());

@@ -148,12 +148,15 @@ impl Daemon<'_> {
             let pid = backend_pid(&client).await.map_err(|error| transient(describe(&error)))?;
             let bind = binding::bind(&mut client, &wanted, self.options.adopt_database);
             let (bound, reason) = waits.explain(pid, BINDING, timeout(BINDING_TIMEOUT, bind)).await;
-            let bound =
-                bound.map_err(|_| transient(reason.unwrap_or_else(|| "no answer in time".to_owned())))?;
-            bound.map_err(|error| match error {
-                BindingError::Identity(mismatch) => AttemptError::Final(mismatch.into()),
-                BindingError::Database(_) => transient(error.to_string()),
-            })
+            let message = match bound {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(BindingError::Identity(mismatch))) => {
+                    return Err(AttemptError::Final(mismatch.into()));
+                }
+                Ok(Err(error @ BindingError::Database(_))) => error.to_string(),
+                Err(_) => "no answer in time".to_owned(),
+            };
+            Err(transient(reason.map_or(message.clone(), |reason| format!("{message}; {reason}"))))
         };
         let probed = |database| self.status.probed(Some(database), None);
         until_it_answers("database", BINDING, probed, attempt).await

@@ -214,7 +214,8 @@ pub(super) async fn topic_settings(group: &Group) {
         } else if unreadable.is_due(&error) {
             tracing::warn!(
                 error,
-                "settings of topics cannot be read, so they are not checked; it needs the right DescribeConfigs"
+                "settings of topics cannot be read, so they are not checked; if this is refused, the right \
+                 DescribeConfigs is missing"
             );
             unreadable.written(error);
         }

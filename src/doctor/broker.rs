@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::Consumer;
+use rdkafka::error::KafkaError;
 use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode as Code;
 
@@ -24,6 +25,8 @@ use crate::telemetry::status::StatusRegistry;
 
 /// Longest time of one request.
 const REQUEST_MAX: Duration = Duration::from_secs(5);
+/// Longest time of `init_transactions`, for which a new cluster first creates `__transaction_state`.
+const INIT_MAX: Duration = Duration::from_secs(15);
 /// How long the reason of a refused connection is waited for.
 const REASON_MAX: Duration = Duration::from_secs(1);
 /// Shortest retention of the input that docs/how-to/deploy.md advises.
@@ -127,7 +130,10 @@ impl Brokers<'_> {
             Err(error) if error.code == Code::TopicAuthorizationFailed => {
                 return self.report.judge(rights, topic, false, "missing: DESCRIBE, and perhaps others");
             }
-            Err(error) => return self.report.judge(there, topic, false, error),
+            Err(error) if matches!(error.code, Code::UnknownTopicOrPartition | Code::UnknownTopic) => {
+                return self.report.judge(there, topic, false, error);
+            }
+            Err(error) => return self.report.skip(there, topic, error, String::new()),
         };
         self.report.judge(there, topic, true, format!("{} partitions", found.partitions));
         match (role, found.id.is_nil()) {
@@ -212,10 +218,16 @@ impl Brokers<'_> {
         let mut config = transactional_config(self.kafka, 0);
         config.set("transactional.id", transactional_id(group_id, instance_id, "doctor"));
         let initialised = make_client::<BaseProducer<QuietLog>, _>(&config, QuietLog::default())
-            .and_then(|producer| producer.init_transactions(self.limit()));
+            .and_then(|producer| producer.init_transactions(INIT_MAX));
         let error = initialised.err();
-        let is_timeout = error.as_ref().and_then(|error| error.rdkafka_error_code())
-            == Some(Code::InvalidTransactionTimeout);
+        let code = error.as_ref().and_then(KafkaError::rdkafka_error_code);
+        let is_timeout = code == Some(Code::InvalidTransactionTimeout);
+        if let Some(error) = &error
+            && !is_timeout
+            && code != Some(Code::TransactionalIdAuthorizationFailed)
+        {
+            return self.report.skip(Dependency::TransactionRights, &prefix, error, String::new());
+        }
         let found = error.as_ref().map_or_else(|| "initialised".to_owned(), ToString::to_string);
         self.report.judge(Dependency::TransactionRights, &prefix, error.is_none() || is_timeout, &found);
         if error.is_none() || is_timeout {

@@ -9,7 +9,7 @@ use tokio_postgres::types::ToSql;
 use super::{Report, Severity};
 use crate::config::Settings;
 use crate::dependencies::Dependency;
-use crate::postgres::connection::{describe, lost_settings};
+use crate::postgres::connection::{ConnectError, describe, lost_settings};
 use crate::postgres::schema::{self, NEWEST_KNOWN, SchemaError};
 
 /// The rights that the writer's role needs are those that this file grants.
@@ -67,12 +67,17 @@ pub(super) async fn examine(settings: &Settings, report: &mut Report) -> Option<
     let place = endpoint.to_string();
     let client = match endpoint.connect().await {
         Ok((client, _)) => client,
+        Err(error @ ConnectError::Pooled { .. }) => {
+            report.judge(Dependency::Pooling, &place, false, error);
+            return None;
+        }
         Err(error) => {
             report.judge(Dependency::DatabaseReachable, &place, false, error);
             return None;
         }
     };
     report.judge(Dependency::DatabaseReachable, &place, true, "the server answers");
+    report.judge(Dependency::Pooling, &place, true, "sessions are the server's");
     if let Err(error) = server(settings, &client, &place, report).await {
         report.skip(Dependency::ServerVersion, &place, describe(&error), String::new());
     }
@@ -140,7 +145,9 @@ async fn server(
     judge(Dependency::Writable, !is_standby && read_only == "off", found);
     let left: i64 = row.try_get(6)?;
     let needed = settings.lanes as i64 * 2 + MORE_CONNECTIONS;
-    let found = format!("{left} connections are left, this process takes up to {needed} with the commands");
+    let found = format!(
+        "{left} connections are left beside those of all instances; one takes up to {needed} with the commands"
+    );
     judge(Dependency::Connections, left >= needed, found);
     let theirs: i64 = row.try_get(7)?;
     let ours = (asked + took / 2).duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as i64;

@@ -53,7 +53,9 @@ impl<L: Listener> ClientContext for Callbacks<L> {
             static LIMIT: RateLimited = RateLimited::new(1, TICKET_REFRESH_LOGGED_PER);
             if let Some(suppressed) = LIMIT.pass() {
                 // The text also has the command, which may contain a secret.
-                let reason = message.rsplit(": ").next();
+                let end = message.rsplit(": ").next();
+                let reason =
+                    end.filter(|end| end.starts_with("exited ") || end.starts_with("received signal"));
                 tracing::warn!(
                     reason,
                     suppressed,

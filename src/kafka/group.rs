@@ -379,9 +379,10 @@ impl Group {
         let reason = match self.consumer.fetch_group_list(Some(group_id), ATTEMPT_TIMEOUT) {
             Err(error) => format!("asking the brokers for the group: {error}"),
             Ok(list) => match list.groups().iter().find(|group| group.name() == group_id) {
-                Some(group) => {
+                Some(group) if group.state().ends_with("Rebalance") => {
                     format!("the group is in state {}: a rebalance waits for all its members", group.state())
                 }
+                Some(group) => format!("the group is in state {}", group.state()),
                 None => "no broker is the group's coordinator: its partition of __consumer_offsets has no \
                          leader, or the topic cannot be created, as when offsets.topic.replication.factor is \
                          above the number of brokers"

@@ -128,9 +128,17 @@ impl Scanner {
         Ok(metadata.topics().iter().any(|topic| topic.name() == self.topic))
     }
 
-    /// How a topic breaks a rule; `None` if it does not, or its settings cannot be read.
-    pub fn violation(&self, rule: &Rule, kafka: &KafkaSettings, role: Role) -> Option<String> {
-        rule.check(self.fetcher.consumer().client(), kafka, role).ok()?
+    /// How a topic breaks a rule; `None` if it does not.
+    ///
+    /// # Errors
+    /// If its settings cannot be read.
+    pub fn violation(
+        &self,
+        rule: &Rule,
+        kafka: &KafkaSettings,
+        role: Role,
+    ) -> Result<Option<String>, String> {
+        rule.check(self.fetcher.consumer().client(), kafka, role)
     }
 
     /// First offset and last stable offset of each partition, in the order given.

@@ -77,6 +77,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             self.status.database(self.settings.index, Dependency::Unknown);
             self.status.broker(self.settings.index, Dependency::Unknown);
             self.metrics.at_rest();
+            self.fenced.ends();
         }
         self.note_assigned();
         done.finish();

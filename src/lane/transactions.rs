@@ -32,7 +32,8 @@ use crate::telemetry::trace::BatchTrace;
 
 /// After a publication no longer than this, batches that were made smaller may grow again.
 const SHORT_PUBLICATION: Duration = Duration::from_secs(3);
-/// After a failed publication that took at least this long, batches are made smaller.
+/// After a failed publication that took at least this long, or its time limit if that is shorter, batches are made
+/// smaller.
 const LONG_PUBLICATION: Duration = Duration::from_secs(8);
 
 type Written = Result<(Outcomes, Answer, WriteStats), StoreError>;
@@ -317,8 +318,9 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// producer down. True: the limit was lowered.
     fn made_batches_smaller(&mut self, took: Duration) -> bool {
         let records = self.first_pending().and_then(|publication| publication.batch().map(Batch::len));
-        let limit =
-            records.filter(|_| took >= LONG_PUBLICATION).and_then(|records| self.builder.shrink(records));
+        let limit = records
+            .filter(|_| took >= LONG_PUBLICATION.min(self.settings.publication_max))
+            .and_then(|records| self.builder.shrink(records));
         if let Some(limit) = limit {
             tracing::warn!(
                 lane = self.settings.index,

@@ -95,7 +95,9 @@ pub async fn is_bound_to(
 /// is bound to this one. A database of another topic never is, because its cursors are offsets of that topic.
 pub async fn bind(client: &mut Client, wanted: &Binding, adopts: bool) -> Result<(), BindingError> {
     let transaction = client.transaction().await?;
-    transaction.batch_execute(&format!("SELECT pg_advisory_xact_lock({})", LockKey::Binding)).await?;
+    // The server does not notice that a client gave up while it waits for a lock, here or below.
+    let lock = format!("SET LOCAL lock_timeout = '30s'; SELECT pg_advisory_xact_lock({})", LockKey::Binding);
+    transaction.batch_execute(&lock).await?;
     let found = bound(&transaction).await?;
     match &found {
         Some(found) if found == wanted => return Ok(()),

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use deadpool_postgres::{Object, Pool};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 
 use crate::telemetry::logging::RateLimited;
@@ -67,16 +68,21 @@ impl Waits {
             tokio::select! {
                 biased;
                 done = &mut work => return (done, reason),
-                found = look => if let Some(found) = found {
-                    self.note(doing, &found);
-                    reason = Some(found);
-                },
+                found = look => {
+                    if let Some(found) = &found {
+                        self.note(doing, found);
+                    }
+                    reason = found;
+                }
             }
         }
     }
 
     /// `None` if it is neither a lock nor a standby, or if that cannot be found out.
     async fn reason(&self, pid: i32) -> Option<String> {
+        // One look at a time in this process: a lock that all lanes wait for must not double their connections.
+        static LOOKS: Semaphore = Semaphore::const_new(1);
+        let _one = LOOKS.acquire().await.ok()?;
         // Not returned to the pool: it is rarely needed.
         let client = Object::take(self.pool.get().await.ok()?);
         let row = client.query_one(ROOT, &[&pid]).await.ok()?;

@@ -89,8 +89,8 @@ impl AllHalted {
         // Where the daemon would resume if the group had no offset that another program committed.
         let unmoved = Known { group: None, ..known.clone() };
         let start = match decide(&unmoved, &self.view.identity, &self.mode) {
-            // Without a row only the outputs show that nothing was sent.
-            Decision::Go(start) if known.row.is_some() || matches!(known.proof, Proof::Sent(_)) => start,
+            // Only the outputs show which events were sent: the row may be of a restored database.
+            Decision::Go(start) if matches!(known.proof, Proof::Sent(_)) => start,
             Decision::Halt(reason) => return Err(none(reason.advice(known.partition))),
             _ => return Err(none(reason.advice(known.partition))),
         };

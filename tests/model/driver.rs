@@ -199,6 +199,7 @@ impl Driver {
                 batch_payments_max: self.setup.batch_payments_max,
                 batch_bytes_max: 1_000_000,
                 linger: self.setup.linger,
+                publication_max: Duration::from_secs(12),
                 tracer: None,
             }
         };

@@ -108,7 +108,7 @@ pub fn replay(settings: &Settings, args: &ReplayArgs, runtime: &Handle) -> Resul
     let ranges = reader.ranges(&filter)?;
     let input = Scanner::new(&settings.kafka, &settings.kafka.input_topic).map_err(DlqError::from)?;
     let (input_topic_id, _) = input.describe().map_err(DlqError::from)?;
-    if let Some(violation) = input.violation(&TIMESTAMP_TYPE, &settings.kafka, Role::Input)
+    if let Ok(Some(violation)) = input.violation(&TIMESTAMP_TYPE, &settings.kafka, Role::Input)
         && !args.force
     {
         return Err(CommandError::person_must_decide(format!("{violation}; or replay with --force")));
