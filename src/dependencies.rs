@@ -322,7 +322,8 @@ impl Dependency {
                 SESSIONS,
                 Does::Wait,
                 SchemaError::Incomplete(vec!["not null payment_core.amount".to_owned()]),
-                "restore it (a lost unique key with ALTER TABLE payment_writer.TABLE ADD PRIMARY KEY (COLUMNS))",
+                "restore it, with ALTER TABLE payment_writer.TABLE and ADD PRIMARY KEY (COLUMNS), SET LOGGED, or ALTER COLUMN \
+                 COLUMN TYPE TYPE",
             ),
             Self::GenerationKey => fact(
                 Told::Checks(&[When::Start, When::Session, When::Batch]),

@@ -292,7 +292,7 @@ pub async fn feed(
     Ok(())
 }
 
-async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(), StoreError> {
+async fn copy(session: &Session, table: &str, statement: &Statement, rows: &Rows) -> Result<(), StoreError> {
     if rows.count == 0 {
         return Ok(());
     }
@@ -306,17 +306,20 @@ async fn copy(session: &Session, statement: &Statement, rows: &Rows) -> Result<(
     if copied == rows.count as u64 {
         Ok(())
     } else {
-        let message = format!("COPY took {copied} rows of {}", rows.count);
-        Err(store_error(FailureClass::Transient, message))
+        let message = format!(
+            "{table} took {copied} of {} rows: a trigger or a rule drops rows; remove it, or let it pass these",
+            rows.count
+        );
+        Err(store_error(FailureClass::Persistent, message))
     }
 }
 
 /// Copies into all three tables in one round trip.
 async fn copy_at_once(session: &Session, rows: &TableRows) -> Result<(), StoreError> {
     future::try_join3(
-        copy(session, &session.copy_core, &rows.core),
-        copy(session, &session.copy_metadata, &rows.metadata),
-        copy(session, &session.copy_notes, &rows.notes),
+        copy(session, "payment_core", &session.copy_core, &rows.core),
+        copy(session, "payment_metadata", &session.copy_metadata, &rows.metadata),
+        copy(session, "payment_notes", &session.copy_notes, &rows.notes),
     )
     .await?;
     Ok(())
@@ -324,9 +327,9 @@ async fn copy_at_once(session: &Session, rows: &TableRows) -> Result<(), StoreEr
 
 /// Copies into one table after the other, so that the session stays usable after a refusal.
 async fn copy_in_turn(session: &Session, rows: &TableRows) -> Result<(), StoreError> {
-    copy(session, &session.copy_core, &rows.core).await?;
-    copy(session, &session.copy_metadata, &rows.metadata).await?;
-    copy(session, &session.copy_notes, &rows.notes).await
+    copy(session, "payment_core", &session.copy_core, &rows.core).await?;
+    copy(session, "payment_metadata", &session.copy_metadata, &rows.metadata).await?;
+    copy(session, "payment_notes", &session.copy_notes, &rows.notes).await
 }
 
 type Written = (Outcomes, Answer, WriteStats);

@@ -88,7 +88,7 @@ fn a_deferrable_or_partial_key_is_no_key() {
 
 #[test]
 fn what_a_restore_lost_is_named_at_the_start_and_waited_for() {
-    // GIVEN a schema without a key, a NOT NULL and a default partition
+    // GIVEN a schema without a key, a NOT NULL and a default partition, with another scale and a table that a crash empties
     let scope = Scope::new(Servers::shared(), "lost");
     scope.prepare(1, 1);
     let missing = || block_on(shape::missing(&scope.connect())).unwrap();
@@ -96,6 +96,8 @@ fn what_a_restore_lost_is_named_at_the_start_and_waited_for() {
     scope.execute(
         "ALTER TABLE payment_writer.source_cursor DROP CONSTRAINT source_cursor_pkey;
          ALTER TABLE payment_writer.payment_core ALTER COLUMN status DROP NOT NULL;
+         ALTER TABLE payment_writer.payment_core ALTER COLUMN amount TYPE numeric(20, 2);
+         ALTER TABLE payment_writer.idempotency_g1 SET UNLOGGED;
          ALTER TABLE payment_writer.payment_notes DETACH PARTITION payment_writer.payment_notes_default;",
     );
     scope.produce(&scope.input_topic, Load::without_bad_records(73).take(100));
@@ -103,6 +105,8 @@ fn what_a_restore_lost_is_named_at_the_start_and_waited_for() {
     // WHEN the daemon starts THEN it waits and names them
     let mut daemon = member().start(&scope);
     let lost = [
+        "column payment_core.amount numeric(20,6)",
+        "logged table idempotency_g1",
         "default partition of payment_notes",
         "not null payment_core.status",
         "unique key source_cursor (topic_id, partition)",
@@ -117,6 +121,8 @@ fn what_a_restore_lost_is_named_at_the_start_and_waited_for() {
     scope.execute(
         "ALTER TABLE payment_writer.source_cursor ADD PRIMARY KEY (topic_id, partition);
          ALTER TABLE payment_writer.payment_core ALTER COLUMN status SET NOT NULL;
+         ALTER TABLE payment_writer.payment_core ALTER COLUMN amount TYPE numeric(20, 6);
+         ALTER TABLE payment_writer.idempotency_g1 SET LOGGED;
          ALTER TABLE payment_writer.payment_notes ATTACH PARTITION payment_writer.payment_notes_default DEFAULT;",
     );
     daemon.wait_until_ready();
@@ -132,7 +138,7 @@ fn the_expected_shape_is_that_of_a_migrated_database() {
     let expected = include_str!("../../src/postgres/schema/shape.txt");
     assert_eq!(block_on(shape::missing(&scope.connect())).unwrap(), [] as [&str; 0]);
     let columns = scope.sql(
-        "SELECT format('column %s.%s %s', table_name, column_name, a.atttypid::regtype)
+        "SELECT format('column %s.%s %s', table_name, column_name, format_type(a.atttypid, a.atttypmod))
          FROM information_schema.columns
          JOIN pg_attribute a ON a.attname = column_name
              AND a.attrelid = to_regclass('payment_writer.' || table_name)

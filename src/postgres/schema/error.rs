@@ -57,8 +57,8 @@ pub enum SchemaError {
     },
     /// All steps were applied, but tables, functions, columns, keys or partitions are missing.
     #[error(
-        "the schema is incomplete, {} missing from schema {SCHEMA}: restore it (a lost unique key with ALTER TABLE \
-         {SCHEMA}.TABLE ADD PRIMARY KEY (COLUMNS))", .0.join("; ")
+        "the schema is incomplete, {} missing from schema {SCHEMA}: restore it, with ALTER TABLE {SCHEMA}.TABLE and ADD \
+         PRIMARY KEY (COLUMNS), SET LOGGED, or ALTER COLUMN COLUMN TYPE TYPE", .0.join("; ")
     )]
     Incomplete(Vec<String>),
     /// Another session has been changing the schema for more than a minute.

@@ -1,5 +1,5 @@
-//! What the program depends on in the schema beyond the names of its tables: column types, NOT NULL, valid unique
-//! keys and default partitions. A restore whose last step failed, or a manual change, can lose them without any
+//! What the program depends on in the schema beyond the names of its tables: column types with their precision, NOT
+//! NULL, valid unique keys, default partitions, and that no table is unlogged, which a crash of the server empties. A restore whose last step failed, or a manual change, can lose them without any
 //! error: without its key, a generation of `idempotency` accepts every payment twice.
 
 use tokio_postgres::Client;
@@ -19,11 +19,14 @@ const MISSING: &str = "
         SELECT oid, relname FROM pg_catalog.pg_class
         WHERE relnamespace = to_regnamespace('payment_writer')
             AND (relname = ANY ($2::text[]) OR relname IN (SELECT name FROM leaf))
+    ), stored AS (
+        SELECT relname, relpersistence FROM pg_catalog.pg_class
+        WHERE relnamespace = to_regnamespace('payment_writer') AND relkind = 'r'
     ), attribute AS (
         SELECT o.relname, a.* FROM ours o JOIN pg_catalog.pg_attribute a ON a.attrelid = o.oid
         WHERE a.attnum > 0 AND NOT a.attisdropped
     ), found (fact) AS (
-        SELECT format('column %s.%s %s', relname, attname, format_type(atttypid, NULL)) FROM attribute
+        SELECT format('column %s.%s %s', relname, attname, format_type(atttypid, atttypmod)) FROM attribute
         UNION ALL
         SELECT format('not null %s.%s', relname, attname) FROM attribute WHERE attnotnull
         UNION ALL
@@ -37,7 +40,11 @@ const MISSING: &str = "
         UNION ALL
         SELECT format('default partition of %s', o.relname)
         FROM ours o JOIN pg_catalog.pg_partitioned_table p ON p.partrelid = o.oid WHERE p.partdefid <> 0
+        UNION ALL
+        SELECT format('logged table %s', relname) FROM stored WHERE relpersistence = 'p'
     ), expected (fact) AS (
+        SELECT format('logged table %s', relname) FROM stored
+        UNION ALL
         SELECT * FROM unnest($1::text[])
         UNION ALL
         SELECT replace(fact, ' idempotency.', ' ' || name || '.')

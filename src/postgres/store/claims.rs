@@ -119,7 +119,7 @@ async fn copied(session: &Session, begun: &Begun, claims: &[Claim]) -> Result<bo
     let rows = Rows { bytes: bytes.into(), count: claims.len() };
     let savepoint = session.client.batch_execute("SAVEPOINT claims").map_err(StoreError::from);
     // The COMMIT releases the savepoint.
-    match future::try_join(savepoint, copy(session, &statement, &rows)).await {
+    match future::try_join(savepoint, copy(session, "idempotency", &statement, &rows)).await {
         Ok(_) => Ok(true),
         Err(error) if error.sqlstate.as_deref() == Some(SQLSTATE_UNIQUE) => {
             session.client.batch_execute("ROLLBACK TO SAVEPOINT claims; RELEASE SAVEPOINT claims").await?;

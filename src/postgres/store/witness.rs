@@ -296,7 +296,7 @@ async fn takes(session: &Session, begun: &Begun, head: &Head, pattern: &Pattern)
     let (claimed, tables) = head.rows(pattern, begun.today);
     let write = async {
         let statement = session.copy_into(begun.current).await?;
-        copy(session, &statement, &claimed).await?;
+        copy(session, "idempotency", &statement, &claimed).await?;
         copy_in_turn(session, &tables).await
     };
     Ok(session.under_savepoint(false, write).await?.is_none())
