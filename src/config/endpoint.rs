@@ -490,13 +490,20 @@ mod tests {
         assert!(refusal(&url).contains("passwords"));
         std::fs::write(&path, "# comment\ndb1:5433:x:u:no\nother:*:*:*:no\n").unwrap();
         assert!(refusal(&url).contains("no line fits"));
-        for (line, password) in [
-            ("db1:*:x:u:one", "one"),
-            ("db2:6000:*:u:with\\:colon\\\\", "with:colon\\"),
-            ("*:*:*:*:any:rest", "any"),
+        for (hosts, line, password) in [
+            ("db1", "db1:*:x:u:one", "one"),
+            ("db2:6000", "db2:6000:*:u:with\\:colon\\\\", "with:colon\\"),
+            ("db1,db2:6000", "*:*:*:*:any:rest", "any"),
+            // The password of one host is not given to another.
+            ("db1,db2:6000", "db1:*:x:u:one", "later"),
         ] {
             std::fs::write(&path, format!("no:*:*:*:no\n{line}\n*:*:*:*:later\n")).unwrap();
-            assert_eq!(Endpoint::parse(&url).unwrap().password().unwrap().as_deref(), Some(password));
+            let url = url.replace("db1,db2:6000", hosts);
+            assert_eq!(
+                Endpoint::parse(&url).unwrap().password().unwrap().as_deref(),
+                Some(password),
+                "{line}"
+            );
         }
         let endpoint = Endpoint::parse(&url).unwrap();
         std::fs::write(&path, "*:*:x:u:changed").unwrap();
