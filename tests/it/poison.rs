@@ -42,11 +42,14 @@ fn rows_that_the_database_rejects_are_dead_lettered_and_all_others_are_written_o
     let scope = Scope::new(Servers::shared(), "poison");
     scope.prepare(4, 2);
     scope.execute(
-        "ALTER TABLE payment_writer.payment_core ADD CONSTRAINT no_thirteen CHECK (cust_id <> 1013);
-         ALTER TABLE payment_writer.payment_core ALTER COLUMN amount TYPE numeric(12, 2);
+        "ALTER TABLE payment_writer.payment_core ADD CONSTRAINT no_thirteen CHECK (cust_id <> 70131013);
          ALTER TABLE payment_writer.payment_notes ADD CONSTRAINT short CHECK (length(comment) < 20);
          CREATE FUNCTION payment_writer.refuses() RETURNS trigger LANGUAGE plpgsql AS
              $$ BEGIN RAISE EXCEPTION 'account % is closed', NEW.cust_id; END $$;
+         CREATE FUNCTION payment_writer.overflows() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION USING ERRCODE = '22003', MESSAGE = 'numeric field overflow'; END $$;
+         CREATE TRIGGER too_large BEFORE INSERT ON payment_writer.payment_core
+             FOR EACH ROW WHEN (NEW.amount > 9999999999) EXECUTE FUNCTION payment_writer.overflows();
          CREATE TRIGGER closed BEFORE INSERT ON payment_writer.payment_core
              FOR EACH ROW WHEN (NEW.cust_id = 1014) EXECUTE FUNCTION payment_writer.refuses();
          CREATE CONSTRAINT TRIGGER closed_later AFTER INSERT ON payment_writer.payment_core
@@ -56,7 +59,7 @@ fn rows_that_the_database_rejects_are_dead_lettered_and_all_others_are_written_o
     let mut load = Load::new(41);
     let mut records = load.take(600);
     let bad = [
-        (90, payment(9001, 1013, "1.00", "c"), "23514"),
+        (90, payment(9001, 70131013, "1.00", "c"), "23514"),
         (91, payment(9002, 7, "99999999999.00", "c"), "22003"),
         (250, payment(9003, 8, "1.00", "a comment that is too long"), "23514"),
         (401, payment(9004, 1014, "1.00", "c"), "P0001"),
@@ -66,7 +69,7 @@ fn rows_that_the_database_rejects_are_dead_lettered_and_all_others_are_written_o
         records.insert(*place, record.clone());
     }
     // Repeats of rejected rows: an identical one, and one that the database accepts.
-    records.push(payment(9001, 1013, "1.00", "c"));
+    records.push(payment(9001, 70131013, "1.00", "c"));
     records.push(payment(9003, 8, "1.00", "short"));
     records.push(payment(9003, 8, "1", "short"));
     scope.produce(&scope.input_topic, records);
@@ -91,7 +94,7 @@ fn rows_that_the_database_rejects_are_dead_lettered_and_all_others_are_written_o
     );
     assert!(outcomes.written > 400, "{outcomes:?}");
     // AND the log contains no payment data
-    for secret in ["1013", "is closed", "too long", "99999999999", &uuid_v4(9001).to_string()] {
+    for secret in ["70131013", "is closed", "too long", "99999999999", &uuid_v4(9001).to_string()] {
         assert!(!daemon.log().contains(secret), "{secret} in:\n{}", daemon.log());
     }
 }
