@@ -156,7 +156,10 @@ impl Daemon<'_> {
                 Ok(Err(error @ BindingError::Database(_))) => error.to_string(),
                 Err(_) => "no answer in time".to_owned(),
             };
-            Err(transient(reason.map_or(message.clone(), |reason| format!("{message}; {reason}"))))
+            Err(transient(match reason {
+                Some(reason) => format!("{message}; {reason}"),
+                None => message,
+            }))
         };
         let probed = |database| self.status.probed(Some(database), None);
         until_it_answers("database", BINDING, probed, attempt).await

@@ -354,7 +354,7 @@ async fn begin(
     moves: &Moves,
 ) -> Result<Begun, StoreError> {
     let at = Instant::now();
-    // One round trip. The shared lock prevents a rotation until the commit. The current generation is read by
+    // One round trip, once the cursors' places are known. The shared lock prevents a rotation until the commit. The current generation is read by
     // a separate statement, so that its snapshot is taken after the lock is granted.
     let (_, _, generations, places) = future::try_join4(
         session.client.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED").map_err(StoreError::from),
