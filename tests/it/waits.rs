@@ -236,7 +236,9 @@ impl Pooler {
             assert!(Command::new("chmod").arg(mode).arg(path).status().unwrap().success());
         };
         everybody(folder.path(), "755");
-        let mut command = Command::new("pgbouncer");
+        // The PATH of an ordinary user may lack its folder.
+        const DEBIANS: &str = "/usr/sbin/pgbouncer";
+        let mut command = Command::new(if Path::new(DEBIANS).exists() { DEBIANS } else { "pgbouncer" });
         if std::fs::metadata("/proc/self").is_ok_and(|it| std::os::unix::fs::MetadataExt::uid(&it) == 0) {
             command.args(["-u", "nobody"]);
         }
