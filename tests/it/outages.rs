@@ -55,9 +55,7 @@ fn the_daemon_waits_for_whatever_is_unavailable_and_recovers_by_itself() {
     let mut load = Load::without_bad_records(31);
     scope.feed(load.take(100));
     servers.postgres(Act::Stop);
-    let member = Member::new("a")
-        .with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "6000")
-        .with("KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", "1000");
+    let member = Member::new("a").with_session("6000", "1000");
     let mut daemon = member.start(&scope);
 
     // THEN it waits, first for the database, then for the topics
@@ -192,9 +190,7 @@ fn a_read_only_database_is_waited_for_and_logged_once() {
 
     // AND continues by itself as soon as the database accepts writes
     scope.on_server(&[format!("ALTER DATABASE \"{database}\" RESET default_transaction_read_only")]);
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
 }
 
 /// A paused broker breaks no connection. When it resumes, it is fenced for a moment, reports no brokers, and
@@ -207,11 +203,7 @@ fn the_daemon_recovers_from_a_broker_that_hangs_for_longer_than_its_session() {
     let scope = Scope::new(&servers, "hung_broker");
     scope.prepare(6, 2);
     let mut load = Load::new(33);
-    let member = |name| {
-        Member::new(name)
-            .with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "6000")
-            .with("KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", "1000")
-    };
+    let member = |name| Member::new(name).with_session("6000", "1000");
     let mut daemons = [member("a").start(&scope), member("b").start(&scope)];
     let lost = |daemon: &Daemon| daemon.metric("payment_writer_rebalances_total", "kind=\"lost\"");
     for round in 1..=3 {
@@ -234,11 +226,7 @@ fn the_daemon_recovers_from_a_broker_that_hangs_for_longer_than_its_session() {
         // instance id
     }
     scope.feed(load.take(100));
-    scope.wait_until_caught_up();
-    for daemon in &mut daemons {
-        daemon.drains();
-    }
-    scope.assert_exactly_once();
+    scope.drains_exactly_once(&mut daemons);
 }
 
 #[test]

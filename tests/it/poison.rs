@@ -195,8 +195,6 @@ fn a_batch_of_which_more_than_a_tenth_is_rejected_blocks_and_one_with_less_does_
 
     // WHEN the constraint is dropped, THEN all of them are written
     scope.execute("ALTER TABLE payment_writer.payment_core DROP CONSTRAINT lucky");
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
     assert_eq!((scope.count("payment_core"), rejected(&scope).len()), (381, 20));
 }

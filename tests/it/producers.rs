@@ -244,9 +244,7 @@ fn small_batch_limits_of_outputs_are_respected_and_one_below_an_event_is_reporte
     let log = daemon.log();
     assert!(log.contains(&format!("raise max.message.bytes of {}", scope.read_topic)), "{log}");
     set_topic(&scope, &scope.read_topic, "max.message.bytes=20000");
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
 }
 
 fn set_topic(scope: &Scope<'_>, topic: &str, setting: &str) {
@@ -312,9 +310,7 @@ fn trials_a_producer_quota_is_logged_and_payments_flow_at_its_rate() {
 
     // AND without the quota the rest follows at once, exactly once
     quota(&["--delete-config", "producer_byte_rate"]);
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
 }
 
 #[test]

@@ -457,9 +457,7 @@ fn of_two_daemons_with_one_instance_id_the_first_is_fenced_and_stops() {
     first.ends_for_a_person("kafka.instance_id");
     second.wait_for_partitions("the second has all partitions", |partitions| partitions == 4);
     drop(flow.end());
-    scope.wait_until_caught_up();
-    second.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut second]);
 }
 
 #[test]
@@ -498,9 +496,7 @@ fn a_database_restored_to_an_older_state_gets_its_rows_again_and_no_event_twice(
     scope.wait_until_caught_up();
     scope.restore_database();
     scope.produce(&scope.input_topic, load.take(60));
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
 }
 
 #[test]

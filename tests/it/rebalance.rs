@@ -31,9 +31,7 @@ fn an_instance_joins_and_leaves_while_records_flow() {
         first.wait_for_partitions("the first has all again", |partitions| partitions == 9);
     }
     drop(flow.end());
-    scope.wait_until_caught_up();
-    first.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut first]);
 }
 
 #[test]
@@ -57,10 +55,7 @@ fn partitions_revoked_from_a_dying_member_are_reassigned() {
         first.partitions() + second.partitions() == 9
     });
     scope.feed(load.take(200));
-    scope.wait_until_caught_up();
-    first.drains();
-    second.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut first, &mut second]);
 }
 
 fn rebalances(daemon: &Daemon) -> f64 {
@@ -95,11 +90,7 @@ fn a_rolling_restart_under_load_moves_no_partition() {
         assert_eq!(rebalances(&daemons[other]), before);
     }
     drop(flow.end());
-    scope.wait_until_caught_up();
-    for daemon in &mut daemons {
-        daemon.drains();
-    }
-    scope.assert_exactly_once();
+    scope.drains_exactly_once(&mut daemons);
 }
 
 /// A process stops at a step of a batch until the group has assigned its partitions to another, which
@@ -126,15 +117,16 @@ fn zombie(step: &str, seed: u64) {
     scope.feed(load.take(100));
     scope.wait_until_caught_up();
     // AND the first one resumes in the middle of its batch
+    // THEN its batch has no effect, and both continue
+    resumes(&scope, &mut load, [&mut zombie, &mut heir]);
+}
+
+/// A stopped process resumes beside the one that has taken its partitions over, and both continue.
+fn resumes(scope: &Scope<'_>, load: &mut Load, [zombie, heir]: [&mut Daemon; 2]) {
     zombie.signal("CONT");
     zombie.wait_for_partitions("it is a member again", |partitions| partitions > 0);
     scope.feed(load.take(100));
-
-    // THEN its batch has no effect, and both continue
-    scope.wait_until_caught_up();
-    zombie.drains();
-    heir.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([zombie, heir]);
 }
 
 #[test]
@@ -177,15 +169,8 @@ fn a_zombie_between_its_first_offsets_and_its_first_cursors_changes_nothing() {
     let mut heir = member("b").start(&scope);
     heir.wait_for_partitions("the other one has taken over", |partitions| partitions == 4);
     scope.wait_until_caught_up();
-    zombie.signal("CONT");
-    zombie.wait_for_partitions("it is a member again", |partitions| partitions > 0);
-    scope.feed(load.take(100));
-
     // THEN its old cursors do not overwrite the new ones
-    scope.wait_until_caught_up();
-    zombie.drains();
-    heir.drains();
-    scope.assert_exactly_once();
+    resumes(&scope, &mut load, [&mut zombie, &mut heir]);
 }
 
 #[test]

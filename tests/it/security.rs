@@ -101,12 +101,9 @@ fn certificates_passwords_and_acls_are_checked_and_a_daemon_without_them_waits_a
     };
     let member = Member::new("a")
         .soon_forgotten()
-        .with("KAFKA__BOOTSTRAP_SERVERS", servers.kafka_secure())
-        .with("KAFKA__PROPERTIES__SECURITY_PROTOCOL", "SASL_SSL")
-        .with("KAFKA__PROPERTIES__SASL_MECHANISM", "SCRAM-SHA-512")
+        .with_sasl(&servers, &certificates, "SCRAM-SHA-512")
         .with("KAFKA__PROPERTIES__SASL_USERNAME", "writer")
         .with("KAFKA__PROPERTIES__SASL_PASSWORD", "sesame")
-        .with("KAFKA__PROPERTIES__SSL_CA_LOCATION", &ca(&certificates))
         .with("POSTGRES__URL", &postgres("127.0.0.1", &certificates, "verify-full"));
     let mut load = Load::new(51);
     scope.produce(&scope.input_topic, load.take(100));
@@ -235,11 +232,7 @@ printf '%s.%s.' "$(part '{"alg":"none"}')" "$(part "{\"sub\":\"writer\",\"iat\":
 
 /// A member that authenticates with tokens.
 fn with_tokens(servers: &Servers, certificates: &Path) -> Member {
-    Member::new("a")
-        .with("KAFKA__BOOTSTRAP_SERVERS", servers.kafka_secure())
-        .with("KAFKA__PROPERTIES__SECURITY_PROTOCOL", "SASL_SSL")
-        .with("KAFKA__PROPERTIES__SASL_MECHANISM", "OAUTHBEARER")
-        .with("KAFKA__PROPERTIES__SSL_CA_LOCATION", certificates.join("ca.crt").to_str().unwrap())
+    Member::new("a").with_sasl(servers, certificates, "OAUTHBEARER")
 }
 
 #[test]

@@ -54,9 +54,7 @@ fn a_generation_that_loses_its_key_while_the_daemon_runs_receives_no_payment_twi
         // WHEN the key is back THEN it continues by itself
         scope.execute("ALTER TABLE payment_writer.idempotency_g1 ADD PRIMARY KEY (message_id)");
         daemon.wait_until_ready();
-        scope.wait_until_caught_up();
-        daemon.drains();
-        scope.assert_exactly_once();
+        scope.drains_exactly_once([&mut daemon]);
         assert_eq!(scope.count("payment_core"), written);
     }
 }
@@ -126,9 +124,7 @@ fn what_a_restore_lost_is_named_at_the_start_and_waited_for() {
          ALTER TABLE payment_writer.payment_notes ATTACH PARTITION payment_writer.payment_notes_default DEFAULT;",
     );
     daemon.wait_until_ready();
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
 }
 
 #[test]

@@ -140,9 +140,7 @@ fn a_missing_standby_is_named_and_a_commit_whose_wait_was_cancelled_is_not_publi
 
     // WHEN no standby is asked for any more, THEN it continues
     standby(dismiss);
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
 }
 
 #[test]
@@ -172,9 +170,7 @@ fn a_connection_limit_and_a_missing_right_are_named() {
 
     // WHEN it is granted, THEN it continues
     scope.execute("GRANT INSERT ON payment_writer.payment_notes TO payment_writer_app");
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
     scope.execute_as_admin(&format!("DROP ROLE \"{role}\"; DROP OWNED BY payment_writer_app"));
 }
 
@@ -205,9 +201,7 @@ fn a_new_password_in_the_password_file_is_used_by_a_running_daemon() {
 
     // AND then in the file, THEN the daemon continues
     write("new");
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
     scope.execute_as_admin(&format!("DROP ROLE \"{role}\"; DROP OWNED BY payment_writer_app"));
 }
 
@@ -306,9 +300,7 @@ fn a_pooler_in_transaction_mode_is_refused_by_name_until_it_is_in_session_mode()
 
     // WHEN the pooler is set to session mode, THEN the daemon continues
     pooler.set(TRANSACTION_MODE, "pool_mode = session");
-    scope.wait_until_caught_up();
-    daemon.drains();
-    scope.assert_exactly_once();
+    scope.drains_exactly_once([&mut daemon]);
     let lines = daemon.log().lines().filter(|line| line.contains("a pooler in transaction mode")).count();
     assert_eq!(lines, 1, "{}", daemon.log());
 }

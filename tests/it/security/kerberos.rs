@@ -126,10 +126,7 @@ impl Drop for Kdc {
 fn with_kerberos(servers: &Servers, folder: &Path) -> Member {
     let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
     Member::new("a")
-        .with("KAFKA__BOOTSTRAP_SERVERS", servers.kafka_secure())
-        .with("KAFKA__PROPERTIES__SECURITY_PROTOCOL", "SASL_SSL")
-        .with("KAFKA__PROPERTIES__SSL_CA_LOCATION", &path("ca.crt"))
-        .with("KAFKA__PROPERTIES__SASL_MECHANISM", "GSSAPI")
+        .with_sasl(servers, folder, "GSSAPI")
         .with("KAFKA__PROPERTIES__SASL_KERBEROS_SERVICE_NAME", "kafka")
         .with("KAFKA__PROPERTIES__SASL_KERBEROS_PRINCIPAL", &format!("writer@{REALM}"))
         .with_variable("KRB5_CONFIG", &path("krb5.conf"))

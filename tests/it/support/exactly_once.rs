@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::checker::{Checker, Exceptions, Outcome, Output, Rules, Seen};
 use super::servers::{block_on, connect};
-use super::{DEADLINE, Message, Received, Scope, wait_until, wait_until_within};
+use super::{DEADLINE, Daemon, Message, Received, Scope, wait_until, wait_until_within};
 
 /// Longer than any recovery that has to wait for a time limit of a server or of a group.
 pub const PATIENCE: Duration = Duration::from_secs(150);
@@ -151,6 +151,16 @@ impl Scope<'_> {
     #[track_caller]
     pub fn assert_exactly_once(&self) -> Outcomes {
         Check::of(self).holds()
+    }
+
+    /// Waits until everything is written and published, drains the daemons, and checks the outcome.
+    #[track_caller]
+    pub fn drains_exactly_once<'d>(&self, daemons: impl IntoIterator<Item = &'d mut Daemon>) {
+        self.wait_until_caught_up();
+        for daemon in daemons {
+            daemon.drains();
+        }
+        self.assert_exactly_once();
     }
 
     /// A scope with topics and schema, ready for the daemon.

@@ -1,11 +1,12 @@
 //! One instance of the daemon across restarts: always the same member of the group.
 
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 
 use serde_json::Value;
 
 use super::daemon::TESTED_PROGRAM;
-use super::{Daemon, PATIENCE, Scope, wait_until_within};
+use super::{Daemon, PATIENCE, Scope, Servers, wait_until_within};
 
 /// An instance's id and settings, as environment variables.
 #[derive(Clone)]
@@ -37,8 +38,21 @@ impl Member {
 
     /// The group removes a stopped member after two seconds instead of ten.
     pub fn soon_forgotten(self) -> Member {
-        self.with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", "2000")
-            .with("KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", "500")
+        self.with_session("2000", "500")
+    }
+
+    /// Session timeout and heartbeat interval in the group, in milliseconds.
+    pub fn with_session(self, timeout_ms: &str, heartbeat_ms: &str) -> Member {
+        self.with("KAFKA__PROPERTIES__SESSION_TIMEOUT_MS", timeout_ms)
+            .with("KAFKA__PROPERTIES__HEARTBEAT_INTERVAL_MS", heartbeat_ms)
+    }
+
+    /// Uses the secure listener of [`Servers::with_tls`], by a SASL mechanism.
+    pub fn with_sasl(self, servers: &Servers, certificates: &Path, mechanism: &str) -> Member {
+        self.with("KAFKA__BOOTSTRAP_SERVERS", servers.kafka_secure())
+            .with("KAFKA__PROPERTIES__SECURITY_PROTOCOL", "SASL_SSL")
+            .with("KAFKA__PROPERTIES__SASL_MECHANISM", mechanism)
+            .with("KAFKA__PROPERTIES__SSL_CA_LOCATION", certificates.join("ca.crt").to_str().unwrap())
     }
 
     pub fn run(&self, scope: &Scope<'_>, arguments: &[&str]) -> Daemon {
