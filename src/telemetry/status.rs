@@ -1,160 +1,18 @@
 //! State of the daemon, for `/status`, `/readyz` and the metrics.
 
 pub mod fetch_starts;
+mod partition;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::fetch_starts::{FetchStart, FetchStarts};
+use self::partition::IN_HAND_MAX;
+pub use self::partition::{OpenTransaction, PartitionStatus, Phase};
 use crate::domain::batch::OutcomeCounts;
 use crate::domain::cursor::{HaltReason, Known};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
-
-/// Phase of a partition.
-#[derive(Clone, PartialEq, Eq, Debug, Default, strum::IntoStaticStr)]
-#[strum(serialize_all = "snake_case")]
-pub enum Phase {
-    /// Assigned; recovery determines where to continue.
-    #[default]
-    Opening,
-    /// Being written and published.
-    Live,
-    /// Halted until an operator resolves it.
-    Halted(HaltReason),
-}
-
-/// State of an assigned partition.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct PartitionStatus {
-    /// Current phase.
-    pub phase: Phase,
-    /// Next offset to write.
-    pub applied: Option<NextOffset>,
-    /// Next offset to publish.
-    pub published: Option<NextOffset>,
-    /// The lowest of the cursors, during recovery or while halted.
-    pub unpublished_from: Option<NextOffset>,
-    /// Timestamp of the last written record, but at most the time at which this was recorded: a producer
-    /// clock that is ahead must not hide lag.
-    applied_timestamp: Option<TimestampMs>,
-    /// That timestamp as it is in the record.
-    stamped: Option<TimestampMs>,
-    /// Last stable offset, when last read.
-    pub end: Option<NextOffset>,
-    open: Option<OpenTransaction>,
-    /// When the partition was last caught up to the end, by the wall clock.
-    caught_up_at: Option<TimestampMs>,
-    /// When the partition was assigned, by the wall clock.
-    assigned_at: TimestampMs,
-    /// `applied` in the database at the last recovery.
-    found_applied: Option<NextOffset>,
-    /// End offset and first timestamp of each batch in flight.
-    in_hand: VecDeque<(NextOffset, TimestampMs)>,
-}
-
-/// The first open transaction of a partition, at its last stable offset. Records from there on are not read
-/// until it ends.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct OpenTransaction {
-    /// The last stable offset.
-    pub at: NextOffset,
-    /// Number of records between the last stable offset and the high watermark.
-    pub records: i64,
-    since: TimestampMs,
-}
-
-impl OpenTransaction {
-    /// How long the last stable offset has been there, in milliseconds, as far as this process knows.
-    pub fn age_ms(&self, now: TimestampMs) -> i64 {
-        (now.0 - self.since.0).max(0)
-    }
-}
-
-/// Maximum number of batches of a partition in flight: one being written and those that wait for their Kafka
-/// transaction.
-const IN_HAND_MAX: usize = 4;
-
-impl PartitionStatus {
-    fn opening(now: TimestampMs) -> Self {
-        Self { assigned_at: now, ..Self::default() }
-    }
-
-    /// Position of the lane at a rebalance that may have interrupted fetching; for the audit.
-    fn interrupted(&self, partition: Partition) -> Option<FetchStart> {
-        let applied = self.applied?;
-        let position = self.in_hand.back().map_or(applied, |(reached, _)| applied.max(*reached));
-        Some(FetchStart { partition, position, applied })
-    }
-
-    /// Everything before this offset is written and published.
-    fn done_to(&self) -> Option<NextOffset> {
-        // In a restored database, the rows may be behind what was published.
-        self.unpublished_from.or_else(|| Some(self.applied?.min(self.published?)))
-    }
-
-    /// Number of records between what is written and published and the end.
-    pub fn lag(&self) -> Option<i64> {
-        Some((self.end?.0 - self.done_to()?.0).max(0))
-    }
-
-    /// Age in milliseconds of the oldest record that is not yet written and published; 0 when caught up.
-    /// While that record is in flight, its timestamp is used. Otherwise the record arrived after the last
-    /// written record and after the partition was last caught up; the later of these times is used. If
-    /// neither is known, the time of the assignment is used.
-    pub fn lag_ms(&self, now: TimestampMs) -> i64 {
-        if self.is_caught_up() {
-            return 0;
-        }
-        let oldest = match self.in_hand.front() {
-            Some((_, at)) => *at,
-            None => self.applied_timestamp.max(self.caught_up_at).unwrap_or(self.assigned_at),
-        };
-        (now.0 - oldest.0).max(0)
-    }
-
-    /// The first open transaction, when the high watermark was last read.
-    pub fn open_transaction(&self) -> Option<OpenTransaction> {
-        self.open
-    }
-
-    /// `high` was read before the end.
-    fn note_high_watermark(&mut self, now: TimestampMs, high: NextOffset) {
-        let open = self.end.filter(|end| *end < high).map(|at| {
-            let since = self.open.filter(|open| open.at == at).map_or(now, |open| open.since);
-            OpenTransaction { at, records: high.0 - at.0, since }
-        });
-        self.open = open;
-    }
-
-    /// A cursor beyond the end has a lag of 0, but new records will not be written either.
-    fn is_caught_up(&self) -> bool {
-        let is_beyond_end = matches!(self.phase, Phase::Halted(HaltReason::BeyondEnd { .. }));
-        self.lag() == Some(0) && !is_beyond_end
-    }
-
-    fn note_written(&mut self, now: TimestampMs, timestamp: Option<TimestampMs>) {
-        // Keep the first value: `now` only grows.
-        if timestamp.is_some() && timestamp != self.stamped {
-            self.stamped = timestamp;
-            self.applied_timestamp = timestamp.map(|at| at.min(now));
-        }
-    }
-
-    /// Positions went back, as in a restored database: earlier observations do not apply to the records that
-    /// are read again.
-    fn note_went_back(&mut self) {
-        self.caught_up_at = None;
-        self.applied_timestamp = None;
-        self.stamped = None;
-    }
-
-    fn note_caught_up(&mut self, now: TimestampMs) {
-        if self.is_caught_up() {
-            self.caught_up_at = Some(now);
-        }
-    }
-}
 
 /// State of a dependency.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
