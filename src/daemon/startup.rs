@@ -16,7 +16,7 @@ use crate::lane::backoff::Backoff;
 use crate::postgres::binding::{self, Binding, BindingError};
 use crate::postgres::connection::{backend_pid, class_of, describe};
 use crate::postgres::schema::{self, SchemaError};
-use crate::postgres::waits::Waits;
+use crate::postgres::waits::{Waits, with_reason};
 use crate::telemetry::metrics;
 use crate::telemetry::status::Dependency;
 
@@ -156,10 +156,7 @@ impl Daemon<'_> {
                 Ok(Err(error @ BindingError::Database(_))) => error.to_string(),
                 Err(_) => "no answer in time".to_owned(),
             };
-            Err(transient(match reason {
-                Some(reason) => format!("{message}; {reason}"),
-                None => message,
-            }))
+            Err(transient(with_reason(message, reason)))
         };
         let probed = |database| self.status.probed(Some(database), None);
         until_it_answers("database", BINDING, probed, attempt).await

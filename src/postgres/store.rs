@@ -5,45 +5,42 @@
 
 mod bisect;
 mod claims;
+mod copy;
+mod cursors;
 mod generations;
 mod recent;
 mod session;
 mod witness;
 
-use std::collections::{BTreeMap, HashMap};
-use std::pin::Pin;
-use std::time::{Duration, Instant, SystemTime};
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use deadpool_postgres::Pool;
-use futures_util::{SinkExt, TryFutureExt, future};
-use tokio_postgres::types::{Timestamp, ToSql};
-use tokio_postgres::{CopyInSink, Row, Statement};
+use futures_util::{TryFutureExt, future};
 use uuid::Uuid;
 
 use self::bisect::Bisected;
-use self::claims::{Claiming, claim};
+use self::claims::Claiming;
+use self::copy::copy_at_once;
+pub use self::copy::feed;
+use self::cursors::{Moves, cursors_in, move_cursors, store_in};
 use self::generations::OlderGeneration;
 pub use self::session::no_key;
 use self::session::{KeyHolds, Session, store_error};
-use crate::domain::batch::{Answer, Batch, Outcomes, Owner, Refused, Rows, TableRows};
-use crate::domain::columns::{ArrayParam, COPY_HEADER, COPY_TRAILER};
+use crate::domain::batch::{Answer, Batch, Outcomes, Owner, Refused};
+use crate::domain::columns::ArrayParam;
 use crate::domain::cursor::{CursorRow, Identity};
-use crate::domain::outcome::{FailureClass, Outcome, Refusals, SQLSTATE_CURSOR_MOVED};
-use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
-use crate::domain::wire;
+use crate::domain::outcome::{FailureClass, Outcome, Refusals};
+use crate::domain::record::{NextOffset, Offset, Partition};
 use crate::failpoint;
 use crate::ports::{CursorMove, Store, StoreError, WriteStats};
 use crate::postgres::connection::cancelled_standby_waits;
-use crate::postgres::waits::Waits;
+use crate::postgres::waits::{Waits, with_reason};
 
 /// After this a transaction is given up and its session closed; the server's timeouts are shorter.
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 /// The same limit for bisecting a batch, which takes many attempts, each with the server's timeouts.
 const BISECT_TIMEOUT: Duration = Duration::from_secs(300);
-/// Bytes of one COPY message. The server receives a whole message before it parses it, so a message of
-/// megabytes has left the CPU cache by then.
-const COPY_CHUNK_BYTES: usize = 128 << 10;
 /// lock_not_available
 const SQLSTATE_LOCK_TIMEOUT: &str = "55P03";
 
@@ -113,9 +110,7 @@ impl Connection {
             Ok(_) => self.session = Some(session),
             Err(error) => {
                 self.was_locked_out = error.sqlstate.as_deref() == Some(SQLSTATE_LOCK_TIMEOUT);
-                if let Some(reason) = reason {
-                    error.message = format!("{}; {reason}", error.message);
-                }
+                error.message = with_reason(std::mem::take(&mut error.message), reason);
             }
         }
         result
@@ -128,93 +123,6 @@ fn fault_of_database(mut error: StoreError) -> StoreError {
         error.class = FailureClass::Persistent;
     }
     error
-}
-
-/// The parameters of `move_cursors`: parallel arrays with one element per partition.
-struct Moves {
-    partitions: Vec<i32>,
-    seen: Vec<i64>,
-    applied: Vec<i64>,
-    published: Vec<Option<i64>>,
-    timestamps: Vec<Option<Timestamp<SystemTime>>>,
-}
-
-impl Moves {
-    fn new(moves: &[CursorMove]) -> Self {
-        Self {
-            partitions: moves.iter().map(|m| m.partition.0).collect(),
-            seen: moves.iter().map(|m| m.seen.0).collect(),
-            applied: moves.iter().map(|m| m.applied.0).collect(),
-            published: moves.iter().map(|m| m.published.map(|p| p.0)).collect(),
-            timestamps: moves.iter().map(|m| m.timestamp.map(timestamp)).collect(),
-        }
-    }
-
-    /// Those of other partitions.
-    fn without(&self, moved: &BTreeMap<i32, String>) -> Self {
-        fn rest<T: Copy>(all: &[T], left: &[usize]) -> Vec<T> {
-            left.iter().filter_map(|at| all.get(*at).copied()).collect()
-        }
-        let partitions = self.partitions.iter().enumerate();
-        let left: Vec<usize> = partitions.filter(|(_, p)| !moved.contains_key(p)).map(|(at, _)| at).collect();
-        Self {
-            partitions: rest(&self.partitions, &left),
-            seen: rest(&self.seen, &left),
-            applied: rest(&self.applied, &left),
-            published: rest(&self.published, &left),
-            timestamps: rest(&self.timestamps, &left),
-        }
-    }
-
-    /// The parameters of the statements, in their order, and further ones.
-    fn parameters<'a>(
-        &'a self,
-        topic_id: &'a Uuid,
-        more: &[&'a (dyn ToSql + Sync)],
-    ) -> Vec<&'a (dyn ToSql + Sync)> {
-        let own: [&(dyn ToSql + Sync); 6] =
-            [topic_id, &self.partitions, &self.seen, &self.applied, &self.published, &self.timestamps];
-        [&own[..], more].concat()
-    }
-}
-
-/// The timestamp of a record; `-infinity` if it has none, or one outside the range of payments, as a dead
-/// letter can.
-fn timestamp(at: Option<TimestampMs>) -> Timestamp<SystemTime> {
-    match at.filter(|at| (wire::TIMESTAMP_MIN..=wire::TIMESTAMP_MAX).contains(at)) {
-        Some(at) => Timestamp::Value(SystemTime::UNIX_EPOCH + Duration::from_millis(at.0.unsigned_abs())),
-        None => Timestamp::NegInfinity,
-    }
-}
-
-/// Moves the cursors under their guard, and returns where they are now. Those whose place is not known, or who are not
-/// there as expected, are left to the function in the database, which finds them and names one that was moved.
-async fn move_cursors(
-    session: &Session,
-    topic_id: &Uuid,
-    moves: &Moves,
-) -> Result<BTreeMap<i32, String>, StoreError> {
-    let place_of = |row: &Row| Ok::<_, tokio_postgres::Error>((row.try_get(0)?, row.try_get(1)?));
-    let mut places: BTreeMap<i32, String> = BTreeMap::new();
-    let known: Vec<&str> =
-        moves.partitions.iter().filter_map(|p| session.known_places.get(p)).map(String::as_str).collect();
-    if !known.is_empty() {
-        let moved = session.client.query(&session.move_known, &moves.parameters(topic_id, &[&known])).await?;
-        places = moved.iter().map(place_of).collect::<Result<_, _>>()?;
-    }
-    let rest = moves.without(&places);
-    if !rest.partitions.is_empty() {
-        let (_, found) = future::try_join(
-            session.client.query(&session.move_cursors, &rest.parameters(topic_id, &[])),
-            session.client.query(&session.places, &[topic_id, &rest.partitions]),
-        )
-        .await?;
-        for row in &found {
-            let (partition, place) = place_of(row)?;
-            places.insert(partition, place);
-        }
-    }
-    Ok(places)
 }
 
 /// Looks up `ids` in this generation and adds the owners found.
@@ -279,57 +187,6 @@ async fn look_up(
         }
     }
     Ok(answer)
-}
-
-/// Sends bytes of a COPY in messages of at most 128 KiB.
-pub async fn feed(
-    mut sink: Pin<&mut CopyInSink<Bytes>>,
-    mut bytes: Bytes,
-) -> Result<(), tokio_postgres::Error> {
-    while !bytes.is_empty() {
-        sink.feed(bytes.split_to(bytes.len().min(COPY_CHUNK_BYTES))).await?;
-    }
-    Ok(())
-}
-
-async fn copy(session: &Session, table: &str, statement: &Statement, rows: &Rows) -> Result<(), StoreError> {
-    if rows.count == 0 {
-        return Ok(());
-    }
-    let sink: CopyInSink<Bytes> = session.client.copy_in(statement).await?;
-    let mut sink = std::pin::pin!(sink);
-    sink.feed(Bytes::from_static(COPY_HEADER)).await?;
-    feed(sink.as_mut(), rows.bytes.clone()).await?;
-    sink.feed(Bytes::from_static(COPY_TRAILER)).await?;
-    failpoint::hit("before_copy_ends");
-    let copied = sink.finish().await?;
-    if copied == rows.count as u64 {
-        Ok(())
-    } else {
-        let message = format!(
-            "{table} took {copied} of {} rows: a trigger or a rule drops rows; remove it, or let it pass these",
-            rows.count
-        );
-        Err(store_error(FailureClass::Persistent, message))
-    }
-}
-
-/// Copies into all three tables in one round trip.
-async fn copy_at_once(session: &Session, rows: &TableRows) -> Result<(), StoreError> {
-    future::try_join3(
-        copy(session, "payment_core", &session.copy_core, &rows.core),
-        copy(session, "payment_metadata", &session.copy_metadata, &rows.metadata),
-        copy(session, "payment_notes", &session.copy_notes, &rows.notes),
-    )
-    .await?;
-    Ok(())
-}
-
-/// Copies into one table after the other, so that the session stays usable after a refusal.
-async fn copy_in_turn(session: &Session, rows: &TableRows) -> Result<(), StoreError> {
-    copy(session, "payment_core", &session.copy_core, &rows.core).await?;
-    copy(session, "payment_metadata", &session.copy_metadata, &rows.metadata).await?;
-    copy(session, "payment_notes", &session.copy_notes, &rows.notes).await
 }
 
 type Written = (Outcomes, Answer, WriteStats);
@@ -428,62 +285,6 @@ fn older_generations(row: &tokio_postgres::Row) -> Result<Vec<OlderGeneration>, 
             other_time_max,
         })
         .collect())
-}
-
-async fn store_in(
-    session: &mut Session,
-    topic: &str,
-    topic_id: &Uuid,
-    rows: &[(Partition, Option<NextOffset>, CursorRow)],
-) -> Result<(), StoreError> {
-    let partitions: Vec<i32> = rows.iter().map(|(p, ..)| p.0).collect();
-    let seen: Vec<Option<i64>> = rows.iter().map(|(_, seen, _)| seen.map(|s| s.0)).collect();
-    let applied: Vec<i64> = rows.iter().map(|(.., row)| row.applied.0).collect();
-    let published: Vec<Option<i64>> = rows.iter().map(|(.., row)| row.published.map(|p| p.0)).collect();
-    let transaction = session.client.transaction().await?;
-    let updated = transaction
-        .execute(session::UPDATE_CURSORS, &[topic_id, &partitions, &seen, &applied, &published])
-        .await?;
-    let inserted = transaction
-        .execute(session::INSERT_CURSORS, &[&topic, topic_id, &partitions, &seen, &applied, &published])
-        .await?;
-    if updated + inserted != rows.len() as u64 {
-        let message = "a cursor changed during the recovery of its partition".to_owned();
-        let error = store_error(FailureClass::Fenced, message);
-        return Err(StoreError { sqlstate: Some(SQLSTATE_CURSOR_MOVED.to_owned()), ..error });
-    }
-    // Deletes only the resolutions that were applied; one stored since then is applied later.
-    let committed: Vec<Option<i64>> = rows.iter().map(|(.., row)| row.settled.map(|s| s.0)).collect();
-    transaction.execute(session::DELETE_SETTLEMENTS, &[topic_id, &partitions, &committed]).await?;
-    transaction.commit().await?;
-    Ok(())
-}
-
-async fn cursors_in(
-    session: &Session,
-    topic_id: &Uuid,
-    partitions: &[Partition],
-) -> Result<Vec<(Partition, Option<CursorRow>)>, StoreError> {
-    let numbers: Vec<i32> = partitions.iter().map(|p| p.0).collect();
-    let mut found = HashMap::new();
-    for row in session.client.query(&session.cursors, &[topic_id, &numbers]).await? {
-        let timestamp: Option<SystemTime> = row.try_get(3)?;
-        found.insert(
-            Partition(row.try_get(0)?),
-            CursorRow {
-                applied: NextOffset(row.try_get(1)?),
-                published: row.try_get::<_, Option<i64>>(2)?.map(NextOffset),
-                applied_timestamp: timestamp.and_then(milliseconds),
-                settled: row.try_get::<_, Option<i64>>(4)?.map(NextOffset),
-            },
-        );
-    }
-    Ok(partitions.iter().map(|p| (*p, found.remove(p))).collect())
-}
-
-/// `None` outside the years -9999 to 9999.
-fn milliseconds(at: SystemTime) -> Option<TimestampMs> {
-    jiff::Timestamp::try_from(at).ok().map(|at| TimestampMs(at.as_millisecond()))
 }
 
 impl Store for PgStore {

@@ -44,6 +44,14 @@ impl fmt::Debug for Waits {
     }
 }
 
+/// Adds to the message of a failed call what it waited for last.
+pub fn with_reason(message: String, reason: Option<String>) -> String {
+    match reason {
+        Some(reason) => format!("{message}; {reason}"),
+        None => message,
+    }
+}
+
 impl Waits {
     /// `tell` gets what waits and for what, again every five seconds while it lasts. The sessions that look for the
     /// reason are from `pool`.

@@ -16,8 +16,11 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use super::claims::claim;
+use super::copy::copy_in_turn;
+use super::cursors::Moves;
 use super::session::{Session, store_error};
-use super::{Begun, Moves, Written, begin, claim, commit, copy_in_turn, witness};
+use super::{Begun, Written, begin, commit, witness};
 use crate::domain::batch::{Batch, Claim, Refused};
 use crate::domain::outcome::{FailureClass, Refusals, SqlState};
 use crate::failpoint;

@@ -15,9 +15,10 @@ use std::collections::HashMap;
 use futures_util::{TryFutureExt, future};
 use uuid::Uuid;
 
+use super::copy::copy_rows;
 use super::recent::Recent;
 use super::session::{Session, no_key, store_error};
-use super::{Begun, array, copy, owners};
+use super::{Begun, array, owners};
 use crate::domain::batch::{Claim, Owner, Rows};
 use crate::domain::columns::{ArrayParam, postgres_timestamp};
 use crate::domain::outcome::FailureClass;
@@ -119,7 +120,7 @@ async fn copied(session: &Session, begun: &Begun, claims: &[Claim]) -> Result<bo
     let rows = Rows { bytes: bytes.into(), count: claims.len() };
     let savepoint = session.client.batch_execute("SAVEPOINT claims").map_err(StoreError::from);
     // The COMMIT releases the savepoint.
-    match future::try_join(savepoint, copy(session, "idempotency", &statement, &rows)).await {
+    match future::try_join(savepoint, copy_rows(session, "idempotency", &statement, &rows)).await {
         Ok(_) => Ok(true),
         Err(error) if error.sqlstate.as_deref() == Some(SQLSTATE_UNIQUE) => {
             session.client.batch_execute("ROLLBACK TO SAVEPOINT claims; RELEASE SAVEPOINT claims").await?;

@@ -14,8 +14,9 @@ use std::pin::pin;
 use bytes::Bytes;
 use futures_util::TryStreamExt;
 
+use super::Begun;
+use super::copy::{copy_in_turn, copy_rows};
 use super::session::Session;
-use super::{Begun, copy, copy_in_turn};
 use crate::domain::batch::{Batch, Claim, PaymentView, Refused, Rows, TableRows};
 use crate::domain::columns::{COPY_HEADER, COPY_TRAILER, RowWriter, from_postgres_timestamp};
 use crate::domain::outcome::SqlState;
@@ -296,7 +297,7 @@ async fn takes(session: &Session, begun: &Begun, head: &Head, pattern: &Pattern)
     let (claimed, tables) = head.rows(pattern, begun.today);
     let write = async {
         let statement = session.copy_into(begun.current).await?;
-        copy(session, "idempotency", &statement, &claimed).await?;
+        copy_rows(session, "idempotency", &statement, &claimed).await?;
         copy_in_turn(session, &tables).await
     };
     Ok(session.under_savepoint(false, write).await?.is_none())
