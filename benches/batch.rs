@@ -15,7 +15,7 @@ use payment_writer::domain::batch::{
     Answer, Batch, Progress, Refused, write_core_row, write_metadata_row, write_notes_row,
 };
 use payment_writer::domain::cursor::{
-    CommitMetadata, CursorRow, GroupOffset, Identity, Known, LogBounds, Mode, Proof, decide,
+    CommitMetadata, CursorRow, GroupOffset, Identity, Known, LogBounds, Mode, OutputScan, decide,
 };
 use payment_writer::domain::publication::{OffsetCommit, Publication};
 use payment_writer::domain::record::NextOffset;
@@ -130,19 +130,19 @@ fn cursors(c: &mut Criterion) {
     let by_others = GroupOffset { position: NextOffset(5_000), metadata: String::new() };
     let settled = CursorRow { settled: Some(NextOffset(950)), ..row.clone() };
     let kinds = [
-        ("as left", Some(marked(1_000)), Some(row.clone()), Proof::NotAsked),
-        ("events missing", Some(marked(950)), Some(row.clone()), Proof::NotAsked),
-        ("new", None, None, Proof::Sent(NextOffset(0))),
-        ("outputs to be asked", None, Some(row.clone()), Proof::NotAsked),
-        ("outputs asked", None, Some(row.clone()), Proof::Sent(NextOffset(1_000))),
-        ("moved by hand", Some(by_others.clone()), Some(row), Proof::Sent(NextOffset(1_000))),
-        ("settled", Some(by_others), Some(settled), Proof::NotAsked),
+        ("as left", Some(marked(1_000)), Some(row.clone()), OutputScan::NotScanned),
+        ("events missing", Some(marked(950)), Some(row.clone()), OutputScan::NotScanned),
+        ("new", None, None, OutputScan::Sent(NextOffset(0))),
+        ("outputs to be asked", None, Some(row.clone()), OutputScan::NotScanned),
+        ("outputs asked", None, Some(row.clone()), OutputScan::Sent(NextOffset(1_000))),
+        ("moved by hand", Some(by_others.clone()), Some(row), OutputScan::Sent(NextOffset(1_000))),
+        ("settled", Some(by_others), Some(settled), OutputScan::NotScanned),
     ];
     let mut group = c.benchmark_group("cursor");
-    for (name, offset, row, proof) in kinds {
+    for (name, offset, row, scan) in kinds {
         let bounds = LogBounds { start: NextOffset(0), end: NextOffset(10_000) };
         let known: Vec<Known> = lanes_partitions()
-            .map(|partition| Known { partition, group: offset.clone(), row: row.clone(), bounds, proof })
+            .map(|partition| Known { partition, group: offset.clone(), row: row.clone(), bounds, scan })
             .collect();
         group.throughput(Throughput::Elements(known.len() as u64));
         group.bench_function(BenchmarkId::new("decide", name), |b| {

@@ -115,7 +115,7 @@ pub async fn run(
     }
 }
 
-struct Running<'d> {
+struct RunningDaemon<'d> {
     daemon: Daemon<'d>,
     group: Group,
     member_end: watch::Receiver<Option<MemberEnd>>,
@@ -128,7 +128,7 @@ struct Running<'d> {
 }
 
 impl<'d> Daemon<'d> {
-    async fn start(self) -> Result<Running<'d>, RunError> {
+    async fn start(self) -> Result<RunningDaemon<'d>, RunError> {
         let Self { settings, options, status, tracer } = self;
         let kafka = &settings.kafka;
         let endpoint = &settings.postgres.url;
@@ -202,7 +202,7 @@ impl<'d> Daemon<'d> {
             publishes = kafka.publish,
             "started"
         );
-        Ok(Running {
+        Ok(RunningDaemon {
             daemon: self,
             group,
             member_end,
@@ -216,7 +216,7 @@ impl<'d> Daemon<'d> {
     }
 }
 
-impl Running<'_> {
+impl RunningDaemon<'_> {
     async fn supervise(mut self, stop: &mut watch::Receiver<bool>) -> Result<(), RunError> {
         let Daemon { settings, options, status, .. } = self.daemon;
         let mut ended = tokio::select! {

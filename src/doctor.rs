@@ -130,7 +130,7 @@ async fn identities(settings: &Settings, client: &Client, report: &mut Report) {
         match decide(known, &view.identity, &mode) {
             Decision::Stop(mismatch) => mismatches.push(mismatch),
             Decision::Halt(_) => halted += 1,
-            Decision::Go(_) | Decision::Prove { .. } => {}
+            Decision::Go(_) | Decision::ScanOutputs { .. } => {}
         }
     }
     report.judge(

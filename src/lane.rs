@@ -137,11 +137,12 @@ pub struct Lane<K: KafkaPort, S: Store> {
     producer: Producer,
     database: Backoff,
     broker: Backoff,
-    /// For questions about partitions that are not running yet.
+    /// For questions about partitions that are not live yet.
     asking: Backoff,
     /// While transactions are refused until the group's next generation.
     fenced: Lasting,
-    wrote_at: Instant,
+    /// When the group's offsets were last copied into the database, with a batch or alone.
+    copied_at: Instant,
     /// When the cursors in the database were last known to equal the lane's.
     compared_at: Instant,
     status: Arc<StatusRegistry>,
@@ -178,7 +179,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             broker: Backoff::new("broker", index),
             asking: Backoff::new("group offsets", index),
             fenced: Lasting::default(),
-            wrote_at: Instant::now(),
+            copied_at: Instant::now(),
             compared_at: Instant::now(),
             status,
             metrics: LaneMetrics::new(index),
@@ -228,7 +229,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     self.fetch_states.forget(&partitions);
                     for partition in partitions {
                         self.status.opening(metrics::now(), partition);
-                        self.partitions.insert(partition, PartitionState::Assigned);
+                        self.partitions.insert(partition, PartitionState::Opening);
                     }
                     self.note_assigned();
                 }
@@ -236,7 +237,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     self.revoke(&partitions, is_lost, done).await?;
                 }
                 LaneEvent::Answered { id, found } => self.answered(id, found).await?,
-                LaneEvent::GapsProved { id, answers } => self.gaps_proved(id, answers).await?,
+                LaneEvent::GapsChecked { id, answers } => self.gaps_checked(id, answers).await?,
                 LaneEvent::Drain => return Ok(Next::Drain),
             }
         }
@@ -249,15 +250,14 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     }
 
     fn note_assigned(&self) {
-        // A partition that cannot be read stays in state `Running` until its batches in flight are published.
-        let unreadable =
-            self.fetch_states.halted().filter(|(partition, _)| self.is_running(*partition)).count();
+        // A partition that cannot be read stays in state `Live` until its batches in flight are published.
+        let unreadable = self.fetch_states.halted().filter(|(partition, _)| self.is_live(*partition)).count();
         let halted = self.partitions.values().filter(|state| state.halted().is_some()).count();
         self.metrics.assigned(self.partitions.len(), halted + unreadable);
     }
 
-    fn is_running(&self, partition: Partition) -> bool {
-        self.partitions.get(&partition).is_some_and(|state| state.running().is_some())
+    fn is_live(&self, partition: Partition) -> bool {
+        self.partitions.get(&partition).is_some_and(|state| state.live().is_some())
     }
 
     fn first_pending(&self) -> Option<Arc<Publication>> {
@@ -278,9 +278,9 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     }
 
     fn report_positions(&self) {
-        let running = self.partitions.iter().filter_map(|(partition, state)| {
-            state.running().map(|r| (*partition, r.applied, r.committed, r.timestamp))
+        let live = self.partitions.iter().filter_map(|(partition, state)| {
+            state.live().map(|r| (*partition, r.applied, r.committed, r.timestamp))
         });
-        self.status.positions(metrics::now(), running);
+        self.status.positions(metrics::now(), live);
     }
 }

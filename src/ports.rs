@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::domain::batch::{Answer, Batch, Outcomes};
-use crate::domain::cursor::{CursorRow, GroupOffset, IdentityMismatch, LogBounds, Proof};
+use crate::domain::cursor::{CursorRow, GroupOffset, IdentityMismatch, LogBounds, OutputScan};
 use crate::domain::outcome::FailureClass;
 use crate::domain::publication::{OutputCounts, Publication, Published};
 use crate::domain::record::{NextOffset, Partition};
@@ -49,8 +49,8 @@ pub enum LaneEvent {
         /// Positions of each of its partitions.
         found: Result<Vec<Positions>, KafkaPortError>,
     },
-    /// The answer to [`KafkaPort::prove_gaps`].
-    GapsProved {
+    /// The answer to [`KafkaPort::check_gaps`].
+    GapsChecked {
         /// Id of the request.
         id: u64,
         /// One answer for each gap.
@@ -97,10 +97,10 @@ pub enum PublishError {
     /// The broker does not accept this member's generation: retry after the rebalance.
     #[error("not a member of the group's current generation: {0}")]
     StaleGeneration(String),
-    /// It may have been committed. `init_transactions` of a new producer ends it; the group's offset then
-    /// shows the outcome.
-    #[error("outcome unknown: {0}")]
-    Unknown(String),
+    /// The producer cannot be used any more, and the transaction may have been committed.
+    /// `init_transactions` of a new producer ends it; the group's offset then shows the outcome.
+    #[error("the producer has to be replaced: {0}")]
+    ReplaceProducer(String),
     /// The topic or the database is another one: an operator has to decide.
     #[error(transparent)]
     Identity(#[from] IdentityMismatch),
@@ -110,8 +110,7 @@ pub enum PublishError {
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct StoreError {
-    /// Decides how the lane reacts. [`FailureClass::Record`]: rows of the batch are refused, and more rows
-    /// are needed to tell whether the rows are at fault.
+    /// Decides how the lane reacts.
     pub class: FailureClass,
     /// The SQLSTATE, if the server gave one.
     pub sqlstate: Option<String>,
@@ -121,15 +120,15 @@ pub struct StoreError {
     pub identity: Option<IdentityMismatch>,
 }
 
-/// Result of an output scan for one partition.
+/// What a scan of the output topics shows about one partition.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Proved {
+pub struct ScannedOutputs {
     /// The partition.
     pub partition: Partition,
     /// The position from which on events were searched.
     pub from: NextOffset,
     /// What the outputs show.
-    pub proof: Proof,
+    pub scan: OutputScan,
 }
 
 /// A request for committed offsets and log bounds, which a lane needs to start partitions.
@@ -182,16 +181,16 @@ pub trait KafkaPort {
     fn ask(&mut self, question: Question);
 
     /// Checks in the background, with another client, what is in these gaps. The answer always arrives, as
-    /// [`LaneEvent::GapsProved`].
-    fn prove_gaps(&mut self, id: u64, gaps: Vec<Gap>);
+    /// [`LaneEvent::GapsChecked`].
+    fn check_gaps(&mut self, id: u64, gaps: Vec<Gap>);
 
     /// Scans the output topics for events of records at or after these positions. Starts the scan and returns
     /// at once; `None`: it is still running, call again. The result may belong to an earlier call with other
     /// positions.
-    fn prove(
+    fn scan_outputs(
         &mut self,
         wanted: &[(Partition, NextOffset)],
-    ) -> impl Future<Output = Result<Option<Vec<Proved>>, KafkaPortError>>;
+    ) -> impl Future<Output = Result<Option<Vec<ScannedOutputs>>, KafkaPortError>>;
 
     /// Starts to fetch these partitions at these positions; nothing fetched before is delivered. If it fails,
     /// all partitions have to be started again.

@@ -256,7 +256,7 @@ impl<'a> Comparison<'a> {
                     return Err(CommandError::person_must_decide(mismatch.to_string()).into());
                 }
                 Decision::Halt(reason) => Some(reason),
-                Decision::Go(_) | Decision::Prove { .. } => None,
+                Decision::Go(_) | Decision::ScanOutputs { .. } => None,
             };
             halted += u64::from(halt.is_some());
             if !wanted.partitions.is_empty() && !wanted.partitions.contains(&known.partition) {

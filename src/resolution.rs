@@ -16,7 +16,7 @@ pub use self::all_halted::{check, propose};
 pub use self::plan_file::{PlanFile, PlanLine};
 use crate::config::Settings;
 use crate::domain::cursor::{
-    CursorRow, Decision, HaltReason, Identity, Known, LogBounds, Mode, Proof, decide,
+    CursorRow, Decision, HaltReason, Identity, Known, LogBounds, Mode, OutputScan, decide,
 };
 use crate::domain::record::{NextOffset, Partition};
 use crate::error::{CommandError, OrFailed};
@@ -85,7 +85,9 @@ impl View {
         let position = |known: &Known| {
             let position = match decide(known, &self.identity, mode) {
                 Decision::Go(start) => start.from,
-                Decision::Prove { from } => known.row.as_ref().map_or(from, |row| row.applied.min(from)),
+                Decision::ScanOutputs { from } => {
+                    known.row.as_ref().map_or(from, |row| row.applied.min(from))
+                }
                 Decision::Halt(_) | Decision::Stop(_) => return None,
             };
             Some((known.partition, position, known.bounds))
@@ -210,7 +212,7 @@ pub async fn view(settings: &Settings) -> Result<View, CommandError> {
             row,
             bounds,
             // Only a lane scans the outputs; this view shows what it cannot resolve by itself.
-            proof: Proof::Unclear(NextOffset(0)),
+            scan: OutputScan::Unclear(NextOffset(0)),
         })
         .collect();
     Ok(View { identity, known, topic })
@@ -231,7 +233,7 @@ pub async fn plan(
         Decision::Halt(reason) => Some(reason),
         Decision::Stop(mismatch) => return Err(CommandError::person_must_decide(mismatch.to_string())),
         // An unreadable partition can be skipped although its cursors agree.
-        Decision::Go(_) | Decision::Prove { .. } => match resolution {
+        Decision::Go(_) | Decision::ScanOutputs { .. } => match resolution {
             HaltResolution::Accept { .. } => None,
             HaltResolution::Skip { .. } => {
                 match view.probe(settings, &mode, Some(partition)).await?.remove(&partition) {

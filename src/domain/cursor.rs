@@ -110,10 +110,10 @@ pub struct LogBounds {
 
 /// Result of the output scan: how far events were sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Proof {
+pub enum OutputScan {
     /// The outputs were not scanned.
     #[default]
-    NotAsked,
+    NotScanned,
     /// All events of records before this offset were sent, and none of later records.
     Sent(NextOffset),
     /// The scan is inconclusive: outputs of records before this offset were found; later ones may exist as
@@ -133,7 +133,7 @@ pub struct Known {
     /// The log's bounds.
     pub bounds: LogBounds,
     /// Result of the output scan.
-    pub proof: Proof,
+    pub scan: OutputScan,
 }
 
 impl Known {
@@ -179,7 +179,7 @@ pub enum Decision {
     /// Resume here.
     Go(Start),
     /// Scan the outputs first for events of records from this offset on.
-    Prove {
+    ScanOutputs {
         /// Events of records before this offset were sent.
         from: NextOffset,
     },
@@ -215,12 +215,12 @@ pub fn decide(known: &Known, identity: &Identity, mode: &Mode) -> Decision {
     };
     let (from, applied, publish_from) = match found {
         Ok(positions) => positions,
-        Err(Decision::Prove { from }) => {
+        Err(Decision::ScanOutputs { from }) => {
             let furthest = row.as_ref().map_or(from, |row| row.applied.max(from));
             if furthest > bounds.end {
                 return Decision::Halt(HaltReason::BeyondEnd { position: furthest, end: bounds.end });
             }
-            return Decision::Prove { from };
+            return Decision::ScanOutputs { from };
         }
         Err(decision) => return decision,
     };
@@ -270,16 +270,16 @@ fn publishing(known: &Known, has_metadata: bool) -> Positions {
         (Some(row), None) => {
             let from = row.published.unwrap_or(bounds.start);
             // The copy may be older than what was sent, as in a restored database: the output scan shows it.
-            let seen = match known.proof {
-                Proof::NotAsked => return Err(Decision::Prove { from }),
-                Proof::Sent(seen) | Proof::Unclear(seen) => seen.max(from),
+            let seen = match known.scan {
+                OutputScan::NotScanned => return Err(Decision::ScanOutputs { from }),
+                OutputScan::Sent(seen) | OutputScan::Unclear(seen) => seen.max(from),
             };
             if let Some(k) = committed.filter(|k| *k > row.applied && *k > seen) {
                 let reason = HaltReason::MovedForward { committed: k, applied: row.applied, published: seen };
                 return Err(Decision::Halt(reason));
             }
-            match known.proof {
-                Proof::Unclear(_) if seen > from || row.published.is_none_or(|p| p < row.applied) => {
+            match known.scan {
+                OutputScan::Unclear(_) if seen > from || row.published.is_none_or(|p| p < row.applied) => {
                     Err(Decision::Halt(HaltReason::Unproved { from: seen, to: row.applied.max(seen) }))
                 }
                 // `published` may be beyond `applied` after a restore.
@@ -296,12 +296,12 @@ fn publishing(known: &Known, has_metadata: bool) -> Positions {
                 }))
             }
             // A new group with a new database; or both were lost, and only the outputs show what was sent.
-            None => match known.proof {
-                Proof::NotAsked => Err(Decision::Prove { from: bounds.start }),
-                Proof::Unclear(seen) if seen > bounds.start => {
+            None => match known.scan {
+                OutputScan::NotScanned => Err(Decision::ScanOutputs { from: bounds.start }),
+                OutputScan::Unclear(seen) if seen > bounds.start => {
                     Err(Decision::Halt(HaltReason::Unproved { from: seen, to: seen }))
                 }
-                Proof::Sent(seen) | Proof::Unclear(seen) => {
+                OutputScan::Sent(seen) | OutputScan::Unclear(seen) => {
                     Ok((bounds.start, bounds.start, seen.max(bounds.start)))
                 }
             },

@@ -40,7 +40,7 @@ async fn partition_times(settings: &Settings) -> Result<Vec<(Partition, Partitio
                 let row = known.row.as_ref().filter(|row| row.applied == start.from);
                 positions.push((partition, start.from, row.and_then(|row| row.applied_timestamp)));
             }
-            Some(Decision::Prove { from }) => positions.push((partition, from, None)),
+            Some(Decision::ScanOutputs { from }) => positions.push((partition, from, None)),
             Some(Decision::Halt(reason)) => {
                 times.push((partition, PartitionTime::Unknown(Hold::Halted(reason))))
             }

@@ -15,7 +15,7 @@ use crate::failpoint;
 use crate::ports::{Gap, GapAnswer};
 
 /// Partitions without an answer by then are checked again later.
-const PROOF_MAX: Duration = Duration::from_secs(10);
+const CHECK_MAX: Duration = Duration::from_secs(10);
 /// Small fetches: the first record of each gap is enough.
 const DEFAULTS: [(&str, &str); 6] = [
     ("fetch.min.bytes", "1"),
@@ -29,8 +29,8 @@ const DEFAULTS: [(&str, &str); 6] = [
 /// Checks what is in these gaps with a new client that starts at each gap's start. A gap is empty if the
 /// first record or end that this client delivers is at or beyond the gap's end, and the log's start has not
 /// moved past the gap's start meanwhile. Blocks for up to ten seconds.
-pub fn prove(kafka: &KafkaSettings, gaps: &[Gap]) -> Vec<(Gap, GapAnswer)> {
-    failpoint::hit("before_gap_proof");
+pub fn check(kafka: &KafkaSettings, gaps: &[Gap]) -> Vec<(Gap, GapAnswer)> {
+    failpoint::hit("before_gap_check");
     match read(kafka, gaps) {
         Ok(answers) => answers,
         Err(error) => {
@@ -46,7 +46,7 @@ fn read(kafka: &KafkaSettings, gaps: &[Gap]) -> Result<Vec<(Gap, GapAnswer)>, St
     let positions: Vec<_> = gaps.iter().map(|gap| (gap.partition, gap.from)).collect();
     let by_partition: BTreeMap<Partition, &Gap> = gaps.iter().map(|gap| (gap.partition, gap)).collect();
     let mut answers = fetcher
-        .first_answers(&positions, Instant::now() + PROOF_MAX, |partition, item| {
+        .first_answers(&positions, Instant::now() + CHECK_MAX, |partition, item| {
             by_partition.get(&partition).and_then(|gap| answer_of(gap, &item))
         })
         .map_err(|e| e.to_string())?;

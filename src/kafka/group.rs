@@ -45,7 +45,8 @@ const MEMBER_DEFAULTS: [(&str, &str); 3] = [
     ("topic.metadata.refresh.interval.ms", "60000"),
 ];
 
-/// Configuration of the group's member, which fetches nothing.
+/// Configuration of the group's member. It fetches nothing, but lanes ask for offsets through it
+/// ([`offsets`](super::offsets)): with `read_committed` the end of a log is its last stable offset.
 pub fn member_config(kafka: &KafkaSettings) -> ClientConfig {
     let mut config = client_config_over(kafka, &MEMBER_DEFAULTS);
     config

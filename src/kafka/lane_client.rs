@@ -30,8 +30,8 @@ use crate::domain::record::{NextOffset, Partition};
 use crate::failpoint;
 use crate::ports::fetch_buffer::{FetchBuffer, FetchFault};
 use crate::ports::{
-    Gap, GapAnswer, KafkaPort, KafkaPortError, LaneEvent, Positions, Proved, PublishError, PublishTimes,
-    Question,
+    Gap, GapAnswer, KafkaPort, KafkaPortError, LaneEvent, Positions, PublishError, PublishTimes, Question,
+    ScannedOutputs,
 };
 
 /// Longest wait for records in one call; bounds the cost of a missed wake-up.
@@ -85,7 +85,7 @@ pub struct LaneClient {
     /// Notified when fetching failed, so that the topic id is checked at once.
     suspicion: Arc<Notify>,
     /// The running output scan.
-    search: Option<JoinHandle<Result<Vec<Proved>, ScanError>>>,
+    output_scan: Option<JoinHandle<Result<Vec<ScannedOutputs>, ScanError>>>,
 }
 
 impl LaneClient {
@@ -99,7 +99,7 @@ impl LaneClient {
             unhandled_revocations: Arc::clone(&lane.unhandled_revocations),
             events: lane.events.downgrade(),
             suspicion,
-            search: None,
+            output_scan: None,
         }
     }
 
@@ -213,33 +213,33 @@ impl KafkaPort for LaneClient {
         );
     }
 
-    fn prove_gaps(&mut self, id: u64, gaps: Vec<Gap>) {
+    fn check_gaps(&mut self, id: u64, gaps: Vec<Gap>) {
         let kafka = Arc::clone(&self.settings.kafka);
         let asked = gaps.clone();
         self.answer(
-            move || LaneEvent::GapsProved { id, answers: gaps::prove(&kafka, &asked) },
+            move || LaneEvent::GapsChecked { id, answers: gaps::check(&kafka, &asked) },
             move |error| {
                 let failed = |gap| (gap, GapAnswer::Failed(error.clone()));
-                LaneEvent::GapsProved { id, answers: gaps.into_iter().map(failed).collect() }
+                LaneEvent::GapsChecked { id, answers: gaps.into_iter().map(failed).collect() }
             },
         );
     }
 
-    async fn prove(
+    async fn scan_outputs(
         &mut self,
         wanted: &[(Partition, NextOffset)],
-    ) -> Result<Option<Vec<Proved>>, KafkaPortError> {
-        let Some(search) = self.search.take_if(|search| search.is_finished()) else {
-            if self.search.is_none() {
+    ) -> Result<Option<Vec<ScannedOutputs>>, KafkaPortError> {
+        let Some(scan) = self.output_scan.take_if(|scan| scan.is_finished()) else {
+            if self.output_scan.is_none() {
                 let (kafka, wanted) = (Arc::clone(&self.settings.kafka), wanted.to_vec());
                 let topic_id = self.settings.identity.topic_id;
-                let search = move || output_scan::search(&kafka, topic_id, &wanted);
-                self.search = Some(tokio::task::spawn_blocking(search));
+                let scan = move || output_scan::scan(&kafka, topic_id, &wanted);
+                self.output_scan = Some(tokio::task::spawn_blocking(scan));
             }
             return Ok(None);
         };
-        match search.await {
-            Ok(Ok(proved)) => Ok(Some(proved)),
+        match scan.await {
+            Ok(Ok(scanned)) => Ok(Some(scanned)),
             Ok(Err(error)) => Err(transient("searching the outputs", error)),
             Err(error) => Err(transient("searching the outputs", error)),
         }
@@ -305,7 +305,7 @@ impl KafkaPort for LaneClient {
         &mut self,
         publication: &Arc<Publication>,
     ) -> Result<(Published, OutputCounts, PublishTimes), PublishError> {
-        let unknown = |reason: &str| Err(PublishError::Unknown(reason.to_owned()));
+        let replace = |reason: &str| Err(PublishError::ReplaceProducer(reason.to_owned()));
         let stale = |reason: &str| Err(PublishError::StaleGeneration(reason.to_owned()));
         let Some(metadata) = GroupMetadata::of(self.group.consumer()) else {
             return stale("the consumer has no group");
@@ -321,13 +321,13 @@ impl KafkaPort for LaneClient {
         }
         // Put back once the outcome is known; if this future is dropped before, there is no producer.
         let Producer::Ready(publisher) = std::mem::take(&mut self.producer) else {
-            return unknown("no producer is ready");
+            return replace("no producer is ready");
         };
         let publication = Arc::clone(publication);
         let sent =
             publisher.run(move |transactions| transactions.publish(&publication, Some(&metadata))).await;
-        let outcome = sent.unwrap_or_else(unknown);
-        if !matches!(outcome, Err(PublishError::Unknown(_))) {
+        let outcome = sent.unwrap_or_else(replace);
+        if !matches!(outcome, Err(PublishError::ReplaceProducer(_))) {
             self.producer = Producer::Ready(publisher);
         }
         outcome

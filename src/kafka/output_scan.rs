@@ -23,10 +23,10 @@ use super::librdkafka::NativeRecord;
 use super::scan::{ScanError, ScanRange, Scanner};
 use super::timestamp_lookup::{FirstTimestamp, first_timestamps};
 use crate::config::KafkaSettings;
-use crate::domain::cursor::{LogBounds, Proof};
+use crate::domain::cursor::{LogBounds, OutputScan};
 use crate::domain::publication::Source;
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
-use crate::ports::Proved;
+use crate::ports::ScannedOutputs;
 use crate::telemetry::logging::RateLimited;
 
 /// Records of one output partition in the first step; each further step is four times as long.
@@ -90,13 +90,13 @@ impl Region {
 ///
 /// # Errors
 /// When a topic cannot be read; the scan may be repeated. If this principal has no right to read an output,
-/// the result is [`Proof::Unclear`], not an error.
-pub fn search(
+/// the result is [`OutputScan::Unclear`], not an error.
+pub fn scan(
     kafka: &KafkaSettings,
     topic_id: Uuid,
     positions: &[(Partition, NextOffset)],
-) -> Result<Vec<Proved>, ScanError> {
-    match search_outputs(kafka, topic_id, positions) {
+) -> Result<Vec<ScannedOutputs>, ScanError> {
+    match scan_topics(kafka, topic_id, positions) {
         Err(error) if error.is_refusal() => {
             static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
             if let Some(suppressed) = LIMIT.pass() {
@@ -106,10 +106,10 @@ pub fn search(
                     "no right to read the outputs, so they cannot show which events were sent"
                 );
             }
-            let unclear = |(partition, from): &(Partition, NextOffset)| Proved {
+            let unclear = |(partition, from): &(Partition, NextOffset)| ScannedOutputs {
                 partition: *partition,
                 from: *from,
-                proof: Proof::Unclear(*from),
+                scan: OutputScan::Unclear(*from),
             };
             Ok(positions.iter().map(unclear).collect())
         }
@@ -117,11 +117,11 @@ pub fn search(
     }
 }
 
-fn search_outputs(
+fn scan_topics(
     kafka: &KafkaSettings,
     topic_id: Uuid,
     positions: &[(Partition, NextOffset)],
-) -> Result<Vec<Proved>, ScanError> {
+) -> Result<Vec<ScannedOutputs>, ScanError> {
     let began = Instant::now();
     let (mut wanted, at_end) = wanted(kafka, positions)?;
     let prefix = topic_id.as_fields().0;
@@ -169,19 +169,19 @@ fn search_outputs(
             "searched the outputs for what was sent"
         );
     }
-    let searched = wanted.iter().map(|(partition, w)| {
+    let scanned = wanted.iter().map(|(partition, w)| {
         let is_unclear = inconclusive.contains(partition);
-        let proof = if is_unclear { Proof::Unclear(w.sent) } else { Proof::Sent(w.sent) };
-        Proved { partition: *partition, from: w.from, proof }
+        let scan = if is_unclear { OutputScan::Unclear(w.sent) } else { OutputScan::Sent(w.sent) };
+        ScannedOutputs { partition: *partition, from: w.from, scan }
     });
-    Ok(searched.chain(at_end).collect())
+    Ok(scanned.chain(at_end).collect())
 }
 
 /// The partitions to scan for, and the results of those without a record at or after their position.
 fn wanted(
     kafka: &KafkaSettings,
     positions: &[(Partition, NextOffset)],
-) -> Result<(BTreeMap<Partition, Wanted>, Vec<Proved>), ScanError> {
+) -> Result<(BTreeMap<Partition, Wanted>, Vec<ScannedOutputs>), ScanError> {
     let input = Scanner::new(kafka, &kafka.input_topic)?;
     let partitions: Vec<Partition> = positions.iter().map(|(partition, _)| *partition).collect();
     let bounds = input.bounds(&partitions)?;
@@ -197,7 +197,11 @@ fn wanted(
     for ((partition, from), bounds) in positions.iter().zip(&bounds) {
         let not_before = match timestamps.get(partition) {
             timestamps if *from >= bounds.end || matches!(timestamps, Some(FirstTimestamp::End)) => {
-                at_end.push(Proved { partition: *partition, from: *from, proof: Proof::Sent(*from) });
+                at_end.push(ScannedOutputs {
+                    partition: *partition,
+                    from: *from,
+                    scan: OutputScan::Sent(*from),
+                });
                 continue;
             }
             // Limited to the present time, in case the record's timestamp is in the future.
@@ -351,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_search_that_is_given_up_does_not_count_as_done() {
+    fn a_scan_that_is_given_up_does_not_count_as_done() {
         let wanted = BTreeMap::from([(Partition(7), wanted(None, None))]);
         // One step more would have reached the floor.
         let mut regions = [region(0, 100, 30, 60)];

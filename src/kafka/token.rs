@@ -125,9 +125,9 @@ fn claims(token: &str) -> Option<Claims> {
 
 /// A running command with all processes that it started (a process group). Dropping it kills the group, so
 /// that no processes pile up.
-struct Running(Child);
+struct RunningCommand(Child);
 
-impl Running {
+impl RunningCommand {
     fn start(command: &[String]) -> Result<Self, String> {
         let (program, arguments) = command.split_first().ok_or("the command is empty")?;
         Command::new(program)
@@ -156,7 +156,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningCommand {
     fn drop(&mut self) {
         // Not if it was reaped before: its process id may belong to another process by now.
         if matches!(self.0.try_wait(), Ok(None)) {
@@ -168,9 +168,9 @@ impl Drop for Running {
 /// Runs the command to its end, within [`COMMAND_MAX`]. Its stderr is not shown, because it may contain a
 /// secret.
 fn run(command: &[String]) -> Result<Token, String> {
-    let mut running = Running::start(command)?;
+    let mut process = RunningCommand::start(command)?;
     let (sender, receiver) = mpsc::channel();
-    if let Some(stdout) = running.0.stdout.take() {
+    if let Some(stdout) = process.0.stdout.take() {
         // The thread ends when the pipe closes, at the latest when the group is killed.
         let read = move || {
             let mut output = String::new();
@@ -180,14 +180,14 @@ fn run(command: &[String]) -> Result<Token, String> {
         let _ = std::thread::Builder::new().name("token-output".to_owned()).spawn(read);
     }
     let deadline = Instant::now() + COMMAND_MAX;
-    while !running.has_ended() {
+    while !process.has_ended() {
         if Instant::now() > deadline {
             return Err(format!("it did not end within {} s", COMMAND_MAX.as_secs()));
         }
         std::thread::sleep(LOOK_AROUND);
     }
     let output = receiver.recv_timeout(OUTPUT_WAIT);
-    let status = running.end()?;
+    let status = process.end()?;
     if !status.success() {
         return Err(format!("it failed ({status}); run it by hand to see its error"));
     }

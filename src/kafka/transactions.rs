@@ -2,8 +2,7 @@
 //!
 //! The order within a transaction is: begin, `send_offsets_to_transaction` with the member's generation,
 //! produce, wait for the acknowledgements, commit. Each transaction has a time limit. A failure before the
-//! commit aborts it; if even the abort or the commit fails, the outcome is unknown and the producer is
-//! replaced.
+//! commit aborts it; if even the abort or the commit fails, the producer is replaced.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -172,7 +171,7 @@ impl Transactions {
     /// The state of the transaction, see [`PublishError`].
     pub fn publish(&mut self, publication: &Publication, group: Option<&GroupMetadata>) -> PublishReply {
         let Some(producer) = self.slot.get() else {
-            return Err(PublishError::Unknown("the producer is not initialised".to_owned()));
+            return Err(PublishError::ReplaceProducer("the producer is not initialised".to_owned()));
         };
         let deadline = Instant::now() + self.settings.deadline;
         let Self { settings, steps, .. } = self;
@@ -183,11 +182,11 @@ impl Transactions {
             Err(PublishError::Aborted { class: FailureClass::Transient, message })
                 if self.aborted >= ABORTED_MAX =>
             {
-                Err(PublishError::Unknown(message))
+                Err(PublishError::ReplaceProducer(message))
             }
             reply => reply,
         };
-        if matches!(reply, Err(PublishError::Unknown(_))) {
+        if matches!(reply, Err(PublishError::ReplaceProducer(_))) {
             drop(producer);
             self.slot.clear();
         }
@@ -249,7 +248,7 @@ struct Transaction<'t> {
 impl Transaction<'_> {
     fn run(&self, publication: &Publication, group: Option<&GroupMetadata>) -> PublishReply {
         failpoint::hit("before_kafka_begin");
-        self.producer.begin().map_err(|error| self.unknown("begin_transaction", &error))?;
+        self.producer.begin().map_err(|error| self.replace_producer("begin_transaction", &error))?;
         let mut times = PublishTimes::default();
         let counts = self.fill(&mut times, publication, group).map_err(|cause| self.abort(cause))?;
         failpoint::hit("before_kafka_commit");
@@ -330,7 +329,7 @@ impl Transaction<'_> {
                 Ok(()) => return Ok(()),
                 Err(error) if error.requires_abort => return Err(self.abort(AbortCause::Native(error))),
                 Err(error) if may_continue(&error, self.deadline) => {}
-                Err(error) => return Err(self.unknown("commit_transaction", &error)),
+                Err(error) => return Err(self.replace_producer("commit_transaction", &error)),
             }
         }
     }
@@ -341,7 +340,7 @@ impl Transaction<'_> {
             AbortCause::Native(error) => {
                 warn_if_fenced(self.settings, error);
                 if error.is_fatal {
-                    return PublishError::Unknown(error.to_string());
+                    return PublishError::ReplaceProducer(error.to_string());
                 }
                 (self.explained(error), Some(error.code))
             }
@@ -353,22 +352,22 @@ impl Transaction<'_> {
             match self.producer.abort(remaining(deadline)) {
                 Ok(()) => break,
                 Err(error) if may_continue(&error, deadline) => {}
-                Err(error) => return self.unknown(&format!("{message}; abort_transaction"), &error),
+                Err(error) => return self.replace_producer(&format!("{message}; abort_transaction"), &error),
             }
         }
         match (code, code.map_or(FailureClass::Transient, class_of_kafka)) {
             // Another producer has the transactional id: this one is useless, even if the abort succeeded.
             (Some(RDKafkaErrorCode::ProducerFenced | RDKafkaErrorCode::Fenced), _) => {
-                PublishError::Unknown(message)
+                PublishError::ReplaceProducer(message)
             }
             (_, FailureClass::Fenced) => PublishError::StaleGeneration(message),
             (_, class) => PublishError::Aborted { class, message },
         }
     }
 
-    fn unknown(&self, doing: &str, error: &NativeError) -> PublishError {
+    fn replace_producer(&self, doing: &str, error: &NativeError) -> PublishError {
         warn_if_fenced(self.settings, error);
-        PublishError::Unknown(format!("{doing}: {error}"))
+        PublishError::ReplaceProducer(format!("{doing}: {error}"))
     }
 
     fn in_time(&self, step: &'static str) -> Result<(), AbortCause> {

@@ -109,10 +109,12 @@ impl Backoff {
     pub fn failed(&mut self, class: FailureClass, doing: &str, message: &str) {
         self.delay_within(match class {
             FailureClass::Transient | FailureClass::Fenced => BACKOFF_TRANSIENT_MAX,
-            FailureClass::Persistent | FailureClass::Record => BACKOFF_PERSISTENT_MAX,
+            FailureClass::Persistent | FailureClass::Record | FailureClass::Undecided => {
+                BACKOFF_PERSISTENT_MAX
+            }
         });
         let limit = match class {
-            FailureClass::Persistent | FailureClass::Record => &self.blocked,
+            FailureClass::Persistent | FailureClass::Record | FailureClass::Undecided => &self.blocked,
             FailureClass::Transient | FailureClass::Fenced => &self.away,
         };
         let before = self.down.as_ref();
@@ -130,7 +132,7 @@ impl Backoff {
         });
         let Some(suppressed) = suppressed else { return };
         match class {
-            FailureClass::Persistent | FailureClass::Record => tracing::error!(
+            FailureClass::Persistent | FailureClass::Record | FailureClass::Undecided => tracing::error!(
                 lane = self.lane,
                 dependency = self.name,
                 doing,

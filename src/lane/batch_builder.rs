@@ -191,7 +191,7 @@ impl BatchBuilder {
     }
 
     /// Closes the buffer as a batch whose partitions start at `seen`. Partitions without a `seen` are not
-    /// running: their records are dropped.
+    /// live: their records are dropped.
     fn close(
         &mut self,
         status: &StatusRegistry,

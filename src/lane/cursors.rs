@@ -25,16 +25,16 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     pub(super) fn moves(&self, progress: &[Progress]) -> Vec<CursorMove> {
         let mut moves: BTreeMap<Partition, CursorMove> = BTreeMap::new();
         for (partition, state) in &self.partitions {
-            let PartitionState::Running(running) = state else { continue };
-            let published = Some(running.committed)
-                .filter(|k| self.settings.mode.publishes && running.stored != Some(*k));
+            let PartitionState::Live(live) = state else { continue };
+            let published =
+                Some(live.committed).filter(|k| self.settings.mode.publishes && live.copied != Some(*k));
             if published.is_some() {
                 moves.insert(
                     *partition,
                     CursorMove {
                         partition: *partition,
-                        seen: running.applied,
-                        applied: running.applied,
+                        seen: live.applied,
+                        applied: live.applied,
                         published,
                         timestamp: None,
                     },
@@ -59,10 +59,10 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// Compares the cursors in the database with the lane's, as in each new session. True: the lane may
     /// write.
-    pub(super) async fn check_session(&mut self) -> Result<bool, IdentityMismatch> {
-        let running: Vec<Partition> =
-            self.partitions.iter().filter(|(_, state)| state.running().is_some()).map(|(p, _)| *p).collect();
-        let rows = match self.store.cursors(&running).await {
+    pub(super) async fn compare_cursors(&mut self) -> Result<bool, IdentityMismatch> {
+        let live: Vec<Partition> =
+            self.partitions.iter().filter(|(_, state)| state.live().is_some()).map(|(p, _)| *p).collect();
+        let rows = match self.store.cursors(&live).await {
             Ok(rows) => rows,
             Err(failure) => {
                 self.store_failed("reading the cursors", failure)?;
@@ -82,11 +82,11 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         for (partition, row) in &rows {
             let found = row.as_ref().map(|r| r.applied);
             let expected = match self.partitions.get_mut(partition) {
-                Some(PartitionState::Running(running)) => {
+                Some(PartitionState::Live(live)) => {
                     // A `published` that is behind does not matter: the next write copies the committed
                     // offset again.
-                    running.stored = row.as_ref().and_then(|r| r.published);
-                    Some(running.applied)
+                    live.copied = row.as_ref().and_then(|r| r.published);
+                    Some(live.applied)
                 }
                 _ => None,
             };
@@ -100,8 +100,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 batch.mark_committed();
             }
             for (partition, next) in planned {
-                if let Some(PartitionState::Running(running)) = self.partitions.get_mut(&partition) {
-                    running.applied = next;
+                if let Some(PartitionState::Live(live)) = self.partitions.get_mut(&partition) {
+                    live.applied = next;
                 }
             }
         } else if !as_seen {
@@ -114,7 +114,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 );
             }
             self.reset("the database's cursors differ");
-            // Nothing runs any more that could differ.
+            // No partition is live any more that could differ.
             self.session = Session::Checked;
             return Ok(false);
         }
@@ -124,16 +124,16 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// Copies the group's offsets to the database when no batch has done so for a while.
     pub(super) async fn copy_when_idle(&mut self) -> Result<(), IdentityMismatch> {
-        let is_time = self.wrote_at.elapsed() >= IDLE_COPY_AFTER && self.database.is_due();
+        let is_time = self.copied_at.elapsed() >= IDLE_COPY_AFTER && self.database.is_due();
         if !is_time || self.writing.is_some() || !self.pending.is_empty() {
             return Ok(());
         }
-        let is_live = self.partitions.values().any(|state| state.running().is_some());
+        let is_live = self.partitions.values().any(|state| state.live().is_some());
         if is_live && self.compared_at.elapsed() >= IDLE_COMPARE_AFTER {
             // A restore breaks sessions, but an idle lane does not notice. Without this check the lost rows
             // would be written again only when the next record arrives.
             self.compared_at = Instant::now();
-            if !self.check_session().await? {
+            if !self.compare_cursors().await? {
                 return Ok(());
             }
         }
@@ -142,7 +142,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     pub(super) async fn copy_positions(&mut self) -> Result<(), IdentityMismatch> {
         let moves = self.moves(&[]);
-        self.wrote_at = Instant::now();
+        self.copied_at = Instant::now();
         if moves.is_empty() {
             return Ok(());
         }
@@ -150,9 +150,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             Ok(()) => {
                 self.database_up();
                 for moved in &moves {
-                    if let Some(PartitionState::Running(running)) = self.partitions.get_mut(&moved.partition)
-                    {
-                        running.stored = moved.published.or(running.stored);
+                    if let Some(PartitionState::Live(live)) = self.partitions.get_mut(&moved.partition) {
+                        live.copied = moved.published.or(live.copied);
                     }
                 }
                 Ok(())

@@ -17,7 +17,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             match self.kafka.publish(&publication).await {
                 Ok(sent) => {
                     drop(publication);
-                    self.published(sent);
+                    self.publication_committed(sent);
                 }
                 Err(error) => match self.publish_failed("publishing a batch", error)? {
                     AfterFailure::Retry => sleep_until(self.broker.due_at()).await,

@@ -36,7 +36,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 self.fenced(&message);
                 Ok(AfterFailure::AwaitGeneration)
             }
-            PublishError::Unknown(message) => {
+            PublishError::ReplaceProducer(message) => {
                 self.producer_lost();
                 self.broker_failed(FailureClass::Transient, doing, &message);
                 Ok(AfterFailure::Recover)

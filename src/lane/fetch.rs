@@ -1,4 +1,5 @@
-//! The first step of the loop: fills the fetch buffer, or waits when there is nothing to do.
+//! Fetches records for the next batch. A lane that has a batch, or written batches that wait for publication,
+//! fetches nothing here: it waits until one of them can be processed. Every wait ends with an event.
 
 use std::time::Duration;
 

@@ -4,10 +4,10 @@
 //! of partition that it took, or after a range that was checked to hold no record. Positions that librdkafka
 //! keeps are never used. A *gap* lies between such a start and the first record or end that the client
 //! delivers after it: usually transaction markers or aborted records, which the lane verifies with another
-//! client ([`Lane::prove_gaps`]).
+//! client ([`Lane::check_gaps`]).
 //!
-//! A partition that cannot be read halts after [`TRIES_MAX`] failures, and the lane
-//! retries it with a backoff. The other partitions go on.
+//! A partition that cannot be read halts after [`TRIES_MAX`] failures, and the lane retries it with a backoff.
+//! The other partitions go on.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -93,18 +93,26 @@ impl Fetch {
 /// Fetch states of a lane's partitions.
 pub(super) struct FetchStates {
     by_partition: BTreeMap<Partition, Fetch>,
-    /// Id of the pending gap proof. One runs at a time; gaps found meanwhile go into the next.
-    proof: Option<u64>,
-    last_proof: u64,
-    /// When the fetch buffer was last full.
-    full_at: Instant,
-    looked_at: Instant,
+    /// Id of the pending gap check. One runs at a time; gaps found meanwhile go into the next.
+    gap_check: Option<u64>,
+    /// Id of the last gap check, pending or not.
+    last_gap_check: u64,
+    /// When the lane last had no room for a record: its buffer was full, or a batch waited.
+    no_room_at: Instant,
+    /// When the lane last looked for partitions of which nothing arrives.
+    silence_checked_at: Instant,
 }
 
 impl FetchStates {
     pub fn new() -> Self {
         let now = Instant::now();
-        Self { by_partition: BTreeMap::new(), proof: None, last_proof: 0, full_at: now, looked_at: now }
+        Self {
+            by_partition: BTreeMap::new(),
+            gap_check: None,
+            last_gap_check: 0,
+            no_room_at: now,
+            silence_checked_at: now,
+        }
     }
 
     /// Forgets all fetch states except those of partitions with failures, which keep their counts until they
@@ -127,7 +135,7 @@ impl FetchStates {
 
     /// Notes that the lane does not fetch now: its buffer is full, or a batch waits.
     pub fn pause_silence_check(&mut self) {
-        self.full_at = Instant::now();
+        self.no_room_at = Instant::now();
     }
 
     /// Partitions that halted because they cannot be read.
@@ -221,7 +229,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             }
             self.note_assigned();
         }
-        self.prove_gaps();
+        self.check_gaps();
         self.retry_failed().await?;
         self.check_silence()
     }
@@ -240,7 +248,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         for (partition, fetch) in &mut fetch_states.by_partition {
             if fetch.has_failures()
                 && fetch.reading == Reading::Fetching
-                && builder.buffer.is_running(*partition)
+                && builder.buffer.is_delivering(*partition)
             {
                 fetch.failures = 0;
                 fetch.gaps = 0;
@@ -279,9 +287,9 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     // ---- gaps --------------------------------------------------------------------------------
 
-    /// Starts a proof for all gaps that are due. The answer arrives as an event.
-    fn prove_gaps(&mut self) {
-        if self.fetch_states.proof.is_some() {
+    /// Starts a check of all gaps that are due. The answer arrives as an event.
+    fn check_gaps(&mut self) {
+        if self.fetch_states.gap_check.is_some() {
             return;
         }
         let now = Instant::now();
@@ -297,28 +305,28 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if gaps.is_empty() {
             return;
         }
-        self.fetch_states.last_proof += 1;
-        self.fetch_states.proof = Some(self.fetch_states.last_proof);
-        self.kafka.prove_gaps(self.fetch_states.last_proof, gaps);
+        self.fetch_states.last_gap_check += 1;
+        self.fetch_states.gap_check = Some(self.fetch_states.last_gap_check);
+        self.kafka.check_gaps(self.fetch_states.last_gap_check, gaps);
     }
 
     /// Handles the answer of a gap check. Answers about partitions that were started again or revoked since are
     /// dropped.
-    pub(super) async fn gaps_proved(
+    pub(super) async fn gaps_checked(
         &mut self,
         id: u64,
         answers: Vec<(Gap, GapAnswer)>,
     ) -> Result<(), IdentityMismatch> {
-        if self.fetch_states.proof == Some(id) {
-            self.fetch_states.proof = None;
+        if self.fetch_states.gap_check == Some(id) {
+            self.fetch_states.gap_check = None;
         }
         let mut positions = Vec::new();
         for (gap, answer) in answers {
             let partition = gap.partition;
-            let is_running = self.is_running(partition);
+            let is_live = self.is_live(partition);
             let Some(fetch) = self.fetch_states.by_partition.get_mut(&partition) else { continue };
             let is_waiting = matches!(fetch.reading, Reading::Gap { gap: waiting, .. } if waiting == gap);
-            if !is_waiting || !is_running {
+            if !is_waiting || !is_live {
                 continue;
             }
             match answer {
@@ -349,7 +357,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         }
         if self.start_fetching(&positions).await? {
             for (partition, position) in positions {
-                self.builder.buffer.begin_proved(partition, position);
+                self.builder.buffer.begin_after_gap(partition, position);
             }
         }
         Ok(())
@@ -367,8 +375,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             match (&fetch.halted, self.partitions.get(partition)) {
                 // As a halted partition it goes through recovery again, which notices if an operator skipped
                 // the batch.
-                (Some(reason), Some(PartitionState::Running(_))) => halted.push((*partition, reason.clone())),
-                (None, Some(PartitionState::Running(_))) if again_at <= now => {
+                (Some(reason), Some(PartitionState::Live(_))) => halted.push((*partition, reason.clone())),
+                (None, Some(PartitionState::Live(_))) if again_at <= now => {
                     if let Some(position) = self.builder.buffer.position(*partition) {
                         positions.push((*partition, position));
                     }
@@ -377,7 +385,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             }
         }
         for (partition, reason) in halted {
-            // A batch in flight needs its partition in state `Running` until it is published.
+            // A batch in flight needs its partition in state `Live` until it is published.
             if !self.is_in_flight(partition) {
                 self.partitions
                     .insert(partition, PartitionState::Halted { reason, known: None, again_at: now });
@@ -406,12 +414,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// error, and may lose all its brokers (librdkafka #5301).
     fn check_silence(&mut self) -> Result<(), IdentityMismatch> {
         let now = Instant::now();
-        if now.saturating_duration_since(self.fetch_states.looked_at) < SILENCE_TICK {
+        if now.saturating_duration_since(self.fetch_states.silence_checked_at) < SILENCE_TICK {
             return Ok(());
         }
-        self.fetch_states.looked_at = now;
+        self.fetch_states.silence_checked_at = now;
         let Self { fetch_states, partitions, builder, status, .. } = self;
-        let has_room = now.saturating_duration_since(fetch_states.full_at) >= SILENCE_MAX;
+        let has_room = now.saturating_duration_since(fetch_states.no_room_at) >= SILENCE_MAX;
         let limit = if has_room { SILENCE_MAX } else { SILENCE_BUSY_MAX };
         let fresh = i64::try_from(ENDS_FRESH.as_millis()).unwrap_or(i64::MAX);
         let since = TimestampMs(metrics::now().0.saturating_sub(fresh));
@@ -420,7 +428,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             let Some(position) = builder.buffer.position(*partition) else { continue };
             let end = status.end_since(*partition, since);
             let is_waiting = fetch.reading == Reading::Fetching
-                && partitions.get(partition).is_some_and(|state| state.running().is_some())
+                && partitions.get(partition).is_some_and(|state| state.live().is_some())
                 && end.is_some_and(|end| end > position);
             if !is_waiting || fetch.last_progress.0 != position {
                 fetch.last_progress = (position, now);

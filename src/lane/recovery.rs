@@ -16,10 +16,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::failures::AfterFailure;
-use super::partitions::{PartitionState, Running};
+use super::partitions::{LivePositions, PartitionState};
 use super::questions::Asked;
 use super::{Lane, LaneSettings, Producer, log_lines};
-use crate::domain::cursor::{CursorRow, Decision, HaltReason, IdentityMismatch, Known, Proof, Start, decide};
+use crate::domain::cursor::{
+    CursorRow, Decision, HaltReason, IdentityMismatch, Known, OutputScan, Start, decide,
+};
 use crate::domain::outcome::FailureClass;
 use crate::domain::publication::{OffsetCommit, Publication};
 use crate::domain::record::{NextOffset, Partition};
@@ -44,7 +46,7 @@ const ASKING: &str = "reading the group's offsets and the log's bounds";
 static RESETS: RateLimited = RateLimited::new(10, Duration::from_secs(60));
 
 impl<K: KafkaPort, S: Store> Lane<K, S> {
-    /// Drops everything that the lane holds; every running partition is recovered from its cursors.
+    /// Drops everything that the lane holds; every live partition is recovered from its cursors.
     pub(super) fn reset(&mut self, reason: &str) {
         if let Some(suppressed) = RESETS.pass() {
             let lane = self.settings.index;
@@ -58,8 +60,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.questions.forget_all();
         self.fetch_states.reset();
         for (partition, state) in &mut self.partitions {
-            if state.running().is_some() {
-                *state = PartitionState::Assigned;
+            if state.live().is_some() {
+                *state = PartitionState::Opening;
                 self.status.opening(metrics::now(), *partition);
             }
         }
@@ -82,7 +84,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     }
 
     /// Asks about partitions that wait for recovery, if neither side is in a backoff. The answer arrives as
-    /// an event; running partitions go on meanwhile. The committed offset is read only after
+    /// an event; live partitions go on meanwhile. The committed offset is read only after
     /// `init_transactions`, because an open transaction of an earlier producer could still change it.
     pub(super) async fn recover_partitions(&mut self) -> Result<(), IdentityMismatch> {
         let now = Instant::now();
@@ -90,13 +92,13 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             .partitions
             .iter()
             .filter(|(partition, state)| match state {
-                PartitionState::Assigned => !self.questions.is_asked(**partition),
+                PartitionState::Opening => !self.questions.is_asked(**partition),
                 PartitionState::BeyondEnd { again_at, .. }
                 | PartitionState::Halted { again_at, .. }
                 | PartitionState::RecoveringPublished { again_at, .. } => {
                     *again_at <= now && !self.questions.is_asked(**partition)
                 }
-                PartitionState::Running(_) => false,
+                PartitionState::Live(_) => false,
             })
             .map(|(partition, _)| *partition)
             .collect();
@@ -142,14 +144,14 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.asking.succeeded();
         self.questions.succeeded(&partitions);
         let mut starts: Vec<(Known, Start)> = Vec::new();
-        let mut to_prove: Vec<(Known, NextOffset)> = Vec::new();
+        let mut to_scan: Vec<(Known, NextOffset)> = Vec::new();
         for positions in found {
             let Positions { partition, group, bounds } = positions;
             if !partitions.contains(&partition) {
                 continue;
             }
             let row = asked.rows.remove(&partition).flatten();
-            let mut known = Known { partition, group, row, bounds, proof: Proof::NotAsked };
+            let mut known = Known { partition, group, row, bounds, scan: OutputScan::NotScanned };
             // While the cursors are the same, another output scan would find the same.
             if let Some(
                 PartitionState::Halted { known: Some(last), .. }
@@ -158,7 +160,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 && last.group == known.group
                 && last.row == known.row
             {
-                known.proof = last.proof;
+                known.scan = last.scan;
             }
             self.status.found(asked.at, &known);
             match self.decide(&known) {
@@ -166,12 +168,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     Some(until) => self.examine_halted_at(partition, until),
                     None => starts.push((known, start)),
                 },
-                Decision::Prove { from } => to_prove.push((known, from)),
+                Decision::ScanOutputs { from } => to_scan.push((known, from)),
                 Decision::Halt(reason) => self.halt(known, reason).await?,
                 Decision::Stop(mismatch) => return Err(mismatch),
             }
         }
-        self.prove(to_prove, &mut starts).await?;
+        self.scan_outputs(to_scan, &mut starts).await?;
         self.note_assigned();
         if starts.is_empty() {
             // Where nothing can start, nothing else would tell.
@@ -179,12 +181,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             self.broker_answered();
             return Ok(());
         }
-        self.store_and_start(starts).await
+        self.start_partitions(starts).await
     }
 
-    /// Notes a failed question. The broker counts as down only if no partition of this lane is running.
+    /// Notes a failed question. The broker counts as down only if no partition of this lane is live.
     fn asking_failed(&mut self, class: FailureClass, message: &str) {
-        let is_idle = !self.partitions.values().any(|state| state.running().is_some());
+        let is_idle = !self.partitions.values().any(|state| state.live().is_some());
         let (class, message) = self.refused_or(class, message);
         self.asking.failed(class, ASKING, &message);
         self.metrics.kafka_error(class);
@@ -216,7 +218,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// Scans the outputs for partitions whose committed offset is missing or not ours, and decides those with
     /// a result.
-    async fn prove(
+    async fn scan_outputs(
         &mut self,
         wanted: Vec<(Known, NextOffset)>,
         starts: &mut Vec<(Known, Start)>,
@@ -225,7 +227,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             return Ok(());
         }
         let positions: Vec<_> = wanted.iter().map(|(known, from)| (known.partition, *from)).collect();
-        let answers = match self.kafka.prove(&positions).await {
+        let answers = match self.kafka.scan_outputs(&positions).await {
             Ok(answers) => answers.unwrap_or_default(),
             Err(KafkaPortError::Identity(mismatch)) => return Err(mismatch),
             Err(KafkaPortError::Failed { message, .. }) => {
@@ -249,11 +251,11 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         let again_at = Instant::now() + OUTPUT_SCAN_TICK;
         for (mut known, from) in wanted {
             let partition = known.partition;
-            let Some(proved) = answers.iter().find(|p| p.partition == partition && p.from == from) else {
+            let Some(scanned) = answers.iter().find(|p| p.partition == partition && p.from == from) else {
                 self.wait_for_outputs(partition, again_at);
                 continue;
             };
-            known.proof = proved.proof;
+            known.scan = scanned.scan;
             static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
             if let Some(suppressed) = LIMIT.pass() {
                 tracing::info!(
@@ -261,7 +263,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     topic = self.settings.input_topic,
                     partition = partition.0,
                     from = from.0,
-                    proof = ?proved.proof,
+                    proof = ?scanned.scan,
                     suppressed,
                     "the group's offset is missing or not this daemon's: the outputs show what was sent"
                 );
@@ -270,8 +272,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 Decision::Go(start) => starts.push((known, start)),
                 Decision::Halt(reason) => self.halt(known, reason).await?,
                 Decision::Stop(mismatch) => return Err(mismatch),
-                // `decide` asks for no second proof.
-                Decision::Prove { .. } => {}
+                // `decide` asks for no second scan.
+                Decision::ScanOutputs { .. } => {}
             }
         }
         Ok(())
@@ -322,10 +324,37 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         Ok(())
     }
 
-    async fn store_and_start(&mut self, starts: Vec<(Known, Start)>) -> Result<(), IdentityMismatch> {
-        // The group's offset is committed before the row is written. After a crash in between, recovery finds
-        // an offset of ours without a row and starts at the same place. In the other order it would find
-        // written records without knowing whether their events were published.
+    /// Starts partitions whose positions are decided. The group's offset is committed before the row is
+    /// written. After a crash in between, recovery finds an offset of ours without a row and starts at the same
+    /// place. In the other order it would find written records without knowing whether their events were
+    /// published.
+    async fn start_partitions(&mut self, starts: Vec<(Known, Start)>) -> Result<(), IdentityMismatch> {
+        if !self.commit_first_offsets(&starts).await? || !self.store_first_cursors(&starts).await? {
+            return Ok(());
+        }
+        let positions: Vec<_> = starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
+        if !self.start_fetching(&positions).await? {
+            return Ok(());
+        }
+        self.broker_answered();
+        for (known, start) in starts {
+            self.builder.buffer.begin(known.partition, start.from);
+            let live = LivePositions {
+                applied: start.applied,
+                publish_from: start.publish_from,
+                committed: start.committed,
+                copied: self.settings.mode.publishes.then_some(start.publish_from),
+                timestamp: known.row.as_ref().and_then(|r| r.applied_timestamp),
+            };
+            self.partitions.insert(known.partition, PartitionState::Live(live));
+        }
+        self.note_assigned();
+        self.report_positions();
+        Ok(())
+    }
+
+    /// Commits the group's offsets that differ from where partitions start. False: it failed.
+    async fn commit_first_offsets(&mut self, starts: &[(Known, Start)]) -> Result<bool, IdentityMismatch> {
         let commits: Vec<OffsetCommit> = starts
             .iter()
             .filter(|(_, start)| start.must_commit)
@@ -335,67 +364,51 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 commit: start.committed,
             })
             .collect();
-        if !commits.is_empty() {
-            match self.kafka.publish(&Arc::new(Publication::of_offsets(commits))).await {
-                Ok(_) => {
-                    failpoint::hit("after_first_offsets");
-                    self.broker_up();
+        if commits.is_empty() {
+            return Ok(true);
+        }
+        match self.kafka.publish(&Arc::new(Publication::of_offsets(commits))).await {
+            Ok(_) => {
+                failpoint::hit("after_first_offsets");
+                self.broker_up();
+                Ok(true)
+            }
+            Err(error) => {
+                let next = self.publish_failed("committing the first offsets", error)?;
+                if next == AfterFailure::Recover {
+                    self.reset("whether a transaction was committed is not known");
                 }
-                Err(error) => {
-                    let next = self.publish_failed("committing the first offsets", error)?;
-                    if next == AfterFailure::Recover {
-                        self.reset("whether a transaction was committed is not known");
-                    }
-                    return Ok(());
-                }
+                Ok(false)
             }
         }
+    }
+
+    /// Writes the cursor rows that differ from where partitions start. False: it failed.
+    async fn store_first_cursors(&mut self, starts: &[(Known, Start)]) -> Result<bool, IdentityMismatch> {
         let publishes = self.settings.mode.publishes;
         let rows: Vec<_> = starts
             .iter()
             .filter(|(_, start)| start.must_store)
             .map(|(known, start)| {
-                (
-                    known.partition,
-                    known.row.as_ref().map(|r| r.applied),
-                    CursorRow {
-                        applied: start.applied,
-                        published: publishes.then_some(start.publish_from),
-                        applied_timestamp: known.row.as_ref().and_then(|r| r.applied_timestamp),
-                        settled: known.row.as_ref().and_then(|r| r.settled),
-                    },
-                )
+                let found = known.row.as_ref();
+                let row = CursorRow {
+                    applied: start.applied,
+                    published: publishes.then_some(start.publish_from),
+                    applied_timestamp: found.and_then(|r| r.applied_timestamp),
+                    settled: found.and_then(|r| r.settled),
+                };
+                (known.partition, found.map(|r| r.applied), row)
             })
             .collect();
         failpoint::hit("before_store_cursors");
         if rows.is_empty() {
             self.database_answered();
         } else if let Err(failure) = self.store.store_cursors(&rows).await {
-            return self.write_failed("storing the first cursors", failure);
+            return self.write_failed("storing the first cursors", failure).map(|()| false);
         } else {
             self.database_up();
         }
         failpoint::hit("after_store_cursors");
-        let positions: Vec<_> = starts.iter().map(|(known, start)| (known.partition, start.from)).collect();
-        if !self.start_fetching(&positions).await? {
-            return Ok(());
-        }
-        self.broker_answered();
-        for (known, start) in starts {
-            self.builder.buffer.begin(known.partition, start.from);
-            self.partitions.insert(
-                known.partition,
-                PartitionState::Running(Running {
-                    applied: start.applied,
-                    publish_from: start.publish_from,
-                    committed: start.committed,
-                    stored: publishes.then_some(start.publish_from),
-                    timestamp: known.row.as_ref().and_then(|r| r.applied_timestamp),
-                }),
-            );
-        }
-        self.note_assigned();
-        self.report_positions();
-        Ok(())
+        Ok(true)
     }
 }

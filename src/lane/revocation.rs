@@ -44,7 +44,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 match tokio::time::timeout_at(deadline, self.kafka.publish(&publication)).await {
                     Ok(Ok(sent)) => {
                         drop(publication);
-                        self.published(sent);
+                        self.publication_committed(sent);
                     }
                     Ok(Err(error)) => {
                         self.publish_failed("publishing before a revocation", error)?;
@@ -93,7 +93,7 @@ pub(super) async fn receive_until_grace_ends(
     loop {
         let event = events.recv().await.unwrap_or(LaneEvent::Drain);
         let grace = match &event {
-            LaneEvent::Assigned(_) | LaneEvent::Answered { .. } | LaneEvent::GapsProved { .. } => None,
+            LaneEvent::Assigned(_) | LaneEvent::Answered { .. } | LaneEvent::GapsChecked { .. } => None,
             LaneEvent::Revoked { is_lost: true, .. } => Some(LOST_GRACE),
             LaneEvent::Revoked { is_lost: false, .. } => Some(REVOKE_GRACE),
             LaneEvent::Drain => {

@@ -8,6 +8,7 @@
 //! Rows appear once, because a record that is written again finds its message id claimed by itself in
 //! `idempotency`. Events appear once, because the group's offset is committed in the same transaction.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future;
 use std::pin::pin;
@@ -22,12 +23,13 @@ use super::failures::AfterFailure;
 use super::partitions::PartitionState;
 use super::revocation::receive_until_grace_ends;
 use super::{IDLE_TICK, Lane, LaneSettings, PENDING_MAX, Pending, Session, log_lines};
-use crate::domain::batch::{Answer, Batch, OutcomeCounts, Outcomes};
+use crate::domain::batch::{Answer, Batch, OutcomeCounts, Outcomes, Progress};
 use crate::domain::cursor::IdentityMismatch;
 use crate::domain::outcome::FailureClass;
 use crate::domain::publication::{OffsetCommit, OutputCounts, Publication, Published, REPLAYS_HEADER};
+use crate::domain::record::{NextOffset, Partition};
 use crate::ports::{CursorMove, KafkaPort, PublishError, PublishTimes, Store, StoreError, WriteStats};
-use crate::telemetry::metrics::LanePhase;
+use crate::telemetry::metrics::{LaneMetrics, LanePhase};
 use crate::telemetry::trace::BatchTrace;
 
 /// After a publication no longer than this, batches that were made smaller may grow again.
@@ -50,6 +52,51 @@ enum InFlight {
     GivenUp { sent: Option<(Sent, Duration)> },
 }
 
+/// Runs the Postgres transaction of `batch`, if there is one.
+async fn write<S: Store>(
+    store: &mut S,
+    batch: Option<&Batch>,
+    moves: &[CursorMove],
+    metrics: &LaneMetrics,
+    trace: Option<&mut BatchTrace>,
+) -> Option<Written> {
+    let began = Instant::now();
+    let written = store.write(batch?, moves).await;
+    metrics.phase(LanePhase::Database, began.elapsed());
+    if let Some(trace) = trace {
+        trace.database_ended();
+    }
+    Some(written)
+}
+
+/// Runs the Kafka transaction of `publication`, if there is one. Returns its result and duration.
+async fn publish<K: KafkaPort>(
+    kafka: &mut K,
+    publication: Option<&Arc<Publication>>,
+    metrics: &LaneMetrics,
+    trace: Option<&mut BatchTrace>,
+) -> Option<(Sent, Duration)> {
+    let began = Instant::now();
+    let sent = kafka.publish(publication?).await;
+    let took = began.elapsed();
+    metrics.phase(LanePhase::Kafka, took);
+    if let Some(trace) = trace {
+        trace.kafka_ended();
+    }
+    Some((sent, took))
+}
+
+/// `applied` of a live partition once `moves` are committed.
+fn applied_after(
+    partitions: &BTreeMap<Partition, PartitionState>,
+    moves: &[CursorMove],
+    partition: Partition,
+) -> Option<NextOffset> {
+    let live = partitions.get(&partition)?.live()?;
+    let moved = moves.iter().find(|moved| moved.partition == partition);
+    Some(moved.map_or(live.applied, |moved| live.applied.max(moved.applied)))
+}
+
 impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// Closes the buffer as a batch, if it is large or old enough; the next step writes it.
     pub(super) async fn close_batch(&mut self) {
@@ -57,7 +104,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             return;
         }
         let Self { builder, partitions, pending, status, .. } = self;
-        let applied = |partition| partitions.get(&partition)?.running().map(|running| running.applied);
+        let applied = |partition| partitions.get(&partition)?.live().map(|live| live.applied);
         let Some(built) = builder.take(pending.is_empty(), status, applied).await else { return };
         self.metrics.phase(LanePhase::Assembling, built.took);
         let tracer = self.settings.tracer.as_ref().filter(|tracer| tracer.samples());
@@ -72,7 +119,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     pub(super) async fn write_and_publish(&mut self) -> Result<(), IdentityMismatch> {
         let writes = self.writing.is_some() && self.can_write();
         let publishes = self.can_publish();
-        if writes && self.session == Session::Unchecked && !self.check_session().await? {
+        if writes && self.session == Session::Unchecked && !self.compare_cursors().await? {
             return Ok(());
         }
         if !writes && !publishes {
@@ -111,6 +158,15 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         Ok(())
     }
 
+    /// Whether to build the next batch during the write. At most three batches are held: two that are being
+    /// written or wait for publication, and the next. Where batches are small, the next one rather waits and
+    /// grows.
+    fn is_next_wanted(&self) -> bool {
+        !self.builder.has_next()
+            && self.pending.len() < PENDING_MAX
+            && self.writing.as_ref().is_some_and(|batch| self.builder.is_large(batch.len()))
+    }
+
     /// Runs the Postgres transaction of one batch beside the Kafka transaction of the one before. When the
     /// latter is finished, the next batch is fetched and built.
     async fn run_transactions(
@@ -119,66 +175,15 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         moves: &[CursorMove],
         publication: Option<&Arc<Publication>>,
     ) -> InFlight {
-        let Self {
-            store,
-            kafka,
-            writing,
-            trace,
-            pending,
-            events,
-            inbox,
-            metrics,
-            builder,
-            partitions,
-            status,
-            ..
-        } = self;
-        // At most three batches are held: two that are being written or wait for publication, and the next. Where
-        // batches are small, the next one rather waits and grows.
-        let is_next_wanted = writes
-            && !builder.has_next()
-            && pending.len() < PENDING_MAX
-            && writing.as_ref().is_some_and(|batch| builder.is_large(batch.len()));
-        let pending_trace = pending.front_mut().and_then(|pending| pending.trace.as_mut());
-        let write = async {
-            match writing {
-                Some(batch) if writes => {
-                    let began = Instant::now();
-                    let written = store.write(batch, moves).await;
-                    metrics.phase(LanePhase::Database, began.elapsed());
-                    if let Some(trace) = trace {
-                        trace.database_ended();
-                    }
-                    Some(written)
-                }
-                _ => None,
-            }
-        };
-        let publish = async {
-            match publication {
-                Some(publication) => {
-                    let began = Instant::now();
-                    let sent = kafka.publish(publication).await;
-                    let took = began.elapsed();
-                    metrics.phase(LanePhase::Kafka, took);
-                    if let Some(trace) = pending_trace {
-                        trace.kafka_ended();
-                    }
-                    Some((sent, took))
-                }
-                None => None,
-            }
-        };
-        // `applied` once what is being written is committed.
-        let applied = |partition| {
-            let running = partitions.get(&partition)?.running()?;
-            let moved = moves.iter().find(|moved| moved.partition == partition);
-            Some(moved.map_or(running.applied, |moved| running.applied.max(moved.applied)))
-        };
-        let mut grace_ended = pin!(receive_until_grace_ends(events, inbox));
+        let is_next_wanted = writes && self.is_next_wanted();
+        let Self { store, kafka, writing, trace, pending, events, inbox, metrics, builder, .. } = self;
+        let (partitions, status) = (&self.partitions, &self.status);
+        let pending_trace = pending.front_mut().and_then(|pending| pending.trace.as_deref_mut());
+        let write = write(store, writing.as_ref().filter(|_| writes), moves, metrics, trace.as_deref_mut());
         let mut write = pin!(maybe_done(write));
+        let mut grace_ended = pin!(receive_until_grace_ends(events, inbox));
         let sent = {
-            let mut publish = pin!(publish);
+            let mut publish = pin!(publish(kafka, publication, metrics, pending_trace));
             let mut is_written = false;
             loop {
                 tokio::select! {
@@ -191,6 +196,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         };
         let prepare = async {
             if is_next_wanted {
+                let applied = |partition| applied_after(partitions, moves, partition);
                 builder.prepare(kafka, IDLE_TICK, status, applied).await;
             }
             // Never completes: the write decides when the lane goes on.
@@ -211,7 +217,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 if let Some(trace) = &self.trace {
                     trace.failed("database", failure.class.as_str());
                 }
-                let is_undecided = failure.class == FailureClass::Record;
+                let is_undecided = failure.class == FailureClass::Undecided;
                 self.write_failed("writing a batch", failure)?;
                 if is_undecided {
                     self.take_again_with_others();
@@ -220,8 +226,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             }
         };
         self.database_up();
-        self.wrote_at = Instant::now();
-        self.compared_at = self.wrote_at;
+        self.copied_at = Instant::now();
+        self.compared_at = self.copied_at;
         self.metrics.write_stats(&times);
         // None after a reset by the publication beside it: recovery reads from the cursors what was written.
         let Some(batch) = self.writing.take() else { return Ok(()) };
@@ -229,32 +235,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if let Some(trace) = &mut trace {
             trace.written(&times);
         }
-        for moved in moves {
-            if let Some(running) =
-                self.partitions.get_mut(&moved.partition).and_then(PartitionState::running_mut)
-            {
-                running.applied = running.applied.max(moved.applied);
-                if let Some(Some(timestamp)) = moved.timestamp {
-                    running.timestamp = Some(timestamp);
-                }
-                running.stored = moved.published.or(running.stored);
-            }
-        }
-        let mut commits = Vec::with_capacity(batch.progress().len());
-        for progress in batch.progress() {
-            if let Some(running) = self.partitions.get(&progress.partition).and_then(PartitionState::running)
-            {
-                // The committed offset moves to the end of the batch, and never back.
-                if progress.reached > running.committed {
-                    let commit = progress.reached;
-                    commits.push(OffsetCommit {
-                        partition: progress.partition,
-                        publish_from: running.publish_from,
-                        commit,
-                    });
-                }
-            }
-        }
+        self.note_moves(moves);
+        let commits = self.commits_of(&batch);
         self.report_positions();
         if commits.is_empty() {
             self.count_outcomes(&batch, &outcomes, trace);
@@ -265,6 +247,32 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             self.pending.push_back(Pending { publication, trace });
         }
         Ok(())
+    }
+
+    /// Notes that the database has these cursors.
+    fn note_moves(&mut self, moves: &[CursorMove]) {
+        for moved in moves {
+            let state = self.partitions.get_mut(&moved.partition);
+            let Some(live) = state.and_then(PartitionState::live_mut) else { continue };
+            live.applied = live.applied.max(moved.applied);
+            if let Some(Some(timestamp)) = moved.timestamp {
+                live.timestamp = Some(timestamp);
+            }
+            live.copied = moved.published.or(live.copied);
+        }
+    }
+
+    /// The offsets to commit with a batch: its end in each live partition, but never a lower one than before.
+    fn commits_of(&self, batch: &Batch) -> Vec<OffsetCommit> {
+        let commit_of = |progress: &Progress| {
+            let live = self.partitions.get(&progress.partition)?.live()?;
+            (progress.reached > live.committed).then_some(OffsetCommit {
+                partition: progress.partition,
+                publish_from: live.publish_from,
+                commit: progress.reached,
+            })
+        };
+        batch.progress().iter().filter_map(commit_of).collect()
     }
 
     /// Rows of the batch are refused, and it is unknown whether the rows are at fault: fetches the batch
@@ -287,7 +295,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 if took < SHORT_PUBLICATION {
                     self.builder.grow();
                 }
-                self.published(sent);
+                self.publication_committed(sent);
                 return Ok(());
             }
             Err(error) => error,
@@ -332,11 +340,14 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     }
 
     /// Notes that the first pending publication is committed.
-    pub(super) fn published(&mut self, (proof, counts, times): (Published, OutputCounts, PublishTimes)) {
+    pub(super) fn publication_committed(
+        &mut self,
+        (published, counts, times): (Published, OutputCounts, PublishTimes),
+    ) {
         self.broker_up();
-        for (partition, position) in proof.positions() {
-            if let Some(running) = self.partitions.get_mut(partition).and_then(PartitionState::running_mut) {
-                running.committed = running.committed.max(*position);
+        for (partition, position) in published.positions() {
+            if let Some(live) = self.partitions.get_mut(partition).and_then(PartitionState::live_mut) {
+                live.committed = live.committed.max(*position);
             }
         }
         self.metrics.outputs(&counts);

@@ -85,7 +85,7 @@ enum Delivery {
     /// Begun at this position; nothing was delivered yet.
     Begun(NextOffset),
     /// The next record is expected at or after this position.
-    Running(NextOffset),
+    Delivering(NextOffset),
     /// Interrupted at this position.
     Interrupted(NextOffset),
 }
@@ -96,8 +96,7 @@ pub struct FetchBuffer {
     source: SourceBatch,
     /// By partition number.
     deliveries: Vec<Delivery>,
-    /// Positions that advanced without a record: ends of partition (after control records), and ends of
-    /// proved gaps.
+    /// Positions that advanced without a record: ends of partition (after control records), and     /// gaps that were checked to be empty.
     ends: BTreeMap<Partition, NextOffset>,
     interruptions: Vec<(Partition, Interruption)>,
     records_max: usize,
@@ -135,8 +134,8 @@ impl FetchBuffer {
         }
     }
 
-    /// As [`begin`](Self::begin), after a proof that no record lies between the former position and this one.
-    pub fn begin_proved(&mut self, partition: Partition, position: NextOffset) {
+    /// As [`begin`](Self::begin), after a check that no record lies between the former position and this one.
+    pub fn begin_after_gap(&mut self, partition: Partition, position: NextOffset) {
         self.begin(partition, position);
         let end = self.ends.entry(partition).or_insert(position);
         *end = position.max(*end);
@@ -146,16 +145,16 @@ impl FetchBuffer {
     pub fn position(&self, partition: Partition) -> Option<NextOffset> {
         match self.deliveries.get(usize::try_from(partition.0).ok()?)? {
             Delivery::Unwanted => None,
-            Delivery::Begun(position) | Delivery::Running(position) | Delivery::Interrupted(position) => {
+            Delivery::Begun(position) | Delivery::Delivering(position) | Delivery::Interrupted(position) => {
                 Some(*position)
             }
         }
     }
 
     /// Whether a record or end of `partition` was taken since its begin, and nothing interrupted it.
-    pub fn is_running(&self, partition: Partition) -> bool {
+    pub fn is_delivering(&self, partition: Partition) -> bool {
         let index = usize::try_from(partition.0).ok();
-        matches!(index.and_then(|index| self.deliveries.get(index)), Some(Delivery::Running(_)))
+        matches!(index.and_then(|index| self.deliveries.get(index)), Some(Delivery::Delivering(_)))
     }
 
     /// Takes one record, unless its partition is not begun or the record is before the expected position.
@@ -177,10 +176,10 @@ impl FetchBuffer {
                 self.interruptions.push((partition, gap));
                 return;
             }
-            Delivery::Running(expected) if !expected.is_past(offset) => {}
+            Delivery::Delivering(expected) if !expected.is_past(offset) => {}
             _ => return,
         }
-        *delivery = Delivery::Running(offset.next());
+        *delivery = Delivery::Delivering(offset.next());
         self.source.push(partition, offset, timestamp, key, value, headers);
     }
 
@@ -188,13 +187,13 @@ impl FetchBuffer {
     pub fn end(&mut self, partition: Partition, position: NextOffset) {
         let Some(delivery) = self.delivery(partition) else { return };
         match *delivery {
-            Delivery::Begun(asked) if position == asked => *delivery = Delivery::Running(asked),
+            Delivery::Begun(asked) if position == asked => *delivery = Delivery::Delivering(asked),
             Delivery::Begun(asked) if position > asked => {
                 *delivery = Delivery::Interrupted(asked);
                 self.interruptions.push((partition, Interruption::Gap { from: asked, to: position }));
             }
-            Delivery::Running(expected) if position > expected => {
-                *delivery = Delivery::Running(position);
+            Delivery::Delivering(expected) if position > expected => {
+                *delivery = Delivery::Delivering(position);
                 self.ends.insert(partition, position);
             }
             _ => {}
@@ -204,7 +203,7 @@ impl FetchBuffer {
     /// Interrupts `partition` after an error of the client.
     pub fn fail(&mut self, partition: Partition, fault: FetchFault) {
         let Some(delivery) = self.delivery(partition) else { return };
-        if let Delivery::Begun(position) | Delivery::Running(position) = *delivery {
+        if let Delivery::Begun(position) | Delivery::Delivering(position) = *delivery {
             *delivery = Delivery::Interrupted(position);
             self.interruptions.push((partition, Interruption::Failed { position, fault }));
         }

@@ -167,7 +167,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::domain::cursor::{CommitMetadata, CursorRow, LogBounds, Proof};
+    use crate::domain::cursor::{CommitMetadata, CursorRow, LogBounds, OutputScan};
     use crate::domain::record::Offset;
 
     fn range(partition: i32, from: i64, to: i64) -> ScanRange {
@@ -189,7 +189,7 @@ mod tests {
         });
         let bounds = LogBounds { start: NextOffset(0), end: NextOffset(1_000) };
         (
-            Known { partition: Partition(0), group, row, bounds, proof: Proof::Unclear(NextOffset(0)) },
+            Known { partition: Partition(0), group, row, bounds, scan: OutputScan::Unclear(NextOffset(0)) },
             identity,
         )
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::plan_file::{Found, Header, PlanFile, PlanLine};
 use super::{HaltResolution, Plan, Unread, View, blocking, checked, not_bound, view};
 use crate::config::Settings;
-use crate::domain::cursor::{Decision, HaltReason, Known, Mode, Proof, decide};
+use crate::domain::cursor::{Decision, HaltReason, Known, Mode, OutputScan, decide};
 use crate::domain::record::Partition;
 use crate::error::{CommandError, OrFailed};
 use crate::kafka::output_scan;
@@ -47,9 +47,9 @@ impl AllHalted {
             .map_err(not_bound)?;
         // A lane scans the outputs before it halts one of these, and may not halt it then.
         let to_scan = view.known.iter().filter_map(|known| {
-            let unscanned = Known { proof: Proof::NotAsked, ..known.clone() };
+            let unscanned = Known { scan: OutputScan::NotScanned, ..known.clone() };
             match decide(&unscanned, &view.identity, &mode) {
-                Decision::Prove { from } => Some((known.partition, from)),
+                Decision::ScanOutputs { from } => Some((known.partition, from)),
                 Decision::Halt(HaltReason::MovedForward { published, .. }) => {
                     Some((known.partition, published))
                 }
@@ -59,9 +59,10 @@ impl AllHalted {
         let to_scan: Vec<_> = to_scan.collect();
         if !to_scan.is_empty() {
             let kafka = settings.kafka.clone();
-            for proved in blocking(move || output_scan::search(&kafka, topic_id, &to_scan)).await? {
-                if let Some(known) = view.known.iter_mut().find(|known| known.partition == proved.partition) {
-                    known.proof = proved.proof;
+            for scanned in blocking(move || output_scan::scan(&kafka, topic_id, &to_scan)).await? {
+                if let Some(known) = view.known.iter_mut().find(|known| known.partition == scanned.partition)
+                {
+                    known.scan = scanned.scan;
                 }
             }
         }
@@ -90,7 +91,7 @@ impl AllHalted {
         let unmoved = Known { group: None, ..known.clone() };
         let start = match decide(&unmoved, &self.view.identity, &self.mode) {
             // Only the outputs show which events were sent: the row may be of a restored database.
-            Decision::Go(start) if matches!(known.proof, Proof::Sent(_)) => start,
+            Decision::Go(start) if matches!(known.scan, OutputScan::Sent(_)) => start,
             Decision::Halt(reason) => return Err(none(reason.advice(known.partition))),
             _ => return Err(none(reason.advice(known.partition))),
         };

@@ -91,7 +91,7 @@ fn a_gap_that_cannot_be_checked_blocks_only_its_partition() {
     let scope = Scope::new(&servers, "unproved_gap");
     scope.prepare(2, 2);
     scope.produce(&scope.input_topic, payments(0..50, 0));
-    let mut daemon = forgetful(&scope, "7:1:0", "before_gap_proof:1:stop");
+    let mut daemon = forgetful(&scope, "7:1:0", "before_gap_check:1:stop");
     wait_until_within(PATIENCE, "it is about to check the gap", || daemon.is_stopped());
     // WHEN the broker is stopped meanwhile
     servers.kafka(Act::Stop);
@@ -112,7 +112,7 @@ fn a_gap_that_retention_truncates_halts_its_partition() {
     // GIVEN a daemon that is about to check a gap that has records
     let scope = Scope::ready("removed_gap", 2, 2);
     scope.produce(&scope.input_topic, payments(0..50, 0));
-    let mut daemon = forgetful(&scope, "7:1:0", "before_gap_proof:1:stop");
+    let mut daemon = forgetful(&scope, "7:1:0", "before_gap_check:1:stop");
     wait_until_within(PATIENCE, "it is about to check the gap", || daemon.is_stopped());
     // WHEN retention removes some of them
     scope.delete_records(0, 5);

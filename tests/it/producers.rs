@@ -140,14 +140,14 @@ fn fenced_producers_commit_nothing(servers: &Servers) {
     let refused = first.publish(&publication(4..=6), None).unwrap_err();
 
     // THEN it gets an error, and nothing of its transaction is visible
-    assert!(matches!(refused, PublishError::Unknown(_)), "{refused}");
+    assert!(matches!(refused, PublishError::ReplaceProducer(_)), "{refused}");
     let is_fenced = ["ProducerFenced", "InvalidProducerEpoch", "Fenced"]
         .iter()
         .any(|code| refused.to_string().contains(code));
     assert!(is_fenced, "{refused}");
     second.publish(&publication(7..=9), None).unwrap();
     let again = first.publish(&publication(4..=6), None).unwrap_err();
-    assert!(matches!(again, PublishError::Unknown(_)), "{again}");
+    assert!(matches!(again, PublishError::ReplaceProducer(_)), "{again}");
     assert_eq!(accounts_of(&scope, &scope.read_topic), [1, 2, 3, 7, 8, 9]);
 }
 
@@ -173,7 +173,7 @@ fn rejected_messages_abort_the_transaction_and_the_producer_continues(servers: &
     let refused = producer.publish(&publication(21..=40), None).unwrap_err();
 
     // THEN what was sent to the others is not visible, and the next attempt names the missing topic
-    assert!(matches!(refused, PublishError::Unknown(_) | PublishError::Aborted { .. }), "{refused}");
+    assert!(matches!(refused, PublishError::ReplaceProducer(_) | PublishError::Aborted { .. }), "{refused}");
     let missing = producer.init().unwrap_err().to_string();
     assert!(missing.contains(&scope.email_topic), "{missing}");
 

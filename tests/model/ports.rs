@@ -7,14 +7,16 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use payment_writer::domain::batch::{Answer, Batch, Outcomes};
-use payment_writer::domain::cursor::{CursorRow, GroupOffset, Identity, IdentityMismatch, LogBounds, Proof};
+use payment_writer::domain::cursor::{
+    CursorRow, GroupOffset, Identity, IdentityMismatch, LogBounds, OutputScan,
+};
 use payment_writer::domain::outcome::FailureClass;
 use payment_writer::domain::publication::{OutputCounts, Publication, Published, Source};
 use payment_writer::domain::record::{NextOffset, Offset, Partition};
 use payment_writer::ports::fetch_buffer::{FetchBuffer, FetchFault};
 use payment_writer::ports::{
-    CursorMove, Gap, GapAnswer, KafkaPort, KafkaPortError, LaneEvent, Positions, Proved, PublishError,
-    PublishTimes, Question, Store, StoreError, WriteStats,
+    CursorMove, Gap, GapAnswer, KafkaPort, KafkaPortError, LaneEvent, Positions, PublishError, PublishTimes,
+    Question, ScannedOutputs, Store, StoreError, WriteStats,
 };
 use rand::RngExt;
 use rdkafka::types::RDKafkaErrorCode;
@@ -299,47 +301,47 @@ impl KafkaPort for ModelLog {
         });
     }
 
-    fn prove_gaps(&mut self, id: u64, gaps: Vec<Gap>) {
+    fn check_gaps(&mut self, id: u64, gaps: Vec<Gap>) {
         let caller = self.caller();
         self.spawn(async move {
             let mut answers = Vec::new();
             for gap in gaps {
                 answers.push((gap, caller.look_into(&gap).await));
             }
-            LaneEvent::GapsProved { id, answers }
+            LaneEvent::GapsChecked { id, answers }
         });
     }
 
-    async fn prove(
+    async fn scan_outputs(
         &mut self,
         wanted: &[(Partition, NextOffset)],
-    ) -> Result<Option<Vec<Proved>>, KafkaPortError> {
-        let is_lost = self.request("prove").await?;
+    ) -> Result<Option<Vec<ScannedOutputs>>, KafkaPortError> {
+        let is_lost = self.request("scan outputs").await?;
         let found = {
             let mut world = self.shared.world.borrow_mut();
             if world.has_open_outputs() {
                 // This waits for its end.
                 None
             } else if world.is_tail_removed {
-                let impossible = |(partition, from): &(Partition, NextOffset)| Proved {
+                let impossible = |(partition, from): &(Partition, NextOffset)| ScannedOutputs {
                     partition: *partition,
                     from: *from,
-                    proof: Proof::Unclear(*from),
+                    scan: OutputScan::Unclear(*from),
                 };
                 Some(wanted.iter().map(impossible).collect())
             } else {
-                let proved = |(partition, from): &(Partition, NextOffset)| {
+                let scanned = |(partition, from): &(Partition, NextOffset)| {
                     let offsets = world.outputs.iter().filter_map(|message| {
                         let source = Source::parse(message.header("source")?.as_bytes())?;
                         (source.partition == *partition).then(|| source.offset.next())
                     });
                     let sent = offsets.max().unwrap_or(*from).max(*from);
-                    Proved { partition: *partition, from: *from, proof: Proof::Sent(sent) }
+                    ScannedOutputs { partition: *partition, from: *from, scan: OutputScan::Sent(sent) }
                 };
-                Some(wanted.iter().map(proved).collect())
+                Some(wanted.iter().map(scanned).collect())
             }
         };
-        self.reply("prove reply", is_lost).await?;
+        self.reply("scan outputs reply", is_lost).await?;
         Ok(found)
     }
 
@@ -398,7 +400,9 @@ impl KafkaPort for ModelLog {
 
     async fn publish(&mut self, publication: &Arc<Publication>) -> Sent {
         if std::mem::replace(&mut self.is_in_doubt, true) {
-            return Err(PublishError::Unknown("the outcome of an earlier transaction is unknown".to_owned()));
+            return Err(PublishError::ReplaceProducer(
+                "the outcome of an earlier transaction is unknown".to_owned(),
+            ));
         }
         let fault = self.shared.point(self.who, "publish").await;
         self.is_in_doubt = false;
@@ -408,7 +412,7 @@ impl KafkaPort for ModelLog {
             _ => {}
         }
         let Some(epoch) = self.producer else {
-            return Err(PublishError::Unknown("there is no producer yet".to_owned()));
+            return Err(PublishError::ReplaceProducer("there is no producer yet".to_owned()));
         };
         let generation = self.shared.world.borrow().members[self.who.member].generation;
         if generation < 0 {
@@ -434,11 +438,11 @@ impl KafkaPort for ModelLog {
         self.shared.world.borrow_mut().members[self.who.member].threads.push(task.abort_handle());
         let outcome = match timeout(WATCHDOG, answer).await {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) => Err(PublishError::Unknown("the thread is gone".to_owned())),
-            Err(_) => Err(PublishError::Unknown("the producer hangs".to_owned())),
+            Ok(Err(_)) => Err(PublishError::ReplaceProducer("the thread is gone".to_owned())),
+            Err(_) => Err(PublishError::ReplaceProducer("the producer hangs".to_owned())),
         };
         self.shared.thaw(self.who).await;
-        self.is_in_doubt = matches!(outcome, Err(PublishError::Unknown(_)));
+        self.is_in_doubt = matches!(outcome, Err(PublishError::ReplaceProducer(_)));
         outcome
     }
 
@@ -482,13 +486,13 @@ impl Thread {
     async fn abort(&self, number: u64, failure: PublishError) -> PublishError {
         let fault = self.shared.point(self.who, "abort").await;
         if matches!(fault, Fault::Before | Fault::Hang) {
-            return PublishError::Unknown("abort: no answer".to_owned());
+            return PublishError::ReplaceProducer("abort: no answer".to_owned());
         }
         let is_aborted = self.shared.world.borrow_mut().abort_txn(self.id(), self.epoch, number);
         if is_aborted && fault == Fault::None {
             failure
         } else {
-            PublishError::Unknown("abort: fenced, or the answer was lost".to_owned())
+            PublishError::ReplaceProducer("abort: fenced, or the answer was lost".to_owned())
         }
     }
 
@@ -506,9 +510,9 @@ impl Thread {
     }
 
     async fn publish(&self, publication: &Publication) -> Sent {
-        let unknown = |text: &str| Err(PublishError::Unknown(text.to_owned()));
+        let replace = |text: &str| Err(PublishError::ReplaceProducer(text.to_owned()));
         if self.shared.point(self.who, "begin").await != Fault::None {
-            return unknown("begin: invalid state");
+            return replace("begin: invalid state");
         }
         let topic_id = self.identity.topic_id;
         let mut outputs = Vec::new();
@@ -526,7 +530,7 @@ impl Thread {
             });
             Ok::<(), ()>(())
         });
-        let Ok(counts) = counts else { return unknown("cannot be") };
+        let Ok(counts) = counts else { return replace("cannot be") };
         let number = {
             let mut world = self.shared.world.borrow_mut();
             world.expire();
@@ -538,7 +542,7 @@ impl Thread {
                 Some(state) if state.epoch == epoch && state.open.is_none() => {
                     state.open = Some(OpenTxn { number, began: Instant::now(), outputs, offsets: None });
                 }
-                _ => return unknown("producer fenced"),
+                _ => return replace("producer fenced"),
             }
             number
         };
@@ -553,7 +557,7 @@ impl Thread {
         let is_taken = {
             let mut world = self.shared.world.borrow_mut();
             if world.open_txn(self.id(), self.epoch, number).is_none() {
-                return unknown("producer fenced");
+                return replace("producer fenced");
             }
             let is_member = world.is_member(self.who, self.generation) && !world.is_broker_down();
             if is_member && let Some(txn) = world.open_txn(self.id(), self.epoch, number) {
@@ -585,7 +589,7 @@ impl Thread {
             let fault = self.shared.point(self.who, "commit reply").await;
             return match (is_committed, fault) {
                 (true, Fault::None) => Ok((publication.committed(), counts, PublishTimes::default())),
-                _ => unknown("commit: no answer"),
+                _ => replace("commit: no answer"),
             };
         }
         let fault = self.shared.point(self.who, "commit").await;
@@ -596,12 +600,12 @@ impl Thread {
             if fault == Fault::Hang {
                 std::future::pending::<()>().await;
             }
-            return unknown("commit: no answer");
+            return replace("commit: no answer");
         }
         let is_committed = self.shared.world.borrow_mut().commit_txn(self.id(), self.epoch, number);
         let reply = self.shared.point(self.who, "commit reply").await;
         if !is_committed || fault != Fault::None || reply != Fault::None {
-            return unknown("commit: fenced, or the answer was lost");
+            return replace("commit: fenced, or the answer was lost");
         }
         Ok((publication.committed(), counts, PublishTimes::default()))
     }
@@ -753,7 +757,7 @@ impl Store for ModelLedger {
                 self.refused += 1;
                 // Every second time the database rejects rows, the cause is ambiguous.
                 return Err(match self.refused % 2 {
-                    0 => failed(FailureClass::Record, "refused"),
+                    0 => failed(FailureClass::Undecided, "refused"),
                     _ => failure,
                 });
             }
@@ -761,7 +765,7 @@ impl Store for ModelLedger {
         if let Some(refused) = &mut self.shared.world.borrow_mut().refused_writes {
             *refused += 1;
             self.session = Some(session);
-            return Err(failed(FailureClass::Record, "refused"));
+            return Err(failed(FailureClass::Undecided, "refused"));
         }
         let (reply, answer) = oneshot::channel();
         let (shared, batch, moves, who) = (Rc::clone(&self.shared), batch.clone(), moves.to_vec(), self.who);

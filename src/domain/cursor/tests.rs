@@ -27,7 +27,7 @@ fn row(applied: i64, published: Option<i64>) -> Option<CursorRow> {
 
 fn known(group: Option<GroupOffset>, row: Option<CursorRow>, start: i64, end: i64) -> Known {
     let bounds = LogBounds { start: NextOffset(start), end: NextOffset(end) };
-    Known { partition: Partition(3), group, row, bounds, proof: Proof::Unclear(NextOffset(0)) }
+    Known { partition: Partition(3), group, row, bounds, scan: OutputScan::Unclear(NextOffset(0)) }
 }
 
 /// The log contains offsets 2 to 100.
@@ -274,7 +274,7 @@ proptest! {
         }
         let settled = known.row.as_ref().and_then(|r| r.settled);
         let published = known.row.as_ref().and_then(|r| r.published);
-        let proved = known
+        let scanned = known
             .group
             .as_ref()
             .filter(|g| g.commit_metadata().is_some() && published.is_none_or(|copy| copy <= g.position))
@@ -282,14 +282,14 @@ proptest! {
         match settled {
             Some(settled) => prop_assert_eq!(start.publish_from, settled, "the operator's resolution"),
             None => {
-                // Events are skipped only if they are proved to be sent, and such events are not sent again.
-                let sent = published.max(proved);
+                // Events are skipped only if they were found by the scan, and such events are not sent again.
+                let sent = published.max(scanned);
                 prop_assert_eq!(start.publish_from, sent.unwrap_or(bounds.start));
-                if proved.is_none() && let Some(row) = &known.row {
+                if scanned.is_none() && let Some(row) = &known.row {
                     prop_assert!(row.published >= Some(row.applied), "what was sent is known");
                 }
                 // An offset that another program moved past unwritten records is never used silently.
-                let by_hand = known.group.as_ref().filter(|_| proved.is_none()).map(|g| g.position);
+                let by_hand = known.group.as_ref().filter(|_| scanned.is_none()).map(|g| g.position);
                 // If it is not beyond what is known to be sent, it has no effect: the rows below are read
                 // anyway.
                 prop_assert!(by_hand.is_none_or(|k| k <= applied.max(start.publish_from)));
@@ -308,54 +308,57 @@ proptest! {
 
 #[test]
 fn without_a_group_offset_the_outputs_are_asked_and_believed() {
-    let proved = |group, row, proof| decide(&Known { proof, ..known(group, row, 2, 100) }, &HERE, &PUBLISHES);
-    let sent = |offset| Proof::Sent(NextOffset(offset));
+    let scanned = |group, row, scan| decide(&Known { scan, ..known(group, row, 2, 100) }, &HERE, &PUBLISHES);
+    let sent = |offset| OutputScan::Sent(NextOffset(offset));
     for group in [None, unmarked(2), unmarked(7), marked(4)] {
         let asks = |row, from| {
-            let decision = Decision::Prove { from: NextOffset(from) };
-            assert_eq!(proved(group.clone(), row, Proof::NotAsked), decision);
+            let decision = Decision::ScanOutputs { from: NextOffset(from) };
+            assert_eq!(scanned(group.clone(), row, OutputScan::NotScanned), decision);
         };
         asks(row(9, Some(6)), 6);
         asks(row(9, Some(9)), 9);
         // No events, some events or all events were sent.
         for (found, publish_from) in [(6, 6), (8, 8), (9, 9)] {
-            let decision = proved(group.clone(), row(9, Some(6)), sent(found));
+            let decision = scanned(group.clone(), row(9, Some(6)), sent(found));
             assert_eq!(decision, go(publish_from, 9, publish_from, true, publish_from != 6));
         }
         // An older database: events beyond its rows were sent.
-        assert_eq!(proved(group.clone(), row(9, Some(9)), sent(20)), go(9, 9, 20, true, true));
+        assert_eq!(scanned(group.clone(), row(9, Some(9)), sent(20)), go(9, 9, 20, true, true));
     }
-    assert_eq!(proved(None, row(7, None), Proof::NotAsked), Decision::Prove { from: NextOffset(2) });
-    assert_eq!(proved(None, row(7, None), sent(5)), go(5, 7, 5, true, true));
+    assert_eq!(
+        scanned(None, row(7, None), OutputScan::NotScanned),
+        Decision::ScanOutputs { from: NextOffset(2) }
+    );
+    assert_eq!(scanned(None, row(7, None), sent(5)), go(5, 7, 5, true, true));
     // If the log lost its end, no output scan is needed.
     assert!(matches!(
-        proved(None, row(101, Some(100)), Proof::NotAsked),
+        scanned(None, row(101, Some(100)), OutputScan::NotScanned),
         Decision::Halt(HaltReason::BeyondEnd { .. })
     ));
     // An operator's resolution or an offset with commit metadata needs no output scan.
-    assert_eq!(proved(marked(7), row(7, Some(7)), Proof::NotAsked), go(7, 7, 7, false, false));
-    assert_eq!(proved(unmarked(8), row(7, Some(7)), sent(7)), moved_forward(8, 7, 7));
+    assert_eq!(scanned(marked(7), row(7, Some(7)), OutputScan::NotScanned), go(7, 7, 7, false, false));
+    assert_eq!(scanned(unmarked(8), row(7, Some(7)), sent(7)), moved_forward(8, 7, 7));
     // An offset beyond the rows was moved forward only if it is also beyond what was sent.
-    assert_eq!(proved(unmarked(8), row(7, Some(7)), sent(9)), go(7, 7, 9, true, true));
-    assert_eq!(proved(unmarked(8), row(6, Some(9)), sent(9)), go(6, 6, 9, true, false));
-    assert_eq!(proved(marked(8), row(6, Some(9)), sent(9)), go(6, 6, 9, true, false));
+    assert_eq!(scanned(unmarked(8), row(7, Some(7)), sent(9)), go(7, 7, 9, true, true));
+    assert_eq!(scanned(unmarked(8), row(6, Some(9)), sent(9)), go(6, 6, 9, true, false));
+    assert_eq!(scanned(marked(8), row(6, Some(9)), sent(9)), go(6, 6, 9, true, false));
 }
 
 #[test]
 fn with_nothing_left_but_the_outputs_they_decide() {
-    let proved = |proof| decide(&Known { proof, ..known(None, None, 2, 100) }, &HERE, &PUBLISHES);
-    assert_eq!(proved(Proof::NotAsked), Decision::Prove { from: NextOffset(2) });
-    assert_eq!(proved(Proof::Sent(NextOffset(2))), go(2, 2, 2, true, true));
-    assert_eq!(proved(Proof::Sent(NextOffset(50))), go(2, 2, 50, true, true));
-    assert_eq!(proved(Proof::Unclear(NextOffset(2))), go(2, 2, 2, true, true));
-    assert_eq!(proved(Proof::Unclear(NextOffset(50))), unproved(50, 50));
+    let scanned = |scan| decide(&Known { scan, ..known(None, None, 2, 100) }, &HERE, &PUBLISHES);
+    assert_eq!(scanned(OutputScan::NotScanned), Decision::ScanOutputs { from: NextOffset(2) });
+    assert_eq!(scanned(OutputScan::Sent(NextOffset(2))), go(2, 2, 2, true, true));
+    assert_eq!(scanned(OutputScan::Sent(NextOffset(50))), go(2, 2, 50, true, true));
+    assert_eq!(scanned(OutputScan::Unclear(NextOffset(2))), go(2, 2, 2, true, true));
+    assert_eq!(scanned(OutputScan::Unclear(NextOffset(50))), unproved(50, 50));
 }
 
 #[test]
 fn outputs_that_do_not_tell_all_are_not_contradicted() {
     let unclear = |row, seen| {
-        let proof = Proof::Unclear(NextOffset(seen));
-        decide(&Known { proof, ..known(None, row, 2, 100) }, &HERE, &PUBLISHES)
+        let scan = OutputScan::Unclear(NextOffset(seen));
+        decide(&Known { scan, ..known(None, row, 2, 100) }, &HERE, &PUBLISHES)
     };
     // Nothing contradicts the database's copy.
     assert_eq!(unclear(row(9, Some(9)), 9), go(9, 9, 9, true, false));

@@ -10,6 +10,10 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 pub enum FailureClass {
     /// A row of the batch may be at fault: the batch is bisected, and the row is dead-lettered.
     Record,
+    /// Rows of the batch are refused, and it is not known whether they or the database are at fault: the
+    /// batch is retried together with newer records.
+    #[strum(serialize = "record")]
+    Undecided,
     /// Goes away by itself: the batch is kept and retried with a backoff.
     #[strum(serialize = "passing")]
     Transient,

@@ -41,7 +41,7 @@ fn an_end_moves_the_position_over_control_records() {
     let mut buffer = FetchBuffer::new(10, 1_000);
     buffer.begin(Partition(1), NextOffset(0));
     push(&mut buffer, 1, 0);
-    assert!(buffer.is_running(Partition(1)));
+    assert!(buffer.is_delivering(Partition(1)));
     buffer.end(Partition(1), NextOffset(1));
     assert!(buffer.ends.is_empty(), "nothing beyond the record itself");
     buffer.end(Partition(1), NextOffset(2));
@@ -68,8 +68,8 @@ fn what_comes_first_after_a_begin_must_be_at_the_position_asked_for() {
     assert_eq!(offsets(&buffer), [(3, 5), (3, 9), (4, 7)]);
     assert_eq!(buffer.take_interruptions(), [(Partition(1), gap(5, 7)), (Partition(2), gap(5, 6))]);
     assert_eq!(buffer.position(Partition(1)), Some(NextOffset(5)), "it did not move");
-    // The gap is proved empty: the position advances without a record.
-    buffer.begin_proved(Partition(2), NextOffset(6));
+    // The gap is empty: the position advances without a record.
+    buffer.begin_after_gap(Partition(2), NextOffset(6));
     assert_eq!(buffer.ends.get(&Partition(2)), Some(&NextOffset(6)));
     push(&mut buffer, 2, 6);
     assert_eq!(offsets(&buffer).last(), Some(&(2, 6)));

@@ -89,7 +89,7 @@ fn undecided(refused: usize, rows: usize, sqlstate: SqlState) -> StoreError {
         "the database refuses {refused} of the {rows} rows of this batch (SQLSTATE {sqlstate}), and accepts \
          no other row in their place: it is assumed to be at fault, and no row is dead-lettered"
     );
-    StoreError { sqlstate: Some(sqlstate.to_string()), ..store_error(FailureClass::Record, message) }
+    StoreError { sqlstate: Some(sqlstate.to_string()), ..store_error(FailureClass::Undecided, message) }
 }
 
 /// So many rows were refused that the database is assumed to be at fault.

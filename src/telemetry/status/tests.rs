@@ -1,5 +1,5 @@
 use super::*;
-use crate::domain::cursor::{CursorRow, LogBounds, Proof};
+use crate::domain::cursor::{CursorRow, LogBounds, OutputScan};
 
 const SUSPICION: Duration = Duration::from_secs(60);
 
@@ -25,7 +25,7 @@ fn known(applied: i64, end: i64, last: Option<i64>) -> Known {
             settled: None,
         }),
         bounds: LogBounds { start: at(0), end: at(end) },
-        proof: Proof::NotAsked,
+        scan: OutputScan::NotScanned,
     }
 }
 

@@ -66,7 +66,9 @@ fn classes(table: &[[String; 3]]) -> (BTreeMap<&str, &str>, &str) {
 fn the_documentation_explains_each_class() {
     let [table, ..] = tables();
     let documented: Vec<&str> = table.iter().map(|[class, ..]| class.as_str()).collect();
-    let known: Vec<&str> = FailureClass::VARIANTS.iter().map(|class| class.as_str()).collect();
+    let mut known: Vec<&str> = FailureClass::VARIANTS.iter().map(|class| class.as_str()).collect();
+    // Two classes have the label `record`.
+    known.dedup();
     assert_eq!(documented, known);
     assert!(table.iter().all(|[_, policy, _]| !policy.is_empty()));
 }
