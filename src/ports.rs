@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::domain::batch::{Answer, Batch, Outcomes};
 use crate::domain::cursor::{CursorRow, GroupOffset, IdentityMismatch, LogBounds, OutputScan};
 use crate::domain::outcome::FailureClass;
-use crate::domain::publication::{OutputCounts, Publication, Published};
+use crate::domain::publication::{Committed, OutputCounts, Publication};
 use crate::domain::record::{NextOffset, Partition};
 use crate::ports::fetch_buffer::FetchBuffer;
 
@@ -218,7 +218,7 @@ pub trait KafkaPort {
     fn publish(
         &mut self,
         publication: &Arc<Publication>,
-    ) -> impl Future<Output = Result<(Published, OutputCounts, PublishTimes), PublishError>>;
+    ) -> impl Future<Output = Result<(Committed, OutputCounts, PublishTimes), PublishError>>;
 
     /// Runs `init_transactions`, with a new producer if needed; afterwards no earlier transaction is open.
     fn renew(&mut self) -> impl Future<Output = Result<(), KafkaPortError>>;

@@ -168,11 +168,11 @@ pub struct OutputCounts {
     pub by_reason: [u64; Reason::ALL.len()],
 }
 
-/// Proof that a publication is committed; the cursors move only with this value.
+/// The offsets of a publication that is committed; the cursors move only with this value.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Published(Vec<(Partition, NextOffset)>);
+pub struct Committed(Vec<(Partition, NextOffset)>);
 
-impl Published {
+impl Committed {
     /// The committed offsets.
     pub fn positions(&self) -> &[(Partition, NextOffset)] {
         &self.0
@@ -220,9 +220,9 @@ impl Publication {
             .map(move |s| (s.partition, s.commit, CommitMetadata::new(identity, s.commit).to_string()))
     }
 
-    /// Creates the proof of commit. Called by the publisher only after the transaction is committed.
-    pub fn committed(&self) -> Published {
-        Published(self.commits.iter().map(|s| (s.partition, s.commit)).collect())
+    /// Returns the committed offsets. Called by the publisher only after the transaction is committed.
+    pub fn committed(&self) -> Committed {
+        Committed(self.commits.iter().map(|s| (s.partition, s.commit)).collect())
     }
 
     fn publish_from(&self, partition: Partition) -> NextOffset {

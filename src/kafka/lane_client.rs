@@ -25,7 +25,7 @@ use super::throttle::STATISTICS_INTERVAL;
 use super::transactions::Transactions;
 use crate::config::KafkaSettings;
 use crate::domain::cursor::IdentityMismatch;
-use crate::domain::publication::{OutputCounts, Publication, Published};
+use crate::domain::publication::{Committed, OutputCounts, Publication};
 use crate::domain::record::{NextOffset, Partition};
 use crate::failpoint;
 use crate::ports::fetch_buffer::{FetchBuffer, FetchFault};
@@ -304,7 +304,7 @@ impl KafkaPort for LaneClient {
     async fn publish(
         &mut self,
         publication: &Arc<Publication>,
-    ) -> Result<(Published, OutputCounts, PublishTimes), PublishError> {
+    ) -> Result<(Committed, OutputCounts, PublishTimes), PublishError> {
         let replace = |reason: &str| Err(PublishError::ReplaceProducer(reason.to_owned()));
         let stale = |reason: &str| Err(PublishError::StaleGeneration(reason.to_owned()));
         let Some(metadata) = GroupMetadata::of(self.group.consumer()) else {

@@ -18,7 +18,7 @@ use super::offsets::{failed, native_failed, transient};
 use super::publisher_settings::PublisherSettings;
 use super::throttle::Throttle;
 use crate::domain::outcome::{FailureClass, class_of_kafka};
-use crate::domain::publication::{OutputCounts, Publication, Published};
+use crate::domain::publication::{Committed, OutputCounts, Publication};
 use crate::failpoint;
 use crate::kafka::client::make_client;
 use crate::ports::{KafkaPortError, PublishError, PublishTimes};
@@ -40,7 +40,7 @@ const FLUSH_SLICE_MAX: Duration = Duration::from_millis(10);
 const ABORTED_MAX: u32 = 5;
 
 /// The outcome of a transaction.
-pub type PublishReply = Result<(Published, OutputCounts, PublishTimes), PublishError>;
+pub type PublishReply = Result<(Committed, OutputCounts, PublishTimes), PublishError>;
 
 type Producer = TxnProducer<Callbacks<Throttle>>;
 

@@ -16,7 +16,7 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 use tokio::time::Instant;
 
 use super::partitions::PartitionState;
-use super::{Lane, LaneSettings, log_lines};
+use super::{Lane, log_lines};
 use crate::domain::cursor::{HaltReason, IdentityMismatch};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::ports::fetch_buffer::{FetchFault, Interruption};
@@ -255,7 +255,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 if let Some(reason) = fetch.halted.take() {
                     status.flows(*partition);
                     is_changed = true;
-                    log_lines::read_again(settings.index, &settings.input_topic, *partition, &reason);
+                    log_lines::read_again(settings, *partition, &reason);
                 }
             }
         }
@@ -278,8 +278,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     fn halt_fetching(&mut self, partition: Partition, reason: HaltReason) {
         let Some(fetch) = self.fetch_states.by_partition.get_mut(&partition) else { return };
         if fetch.halted.as_ref() != Some(&reason) {
-            let LaneSettings { index, input_topic, identity, .. } = &self.settings;
-            log_lines::halted(*index, input_topic, identity.topic_id, partition, &reason);
+            log_lines::halted(&self.settings, partition, &reason);
             fetch.halted = Some(reason.clone());
         }
         self.status.halted(partition, reason);
@@ -335,7 +334,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     fetch.gaps = fetch.gaps.saturating_add(1);
                     let is_stubborn = fetch.gaps >= TRIES_MAX;
                     self.metrics.fetch_gaps.increment(1);
-                    log_lines::gap(self.settings.index, &self.settings.input_topic, &gap, at);
+                    log_lines::gap(&self.settings, &gap, at);
                     if is_stubborn {
                         fetch.failures = fetch.failures.saturating_add(1).max(TRIES_MAX);
                         fetch.reading = Reading::Failed { again_at: Instant::now() + fetch.pause() };
@@ -351,7 +350,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 }
                 GapAnswer::Failed(error) => {
                     fetch.reading = Reading::Gap { gap, again_at: Instant::now() + GAP_RETRY };
-                    log_lines::gap_unknown(self.settings.index, &self.settings.input_topic, &gap, &error);
+                    log_lines::gap_unknown(&self.settings, &gap, &error);
                 }
             }
         }

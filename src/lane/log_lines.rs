@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use uuid::Uuid;
-
+use super::LaneSettings;
 use crate::domain::cursor::HaltReason;
 use crate::domain::publication::{DeadLetter, OutputCounts, Publication, Source};
 use crate::domain::record::{NextOffset, Partition, RecordView};
@@ -28,8 +27,7 @@ fn header<'a>(record: &RecordView<'a>, name: &str) -> Option<&'a str> {
 
 /// Logs the records of a publication that became dead letters; `counts` are its outputs.
 pub(super) fn dead_letters(
-    topic: &str,
-    topic_id: Uuid,
+    settings: &LaneSettings,
     publication: &Publication,
     counts: &OutputCounts,
     trace_id: Option<&str>,
@@ -43,7 +41,7 @@ pub(super) fn dead_letters(
     for letter in publication.dead_letters() {
         let sampled = if is_a_payment(letter.reason) { &mut payments } else { &mut records };
         if let Some(suppressed) = sampled.pass() {
-            log_dead_letter(topic, topic_id, &letter, trace_id, suppressed);
+            log_dead_letter(settings, &letter, trace_id, suppressed);
         }
         // Once both limits are reached, the remaining letters are only counted.
         if payments.is_done() && records.is_done() {
@@ -84,19 +82,18 @@ fn is_a_payment(reason: Reason) -> bool {
 }
 
 fn log_dead_letter(
-    topic: &str,
-    topic_id: Uuid,
+    settings: &LaneSettings,
     letter: &DeadLetter<'_>,
     trace_id: Option<&str>,
     suppressed: u64,
 ) {
     let record = &letter.record;
-    let source = Source::new(topic_id, record.partition, record.offset).to_string();
+    let source = Source::new(settings.identity.topic_id, record.partition, record.offset).to_string();
     let correlation_id = header(record, "correlation-id").unwrap_or(&source);
     macro_rules! line {
         ($level:ident, $message:literal) => {
             tracing::$level!(
-                topic,
+                topic = settings.input_topic,
                 partition = record.partition.0,
                 offset = record.offset.0,
                 source,
@@ -118,12 +115,12 @@ fn log_dead_letter(
 }
 
 /// Logs that a partition halted, and the first record that is affected.
-pub(super) fn halted(lane: usize, topic: &str, topic_id: Uuid, partition: Partition, reason: &HaltReason) {
+pub(super) fn halted(settings: &LaneSettings, partition: Partition, reason: &HaltReason) {
     let offset = reason.first_offset();
-    let source = format!("{:08x}/{partition}/{offset}", topic_id.as_fields().0);
+    let source = format!("{:08x}/{partition}/{offset}", settings.identity.topic_id.as_fields().0);
     tracing::error!(
-        lane,
-        topic,
+        lane = settings.index,
+        topic = settings.input_topic,
         partition = partition.0,
         offset = offset.0,
         source,
@@ -137,10 +134,10 @@ pub(super) fn halted(lane: usize, topic: &str, topic_id: Uuid, partition: Partit
 }
 
 /// Logs that a partition can be read again.
-pub(super) fn read_again(lane: usize, topic: &str, partition: Partition, reason: &HaltReason) {
+pub(super) fn read_again(settings: &LaneSettings, partition: Partition, reason: &HaltReason) {
     tracing::info!(
-        lane,
-        topic,
+        lane = settings.index,
+        topic = settings.input_topic,
         partition = partition.0,
         halt_reason = reason.label(),
         // The former name, until 1.0.
@@ -150,12 +147,12 @@ pub(super) fn read_again(lane: usize, topic: &str, partition: Partition, reason:
 }
 
 /// Logs a range in which the client skipped records.
-pub(super) fn gap(lane: usize, topic: &str, gap: &Gap, record: NextOffset) {
+pub(super) fn gap(settings: &LaneSettings, gap: &Gap, record: NextOffset) {
     static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
     if let Some(suppressed) = LIMIT.pass() {
         tracing::error!(
-            lane,
-            topic,
+            lane = settings.index,
+            topic = settings.input_topic,
             partition = gap.partition.0,
             offset = record.0,
             from = gap.from.0,
@@ -167,12 +164,12 @@ pub(super) fn gap(lane: usize, topic: &str, gap: &Gap, record: NextOffset) {
 }
 
 /// Logs a range that could not be checked for skipped records.
-pub(super) fn gap_unknown(lane: usize, topic: &str, gap: &Gap, error: &str) {
+pub(super) fn gap_unknown(settings: &LaneSettings, gap: &Gap, error: &str) {
     static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
     if let Some(suppressed) = LIMIT.pass() {
         tracing::warn!(
-            lane,
-            topic,
+            lane = settings.index,
+            topic = settings.input_topic,
             partition = gap.partition.0,
             from = gap.from.0,
             to = gap.to.0,

@@ -29,7 +29,7 @@ pub(super) enum PartitionState {
     BeyondEnd { since: Instant, known: Known, again_at: Instant },
     /// The group's offset is unusable: the output topics are being scanned for the events that were sent.
     /// `halted`: why the partition was halted before.
-    RecoveringPublished { again_at: Instant, halted: Option<HaltReason> },
+    ScanningOutputs { again_at: Instant, halted: Option<HaltReason> },
     /// Being written and published.
     Live(LivePositions),
     /// Halted until an operator resolves it, or until it can be read again.
@@ -41,7 +41,7 @@ impl PartitionState {
     pub(super) fn halted(&self) -> Option<&HaltReason> {
         match self {
             Self::Halted { reason, .. } => Some(reason),
-            Self::RecoveringPublished { halted, .. } => halted.as_ref(),
+            Self::ScanningOutputs { halted, .. } => halted.as_ref(),
             Self::Opening | Self::BeyondEnd { .. } | Self::Live(_) => None,
         }
     }

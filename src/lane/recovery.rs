@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::failures::AfterFailure;
 use super::partitions::{LivePositions, PartitionState};
 use super::questions::Asked;
-use super::{Lane, LaneSettings, Producer, log_lines};
+use super::{Lane, Producer, log_lines};
 use crate::domain::cursor::{
     CursorRow, Decision, HaltReason, IdentityMismatch, Known, OutputScan, Start, decide,
 };
@@ -95,7 +95,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 PartitionState::Opening => !self.questions.is_asked(**partition),
                 PartitionState::BeyondEnd { again_at, .. }
                 | PartitionState::Halted { again_at, .. }
-                | PartitionState::RecoveringPublished { again_at, .. } => {
+                | PartitionState::ScanningOutputs { again_at, .. } => {
                     *again_at <= now && !self.questions.is_asked(**partition)
                 }
                 PartitionState::Live(_) => false,
@@ -283,10 +283,10 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     fn wait_for_outputs(&mut self, partition: Partition, again_at: Instant) {
         let halted = match self.partitions.remove(&partition) {
             Some(PartitionState::Halted { reason, .. }) => Some(reason),
-            Some(PartitionState::RecoveringPublished { halted, .. }) => halted,
+            Some(PartitionState::ScanningOutputs { halted, .. }) => halted,
             _ => None,
         };
-        self.partitions.insert(partition, PartitionState::RecoveringPublished { again_at, halted });
+        self.partitions.insert(partition, PartitionState::ScanningOutputs { again_at, halted });
     }
 
     /// Halts a partition. A cursor beyond the log's end is given some time first.
@@ -313,8 +313,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             last.label() == reason.label() && last.first_offset() == reason.first_offset()
         };
         if !halted.is_some_and(is_same) {
-            let LaneSettings { index, input_topic, identity, .. } = &self.settings;
-            log_lines::halted(*index, input_topic, identity.topic_id, partition, &reason);
+            log_lines::halted(&self.settings, partition, &reason);
         }
         self.status.halted(partition, reason.clone());
         let state = PartitionState::Halted { reason, known: Some(known), again_at: now + HALTED_TICK };

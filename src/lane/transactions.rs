@@ -26,7 +26,7 @@ use super::{IDLE_TICK, Lane, LaneSettings, PENDING_MAX, Pending, Session, log_li
 use crate::domain::batch::{Answer, Batch, OutcomeCounts, Outcomes, Progress};
 use crate::domain::cursor::IdentityMismatch;
 use crate::domain::outcome::FailureClass;
-use crate::domain::publication::{OffsetCommit, OutputCounts, Publication, Published, REPLAYS_HEADER};
+use crate::domain::publication::{Committed, OffsetCommit, OutputCounts, Publication, REPLAYS_HEADER};
 use crate::domain::record::{NextOffset, Partition};
 use crate::ports::{CursorMove, KafkaPort, PublishError, PublishTimes, Store, StoreError, WriteStats};
 use crate::telemetry::metrics::{LaneMetrics, LanePhase};
@@ -39,7 +39,7 @@ const SHORT_PUBLICATION: Duration = Duration::from_secs(3);
 const LONG_PUBLICATION: Duration = Duration::from_secs(8);
 
 type Written = Result<(Outcomes, Answer, WriteStats), StoreError>;
-type Sent = Result<(Published, OutputCounts, PublishTimes), PublishError>;
+type Sent = Result<(Committed, OutputCounts, PublishTimes), PublishError>;
 
 /// The end of the transactions that ran side by side.
 enum InFlight {
@@ -342,10 +342,10 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// Notes that the first pending publication is committed.
     pub(super) fn publication_committed(
         &mut self,
-        (published, counts, times): (Published, OutputCounts, PublishTimes),
+        (committed, counts, times): (Committed, OutputCounts, PublishTimes),
     ) {
         self.broker_up();
-        for (partition, position) in published.positions() {
+        for (partition, position) in committed.positions() {
             if let Some(live) = self.partitions.get_mut(partition).and_then(PartitionState::live_mut) {
                 live.committed = live.committed.max(*position);
             }
@@ -356,14 +356,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 trace.published(&times);
             }
             let trace_id = trace.as_ref().map(|trace| trace.id());
-            let LaneSettings { input_topic, identity, .. } = &self.settings;
-            log_lines::dead_letters(
-                input_topic,
-                identity.topic_id,
-                &publication,
-                &counts,
-                trace_id.as_deref(),
-            );
+            log_lines::dead_letters(&self.settings, &publication, &counts, trace_id.as_deref());
             if let Some(batch) = publication.batch() {
                 self.count_outcomes(batch, publication.outcomes(), trace);
             }

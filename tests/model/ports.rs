@@ -11,7 +11,7 @@ use payment_writer::domain::cursor::{
     CursorRow, GroupOffset, Identity, IdentityMismatch, LogBounds, OutputScan,
 };
 use payment_writer::domain::outcome::FailureClass;
-use payment_writer::domain::publication::{OutputCounts, Publication, Published, Source};
+use payment_writer::domain::publication::{Committed, OutputCounts, Publication, Source};
 use payment_writer::domain::record::{NextOffset, Offset, Partition};
 use payment_writer::ports::fetch_buffer::{FetchBuffer, FetchFault};
 use payment_writer::ports::{
@@ -40,7 +40,7 @@ fn aborted(message: &str) -> PublishError {
     PublishError::Aborted { class: FailureClass::Transient, message: message.to_owned() }
 }
 
-type Sent = Result<(Published, OutputCounts, PublishTimes), PublishError>;
+type Sent = Result<(Committed, OutputCounts, PublishTimes), PublishError>;
 
 /// The client's state of a fetched partition.
 #[derive(Clone, Copy, Debug)]
