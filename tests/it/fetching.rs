@@ -65,7 +65,7 @@ fn records_that_the_client_skips_when_fetching_starts_are_found_and_read() {
 }
 
 #[test]
-fn a_gap_without_records_is_proved_empty_and_skipped() {
+fn a_gap_without_records_is_checked_and_skipped() {
     // GIVEN a log that starts and ends with an aborted transaction
     let scope = Scope::ready("empty_gap", 1, 1);
     scope.produce_in_transaction(&scope.input_topic, payments(0..20, 0), false);
