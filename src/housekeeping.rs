@@ -52,6 +52,8 @@ pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, P
         report.took = began.0.elapsed();
         return Ok(report);
     }
+    // Otherwise the pass cannot be recorded at its end.
+    schema::identity_columns::catch_up(&client).await?;
     report.note(Task::Generation, make_ready(&client).await);
     let rotated = rotate_when_due(&client, settings, &mut report).await;
     report.note(Task::Rotation, rotated);

@@ -11,7 +11,7 @@ use super::horizon::Horizon;
 use super::pass_metrics::HousekeepingMetrics;
 use super::{PassError, PassReport, current_horizon, generations, pass};
 use crate::config::{self, Settings};
-use crate::postgres::schema::{SchemaError, column, doing, months};
+use crate::postgres::schema::{SchemaError, column, doing, identity_columns, months};
 use crate::telemetry::logging::{RateLimited, Repeated};
 
 /// Interval between checks of the schedule and of the table sizes.
@@ -96,7 +96,12 @@ impl Keeper {
     async fn look(&mut self, settings: &Settings) -> Result<(), PassError> {
         let client = match self.client.take().filter(|client| !client.is_closed()) {
             Some(client) => client,
-            None => settings.postgres.housekeeping_url.connect().await?.0,
+            None => {
+                let client = settings.postgres.housekeeping_url.connect().await?.0;
+                // Those of `cursors accept` and the like as well.
+                identity_columns::catch_up(&client).await?;
+                client
+            }
         };
         let (began, was_complete, completed) = last_pass(&client).await?;
         self.metrics.last_pass.set(completed.as_second() as f64);

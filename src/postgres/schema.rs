@@ -5,6 +5,7 @@
 
 mod error;
 mod history;
+pub mod identity_columns;
 pub mod locks;
 mod migrate;
 pub mod months;

@@ -1,12 +1,15 @@
-//! Logical replication of the database: publications of all tables, as other programs create them.
+//! Logical replication of the database: subscribers, and publications of all tables, as other programs create them.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::support::{Message, Payment, Scope, uuid_v7};
+use crate::support::{
+    Act, Flow, Load, Member, Message, PATIENCE, Payment, Postgres, Scope, Servers, uuid_v7, wait_until,
+    wait_until_within,
+};
 
-const DAY_MS: i64 = 24 * 3_600_000;
+pub const DAY_MS: i64 = 24 * 3_600_000;
 
-fn now_ms() -> i64 {
+pub fn now_ms() -> i64 {
     i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
 }
 
@@ -21,7 +24,7 @@ fn months(scope: &Scope<'_>, table: &str) -> i64 {
 }
 
 /// Makes the current generation old enough for a rotation.
-fn age_current(scope: &Scope<'_>) {
+pub fn age_current(scope: &Scope<'_>) {
     scope.execute(
         "UPDATE payment_writer.idempotency_generation SET made_current_at = made_current_at - interval '8 days'
          WHERE state = 'current'",
@@ -85,4 +88,153 @@ fn an_older_schema_makes_months_beside_a_publication_while_the_default_partition
     scope.execute_as_admin("CREATE PUBLICATION everything FOR ALL TABLES");
     scope.command(&["prune"]).succeeds();
     assert_eq!(months(&scope, "payment_core"), 4);
+}
+
+/// The tables of a subscriber; their keys refuse a payment that comes twice.
+pub const SUBSCRIBER: &str = "
+    CREATE SCHEMA payment_writer;
+    CREATE TABLE payment_writer.payment_core (
+        payment_id uuid PRIMARY KEY, created_at timestamptz NOT NULL, cust_id bigint NOT NULL,
+        amount numeric(20, 6) NOT NULL, currency text NOT NULL, status smallint NOT NULL, type text NOT NULL);
+    CREATE TABLE payment_writer.payment_metadata (
+        payment_id uuid PRIMARY KEY, created_at timestamptz NOT NULL, updated_at timestamptz NOT NULL,
+        version integer NOT NULL, message_id uuid NOT NULL, source_partition integer NOT NULL,
+        source_offset bigint NOT NULL);
+    CREATE TABLE payment_writer.payment_notes (
+        payment_id uuid PRIMARY KEY, created_at timestamptz NOT NULL, external_ref_id text, comment text)";
+
+/// Publishes inserts by the names of the partitioned tables.
+pub const PUBLICATION: &str = "
+    CREATE PUBLICATION payments
+    FOR TABLE payment_writer.payment_core, payment_writer.payment_metadata, payment_writer.payment_notes
+    WITH (publish_via_partition_root = true, publish = 'insert')";
+
+pub const PAYMENTS: [&str; 3] = ["payment_core", "payment_metadata", "payment_notes"];
+
+/// Number and digest of the rows of tables of the schema `payment_writer`.
+pub fn digest(server: &Postgres, database: &str, tables: &[&str]) -> (i64, Option<String>) {
+    let rows = tables.iter().map(|table| format!("SELECT t::text FROM payment_writer.{table} AS t"));
+    let rows = rows.collect::<Vec<_>>().join(" UNION ALL ");
+    let query = format!("SELECT count(*), md5(string_agg(r, chr(10) ORDER BY r)) FROM ({rows}) AS t (r)");
+    let row = &server.sql(database, &query)[0];
+    (row.get(0), row.get(1))
+}
+
+/// A subscriber of the payments as docs/how-to/replication.md recommends it, beside a daemon under load.
+fn a_subscriber_has_each_payment_once(publisher: &Postgres, subscriber: &Postgres) {
+    // GIVEN a daemon that writes under load, and a publication of inserts by the names of the partitioned tables
+    let scope = Scope::new_on(publisher, Servers::shared(), "subscriber");
+    scope.prepare(4, 2);
+    let member = Member::new("a").with("BATCH__MAX_PAYMENTS", "100").soon_forgotten();
+    let mut daemon = member.start(&scope);
+    let flow = Flow::start(&scope, Load::new(91), 10);
+    let publish = |count: i64| {
+        let before = scope.count("payment_core");
+        wait_until_within(PATIENCE, "payments flow", || scope.count("payment_core") >= before + count);
+    };
+    publish(200);
+    scope.execute(PUBLICATION);
+
+    // WHEN a server subscribes while the daemon writes, and both daemon and subscriber are killed
+    let copy = "copy";
+    subscriber.execute("postgres", "CREATE DATABASE copy");
+    subscriber.execute(copy, SUBSCRIBER);
+    subscriber.subscribe(copy, "payments", publisher, &scope.database);
+    publish(200);
+    daemon.kill();
+    subscriber.act(Act::Kill);
+    let mut daemon = member.start(&scope);
+    publish(200);
+    subscriber.act(Act::Start);
+
+    // AND a month is made for rows that wait in the default partitions, and ids are rotated
+    let long_ago = now_ms() - 100 * DAY_MS;
+    scope.produce(&scope.input_topic, (1..=50).map(|n| payment(n, long_ago)));
+    wait_until("the payments of an old month are written", || scope.count("payment_core_default") == 50);
+    publish(100);
+    age_current(&scope);
+    let pass = scope.command(&["prune"]).succeeds();
+    assert!(pass.stdout.contains("rotated: generation 2"), "{pass:?}");
+    assert!(pass.stdout.contains("rows moved from the default partitions: 100"), "{pass:?}");
+    publish(200);
+    drop(flow.end());
+    scope.wait_until_caught_up();
+
+    // THEN the subscriber has each payment once
+    scope.assert_exactly_once();
+    let same = |archived: &[String]| {
+        publisher.wait_until_confirmed("payments");
+        for table in PAYMENTS {
+            let mut tables = vec![table];
+            tables.extend(archived.iter().map(String::as_str).filter(|name| name.contains(table)));
+            let found = digest(subscriber, copy, &[table]);
+            assert!(found.0 > 100, "{table}: {found:?}");
+            assert_eq!(found, digest(publisher, &scope.database, &tables), "{table}");
+        }
+    };
+    same(&[]);
+
+    // WHEN months are archived, and written again by late payments
+    let kept = [("PAYMENT_WRITER__RETENTION__PAYMENT_MONTHS", "2")];
+    let pass = scope.command_with(&["prune"], &kept).succeeds();
+    assert!(pass.stdout.contains("detached for archiving"), "{pass:?}");
+    let tables = "SELECT relname::text FROM pg_class WHERE relname ~ '^archived_' ORDER BY 1";
+    let archived: Vec<String> = publisher.sql(&scope.database, tables).iter().map(|row| row.get(0)).collect();
+    assert_eq!(archived.len(), 3, "{archived:?}");
+    scope.produce(&scope.input_topic, (51..=60).map(|n| payment(n, long_ago)));
+    scope.wait_until_caught_up();
+    // THEN the subscriber keeps them
+    same(&archived);
+    // AND also when they are dropped
+    let before = digest(subscriber, copy, &PAYMENTS[..1]);
+    archived.iter().for_each(|name| scope.execute(&format!("DROP TABLE payment_writer.{name}")));
+    publisher.wait_until_confirmed("payments");
+    assert_eq!(digest(subscriber, copy, &PAYMENTS[..1]), before);
+    daemon.drains();
+    subscriber.execute(copy, "DROP SUBSCRIPTION payments");
+}
+
+#[test]
+fn a_subscriber_has_each_payment_once_whatever_happens_to_months() {
+    a_subscriber_has_each_payment_once(&Postgres::default_version(), &Postgres::default_version());
+}
+
+#[test]
+#[ignore = "other versions of Postgres: make trials"]
+fn trials_a_subscriber_of_another_version_has_each_payment_once() {
+    let older = Postgres::of("15");
+    a_subscriber_has_each_payment_once(&older, &Postgres::of("15"));
+    a_subscriber_has_each_payment_once(&older, &Postgres::of("18"));
+}
+
+#[test]
+fn identity_columns_go_on_after_rows_that_came_by_replication() {
+    // GIVEN a database with the rows of another one, and sequences that were never used
+    let scope = Scope::ready("sequences", 1, 1);
+    scope.command(&["prune"]).succeeds();
+    scope.command(&["prune"]).succeeds();
+    let start_anew = || {
+        scope.execute(
+            "ALTER SEQUENCE payment_writer.housekeeping_pass_id_seq RESTART;
+             ALTER SEQUENCE payment_writer.cursor_audit_id_seq RESTART",
+        );
+    };
+    scope.execute(
+        "INSERT INTO payment_writer.cursor_audit (command) SELECT 'test' FROM generate_series(1, 3)",
+    );
+    start_anew();
+    // WHEN a pass is made, THEN it can be recorded
+    scope.command(&["prune"]).succeeds();
+    assert_eq!(scope.count("housekeeping_pass"), 3);
+    // AND what operators do, after `migrate` or the start of a daemon
+    let audit = || scope.execute("INSERT INTO payment_writer.cursor_audit (command) VALUES ('test')");
+    audit();
+    start_anew();
+    scope.command(&["migrate"]).succeeds();
+    audit();
+    start_anew();
+    let _daemon = scope.daemon(&["run"]);
+    let next = "SELECT last_value + is_called::int FROM payment_writer.cursor_audit_id_seq";
+    wait_until("the sequence is set", || scope.sql(next, &[])[0].get::<_, i64>(0) == 6);
+    audit();
 }

@@ -9,8 +9,8 @@ use tokio_postgres::error::SqlState;
 use super::error::database_cause;
 use super::locks::LockKey;
 use super::{
-    DDL_LOCK_TIMEOUT_MS, HISTORY, NEWEST_KNOWN, SCHEMA, SchemaError, SchemaVersion, doing, migrations,
-    refuse_too_new, status, value,
+    DDL_LOCK_TIMEOUT_MS, HISTORY, NEWEST_KNOWN, SCHEMA, SchemaError, SchemaVersion, doing, identity_columns,
+    migrations, refuse_too_new, status, value,
 };
 
 /// Longest wait for another session that changes the schema.
@@ -32,7 +32,15 @@ pub struct MigrateReport {
 /// schema that this program can use, there is nothing to do. The role needs CREATE on the database the first
 /// time, and must own the schema later; without pending steps it only needs to read. Does not work through a
 /// transaction pooler, because the lock is held by the session.
+///
+/// Identity columns go on after their largest number, also without pending steps.
 pub async fn migrate(client: &mut Client) -> Result<MigrateReport, SchemaError> {
+    let report = apply_pending(client).await?;
+    identity_columns::catch_up(client).await?;
+    Ok(report)
+}
+
+async fn apply_pending(client: &mut Client) -> Result<MigrateReport, SchemaError> {
     if let Some(report) = nothing_to_do(client).await? {
         return Ok(report);
     }

@@ -28,6 +28,7 @@ mod member;
 mod pages;
 mod payments;
 mod ports;
+mod postgres;
 mod servers;
 mod writer;
 
@@ -43,6 +44,7 @@ pub use member::Member;
 pub use pages::{MetricEntry, metrics_page, rows};
 pub use payments::{AT_ISO, AT_MS, Payment, payment_id, ulid, uuid_v4, uuid_v7};
 pub use ports::{free_address, listen};
+pub use postgres::{Postgres, postgres_program, succeeds};
 pub use servers::{Act, Scope, Servers, block_on, coordinator_partition};
 pub use writer::{ABORTED_ONE_IN, COMPRESSIONS, TRANSACTION_MAX, Transactional, transaction_size};
 

@@ -14,6 +14,8 @@ use tokio::runtime::Runtime;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls, Row};
 
+use super::Postgres;
+
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 });
@@ -21,7 +23,7 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
 static SEQUENCE: AtomicU32 = AtomicU32::new(0);
 
 /// A number that is unique in this process.
-fn next_number() -> u32 {
+pub(super) fn next_number() -> u32 {
     SEQUENCE.fetch_add(1, Ordering::Relaxed)
 }
 
@@ -46,7 +48,7 @@ pub enum Act {
 }
 
 impl Act {
-    fn word(self) -> &'static str {
+    pub(super) fn word(self) -> &'static str {
         match self {
             Act::Start => "start",
             Act::Stop => "stop",
@@ -118,7 +120,7 @@ impl Servers {
         let owner = std::process::id().to_string();
         let brokers_text = brokers.to_string();
         let up = ["up", "--owner-pid", &owner, "--brokers", &brokers_text];
-        let settings = exports(&dev_servers(&dir, &[&up[..], more].concat()));
+        let settings = exports(&dev_servers(&dir, &[&up[..], more].concat(), &[]));
         Servers {
             kafka_secure: settings.get("DEV_KAFKA_SECURE").cloned(),
             kafka: settings["PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS"].clone(),
@@ -150,17 +152,20 @@ impl Servers {
 
     /// Returns when the action is complete: started means ready, stopped means gone.
     pub fn kafka(&self, act: Act) {
-        dev_servers(&self.dir, &["kafka", act.word()]);
+        dev_servers(&self.dir, &["kafka", act.word()], &[]);
     }
 
     /// As [`Servers::kafka`], for only the broker with this number, from 1.
     pub fn broker(&self, number: i32, act: Act) {
-        dev_servers(&self.dir, &["kafka", act.word(), "--node", &number.to_string()]);
+        dev_servers(&self.dir, &["kafka", act.word(), "--node", &number.to_string()], &[]);
     }
 
     /// Kills a broker for good, and starts another one at another address; returns the new broker's number.
     pub fn replace_broker(&self, number: i32) -> i32 {
-        dev_servers(&self.dir, &["kafka", "replace", "--node", &number.to_string()]).trim().parse().unwrap()
+        dev_servers(&self.dir, &["kafka", "replace", "--node", &number.to_string()], &[])
+            .trim()
+            .parse()
+            .unwrap()
     }
 
     pub fn brokers(&self) -> usize {
@@ -171,27 +176,27 @@ impl Servers {
     /// standby.
     /// Returns the superuser's connection to it.
     pub fn make_standby(&self) -> String {
-        dev_servers(&self.dir, &["postgres", "standby"]);
+        dev_servers(&self.dir, &["postgres", "standby"], &[]);
         let port = std::fs::read_to_string(self.dir.join("standby.port")).unwrap();
         format!("postgres://postgres:postgres@127.0.0.1:{}/postgres", port.trim())
     }
 
     /// Kills Postgres and promotes its standby, which has another address.
     pub fn promote_standby(&self) {
-        dev_servers(&self.dir, &["postgres", "promote"]);
-        let settings = exports(&dev_servers(&self.dir, &["env"]));
+        dev_servers(&self.dir, &["postgres", "promote"], &[]);
+        let settings = exports(&dev_servers(&self.dir, &["env"], &[]));
         *self.postgres_admin.lock().unwrap() = settings["DEV_POSTGRES_ADMIN_URL"].clone();
     }
 
     /// A disk of 96 MB in a folder that Postgres owns; `None` where this machine does not allow a mount.
     pub fn small_disk(&self) -> Option<PathBuf> {
-        let path = try_dev_servers(&self.dir, &["postgres", "disk"]).ok()?;
+        let path = try_dev_servers(&self.dir, &["postgres", "disk"], &[]).ok()?;
         Some(PathBuf::from(path.trim()))
     }
 
     /// Returns when the action is complete: started means ready, stopped means gone.
     pub fn postgres(&self, act: Act) {
-        dev_servers(&self.dir, &["postgres", act.word()]);
+        dev_servers(&self.dir, &["postgres", act.word()], &[]);
     }
 
     pub fn bootstrap_servers(&self) -> &str {
@@ -220,7 +225,7 @@ impl Servers {
 
     /// Connection URL of the role that owns `database`.
     pub fn postgres_url(&self, database: &str) -> String {
-        self.postgres_admin_url(database).replace("//postgres:postgres@", "//payment_writer:payment_writer@")
+        owner_url(&self.postgres_admin_url(database))
     }
 
     /// Folder of the server logs, for debugging a failure.
@@ -231,8 +236,13 @@ impl Servers {
 
 impl Drop for Servers {
     fn drop(&mut self) {
-        dev_servers(&self.dir, &["destroy"]);
+        dev_servers(&self.dir, &["destroy"], &[]);
     }
+}
+
+/// The owner's URL of the superuser's.
+pub(super) fn owner_url(admin_url: &str) -> String {
+    admin_url.replace("//postgres:postgres@", "//payment_writer:payment_writer@")
 }
 
 fn exports(text: &str) -> HashMap<String, String> {
@@ -243,17 +253,20 @@ fn exports(text: &str) -> HashMap<String, String> {
     text.lines().filter_map(pair).collect()
 }
 
-fn dev_servers(dir: &Path, arguments: &[&str]) -> String {
-    try_dev_servers(dir, arguments).unwrap_or_else(|errors| panic!("dev/servers {arguments:?}: {errors}"))
+/// Runs `dev/servers` with these environment variables.
+pub(super) fn dev_servers(dir: &Path, arguments: &[&str], settings: &[(&str, &str)]) -> String {
+    let output = try_dev_servers(dir, arguments, settings);
+    output.unwrap_or_else(|errors| panic!("dev/servers {arguments:?}: {errors}"))
 }
 
-fn try_dev_servers(dir: &Path, arguments: &[&str]) -> Result<String, String> {
+fn try_dev_servers(dir: &Path, arguments: &[&str], settings: &[(&str, &str)]) -> Result<String, String> {
     let output = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("dev/servers"))
         .args(arguments)
         .arg("--dir")
         .arg(dir)
         // A broker that lives for minutes would spend more CPU time on JIT compilation than on its work.
         .env("KAFKA_JVM", "light")
+        .envs(settings.iter().copied())
         .stdin(Stdio::null())
         .output()
         .unwrap();
@@ -267,6 +280,8 @@ fn try_dev_servers(dir: &Path, arguments: &[&str]) -> Result<String, String> {
 /// A test's own database, topics and group, so that tests can share servers.
 pub struct Scope<'s> {
     pub servers: &'s Servers,
+    /// Another Postgres than that of the servers.
+    postgres: Option<&'s Postgres>,
     pub database: String,
     pub group_id: String,
     pub input_topic: String,
@@ -279,11 +294,21 @@ pub struct Scope<'s> {
 impl<'s> Scope<'s> {
     /// Creates an empty database; topics are created by [`Scope::create_topics`] or the command under test.
     pub fn new(servers: &'s Servers, name: &str) -> Scope<'s> {
+        Scope::on(servers, None, name)
+    }
+
+    /// As [`Scope::new`], with its database on another Postgres than that of the servers.
+    pub fn new_on(postgres: &'s Postgres, servers: &'s Servers, name: &str) -> Scope<'s> {
+        Scope::on(servers, Some(postgres), name)
+    }
+
+    fn on(servers: &'s Servers, postgres: Option<&'s Postgres>, name: &str) -> Scope<'s> {
         let name = format!("{name}_{}", next_number());
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("it-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let scope = Scope {
             servers,
+            postgres,
             group_id: format!("{name}_group"),
             input_topic: format!("{name}_input"),
             read_topic: format!("{name}_read"),
@@ -296,11 +321,23 @@ impl<'s> Scope<'s> {
         scope
     }
 
+    /// Uses the database of the same name on another Postgres.
+    pub fn move_to(&mut self, postgres: &'s Postgres) {
+        self.postgres = Some(postgres);
+    }
+
+    fn admin_url(&self, database: &str) -> String {
+        match self.postgres {
+            Some(postgres) => postgres.admin_url(database),
+            None => self.servers.postgres_admin_url(database),
+        }
+    }
+
     /// Replaces the database by an empty one; open connections to it are terminated.
     pub fn recreate_database(&self) {
         let name = &self.database;
         block_on(async {
-            let postgres = connect(&self.servers.postgres_admin_url("postgres")).await;
+            let postgres = connect(&self.admin_url("postgres")).await;
             // Two separate statements: neither may run inside a transaction.
             for statement in [
                 format!("DROP DATABASE IF EXISTS \"{name}\" WITH (FORCE)"),
@@ -314,7 +351,7 @@ impl<'s> Scope<'s> {
     /// Runs statements one by one as superuser, outside this scope's database.
     pub fn on_server(&self, statements: &[String]) {
         block_on(async {
-            let postgres = connect(&self.servers.postgres_admin_url("postgres")).await;
+            let postgres = connect(&self.admin_url("postgres")).await;
             for statement in statements {
                 postgres.batch_execute(statement).await.unwrap();
             }
@@ -395,7 +432,7 @@ impl<'s> Scope<'s> {
     }
 
     pub fn postgres_url(&self) -> String {
-        self.servers.postgres_url(&self.database)
+        owner_url(&self.admin_url(&self.database))
     }
 
     /// Rows of a query in this scope's database, on a separate connection.
@@ -410,7 +447,7 @@ impl<'s> Scope<'s> {
 
     /// Runs statements in this scope's database as superuser, for what the owner may not do.
     pub fn execute_as_admin(&self, statements: &str) {
-        let url = self.servers.postgres_admin_url(&self.database);
+        let url = self.admin_url(&self.database);
         block_on(async { connect(&url).await.batch_execute(statements).await }).unwrap();
     }
 
@@ -437,7 +474,7 @@ impl<'s> Scope<'s> {
 
     /// Terminates every connection to this scope's database.
     pub fn cut_connections(&self) {
-        let url = self.servers.postgres_admin_url("postgres");
+        let url = self.admin_url("postgres");
         let statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1";
         block_on(async { connect(&url).await.query(statement, &[&self.database]).await }).unwrap();
     }
