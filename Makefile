@@ -68,6 +68,7 @@ joins: ## test instances that join and leave while a backlog of transactions is 
 trials: ## run the integration tests of situations at users that take minutes
 	@dev/install
 	@dev/servers install
+	@POSTGRES=15 dev/servers install
 	cargo test --locked --features failpoints --test it -- --ignored trials_
 
 .PHONY: upgrade

@@ -11,6 +11,7 @@ mod crash;
 mod dlq;
 mod docs;
 mod doctor;
+mod drills;
 mod expansion;
 mod failover;
 mod fetching;
