@@ -145,11 +145,12 @@ pub fn execute(cli: Cli) -> ExitCode {
 
 fn dispatch(cli: Cli) -> Result<(), CommandError> {
     let loaded = Settings::load(cli.config.as_deref())?;
-    let settings = match cli.command {
+    match cli.command {
         Command::CheckConfig => return config::check(&loaded),
         Command::Config(ConfigCommand::Show(args)) => return config::show(&loaded, &args),
-        _ => loaded.settings,
-    };
+        _ => {}
+    }
+    let settings = loaded.settings.clone();
     let log = logging::init(&settings.log).or_failed()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
@@ -158,7 +159,10 @@ fn dispatch(cli: Cli) -> Result<(), CommandError> {
         .or_failed_to("cannot start the runtime")?;
     let handle = runtime.handle();
     let outcome = match cli.command {
-        Command::Run(args) => handle.block_on(run::run(&settings, &args, log)),
+        Command::Run(args) => {
+            let load = move || Settings::load(cli.config.as_deref());
+            handle.block_on(run::run(loaded, load, &args, log))
+        }
         Command::Migrate(args) => handle.block_on(migrate::migrate(&settings, &args)),
         Command::Topics(TopicsCommand::Create(args)) => handle.block_on(topics::create(&settings, &args)),
         Command::Cursors(command) => handle.block_on(cursors::cursors(&settings, &command)),

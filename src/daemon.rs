@@ -1,17 +1,19 @@
 //! The daemon: checks its identity, starts the lanes, supervises them, and drains.
 
 mod catch_up;
+mod reload;
 mod startup;
 mod watchers;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 
+pub use self::reload::{OnHangup, Reload};
 use self::startup::Found;
 use crate::audit::{self, Audit};
 use crate::config::Settings;
@@ -32,6 +34,10 @@ use crate::telemetry::status::{Dependency, StatusRegistry};
 use crate::telemetry::trace::BatchTracer;
 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// The time limit of a drain before all clients are made anew: the former ones may not work any more.
+const RELOAD_DRAIN_MAX: Duration = Duration::from_secs(5);
+/// How long the process waits for the end of its former member before it joins again.
+const MEMBER_END_WAIT: Duration = Duration::from_secs(5);
 /// Queue length of a lane's events; the group's thread waits when it is full.
 const LANE_EVENTS_MAX: usize = 64;
 
@@ -77,42 +83,62 @@ struct Daemon<'d> {
     tracer: Option<&'d Arc<BatchTracer>>,
 }
 
-/// Runs until `stop` is set, until caught up, or until it cannot continue.
+/// Runs until `stop` is set, until caught up, or until it cannot continue. Starts again when `reload` is due.
 ///
 /// # Errors
 /// See [`RunError`]. Being fenced is an error, except once after each loss of the broker connection: a second
 /// fencing means that another process uses the same `instance_id`.
 pub async fn run(
-    settings: &Settings,
     options: RunOptions,
     status: Arc<StatusRegistry>,
     tracer: Option<&Arc<BatchTracer>>,
     mut stop: watch::Receiver<bool>,
+    mut reload: Reload,
 ) -> Result<(), RunError> {
-    let daemon = Daemon { settings, options, status: &status, tracer };
     loop {
+        let settings = &reload.begin();
+        let daemon = Daemon { settings, options, status: &status, tracer };
         status.waits(metrics::now());
         let started = tokio::select! {
             started = daemon.start() => started,
             _ = stop.wait_for(|stop| *stop) => return Ok(()),
+            () = reload.due(None) => continue,
         };
+        let mut member = Weak::new();
         let ended = match started {
-            Ok(running) => running.supervise(&mut stop).await,
+            Ok(running) => {
+                member = Arc::downgrade(running.group.consumer());
+                running.supervise(&mut stop, &mut reload).await
+            }
             Err(error) => Err(error),
         };
-        let Err(RunError::Identity(IdentityMismatch::InstanceTaken { instance_id })) = &ended else {
-            return ended;
-        };
-        if !status.was_fenced_after_loss() || *stop.borrow() {
-            return ended;
+        match &ended {
+            Ok(End::Reload) => {}
+            Err(RunError::Identity(IdentityMismatch::InstanceTaken { instance_id }))
+                if status.was_fenced_after_loss() && !*stop.borrow() =>
+            {
+                tracing::warn!(
+                    instance = instance_id,
+                    "fenced soon after the broker connection was lost, possibly by its own request: joining again"
+                );
+            }
+            _ => return ended.map(drop),
         }
-        tracing::warn!(
-            instance = instance_id,
-            "fenced soon after the broker connection was lost, possibly by its own request: joining again"
-        );
+        // While it lives, its heartbeats go on, and so does the time that the group waits for the next member.
+        let deadline = Instant::now() + MEMBER_END_WAIT;
+        while member.strong_count() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         status.left(metrics::now());
         metrics::lanes_left(settings.lanes);
     }
+}
+
+/// How the daemon ended by a drain.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Stop,
+    Reload,
 }
 
 struct RunningDaemon<'d> {
@@ -121,6 +147,7 @@ struct RunningDaemon<'d> {
     member_end: watch::Receiver<Option<MemberEnd>>,
     handles: Vec<LaneHandle>,
     lanes: JoinSet<Result<(), IdentityMismatch>>,
+    identity: Identity,
     found: Found,
     suspicion: Arc<Notify>,
     months: MonthsKeeper<'d>,
@@ -208,6 +235,7 @@ impl<'d> Daemon<'d> {
             member_end,
             handles,
             lanes,
+            identity,
             found,
             suspicion,
             months,
@@ -217,31 +245,40 @@ impl<'d> Daemon<'d> {
 }
 
 impl RunningDaemon<'_> {
-    async fn supervise(mut self, stop: &mut watch::Receiver<bool>) -> Result<(), RunError> {
+    async fn supervise(
+        mut self,
+        stop: &mut watch::Receiver<bool>,
+        reload: &mut Reload,
+    ) -> Result<End, RunError> {
         let Daemon { settings, options, status, .. } = self.daemon;
         let mut ended = tokio::select! {
-            _ = stop.wait_for(|stop| *stop) => Ok(()),
+            _ = stop.wait_for(|stop| *stop) => Ok(End::Stop),
+            () = reload.due(Some(&self.identity)) => Ok(End::Reload),
             ended = self.lanes.join_next() => Err(lane_end(ended)),
             ended = member_end(&mut self.member_end) => Err(ended),
             mismatch = watchers::topic(&self.group, self.found.topic_id, &self.suspicion, status) => {
                 Err(mismatch.into())
             }
-            () = unassigned::watch(&self.group, self.found.partitions) => Ok(()),
-            () = watchers::readiness(&self.group, status) => Ok(()),
-            () = watchers::ends(&self.group, status) => Ok(()),
-            () = watchers::topic_settings(&self.group) => Ok(()),
-            () = watchers::database(&settings.postgres.url, status) => Ok(()),
-            () = schedule::run(settings) => Ok(()),
-            () = self.months.run() => Ok(()),
+            () = unassigned::watch(&self.group, self.found.partitions) => Ok(End::Stop),
+            () = watchers::readiness(&self.group, status) => Ok(End::Stop),
+            () = watchers::ends(&self.group, status) => Ok(End::Stop),
+            () = watchers::topic_settings(&self.group) => Ok(End::Stop),
+            () = watchers::database(&settings.postgres.url, status) => Ok(End::Stop),
+            () = schedule::run(settings) => Ok(End::Stop),
+            () = self.months.run() => Ok(End::Stop),
             caught_up = catch_up::caught_up(&self.group, status, self.found.partitions),
-                if options.until_caught_up => caught_up,
+                if options.until_caught_up => caught_up.map(|()| End::Stop),
         };
         if let Err(error) = &ended {
             tracing::error!(%error, "stopping");
         } else {
             tracing::info!("draining");
         }
-        let deadline = Instant::now() + settings.shutdown.timeout;
+        let limit = match ended {
+            Ok(End::Reload) => settings.shutdown.timeout.min(RELOAD_DRAIN_MAX),
+            _ => settings.shutdown.timeout,
+        };
+        let deadline = Instant::now() + limit;
         for handle in &self.handles {
             // A lane that has ended needs no drain.
             let _ = tokio::time::timeout_at(deadline, handle.events.send(LaneEvent::Drain)).await;

@@ -15,6 +15,7 @@
 // (tests/layers).
 
 mod failpoint;
+mod secrets;
 
 /// Payments, records and their outcomes, without I/O.
 pub mod domain;

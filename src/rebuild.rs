@@ -14,8 +14,8 @@ use tokio::sync::watch;
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use crate::config::{Endpoint, Settings};
-use crate::daemon::{self, RunError, RunOptions};
+use crate::config::{Endpoint, Loaded, Settings};
+use crate::daemon::{self, Reload, RunError, RunOptions};
 use crate::error::CommandError;
 use crate::postgres::binding;
 use crate::postgres::schema::{self, SchemaError};
@@ -186,9 +186,11 @@ async fn run(rebuilding: &Settings, view: &View, progress: &ProgressBar) -> Resu
     });
     let status = Arc::new(StatusRegistry::default());
     let options = RunOptions { until_caught_up: true, adopt_database: false };
+    let loaded = Loaded { settings: rebuilding.clone(), effective: Vec::new(), file: None };
+    let reload = Reload::new(loaded, None);
     progress.set_message("rebuilding");
     let ended = tokio::select! {
-        ended = daemon::run(rebuilding, options, Arc::clone(&status), None, stopped.clone()) => ended,
+        ended = daemon::run(options, Arc::clone(&status), None, stopped.clone(), reload) => ended,
         () = show(&status, view, progress) => Ok(()),
     };
     let is_stopped = *stopped.borrow();

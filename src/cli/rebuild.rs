@@ -55,6 +55,7 @@ pub fn rebuild(settings: &Settings, args: &RebuildArgs, runtime: &Handle) -> Res
     let into =
         into.ok_or_else(|| CommandError::usage(format!("--into URL, or {INTO_VARIABLE}, must be given")))?;
     let into = Endpoint::parse(&into).map_err(|error| CommandError::usage(format!("--into: {error}")))?;
+    let into = settings.postgres.with_password(into);
     let wanted = Wanted { into, is_compare_only: args.compare_only, limit: args.limit };
     let comparison = with_progress(|progress| run(settings, runtime, &wanted, progress))?;
     print(if args.json { json(&comparison)? } else { describe(&comparison) })?;

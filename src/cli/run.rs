@@ -11,8 +11,8 @@ use tokio::time::Instant;
 
 use super::output::{progress_bar, warn};
 use crate::admin;
-use crate::config::Settings;
-use crate::daemon::{self, RunOptions};
+use crate::config::{ConfigError, Loaded};
+use crate::daemon::{self, OnHangup, Reload, RunOptions};
 use crate::domain::batch::OutcomeCounts;
 use crate::error::{CommandError, OrFailed};
 use crate::telemetry::logging::LogHandle;
@@ -21,8 +21,9 @@ use crate::telemetry::trace::BatchTracer;
 
 const AFTER_HELP: &str = "\
 SIGTERM and SIGINT drain: batches in flight are completed within shutdown.timeout, published and
-committed, and the exit code is 0. Several instances with the same kafka.group_id share the
-partitions; each needs its own kafka.instance_id.
+committed, and the exit code is 0. SIGHUP reads secrets, certificates and some settings again.
+Several instances with the same kafka.group_id share the partitions; each needs its own
+kafka.instance_id.
 
 Examples:
   payment-writer run
@@ -45,17 +46,25 @@ pub struct RunArgs {
     pub progress: bool,
 }
 
-/// Runs until a signal, until caught up, or until a person must decide.
-pub async fn run(settings: &Settings, args: &RunArgs, log: LogHandle) -> Result<(), CommandError> {
+/// Runs until a signal, until caught up, or until a person must decide. `load` reads the settings again.
+pub async fn run(
+    loaded: Loaded,
+    load: impl Fn() -> Result<Loaded, ConfigError> + Send + 'static,
+    args: &RunArgs,
+    log: LogHandle,
+) -> Result<(), CommandError> {
+    // First, because without a handler it ends the process.
+    let hangup = signal(SignalKind::hangup()).or_failed_to("cannot listen for SIGHUP")?;
+    let (settings, log) = (loaded.settings.clone(), Arc::new(log));
     let options = RunOptions { until_caught_up: args.until_caught_up, adopt_database: args.adopt_database };
     let version = super::version();
     let metrics = admin::install_metrics(version, &settings.kafka.group_id)
         .or_failed_to("cannot set up the metrics")?;
-    let tracer = BatchTracer::from_settings(settings, version)
+    let tracer = BatchTracer::from_settings(&settings, version)
         .map_err(|error| CommandError::usage(error.to_string()))?;
     let status = Arc::new(StatusRegistry::default());
     let listen = settings.admin.listen;
-    let address = admin::serve(listen, Arc::clone(&status), metrics, Arc::new(log), version)
+    let address = admin::serve(listen, Arc::clone(&status), metrics, Arc::clone(&log), version)
         .await
         .or_failed_to(format_args!("admin.listen: cannot listen on {listen}"))?;
     tracing::info!(%address, "the admin server listens");
@@ -74,7 +83,8 @@ pub async fn run(settings: &Settings, args: &RunArgs, log: LogHandle) -> Result<
     });
     let began = Instant::now();
     let progress = args.progress.then(|| tokio::spawn(show_progress(Arc::clone(&status))));
-    let outcome = daemon::run(settings, options, Arc::clone(&status), tracer.as_ref(), stopped).await;
+    let reload = Reload::new(loaded, Some(OnHangup { hangup, load: Box::new(load), log }));
+    let outcome = daemon::run(options, Arc::clone(&status), tracer.as_ref(), stopped, reload).await;
     if let Some(tracer) = tracer {
         // Has a time limit; an unavailable collector does not keep the process from ending.
         let _ = tokio::task::spawn_blocking(move || tracer.shutdown()).await;

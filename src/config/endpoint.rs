@@ -1,29 +1,29 @@
 //! Postgres URLs: hosts, TLS and timeouts. Never prints a password.
 
 mod parameters;
+mod tls;
 
 use std::error::Error as _;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use openssl::error::ErrorStack;
-use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslVerifyMode};
-use openssl::x509::store::X509StoreBuilder;
-use postgres_openssl::{MakeTlsConnector, set_postgresql_alpn};
 use serde::de::{Deserialize, Deserializer, Error as _};
 use tokio_postgres::Config;
-use tokio_postgres::config::{Host, SslMode, SslNegotiation};
+use tokio_postgres::config::Host;
 
-use self::parameters::{OwnParameters, Parameters, take_parameters};
+use self::parameters::{Parameters, take_parameters};
+use self::tls::Tls;
 use super::values::checked;
 
 const EXPECTED_FORM: &str = "expected postgres://user:password@host:port/database?parameter=value, with known \
     parameters, and special characters in user and password percent-encoded";
 
 /// Why a URL cannot be used.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum EndpointError {
     /// The URL is invalid; never retried.
     #[error("the Postgres URL is not valid: {reason}")]
@@ -49,10 +49,16 @@ pub enum EndpointError {
         /// Why there is none.
         reason: String,
     },
+    /// The password command printed no password.
+    #[error("postgres.password_command: {0}")]
+    PasswordCommand(String),
     /// OpenSSL cannot be initialized.
     #[error("cannot set up TLS: {0}")]
     Tls(#[from] ErrorStack),
 }
+
+/// When a password command was run, and its password or why there is none.
+pub(crate) type Printed = (Instant, Result<String, String>);
 
 /// A parsed Postgres URL: where and how to connect.
 ///
@@ -65,11 +71,15 @@ pub enum EndpointError {
 #[derive(Clone)]
 pub struct Endpoint {
     pub(crate) config: Config,
-    pub(crate) tls: MakeTlsConnector,
+    pub(crate) tls: Tls,
     /// It was found that no pooler shares sessions between connections.
     pub(crate) is_direct: Arc<AtomicBool>,
     /// Read again for each connection, so that a new password is used.
-    pub(crate) password_file: Option<PathBuf>,
+    password_file: Option<PathBuf>,
+    /// Prints the password of a URL that has none; empty for none.
+    pub(crate) password_command: Vec<String>,
+    /// What the command printed last.
+    pub(crate) printed: Arc<tokio::sync::Mutex<Option<Printed>>>,
     /// Parameters that have no effect.
     pub(crate) ignored: Vec<String>,
 }
@@ -91,11 +101,7 @@ impl fmt::Display for Endpoint {
             if i > 0 {
                 f.write_str(",")?;
             }
-            match host {
-                Host::Tcp(name) => f.write_str(name)?,
-                #[cfg(unix)]
-                Host::Unix(path) => write!(f, "{}", path.display())?,
-            }
+            f.write_str(&host_name(host))?;
             // One port for all hosts, or one for each.
             if let Some(port) = ports.get(i).or(ports.first()) {
                 write!(f, ":{port}")?;
@@ -106,9 +112,11 @@ impl fmt::Display for Endpoint {
 }
 
 impl PartialEq for Endpoint {
-    // Certificate files are not compared.
     fn eq(&self, other: &Self) -> bool {
-        self.config == other.config && self.password_file == other.password_file
+        self.config == other.config
+            && self.tls == other.tls
+            && self.password_file == other.password_file
+            && self.password_command == other.password_command
     }
 }
 
@@ -132,21 +140,30 @@ impl Endpoint {
         if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
             return Err(invalid(EXPECTED_FORM));
         }
-        let (mode, verify) = mode_and_verify(&own)?;
+        let (mode, tls) = Tls::of(&own, config.get_ssl_negotiation())?;
         config.ssl_mode(mode);
-        let tls = connector(&own, verify, config.get_ssl_negotiation())?;
+        // A file that cannot be used is told at once.
+        tls.connector()?;
         let named = own.get("passfile").map(PathBuf::from);
         let is_named = named.is_some();
         let password_file = named
             .or_else(|| std::env::var_os("PGPASSFILE").map(PathBuf::from))
             .filter(|_| config.get_password().is_none());
-        let mut endpoint = Self { config, tls, is_direct: Arc::default(), password_file, ignored };
-        if let Err(reason) = endpoint.password() {
-            // PGPASSFILE may be meant for other databases.
-            let file = endpoint.password_file.take().filter(|_| is_named);
-            if let Some(path) = file {
-                return Err(EndpointError::PasswordFile { path: path.display().to_string(), reason });
+        let mut endpoint = Self {
+            config,
+            tls,
+            is_direct: Arc::default(),
+            password_file,
+            password_command: Vec::new(),
+            printed: Arc::default(),
+            ignored,
+        };
+        if let Err(error) = endpoint.password() {
+            if is_named {
+                return Err(error);
             }
+            // PGPASSFILE may be meant for other databases.
+            endpoint.password_file = None;
         }
         Ok(endpoint)
     }
@@ -155,12 +172,32 @@ impl Endpoint {
     ///
     /// # Errors
     /// Why the file has none, without its contents.
-    pub(crate) fn password(&self) -> Result<Option<String>, String> {
+    pub(crate) fn password(&self) -> Result<Option<String>, EndpointError> {
         let Some(path) = &self.password_file else { return Ok(None) };
-        let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+        let failed = |reason| EndpointError::PasswordFile { path: path.display().to_string(), reason };
+        let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
         let found =
             text.lines().filter(|line| !line.starts_with('#')).find_map(|line| self.password_in(line));
-        found.map(Some).ok_or_else(|| "no line fits host, port, database and user".to_owned())
+        found.map(Some).ok_or_else(|| failed("no line fits host, port, database and user".to_owned()))
+    }
+
+    /// Whether the URL has a password, or names a file for it.
+    pub(super) fn has_password(&self) -> bool {
+        self.config.get_password().is_some() || self.password_file.is_some()
+    }
+
+    /// The names and values that libpq's variables have for this URL, for the password command.
+    pub(crate) fn variables(&self) -> [(&'static str, String); 4] {
+        let hosts = self.config.get_hosts().iter().map(host_name).collect::<Vec<_>>().join(",");
+        let port = self.config.get_ports().first().copied().unwrap_or(5432).to_string();
+        let user = self.config.get_user().unwrap_or_default();
+        let database = self.config.get_dbname().unwrap_or(user);
+        [
+            ("PGHOST", hosts),
+            ("PGPORT", port),
+            ("PGUSER", user.to_owned()),
+            ("PGDATABASE", database.to_owned()),
+        ]
     }
 
     /// The password of a line `host:port:database:user:password`, if the line fits. `*` fits everything; a backslash
@@ -184,72 +221,19 @@ impl Endpoint {
         // With several hosts one password is for all of them, and must be given to no other.
         let is_host = config.get_hosts().iter().enumerate().all(|(at, found)| {
             let found_port = ports.get(at).or(ports.first()).copied().unwrap_or(5432);
-            let found = match found {
-                Host::Tcp(name) => name.clone(),
-                #[cfg(unix)]
-                Host::Unix(path) => path.display().to_string(),
-            };
-            fits(host, &found) && fits(port, &found_port.to_string())
+            fits(host, &host_name(found)) && fits(port, &found_port.to_string())
         });
         let is_fit = is_host && fits(database, config.get_dbname().unwrap_or(name)) && fits(user, name);
         is_fit.then(|| password.clone())
     }
 }
 
-/// How the server's certificate is verified.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Verify {
-    Nothing,
-    Issuer,
-    IssuerAndHost,
-}
-
-fn mode_and_verify(tls: &OwnParameters) -> Result<(SslMode, Verify), EndpointError> {
-    match tls.get("sslmode").map(String::as_str) {
-        Some("disable") => Ok((SslMode::Disable, Verify::Nothing)),
-        None | Some("prefer" | "allow") => Ok((SslMode::Prefer, Verify::Nothing)),
-        Some("require") if tls.contains_key("sslrootcert") => Ok((SslMode::Require, Verify::Issuer)),
-        Some("require") => Ok((SslMode::Require, Verify::Nothing)),
-        Some("verify-ca") => Ok((SslMode::Require, Verify::Issuer)),
-        Some("verify-full") => Ok((SslMode::Require, Verify::IssuerAndHost)),
-        Some(_) => Err(invalid("sslmode is none of disable, allow, prefer, require, verify-ca, verify-full")),
+fn host_name(host: &Host) -> String {
+    match host {
+        Host::Tcp(name) => name.clone(),
+        #[cfg(unix)]
+        Host::Unix(path) => path.display().to_string(),
     }
-}
-
-fn connector(
-    tls: &OwnParameters,
-    verify: Verify,
-    negotiation: SslNegotiation,
-) -> Result<MakeTlsConnector, EndpointError> {
-    let file = |parameter, path: &str| {
-        let path = path.to_owned();
-        move |source| EndpointError::TlsFile { parameter, path, source }
-    };
-    let mut builder = SslConnector::builder(SslMethod::tls_client())?;
-    if let Some(path) = tls.get("sslrootcert").filter(|path| *path != "system") {
-        // Replaces the system's certificates: only the issuers in the file are trusted.
-        builder.set_cert_store(X509StoreBuilder::new()?.build());
-        builder.set_ca_file(path).map_err(file("sslrootcert", path))?;
-    }
-    if let Some(path) = tls.get("sslcert") {
-        builder.set_certificate_chain_file(path).map_err(file("sslcert", path))?;
-    }
-    if let Some(path) = tls.get("sslkey") {
-        builder.set_private_key_file(path, SslFiletype::PEM).map_err(file("sslkey", path))?;
-    }
-    if negotiation == SslNegotiation::Direct {
-        set_postgresql_alpn(&mut builder)?;
-    }
-    builder.set_verify(match verify {
-        Verify::Nothing => SslVerifyMode::NONE,
-        Verify::Issuer | Verify::IssuerAndHost => SslVerifyMode::PEER,
-    });
-    let mut connector = MakeTlsConnector::new(builder.build());
-    connector.set_callback(move |session, _host| {
-        session.set_verify_hostname(verify == Verify::IssuerAndHost);
-        Ok(())
-    });
-    Ok(connector)
 }
 
 fn invalid(reason: &str) -> EndpointError {

@@ -155,6 +155,9 @@ impl Layers {
                 self.problems.push(format!("{} ({origin}) {rule}", property_key(&name)));
             }
         }
+        let postgres = &mut settings.postgres;
+        postgres.url = postgres.with_password(postgres.url.clone());
+        postgres.housekeeping_url = postgres.with_password(postgres.housekeeping_url.clone());
         for (keys, rule) in settings.conflicts() {
             if let Some(key) = keys.first().filter(|_| !keys.iter().any(|key| failed.contains(*key))) {
                 self.refuse(key, &rule);

@@ -63,9 +63,14 @@ pub(super) fn property_key(name: &str) -> String {
     format!("{PROPERTIES}.\"{name}\"")
 }
 
+/// Whether a librdkafka property names a file or a folder.
+pub(super) fn is_file(property: &str) -> bool {
+    property.ends_with(".location") || property.ends_with(".file")
+}
+
 /// Whether the value of a librdkafka property is secret.
 pub fn is_secret(property: &str) -> bool {
-    if property.ends_with(".location") || property.ends_with(".file") {
+    if is_file(property) {
         return false;
     }
     ["password", "passphrase", "secret", "private.key", "key.pem"].iter().any(|word| property.contains(word))

@@ -7,7 +7,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 
 use super::endpoint::Endpoint;
-use super::properties::{KafkaProperties, TOKEN_PROPERTY};
+use super::properties::{KafkaProperties, TOKEN_PROPERTY, is_file};
 use super::values;
 use crate::domain::payment::Status;
 use crate::domain::wire::Rules;
@@ -74,8 +74,11 @@ pub struct KafkaSettings {
     /// Whether to send events and dead letters, or only write rows.
     #[serde(deserialize_with = "values::boolean")]
     pub publish: bool,
+    /// File with the password for SASL PLAIN or SCRAM; `None`: it is in the properties, or there is none.
+    #[serde(deserialize_with = "password_file")]
+    pub password_file: Option<String>,
     /// Program and arguments that print tokens for SASL OAUTHBEARER; empty for none.
-    #[serde(deserialize_with = "token_command")]
+    #[serde(deserialize_with = "command")]
     pub token_command: Vec<String>,
     /// Properties passed to librdkafka.
     #[serde(deserialize_with = "properties")]
@@ -90,6 +93,9 @@ pub struct PostgresSettings {
     pub url: Endpoint,
     /// URL for the role that creates and drops partitions.
     pub housekeeping_url: Endpoint,
+    /// Program and arguments that print the password of a URL that has none; empty for none.
+    #[serde(deserialize_with = "command")]
+    pub password_command: Vec<String>,
 }
 
 /// `[batch]`
@@ -243,11 +249,46 @@ impl Settings {
         }
         let rules = kafka.token_conflicts().into_iter();
         conflicts.extend(rules.map(|rule| (vec!["kafka.token_command"], rule.to_owned())));
+        if kafka.password_file.is_some() && kafka.properties.get("sasl.password").is_some() {
+            let rule = "cannot be combined with sasl.password of kafka.properties";
+            conflicts.push((vec!["kafka.password_file"], rule.to_owned()));
+        }
+        let postgres = &self.postgres;
+        if !postgres.password_command.is_empty() && postgres.url.has_password() {
+            let rule = "needs a postgres.url without a password and without a password file";
+            conflicts.push((vec!["postgres.password_command", "postgres.url"], rule.to_owned()));
+        }
         conflicts
     }
 }
 
+impl PostgresSettings {
+    /// A URL with the password command, if it needs one.
+    #[must_use]
+    pub fn with_password(&self, mut url: Endpoint) -> Endpoint {
+        if !url.has_password() {
+            url.password_command.clone_from(&self.password_command);
+        }
+        url
+    }
+}
+
 impl KafkaSettings {
+    /// The present password of the password file; `None` without such a file.
+    ///
+    /// # Errors
+    /// Why there is none, with the path.
+    pub fn password(&self) -> Result<Option<String>, String> {
+        let Some(path) = &self.password_file else { return Ok(None) };
+        read_password(path).map(Some).map_err(|error| format!("kafka.password_file, {path}: {error}"))
+    }
+
+    /// The files whose contents clients read when they are created.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        let named = self.properties.iter().filter(|(name, _)| is_file(name));
+        named.map(|(_, path)| path).chain(self.password_file.as_deref())
+    }
+
     /// Tokens come from a command, from a server (OIDC), or are unsecured test tokens; exactly one source
     /// must be set.
     fn token_conflicts(&self) -> Vec<&'static str> {
@@ -284,7 +325,27 @@ fn servers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Erro
     })
 }
 
-fn token_command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+fn password_file<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let rule = "must be the path of a file with a password in one line, or empty";
+    values::text(deserializer, rule, |path| match path {
+        "" => Some(None),
+        path => read_password(path).ok().map(|_| Some(path.to_owned())),
+    })
+}
+
+/// The password in a file.
+///
+/// # Errors
+/// Why there is none.
+fn read_password(path: &str) -> Result<String, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+    match text.trim_end_matches(['\r', '\n']) {
+        "" => Err("it is empty".to_owned()),
+        password => Ok(password.to_owned()),
+    }
+}
+
+fn command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     let rule = "must be an array of texts (in the environment: in JSON, or only the name of a program)";
     values::checked(deserializer, rule, Some)
 }

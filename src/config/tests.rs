@@ -111,6 +111,38 @@ fn a_token_command_may_have_commas_and_is_asked_for_where_tokens_are_used_alone(
 }
 
 #[test]
+fn a_password_comes_from_one_place_and_its_file_is_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("password");
+    let path = file.to_str().unwrap();
+    let password_file = ("PAYMENT_WRITER__KAFKA__PASSWORD_FILE", path);
+    let refusal = |variables: &[(&str, &str)]| load("", variables).unwrap_err().to_string();
+    assert!(refusal(&[password_file]).contains("must be the path of a file"));
+    std::fs::write(&file, "\n").unwrap();
+    assert!(refusal(&[password_file]).contains("must be the path of a file"));
+    std::fs::write(&file, "sesame\r\n").unwrap();
+    let property = ("PAYMENT_WRITER__KAFKA__PROPERTIES__SASL_PASSWORD", "hush");
+    let both = refusal(&[password_file, property]);
+    assert!(both.contains("cannot be combined with sasl.password") && !both.contains("hush"), "{both}");
+    let location = ("PAYMENT_WRITER__KAFKA__PROPERTIES__SSL_CA_LOCATION", "/etc/ca.pem");
+    let kafka = load("", &[password_file, location]).unwrap().settings.kafka;
+    assert_eq!(kafka.password().unwrap().as_deref(), Some("sesame"));
+    assert_eq!(kafka.files().collect::<Vec<_>>(), ["/etc/ca.pem", path]);
+
+    let command = ("PAYMENT_WRITER__POSTGRES__PASSWORD_COMMAND", r#"["print", "it"]"#);
+    let urls = |url, owner| {
+        let owner = ("PAYMENT_WRITER__POSTGRES__HOUSEKEEPING_URL", owner);
+        load("", &[command, ("PAYMENT_WRITER__POSTGRES__URL", url), owner])
+    };
+    let (url, with_password) = ("postgres://u@db/x", "postgres://o:hush@db/x");
+    let postgres = urls(url, with_password).unwrap().settings.postgres;
+    assert_eq!(postgres.url.password_command, ["print", "it"]);
+    assert!(postgres.housekeeping_url.password_command.is_empty());
+    let both = urls(with_password, url).unwrap_err().to_string();
+    assert!(both.contains("postgres.password_command") && !both.contains("hush"), "{both}");
+}
+
+#[test]
 fn lists_numbers_and_flags_can_be_given_by_environment() {
     let s = load(
         "",

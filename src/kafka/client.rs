@@ -14,6 +14,7 @@ use rdkafka::producer::{BaseProducer, Producer, ProducerContext, ThreadedProduce
 
 use crate::config::{KafkaSettings, TOKEN_PROPERTY};
 use crate::kafka::token;
+use crate::telemetry::logging::RateLimited;
 
 /// The partitioner of the Java client, so that a key goes to the same partition whoever produces it.
 pub const PARTITIONER: &str = "murmur2_random";
@@ -51,6 +52,17 @@ pub fn client_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> C
     }
     for (name, value) in kafka.properties.iter() {
         config.set(name, value);
+    }
+    match kafka.password() {
+        Ok(Some(password)) => drop(config.set("sasl.password", password)),
+        Ok(None) => {}
+        // Without a password the client cannot be created.
+        Err(error) => {
+            static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
+            if let Some(suppressed) = LIMIT.pass() {
+                tracing::warn!(error, suppressed, "the password file cannot be used");
+            }
+        }
     }
     if !kafka.token_command.is_empty() {
         config.set(TOKEN_PROPERTY, token::property_of(&kafka.token_command));

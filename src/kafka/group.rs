@@ -266,7 +266,10 @@ impl Member {
     fn revoke(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
         let is_lost = consumer.assignment_lost();
         let kind = if is_lost { "lost" } else { "revoked" };
-        if is_lost {
+        // While the process closes, the lanes have ended, and the consumer's drop may run this callback on a
+        // thread of the runtime, which must not block. The next member may have the status by then.
+        let is_closing = self.is_closing();
+        if is_lost && !is_closing {
             self.status.lost(crate::telemetry::metrics::now());
             // A broker that hangs keeps its connections open: it is noticed only when the session expires,
             // and may still process earlier requests later. That explains nothing if this process was
@@ -276,9 +279,6 @@ impl Member {
                 self.status.broker_lost();
             }
         }
-        // While the process closes, the lanes have ended, and the consumer's drop may run this callback on a
-        // thread of the runtime, which must not block.
-        let is_closing = self.is_closing();
         static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
         if !is_closing && let Some(suppressed) = LIMIT.pass() {
             tracing::info!(partitions = partitions.len(), kind, suppressed, "revoked");

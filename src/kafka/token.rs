@@ -5,34 +5,26 @@
 //! the token for all clients.
 
 use std::collections::HashMap;
-use std::io::Read;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rdkafka::ClientConfig;
 use rdkafka::client::{Client, ClientContext, OAuthToken};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use serde::Deserialize;
 
 use super::librdkafka::set_token;
 use crate::config::TOKEN_PROPERTY;
+use crate::secrets::output_of;
 
 /// A command that takes longer is killed.
 const COMMAND_MAX: Duration = Duration::from_secs(20);
-/// How long to wait for the output after the command has ended; a process that it left behind may hold the
-/// pipe open.
-const OUTPUT_WAIT: Duration = Duration::from_secs(2);
-/// A token has a few hundred bytes, with many claims a few thousand; brokers refuse larger ones.
-const OUTPUT_MAX: u64 = 256 * 1024;
 /// Pause after a command that failed.
 const RETRY: Duration = Duration::from_secs(5);
 /// A token is renewed after this share of its lifetime. librdkafka requests the next one at 0.8.
 const RENEWED_AT: f64 = 0.7;
 /// A token is renewed after this time at the latest, in case a clock is wrong.
 const RENEWED_WITHIN: Duration = Duration::from_secs(3_600);
-const LOOK_AROUND: Duration = Duration::from_millis(20);
 
 /// A token, with its principal and expiry as they are passed to librdkafka.
 #[derive(Clone, PartialEq, Eq)]
@@ -123,75 +115,9 @@ fn claims(token: &str) -> Option<Claims> {
     serde_json::from_slice(&openssl::base64::decode_block(&text).ok()?).ok()
 }
 
-/// A running command with all processes that it started (a process group). Dropping it kills the group, so
-/// that no processes pile up.
-struct RunningCommand(Child);
-
-impl RunningCommand {
-    fn start(command: &[String]) -> Result<Self, String> {
-        let (program, arguments) = command.split_first().ok_or("the command is empty")?;
-        Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()
-            .map(Self)
-            .map_err(|error| format!("it cannot be started: {error}"))
-    }
-
-    /// Whether it has ended. Does not reap it, so that its process id cannot be reused before
-    /// [`end`](Self::end).
-    fn has_ended(&self) -> bool {
-        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        !matches!(waitid(WaitId::Pid(Pid::from_child(&self.0)), look), Ok(None))
-    }
-
-    /// Kills what is left of the group, and returns the command's exit status.
-    fn end(&mut self) -> Result<ExitStatus, String> {
-        // It fails if no process is left.
-        let _ = kill_process_group(Pid::from_child(&self.0), Signal::KILL);
-        self.0.wait().map_err(|error| format!("it cannot be waited for: {error}"))
-    }
-}
-
-impl Drop for RunningCommand {
-    fn drop(&mut self) {
-        // Not if it was reaped before: its process id may belong to another process by now.
-        if matches!(self.0.try_wait(), Ok(None)) {
-            let _ = self.end();
-        }
-    }
-}
-
-/// Runs the command to its end, within [`COMMAND_MAX`]. Its stderr is not shown, because it may contain a
-/// secret.
+/// Runs the command to its end, within [`COMMAND_MAX`].
 fn run(command: &[String]) -> Result<Token, String> {
-    let mut process = RunningCommand::start(command)?;
-    let (sender, receiver) = mpsc::channel();
-    if let Some(stdout) = process.0.stdout.take() {
-        // The thread ends when the pipe closes, at the latest when the group is killed.
-        let read = move || {
-            let mut output = String::new();
-            let _ = stdout.take(OUTPUT_MAX).read_to_string(&mut output);
-            let _ = sender.send(output);
-        };
-        let _ = std::thread::Builder::new().name("token-output".to_owned()).spawn(read);
-    }
-    let deadline = Instant::now() + COMMAND_MAX;
-    while !process.has_ended() {
-        if Instant::now() > deadline {
-            return Err(format!("it did not end within {} s", COMMAND_MAX.as_secs()));
-        }
-        std::thread::sleep(LOOK_AROUND);
-    }
-    let output = receiver.recv_timeout(OUTPUT_WAIT);
-    let status = process.end()?;
-    if !status.success() {
-        return Err(format!("it failed ({status}); run it by hand to see its error"));
-    }
-    let token = Token::read(&output.map_err(|_| "a child process still runs, and its output does not end")?)?;
+    let token = Token::read(&output_of(command, &[], COMMAND_MAX)?)?;
     if token.is_valid() { Ok(token) } else { Err("its token has expired already".to_owned()) }
 }
 
@@ -200,6 +126,8 @@ fn run(command: &[String]) -> Result<Token, String> {
 struct Keeper {
     last: Mutex<Option<Result<Token, String>>>,
     changed: Condvar,
+    /// New clients have another keeper.
+    is_forgotten: AtomicBool,
 }
 
 impl Keeper {
@@ -207,10 +135,10 @@ impl Keeper {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Renews the token for as long as the process runs.
+    /// Renews the token until it is forgotten.
     fn keep(&self, command: &[String]) {
         let mut is_failing = false;
-        loop {
+        while !self.is_forgotten.load(Ordering::Acquire) {
             let made = run(command);
             match &made {
                 Ok(_) if is_failing => tracing::info!("the token command works again"),
@@ -236,7 +164,7 @@ impl Keeper {
     /// suspended.
     fn rest(&self, pause: Duration) {
         let until = Instant::now() + pause;
-        while Instant::now() < until {
+        while Instant::now() < until && !self.is_forgotten.load(Ordering::Acquire) {
             std::thread::sleep(RETRY.min(until.saturating_duration_since(Instant::now())));
             if matches!(&*self.lock(), Some(Ok(token)) if !token.is_valid()) {
                 return;
@@ -257,10 +185,21 @@ impl Keeper {
     }
 }
 
+type Keepers = HashMap<Vec<String>, Arc<Keeper>>;
+
+fn keepers() -> MutexGuard<'static, Keepers> {
+    static KEEPERS: LazyLock<Mutex<Keepers>> = LazyLock::new(Mutex::default);
+    KEEPERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Forgets all tokens: the next client waits for a new one.
+pub fn forget() {
+    keepers().drain().for_each(|(_, keeper)| keeper.is_forgotten.store(true, Ordering::Release));
+}
+
 /// The keeper of a command, shared by all clients.
 fn keeper(command: &[String]) -> Result<Arc<Keeper>, String> {
-    static KEEPERS: OnceLock<Mutex<HashMap<Vec<String>, Arc<Keeper>>>> = OnceLock::new();
-    let mut keepers = KEEPERS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    let mut keepers = keepers();
     if let Some(keeper) = keepers.get(command) {
         return Ok(Arc::clone(keeper));
     }

@@ -5,21 +5,26 @@
 use std::error::Error as StdError;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 use futures_util::future::BoxFuture;
-use postgres_openssl::TlsStream;
+use postgres_openssl::{MakeTlsConnector, TlsConnector, TlsStream};
 use tokio::task::JoinHandle;
+use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres::{AsyncMessage, Client, Config, Connection, Socket};
 
-use crate::config::Endpoint;
+use crate::config::{Endpoint, EndpointError};
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
-use crate::telemetry::logging::RateLimited;
+use crate::secrets::output_of;
 
 /// Timeout for opening a session: TCP, TLS, authentication, session settings. It also covers a server that
 /// accepts connections and then does not answer (stopped, out of memory).
 const CONNECT_DEADLINE: Duration = Duration::from_secs(15);
+/// A password command that takes longer is killed.
+const PASSWORD_MAX: Duration = Duration::from_secs(10);
+/// Connections that are opened together share the output of one run.
+const PASSWORD_SHARED: Duration = Duration::from_secs(5);
 /// Timeout for finding out whether there is a pooler in transaction mode.
 const POOLER_CHECK_DEADLINE: Duration = Duration::from_secs(5);
 /// Timeout for a free connection of a pool.
@@ -133,6 +138,9 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
+        if let Some(own) = inner.downcast_ref::<EndpointError>() {
+            return own.to_string();
+        }
         // TLS errors repeat their causes in their own text.
         let words = inner.to_string();
         if !text.contains(&words) {
@@ -209,20 +217,44 @@ impl Endpoint {
 
     async fn open(&self) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
         let mut config = self.config.clone();
-        match self.password() {
-            Ok(Some(password)) => drop(config.password(password)),
-            Ok(None) => {}
-            Err(error) => {
-                static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
-                if let Some(suppressed) = LIMIT.pass() {
-                    tracing::warn!(error, suppressed, "the password file cannot be used");
-                }
+        let secrets = async {
+            if let Some(password) = self.current_password().await? {
+                config.password(password);
             }
-        }
-        let (client, connection) = config.connect(self.tls.clone()).await?;
+            self.tls.connector()
+        };
+        let secrets = Secrets(secrets.await);
+        let (client, connection) = config.connect(secrets).await?;
         let driver = tokio::spawn(drive(connection));
         client.batch_execute(SESSION_SETTINGS).await?;
         Ok((client, driver))
+    }
+
+    /// The password of the password file or the password command, at this moment.
+    async fn current_password(&self) -> Result<Option<String>, EndpointError> {
+        if self.password_command.is_empty() {
+            return self.password();
+        }
+        let mut last = self.printed.lock().await;
+        let printed = match last.take() {
+            Some((at, printed)) if at.elapsed() < PASSWORD_SHARED => (at, printed),
+            _ => {
+                let (command, variables) = (self.password_command.clone(), self.variables());
+                let run = move || output_of(&command, &variables, PASSWORD_MAX);
+                let run = tokio::task::spawn_blocking(run).await;
+                let output = run.map_err(|error| error.to_string()).flatten();
+                let password = output.map(|output| output.trim_end_matches(['\r', '\n']).to_owned());
+                (
+                    Instant::now(),
+                    match password {
+                        Ok(password) if password.is_empty() => Err("it printed nothing".to_owned()),
+                        password => password,
+                    },
+                )
+            }
+        };
+        let (_, password) = last.insert(printed);
+        password.clone().map(Some).map_err(EndpointError::PasswordCommand)
     }
 
     /// A pool of at most `size` connections, which are opened on demand.
@@ -236,6 +268,21 @@ impl Endpoint {
             .recycle_timeout(Some(CONNECT_DEADLINE))
             .runtime(Runtime::Tokio1)
             .build()?)
+    }
+}
+
+/// TLS with what the files and the command say at this moment, or why they cannot be used: the driver and the pool take
+/// no other error before a connection is open.
+struct Secrets(Result<MakeTlsConnector, EndpointError>);
+
+impl MakeTlsConnect<Socket> for Secrets {
+    type Stream = TlsStream<Socket>;
+    type TlsConnect = TlsConnector;
+    type Error = EndpointError;
+
+    fn make_tls_connect(&mut self, host: &str) -> Result<TlsConnector, EndpointError> {
+        let tls = self.0.as_mut().map_err(|error| error.clone())?;
+        Ok(MakeTlsConnect::<Socket>::make_tls_connect(tls, host)?)
     }
 }
 
@@ -258,5 +305,32 @@ mod tests {
         assert!(text.contains("writer@127.0.0.1:1/payments"), "{text}");
         assert!(text.to_lowercase().contains("refused"), "{text}");
         assert!(!text.contains("s3cret"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn what_keeps_a_secret_from_being_read_is_the_reason_without_the_secret() {
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("passwords");
+        std::fs::write(&file, "*:*:*:*:s3cret").unwrap();
+        let url = format!("postgres://writer@{}/payments", server.local_addr().unwrap());
+        for (script, words) in [
+            ("echo s3cret; echo s3cret >&2; exit 3", "exit status: 3"),
+            ("echo", "it printed nothing"),
+            ("exec /no/such/s3cret", "exit status: 127"),
+        ] {
+            let mut endpoint = Endpoint::parse(&url).unwrap();
+            endpoint.password_command = ["sh", "-c", script].map(str::to_owned).to_vec();
+            let text = endpoint.connect().await.err().unwrap().to_string();
+            assert!(text.contains("postgres.password_command") && text.contains(words), "{text}");
+            assert!(!text.contains("s3cret") && !text.contains("TLS"), "{text}");
+        }
+        let endpoint = Endpoint::parse(&format!("{url}?passfile={}", file.display())).unwrap();
+        std::fs::write(&file, "other:*:*:*:s3cret").unwrap();
+        let text = endpoint.connect().await.err().unwrap().to_string();
+        assert!(
+            text.contains("passfile") && text.contains("no line fits") && !text.contains("s3cret"),
+            "{text}"
+        );
     }
 }

@@ -124,6 +124,14 @@ pub fn scraped(missing: &BTreeMap<&'static str, String>, oldest_pending_ms: i64)
     }
 }
 
+/// Whether secrets, certificates and settings could be loaded, at the start or later.
+pub fn reloaded(is_successful: bool) {
+    gauge!("payment_writer_config_last_reload_successful").set(flag(is_successful));
+    if is_successful {
+        gauge!("payment_writer_config_last_reload_success_timestamp_seconds").set(now().0 as f64 / 1_000.0);
+    }
+}
+
 /// Whether the process backs off at its start, before there are lanes; exported as lane 0.
 pub fn breaker_at_start(dependency: &'static str, is_open: bool) {
     gauge!("payment_writer_breaker_open", "dependency" => dependency, "lane" => "0").set(flag(is_open));

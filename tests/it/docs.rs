@@ -37,12 +37,13 @@ fn named_tests(name_of_page: &str, page: &str) -> usize {
             continue;
         }
         named += 1;
-        let text = match file {
-            "model" => fs::read_to_string(sources("model").iter().find(|p| p.ends_with("main.rs")).unwrap()),
-            _ => {
-                fs::read_to_string(sources("it").iter().find(|p| p.ends_with(format!("{file}.rs"))).unwrap())
-            }
+        let mut files = match file {
+            "model" => sources("model"),
+            _ => [sources("it"), sources("it/security")].concat(),
         };
+        let file_name = if file == "model" { "main.rs" } else { &format!("{file}.rs") };
+        files.retain(|path| path.ends_with(file_name));
+        let text = fs::read_to_string(files.first().unwrap());
         let has = |text: &str| test == "*" || text.contains(&format!("fn {test}()"));
         assert!(has(&text.unwrap()), "docs/{name_of_page} names {name}, which does not exist");
     }

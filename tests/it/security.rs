@@ -16,6 +16,7 @@ use crate::support::{Daemon, Load, Member, PATIENCE, Scope, Servers, wait_until_
 
 #[cfg(feature = "gssapi")]
 mod kerberos;
+mod rotation;
 
 fn builder(name: &str, key: &PKey<Private>) -> X509Builder {
     let mut subject = X509NameBuilder::new().unwrap();
@@ -30,30 +31,54 @@ fn builder(name: &str, key: &PKey<Private>) -> X509Builder {
     builder
 }
 
+/// A CA, with its certificate in PEM.
+struct Authority {
+    key: PKey<Private>,
+    own: X509,
+    certificate: String,
+}
+
+fn new_key() -> PKey<Private> {
+    PKey::from_rsa(Rsa::generate(2048).unwrap()).unwrap()
+}
+
+impl Authority {
+    fn new(name: &str) -> Authority {
+        let key = new_key();
+        let mut own = builder(name, &key);
+        let mut issuer = X509NameBuilder::new().unwrap();
+        issuer.append_entry_by_text("CN", name).unwrap();
+        own.set_issuer_name(&issuer.build()).unwrap();
+        own.append_extension(BasicConstraints::new().critical().ca().build().unwrap()).unwrap();
+        own.sign(&key, MessageDigest::sha256()).unwrap();
+        let own = own.build();
+        let certificate = String::from_utf8(own.to_pem().unwrap()).unwrap();
+        Authority { key, own, certificate }
+    }
+
+    /// A certificate for 127.0.0.1, and its key.
+    fn issue(&self) -> (String, String) {
+        let key = new_key();
+        let mut issued = builder("a test's host", &key);
+        issued.set_issuer_name(self.own.subject_name()).unwrap();
+        let context = issued.x509v3_context(Some(&self.own), None);
+        let names = SubjectAlternativeName::new().ip("127.0.0.1").build(&context).unwrap();
+        issued.append_extension(names).unwrap();
+        issued.sign(&self.key, MessageDigest::sha256()).unwrap();
+        let [certificate, key] = [issued.build().to_pem(), key.private_key_to_pem_pkcs8()]
+            .map(|pem| String::from_utf8(pem.unwrap()).unwrap());
+        (certificate, key)
+    }
+}
+
 /// A CA certificate, and a certificate for 127.0.0.1 signed by it.
 pub fn make_certificates(folder: &Path) {
-    let new_key = || PKey::from_rsa(Rsa::generate(2048).unwrap()).unwrap();
-    let (authority_key, server_key) = (new_key(), new_key());
-    let mut authority = builder("a test's authority", &authority_key);
-    let issuer = {
-        let mut name = X509NameBuilder::new().unwrap();
-        name.append_entry_by_text("CN", "a test's authority").unwrap();
-        name.build()
-    };
-    authority.set_issuer_name(&issuer).unwrap();
-    authority.append_extension(BasicConstraints::new().critical().ca().build().unwrap()).unwrap();
-    authority.sign(&authority_key, MessageDigest::sha256()).unwrap();
-    let authority = authority.build();
-    let mut server = builder("a test's server", &server_key);
-    server.set_issuer_name(&issuer).unwrap();
-    let names =
-        SubjectAlternativeName::new().ip("127.0.0.1").build(&server.x509v3_context(Some(&authority), None));
-    server.append_extension(names.unwrap()).unwrap();
-    server.sign(&authority_key, MessageDigest::sha256()).unwrap();
+    let authority = Authority::new("a test's authority");
+    let (certificate, key) = authority.issue();
     fs::create_dir_all(folder).unwrap();
-    fs::write(folder.join("ca.crt"), authority.to_pem().unwrap()).unwrap();
-    fs::write(folder.join("server.crt"), server.build().to_pem().unwrap()).unwrap();
-    fs::write(folder.join("server.key"), server_key.private_key_to_pem_pkcs8().unwrap()).unwrap();
+    fs::write(folder.join("ca.crt"), authority.certificate).unwrap();
+    fs::write(folder.join("server.crt"), certificate).unwrap();
+    fs::write(folder.join("server.key"), key).unwrap();
 }
 
 fn missing(daemon: &Daemon) -> String {

@@ -1,8 +1,9 @@
 use std::time::Duration;
 
-use tokio_postgres::config::TargetSessionAttrs;
+use tokio_postgres::config::{SslMode, TargetSessionAttrs};
 
 use super::parameters::{NOT_SUPPORTED, WITHOUT_EFFECT};
+use super::tls::Verify;
 use super::*;
 
 fn refusal(url: &str) -> String {
@@ -61,9 +62,8 @@ fn tls_parameters_mean_what_they_mean_to_libpq() {
     ];
     for (query, mode, verify) in cases {
         let url = format!("postgres://u:p?w@db/x{query}");
-        let own = take_parameters(&url).unwrap().own;
-        assert_eq!(mode_and_verify(&own).unwrap(), (mode, verify), "{query}");
-        assert_eq!(Endpoint::parse(&url).unwrap().config.get_ssl_mode(), mode, "{query}");
+        let endpoint = Endpoint::parse(&url).unwrap();
+        assert_eq!((endpoint.config.get_ssl_mode(), endpoint.tls.verify()), (mode, verify), "{query}");
     }
 }
 

@@ -82,7 +82,7 @@ fn whatever_a_command_leaves_behind_is_ended_with_it() {
     // Gone, or a zombie that its new parent has not reaped yet.
     while !(state().is_empty() || state().contains(") Z ")) {
         assert!(began.elapsed() < Duration::from_secs(60), "it still runs");
-        std::thread::sleep(LOOK_AROUND);
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -101,6 +101,6 @@ fn a_token_is_made_once_for_all_clients_and_anew_before_it_expires() {
     let began = Instant::now();
     while generate(Some(&property)).map_or(true, |token| token.token == first.token) {
         assert!(began.elapsed() < Duration::from_secs(60), "no other token was made");
-        std::thread::sleep(LOOK_AROUND);
+        std::thread::sleep(Duration::from_millis(20));
     }
 }

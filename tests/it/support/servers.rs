@@ -111,6 +111,14 @@ impl Servers {
         Servers::up(1, &["--tls", folder.to_str().unwrap()])
     }
 
+    /// As [`Servers::with_tls`], with further settings of the broker.
+    pub fn with_tls_and(folder: &Path, settings: &str) -> Servers {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(settings.as_bytes()).unwrap();
+        let (folder, file) = (folder.to_str().unwrap(), file.path().to_str().unwrap());
+        Servers::up(1, &["--tls", folder, "--kafka-settings", file])
+    }
+
     fn up(brokers: usize, more: &[&str]) -> Servers {
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
             "it-{}-{}",

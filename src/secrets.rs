@@ -1,0 +1,142 @@
+//! Secrets from outside: what a command prints, and whether files have changed.
+
+use std::collections::hash_map::DefaultHasher;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+
+/// How long to wait for the output after the command has ended; a process that it left behind may hold the
+/// pipe open.
+const OUTPUT_WAIT: Duration = Duration::from_secs(2);
+/// A token has a few hundred bytes, with many claims a few thousand; brokers refuse larger ones.
+const OUTPUT_MAX: u64 = 256 * 1024;
+/// Bytes of a file that are compared. Bundles of certificates have a few hundred KiB.
+const FILE_MAX: u64 = 4 * 1024 * 1024;
+const LOOK_AROUND: Duration = Duration::from_millis(20);
+
+/// A running command with all processes that it started (a process group). Dropping it kills the group, so
+/// that no processes pile up.
+struct RunningCommand(Child);
+
+impl RunningCommand {
+    fn start(command: &[String], variables: &[(&str, String)]) -> Result<Self, String> {
+        let (program, arguments) = command.split_first().ok_or("the command is empty")?;
+        Command::new(program)
+            .args(arguments)
+            .envs(variables.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .map(Self)
+            .map_err(|error| format!("it cannot be started: {error}"))
+    }
+
+    /// Whether it has ended. Does not reap it, so that its process id cannot be reused before
+    /// [`end`](Self::end).
+    fn has_ended(&self) -> bool {
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        !matches!(waitid(WaitId::Pid(Pid::from_child(&self.0)), look), Ok(None))
+    }
+
+    /// Kills what is left of the group, and returns the command's exit status.
+    fn end(&mut self) -> Result<ExitStatus, String> {
+        // It fails if no process is left.
+        let _ = kill_process_group(Pid::from_child(&self.0), Signal::KILL);
+        self.0.wait().map_err(|error| format!("it cannot be waited for: {error}"))
+    }
+}
+
+impl Drop for RunningCommand {
+    fn drop(&mut self) {
+        // Not if it was reaped before: its process id may belong to another process by now.
+        if matches!(self.0.try_wait(), Ok(None)) {
+            let _ = self.end();
+        }
+    }
+}
+
+/// Runs the command to its end, with these environment variables, within `limit`. Its stderr is not shown, because it
+/// may contain a secret.
+///
+/// # Errors
+/// Why there is no output, without any of it.
+pub fn output_of(
+    command: &[String],
+    variables: &[(&str, String)],
+    limit: Duration,
+) -> Result<String, String> {
+    let mut process = RunningCommand::start(command, variables)?;
+    let (sender, receiver) = mpsc::channel();
+    if let Some(stdout) = process.0.stdout.take() {
+        // The thread ends when the pipe closes, at the latest when the group is killed.
+        let read = move || {
+            let mut output = String::new();
+            let _ = stdout.take(OUTPUT_MAX).read_to_string(&mut output);
+            let _ = sender.send(output);
+        };
+        let _ = std::thread::Builder::new().name("command-output".to_owned()).spawn(read);
+    }
+    let deadline = Instant::now() + limit;
+    while !process.has_ended() {
+        if Instant::now() > deadline {
+            return Err(format!("it did not end within {} s", limit.as_secs()));
+        }
+        std::thread::sleep(LOOK_AROUND);
+    }
+    let output = receiver.recv_timeout(OUTPUT_WAIT);
+    let status = process.end()?;
+    if !status.success() {
+        return Err(format!("it failed ({status}); run it by hand to see its error"));
+    }
+    output.map_err(|_| "a child process still runs, and its output does not end".to_owned())
+}
+
+/// A hash of the contents of files, and of the files in folders. It changes with any of them, also when one is
+/// replaced at an unchanged time, as by links.
+pub fn fingerprint<'p>(paths: impl IntoIterator<Item = &'p str>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for path in paths {
+        let path = Path::new(path);
+        let mut files = match fs::read_dir(path) {
+            Ok(entries) => entries.filter_map(|entry| Some(entry.ok()?.path())).collect(),
+            Err(_) => vec![path.to_owned()],
+        };
+        files.sort();
+        for file in files {
+            file.hash(&mut hasher);
+            let mut contents = Vec::new();
+            let read = fs::File::open(&file).and_then(|file| file.take(FILE_MAX).read_to_end(&mut contents));
+            (read.map_err(|error| error.kind()), contents).hash(&mut hasher);
+        }
+    }
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_file_is_noticed_whatever_its_time_and_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("ca.crt");
+        let now = |path: &Path| fingerprint([path.to_str().unwrap()]);
+        let without = now(&file);
+        fs::write(&file, "one").unwrap();
+        let time = fs::metadata(&file).unwrap().modified().unwrap();
+        let (first, first_in_folder) = (now(&file), now(folder.path()));
+        assert!(without != first && now(&file) == first);
+        fs::write(&file, "two").unwrap();
+        fs::File::options().append(true).open(&file).unwrap().set_modified(time).unwrap();
+        assert!(now(&file) != first && now(folder.path()) != first_in_folder);
+    }
+}

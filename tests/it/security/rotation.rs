@@ -1,0 +1,290 @@
+//! Secrets, certificates and settings that change while the daemon runs.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use super::{Authority, grant_rights, missing, set_password};
+use crate::support::{Act, Daemon, Load, Member, PATIENCE, Scope, Servers, block_on, wait_until_within};
+
+const RELOADED: &str = "payment_writer_config_last_reload_successful";
+
+/// Waits for a line with these words behind this place of the log; returns the place behind it.
+#[track_caller]
+fn says(daemon: &Daemon, from: usize, words: &[&str]) -> usize {
+    let mut end = 0;
+    wait_until_within(PATIENCE, &words.join(" "), || {
+        let log = daemon.log();
+        end = from;
+        log[from..].split_inclusive('\n').any(|line| {
+            end += line.len();
+            words.iter().all(|word| line.contains(word))
+        })
+    });
+    end
+}
+
+#[test]
+fn sighup_reloads_without_a_rebalance_and_says_what_needs_a_restart() {
+    // GIVEN two members of the group, one of them with a settings file
+    let scope = Scope::new(Servers::shared(), "sighup");
+    scope.prepare(4, 2);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    let write = |text: &str| fs::write(path, text).unwrap();
+    write("lanes = 2\n");
+    let mut daemon = Member::new("a").with_variable("PAYMENT_WRITER_CONFIG", path).start(&scope);
+    let mut other = Member::new("b").start(&scope);
+    let shared = || daemon.partitions() == 2 && other.partitions() == 2;
+    wait_until_within(PATIENCE, "the partitions are shared", shared);
+    let mut load = Load::new(91);
+    scope.feed(load.take(300));
+
+    // WHEN the file is broken at SIGHUP, THEN the daemon says where, and goes on
+    write("lanes = 2\n[kafka]\nproperties = { \"sasl.password\" = \"hush\"\n");
+    daemon.signal("HUP");
+    let at = says(&daemon, 0, &["ERROR", "SIGHUP", path, "line 3"]);
+    assert_eq!(daemon.metric(RELOADED, ""), 0.0);
+    scope.feed(load.take(300));
+    scope.wait_until_caught_up();
+
+    // WHEN the new clients do not work, THEN those in use stay
+    write("[kafka.properties]\n\"security.protocol\" = \"SSL\"\n");
+    daemon.signal("HUP");
+    let at = says(&daemon, at, &["WARN", "do not work"]);
+    scope.feed(load.take(300));
+    scope.wait_until_caught_up();
+
+    let rebalances = other.metric("payment_writer_rebalances_total", "");
+
+    // WHEN it is right, THEN all connections are made anew, and the rest is named
+    write("lanes = 3\n[log]\nlevel = \"debug\"\n[kafka.properties]\n\"linger.ms\" = 3\n");
+    daemon.signal("HUP");
+    scope.feed(load.take(600));
+    says(&daemon, at, &["WARN", "need a restart", "lanes"]);
+    let at = says(&daemon, at, &["INFO", "reloaded", "SIGHUP", "linger.ms"]);
+    says(&daemon, at, &["INFO", "started", "lanes=2"]);
+    wait_until_within(PATIENCE, "it has its partitions again", shared);
+    assert_eq!(daemon.metric(RELOADED, ""), 1.0);
+    assert!(daemon.log().contains("DEBUG"), "{}", daemon.log());
+
+    // AND the other member keeps its partitions without a rebalance
+    assert_eq!(other.metric("payment_writer_rebalances_total", ""), rebalances);
+
+    // WHEN SIGHUP comes again and again, at any step of the start, THEN nothing is lost or doubled
+    for _ in 0..8 {
+        daemon.signal("HUP");
+        scope.feed(load.take(100));
+    }
+    scope.wait_until_caught_up();
+    daemon.drains();
+    other.drains();
+    scope.assert_exactly_once();
+    assert!(!daemon.log().contains("hush"), "{}", daemon.log());
+}
+
+#[test]
+fn certificates_and_authorities_of_both_servers_are_replaced_under_a_running_daemon() {
+    // GIVEN servers that ask for a client's certificate, and trust two authorities
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let write = |name: &str, text: &[&str]| fs::write(folder.path().join(name), text.concat()).unwrap();
+    let (first, second) = (Authority::new("the first authority"), Authority::new("the second authority"));
+    let (server, key) = first.issue();
+    let both = [first.certificate.as_str(), second.certificate.as_str()];
+    write("server.crt", &[&server]);
+    write("server.key", &[&key]);
+    write("kafka.pem", &[&key, &server]);
+    write("trusted.pem", &both);
+    let settings = format!(
+        "listener.name.secure.ssl.client.auth=required\nlistener.name.secure.ssl.truststore.type=PEM\n\
+         listener.name.secure.ssl.truststore.location={}\nlistener.name.secure.ssl.keystore.location={}\n",
+        at("trusted.pem"),
+        at("kafka.pem")
+    );
+    let servers = Servers::with_tls_and(folder.path(), &settings);
+    let scope = Scope::new(&servers, "certificates");
+    scope.prepare(4, 2);
+    grant_rights(&scope, "a");
+    scope.execute_as_admin(include_str!("../../../sql/roles.sql"));
+    let role = format!("{}_writer", scope.database);
+    scope.execute_as_admin(&format!("CREATE ROLE \"{role}\" LOGIN PASSWORD 'u' IN ROLE payment_writer_app"));
+    let rows = scope.sql("SELECT setting FROM pg_settings WHERE name = 'ssl_cert_file'", &[]);
+    let postgres_files = Path::new(&rows[0].get::<_, String>(0)).parent().unwrap().to_owned();
+    let hba = as_admin(&scope, "SHOW hba_file");
+    let rules = fs::read_to_string(&hba).unwrap();
+    let own = format!("hostssl all \"{role}\" 127.0.0.1/32 scram-sha-256 clientcert=verify-ca");
+    fs::write(&hba, format!("{own}\nhost all \"{role}\" 127.0.0.1/32 reject\n{rules}")).unwrap();
+    fs::write(postgres_files.join("ca.crt"), both.concat()).unwrap();
+    let ca = postgres_files.join("ca.crt");
+    scope.on_server(&[
+        format!("ALTER SYSTEM SET ssl_ca_file = '{}'", ca.display()),
+        "SELECT pg_reload_conf()".to_owned(),
+    ]);
+
+    let client = |authority: &Authority| {
+        let (certificate, key) = authority.issue();
+        write("client.crt", &[&certificate]);
+        write("client.key", &[&key]);
+    };
+    write("ca.crt", &both[..1]);
+    client(&first);
+    let url = scope.postgres_url().replace("//payment_writer:payment_writer@", &format!("//{role}:u@"));
+    let options =
+        format!("sslrootcert={}&sslcert={}&sslkey={}", at("ca.crt"), at("client.crt"), at("client.key"));
+    let member = Member::new("a")
+        .with_sasl(&servers, folder.path(), "SCRAM-SHA-512")
+        .with("KAFKA__PROPERTIES__SASL_USERNAME", "writer")
+        .with("KAFKA__PROPERTIES__SASL_PASSWORD", "sesame")
+        .with("KAFKA__PROPERTIES__SSL_CERTIFICATE_LOCATION", &at("client.crt"))
+        .with("KAFKA__PROPERTIES__SSL_KEY_LOCATION", &at("client.key"))
+        .with("POSTGRES__URL", &format!("{url}?sslmode=verify-full&{options}"))
+        .with("POSTGRES__HOUSEKEEPING_URL", &scope.postgres_url());
+    let mut daemon = member.start(&scope);
+    daemon.wait_until_ready();
+    let mut load = Load::new(92);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+
+    // WHEN the client's certificate is replaced but its key not yet, THEN the daemon keeps what it has
+    let former_key = fs::read_to_string(folder.path().join("client.key")).unwrap();
+    write("ca.crt", &both);
+    client(&second);
+    let new_key = fs::read_to_string(folder.path().join("client.key")).unwrap();
+    write("client.key", &[&former_key]);
+    daemon.signal("HUP");
+    let seen = says(&daemon, 0, &["WARN", "do not work"]);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+    // AND then the key, THEN all connections have the new one
+    write("client.key", &[&new_key]);
+    scope.feed(load.take(200));
+    let seen = says(&daemon, seen, &["INFO", "reloaded"]);
+    scope.wait_until_caught_up();
+    let issuers = "SELECT DISTINCT s.issuer_dn FROM pg_stat_ssl s JOIN pg_stat_activity USING (pid)
+                   WHERE usename LIKE 'certificates%writer'";
+    wait_until_within(PATIENCE, "all sessions have the new certificate", || {
+        as_admin(&scope, issuers).ends_with("CN=the second authority")
+            && !as_admin(&scope, issuers).contains("; ")
+    });
+
+    // WHEN both servers have certificates of the second authority and trust no other
+    let (server, key) = second.issue();
+    write("kafka.pem", &[&key, &server]);
+    write("trusted.pem", &both[1..]);
+    for (name, text) in [("server.crt", &server), ("server.key", &key), ("ca.crt", &second.certificate)] {
+        fs::write(postgres_files.join(name), text).unwrap();
+    }
+    scope.on_server(&["SELECT pg_reload_conf()".to_owned()]);
+    scope.feed(load.take(200));
+    scope.cut_connections();
+    servers.kafka(Act::Stop);
+    servers.kafka(Act::Start);
+    // THEN payments go on
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+
+    // WHEN a file changes without SIGHUP, THEN that is noticed
+    write("ca.crt", &both[1..]);
+    scope.feed(load.take(200));
+    let seen = says(&daemon, seen, &["INFO", "reloaded", "a file has changed"]);
+    let seen = says(&daemon, seen, &["INFO", "started"]);
+    daemon.wait_for_partitions("it has its partitions again", |count| count == 4);
+    scope.wait_until_caught_up();
+
+    // AND a certificate of the first authority is refused by both
+    client(&first);
+    says(&daemon, seen, &["WARN", "do not work"]);
+    scope.cut_connections();
+    wait_until_within(PATIENCE, "the certificate is refused", || missing(&daemon).contains("database"));
+    // AND a file without a certificate is named
+    write("ca.crt", &["none\n"]);
+    wait_until_within(PATIENCE, "the file is named", || {
+        missing(&daemon).contains("sslrootcert of the Postgres URL")
+            && missing(&daemon).contains(&at("ca.crt"))
+    });
+    // AND right files are enough to go on
+    write("ca.crt", &both[1..]);
+    client(&second);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+    fs::write(&hba, rules).unwrap();
+}
+
+/// The first value of a query as superuser, as text.
+fn as_admin(scope: &Scope<'_>, query: &str) -> String {
+    let client = scope.connect_to(&scope.servers.postgres_admin_url(&scope.database));
+    let rows = block_on(client.query(query, &[])).unwrap();
+    rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>().join("; ")
+}
+
+#[test]
+fn passwords_of_both_servers_are_changed_under_a_running_daemon() {
+    // GIVEN a daemon with a password file for Kafka, and a password command for Postgres
+    let folder = tempfile::tempdir().unwrap();
+    super::make_certificates(folder.path());
+    let servers = Servers::with_tls(folder.path());
+    let scope = Scope::new(&servers, "passwords");
+    scope.prepare(4, 2);
+    grant_rights(&scope, "a");
+    scope.execute_as_admin(include_str!("../../../sql/roles.sql"));
+    let role = format!("{}_writer", scope.database);
+    scope.execute_as_admin(&format!(
+        "CREATE ROLE \"{role}\" LOGIN PASSWORD 'hush1' IN ROLE payment_writer_app"
+    ));
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    write("kafka", "sesame\n");
+    write("postgres", "hush1\n");
+    let script = format!(
+        "echo hush2 >&2; test $PGUSER:$PGDATABASE = {role}:{} && cat {}",
+        scope.database,
+        at("postgres")
+    );
+    let command = serde_json::json!(["sh", "-c", script]).to_string();
+    let url = scope.postgres_url().replace("//payment_writer:payment_writer@", &format!("//{role}@"));
+    let member = Member::new("a")
+        .with_sasl(&servers, folder.path(), "SCRAM-SHA-512")
+        .with("KAFKA__PROPERTIES__SASL_USERNAME", "writer")
+        .with("KAFKA__PASSWORD_FILE", &at("kafka"))
+        .with("POSTGRES__URL", &url)
+        .with("POSTGRES__HOUSEKEEPING_URL", &scope.postgres_url())
+        .with("POSTGRES__PASSWORD_COMMAND", &command);
+    let mut daemon = member.start(&scope);
+    let mut load = Load::new(93);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+
+    // THEN the commands take the same
+    let mut shown = member.run(&scope, &["cursors", "show"]);
+    assert_eq!(shown.wait().code(), Some(0), "{}", shown.log());
+
+    // WHEN Kafka's password is changed, and then the file, without SIGHUP
+    set_password(&servers, "sesame2");
+    scope.feed(load.take(200));
+    write("kafka", "sesame2");
+    says(&daemon, 0, &["INFO", "reloaded", "a file has changed"]);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+
+    // WHEN the password command fails as connections are lost, THEN this is named
+    fs::remove_file(folder.path().join("postgres")).unwrap();
+    scope.cut_connections();
+    scope.feed(load.take(200));
+    let words = "postgres.password_command: it failed (exit status: 1)";
+    wait_until_within(PATIENCE, words, || missing(&daemon).contains(words));
+    assert!(daemon.status()["missing"].to_string().contains(words), "{}", daemon.status());
+    says(&daemon, 0, &["WARN", words]);
+
+    // WHEN it prints the new password, THEN payments go on
+    scope.execute_as_admin(&format!("ALTER ROLE \"{role}\" PASSWORD 'hush3'"));
+    write("postgres", "hush3\n");
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+    let log = daemon.log();
+    assert!(!log.contains("hush") && !log.contains("sesame"), "{log}");
+}
