@@ -262,6 +262,7 @@ impl RunningDaemon<'_> {
             () = unassigned::watch(&self.group, self.found.partitions) => Ok(End::Stop),
             () = watchers::readiness(&self.group, status) => Ok(End::Stop),
             () = watchers::ends(&self.group, status) => Ok(End::Stop),
+            () = watchers::outputs(&self.group) => Ok(End::Stop),
             () = watchers::topic_settings(&self.group) => Ok(End::Stop),
             () = watchers::database(&settings.postgres.url, status) => Ok(End::Stop),
             () = schedule::run(settings) => Ok(End::Stop),

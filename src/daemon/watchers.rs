@@ -14,9 +14,10 @@ use crate::config::Endpoint;
 use crate::domain::cursor::IdentityMismatch;
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::kafka::group::Group;
-use crate::kafka::librdkafka::{topic_id, topic_setting};
+use crate::kafka::librdkafka::{describe_topic, topic_id, topic_setting};
 use crate::kafka::offsets::{high_watermarks, last_stable_offsets};
-use crate::kafka::topic_rules::{self, Action, Checked};
+use crate::kafka::topic_rules::{self, Action, Checked, Role};
+use crate::kafka::transactions::recreated_output;
 use crate::postgres::connection::describe;
 use crate::telemetry::logging::{Lasting, RateLimited, Repeated};
 use crate::telemetry::metrics;
@@ -25,6 +26,8 @@ use crate::telemetry::status::{Dependency, StatusRegistry};
 /// Interval between checks of the topic's id: librdkafka does not notice that a topic was recreated
 /// (librdkafka #3255).
 const TOPIC_CHECK: Duration = Duration::from_secs(5);
+/// Interval between checks of the outputs' ids.
+const OUTPUTS_CHECK: Duration = Duration::from_secs(10);
 /// Interval between reads of the topics' settings.
 const SETTINGS_CHECK: Duration = Duration::from_secs(60);
 /// Interval between reads of the log ends, for lag.
@@ -61,6 +64,31 @@ pub(super) async fn topic(
                 status.probed(None, Some(Dependency::Down(format!("asking for the input topic: {why}"))));
             }
             Err(_) => {}
+        }
+    }
+}
+
+/// Logs when an output topic was deleted and created again. Never returns.
+pub(super) async fn outputs(group: &Group) {
+    let mut ticks = ticks(OUTPUTS_CHECK);
+    let mut known: BTreeMap<Role, Uuid> = BTreeMap::new();
+    loop {
+        ticks.tick().await;
+        let answer = ask(group, |group| {
+            let client = group.consumer().client();
+            let found = |role: Role| {
+                let topic = role.topic(group.settings());
+                // A missing topic is reported by the lane that sends to it.
+                Some((role, describe_topic(client, topic, false, REQUEST_TIMEOUT).ok()?.id))
+            };
+            let publishes = group.settings().publish;
+            Role::OUTPUTS.into_iter().filter(|_| publishes).filter_map(found).collect::<Vec<_>>()
+        });
+        for (role, id) in answer.await.unwrap_or_default() {
+            if let Some(before) = known.insert(role, id).filter(|before| *before != id) {
+                let detail = recreated_output(role.topic(group.settings()));
+                tracing::warn!(%before, now = %id, detail, "an output topic has another id");
+            }
         }
     }
 }

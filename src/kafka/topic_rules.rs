@@ -22,6 +22,9 @@ pub enum Role {
 }
 
 impl Role {
+    /// The outputs.
+    pub const OUTPUTS: [Self; 3] = [Self::Read, Self::Email, Self::DeadLetter];
+
     /// The topic's name.
     pub fn topic(self, kafka: &KafkaSettings) -> &str {
         match self {

@@ -135,12 +135,8 @@ impl Transactions {
     /// A message produced before its topic's metadata is known can abort the transaction.
     fn outputs_exist(&self, producer: &Producer) -> Result<(), KafkaPortError> {
         for topic in self.published_outputs() {
-            let metadata = producer
-                .inner()
-                .client()
-                .fetch_metadata(Some(topic), METADATA_TIMEOUT)
-                .map_err(|e| failed(&format!("asking for output topic {topic}"), &e))?;
-            if metadata.topics().iter().any(|t| t.error().is_some() || t.partitions().is_empty()) {
+            let is_usable = is_usable(producer, topic);
+            if !is_usable.map_err(|e| failed(&format!("asking for output topic {topic}"), &e))? {
                 return Err(KafkaPortError::Failed {
                     class: FailureClass::Persistent,
                     message: missing_output(topic),
@@ -207,6 +203,12 @@ impl Drop for Transactions {
         // Destroys the producer on this thread; another holder of the slot would block.
         self.slot.clear();
     }
+}
+
+/// Whether an output topic is there, by the metadata of the brokers.
+fn is_usable(producer: &Producer, topic: &str) -> Result<bool, KafkaError> {
+    let metadata = producer.inner().client().fetch_metadata(Some(topic), METADATA_TIMEOUT)?;
+    Ok(metadata.topics().iter().all(|t| t.error().is_none() && !t.partitions().is_empty()))
 }
 
 /// Logs that another producer, or the broker, fenced this one, if that is the error.
@@ -385,9 +387,26 @@ impl Transaction<'_> {
             RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::MessageBatchTooLarge => {
                 format!("{error}: {}", too_large(read, email, dead_letters))
             }
+            RDKafkaErrorCode::UnknownTopicOrPartition
+            | RDKafkaErrorCode::UnknownTopic
+            | RDKafkaErrorCode::UnknownPartition => {
+                let outputs = [read, email, dead_letters];
+                match outputs.iter().find(|topic| is_usable(self.producer, topic).is_ok_and(|is| !is)) {
+                    Some(topic) => format!("{error}: {}", missing_output(topic)),
+                    None => format!("{error}: one of the output topics {} was missing", outputs.join(", ")),
+                }
+            }
             _ => error.to_string(),
         }
     }
+}
+
+/// What is said about an output topic whose id has changed.
+pub fn recreated_output(topic: &str) -> String {
+    format!(
+        "output topic {topic} was deleted and created again: the events that it had are gone and are not sent again, so \
+         its readers have to take them from the payment tables; `payment-writer doctor` checks its settings"
+    )
 }
 
 /// What is said about an output topic that cannot be used.
