@@ -129,6 +129,8 @@ pub struct ScannedOutputs {
     pub from: NextOffset,
     /// What the outputs show.
     pub scan: OutputScan,
+    /// Whether a right to read them is missing: another scan may show more.
+    pub is_refused: bool,
 }
 
 /// A request for committed offsets and log bounds, which a lane needs to start partitions.
@@ -206,6 +208,11 @@ pub trait KafkaPort {
     /// Abandons the fetching client; the next [`start`](Self::start) creates another one. All partitions have
     /// to be started again.
     fn abandon_fetcher(&mut self);
+
+    /// Whether brokers throttle the fetching client because of a quota.
+    fn is_throttled(&self) -> bool {
+        false
+    }
 
     /// Serves the fetching client's callbacks (errors, statistics), which pile up in its memory otherwise.
     /// For times in which nothing is fetched.

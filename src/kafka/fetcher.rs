@@ -151,6 +151,11 @@ impl Fetcher {
         Ok(answers)
     }
 
+    /// Whether brokers throttled this client lately.
+    pub fn is_throttled(&self) -> bool {
+        self.consumer().context().0.throttle.is_held_back()
+    }
+
     /// Completes when the queue has become non-empty since the last wait.
     pub async fn wait_filled(&self) {
         self.queue.wait_filled().await;

@@ -267,6 +267,10 @@ impl KafkaPort for LaneClient {
         }
     }
 
+    fn is_throttled(&self) -> bool {
+        self.fetcher.as_ref().is_some_and(|fetcher| fetcher.is_throttled())
+    }
+
     fn listen(&self) {
         if let Some(fetcher) = &self.fetcher {
             fetcher.listen();

@@ -98,7 +98,7 @@ pub fn scan(
 ) -> Result<Vec<ScannedOutputs>, ScanError> {
     match scan_topics(kafka, topic_id, positions) {
         Err(error) if error.is_refusal() => {
-            static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
+            static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
             if let Some(suppressed) = LIMIT.pass() {
                 tracing::warn!(
                     %error,
@@ -110,6 +110,7 @@ pub fn scan(
                 partition: *partition,
                 from: *from,
                 scan: OutputScan::Unclear(*from),
+                is_refused: true,
             };
             Ok(positions.iter().map(unclear).collect())
         }
@@ -172,7 +173,7 @@ fn scan_topics(
     let scanned = wanted.iter().map(|(partition, w)| {
         let is_unclear = inconclusive.contains(partition);
         let scan = if is_unclear { OutputScan::Unclear(w.sent) } else { OutputScan::Sent(w.sent) };
-        ScannedOutputs { partition: *partition, from: w.from, scan }
+        ScannedOutputs { partition: *partition, from: w.from, scan, is_refused: false }
     });
     Ok(scanned.chain(at_end).collect())
 }
@@ -201,6 +202,7 @@ fn wanted(
                     partition: *partition,
                     from: *from,
                     scan: OutputScan::Sent(*from),
+                    is_refused: false,
                 });
                 continue;
             }

@@ -2,12 +2,16 @@
 //! connection for a while (KIP-219). librdkafka reports this only in its statistics.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::Duration;
 
-use metrics::{Counter, counter};
+use ::metrics::{Counter, counter};
 use serde::Deserialize;
 
 use super::callbacks::Listener;
+use crate::domain::record::TimestampMs;
+use crate::telemetry::logging::RateLimited;
+use crate::telemetry::metrics;
 
 /// How often a lane's clients produce statistics, in milliseconds; `kafka.properties` may override it.
 pub const STATISTICS_INTERVAL: (&str, &str) = ("statistics.interval.ms", "5000");
@@ -35,41 +39,73 @@ fn held_back(statistics: &[u8]) -> Option<u64> {
     Some(found.brokers.values().map(|broker| broker.throttle.sum).sum())
 }
 
+/// A client without throttle time for this long is no longer throttled. With a quota just below the load, brokers
+/// throttle some responses only.
+const QUIET_MS: i64 = 60_000;
+
 /// Counts the throttle time of one client, and logs when throttling starts and ends.
 pub struct Throttle {
     client: &'static str,
     milliseconds: Counter,
-    is_held_back: AtomicBool,
+    /// When it was last throttled; 0 if it is not.
+    last: AtomicI64,
+    /// Whether the start was logged.
+    is_logged: AtomicBool,
 }
 
 impl Throttle {
     /// `client`: the label of the metric, `producer` or `reader`.
     pub fn of(client: &'static str) -> Self {
         let milliseconds = counter!("payment_writer_kafka_throttled_milliseconds_total", "client" => client);
-        Self { client, milliseconds, is_held_back: AtomicBool::new(false) }
+        Self { client, milliseconds, last: AtomicI64::default(), is_logged: AtomicBool::default() }
+    }
+
+    /// Whether brokers throttled this client lately.
+    pub fn is_held_back(&self) -> bool {
+        self.last.load(Ordering::Acquire) > 0
+    }
+
+    fn note(&self, milliseconds: u64, now: TimestampMs) {
+        /// Each lane has its clients.
+        static LIMIT: RateLimited = RateLimited::new(4, Duration::from_secs(600));
+        self.milliseconds.increment(milliseconds);
+        let last = self.last.load(Ordering::Acquire);
+        if milliseconds > 0 {
+            self.last.store(now.0, Ordering::Release);
+            if last == 0
+                && let Some(suppressed) = LIMIT.pass()
+            {
+                self.is_logged.store(true, Ordering::Release);
+                tracing::warn!(
+                    client = self.client,
+                    milliseconds,
+                    suppressed,
+                    "brokers throttle this client because of a quota, which slows the payments down"
+                );
+            }
+        } else if last > 0 && now.0 - last >= QUIET_MS {
+            self.last.store(0, Ordering::Release);
+            if self.is_logged.swap(false, Ordering::AcqRel) {
+                tracing::info!(client = self.client, "brokers no longer throttle this client");
+            }
+        }
     }
 }
 
 impl Listener for Throttle {
     fn statistics(&self, statistics: &[u8]) {
-        let Some(milliseconds) = held_back(statistics) else { return };
-        self.milliseconds.increment(milliseconds);
-        let was = self.is_held_back.swap(milliseconds > 0, Ordering::AcqRel);
-        match (was, milliseconds > 0) {
-            (false, true) => tracing::warn!(
-                client = self.client,
-                milliseconds,
-                "brokers throttle this client because of a quota, which slows the payments down"
-            ),
-            (true, false) => tracing::info!(client = self.client, "brokers no longer throttle this client"),
-            _ => {}
+        if let Some(milliseconds) = held_back(statistics) {
+            self.note(milliseconds, metrics::now());
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use rdkafka::ClientContext;
+    use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
     use super::*;
 
@@ -81,6 +117,29 @@ mod tests {
             "a:3/3":{"throttle":{"min":5,"max":70,"avg":9,"sum":90,"cnt":2}}},"topics":{}}"#;
         assert_eq!(held_back(statistics), Some(1_590));
         assert_eq!(held_back(b"{}"), None);
+    }
+
+    #[test]
+    fn a_client_that_is_throttled_now_and_then_is_logged_once() {
+        #[derive(Clone, Default)]
+        struct Levels(Arc<Mutex<String>>);
+        impl<S: tracing::Subscriber> Layer<S> for Levels {
+            fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+                self.0.lock().unwrap().push_str(event.metadata().level().as_str());
+            }
+        }
+        let levels = Levels::default();
+        let subscriber = tracing_subscriber::registry().with(levels.clone());
+        tracing::subscriber::with_default(subscriber, || {
+            let throttle = Throttle::of("reader");
+            for second in 1..200 {
+                throttle.note(if second % 2 == 0 { 700 } else { 0 }, TimestampMs(second * 5_000));
+                assert_eq!(throttle.is_held_back(), second > 1);
+            }
+            throttle.note(0, TimestampMs(2_000_000));
+            assert!(!throttle.is_held_back());
+        });
+        assert_eq!(*levels.0.lock().unwrap(), "WARNINFO");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::callbacks::{Callbacks, Listener};
 use super::client::{ATTEMPT_TIMEOUT, make_client};
 use super::group::{Group, member_config};
 use crate::config::KafkaSettings;
-use crate::telemetry::logging::RateLimited;
+use crate::telemetry::logging::{Lasting, RateLimited};
 
 /// How often the group is checked.
 const TICK: Duration = Duration::from_secs(5);
@@ -34,11 +34,20 @@ static FAILED: RateLimited = RateLimited::new(5, Duration::from_secs(60));
 
 /// Checks periodically whether all `partitions` of the topic are assigned; never returns.
 pub async fn watch(group: &Group, partitions: usize) {
-    let mut was_unassigned = false;
+    let (mut was_unassigned, mut unknown) = (false, Lasting::default());
     loop {
         tokio::time::sleep(if was_unassigned { SECOND_LOOK } else { TICK }).await;
         let asked = group.clone();
-        let Ok(Ok(Some(found))) = tokio::task::spawn_blocking(move || look(&asked)).await else {
+        let looked = tokio::task::spawn_blocking(move || look(&asked)).await;
+        match &looked {
+            Ok(Err(error)) if unknown.holds(error) => tracing::warn!(
+                error,
+                "the group's members are unknown, so partitions that stay unassigned are not noticed"
+            ),
+            Ok(Ok(_)) => drop(unknown.ends()),
+            _ => {}
+        }
+        let Ok(Ok(Some(found))) = looked else {
             was_unassigned = false;
             continue;
         };
@@ -72,10 +81,17 @@ struct Look {
 }
 
 /// `None` while the group is not in state `Stable`.
-fn look(group: &Group) -> Result<Option<Look>, KafkaError> {
+fn look(group: &Group) -> Result<Option<Look>, String> {
     let KafkaSettings { group_id, instance_id, .. } = group.settings();
-    let groups = group.consumer().fetch_group_list(Some(group_id), ATTEMPT_TIMEOUT)?;
-    let stable = groups.groups().iter().find(|g| g.name() == group_id && g.state() == "Stable");
+    let groups = group.consumer().fetch_group_list(Some(group_id), ATTEMPT_TIMEOUT);
+    let groups = groups.map_err(|error| error.to_string())?;
+    // Brokers leave out a group, or its state, without the right to describe it.
+    let Some(found) = groups.groups().iter().find(|g| g.name() == group_id && !g.state().is_empty()) else {
+        return Err(format!(
+            "the brokers do not describe group {group_id}; is the right Describe on it missing?"
+        ));
+    };
+    let stable = Some(found).filter(|found| found.state() == "Stable");
     Ok(stable.map(|found| {
         let assigned =
             found.members().iter().map(|m| assigned(m.assignment().unwrap_or_default(), group.topic()));

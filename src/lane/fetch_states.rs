@@ -32,10 +32,15 @@ const HALTED_RETRY_MIN: Duration = Duration::from_secs(5);
 const HALTED_RETRY_MAX: Duration = Duration::from_secs(60);
 /// A gap that could not be checked is checked again after this time.
 const GAP_RETRY: Duration = Duration::from_secs(1);
+/// A gap check without an answer for this long is made again: the client of the check hangs.
+const HUNG_AFTER: Duration = Duration::from_secs(60);
+/// Most checks that are given up, since each hanging client keeps a thread.
+const CHECKS_HUNG_MAX: u32 = 20;
 /// If a partition has records to read and a lane with room receives nothing of it for this long, the client
 /// is replaced.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
-/// The same in a backlog, where the lane has room only now and then and other partitions come first.
+/// The same in a backlog, where the lane has room only now and then and other partitions come first, and while brokers
+/// throttle the client.
 const SILENCE_BUSY_MAX: Duration = Duration::from_secs(300);
 const SILENCE_TICK: Duration = Duration::from_secs(5);
 /// Log ends that were read longer ago are ignored: the broker may be down since, which is no silence of the
@@ -93,8 +98,10 @@ impl Fetch {
 /// Fetch states of a lane's partitions.
 pub(super) struct FetchStates {
     by_partition: BTreeMap<Partition, Fetch>,
-    /// Id of the pending gap check. One runs at a time; gaps found meanwhile go into the next.
-    gap_check: Option<u64>,
+    /// Id and begin of the pending gap check. One runs at a time; gaps found meanwhile go into the next.
+    gap_check: Option<(u64, Instant)>,
+    /// Gap checks that were given up.
+    checks_hung: u32,
     /// Id of the last gap check, pending or not.
     last_gap_check: u64,
     /// When the lane last had no room for a record: its buffer was full, or a batch waited.
@@ -109,6 +116,7 @@ impl FetchStates {
         Self {
             by_partition: BTreeMap::new(),
             gap_check: None,
+            checks_hung: 0,
             last_gap_check: 0,
             no_room_at: now,
             silence_checked_at: now,
@@ -288,10 +296,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// Starts a check of all gaps that are due. The answer arrives as an event.
     fn check_gaps(&mut self) {
-        if self.fetch_states.gap_check.is_some() {
-            return;
-        }
         let now = Instant::now();
+        let has_hung = match self.fetch_states.gap_check {
+            Some((_, began)) if now.saturating_duration_since(began) < HUNG_AFTER => return,
+            Some(_) if self.fetch_states.checks_hung >= CHECKS_HUNG_MAX => return,
+            pending => pending.is_some(),
+        };
         let gaps: Vec<Gap> = self
             .fetch_states
             .by_partition
@@ -304,8 +314,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if gaps.is_empty() {
             return;
         }
+        if has_hung && let Some(gap) = gaps.first() {
+            self.fetch_states.checks_hung += 1;
+            log_lines::gap_unknown(&self.settings, gap, "the check has not ended; its client hangs");
+        }
         self.fetch_states.last_gap_check += 1;
-        self.fetch_states.gap_check = Some(self.fetch_states.last_gap_check);
+        self.fetch_states.gap_check = Some((self.fetch_states.last_gap_check, now));
         self.kafka.check_gaps(self.fetch_states.last_gap_check, gaps);
     }
 
@@ -316,7 +330,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         id: u64,
         answers: Vec<(Gap, GapAnswer)>,
     ) -> Result<(), IdentityMismatch> {
-        if self.fetch_states.gap_check == Some(id) {
+        if self.fetch_states.gap_check.is_some_and(|(pending, _)| pending == id) {
             self.fetch_states.gap_check = None;
         }
         let mut positions = Vec::new();
@@ -417,9 +431,9 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             return Ok(());
         }
         self.fetch_states.silence_checked_at = now;
-        let Self { fetch_states, partitions, builder, status, .. } = self;
+        let Self { fetch_states, partitions, builder, status, kafka, .. } = self;
         let has_room = now.saturating_duration_since(fetch_states.no_room_at) >= SILENCE_MAX;
-        let limit = if has_room { SILENCE_MAX } else { SILENCE_BUSY_MAX };
+        let limit = if has_room && !kafka.is_throttled() { SILENCE_MAX } else { SILENCE_BUSY_MAX };
         let fresh = i64::try_from(ENDS_FRESH.as_millis()).unwrap_or(i64::MAX);
         let since = TimestampMs(metrics::now().0.saturating_sub(fresh));
         let mut silent = None;

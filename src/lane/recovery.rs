@@ -257,7 +257,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             };
             known.scan = scanned.scan;
             static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
-            if let Some(suppressed) = LIMIT.pass() {
+            if let Some(suppressed) = (!scanned.is_refused).then(|| LIMIT.pass()).flatten() {
                 tracing::info!(
                     lane = self.settings.index,
                     topic = self.settings.input_topic,
@@ -270,7 +270,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             }
             match self.decide(&known) {
                 Decision::Go(start) => starts.push((known, start)),
-                Decision::Halt(reason) => self.halt(known, reason).await?,
+                Decision::Halt(reason) => {
+                    if scanned.is_refused {
+                        known.scan = OutputScan::NotScanned;
+                    }
+                    self.halt(known, reason).await?;
+                }
                 Decision::Stop(mismatch) => return Err(mismatch),
                 // `decide` asks for no second scan.
                 Decision::ScanOutputs { .. } => {}

@@ -352,3 +352,70 @@ fn an_open_transaction_of_an_older_version_is_waited_for() {
     // THEN the open transaction was aborted, and every record has exactly one outcome
     scope.assert_exactly_once();
 }
+
+#[test]
+fn an_output_topic_that_is_missing_or_created_again_is_named() {
+    // GIVEN a daemon that publishes
+    let scope = Scope::new(Servers::shared(), "made_again");
+    scope.prepare(2, 2);
+    let mut daemon = Member::new("a").with("LANES", "1").start(&scope);
+    let mut load = Load::without_bad_records(70);
+    scope.feed(load.take(20));
+    scope.wait_until_caught_up();
+    let before = scope.count("payment_core");
+
+    // WHEN an output topic is deleted, THEN it is named
+    scope.delete_topic(&scope.read_topic);
+    scope.feed(load.take(20));
+    wait_until_within(PATIENCE, "the missing topic is named", || {
+        daemon.get("/readyz").is_some_and(|reply| reply.body.contains(&scope.read_topic))
+    });
+
+    // AND when it is there again, what that means
+    wait_until_within(PATIENCE, "the topic is created again", || {
+        std::panic::catch_unwind(|| scope.create_topic(&scope.read_topic, 2)).is_ok()
+    });
+    scope.wait_until_caught_up();
+    let line = format!("output topic {} was deleted and created again", scope.read_topic);
+    wait_until_within(PATIENCE, "it is told", || daemon.log().contains(&line));
+    assert_eq!(daemon.log().matches(&line).count(), 1, "{}", daemon.log());
+    daemon.drains();
+    assert_eq!(scope.read_all(&scope.read_topic).len() as i64, scope.count("payment_core") - before);
+}
+
+#[test]
+#[ignore = "takes minutes; `make trials`"]
+fn trials_a_reader_quota_is_logged_once_and_its_client_is_kept() {
+    // GIVEN a quota on reading far below the load
+    let servers = Servers::own();
+    let scope = Scope::new(&servers, "read_quota");
+    scope.prepare(8, 2);
+    scope.feed(Load::without_bad_records(71).take(12_000));
+    let quota = |change: &[&str]| {
+        let whose = ["--alter", "--entity-type", "clients", "--entity-name", "payment-writer"];
+        servers.kafka_tool(&[&["kafka.admin.ConfigCommand"], &whose[..], change].concat());
+    };
+    quota(&["--add-config", "consumer_byte_rate=20000"]);
+
+    // WHEN the daemon reads for a while
+    let mut daemon = Member::new("a").with("LANES", "1").start(&scope);
+    let read = || daemon.metric("payment_writer_records_total", "");
+    wait_until_within(PATIENCE, "the quota is told", || {
+        daemon.log().contains("brokers throttle this client")
+    });
+    let throttled =
+        || daemon.metric("payment_writer_kafka_throttled_milliseconds_total", "client=\"reader\"");
+    wait_until_within(2 * PATIENCE, "it was throttled for a minute", || throttled() > 60_000.0);
+
+    // THEN that was told once, and the client was not replaced
+    let log = daemon.log();
+    assert!(read() < 12_000.0, "the quota had no effect");
+    assert_eq!(log.matches("replacing the client").count(), 0, "{log}");
+    assert_eq!(log.matches("throttle this client").count(), 1, "{log}");
+
+    // AND without the quota the rest follows, exactly once
+    quota(&["--delete-config", "consumer_byte_rate"]);
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+}

@@ -188,6 +188,24 @@ fn certificates_passwords_and_acls_are_checked_and_a_daemon_without_them_waits_a
     scope.delete_group_when_empty();
     member.catch_up(&scope);
     scope.assert_exactly_once();
+
+    // AND without them it halts until they are granted
+    scope.produce(&scope.input_topic, load.take(100));
+    member.die_at(&scope, "after_postgres_commit");
+    scope.delete_group_when_empty();
+    let read = |change: &str| {
+        let rule =
+            ["AclCommand", change, "--allow-principal", "User:writer", "--operation", "Read", "--topic"];
+        let force = if change == "--remove" { &["--force"][..] } else { &[] };
+        servers.kafka_tool(&[&rule[..], &[&scope.email_topic], force].concat());
+    };
+    read("--remove");
+    let mut daemon = member.start(&scope);
+    wait_until_within(PATIENCE, "it halts", || daemon.status().to_string().contains("unproved_events"));
+    read("--add");
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
 }
 
 #[test]

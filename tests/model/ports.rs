@@ -327,6 +327,7 @@ impl KafkaPort for ModelLog {
                     partition: *partition,
                     from: *from,
                     scan: OutputScan::Unclear(*from),
+                    is_refused: false,
                 };
                 Some(wanted.iter().map(impossible).collect())
             } else {
@@ -336,7 +337,12 @@ impl KafkaPort for ModelLog {
                         (source.partition == *partition).then(|| source.offset.next())
                     });
                     let sent = offsets.max().unwrap_or(*from).max(*from);
-                    ScannedOutputs { partition: *partition, from: *from, scan: OutputScan::Sent(sent) }
+                    ScannedOutputs {
+                        partition: *partition,
+                        from: *from,
+                        scan: OutputScan::Sent(sent),
+                        is_refused: false,
+                    }
                 };
                 Some(wanted.iter().map(scanned).collect())
             }
