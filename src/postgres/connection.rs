@@ -11,6 +11,7 @@ use deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, RecyclingMethod, 
 use futures_util::future::BoxFuture;
 use postgres_openssl::{MakeTlsConnector, TlsConnector, TlsStream};
 use tokio::task::JoinHandle;
+use tokio_postgres::error::{DbError, SqlState};
 use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres::{AsyncMessage, Client, Config, Connection, Socket};
 
@@ -121,17 +122,21 @@ pub fn class_of(error: &tokio_postgres::Error) -> FailureClass {
 /// from the server.
 ///
 /// Messages of classes 22 (data exception) and 23 (integrity violation) can quote values of a row, and
-/// `DETAIL` can quote whole rows: these are omitted.
+/// `DETAIL` can quote whole rows: these are omitted. The names of table, column and constraint are not.
 pub fn describe(error: &tokio_postgres::Error) -> String {
     if let Some(db) = error.as_db_error() {
         let code = db.code().code();
         return match code.get(..2) {
-            Some("22" | "23") => format!("SQLSTATE {code}"),
+            Some("22" | "23") => format!("SQLSTATE {code}{}", named(db)),
             // read_only_sql_transaction
             _ if code == "25006" => format!(
                 "SQLSTATE {code}: {} (the server is a standby, or default_transaction_read_only is on)",
                 db.message()
             ),
+            // invalid_password, also once a password has expired
+            _ if code == "28P01" => {
+                format!("SQLSTATE {code}: {} (or the role's VALID UNTIL has passed)", db.message())
+            }
             _ => format!("SQLSTATE {code}: {}", db.message()),
         };
     }
@@ -150,6 +155,22 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
         cause = inner.source();
     }
     text
+}
+
+/// The names in an error; with the remedy for a column that may not be null and that this program may not know.
+fn named(error: &DbError) -> String {
+    let name = |what: &str, name: Option<&str>| name.map_or(String::new(), |name| format!(" {what} {name}"));
+    let table = name("of", error.table());
+    match (error.column(), error.constraint()) {
+        (Some(column), _) if *error.code() == SqlState::NOT_NULL_VIOLATION => {
+            format!(
+                ": column {column}{table} may not be null; ALTER COLUMN {column} SET DEFAULT or DROP NOT NULL of the payment \
+                 table lets rows in again"
+            )
+        }
+        (_, None) => String::new(),
+        (_, constraint) => format!(":{}{table}", name("constraint", constraint)),
+    }
 }
 
 /// COMMITs of this process that were committed on the primary alone, because their wait for a standby was cancelled.

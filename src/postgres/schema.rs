@@ -69,7 +69,7 @@ pub const NEWEST_KNOWN: SchemaVersion = SchemaVersion(STEPS.len() as i32);
 pub const OLDEST_SUPPORTED: SchemaVersion = SchemaVersion(5);
 
 /// Tables that the daemon needs; they are checked because one may have been dropped after the migration.
-const REQUIRED_RELATIONS: &[&str] = &[
+pub const REQUIRED_RELATIONS: &[&str] = &[
     "payment_core",
     "payment_metadata",
     "payment_notes",

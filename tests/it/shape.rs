@@ -366,3 +366,58 @@ fn the_writers_role_is_enough_where_public_may_execute_nothing() {
     scope.assert_exactly_once();
     scope.execute_as_admin(&format!("DROP ROLE \"{user}\"; DROP OWNED BY payment_writer_app"));
 }
+
+#[test]
+fn a_column_of_others_that_refuses_every_row_is_named_and_waited_for() {
+    // GIVEN a daemon that has written payments
+    let scope = Scope::new(Servers::shared(), "foreign_column");
+    scope.prepare(2, 1);
+    let mut daemon = member().start(&scope);
+    let mut load = Load::without_bad_records(78);
+    scope.feed(load.take(50));
+    scope.wait_until_caught_up();
+
+    // WHEN somebody adds a column that needs a value
+    scope.execute(
+        "ALTER TABLE payment_writer.payment_core ADD COLUMN tax integer NOT NULL DEFAULT 0;
+         ALTER TABLE payment_writer.payment_core ALTER COLUMN tax DROP DEFAULT",
+    );
+    scope.feed(load.take(50));
+
+    // THEN column, table and remedy are named, and no payment is dead-lettered
+    names(&daemon, "column tax of payment_core");
+    names(&daemon, "DROP NOT NULL");
+    let has_line =
+        || daemon.log().lines().any(|l| l.contains("blocked") && l.contains("column tax of payment_core"));
+    wait_until_within(PATIENCE, "the log names it", has_line);
+    assert_eq!(scope.read_all(&scope.dead_letter_topic).len(), 0);
+
+    // WHEN it needs none any more, THEN the daemon continues
+    scope.execute("ALTER TABLE payment_writer.payment_core ALTER COLUMN tax DROP NOT NULL");
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn rows_that_a_trigger_drops_are_missed() {
+    // GIVEN a trigger that drops rows
+    let scope = Scope::new(Servers::shared(), "dropping");
+    scope.prepare(1, 1);
+    scope.execute(
+        "CREATE FUNCTION payment_writer.none() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+         CREATE TRIGGER none BEFORE INSERT ON payment_writer.payment_core
+             FOR EACH ROW EXECUTE FUNCTION payment_writer.none()",
+    );
+    scope.feed(Load::without_bad_records(79).take(50));
+
+    // WHEN the daemon writes THEN it names the table, and waits
+    let mut daemon = member().start(&scope);
+    names(&daemon, "payment_core took 0 of");
+
+    // WHEN the trigger is gone THEN it continues by itself
+    scope.execute("DROP TRIGGER none ON payment_writer.payment_core");
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+}

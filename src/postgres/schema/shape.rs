@@ -54,12 +54,16 @@ const MISSING: &str = "
     )
     SELECT fact FROM expected EXCEPT SELECT fact FROM found ORDER BY fact";
 
+/// The facts of the required tables.
+pub fn expected() -> Vec<&'static str> {
+    EXPECTED.lines().collect()
+}
+
 /// Returns the facts that are missing, sorted.
 ///
 /// # Errors
 /// The driver's error.
 pub async fn missing(client: &Client) -> Result<Vec<String>, tokio_postgres::Error> {
-    let expected: Vec<&str> = EXPECTED.lines().collect();
-    let rows = client.query(MISSING, &[&expected, &REQUIRED_RELATIONS]).await?;
+    let rows = client.query(MISSING, &[&expected(), &REQUIRED_RELATIONS]).await?;
     rows.iter().map(|row| row.try_get(0)).collect()
 }
