@@ -24,8 +24,10 @@ use self::log_times::current_horizon;
 pub use self::report::{PassError, PassReport, Task, Verdict, time};
 use crate::config::Settings;
 use crate::failpoint;
+use crate::postgres::connection::backend_pid;
 use crate::postgres::schema::locks::LockKey;
 use crate::postgres::schema::{self, SchemaError, column, doing, months as payment_months, value};
+use crate::postgres::waits::Waits;
 
 /// A generation is rotated when its age reaches this share of the window. With a weekly schedule and a window
 /// of one week, every pass rotates, even if it starts a little earlier than the week before.
@@ -33,12 +35,18 @@ const ROTATE_AT: f64 = 6.0 / 7.0;
 /// Rows of `housekeeping_pass` that are kept.
 const PASSES_KEPT: i64 = 1_000;
 
-/// Runs one pass: finishes an earlier one, rotates, prunes, and maintains the monthly partitions.
+/// Runs one pass: finishes an earlier one, rotates, prunes, and maintains the monthly partitions. `waits` tells what it
+/// waits for.
 ///
 /// # Errors
 /// See [`PassError`]. Steps done until then stay done; the next pass continues from there.
-pub async fn pass(settings: &Settings, is_dry_run: bool) -> Result<PassReport, PassError> {
-    let (mut client, _driver) = settings.postgres.housekeeping_url.connect().await?;
+pub async fn pass(settings: &Settings, waits: &Waits, is_dry_run: bool) -> Result<PassReport, PassError> {
+    let (client, _driver) = settings.postgres.housekeeping_url.connect().await?;
+    let pid = backend_pid(&client).await.map_err(doing("cannot ask for the session's pid"))?;
+    waits.explain(pid, "housekeeping", pass_in(client, settings, is_dry_run)).await.0
+}
+
+async fn pass_in(mut client: Client, settings: &Settings, is_dry_run: bool) -> Result<PassReport, PassError> {
     schema::check(&client).await?;
     let began = (Instant::now(), SystemTime::now());
     if !LockKey::Prune.try_lock(&client).await.map_err(doing("cannot take the lock for pruning"))? {

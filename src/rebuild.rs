@@ -16,9 +16,11 @@ use uuid::Uuid;
 
 use crate::config::{Endpoint, Loaded, Settings};
 use crate::daemon::{self, Reload, RunError, RunOptions};
-use crate::error::CommandError;
+use crate::error::{CommandError, OrFailed};
 use crate::postgres::binding;
+use crate::postgres::connection::backend_pid;
 use crate::postgres::schema::{self, SchemaError};
+use crate::postgres::waits::Waits;
 use crate::reconcile::database::failed;
 use crate::resolution::{self, View, not_bound};
 use crate::telemetry::status::StatusRegistry;
@@ -102,7 +104,10 @@ async fn prepare(settings: &Settings, wanted: &Wanted, view: &View) -> Result<Uu
         ));
     }
     if !wanted.is_compare_only {
-        schema::migrate(&mut second).await.map_err(schema_failed)?;
+        let pid =
+            backend_pid(&second).await.map_err(failed("asking the second database for a session's pid"))?;
+        let waits = Waits::on_stderr(&wanted.into).or_failed()?;
+        waits.explain(pid, "migrating", schema::migrate(&mut second)).await.0.map_err(schema_failed)?;
     }
     schema::check(&second).await.map_err(schema_failed)?;
     refuse_other(&second, settings, wanted, view).await

@@ -26,9 +26,10 @@ use crate::kafka::offsets::{group_offsets, log_bounds};
 use crate::kafka::probe::{Probed, probe};
 use crate::ports::{KafkaPortError, Store};
 use crate::postgres::binding::{self, BindingError};
-use crate::postgres::connection::describe;
+use crate::postgres::connection::{backend_pid, describe};
 use crate::postgres::schema;
 use crate::postgres::store::PgStore;
+use crate::postgres::waits::Waits;
 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -218,6 +219,15 @@ pub async fn view(settings: &Settings) -> Result<View, CommandError> {
     Ok(View { identity, known, topic })
 }
 
+/// Fails unless the database belongs to the group, the topic and the mode of the settings.
+async fn is_ours(settings: &Settings, view: &View) -> Result<(), CommandError> {
+    let (client, _) = settings.postgres.url.connect().await.or_failed()?;
+    let kafka = &settings.kafka;
+    binding::is_bound_to(&client, &kafka.group_id, view.identity.topic_id, kafka.publish)
+        .await
+        .map_err(not_bound)
+}
+
 /// Checks a decision against the partition's current state: only a halted partition can be resolved.
 pub async fn plan(
     settings: &Settings,
@@ -225,6 +235,7 @@ pub async fn plan(
     resolution: HaltResolution,
 ) -> Result<Plan, CommandError> {
     let view = view(settings).await?;
+    is_ours(settings, &view).await?;
     let mode = Mode { publishes: settings.kafka.publish, adopts_database: false };
     let Some(known) = view.known.iter().find(|known| known.partition == partition) else {
         return Err(CommandError::usage(format!("{} has no partition {partition}", view.topic)));
@@ -300,8 +311,10 @@ fn checked(
 /// Writes the decisions, each with its reason, in one transaction: none if any of the cursors was moved since
 /// it was checked. If the connection is lost while it commits, either all of them are written or none.
 pub async fn apply(settings: &Settings, plans: &[(Plan, &str)]) -> Result<(), CommandError> {
-    let (mut client, _) = settings.postgres.url.connect().await.or_failed()?;
-    let written: Result<Vec<String>, tokio_postgres::Error> = async {
+    let endpoint = &settings.postgres.url;
+    let (mut client, _) = endpoint.connect().await.or_failed()?;
+    let pid = backend_pid(&client).await.map_err(|error| describe(&error)).or_failed()?;
+    let write = async {
         let transaction = client.transaction().await?;
         let mut moved = Vec::new();
         for (plan, reason) in plans {
@@ -312,9 +325,9 @@ pub async fn apply(settings: &Settings, plans: &[(Plan, &str)]) -> Result<(), Co
         if moved.is_empty() {
             transaction.commit().await?;
         }
-        Ok(moved)
-    }
-    .await;
+        Ok::<_, tokio_postgres::Error>(moved)
+    };
+    let written = Waits::on_stderr(endpoint).or_failed()?.explain(pid, "writing cursors", write).await.0;
     let moved = written.map_err(|error| describe(&error)).or_failed()?;
     if moved.is_empty() {
         return Ok(());

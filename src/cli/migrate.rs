@@ -4,7 +4,9 @@ use clap::{Args, Subcommand};
 
 use crate::config::Settings;
 use crate::error::{CommandError, OrFailed};
+use crate::postgres::connection::{backend_pid, describe};
 use crate::postgres::schema;
+use crate::postgres::waits::Waits;
 
 const AFTER_HELP: &str = "\
 Uses postgres.housekeeping_url. An advisory lock serializes concurrent runs; the later ones find
@@ -42,15 +44,22 @@ pub enum MigrateCommand {
 
 /// Migrates the schema or shows its state.
 pub async fn migrate(settings: &Settings, args: &MigrateArgs) -> Result<(), CommandError> {
-    let (mut client, _) = settings.postgres.housekeeping_url.connect().await.or_failed()?;
+    let endpoint = &settings.postgres.housekeeping_url;
+    let (mut client, _) = endpoint.connect().await.or_failed()?;
+    let pid = backend_pid(&client).await.map_err(|error| describe(&error)).or_failed()?;
+    let waits = Waits::on_stderr(endpoint).or_failed()?;
     let out = &mut std::io::stdout();
     let printed = match &args.command {
-        None => schema::print_migrate(&schema::migrate(&mut client).await.or_failed()?, out),
+        None => {
+            let migrated = waits.explain(pid, "migrating", schema::migrate(&mut client)).await.0;
+            schema::print_migrate(&migrated.or_failed()?, out)
+        }
         Some(MigrateCommand::Status) => {
             schema::print_status(&schema::status(&client).await.or_failed()?, out)
         }
         Some(MigrateCommand::Undo { count, force }) => {
-            schema::print_undo(&schema::undo(&mut client, *count, *force).await.or_failed()?, out)
+            let undone = schema::undo(&mut client, *count, *force);
+            schema::print_undo(&waits.explain(pid, "undoing", undone).await.0.or_failed()?, out)
         }
     };
     printed.or_failed_to("writing to stdout")

@@ -4,8 +4,9 @@ use clap::Args;
 
 use super::output::{print, table};
 use crate::config::Settings;
-use crate::error::{CommandError, ErrorKind};
+use crate::error::{CommandError, ErrorKind, OrFailed};
 use crate::housekeeping::{PassError, PassReport, Task, pass, time};
+use crate::postgres::waits::Waits;
 
 const AFTER_HELP: &str = "\
 One pass completes what an earlier one left, creates months of the payment tables, rotates the
@@ -84,7 +85,8 @@ fn describe(report: &PassReport) -> String {
 
 /// Runs one pass and prints its result.
 pub async fn prune(settings: &Settings, args: &PruneArgs) -> Result<(), CommandError> {
-    let report = pass(settings, args.dry_run).await.map_err(|error| {
+    let waits = Waits::on_stderr(&settings.postgres.housekeeping_url).or_failed()?;
+    let report = pass(settings, &waits, args.dry_run).await.map_err(|error| {
         let kind = match &error {
             PassError::Log(failure) => failure.kind,
             PassError::Database(_) | PassError::Connect(_) | PassError::Tasks(_) => ErrorKind::Failed,

@@ -16,11 +16,15 @@ use super::run_metadata::{ChunkOutcome, Unfinished};
 use crate::config::Settings;
 use crate::domain::record::{Offset, Partition, TimestampMs};
 use crate::postgres::binding;
+use crate::postgres::connection::backend_pid;
 use crate::postgres::schema::locks::LockKey;
 use crate::postgres::schema::{self, SchemaError, SchemaVersion, doing};
+use crate::postgres::waits::Waits;
 
 /// First schema version with the replay tables.
 const NEEDED: SchemaVersion = SchemaVersion(6);
+
+const DOING: &str = "recording the replay";
 
 /// Every statement is small, so short timeouts only abort on an unresponsive server.
 const SESSION_SETTINGS: &str = "SET statement_timeout = '45s'; SET lock_timeout = '30s'";
@@ -29,6 +33,8 @@ const SESSION_SETTINGS: &str = "SET statement_timeout = '45s'; SET lock_timeout 
 pub struct ReplayStore {
     runtime: Handle,
     client: Client,
+    pid: i32,
+    waits: Waits,
     database_id: Uuid,
     run_id: Option<Uuid>,
 }
@@ -69,7 +75,7 @@ impl ReplayStore {
     /// Connects and checks that the database belongs to the daemon that reads `input_topic_id`. The threads of
     /// `runtime` drive the connection, also while this thread waits for Kafka.
     pub fn open(runtime: &Handle, settings: &Settings, input_topic_id: Uuid) -> Result<Self, DlqError> {
-        let (client, database_id) = runtime.block_on(async {
+        runtime.block_on(async {
             let (client, _) = settings.postgres.url.connect().await?;
             client.batch_execute(SESSION_SETTINGS).await.map_err(doing("cannot prepare the session"))?;
             let found = schema::check(&client).await?;
@@ -80,9 +86,17 @@ impl ReplayStore {
             binding::is_bound_to(&client, &kafka.group_id, input_topic_id, kafka.publish).await?;
             let id =
                 binding::database_id(&client).await.map_err(doing("cannot read which database this is"))?;
-            Ok::<_, DlqError>((client, id))
-        })?;
-        Ok(Self { runtime: runtime.clone(), client, database_id, run_id: None })
+            let pid = backend_pid(&client).await.map_err(doing("cannot ask for the session's pid"))?;
+            let waits = Waits::on_stderr(&settings.postgres.url)?;
+            Ok::<_, DlqError>(Self {
+                runtime: runtime.clone(),
+                client,
+                pid,
+                waits,
+                database_id: id,
+                run_id: None,
+            })
+        })
     }
 
     /// Id of the database.
@@ -96,7 +110,8 @@ impl ReplayStore {
         query: &str,
         values: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, DlqError> {
-        Ok(self.runtime.block_on(self.client.query(query, values)).map_err(doing(what))?)
+        let asked = self.waits.explain(self.pid, DOING, self.client.query(query, values));
+        Ok(self.runtime.block_on(asked).0.map_err(doing(what))?)
     }
 
     fn query_one<T: for<'r> FromSql<'r>>(
@@ -105,7 +120,8 @@ impl ReplayStore {
         query: &str,
         values: &[&(dyn ToSql + Sync)],
     ) -> Result<T, DlqError> {
-        let row = self.runtime.block_on(self.client.query_one(query, values));
+        let asked = self.waits.explain(self.pid, DOING, self.client.query_one(query, values));
+        let row = self.runtime.block_on(asked).0;
         Ok(row.and_then(|row| row.try_get(0)).map_err(doing(what))?)
     }
 
@@ -117,7 +133,7 @@ impl ReplayStore {
         statements: impl AsyncFnOnce(&Transaction<'_>) -> Result<T, tokio_postgres::Error>,
     ) -> Result<T, DlqError> {
         let (client, run_id) = (&mut self.client, self.run_id);
-        let done: Result<Option<T>, tokio_postgres::Error> = self.runtime.block_on(async {
+        let work = async {
             let transaction = client.transaction().await?;
             let owner = "SELECT FROM payment_writer.dead_letter_replay_owner WHERE run_id = $1 FOR SHARE";
             if transaction.query_opt(owner, &[&run_id]).await?.is_none() {
@@ -125,8 +141,9 @@ impl ReplayStore {
             }
             let done = statements(&transaction).await?;
             transaction.commit().await?;
-            Ok(Some(done))
-        });
+            Ok::<_, tokio_postgres::Error>(Some(done))
+        };
+        let (done, _) = self.runtime.block_on(self.waits.explain(self.pid, DOING, work));
         done.map_err(doing(what))?.ok_or(DlqError::TakenOver)
     }
 

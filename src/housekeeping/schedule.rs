@@ -9,9 +9,10 @@ use tokio_postgres::Client;
 use super::generations::State;
 use super::horizon::Horizon;
 use super::pass_metrics::HousekeepingMetrics;
-use super::{PassError, PassReport, current_horizon, generations, pass};
+use super::{PassError, PassReport, Task, current_horizon, generations, pass};
 use crate::config::{self, Settings};
 use crate::postgres::schema::{SchemaError, column, doing, identity_columns, months};
+use crate::postgres::waits::Waits;
 use crate::telemetry::logging::{RateLimited, Repeated};
 
 /// Interval between checks of the schedule and of the table sizes.
@@ -72,6 +73,8 @@ struct Keeper {
     ticks: u32,
     /// The last logged error.
     trouble: Repeated,
+    /// The last logged months that are not attached.
+    unattached: Repeated,
 }
 
 impl Keeper {
@@ -114,7 +117,8 @@ impl Keeper {
         let may_try = self.retry_at.is_none_or(|at| tokio::time::Instant::now() >= at);
         if (is_due || is_retry) && may_try {
             self.retry_at = Some(tokio::time::Instant::now() + RETRY);
-            match pass(settings, false).await {
+            let pool = settings.postgres.housekeeping_url.pool(1)?;
+            match pass(settings, &Waits::new(pool, |_| {}), false).await {
                 Ok(report) => {
                     if report.is_complete() {
                         self.retry_at = None;
@@ -127,7 +131,19 @@ impl Keeper {
         let list = generations::list(&client).await?;
         let live = list.iter().filter(|g| matches!(g.state, State::Current | State::Older));
         self.metrics.generations(live.rev().map(|g| (g.rows, g.bytes)));
-        self.metrics.failing(&failing_tasks(&client).await?);
+        let mut failing = failing_tasks(&client).await?;
+        let unattached = months::unattached(&client).await?;
+        if unattached.is_empty() {
+            self.unattached.end();
+        } else {
+            failing.push(<&str>::from(Task::Months).to_owned());
+            let detail = months::detached(&unattached);
+            if self.unattached.is_due(&detail) {
+                tracing::warn!(detail, "months of the payment tables are not attached");
+                self.unattached.written(detail);
+            }
+        }
+        self.metrics.failing(&failing);
         self.metrics.months_ahead.set(months::ahead(&client).await? as f64);
         self.metrics.default_rows.set(months::default_rows(&client).await? as f64);
         if self.ticks.is_multiple_of(HORIZON_TICKS) {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::io::Write;
 use std::pin::pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -10,6 +11,8 @@ use deadpool_postgres::{Object, Pool};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 
+use crate::config::Endpoint;
+use crate::postgres::connection::ConnectError;
 use crate::telemetry::logging::RateLimited;
 
 /// How often a call that does not return is explained.
@@ -57,6 +60,22 @@ impl Waits {
     /// reason are from `pool`.
     pub fn new(pool: Pool, tell: impl Fn(String) + Send + Sync + 'static) -> Self {
         Self { pool, tell: Box::new(tell), told: Mutex::default() }
+    }
+
+    /// For commands: what waits and for what goes to stderr, once each.
+    ///
+    /// # Errors
+    /// If the pool cannot be built.
+    pub fn on_stderr(endpoint: &Endpoint) -> Result<Self, ConnectError> {
+        let last = Mutex::new(String::new());
+        Ok(Self::new(endpoint.pool(1)?, move |reason| {
+            let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+            if *last != reason {
+                // The command itself goes on.
+                let _ = writeln!(std::io::stderr(), "waiting: {reason}");
+                *last = reason;
+            }
+        }))
     }
 
     /// Runs `work` of the session `pid`. Returns what it waited for last, too.

@@ -4,13 +4,12 @@
 use std::collections::BTreeMap;
 
 use super::plan_file::{Found, Header, PlanFile, PlanLine};
-use super::{HaltResolution, Plan, Unread, View, blocking, checked, not_bound, view};
+use super::{HaltResolution, Plan, Unread, View, blocking, checked, is_ours, view};
 use crate::config::Settings;
 use crate::domain::cursor::{Decision, HaltReason, Known, Mode, OutputScan, decide};
 use crate::domain::record::Partition;
-use crate::error::{CommandError, OrFailed};
+use crate::error::CommandError;
 use crate::kafka::output_scan;
-use crate::postgres::binding;
 
 /// The halted partitions, with what the outputs show of their events.
 struct AllHalted {
@@ -41,10 +40,7 @@ impl AllHalted {
     async fn find(settings: &Settings, mut view: View) -> Result<Self, CommandError> {
         let mode = Mode { publishes: settings.kafka.publish, adopts_database: false };
         let topic_id = view.identity.topic_id;
-        let (client, _) = settings.postgres.url.connect().await.or_failed()?;
-        binding::is_bound_to(&client, &settings.kafka.group_id, topic_id, mode.publishes)
-            .await
-            .map_err(not_bound)?;
+        is_ours(settings, &view).await?;
         // A lane scans the outputs before it halts one of these, and may not halt it then.
         let to_scan = view.known.iter().filter_map(|known| {
             let unscanned = Known { scan: OutputScan::NotScanned, ..known.clone() };

@@ -657,3 +657,33 @@ fn status_prints_what_is_known_about_an_id() {
     assert!(scope.command(&["status", &text, "--search"]).succeeds().stdout.starts_with("written"));
     assert_eq!(scope.command(&["status", "no-id"]).code, Some(2));
 }
+
+#[test]
+fn a_month_that_was_detached_by_hand_is_named_until_its_payments_are_back() {
+    // GIVEN payments of the current month, which somebody detaches
+    let scope = Scope::ready("month_detached", 1, 1);
+    scope.produce(&scope.input_topic, (1..=20).map(|n| record(n, now_ms())));
+    scope.drain();
+    let month = "SELECT to_char(now() AT TIME ZONE 'UTC', '\"payment_core_\"YYYY_MM')";
+    let month: String = scope.sql(month, &[])[0].get(0);
+    scope
+        .execute(&format!("ALTER TABLE payment_writer.payment_core DETACH PARTITION payment_writer.{month}"));
+
+    // THEN the daemon writes new ones, and metric and log name the month
+    scope.produce(&scope.input_topic, (21..=30).map(|n| record(n, now_ms())));
+    let mut daemon = Member::new("a").start(&scope);
+    wait_until("the payments are written", || scope.count("payment_core") == 10);
+    let failing = |daemon: &Daemon| daemon.metric("payment_writer_housekeeping_failing", "task=\"months\"");
+    wait_until("the metric tells it", || failing(&daemon) == 1.0);
+    assert!(daemon.log().contains(&format!("{month} is detached")), "{}", daemon.log());
+    daemon.drains();
+
+    // WHEN the operator does as it says, THEN all payments are there, and nothing is told any more
+    scope.execute(&format!("ALTER TABLE payment_writer.{month} RENAME TO found"));
+    prune(&scope);
+    scope.execute("INSERT INTO payment_writer.payment_core SELECT * FROM payment_writer.found");
+    assert_eq!((scope.count("payment_core"), scope.count("payment_core_default")), (30, 0));
+    let daemon = Member::new("b").start(&scope);
+    wait_until("the months are there", || daemon.metric("payment_writer_months_ahead", "") == 2.0);
+    assert_eq!(failing(&daemon), 0.0);
+}

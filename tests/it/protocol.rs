@@ -390,6 +390,13 @@ fn a_group_and_a_database_that_do_not_belong_together_stop_the_daemon() {
     // THEN another group cannot write to that database
     let other_group = format!("{}_other", scope.group_id);
     member().with("KAFKA__GROUP_ID", &other_group).refuses(&scope, &["run"], "bound to group");
+    let accept =
+        ["cursors", "accept", "--partition", "0", "--published", "0", "--apply", "--reason", "a test"];
+    says(
+        &scope.command_with(&accept, &[("PAYMENT_WRITER__KAFKA__GROUP_ID", &*other_group)]),
+        3,
+        "bound to group",
+    );
     // AND a mode without events needs another group, too
     member().with("KAFKA__PUBLISH", "false").refuses(&scope, &["run"], "bound to group");
 

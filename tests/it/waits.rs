@@ -106,12 +106,21 @@ fn a_missing_standby_is_named_and_a_commit_whose_wait_was_cancelled_is_not_publi
         scope.on_server(&[format!("ALTER SYSTEM {setting}"), "SELECT pg_reload_conf()".to_owned()]);
     };
     let (appoint, dismiss) = ("SET synchronous_standby_names = 'nobody'", "RESET synchronous_standby_names");
+    let empty = Scope::new(&servers, "standby_migrate");
     standby(appoint);
     let mut daemon = member("a").start(&scope);
+    let mut commands = [scope.daemon(&["prune"]), empty.daemon(&["migrate"])];
 
     // THEN it names the cause, and continues when the cause is gone
     tells(&daemon, "synchronous_standby_names is \"nobody\"");
+    for (command, doing) in commands.iter().zip(["housekeeping", "migrating"]) {
+        let line = format!("waiting: {doing}: a COMMIT waits for a standby");
+        wait_until_within(PATIENCE, &line, || command.log().contains(&line));
+    }
     standby(dismiss);
+    for command in &mut commands {
+        assert_eq!(command.wait().code(), Some(0), "{}", command.log());
+    }
     scope.wait_until_caught_up();
     let events = || scope.read_all(&scope.read_topic).len();
     let committed = || scope.cursors().values().map(|(applied, _)| applied).sum::<i64>();
@@ -161,8 +170,12 @@ fn a_connection_limit_and_a_missing_right_are_named() {
     // THEN the limit is named
     tells(&daemon, "SQLSTATE 53300: too many connections for role");
 
+    // AND then a password that has expired
+    scope.execute_as_admin(&format!("ALTER ROLE \"{role}\" CONNECTION LIMIT -1 VALID UNTIL '2020-01-01'"));
+    tells(&daemon, "VALID UNTIL");
+
     // AND then a right that is missing
-    scope.execute_as_admin(&format!("ALTER ROLE \"{role}\" CONNECTION LIMIT -1"));
+    scope.execute_as_admin(&format!("ALTER ROLE \"{role}\" VALID UNTIL 'infinity'"));
     daemon.wait_until_ready();
     scope.execute("REVOKE INSERT ON payment_writer.payment_notes FROM payment_writer_app");
     scope.feed(load.take(50));

@@ -173,6 +173,26 @@ pub async fn ahead(client: &Client) -> Result<usize, SchemaError> {
     Ok((0..=MONTHS_AHEAD).take_while(has_month).count().saturating_sub(1))
 }
 
+/// Tables with the name of a month that are not a partition: their payments are missing in the payment tables.
+pub async fn unattached(client: &Client) -> Result<Vec<String>, SchemaError> {
+    let query = "
+        SELECT relname::text FROM pg_class
+        WHERE relnamespace = to_regnamespace('payment_writer') AND relkind = 'r' AND NOT relispartition
+            AND relname ~ ('^(' || array_to_string($1::text[], '|') || ')_[0-9]{4}_[0-9]{2}$')
+        ORDER BY 1";
+    column(client, "cannot read the months", query, &[&PARTITIONED_TABLES.as_slice()]).await
+}
+
+/// What is said about months that are not attached.
+pub fn detached(tables: &[String]) -> String {
+    format!(
+        "{} detached: payments in it are missing in the payment table, and new ones of its month go to the default \
+         partition; rename it, let `payment-writer prune` make the month again, and copy its rows to the payment table \
+         with INSERT INTO ... SELECT",
+        tables.join(", ") + if tables.len() == 1 { " is" } else { " are" }
+    )
+}
+
 /// Months of rows in the default partitions, oldest first.
 async fn found_in_default(client: &Client, current: Month) -> Result<Vec<Month>, SchemaError> {
     let of_table: Vec<String> = PARTITIONED_TABLES
