@@ -73,6 +73,8 @@ pub(super) enum FaultKind {
     NotUtf8,
     #[strum(serialize = "is not a JSON object")]
     NotAnObject,
+    #[strum(serialize = "begins with a byte order mark, which JSON does not allow")]
+    ByteOrderMark,
     #[strum(serialize = "ends too early")]
     Ended,
     #[strum(serialize = "has a character that JSON does not allow there")]
@@ -109,13 +111,17 @@ pub(super) fn object<const N: usize>(
     bytes: &[u8],
     slot: impl Fn(&str) -> Option<usize>,
 ) -> Result<[Option<Value<'_>>; N], Fault> {
+    // Of UTF-8, and of UTF-16 in both orders.
+    let marks = [&b"\xEF\xBB\xBF"[..], b"\xFE\xFF", b"\xFF\xFE"];
+    let or_marked =
+        |kind| if marks.iter().any(|mark| bytes.starts_with(mark)) { FaultKind::ByteOrderMark } else { kind };
     let text = std::str::from_utf8(bytes)
-        .map_err(|error| Fault { kind: FaultKind::NotUtf8, at: error.valid_up_to() })?;
+        .map_err(|error| Fault { kind: or_marked(FaultKind::NotUtf8), at: error.valid_up_to() })?;
     let mut scanner = Scanner { text, bytes, at: 0, names: Vec::new() };
     let mut fields = [None; N];
     scanner.skip_whitespace();
     if scanner.peek() != Some(b'{') {
-        return Err(scanner.fault(FaultKind::NotAnObject));
+        return Err(scanner.fault(or_marked(FaultKind::NotAnObject)));
     }
     scanner.members(1, |name, value| match slot(name).and_then(|index| fields.get_mut(index)) {
         Some(field) if field.is_some() => Taken::Again,

@@ -194,7 +194,7 @@ fn each_rule_has_its_fault() {
     let too_deep = format!("{{\"a\":{}{}}}", "[".repeat(32), "]".repeat(32));
     let too_deep_objects = format!("{}1{}", "{\"a\":".repeat(33), "}".repeat(33));
     let bottomless = "{\"a\":".repeat(100_000);
-    let cases: [(&[u8], Result<(), FaultKind>); 31] = [
+    let cases: [(&[u8], Result<(), FaultKind>); 32] = [
         (b"{}", Ok(())),
         (b" \t\r\n{ } \n", Ok(())),
         (deepest.as_bytes(), Ok(())),
@@ -207,7 +207,8 @@ fn each_rule_has_its_fault() {
         (b"", Err(FaultKind::NotAnObject)),
         (b"[]", Err(FaultKind::NotAnObject)),
         (b"1", Err(FaultKind::NotAnObject)),
-        (b"\xEF\xBB\xBF{}", Err(FaultKind::NotAnObject)),
+        (b"\xEF\xBB\xBF{}", Err(FaultKind::ByteOrderMark)),
+        (b"\xFF\xFE{\0}\0", Err(FaultKind::ByteOrderMark)),
         (b"\x0C{}", Err(FaultKind::NotAnObject)),
         (b"{\"a\":\"\xff\"}", Err(FaultKind::NotUtf8)),
         (b"{\"a\":\"\xed\xa0\x80\"}", Err(FaultKind::NotUtf8)),
