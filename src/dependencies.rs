@@ -10,8 +10,9 @@ use crate::domain::cursor::IdentityMismatch;
 use crate::kafka::join_failure;
 use crate::kafka::librdkafka::NO_TOPIC_IDS;
 use crate::kafka::topic_rules::{Action, CLEANUP_POLICY, Rule, TIMESTAMP_TYPE, alter};
-use crate::kafka::transactions::{DEAD_LETTER_BYTES, missing_output, too_large};
+use crate::kafka::transactions::{DEAD_LETTER_BYTES, missing_output, recreated_output, too_large};
 use crate::postgres::connection::ConnectError;
+use crate::postgres::schema::months::detached;
 use crate::postgres::schema::{NEWEST_KNOWN, OLDEST_SUPPORTED, SchemaError, SchemaVersion};
 use crate::postgres::store::no_key;
 
@@ -27,6 +28,7 @@ pub enum Dependency {
     CleanupPolicy,
     TimestampType,
     OutputTopics,
+    OutputIdentity,
     OutputSizes,
     OutputReplicas,
     MinInsyncReplicas,
@@ -55,6 +57,9 @@ pub enum Dependency {
     SchemaSteps,
     SchemaShape,
     GenerationKey,
+    Months,
+    ForeignColumns,
+    ForeignObjects,
     RoleRights,
     RowSecurity,
     HousekeepingRole,
@@ -205,6 +210,12 @@ impl Dependency {
             Self::OutputTopics => {
                 fact(START, Does::Wait, missing_output("TOPIC"), "payment-writer topics create")
             }
+            Self::OutputIdentity => fact(
+                Told::Checks(&[When::Seconds]),
+                Does::Warn,
+                recreated_output("TOPIC"),
+                "payment-writer doctor",
+            ),
             Self::OutputSizes => fact(
                 Told::Kafka(Code::MessageSizeTooLarge),
                 Does::Wait,
@@ -342,6 +353,24 @@ impl Dependency {
                 let mismatch = IdentityMismatch::OtherGroup { bound, found };
                 fact(START, Does::Stop, mismatch, "correct kafka.group_id, kafka.publish or postgres.url")
             }
+            Self::Months => fact(
+                Told::Checks(&[When::Minute]),
+                Does::Warn,
+                detached(&["payment_core_2026_03".to_owned()]),
+                "payment-writer prune",
+            ),
+            Self::ForeignColumns => fact(
+                Told::Nothing,
+                Does::Wait,
+                "a column that may not be null, without a default and not of this program, refuses every row (23502)",
+                "ALTER TABLE payment_writer.TABLE ALTER COLUMN COLUMN DROP NOT NULL",
+            ),
+            Self::ForeignObjects => unnoticed(
+                Does::Warn,
+                "triggers, rules and constraints of others can refuse payments, which are then dead-lettered, or drop rows, \
+                 which is waited for",
+                "DROP TRIGGER, DROP RULE or DROP CONSTRAINT, if it is not meant to do so",
+            ),
             Self::RoleRights => fact(
                 Told::Postgres("42501"),
                 Does::Wait,

@@ -20,6 +20,9 @@ use crate::resolution;
 
 /// Longest time for each of Kafka, Postgres, and the cursors that need both.
 const EACH_MAX: Duration = Duration::from_secs(60);
+/// Time and size limit of an answer of `/readyz`.
+const READY_MAX: Duration = Duration::from_secs(3);
+const READY_BYTES_MAX: u64 = 64 << 10;
 const NO_ANSWER: &str = "no answer in time";
 
 /// How bad a finding is.
@@ -40,7 +43,7 @@ pub enum Severity {
 pub struct Finding {
     /// How bad it is.
     pub severity: Severity,
-    /// Name of the [`Dependency`].
+    /// Name of the [`Dependency`], or `readiness` of the daemon that runs with these settings.
     pub what: &'static str,
     /// Topic, group, prefix of transactional ids, brokers or database.
     #[serde(rename = "where")]
@@ -100,6 +103,7 @@ pub async fn examine(settings: &Settings) -> Vec<Finding> {
         // Without an answer, they are among those that were not checked.
         let _ = timeout(EACH_MAX, identities(settings, &client, &mut report)).await;
     }
+    report.0.extend(running(&settings.admin.listen.to_string()).await);
     for what in Dependency::VARIANTS {
         if report.0.iter().all(|finding| finding.what != what.name()) {
             let place = if what.is_of_kafka() { "kafka" } else { "postgres" };
@@ -109,6 +113,24 @@ pub async fn examine(settings: &Settings) -> Vec<Finding> {
     // The worst is next to the prompt.
     report.0.sort_by_key(|finding| finding.severity);
     report.0
+}
+
+/// What `/readyz` says, if a daemon runs with these settings here.
+async fn running(address: &str) -> Option<Finding> {
+    let url = format!("http://{address}/readyz");
+    let asked = tokio::task::spawn_blocking({
+        let url = url.clone();
+        move || {
+            let config =
+                ureq::Agent::config_builder().timeout_global(Some(READY_MAX)).http_status_as_error(false);
+            let mut answer = config.proxy(None).build().new_agent().get(url).call().ok()?;
+            let says = answer.body_mut().with_config().limit(READY_BYTES_MAX).read_to_string().ok()?;
+            Some((answer.status().is_success(), says))
+        }
+    });
+    let (is_ready, says) = asked.await.ok()??;
+    let severity = if is_ready { Severity::Ok } else { Severity::Warn };
+    Some(Finding { severity, what: "readiness", place: url, says, remedy: String::new() })
 }
 
 /// Compares topic, group and database with each other, as the daemon does before it resumes partitions.

@@ -10,8 +10,8 @@ use crate::error::{CommandError, OrFailed};
 const AFTER_HELP: &str = "\
 Connects to everything with the settings at hand and checks what docs/reference/dependencies.md lists: rights on
 topics, group, transactional ids and tables; settings of topics, brokers and the database server; the schema;
-whether topic, group and database belong together; connections, clocks, retention, replication. It can run before
-the first start, and beside a running daemon. Takes seconds, and up to three minutes if servers do not answer.
+whether topic, group and database belong together; connections, clocks, retention, replication; what others added to
+the tables. It can run before the first start, and beside a running daemon, whose /readyz it asks at admin.listen. Takes seconds, and up to three minutes if servers do not answer.
 
 Nothing is written, except that the brokers remember the transactional id
 <kafka.group_id>-<kafka.instance_id>-doctor-<hash>, which no daemon uses. The brokers' clocks, and whether

@@ -74,6 +74,7 @@ pub(super) fn examine(settings: &Settings) -> Report {
     if !kafka.publish {
         for what in [
             Dependency::OutputTopics,
+            Dependency::OutputIdentity,
             Dependency::OutputRights,
             Dependency::OutputSizes,
             Dependency::OutputReplicas,
@@ -139,7 +140,7 @@ impl Brokers<'_> {
         match (role, found.id.is_nil()) {
             (Role::Input, true) => self.report.judge(Dependency::TopicIds, topic, false, NO_TOPIC_IDS),
             (Role::Input, false) => self.report.judge(Dependency::TopicIds, topic, true, found.id),
-            _ => {}
+            _ => self.report.judge(Dependency::OutputIdentity, topic, true, format!("topic id {}", found.id)),
         }
         self.rights(rights, topic, needed, &found.operations);
         let copies = format!("{} copies of a partition", found.replicas);

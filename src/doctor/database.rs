@@ -10,7 +10,7 @@ use super::{Report, Severity};
 use crate::config::Settings;
 use crate::dependencies::Dependency;
 use crate::postgres::connection::{ConnectError, describe, lost_settings};
-use crate::postgres::schema::{self, NEWEST_KNOWN, SchemaError};
+use crate::postgres::schema::{self, NEWEST_KNOWN, SchemaError, months, shape};
 
 /// The rights that the writer's role needs are those that this file grants.
 const ROLES: &str = include_str!("../../sql/roles.sql");
@@ -61,6 +61,36 @@ const NOT_OWNED: &str = "
     WHERE n.nspname = 'payment_writer' AND c.relkind IN ('r', 'p') AND NOT c.relispartition
         AND c.relname NOT LIKE 'archived%' AND NOT pg_has_role(c.relowner, 'USAGE') ORDER BY 1";
 
+/// Columns of others that refuse rows. Parameter: the facts of our columns.
+const FOREIGN_COLUMNS: &str = "
+    SELECT format('%s.%s', c.relname, a.attname)
+    FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
+    LEFT JOIN pg_inherits i ON i.inhrelid = c.oid LEFT JOIN pg_class p ON p.oid = i.inhparent
+    WHERE c.relnamespace = to_regnamespace('payment_writer') AND NOT c.relispartition
+        AND coalesce(p.relname, c.relname) = ANY ($2::text[])
+        AND a.attnum > 0 AND NOT a.attisdropped AND a.attnotnull AND NOT a.atthasdef AND a.attidentity = ''
+        AND NOT EXISTS (SELECT FROM unnest($1::text[]) AS fact
+            WHERE starts_with(fact, format('column %s.%s ', coalesce(p.relname, c.relname), a.attname)))
+    ORDER BY 1";
+
+/// Triggers, rules and constraints of others. Of ours, the tables that batches write have a key of `idempotency` alone.
+const FOREIGN_OBJECTS: &str = "
+    WITH ours AS (
+        SELECT c.oid AS id, c.relname, coalesce(p.relname, c.relname) AS family
+        FROM pg_class c LEFT JOIN pg_inherits i ON i.inhrelid = c.oid LEFT JOIN pg_class p ON p.oid = i.inhparent
+        WHERE c.relnamespace = to_regnamespace('payment_writer') AND c.relkind IN ('r', 'p')
+    )
+    SELECT format('trigger %s on %s', tgname, relname) FROM ours JOIN pg_trigger ON tgrelid = id
+    WHERE NOT tgisinternal AND tgparentid = 0
+    UNION ALL
+    SELECT format('rule %s on %s', rulename, relname) FROM ours JOIN pg_rewrite ON ev_class = id
+    UNION ALL
+    SELECT format('constraint %s on %s', conname, relname) FROM ours JOIN pg_constraint ON conrelid = id
+    WHERE coninhcount = 0 AND conname <> 'idempotency_holds_no_row_itself'
+        AND (contype IN ('c', 'f', 'x') AND family IN ('idempotency', 'source_cursor')
+            OR contype IN ('c', 'f', 'x', 'p', 'u') AND family IN ('payment_core', 'payment_metadata', 'payment_notes'))
+    ORDER BY 1";
+
 /// Returns the session, if one could be opened.
 pub(super) async fn examine(settings: &Settings, report: &mut Report) -> Option<Client> {
     let endpoint = &settings.postgres.url;
@@ -89,6 +119,18 @@ pub(super) async fn examine(settings: &Settings, report: &mut Report) -> Option<
         none(report, Dependency::RoleRights, &place, missing, "missing");
         let filtered = column(&client, FILTERED, &[]).await;
         none(report, Dependency::RowSecurity, &place, filtered, "policies apply to");
+        match months::unattached(&client).await {
+            Ok(tables) if tables.is_empty() => {
+                report.judge(Dependency::Months, &place, true, "all are attached")
+            }
+            Ok(tables) => report.judge(Dependency::Months, &place, false, months::detached(&tables)),
+            Err(error) => report.skip(Dependency::Months, &place, error, String::new()),
+        }
+        let columns: [&(dyn ToSql + Sync); 2] = [&shape::expected(), &schema::REQUIRED_RELATIONS];
+        let refusing = column(&client, FOREIGN_COLUMNS, &columns).await;
+        none(report, Dependency::ForeignColumns, &place, refusing, "each row needs a value of");
+        let objects = column(&client, FOREIGN_OBJECTS, &[]).await;
+        none(report, Dependency::ForeignObjects, &place, objects, "found");
     }
     let (what, endpoint) = (Dependency::HousekeepingRole, &settings.postgres.housekeeping_url);
     match endpoint.connect().await {

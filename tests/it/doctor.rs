@@ -9,7 +9,7 @@ use strum::VariantArray;
 
 use crate::input::set_topic;
 use crate::security::make_certificates;
-use crate::support::{DEADLINE, Finished, Load, Scope, Servers, free_address};
+use crate::support::{DEADLINE, Finished, Load, PATIENCE, Scope, Servers, free_address, wait_until_within};
 
 /// The findings, and the exit code.
 fn examine(scope: &Scope<'_>, settings: &[(&str, &str)]) -> (Vec<Value>, Finished) {
@@ -242,4 +242,52 @@ fn missing_rights_on_topics_group_and_transactional_ids_are_named_with_the_comma
         assert!(warned.contains(&format!("cleanup_policy {topic}")), "{warned:?}");
     }
     assert!(warned.iter().any(|what| what.starts_with("session_timeout broker")), "{warned:?}");
+}
+
+#[test]
+fn what_others_added_to_the_tables_and_what_they_detached_is_named() {
+    // GIVEN a schema with a trigger, a rule, a constraint and a column of others, and a month that is detached
+    let scope = Scope::ready("doctor_others", 1, 1);
+    scope.execute(
+        "CREATE FUNCTION payment_writer.nothing() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;
+         CREATE TRIGGER theirs BEFORE INSERT ON payment_writer.payment_core
+             FOR EACH ROW EXECUTE FUNCTION payment_writer.nothing();
+         CREATE RULE keep AS ON DELETE TO payment_writer.idempotency_g1 DO INSTEAD NOTHING;
+         ALTER TABLE payment_writer.payment_notes ADD CONSTRAINT short CHECK (length(comment) < 20);
+         ALTER TABLE payment_writer.payment_metadata ADD COLUMN tenant integer NOT NULL",
+    );
+    let month: String =
+        scope.sql("SELECT to_char(now() AT TIME ZONE 'UTC', '\"payment_core_\"YYYY_MM')", &[])[0].get(0);
+    let detach = format!("ALTER TABLE payment_writer.payment_core DETACH PARTITION payment_writer.{month}");
+    scope.command(&["prune"]).succeeds();
+    scope.execute(&detach);
+
+    // THEN each is named
+    let (found, finished) = examine(&scope, &[]);
+    assert_eq!(finished.code, Some(1));
+    names(&found, "foreign_columns", &scope.database, "DROP NOT NULL");
+    assert_eq!(of("error", &found).len(), 1, "{found:#?}");
+    let warned = |what: &str| {
+        let finding = found.iter().find(|f| f["what"] == what && f["severity"] == "warn");
+        text(finding.unwrap_or_else(|| panic!("no {what}: {found:#?}")), "says")
+    };
+    for name in
+        ["trigger theirs on payment_core", "rule keep on idempotency_g1", "constraint short on payment_notes"]
+    {
+        assert!(warned("foreign_objects").contains(name), "{name}: {}", warned("foreign_objects"));
+    }
+    assert!(warned("months").contains(&format!("{month} is detached")), "{}", warned("months"));
+
+    // AND beside a daemon what keeps it from being ready
+    let mut daemon = scope.daemon_with(&["run"], &[("PAYMENT_WRITER__KAFKA__INSTANCE_ID", "drain")]);
+    scope.produce(&scope.input_topic, Load::without_bad_records(82).take(20));
+    wait_until_within(PATIENCE, "it waits", || {
+        daemon.get("/readyz").is_some_and(|reply| reply.body.contains("column tenant"))
+    });
+    let admin = daemon.admin.to_string();
+    let (found, _) = examine(&scope, &[("PAYMENT_WRITER__ADMIN__LISTEN", &*admin)]);
+    let readiness = found.iter().find(|f| f["what"] == "readiness").unwrap_or_else(|| panic!("{found:#?}"));
+    assert_eq!(readiness["severity"], "warn");
+    assert!(text(readiness, "says").contains("column tenant"), "{readiness}");
+    daemon.kill();
 }
