@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
@@ -14,7 +13,7 @@ use crate::domain::record::{RecordView, TimestampMs};
 use crate::failpoint;
 use crate::kafka::callbacks::QuietLog;
 use crate::kafka::client::{REQUEST_TIMEOUT, base_client_config, make_client, producer_config};
-use crate::kafka::librdkafka::{GroupMetadata, NativeError, TxnProducer};
+use crate::kafka::librdkafka::{GroupMetadata, NativeError, ProducerClient, TxnProducer};
 
 /// `init_transactions` waits until the transaction of an older run is aborted or completed.
 const INIT_DEADLINE: Duration = Duration::from_secs(60);
@@ -58,7 +57,7 @@ impl Sender {
             .set("message.max.bytes", "4000000")
             .set("linger.ms", "5")
             .set("delivery.report.only.error", "true");
-        let native = make_client::<BaseProducer<_>, _>(&config, QuietLog::default())
+        let native = make_client::<ProducerClient<_>, _>(&config, QuietLog::default())
             .map_err(|e| failed("creating the producer of replays", e))?;
         let producer = TxnProducer::new(native, &[&kafka.input_topic]);
         let mut config = base_client_config(kafka);
@@ -79,7 +78,7 @@ impl Sender {
         };
         // A message produced before the topic's metadata is known can abort the transaction.
         let doing = format!("asking for input topic {}", sender.input_topic);
-        let client = sender.producer.inner().client();
+        let client = sender.producer.client();
         let metadata = client
             .fetch_metadata(Some(&sender.input_topic), REQUEST_TIMEOUT)
             .map_err(|e| failed(&doing, e))?;

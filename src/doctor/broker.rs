@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::Consumer;
-use rdkafka::error::KafkaError;
-use rdkafka::producer::{BaseProducer, Producer};
 use rdkafka::types::RDKafkaErrorCode as Code;
 
 use super::{EACH_MAX, Report};
@@ -17,7 +15,9 @@ use crate::domain::outcome::is_refusal;
 use crate::kafka::callbacks::QuietLog;
 use crate::kafka::client::make_client;
 use crate::kafka::group::{Group, member_config};
-use crate::kafka::librdkafka::{NO_TOPIC_IDS, NativeError, describe_group, describe_topic, settings_of};
+use crate::kafka::librdkafka::{
+    NO_TOPIC_IDS, NativeError, ProducerClient, TxnProducer, describe_group, describe_topic, settings_of,
+};
 use crate::kafka::publisher_settings::{transactional_config, transactional_id};
 use crate::kafka::topic_rules::{CLEANUP_POLICY, Role, TIMESTAMP_TYPE};
 use crate::kafka::transactions::{DEAD_LETTER_BYTES, EVENT_BYTES};
@@ -218,10 +218,13 @@ impl Brokers<'_> {
         let prefix = format!("{group_id}-{instance_id}-");
         let mut config = transactional_config(self.kafka, 0);
         config.set("transactional.id", transactional_id(group_id, instance_id, "doctor"));
-        let initialised = make_client::<BaseProducer<QuietLog>, _>(&config, QuietLog::default())
-            .and_then(|producer| producer.init_transactions(INIT_MAX));
-        let error = initialised.err();
-        let code = error.as_ref().and_then(KafkaError::rdkafka_error_code);
+        let initialised = make_client::<ProducerClient<_>, _>(&config, QuietLog::default())
+            .map_err(|error| (error.rdkafka_error_code(), error.to_string()))
+            .and_then(|producer| {
+                let init = TxnProducer::new(producer, &[]).init(INIT_MAX);
+                init.map_err(|error| (Some(error.code), error.to_string()))
+            });
+        let (code, error) = initialised.err().map_or((None, None), |(code, text)| (code, Some(text)));
         let is_timeout = code == Some(Code::InvalidTransactionTimeout);
         if let Some(error) = &error
             && !is_timeout

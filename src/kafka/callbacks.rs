@@ -8,8 +8,6 @@ use rdkafka::client::OAuthToken;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::ConsumerContext;
 use rdkafka::error::KafkaError;
-use rdkafka::message::DeliveryResult;
-use rdkafka::producer::ProducerContext;
 use rdkafka::types::RDKafkaErrorCode;
 
 use super::token;
@@ -77,13 +75,6 @@ impl<L: Listener> ClientContext for Callbacks<L> {
 }
 
 impl ConsumerContext for QuietLog {}
-
-/// Ignores delivery reports, because a transaction that lost a message fails as a whole.
-impl<L: Listener> ProducerContext for Callbacks<L> {
-    type DeliveryOpaque = ();
-
-    fn delivery(&self, _: &DeliveryResult<'_>, (): ()) {}
-}
 
 #[cfg(test)]
 mod tests {

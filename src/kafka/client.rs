@@ -10,9 +10,9 @@ use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::KafkaError;
 use rdkafka::metadata::MetadataTopic;
-use rdkafka::producer::{BaseProducer, Producer, ProducerContext, ThreadedProducer};
 
 use crate::config::{KafkaSettings, TOKEN_PROPERTY};
+use crate::kafka::librdkafka::ProducerClient;
 use crate::kafka::token;
 use crate::telemetry::logging::RateLimited;
 
@@ -98,13 +98,8 @@ impl<C: ConsumerContext> Clients<C> for BaseConsumer<C> {
     }
 }
 
-impl<C: ProducerContext> Clients<C> for BaseProducer<C> {
-    fn inside(&self) -> &Client<C> {
-        self.client()
-    }
-}
-
-impl<C: ProducerContext + 'static> Clients<C> for ThreadedProducer<C> {
+/// The crate's own producers are not made here: they report messages as delivered that no broker confirmed.
+impl<C: ClientContext> Clients<C> for ProducerClient<C> {
     fn inside(&self) -> &Client<C> {
         self.client()
     }

@@ -9,6 +9,7 @@ mod admin;
 pub mod fetch;
 mod group_metadata;
 mod producer;
+mod producer_client;
 mod record;
 
 use std::ffi::{CStr, CString, c_char, c_int};
@@ -25,6 +26,7 @@ pub use admin::{
 };
 pub use group_metadata::GroupMetadata;
 pub use producer::TxnProducer;
+pub use producer_client::ProducerClient;
 pub use record::NativeRecord;
 
 /// An error of librdkafka, with its flags for retry and abort.

@@ -88,8 +88,6 @@ mod tests {
     use std::path::Path;
     use std::time::{Duration, Instant};
 
-    use rdkafka::producer::Producer;
-
     use super::{Publisher, PublisherSettings, Transactions};
     use crate::config::Settings;
     use crate::domain::cursor::Identity;

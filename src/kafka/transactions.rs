@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::error::KafkaError;
-use rdkafka::producer::{BaseProducer, Producer as _};
 use rdkafka::types::RDKafkaErrorCode;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
 use super::callbacks::Callbacks;
-use super::librdkafka::{GroupMetadata, NativeError, TxnProducer, add_brokers, topic_setting};
+use super::librdkafka::{
+    GroupMetadata, NativeError, ProducerClient, TxnProducer, add_brokers, topic_setting,
+};
 use super::offsets::{failed, native_failed, transient};
 use super::publisher_settings::PublisherSettings;
 use super::throttle::Throttle;
@@ -68,7 +69,7 @@ impl ProducerSlot {
     pub fn rebootstrap(&self, bootstrap_servers: &str) {
         if let Some(producer) = &*self.lock() {
             tracing::debug!(target: "librdkafka", "bootstrapping a producer again");
-            add_brokers(producer.inner().client(), bootstrap_servers);
+            add_brokers(producer.client(), bootstrap_servers);
         }
     }
 }
@@ -121,7 +122,7 @@ impl Transactions {
 
     fn create(&self) -> Result<Arc<Producer>, KafkaPortError> {
         let native =
-            make_client::<BaseProducer<_>, _>(&self.settings.client, Callbacks(Throttle::of("producer")))
+            make_client::<ProducerClient<_>, _>(&self.settings.client, Callbacks(Throttle::of("producer")))
                 .map_err(|e| transient("creating the producer", e))?;
         let producer = Arc::new(TxnProducer::new(native, &self.settings.outputs()));
         *self.slot.lock() = Some(Arc::clone(&producer));
@@ -150,7 +151,7 @@ impl Transactions {
     fn smaller_batches(&self, producer: &Producer) -> Option<usize> {
         let own: usize = self.settings.client.get("batch.size")?.parse().ok()?;
         let limit = |topic: &str| -> Option<usize> {
-            topic_setting(producer.inner().client(), topic, "max.message.bytes", METADATA_TIMEOUT)
+            topic_setting(producer.client(), topic, "max.message.bytes", METADATA_TIMEOUT)
                 // Without the right to read it, the broker refuses a batch that is too large, and the error
                 // says what to do.
                 .inspect_err(|error| tracing::debug!(topic, %error, "reading max.message.bytes failed"))
@@ -207,7 +208,7 @@ impl Drop for Transactions {
 
 /// Whether an output topic is there, by the metadata of the brokers.
 fn is_usable(producer: &Producer, topic: &str) -> Result<bool, KafkaError> {
-    let metadata = producer.inner().client().fetch_metadata(Some(topic), METADATA_TIMEOUT)?;
+    let metadata = producer.client().fetch_metadata(Some(topic), METADATA_TIMEOUT)?;
     Ok(metadata.topics().iter().all(|t| t.error().is_none() && !t.partitions().is_empty()))
 }
 

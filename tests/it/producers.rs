@@ -102,6 +102,55 @@ fn a_lost_request_or_response_loses_and_duplicates_nothing() {
     lost_requests_and_responses_lose_and_duplicate_nothing(Servers::shared(), &[], 64);
 }
 
+/// Requests to one partition, to a broker that refuses the first of them, while the next one is on its way. The broker
+/// accepts that one, because it knows no sequence numbers of a new producer, and librdkafka concludes that it has the first
+/// one, too.
+fn first_request_refused<'s>(servers: &'s Servers, name: &str) -> (Scope<'s>, KafkaProxy, Member) {
+    let scope = Scope::new(servers, name);
+    scope.prepare(1, 1);
+    let proxy = KafkaProxy::to(servers.bootstrap_servers());
+    // The client sends a second request to a partition only while the first one has less than five messages.
+    let member = Member::new("a")
+        .with("KAFKA__BOOTSTRAP_SERVERS", &proxy.address())
+        .with("KAFKA__PROPERTIES__BATCH_NUM_MESSAGES", "3");
+    proxy.lose(ApiKey::Produce, Lost::Refused);
+    (scope, proxy, member)
+}
+
+#[test]
+fn events_that_a_later_request_only_seems_to_confirm_are_not_lost() {
+    // GIVEN payments
+    let (scope, proxy, member) = first_request_refused(Servers::shared(), "implied");
+    let payment = |seed: u64| Payment::new(uuid_v4(seed), 31).status(0).message();
+    scope.produce(&scope.input_topic, (0..40).map(payment));
+
+    // WHEN the first request with their read events is refused, and the next one is not
+    let daemon = member.catch_up(&scope);
+    assert!(proxy.has_lost(), "nothing was produced");
+
+    // THEN each payment has its event, once, and the log says why the transaction was repeated
+    assert_eq!(scope.read_all(&scope.read_topic).len(), 40);
+    scope.assert_exactly_once();
+    assert!(daemon.log().contains("no broker confirmed 3 messages"), "{}", daemon.log());
+}
+
+#[test]
+fn produce_says_that_a_later_request_only_seems_to_confirm_records() {
+    for transactions in [&[][..], &["--transaction-size", "100"]] {
+        // GIVEN a broker that refuses the first request, and not the next one
+        let (scope, proxy, member) = first_request_refused(Servers::shared(), "implied_input");
+
+        // WHEN `produce` sends records
+        let arguments = [&["produce", "--yes", "--count", "40", "--seed", "5"], transactions].concat();
+        let mut producing = member.run(&scope, &arguments);
+
+        // THEN it does not say that all of them are in the log
+        assert_eq!(producing.wait().code(), Some(1), "{}", producing.log());
+        assert!(proxy.has_lost(), "nothing was produced");
+        assert!(producing.log().contains("not delivered"), "{}", producing.log());
+    }
+}
+
 /// The outputs of payments of these accounts.
 fn publication(accounts: impl Iterator<Item = i64>) -> Publication {
     let mut source = SourceBatch::default();

@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use payment_writer::domain::record::TimestampMs;
 use payment_writer::kafka::callbacks::QuietLog;
-use payment_writer::kafka::librdkafka::TxnProducer;
-use rdkafka::producer::BaseProducer;
+use payment_writer::kafka::librdkafka::{ProducerClient, TxnProducer};
 
 use crate::support::{DEADLINE, Scope, Servers};
 
@@ -19,7 +18,7 @@ fn a_transaction_with_unsent_messages_is_aborted_and_the_next_one_commits() {
         .set("transactional.id", &scope.group_id)
         .set("linger.ms", "5000")
         .set("delivery.report.only.error", "true");
-    let producer: BaseProducer<QuietLog> = config.create_with_context(QuietLog::default()).unwrap();
+    let producer: ProducerClient<QuietLog> = config.create_with_context(QuietLog::default()).unwrap();
     let producer = TxnProducer::new(producer, &[&scope.read_topic]);
     let produce = |value| {
         let now = TimestampMs(rdkafka::util::current_time_millis());

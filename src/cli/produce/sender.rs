@@ -1,24 +1,21 @@
 //! Passes records to librdkafka as fast as it accepts them.
 
-use std::error::Error;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
-use rdkafka::ClientContext;
-use rdkafka::client::OAuthToken;
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{
-    BaseRecord, DeliveryResult, NoCustomPartitioner, Producer, ProducerContext, ThreadedProducer,
-};
+use rdkafka::error::RDKafkaErrorCode;
 
 use super::ProduceArgs;
 use crate::config::KafkaSettings;
+use crate::domain::record::TimestampMs;
 use crate::error::{CommandError, OrFailed};
 use crate::generator::Record;
+use crate::kafka::callbacks::{Callbacks, Listener};
 use crate::kafka::client::{REQUEST_TIMEOUT, make_client, partition_counts, producer_config};
-use crate::kafka::token;
+use crate::kafka::librdkafka::{NativeError, ProducerClient, TxnProducer};
+
+/// Index of the topic among the producer's topics.
+const TOPIC: usize = 0;
 
 /// Maximum number of records queued in the client: about a second at full speed.
 const QUEUE_RECORDS_MAX: &str = "200000";
@@ -33,38 +30,15 @@ const DELIVERY_LOOK: Duration = Duration::from_millis(1);
 /// Maximum number of attempts of a retriable call, each for at most [`REQUEST_TIMEOUT`].
 const TRIES_MAX: u32 = 4;
 
-/// Counts failed deliveries; successful ones are not reported individually.
+/// Logs an error once, which librdkafka repeats many times per second while it lasts.
 #[derive(Default)]
-struct Deliveries {
-    failed: AtomicU64,
-    first_error: OnceLock<KafkaError>,
-    /// librdkafka's code of the last logged error.
-    last_fault: AtomicI32,
-}
+struct LastFault(AtomicI32);
 
-impl ClientContext for Deliveries {
-    const ENABLE_REFRESH_OAUTH_TOKEN: bool = true;
-
-    fn generate_oauth_token(&self, property: Option<&str>) -> Result<OAuthToken, Box<dyn Error>> {
-        token::generate(property)
-    }
-
-    /// librdkafka repeats an error many times per second while it lasts; log it once.
-    fn error(&self, error: KafkaError, reason: &str) {
-        let code = error.rdkafka_error_code().map_or(0, |code| code as i32);
-        if self.last_fault.swap(code, Ordering::Relaxed) != code {
+impl Listener for LastFault {
+    fn error(&self, code: Option<RDKafkaErrorCode>, reason: &str) {
+        let code = code.map_or(0, |code| code as i32);
+        if self.0.swap(code, Ordering::Relaxed) != code {
             tracing::warn!("Kafka: {reason}");
-        }
-    }
-}
-
-impl ProducerContext<NoCustomPartitioner> for Deliveries {
-    type DeliveryOpaque = ();
-
-    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
-        if let Err((error, _)) = result {
-            self.failed.fetch_add(1, Ordering::Relaxed);
-            self.first_error.get_or_init(|| error.clone());
         }
     }
 }
@@ -79,7 +53,7 @@ fn linger_ms(args: &ProduceArgs) -> &'static str {
 
 /// A producer for one topic.
 pub(super) struct Sender {
-    producer: ThreadedProducer<Deliveries>,
+    producer: TxnProducer<Callbacks<LastFault>>,
     topic: String,
 }
 
@@ -99,9 +73,9 @@ impl Sender {
             // Unique per run, so that concurrent runs do not fence each other.
             config.set("transactional.id", format!("payment-writer-produce-{:032x}", rand::random::<u128>()));
         }
-        let producer: ThreadedProducer<Deliveries> =
-            make_client(&config, Deliveries::default()).or_failed_to("cannot make a Kafka client")?;
-        let topics = partition_counts(producer.client())
+        let native = make_client::<ProducerClient<_>, _>(&config, Callbacks(LastFault::default()))
+            .or_failed_to("cannot make a Kafka client")?;
+        let topics = partition_counts(native.client())
             .or_failed_to(format_args!("no answer from Kafka at {}", kafka.bootstrap_servers))?;
         let topic = kafka.input_topic.clone();
         if !topics.contains_key(&topic) {
@@ -110,46 +84,47 @@ impl Sender {
                  `payment-writer topics create` creates it"
             )));
         }
-        let sender = Self { producer, topic };
+        let sender = Self { producer: TxnProducer::new(native, &[&topic]), topic };
         if args.transaction_size.is_some() {
-            sender.retried("start transactions", || sender.producer.init_transactions(REQUEST_TIMEOUT))?;
+            sender.retried("start transactions", || sender.producer.init(REQUEST_TIMEOUT))?;
         }
         Ok(sender)
     }
 
     /// Begins a transaction.
     pub(super) fn begin(&self) -> Result<(), CommandError> {
-        self.retried("begin a transaction", || self.producer.begin_transaction())
+        self.retried("begin a transaction", || self.producer.begin())
     }
 
     /// Commits the open transaction after every record of it is delivered.
     pub(super) fn commit(&self) -> Result<(), CommandError> {
         self.deliver()?;
-        self.retried("commit a transaction", || self.producer.commit_transaction(REQUEST_TIMEOUT))
+        self.retried("commit a transaction", || self.producer.commit(REQUEST_TIMEOUT))
     }
 
     /// Aborts the open transaction after every record of it is delivered: undelivered records would be
     /// purged, and the log would contain no aborted records.
     pub(super) fn abort(&self) -> Result<(), CommandError> {
         self.deliver()?;
-        self.retried("abort a transaction", || self.producer.abort_transaction(REQUEST_TIMEOUT))
+        self.retried("abort a transaction", || self.producer.abort(REQUEST_TIMEOUT))
     }
 
     /// Waits until every record is delivered or has failed. Without per-record delivery reports, librdkafka's
     /// own waits have steps of 100 ms.
     fn deliver(&self) -> Result<(), CommandError> {
-        while self.producer.in_flight_count() > 0 {
-            std::thread::sleep(DELIVERY_LOOK);
+        let producer = self.producer.inner();
+        while producer.in_flight_count() > 0 {
+            producer.poll(DELIVERY_LOOK);
         }
         self.flush()
     }
 
     /// Retries a call whose error librdkafka marks as retriable.
-    fn retried(&self, doing: &str, call: impl Fn() -> Result<(), KafkaError>) -> Result<(), CommandError> {
+    fn retried(&self, doing: &str, call: impl Fn() -> Result<(), NativeError>) -> Result<(), CommandError> {
         let mut result = call();
         for _ in 1..TRIES_MAX {
             match &result {
-                Err(KafkaError::Transaction(error)) if error.is_retriable() => result = call(),
+                Err(error) if error.is_retriable => result = call(),
                 _ => break,
             }
         }
@@ -159,28 +134,20 @@ impl Sender {
     /// Passes a record to the client, and waits while the client's queue is full. False: `stop` was set
     /// meanwhile.
     pub(super) fn send(&self, record: &Record, stop: Option<&AtomicBool>) -> Result<bool, CommandError> {
-        let mut base: BaseRecord<'_, [u8], [u8], ()> =
-            BaseRecord::with_opaque_to(&self.topic, ()).timestamp(record.timestamp_ms);
-        (base.key, base.payload) = (record.key.as_deref(), record.value.as_deref());
-        if !record.headers.is_empty() {
-            let headers = OwnedHeaders::new_with_capacity(record.headers.len());
-            base = base.headers(record.headers.iter().fold(headers, |headers, (name, value)| {
-                headers.insert(Header { key: name, value: Some(value) })
-            }));
-        }
+        let headers = || record.headers.iter().map(|(name, value)| (name.as_bytes(), Some(value.as_slice())));
+        // Stands for the present time if the record has none.
+        let timestamp = TimestampMs(record.timestamp_ms);
         loop {
-            match self.producer.send(base) {
+            let (key, value) = (record.key.as_deref(), record.value.as_deref());
+            match self.producer.produce_at(TOPIC, timestamp, key, value, headers()) {
                 Ok(()) => return Ok(true),
-                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), same)) => {
+                Err(error) if error.code == RDKafkaErrorCode::QueueFull => {
                     if stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
                         return Ok(false);
                     }
-                    base = same;
-                    std::thread::sleep(QUEUE_FULL_PAUSE);
+                    self.producer.inner().poll(QUEUE_FULL_PAUSE);
                 }
-                Err((error, _)) => {
-                    return Err(error).or_failed_to(format_args!("cannot send to {}", self.topic));
-                }
+                Err(error) => return Err(error).or_failed_to(format_args!("cannot send to {}", self.topic)),
             }
         }
     }
@@ -188,24 +155,24 @@ impl Sender {
     /// Waits until every record is delivered or has failed, which happens after librdkafka's
     /// `message.timeout.ms`.
     pub(super) fn flush(&self) -> Result<(), CommandError> {
-        while self.producer.in_flight_count() > 0 {
-            match self.producer.flush(Duration::from_secs(1)) {
-                Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) => {}
-                flushed => flushed.or_failed_to(format_args!("cannot flush {}", self.topic))?,
-            }
+        while self.producer.inner().in_flight_count() > 0 {
+            self.producer.flush(Duration::from_secs(1));
         }
-        match self.producer.context().first_error.get() {
-            None => Ok(()),
-            Some(error) => Err(CommandError::failed(format!(
-                "{} records were not delivered to {}, or not acknowledged; the first error: {error}",
-                self.undelivered(),
-                self.topic
-            ))),
+        let undelivered = self.undelivered();
+        if undelivered == 0 {
+            return Ok(());
         }
+        let first = self.producer.inner().first_failure();
+        let first =
+            first.map_or_else(|| "a later one to the same partition was".to_owned(), |code| code.to_string());
+        Err(CommandError::failed(format!(
+            "{undelivered} records were not delivered to {}, or not acknowledged; the first error: {first}",
+            self.topic
+        )))
     }
 
-    /// Number of records that could not be delivered so far.
+    /// Number of records that could not be delivered so far, or that no broker confirmed.
     pub(super) fn undelivered(&self) -> u64 {
-        self.producer.context().failed.load(Ordering::Relaxed)
+        self.producer.inner().failed() + self.producer.inner().unconfirmed()
     }
 }

@@ -1,37 +1,40 @@
-//! Transactional produce without an allocation per message.
+//! Produce, with or without transactions, without an allocation per message.
 
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rdkafka::TopicPartitionList;
-use rdkafka::producer::{BaseProducer, Producer, ProducerContext};
+use rdkafka::client::{Client, ClientContext};
 use rdkafka_sys as sys;
 use sys::rd_kafka_vtype_t as kind;
 use sys::rd_kafka_vu_s__bindgen_ty_1 as Argument;
 
 use super::group_metadata::GroupMetadata;
-use super::{NativeError, c_string, millis};
+use super::{NativeError, ProducerClient, c_string, millis};
 use crate::domain::record::TimestampMs;
 
 /// How long the thread that polls reports during an abort waits in one poll.
 const REPORTS_SLICE: Duration = Duration::from_millis(5);
 
-/// A transactional producer that produces without an allocation per message.
-pub struct TxnProducer<C: ProducerContext + 'static> {
-    producer: BaseProducer<C>,
+/// A producer that produces without an allocation per message, and commits no transaction with a message that no broker
+/// confirmed.
+pub struct TxnProducer<C: ClientContext + 'static> {
+    producer: ProducerClient<C>,
+    /// [`ProducerClient::unconfirmed`] when the transaction began.
+    unconfirmed_before: AtomicU64,
     topics: Vec<*mut sys::rd_kafka_topic_t>,
 }
 
 // SAFETY: topic handles belong to the client, which is thread safe; they are released in `drop`.
-unsafe impl<C: ProducerContext> Send for TxnProducer<C> {}
+unsafe impl<C: ClientContext> Send for TxnProducer<C> {}
 // SAFETY: as above; all its calls may be made from any thread.
-unsafe impl<C: ProducerContext> Sync for TxnProducer<C> {}
+unsafe impl<C: ClientContext> Sync for TxnProducer<C> {}
 
-impl<C: ProducerContext + 'static> TxnProducer<C> {
+impl<C: ClientContext + 'static> TxnProducer<C> {
     /// Wraps a producer; [`produce_at`](Self::produce_at) refers to `topics` by index.
-    pub fn new(producer: BaseProducer<C>, topics: &[&str]) -> Self {
+    pub fn new(producer: ProducerClient<C>, topics: &[&str]) -> Self {
         let topics = topics
             .iter()
             .map(|name| {
@@ -42,12 +45,17 @@ impl<C: ProducerContext + 'static> TxnProducer<C> {
                 }
             })
             .collect();
-        Self { producer, topics }
+        Self { producer, unconfirmed_before: AtomicU64::new(0), topics }
     }
 
     /// The wrapped producer.
-    pub fn inner(&self) -> &BaseProducer<C> {
+    pub fn inner(&self) -> &ProducerClient<C> {
         &self.producer
+    }
+
+    /// The underlying client of rdkafka.
+    pub fn client(&self) -> &Client<C> {
+        self.producer.client()
     }
 
     fn native(&self) -> *mut sys::rd_kafka_t {
@@ -130,6 +138,7 @@ impl<C: ProducerContext + 'static> TxnProducer<C> {
 
     /// `begin_transaction`.
     pub fn begin(&self) -> Result<(), NativeError> {
+        self.unconfirmed_before.store(self.producer.unconfirmed(), Ordering::Relaxed);
         // SAFETY: the client is live.
         NativeError::check(unsafe { sys::rd_kafka_begin_transaction(self.native()) })
     }
@@ -149,6 +158,19 @@ impl<C: ProducerContext + 'static> TxnProducer<C> {
 
     /// `commit_transaction`; a retriable error means that the same call continues it.
     pub fn commit(&self, timeout: Duration) -> Result<(), NativeError> {
+        use sys::rd_kafka_resp_err_t::{RD_KAFKA_RESP_ERR__RETRY, RD_KAFKA_RESP_ERR__TIMED_OUT};
+        // `commit_transaction` would wait for what is in flight, too, and then commit at once.
+        if self.producer.in_flight_count() > 0 && !self.flush(timeout) {
+            let waits = NativeError::plain(RD_KAFKA_RESP_ERR__TIMED_OUT, "messages are still in flight");
+            return Err(NativeError { is_retriable: true, ..waits });
+        }
+        let unconfirmed = self.producer.unconfirmed() - self.unconfirmed_before.load(Ordering::Relaxed);
+        if unconfirmed > 0 {
+            let message =
+                format!("no broker confirmed {unconfirmed} messages that the client took for delivered");
+            let lost = NativeError::plain(RD_KAFKA_RESP_ERR__RETRY, &message);
+            return Err(NativeError { requires_abort: true, ..lost });
+        }
         // SAFETY: the client is live.
         NativeError::check(unsafe { sys::rd_kafka_commit_transaction(self.native(), millis(timeout)) })
     }
@@ -175,7 +197,7 @@ impl<C: ProducerContext + 'static> TxnProducer<C> {
     }
 }
 
-impl<C: ProducerContext> Drop for TxnProducer<C> {
+impl<C: ClientContext> Drop for TxnProducer<C> {
     fn drop(&mut self) {
         for topic in self.topics.drain(..).filter(|t| !t.is_null()) {
             // SAFETY: each handle is released once, before the client.

@@ -1,4 +1,4 @@
-//! A proxy in front of a broker that can drop one request, or its response.
+//! A proxy in front of a broker that can drop one request or its response, or refuse one.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -6,7 +6,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use bytes::{Buf, Bytes, BytesMut};
-use kafka_protocol::messages::{ApiKey, FindCoordinatorResponse, MetadataResponse, ResponseHeader};
+use kafka_protocol::messages::produce_request::{PartitionProduceData, TopicProduceData};
+use kafka_protocol::messages::produce_response::{PartitionProduceResponse, TopicProduceResponse};
+use kafka_protocol::messages::{
+    ApiKey, FindCoordinatorResponse, MetadataResponse, ProduceRequest, ProduceResponse, RequestHeader,
+    ResponseHeader,
+};
 use kafka_protocol::protocol::{Decodable, Encodable, StrBytes};
 
 /// What is dropped; the connection is closed, too.
@@ -16,6 +21,10 @@ pub enum Lost {
     Request,
     /// The broker processes the request, and the response is dropped.
     Answer,
+    /// The connection stays open, and the broker never receives this request to produce: the response is
+    /// NOT_LEADER_OR_FOLLOWER. It is sent once the next request has arrived, which the broker does receive. So it
+    /// is when a broker learns between the two that it leads the partition.
+    Refused,
 }
 
 type Trap = Arc<Mutex<Option<(ApiKey, Lost)>>>;
@@ -72,6 +81,13 @@ fn serve(mut client: TcpStream, mut broker: TcpStream, port: u16, trap: &Trap) -
         if lost == Some(Lost::Request) {
             return Ok(());
         }
+        if lost == Some(Lost::Refused) {
+            let next = read_frame(&mut client)?;
+            write_frame(&mut client, &refused(request)?)?;
+            write_frame(&mut broker, &next)?;
+            write_frame(&mut client, &read_frame(&mut broker)?)?;
+            continue;
+        }
         write_frame(&mut broker, &request)?;
         let answer = read_frame(&mut broker)?;
         if lost == Some(Lost::Answer) {
@@ -92,6 +108,35 @@ fn read_frame(from: &mut TcpStream) -> io::Result<Bytes> {
 fn write_frame(to: &mut TcpStream, frame: &[u8]) -> io::Result<()> {
     to.write_all(&(frame.len() as u32).to_be_bytes())?;
     to.write_all(frame)
+}
+
+/// The response to a request to produce that no partition takes.
+fn refused(mut request: Bytes) -> io::Result<Bytes> {
+    const NOT_LEADER_OR_FOLLOWER: i16 = 6;
+    let (version, mut out) = (request.slice(2..4).get_i16(), BytesMut::new());
+    let encoded = (|| {
+        let head = RequestHeader::decode(&mut request, ApiKey::Produce.request_header_version(version))?;
+        let request = ProduceRequest::decode(&mut request, version)?;
+        let topic = |topic: TopicProduceData| {
+            let partition = |data: &PartitionProduceData| {
+                PartitionProduceResponse::default()
+                    .with_index(data.index)
+                    .with_error_code(NOT_LEADER_OR_FOLLOWER)
+                    .with_base_offset(-1)
+            };
+            TopicProduceResponse::default()
+                .with_partition_responses(topic.partition_data.iter().map(partition).collect())
+                .with_name(topic.name)
+        };
+        let answer =
+            ProduceResponse::default().with_responses(request.topic_data.into_iter().map(topic).collect());
+        ResponseHeader::default()
+            .with_correlation_id(head.correlation_id)
+            .encode(&mut out, ApiKey::Produce.response_header_version(version))?;
+        answer.encode(&mut out, version)
+    })();
+    encoded.map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(out.freeze())
 }
 
 /// The response, with the broker's port replaced by the proxy's.
