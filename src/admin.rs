@@ -1,21 +1,29 @@
-//! The admin server: `/metrics`, `/livez`, `/readyz`, `/status`, `/log-level`.
+//! The admin server: `/metrics`, `/livez`, `/readyz`, `/status`, `/status/history`, `/log-level`.
+
+mod access;
+mod connections;
+mod history;
 
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, State};
-use axum::http::StatusCode;
-use axum::http::request::Parts;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
+use axum::{Json, Router, middleware};
 use metrics::gauge;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 
-use crate::domain::record::Partition;
+use self::access::FromHere;
+pub use self::access::{Access, read_token};
+use self::history::History;
+use crate::config::Settings;
+use crate::domain::record::{Partition, TimestampMs};
+use crate::error::{CommandError, OrFailed};
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{
     BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now, open_transaction, scraped,
@@ -34,6 +42,7 @@ struct Shared {
     /// Serializes scrapes.
     scraping: Arc<tokio::sync::Mutex<()>>,
     process: metrics_process::Collector,
+    history: Arc<History>,
     log: Arc<LogHandle>,
     version: &'static str,
 }
@@ -50,16 +59,28 @@ pub fn install_metrics(version: &'static str, group: &str) -> Result<PrometheusH
     Ok(handle)
 }
 
-/// Starts the admin server on `address`; it runs until the process ends.
+/// Starts the admin server, and the one for metrics if it has an address of its own; both run until the process
+/// ends. Returns the address of the admin server.
+///
+/// # Errors
+/// If an address cannot be used, or the token file has no token.
 pub async fn serve(
-    address: SocketAddr,
+    settings: &Settings,
     status: Arc<StatusRegistry>,
     metrics: PrometheusHandle,
     log: Arc<LogHandle>,
     version: &'static str,
-) -> std::io::Result<SocketAddr> {
-    let listener = TcpListener::bind(address).await?;
-    let bound = listener.local_addr()?;
+) -> Result<SocketAddr, CommandError> {
+    let Settings { admin: settings, lanes, .. } = settings;
+    let access = Access { token_file: settings.token_file.clone(), hosts: settings.hosts.clone() };
+    if let Some(file) = &access.token_file {
+        read_token(file).map_err(CommandError::usage)?;
+    }
+    let (listener, bound) = listen("admin.listen", settings.listen).await?;
+    let metrics_listener = match settings.metrics_listen {
+        Some(address) => Some(listen("admin.metrics_listen", address).await?.0),
+        None => None,
+    };
     let upkeep = metrics.clone();
     tokio::spawn(async move {
         // Histograms buffer samples until upkeep, even without scrapes.
@@ -69,34 +90,57 @@ pub async fn serve(
             upkeep.run_upkeep();
         }
     });
+    let history = Arc::new(History::default());
+    let (points, watched, lanes) = (Arc::clone(&history), Arc::clone(&status), *lanes);
+    tokio::spawn(async move { points.run(&watched, lanes).await });
     let process = metrics_process::Collector::default();
-    let router = router(Shared {
+    let shared = Shared {
         status,
         lagging: Arc::default(),
         metrics,
         scraping: Arc::default(),
         process,
+        history,
         log,
         version,
-    });
-    tokio::spawn(async move {
-        let service = router.into_make_service_with_connect_info::<SocketAddr>();
-        if let Err(error) = axum::serve(listener, service).await {
-            tracing::error!(%error, "the admin server ended");
-        }
-    });
+    };
+    if let Some(listener) = metrics_listener {
+        tokio::spawn(connections::serve(listener, metrics_router(shared.clone())));
+    }
+    tokio::spawn(connections::serve(listener, router(shared, access)));
     Ok(bound)
 }
 
-fn router(shared: Shared) -> Router {
+async fn listen(setting: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), CommandError> {
+    let bound = async {
+        let listener = TcpListener::bind(address).await?;
+        let bound = listener.local_addr()?;
+        Ok::<_, std::io::Error>((listener, bound))
+    };
+    bound.await.or_failed_to(format_args!("{setting}: cannot listen on {address}"))
+}
+
+fn router(shared: Shared, access: Access) -> Router {
+    routes_for_metrics()
+        .route("/status", get(status))
+        .route("/status/history", get(status_history))
+        .route("/log-level", get(log_level).put(set_log_level))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(middleware::from_fn_with_state(access, access::check))
+        .with_state(shared)
+}
+
+fn metrics_router(shared: Shared) -> Router {
+    routes_for_metrics()
+        .layer(middleware::from_fn_with_state(Access::default(), access::check))
+        .with_state(shared)
+}
+
+fn routes_for_metrics() -> Router<Shared> {
     Router::new()
         .route("/metrics", get(render_metrics))
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
-        .route("/status", get(status))
-        .route("/log-level", get(log_level).put(set_log_level))
-        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .with_state(shared)
 }
 
 async fn render_metrics(State(shared): State<Shared>) -> Response {
@@ -206,27 +250,18 @@ async fn status(State(shared): State<Shared>) -> Response {
     .into_response()
 }
 
-/// The port may be open to a scraper in the network; only callers on this machine may change the process. Other
-/// addresses of 127.0.0.0/8 may stand for the network: a service mesh's sidecar connects from 127.0.0.6.
-fn is_from_here(caller: SocketAddr) -> bool {
-    let ip = caller.ip().to_canonical();
-    ip == Ipv4Addr::LOCALHOST || ip == Ipv6Addr::LOCALHOST
-}
-
-/// Extractor that accepts only local callers; runs before the extractor that reads the body.
-struct FromHere;
-
-impl<S: Send + Sync> FromRequestParts<S> for FromHere {
-    type Rejection = (StatusCode, &'static str);
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Self::Rejection> {
-        match ConnectInfo::<SocketAddr>::from_request_parts(parts, state).await {
-            Ok(ConnectInfo(caller)) if is_from_here(caller) => Ok(Self),
-            _ => Err((
-                StatusCode::FORBIDDEN,
-                "the log level can be read and changed from 127.0.0.1 and ::1 only\n",
-            )),
-        }
+async fn status_history(State(shared): State<Shared>, uri: Uri) -> Response {
+    let after = match uri.query() {
+        None => Some(i64::MIN),
+        Some(query) => query.strip_prefix("after=").and_then(|after| after.parse().ok()),
+    };
+    match after {
+        Some(after) => Json(json!({
+            "interval_seconds": history::INTERVAL.as_secs(),
+            "points": shared.history.after(TimestampMs(after)),
+        }))
+        .into_response(),
+        None => (StatusCode::BAD_REQUEST, "the only parameter is after=milliseconds\n").into_response(),
     }
 }
 
@@ -248,22 +283,6 @@ mod tests {
     use std::time::Duration;
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     use tokio::net::TcpStream;
-
-    #[test]
-    fn only_the_machine_itself_may_ask_for_the_logs_level() {
-        for (caller, expected) in [
-            ("127.0.0.1:5", true),
-            ("127.0.0.6:5", false),
-            ("[::ffff:127.0.0.6]:5", false),
-            ("[::1]:5", true),
-            ("[::ffff:127.0.0.1]:5", true),
-            ("10.0.0.1:5", false),
-            ("[::ffff:10.0.0.1]:5", false),
-            ("[fe80::1]:5", false),
-        ] {
-            assert_eq!(is_from_here(caller.parse().unwrap()), expected, "{caller}");
-        }
-    }
 
     /// Returns the first line of the answer.
     async fn ask(address: SocketAddr, head: &str, body: &str) -> String {
@@ -288,12 +307,13 @@ mod tests {
                 metrics: PrometheusBuilder::new().build_recorder().handle(),
                 scraping: Arc::default(),
                 process: metrics_process::Collector::default(),
+                history: Arc::default(),
                 log: Arc::new(log),
                 version: "1",
             };
             let log = Arc::clone(&shared.log);
             let caller: SocketAddr = caller.parse().unwrap();
-            let router = router(shared).layer(MockConnectInfo(caller));
+            let router = router(shared, Access::default()).layer(MockConnectInfo(caller));
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let server = tokio::spawn(async move { axum::serve(listener, router).await });

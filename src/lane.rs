@@ -160,6 +160,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     ) -> Self {
         let builder = BatchBuilder::new(&settings);
         let index = settings.index;
+        let metrics = LaneMetrics::new(index, Arc::clone(status.work()));
         Self {
             settings,
             kafka,
@@ -182,7 +183,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             copied_at: Instant::now(),
             compared_at: Instant::now(),
             status,
-            metrics: LaneMetrics::new(index),
+            metrics,
         }
     }
 

@@ -4,3 +4,4 @@ pub mod logging;
 pub mod metrics;
 pub mod status;
 pub mod trace;
+pub mod work;

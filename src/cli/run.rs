@@ -63,10 +63,7 @@ pub async fn run(
     let tracer = BatchTracer::from_settings(&settings, version)
         .map_err(|error| CommandError::usage(error.to_string()))?;
     let status = Arc::new(StatusRegistry::default());
-    let listen = settings.admin.listen;
-    let address = admin::serve(listen, Arc::clone(&status), metrics, Arc::clone(&log), version)
-        .await
-        .or_failed_to(format_args!("admin.listen: cannot listen on {listen}"))?;
+    let address = admin::serve(&settings, Arc::clone(&status), metrics, Arc::clone(&log), version).await?;
     tracing::info!(%address, "the admin server listens");
 
     let (stop, stopped) = watch::channel(false);

@@ -7,12 +7,13 @@ use std::time::Duration;
 use clap::Args;
 
 use super::output;
+use crate::admin::read_token;
 use crate::config::Settings;
 use crate::error::{CommandError, OrFailed};
 use crate::top::{self, Page, Source};
 
 const AFTER_HELP: &str = "\
-Reads only the admin ports and changes nothing. Each partition is one symbol: a dot is caught up, a bar grows
+Reads only the admin ports and changes nothing; sends the token of admin.token_file to each. Each partition is one symbol: a dot is caught up, a bar grows
 by one step per power of ten of lag in records, X is halted, ? is unknown. Database and Kafka time overlap, so
 the shares may add up to more than 100 %. Quit with q, Esc or Ctrl-C.
 
@@ -61,7 +62,9 @@ fn own_url(listen: SocketAddr) -> String {
 /// Shows one page, or refreshes it until the user quits.
 pub fn top(settings: &Settings, args: &TopArgs) -> Result<(), CommandError> {
     let urls = if args.urls.is_empty() { vec![own_url(settings.admin.listen)] } else { args.urls.clone() };
-    let sources: Vec<Source> = urls.iter().map(|url| Source::new(url)).collect();
+    let token =
+        settings.admin.token_file.as_deref().map(read_token).transpose().map_err(CommandError::usage)?;
+    let sources: Vec<Source> = urls.iter().map(|url| Source::new(url, token.clone())).collect();
     let first: Vec<_> = sources.iter().map(Source::fetch).collect();
     if let Some(Err(error)) = first.iter().find(|_| first.iter().all(Result::is_err)) {
         return Err(CommandError::failed(error.to_string()));

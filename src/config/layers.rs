@@ -279,7 +279,7 @@ mod tests {
             ("postgres.uri", "postgres.url"),
             ("log.fromat", "log.format"),
             ("idempotency.windows", "idempotency.window"),
-            ("admin.port", "admin.listen"),
+            ("admin.listn", "admin.listen"),
         ] {
             assert_eq!(Layers::defaults().nearest(written), meant, "{written}");
         }

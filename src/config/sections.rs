@@ -1,6 +1,7 @@
 //! Typed settings and their rules.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::de::IgnoredAny;
@@ -171,6 +172,15 @@ pub struct AdminSettings {
     /// Address of the admin server.
     #[serde(deserialize_with = "socket_address")]
     pub listen: SocketAddr,
+    /// Another address for metrics and probes alone, which needs no token; `None`: only the admin server.
+    #[serde(deserialize_with = "metrics_address")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// File with the token that callers must have; `None`: everybody may ask.
+    #[serde(deserialize_with = "file")]
+    pub token_file: Option<PathBuf>,
+    /// Names of this host that callers may use, in lower case.
+    #[serde(deserialize_with = "hosts")]
+    pub hosts: Vec<String>,
 }
 
 /// `[shutdown]`
@@ -408,6 +418,32 @@ fn months<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::
 fn socket_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
     let rule = "must be an IP address and a port, like 127.0.0.1:9464 or [::]:9464";
     values::text(deserializer, rule, |text| text.trim().parse().ok())
+}
+
+fn metrics_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let rule = "must be an IP address and a port, like 127.0.0.1:9465, or empty";
+    values::text(deserializer, rule, |text| match text.trim() {
+        "" => Some(None),
+        text => text.parse().ok().map(Some),
+    })
+}
+
+fn file<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    values::text(deserializer, "must be the path of a file, or empty", |text| {
+        Some(Some(PathBuf::from(text)).filter(|_| !text.is_empty()))
+    })
+}
+
+fn hosts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let rule = "must be an array of up to 64 different names of hosts, without ports (in the environment: in \
+                JSON, or only one name)";
+    values::checked(deserializer, rule, |hosts: Vec<String>| {
+        let hosts: Vec<String> = hosts.iter().map(|host| host.trim().to_ascii_lowercase()).collect();
+        let are_allowed = hosts.iter().all(|host| values::is_word(host, "._-", 253))
+            && hosts.len() <= 64
+            && values::are_different(&hosts);
+        are_allowed.then_some(hosts)
+    })
 }
 
 fn timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {

@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{IDLE_TICK, Lane, PENDING_MAX, Producer};
 use crate::ports::{KafkaPort, LaneEvent, Store};
-use crate::telemetry::metrics::LanePhase;
+use crate::telemetry::work::LanePhase;
 
 impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// Fetches until a batch can be closed, an event arrives, a batch can be published, or nothing came for a

@@ -29,8 +29,9 @@ use crate::domain::outcome::FailureClass;
 use crate::domain::publication::{Committed, OffsetCommit, OutputCounts, Publication, REPLAYS_HEADER};
 use crate::domain::record::{NextOffset, Partition};
 use crate::ports::{CursorMove, KafkaPort, PublishError, PublishTimes, Store, StoreError, WriteStats};
-use crate::telemetry::metrics::{LaneMetrics, LanePhase};
+use crate::telemetry::metrics::LaneMetrics;
 use crate::telemetry::trace::BatchTrace;
+use crate::telemetry::work::LanePhase;
 
 /// After a publication no longer than this, batches that were made smaller may grow again.
 const SHORT_PUBLICATION: Duration = Duration::from_secs(3);

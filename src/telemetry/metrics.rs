@@ -5,13 +5,14 @@ mod lane;
 mod memory;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::{Counter, Histogram, Unit, counter, gauge, histogram, with_recorder};
 use strum::VariantArray;
 
 pub use self::audit::{AuditMetrics, AuditResult};
-pub use self::lane::{LaneMetrics, LanePhase};
+pub use self::lane::LaneMetrics;
 use crate::domain::batch::OutcomeCounts;
 use crate::domain::outcome::{FailureClass, SQLSTATE_CLASSES};
 use crate::domain::publication::OutputTopic;
@@ -139,7 +140,7 @@ pub fn breaker_at_start(dependency: &'static str, is_open: bool) {
 
 /// Resets the gauges of lanes when no lane has a partition any more.
 pub fn lanes_left(lanes: usize) {
-    (0..lanes).map(LaneMetrics::new).for_each(drop);
+    (0..lanes).for_each(|lane| drop(LaneMetrics::new(lane, Arc::default())));
 }
 
 /// Sets the number of partitions of the input topic.

@@ -4,12 +4,13 @@ pub mod fetch_starts;
 mod partition;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::fetch_starts::{FetchStart, FetchStarts};
 use self::partition::IN_HAND_MAX;
 pub use self::partition::{OpenTransaction, PartitionStatus, Phase};
+use super::work::Work;
 use crate::domain::batch::OutcomeCounts;
 use crate::domain::cursor::{HaltReason, Known};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
@@ -90,11 +91,19 @@ const REFUSAL_LASTS: Duration = Duration::from_secs(35);
 
 /// State shared by the lanes, which update it once per batch, and the admin server, which reads it.
 #[derive(Default)]
-pub struct StatusRegistry(Mutex<State>);
+pub struct StatusRegistry {
+    state: Mutex<State>,
+    work: Arc<Work>,
+}
 
 impl StatusRegistry {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the lanes did.
+    pub fn work(&self) -> &Arc<Work> {
+        &self.work
     }
 
     /// Enables recording of fetch starts; the caller must take them regularly.

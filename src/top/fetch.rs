@@ -26,6 +26,7 @@ pub struct Source {
     /// `http://host:port` for display, without user and password.
     pub url: String,
     address: String,
+    token: Option<String>,
     agent: ureq::Agent,
 }
 
@@ -81,13 +82,14 @@ pub struct Instance {
 }
 
 impl Source {
-    /// Creates a client for `url`, such as `http://127.0.0.1:9464`; `http://` is optional.
-    pub fn new(url: &str) -> Self {
+    /// Creates a client for `url`, such as `http://127.0.0.1:9464`; `http://` is optional. The token is that of
+    /// `admin.token_file`.
+    pub fn new(url: &str, token: Option<String>) -> Self {
         let address = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
         let address = address.trim_end_matches('/').to_owned();
         let agent =
             ureq::Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().new_agent();
-        Self { url: without_user(&address), address, agent }
+        Self { url: without_user(&address), address, token, agent }
     }
 
     /// Requests metrics and status.
@@ -105,7 +107,11 @@ impl Source {
         let text = |mut answer: ureq::http::Response<ureq::Body>| {
             answer.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_string()
         };
-        let answer = self.agent.get(format!("{}{path}", self.address)).call();
+        let mut request = self.agent.get(format!("{}{path}", self.address));
+        if let Some(token) = &self.token {
+            request = request.header("Authorization", format!("Bearer {token}"));
+        }
+        let answer = request.call();
         answer.and_then(text).map_err(|error| self.failed(&format!("{path}: {error}")))
     }
 
@@ -135,9 +141,9 @@ mod tests {
             ("https://a@b@host/x@y", "https://host/x@y"),
             ("127.0.0.1:9464", "http://127.0.0.1:9464"),
         ] {
-            assert_eq!(Source::new(given).url, shown);
+            assert_eq!(Source::new(given, None).url, shown);
         }
-        let failed = Source::new("http://me:pass@127.0.0.1:1").fetch().unwrap_err().to_string();
+        let failed = Source::new("http://me:pass@127.0.0.1:1", None).fetch().unwrap_err().to_string();
         assert!(!failed.contains("pass@"), "{failed}");
     }
 }

@@ -293,7 +293,7 @@ mod tests {
         let begin = Instant::now();
         let before = Instance::of(begin, &metrics(1_000, 10), STATUS);
         let now = Ok(Instance::of(begin + Duration::from_secs(2), &metrics(41_000, 13), STATUS));
-        let gone = Source::new("127.0.0.1:1").fetch();
+        let gone = Source::new("127.0.0.1:1", None).fetch();
         let rows = [("http://one:1", Some(&before), &now), ("http://two:2", None, &gone)];
         Page::of(rows.into_iter())
     }

@@ -3,6 +3,7 @@
 // The tests use their own clients, besides those of the program.
 #![allow(clippy::disallowed_methods)]
 
+mod admin;
 mod audit;
 mod check_messages;
 mod commands;

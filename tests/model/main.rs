@@ -54,6 +54,9 @@ enum Kind {
     Mixed,
 }
 
+/// After this many failed histories the rest is not run.
+const BROKEN_MAX: usize = 20;
+
 fn in_world<F: Future>(work: F) -> F::Output {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
@@ -184,6 +187,10 @@ fn whatever_happens_each_record_has_one_outcome_once() {
         totals.settled += stats.settled;
         if let Some(breach) = stats.breach {
             broken.push((seed, breach));
+            // A history that does not come to rest takes far longer than others, and more of them show no more.
+            if broken.len() == BROKEN_MAX {
+                break;
+            }
         }
     }
     println!("{totals:?}");

@@ -62,6 +62,18 @@ impl OutcomeCounts {
     }
 }
 
+impl OutcomeCounts {
+    /// What was counted after `before`.
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            written: self.written - before.written,
+            redelivered: self.redelivered - before.redelivered,
+            duplicates: self.duplicates - before.duplicates,
+            dead_letters: self.dead_letters - before.dead_letters,
+        }
+    }
+}
+
 impl AddAssign for OutcomeCounts {
     fn add_assign(&mut self, more: Self) {
         self.written += more.written;

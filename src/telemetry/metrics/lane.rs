@@ -1,5 +1,6 @@
 //! Metrics of a lane.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
@@ -10,24 +11,7 @@ use crate::domain::outcome::{FailureClass, sqlstate_label};
 use crate::domain::publication::{OutputCounts, OutputTopic};
 use crate::domain::wire::Reason;
 use crate::ports::WriteStats;
-
-/// Phases of a lane's work.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, strum::IntoStaticStr)]
-#[strum(serialize_all = "snake_case")]
-pub enum LanePhase {
-    /// Waiting for records, or for a batch to fill.
-    Waiting,
-    /// Parsing and encoding.
-    Assembling,
-    /// The Postgres transaction.
-    Database,
-    /// The Kafka transaction.
-    Kafka,
-}
-
-impl LanePhase {
-    const ALL: [Self; 4] = [Self::Waiting, Self::Assembling, Self::Database, Self::Kafka];
-}
+use crate::telemetry::work::{LanePhase, Work};
 
 /// Metric handles of a lane.
 pub struct LaneMetrics {
@@ -43,6 +27,7 @@ pub struct LaneMetrics {
     probed: Counter,
     spared: Counter,
     end_to_end: Histogram,
+    work: Arc<Work>,
     assigned: Gauge,
     halted: Gauge,
     /// Fetch gaps: the client skipped records.
@@ -63,7 +48,7 @@ pub struct LaneMetrics {
 
 impl LaneMetrics {
     /// Creates the handles of lane `index`, which has no partitions yet.
-    pub fn new(index: usize) -> Self {
+    pub fn new(index: usize, work: Arc<Work>) -> Self {
         let lane = index.to_string();
         let step = |step: &'static str| histogram!("payment_writer_database_step_seconds", "step" => step);
         let older = |probe: &'static str| counter!("payment_writer_claims_older_total", "probe" => probe);
@@ -84,6 +69,7 @@ impl LaneMetrics {
             probed: older("probed"),
             spared: older("spared"),
             end_to_end: histogram!("payment_writer_end_to_end_seconds"),
+            work,
             assigned: gauge_of("payment_writer_partitions_assigned"),
             halted: gauge_of("payment_writer_partitions_halted"),
             fetch_gaps: counter_of("payment_writer_fetch_gaps_total"),
@@ -138,6 +124,7 @@ impl LaneMetrics {
 
     /// Records the time spent in a phase.
     pub fn phase(&self, phase: LanePhase, took: Duration) {
+        self.work.phase(phase, took);
         if let Some(histogram) = self.phases.get(phase as usize) {
             histogram.record(took.as_secs_f64());
         }
@@ -185,6 +172,7 @@ impl LaneMetrics {
         for at in batch.sample_timestamps(SAMPLES) {
             let seconds = (now.0 - at.0).max(0) as f64 / 1_000.0;
             self.end_to_end.record_many(seconds, weight);
+            self.work.latency(seconds, weight as u64);
         }
     }
 }

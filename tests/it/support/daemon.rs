@@ -33,6 +33,8 @@ impl Finished {
 #[derive(Debug)]
 pub struct Reply {
     pub status: u16,
+    /// Status line and headers, in lower case.
+    pub head: String,
     pub body: String,
 }
 
@@ -102,6 +104,22 @@ impl Scope<'_> {
 fn tested_program() -> PathBuf {
     let other = std::env::var_os(TESTED_PROGRAM).map(PathBuf::from);
     other.unwrap_or_else(|| env!("CARGO_BIN_EXE_payment-writer").into())
+}
+
+/// Sends a request with these header lines to an admin port; `None` while it does not answer.
+pub fn ask(admin: SocketAddr, method: &str, path: &str, headers: &[&str], body: &str) -> Option<Reply> {
+    let mut stream = TcpStream::connect_timeout(&admin, Duration::from_secs(1)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+    // HTTP/1.0: the response is not chunked and ends with the connection.
+    let length = format!("Content-Length: {}", body.len());
+    let headers = [headers, &[length.as_str()]].concat().join("\r\n");
+    stream.write_all(format!("{method} {path} HTTP/1.0\r\n{headers}\r\n\r\n{body}").as_bytes()).ok()?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).ok()?;
+    let answer = String::from_utf8_lossy(&answer);
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    Some(Reply { status, head: head.to_ascii_lowercase(), body: body.to_owned() })
 }
 
 /// A running daemon. Dropping it kills it, and prints its log if the test is failing.
@@ -174,18 +192,7 @@ impl Daemon {
     }
 
     fn ask(&self, method: &str, path: &str, body: &str) -> Option<Reply> {
-        let mut stream = TcpStream::connect_timeout(&self.admin, Duration::from_secs(1)).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
-        // HTTP/1.0: the response is not chunked and ends with the connection.
-        let head =
-            format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len());
-        stream.write_all(format!("{head}{body}").as_bytes()).ok()?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).ok()?;
-        let answer = String::from_utf8_lossy(&answer);
-        let (head, body) = answer.split_once("\r\n\r\n")?;
-        let status = head.split(' ').nth(1)?.parse().ok()?;
-        Some(Reply { status, body: body.to_owned() })
+        ask(self.admin, method, path, &["Host: localhost"], body)
     }
 
     #[track_caller]

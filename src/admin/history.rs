@@ -1,0 +1,235 @@
+//! The last 15 minutes, a point a second, for whoever looks after the event. Of fixed size.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+use crate::domain::batch::OutcomeCounts;
+use crate::domain::record::TimestampMs;
+use crate::telemetry::metrics::now;
+use crate::telemetry::status::StatusRegistry;
+use crate::telemetry::work::{LanePhase, WorkSums};
+
+/// Distance of two points.
+pub(super) const INTERVAL: Duration = Duration::from_secs(1);
+const POINTS_MAX: usize = 900;
+
+/// The points, the oldest first.
+#[derive(Default)]
+pub(super) struct History(Mutex<VecDeque<Point>>);
+
+/// One second.
+#[derive(Clone, Copy, PartialEq, Debug)]
+struct Point {
+    at: TimestampMs,
+    /// Records by outcome.
+    outcomes: OutcomeCounts,
+    /// Seconds from a record's timestamp to the commit of its events; `None` without records.
+    latency: Option<[f32; 2]>,
+    lag_records: u32,
+    /// Age of the oldest record that is not written and published.
+    oldest_seconds: f32,
+    is_ready: bool,
+    /// Cores used.
+    cpu: f32,
+    resident_bytes: u64,
+    /// Share of the lanes' time by phase; those of database and Kafka overlap.
+    phases: [f32; LanePhase::ALL.len()],
+}
+
+/// Points as columns, the oldest first.
+#[derive(Clone, PartialEq, Debug, Default, Serialize)]
+pub(super) struct Columns {
+    /// End of the second, in milliseconds since 1970.
+    at_ms: Vec<i64>,
+    /// Records written.
+    written: Vec<u64>,
+    /// Records that repeat a written one.
+    duplicates: Vec<u64>,
+    /// Records sent to the dead letters.
+    dead_letters: Vec<u64>,
+    /// Records that were written before, and were read again.
+    redelivered: Vec<u64>,
+    /// Median in seconds, to a fifth; null without records.
+    latency_p50_seconds: Vec<Option<f32>>,
+    /// 99th percentile in seconds, to a fifth; null without records.
+    latency_p99_seconds: Vec<Option<f32>>,
+    /// Records not yet written and published.
+    lag_records: Vec<u32>,
+    /// Age of the oldest of them.
+    oldest_pending_seconds: Vec<f32>,
+    /// As `/readyz`.
+    ready: Vec<bool>,
+    /// Cores used.
+    cpu_cores: Vec<f32>,
+    /// Resident memory.
+    resident_bytes: Vec<u64>,
+    /// Share of the lanes' time, by phase.
+    waiting: Vec<f32>,
+    assembling: Vec<f32>,
+    database: Vec<f32>,
+    kafka: Vec<f32>,
+}
+
+/// Totals at one time.
+struct Totals {
+    at: Instant,
+    outcomes: OutcomeCounts,
+    work: WorkSums,
+    cpu: Duration,
+}
+
+impl Totals {
+    fn now(status: &StatusRegistry) -> Self {
+        Self {
+            at: Instant::now(),
+            outcomes: status.totals(),
+            work: status.work().sums(),
+            cpu: Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default(),
+        }
+    }
+}
+
+impl History {
+    /// Adds a point each second, until the process ends. `lanes` is their number.
+    pub(super) async fn run(&self, status: &StatusRegistry, lanes: usize) {
+        let mut tick = tokio::time::interval(INTERVAL);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut before = Totals::now(status);
+        loop {
+            tick.tick().await;
+            // The first tick is at once.
+            if before.at.elapsed() >= INTERVAL / 2 {
+                let after = Totals::now(status);
+                self.push(point(&before, &after, status, lanes, now()));
+                before = after;
+            }
+        }
+    }
+
+    /// The points after this time.
+    pub(super) fn after(&self, after: TimestampMs) -> Columns {
+        let points = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut columns = Columns::default();
+        for point in points.iter().filter(|point| point.at > after) {
+            columns.push(point);
+        }
+        columns
+    }
+
+    fn push(&self, point: Point) {
+        let mut points = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if points.len() >= POINTS_MAX {
+            points.pop_front();
+        }
+        points.push_back(point);
+    }
+}
+
+fn point(before: &Totals, after: &Totals, status: &StatusRegistry, lanes: usize, now: TimestampMs) -> Point {
+    let seconds = (after.at - before.at).as_secs_f64();
+    let lane_seconds = seconds * lanes.max(1) as f64;
+    Point {
+        at: now,
+        outcomes: after.outcomes.since(&before.outcomes),
+        latency: after.work.latency_since(&before.work),
+        lag_records: u32::try_from(status.lag()).unwrap_or(u32::MAX),
+        oldest_seconds: status.oldest_pending_ms(now) as f32 / 1_000.0,
+        is_ready: status.missing().is_empty(),
+        cpu: (after.cpu.saturating_sub(before.cpu).as_secs_f64() / seconds) as f32,
+        resident_bytes: resident_bytes(),
+        phases: after.work.phases_since(&before.work).map(|spent| (spent / lane_seconds) as f32),
+    }
+}
+
+/// The second field of `/proc/self/statm`, in pages.
+fn resident_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = text.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or_default();
+    pages * rustix::param::page_size() as u64
+}
+
+impl Columns {
+    fn push(&mut self, point: &Point) {
+        let Point {
+            at,
+            outcomes,
+            latency,
+            lag_records,
+            oldest_seconds,
+            is_ready,
+            cpu,
+            resident_bytes,
+            phases,
+        } = *point;
+        self.at_ms.push(at.0);
+        self.written.push(outcomes.written);
+        self.duplicates.push(outcomes.duplicates);
+        self.dead_letters.push(outcomes.dead_letters);
+        self.redelivered.push(outcomes.redelivered);
+        self.latency_p50_seconds.push(latency.map(|[p50, _]| p50));
+        self.latency_p99_seconds.push(latency.map(|[_, p99]| p99));
+        self.lag_records.push(lag_records);
+        self.oldest_pending_seconds.push(oldest_seconds);
+        self.ready.push(is_ready);
+        self.cpu_cores.push(cpu);
+        self.resident_bytes.push(resident_bytes);
+        let [waiting, assembling, database, kafka] = phases;
+        self.waiting.push(waiting);
+        self.assembling.push(assembling);
+        self.database.push(database);
+        self.kafka.push(kafka);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken_at(at: Instant, status: &StatusRegistry, outcomes: OutcomeCounts) -> Totals {
+        Totals { at, outcomes, ..Totals::now(status) }
+    }
+
+    #[test]
+    fn a_point_is_the_difference_of_a_second() {
+        // GIVEN a second in which 100 records took about 20 ms, one took 3 s, and two lanes wrote half of the time
+        let (status, began) = (StatusRegistry::default(), Instant::now());
+        status.work().latency(9.0, 1);
+        let before = taken_at(began, &status, OutcomeCounts { written: 7, ..OutcomeCounts::default() });
+        status.work().latency(0.02, 100);
+        status.work().latency(3.0, 1);
+        status.work().phase(LanePhase::Database, Duration::from_secs(1));
+        let outcomes = OutcomeCounts { written: 107, dead_letters: 1, ..OutcomeCounts::default() };
+        let after = taken_at(began + INTERVAL, &status, outcomes);
+
+        // WHEN its point is made
+        let point = point(&before, &after, &status, 2, TimestampMs(1_000));
+
+        // THEN it has what came in that second, and nothing of before
+        assert_eq!((point.outcomes.written, point.outcomes.dead_letters), (100, 1));
+        let [p50, p99] = point.latency.unwrap();
+        assert!((0.016..0.024).contains(&p50) && (0.016..0.024).contains(&p99), "{p50} {p99}");
+        assert_eq!(point.phases, [0.0, 0.0, 0.5, 0.0]);
+        assert!(!point.is_ready && point.resident_bytes > 1 << 20);
+    }
+
+    #[test]
+    fn fifteen_minutes_are_kept_and_asked_for_from_a_time_on() {
+        let (history, status, began) = (History::default(), StatusRegistry::default(), Instant::now());
+        let [before, after] =
+            [began, began + INTERVAL].map(|at| taken_at(at, &status, OutcomeCounts::default()));
+        for second in 0..1_000 {
+            history.push(point(&before, &after, &status, 1, TimestampMs(second * 1_000)));
+        }
+        let all = history.after(TimestampMs(-1));
+        assert_eq!((all.at_ms.len(), all.at_ms[0], all.at_ms[899]), (POINTS_MAX, 100_000, 999_000));
+        assert_eq!(all.latency_p50_seconds, [None; POINTS_MAX]);
+        assert_eq!(history.after(TimestampMs(997_000)).at_ms, [998_000, 999_000]);
+        // What docs/reference/http.md promises.
+        assert!(size_of::<Point>() <= 96, "{}", size_of::<Point>());
+    }
+}
