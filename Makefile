@@ -35,6 +35,10 @@ bench-latency: ## measure the time from a record to its read event at steady rat
 bench-size: ## measure bytes a payment in each table, index and topic, and in the WAL: COUNT=1000000 JSON=FILE
 	@dev/bench size $(call options,count json)
 
+.PHONY: soak
+soak: ## run for hours under load, bursts, rebalances and housekeeping; compare memory, files, dead rows and latency early and late: MINUTES=120 RATE=1000 BURST=50000 REPORT=FILE JSON=FILE
+	@dev/bench soak $(call options,minutes rate burst report json)
+
 .PHONY: bench-idempotency
 bench-idempotency: ## measure the cost of a claim as the idempotency table grows to 100 million ids; half an hour
 	@dev/bench-idempotency

@@ -56,6 +56,9 @@ struct Arguments {
     /// The value of `idempotency.window`, in hours
     #[arg(long, default_value_t = 7 * 24)]
     window_hours: i64,
+    /// Housekeeping may have dropped message ids: they need not be in the idempotency table
+    #[arg(long)]
+    pruned: bool,
     /// Print no samples
     #[arg(long)]
     quiet: bool,
@@ -191,8 +194,9 @@ async fn audit(arguments: &Arguments) -> Result<usize> {
         max_bytes: arguments.max_bytes,
         window_hours: arguments.window_hours,
     };
+    let exceptions = Exceptions { is_pruned: arguments.pruned, ..Exceptions::default() };
     let (kafka, input_topic) = (&arguments.kafka, &arguments.input_topic);
-    let mut checker = Checker::new(input_topic, rules, Exceptions::default());
+    let mut checker = Checker::new(input_topic, rules, exceptions);
     let ends = read_topic(kafka, input_topic, |message| checker.add_input(message))?;
     checker.read_topic_id(&postgres, input_topic).await?;
     checker.check_cursors(&postgres, input_topic, &ends, None).await?;

@@ -89,6 +89,14 @@ impl Metrics {
         self.0.get(name).copied().unwrap_or_default()
     }
 
+    /// The sum over all labels.
+    pub fn sum(&self, name: &str) -> f64 {
+        let is_of_name = |key: &&String| {
+            key.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('{'))
+        };
+        self.0.iter().filter(|(key, _)| is_of_name(key)).map(|(_, value)| value).sum()
+    }
+
     /// The increase since `before`.
     pub fn since(&self, before: &Self) -> Self {
         Self(self.0.iter().map(|(name, value)| (name.clone(), value - before.get(name))).collect())
@@ -167,6 +175,11 @@ impl Daemon {
         self.process.check_alive()
     }
 
+    /// Its whole log.
+    pub fn said(&self) -> String {
+        self.process.said()
+    }
+
     /// Adds the last lines of its log to an error.
     pub fn complain(&self, message: &str) -> String {
         self.process.complain(message)
@@ -214,5 +227,7 @@ mod tests {
         assert_eq!(since.get("b_sum{phase=\"kafka\"}"), 1.25);
         assert_eq!(since.get("new"), 3.0);
         assert_eq!(since.get("absent"), 0.0);
+        let labelled = Metrics::parse("a{x=\"1\"} 2\na{x=\"2\"} 3\nab 7\n");
+        assert_eq!((labelled.sum("a"), labelled.sum("ab"), labelled.sum("b")), (5.0, 7.0, 0.0));
     }
 }

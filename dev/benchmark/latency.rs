@@ -92,17 +92,17 @@ fn now_ms() -> i64 {
 
 /// State shared between the probe's thread and the others.
 #[derive(Default)]
-struct Probe {
+pub struct Probe {
     /// Events of records from this time on count.
     since: AtomicI64,
     seen: AtomicU64,
-    is_over: AtomicBool,
+    pub is_over: AtomicBool,
     odd: AtomicU64,
     histogram: Mutex<Option<Histogram>>,
 }
 
 impl Probe {
-    fn take(&self, event: &[u8]) {
+    pub fn take(&self, event: &[u8]) {
         let Some(created) = created_at(event) else {
             self.odd.fetch_add(1, Ordering::Relaxed);
             return;
@@ -118,11 +118,17 @@ impl Probe {
     }
 
     /// Resets the counts; only records sent from now on are measured.
-    fn begin(&self) {
+    pub fn begin(&self) {
         let mut histogram = self.histogram.lock().unwrap_or_else(PoisonError::into_inner);
         *histogram = Some(Histogram::new());
         self.since.store(now_ms(), Ordering::Release);
         self.seen.store(0, Ordering::Release);
+    }
+
+    /// What was counted since the last call; counting goes on.
+    pub fn taken(&self) -> Histogram {
+        let mut histogram = self.histogram.lock().unwrap_or_else(PoisonError::into_inner);
+        histogram.replace(Histogram::new()).unwrap_or_else(Histogram::new)
     }
 
     fn finish(&self) -> Histogram {
@@ -132,7 +138,7 @@ impl Probe {
 }
 
 /// A consumer of the events with settings for low latency.
-fn probe_config(brokers: &str) -> ClientConfig {
+pub fn probe_config(brokers: &str) -> ClientConfig {
     let mut config = ClientConfig::new();
     config
         .set("bootstrap.servers", brokers)

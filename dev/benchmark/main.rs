@@ -13,6 +13,7 @@ mod reader;
 mod report;
 mod site;
 mod size;
+mod soak;
 mod stats;
 mod throughput;
 
@@ -39,6 +40,8 @@ enum Command {
     Latency(latency::Arguments),
     /// Measure how many bytes payments take in each table and topic
     Size(size::Arguments),
+    /// Run for hours under load and housekeeping, and compare the use of resources early and late
+    Soak(soak::Arguments),
 }
 
 /// Location of the servers. Their addresses come from the environment variables that `dev/servers env`
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Command::Throughput(arguments) => throughput::run(arguments),
         Command::Latency(arguments) => latency::run(arguments),
         Command::Size(arguments) => size::run(arguments),
+        Command::Soak(arguments) => soak::run(arguments),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -84,9 +84,14 @@ pub fn reaped_cpu_seconds() -> f64 {
     ticks(std::process::id()).map_or(0.0, |ticks| ticks.reaped as f64 / ticks_a_second())
 }
 
+/// Memory of a process in bytes: a field of one of its files, such as `VmRSS` of `status`.
+pub fn memory(pid: u32, file: &str, field: &str) -> Option<u64> {
+    parse_status(&std::fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?, field)
+}
+
 /// Peak resident memory of a process, in bytes.
 pub fn resident_max(pid: u32) -> Option<u64> {
-    parse_status(&std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "VmHWM")
+    memory(pid, "status", "VmHWM")
 }
 
 /// Busy (or stolen) and idle core seconds of the whole machine.

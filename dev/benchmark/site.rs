@@ -109,6 +109,12 @@ impl Servers {
         })
     }
 
+    /// The URL of a database for the superuser.
+    pub fn admin_url(&self, database: &str) -> Outcome<String> {
+        with_database(&self.admin_url, database)
+            .ok_or_else(|| "DEV_POSTGRES_ADMIN_URL has no database".to_owned())
+    }
+
     /// Runs statements as the superuser.
     pub fn administer(&self, statements: &[&str]) -> Outcome<()> {
         self.connected(&self.admin_url, async |client| {
@@ -303,7 +309,12 @@ impl<'a> Site<'a> {
     }
 
     fn run(&self, arguments: &[&str]) -> Outcome<()> {
-        let mut command = self.start(arguments, &[])?;
+        self.run_with(arguments, &[])
+    }
+
+    /// Runs one of the program's commands to its end; `more` as for [`start`](Self::start).
+    pub fn run_with(&self, arguments: &[&str], more: &[(&str, &str)]) -> Outcome<()> {
+        let mut command = self.start(arguments, more)?;
         command.succeed(COMMAND_LIMIT)?;
         let _ = std::fs::remove_file(&command.log);
         Ok(())
