@@ -9,6 +9,7 @@ mod sample;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -68,6 +69,7 @@ pub struct Clock {
     length: Duration,
     is_over: AtomicBool,
     burst_is_on: AtomicBool,
+    mishaps: Mutex<Vec<String>>,
 }
 
 impl Clock {
@@ -77,6 +79,15 @@ impl Clock {
 
     fn end(&self) {
         self.is_over.store(true, Ordering::Release);
+    }
+
+    /// Notes an error, for the report; the soak goes on.
+    fn note(&self, outcome: Outcome<()>) {
+        if let Err(message) = outcome {
+            eprintln!("bench: {message}");
+            let message = format!("after {} s: {message}", self.began.elapsed().as_secs());
+            self.mishaps.lock().unwrap_or_else(PoisonError::into_inner).push(message);
+        }
     }
 
     /// Sleeps for this long, or until the load is over; whether it goes on.
@@ -89,15 +100,14 @@ impl Clock {
     }
 
     /// Runs `work` first after `first` seconds and then every `period` seconds, or later if it takes longer.
-    fn every(&self, first: u64, period: u64, mut work: impl FnMut() -> Outcome<()>) -> Outcome<()> {
+    fn every(&self, first: u64, period: u64, mut work: impl FnMut() -> Outcome<()>) {
         for round in 0.. {
             let due = Duration::from_secs(first + round * period);
             if !self.pause(due.saturating_sub(self.began.elapsed())) {
                 break;
             }
-            work()?;
+            self.note(work());
         }
-        Ok(())
     }
 }
 
@@ -106,9 +116,19 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
     let mut lines = Lines::new(arguments.servers.json.as_deref())?;
     let servers = Servers::find(&arguments.servers)?;
     let site = Site::create(&servers)?;
-    load::bound_topics(&site, arguments.disk_gb)?;
+    let outcome = soak(arguments, &site, &mut lines);
+    lines.finish();
+    if outcome.is_err() {
+        eprintln!("bench: database and topics {} stay on the servers", site.name);
+        std::mem::forget(site);
+    }
+    outcome
+}
+
+fn soak(arguments: &Arguments, site: &Site<'_>, lines: &mut Lines) -> Outcome<()> {
+    load::bound_topics(site, arguments.disk_gb)?;
     let kafka = site.settings()?.kafka;
-    let mut daemon = Daemon::start(&site, 0, SETTINGS)?;
+    let mut daemon = Daemon::start(site, 0, SETTINGS)?;
     let reader = Reader::new(&probe_config(&kafka.bootstrap_servers), &kafka.read_topic, NextOffset(0), 1)?;
     let probe = Probe::default();
     probe.begin();
@@ -117,6 +137,7 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
         length: Duration::from_secs(arguments.minutes * 60),
         is_over: AtomicBool::new(false),
         burst_is_on: AtomicBool::new(false),
+        mishaps: Mutex::default(),
     };
     let counters = load::Counters::default();
     let limit = clock.length + 2 * CATCH_UP_LIMIT;
@@ -129,19 +150,20 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
             clock.end();
             read
         });
-        let loads = load::start(scope, &clock, &site, &counters, (arguments.rate, arguments.burst));
-        let sampled = take_samples(&clock, &site, &mut daemon, &probe, arguments, |sample| {
+        let loads = load::start(scope, &clock, site, &counters, (arguments.rate, arguments.burst));
+        let sampled = take_samples(&clock, site, &mut daemon, &probe, arguments, |sample| {
             lines.add(sample.json())?;
             samples.push(sample);
             Ok(())
         });
         clock.end();
-        let loaded = loads.join();
+        clock.note(sampled);
+        let sent = loads.join();
         probe.is_over.store(true, Ordering::Release);
-        reading.join().map_err(|_| "the probe's thread panicked".to_owned())??;
-        sampled?;
-        loaded
+        clock.note(reading.join().map_err(|_| "the probe's thread panicked".to_owned())?.map(drop));
+        sent
     })?;
+
     let (table, is_steady) = figures::table(&samples, arguments.minutes * 60);
     let mut text = format!(
         "# Soak: {} min at {}/s, bursts of {}/s\n\n{table}\n",
@@ -152,19 +174,19 @@ pub fn run(arguments: &Arguments) -> Outcome<()> {
     catch_up(&mut daemon)?;
     text.push_str(&warnings(&daemon.said()));
     daemon.stop()?;
-    let (checks, is_right) = check(&site, expected.written)?;
+    let (checks, is_right) = check(site, expected.written)?;
     text.push_str(&checks);
+    let mishaps = clock.mishaps.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if !mishaps.is_empty() {
+        text.push_str(&format!("\n## Mishaps\n\n- {}\n", mishaps.join("\n- ")));
+    }
     save(arguments, &text)?;
     println!("{text}");
-    lines.finish();
-    if !is_right {
-        eprintln!("bench: database and topics {} stay on the servers", site.name);
-        std::mem::forget(site);
-    }
-    match (is_steady, is_right) {
-        (true, true) => Ok(()),
-        (_, false) => Err("the check of outcomes failed".to_owned()),
-        (false, true) => Err("something has grown".to_owned()),
+    match (is_steady, is_right, mishaps.is_empty()) {
+        (true, true, true) => Ok(()),
+        (_, false, _) => Err("the check of outcomes failed".to_owned()),
+        (false, ..) => Err("something has grown".to_owned()),
+        (.., false) => Err("something else failed: the report has it".to_owned()),
     }
 }
 
@@ -185,17 +207,25 @@ fn take_samples(
     let mut sampler = Sampler::start(site, &arguments.servers.servers, daemon)?;
     let mut looks = 0;
     while clock.pause(LOOK) {
-        let (progress, metrics) = (daemon.progress()?, daemon.metrics()?);
         looks += 1;
-        if looks % LOOKS != 0 {
-            continue;
-        }
-        let sample = sampler.take(clock, daemon, probe, progress, &metrics)?;
+        let looked = daemon.progress().and_then(|progress| Ok((progress, daemon.metrics()?)));
+        let taken = looked.and_then(|(progress, metrics)| match looks % LOOKS {
+            0 => sampler.take(clock, daemon, probe, progress, &metrics).map(Some),
+            _ => Ok(None),
+        });
+        let sample = match taken {
+            Ok(Some(sample)) => sample,
+            Ok(None) => continue,
+            Err(message) => {
+                daemon.check_alive()?;
+                clock.note(Err(message));
+                continue;
+            }
+        };
         let disk = sample.get("disk_bytes");
         keep(sample)?;
         if disk > arguments.disk_gb as f64 * 1e9 {
-            eprintln!("bench: {:.1} GB are used: the load ends early", disk / 1e9);
-            break;
+            return Err(format!("{:.1} GB are used: the load ends early", disk / 1e9));
         }
     }
     Ok(())
