@@ -1,8 +1,8 @@
 //! A producer's client, which counts what librdkafka takes for delivered without a broker's word.
 //!
-//! A request to produce may be refused while the next one to the same partition is already on its way. If the broker has no
-//! sequence numbers of this producer, as in a new partition or under a new leader, it accepts any first number, so it
-//! accepts the second request (KAFKA-15591, until Kafka 4.3). librdkafka then concludes that the broker has the first one,
+//! A request to produce may be refused while the next one to the same partition is already on its way. A broker that
+//! has no sequence numbers of this producer accepts any first number (KIP-360, since Kafka 2.5; from 4.5 not in a partition
+//! that never held a record, KAFKA-15591), so it accepts the second request. librdkafka then concludes that the broker has the first one,
 //! too ("implicit ack" in `rd_kafka_handle_idempotent_Produce_success`), and reports messages as delivered that are in no
 //! log. The messages of such a report have no offset.
 
