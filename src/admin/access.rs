@@ -58,9 +58,9 @@ pub fn read_token(file: &Path) -> Result<String, String> {
 /// Middleware that answers callers that may not ask, and adds headers for browsers to each answer.
 pub(super) async fn check(State(access): State<Access>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let refused = if PROBES.contains(&path) { None } else { access.refusal(path, &request).err() };
+    let refused = if PROBES.contains(&path) { None } else { access.refusal(path, &request) };
     let mut response = match refused {
-        Some(refused) => refused.into_response(),
+        Some(refused) => refused,
         None => next.run(request).await,
     };
     let headers = response.headers_mut();
@@ -77,32 +77,35 @@ pub(super) async fn check(State(access): State<Access>, request: Request, next: 
 }
 
 impl Access {
-    fn refusal(&self, path: &str, request: &Request) -> Result<(), Response> {
+    fn refusal(&self, path: &str, request: &Request) -> Option<Response> {
         // A scraper may use any name. A browser that was made to use another site's name for this host (DNS
         // rebinding) could show that site what it reads here; metrics have no such reader.
         if path != "/metrics" && !self.is_addressed(request.uri(), request.headers()) {
             let text = "this name of the host is not allowed; names are set by admin.hosts\n";
-            return Err((StatusCode::FORBIDDEN, text).into_response());
+            return Some((StatusCode::FORBIDDEN, text).into_response());
         }
-        let Some(file) = &self.token_file else { return Ok(()) };
-        let token = read_token(file).map_err(|reason| {
-            static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
-            if let Some(suppressed) = LIMIT.pass() {
-                tracing::warn!(
-                    reason,
-                    suppressed,
-                    "the admin server refuses requests: it has no token to compare"
-                );
+        let token = match read_token(self.token_file.as_ref()?) {
+            Ok(token) => token,
+            Err(reason) => {
+                static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
+                if let Some(suppressed) = LIMIT.pass() {
+                    tracing::warn!(
+                        reason,
+                        suppressed,
+                        "the admin server refuses requests: it has no token to compare"
+                    );
+                }
+                let text = "admin.token_file cannot be read\n";
+                return Some((StatusCode::SERVICE_UNAVAILABLE, text).into_response());
             }
-            (StatusCode::SERVICE_UNAVAILABLE, "admin.token_file cannot be read\n").into_response()
-        })?;
-        let given = request.headers().get(header::AUTHORIZATION).and_then(|value| given_token(value));
+        };
+        let given = request.headers().get(header::AUTHORIZATION).and_then(given_token);
         if given.is_some_and(|given| is_same(&given, &token)) {
-            return Ok(());
+            return None;
         }
         let ask = [(header::WWW_AUTHENTICATE, "Basic realm=\"payment-writer\", charset=\"UTF-8\"")];
         let text = "the token of admin.token_file is needed, as bearer token or as password\n";
-        Err((StatusCode::UNAUTHORIZED, ask, text).into_response())
+        Some((StatusCode::UNAUTHORIZED, ask, text).into_response())
     }
 
     /// Whether each host that the request names is allowed. Browsers always name one.
