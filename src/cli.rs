@@ -22,7 +22,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use clap::{Parser, Subcommand};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
 pub use check_messages::CheckMessagesArgs;
@@ -144,6 +144,10 @@ pub fn execute(cli: Cli) -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> Result<(), CommandError> {
+    if matches!(cli.command, Command::Run(_)) {
+        // Until the daemon handles it, it must not end the process: a reload may come soon after a start.
+        flag::register(SIGHUP, Arc::default()).or_failed_to("cannot ignore SIGHUP")?;
+    }
     let loaded = Settings::load(cli.config.as_deref())?;
     match cli.command {
         Command::CheckConfig => return config::check(&loaded),

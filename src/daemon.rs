@@ -81,6 +81,8 @@ struct Daemon<'d> {
     options: RunOptions,
     status: &'d Arc<StatusRegistry>,
     tracer: Option<&'d Arc<BatchTracer>>,
+    /// Whether this process has not tried to start before.
+    is_first: bool,
 }
 
 /// Runs until `stop` is set, until caught up, or until it cannot continue. Starts again when `reload` is due.
@@ -95,19 +97,24 @@ pub async fn run(
     mut stop: watch::Receiver<bool>,
     mut reload: Reload,
 ) -> Result<(), RunError> {
+    let mut is_first = true;
+    // Where the cursors lead since the first start: what is reloaded later must lead there, too.
+    let mut identity: Option<Identity> = None;
     loop {
         let settings = &reload.begin();
-        let daemon = Daemon { settings, options, status: &status, tracer };
+        let daemon = Daemon { settings, options, status: &status, tracer, is_first };
+        is_first = false;
         status.waits(metrics::now());
         let started = tokio::select! {
             started = daemon.start() => started,
             _ = stop.wait_for(|stop| *stop) => return Ok(()),
-            () = reload.due(None) => continue,
+            () = reload.due(identity.as_ref()) => continue,
         };
         let mut member = Weak::new();
         let ended = match started {
             Ok(running) => {
                 member = Arc::downgrade(running.group.consumer());
+                identity = Some(running.identity.clone());
                 running.supervise(&mut stop, &mut reload).await
             }
             Err(error) => Err(error),
@@ -176,8 +183,7 @@ impl<'d> Daemon<'d> {
             receivers.push(receiver);
         }
         first_token(&member_config(kafka)).await;
-        let (group, member_end) = Group::new(kafka, handles.clone(), Arc::clone(status))
-            .map_err(|error| RunError::Failed(format!("creating the Kafka consumer: {error}")))?;
+        let (group, member_end) = self.member(&handles).await?;
         let found = self.broker_ready(&group).await?;
         let identity = Identity { topic_id: found.topic_id, database_id };
         self.bind(&found).await?;

@@ -173,8 +173,12 @@ impl Layers {
     fn refuse(&mut self, key: &str, rule: &str) {
         let value = self.value(key);
         let origin = Origin::of(&value);
-        // A URL may contain a password.
-        let shown = if [URL, HOUSEKEEPING_URL].contains(&key) { "(hidden)".to_owned() } else { echo(value) };
+        // A URL may contain a password, and the place of a password's file the password itself.
+        let shown = if [URL, HOUSEKEEPING_URL, "kafka.password_file"].contains(&key) {
+            "(hidden)".to_owned()
+        } else {
+            echo(value)
+        };
         self.problems.push(format!("{key} = {shown} ({origin}) {rule}"));
     }
 

@@ -19,7 +19,7 @@ use crate::kafka::token;
 use crate::postgres::binding::database_id;
 use crate::postgres::connection::describe;
 use crate::secrets::fingerprint;
-use crate::telemetry::logging::LogHandle;
+use crate::telemetry::logging::{LogHandle, RateLimited};
 use crate::telemetry::metrics;
 use crate::telemetry::status::StatusRegistry;
 
@@ -100,29 +100,36 @@ impl Reload {
                 Some(()) = hung_up => self.read(),
                 _ = self.checks.tick() => {}
             }
-            let next = match &self.wanted {
-                Some(wanted) => wanted.clone(),
-                None if self.read_files() != self.files => self.running.clone(),
-                None => {
-                    // Files that were wrong are again those in use.
-                    if self.failure.take().is_some() {
-                        metrics::reloaded(true);
-                    }
-                    continue;
+            // Settings that do not work must not keep new files from being taken.
+            let of_files =
+                (self.read_files() != self.files).then(|| (self.running.clone(), "a file has changed"));
+            let of_hangup = self.wanted.clone().map(|wanted| (wanted, "SIGHUP"));
+            let mut failed = None;
+            for (next, reason) in of_hangup.into_iter().chain(of_files) {
+                let tried = match identity {
+                    Some(identity) => try_out(&next.settings, identity).await,
+                    None => Ok(()),
+                };
+                match tried {
+                    Ok(()) => return self.apply(next, reason),
+                    Err(error) => failed = failed.or(Some(error)),
                 }
-            };
-            let tried = match identity {
-                Some(identity) => try_out(&next.settings, identity).await,
-                None => Ok(()),
-            };
-            let Err(error) = tried else {
-                self.apply(next);
-                return;
+            }
+            let Some(error) = failed else {
+                // Files that were wrong are again those in use.
+                if self.failure.take().is_some() {
+                    metrics::reloaded(true);
+                }
+                continue;
             };
             metrics::reloaded(false);
-            if self.failure.as_ref() != Some(&error) {
+            static LIMIT: RateLimited = RateLimited::new(3, Duration::from_secs(60));
+            if self.failure.as_ref() != Some(&error)
+                && let Some(suppressed) = LIMIT.pass()
+            {
                 tracing::warn!(
                     %error,
+                    suppressed,
                     "the new secrets, certificates and settings do not work; those in use stay, and the new ones \
                      are tried every few seconds"
                 );
@@ -135,6 +142,8 @@ impl Reload {
     fn read(&mut self) {
         let Some(on) = &self.on_hangup else { return };
         self.failure = None;
+        // What an earlier SIGHUP has read is in the file no more.
+        self.wanted = None;
         let mut read = match (on.load)() {
             Ok(read) => read,
             Err(error) => {
@@ -160,14 +169,16 @@ impl Reload {
             tracing::warn!(settings = left, "SIGHUP: these settings have changed and need a restart");
         }
         read.settings = settings;
-        // The next client waits for a new token.
-        token::forget();
         self.wanted = Some(read);
     }
 
-    fn apply(&mut self, next: Loaded) {
+    fn apply(&mut self, next: Loaded, reason: &'static str) {
         let settings = changed(&self.running.effective, &next.effective, is_applied);
-        let reason = if self.wanted.take().is_some() { "SIGHUP" } else { "a file has changed" };
+        if reason == "SIGHUP" {
+            self.wanted = None;
+            // The next clients wait for a new token.
+            token::forget();
+        }
         tracing::info!(
             reason,
             settings,

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::consumer::Consumer;
+use tokio::sync::watch;
 use tokio::time::{sleep_until, timeout};
 use uuid::Uuid;
 
 use super::{Daemon, REQUEST_TIMEOUT, RunError, ask};
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
-use crate::kafka::group::Group;
+use crate::kafka::group::{Group, LaneHandle, MemberEnd};
 use crate::kafka::librdkafka::topic_id;
 use crate::kafka::topic_rules::{self, Action};
 use crate::lane::backoff::Backoff;
@@ -85,6 +86,28 @@ impl Daemon<'_> {
         };
         let probed = |database| self.status.probed(Some(database), None);
         until_it_answers("database", "reading the identity of the database", probed, attempt).await
+    }
+
+    /// Creates the group's member. The first start fails if the client cannot be created; later a certificate may be
+    /// there before its key.
+    pub(super) async fn member(
+        &self,
+        handles: &[LaneHandle],
+    ) -> Result<(Group, watch::Receiver<Option<MemberEnd>>), RunError> {
+        let doing = "creating the Kafka consumer";
+        let attempt = async || {
+            let created = Group::new(&self.settings.kafka, handles.to_vec(), Arc::clone(self.status));
+            created.map_err(|error| match self.is_first {
+                true => AttemptError::Final(RunError::Failed(format!("{doing}: {error}"))),
+                false => AttemptError::Retried(FailureClass::Persistent, error.to_string()),
+            })
+        };
+        let probed = |broker| {
+            if let Dependency::Down(_) = broker {
+                self.status.probed(None, Some(broker));
+            }
+        };
+        until_it_answers("broker", doing, probed, attempt).await
     }
 
     /// Waits for a broker that knows the input topic.

@@ -120,7 +120,8 @@ type GroupContext = Callbacks<Arc<Member>>;
 
 impl Listener for Arc<Member> {
     fn error(&self, code: Option<RDKafkaErrorCode>, reason: &str) {
-        let Some(code) = code else { return };
+        // The next member has the status by then.
+        let Some(code) = code.filter(|_| !self.is_closing()) else { return };
         if matches!(code, RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::AllBrokersDown) {
             self.status.broker_lost();
         }
@@ -247,12 +248,15 @@ impl Member {
     }
 
     fn assign(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
-        static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
-        if let Some(suppressed) = LIMIT.pass() {
-            tracing::info!(partitions = partitions.len(), suppressed, "assigned");
+        // A member that closes may still be served an assignment; the next member has the status by then.
+        if !self.is_closing() {
+            static LIMIT: RateLimited = RateLimited::new(10, Duration::from_secs(60));
+            if let Some(suppressed) = LIMIT.pass() {
+                tracing::info!(partitions = partitions.len(), suppressed, "assigned");
+            }
+            metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
+            self.status.assigned(crate::telemetry::metrics::now(), partitions);
         }
-        metrics::counter!("payment_writer_rebalances_total", "kind" => "assigned").increment(1);
-        self.status.assigned(crate::telemetry::metrics::now(), partitions);
         // The member fetches nothing.
         warn_if_refused("assignment", consumer.incremental_assign(&TopicPartitionList::new()));
         if self.is_closing() {
