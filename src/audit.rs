@@ -197,10 +197,6 @@ impl Auditor {
         };
         self.metrics.count(AuditResult::Invalid, invalid);
         for payment in payments {
-            if payment.is_invalid && !self.kafka.publish {
-                self.metrics.count(AuditResult::Invalid, 1);
-                continue;
-            }
             match snapshot.standing(&payment) {
                 Some(Ok(result)) => self.metrics.count(result, 1),
                 Some(Err(suspicion)) => self.suspects.add(payment, suspicion, Instant::now()),
@@ -270,16 +266,9 @@ impl Auditor {
             return Ok((suspects.to_vec(), ""));
         }
         let (found, but) = letters::search(&self.kafka, self.topic_id, suspects)?;
-        let mut left = Vec::new();
-        for suspect in suspects {
-            match (found.contains(&suspect.payment.place), suspect.payment.is_invalid) {
-                (true, true) => self.metrics.count(AuditResult::Invalid, 1),
-                (true, false) => self.metrics.count(AuditResult::DeadLetter, 1),
-                // There can be any number of them.
-                (false, true) if !but.is_empty() => self.metrics.count(AuditResult::Unknown, 1),
-                (false, _) => left.push(*suspect),
-            }
-        }
+        let has_letter = |suspect: &Suspect| found.contains(&suspect.payment.place);
+        let left: Vec<Suspect> = suspects.iter().copied().filter(|suspect| !has_letter(suspect)).collect();
+        self.metrics.count(AuditResult::DeadLetter, (suspects.len() - left.len()) as u64);
         Ok((left, but))
     }
 

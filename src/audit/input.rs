@@ -75,8 +75,8 @@ impl Input {
         self.ask(|scanner, _| scanner.bounds(&partitions))
     }
 
-    /// Reads all records of these ranges; each partition may occur once. Returns them, and the number of invalid ones
-    /// whose dead letter cannot be searched, because they have no timestamp or one that is ahead.
+    /// Reads all records of these ranges; each partition may occur once. Returns the valid records, and the
+    /// number of invalid ones.
     pub fn read(&mut self, parts: &[Part]) -> Result<(Vec<Payment>, u64), ScanError> {
         let ranges: Vec<ScanRange> = parts.iter().map(|part| part.range).collect();
         let now = (metrics::now(), Instant::now());
@@ -94,18 +94,11 @@ impl Input {
             let mut one = SourceBatch::new();
             // The callback never stops the scan.
             let _ = scanner.read(&ranges, |record| {
-                let valid = Identified::parse(record, &mut one, rules);
-                let timestamp =
-                    record.timestamp().filter(|at| at.0.saturating_sub(STAMPED_AHEAD_MS) <= now.0.0);
-                let found = valid.or_else(|| {
-                    Some(Identified { message_id: Uuid::nil(), payload_hash: 0, timestamp: timestamp? })
-                });
-                match found {
-                    Some(found) => payments.push(Payment {
+                match Identified::parse(record, &mut one, rules) {
+                    Some(identified) => payments.push(Payment {
                         place: (record.partition(), record.offset()),
-                        record: found,
-                        is_invalid: valid.is_none(),
-                        decided_after: decided_after(record.partition(), found.timestamp),
+                        record: identified,
+                        decided_after: decided_after(record.partition(), identified.timestamp),
                     }),
                     None => invalid += 1,
                 }

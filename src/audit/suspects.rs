@@ -80,7 +80,6 @@ mod tests {
         Payment {
             place: (Partition(0), Offset(offset)),
             record: Identified { message_id: Uuid::from_u128(1), payload_hash: 0, timestamp: TimestampMs(0) },
-            is_invalid: false,
             decided_after: TimestampMs(0),
         }
     }

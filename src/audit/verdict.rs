@@ -10,15 +10,13 @@ use crate::telemetry::metrics::AuditResult;
 /// registry.
 const CLOCK_SLACK_MS: i64 = 10 * 60 * 1_000;
 
-/// A record.
+/// A valid record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Payment {
     /// Position of the record.
     pub place: Place,
-    /// Message id, payload and timestamp; of an invalid record only the timestamp.
+    /// Message id, payload and timestamp.
     pub record: Identified,
-    /// Whether it breaks a rule, so that it has to have a dead letter.
-    pub is_invalid: bool,
     /// Earliest time at which the record can have been decided, by this process's clock.
     pub decided_after: TimestampMs,
 }
@@ -63,8 +61,6 @@ impl Pruned {
 /// What is suspicious about a record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Suspicion {
-    /// It breaks a rule: its dead letter accounts for it.
-    Invalid,
     /// Its id has no owner.
     Nobody,
     /// A later record of its partition owns its id; `true` if the payload is the same.
@@ -78,9 +74,6 @@ pub enum Suspicion {
 /// # Errors
 /// If the claims do not account for the record.
 pub fn standing(payment: &Payment, owners: &[Owner], pruned: &Pruned) -> Result<AuditResult, Suspicion> {
-    if payment.is_invalid {
-        return Err(Suspicion::Invalid);
-    }
     let (partition, offset) = payment.place;
     let is_same = |owner: &Owner| owner.payload_hash == payment.record.payload_hash;
     if let Some(own) = owners.iter().find(|owner| owner.place == payment.place) {
@@ -102,9 +95,6 @@ pub fn standing(payment: &Payment, owners: &[Owner], pruned: &Pruned) -> Result<
 /// rejected. `has_row` tells whether `payment_metadata` has a row of the record; `None` if unknown.
 pub fn charge(place: Place, suspicion: Suspicion, has_row: Option<bool>, publishes: bool) -> Option<String> {
     let claim = match suspicion {
-        Suspicion::Invalid => {
-            return Some("lost: it breaks a rule, and its dead letter is missing".to_owned());
-        }
         Suspicion::Nobody => Claim::Nobody,
         Suspicion::OwnedLater(true) => Claim::Same,
         Suspicion::OwnedLater(false) => Claim::Other,
@@ -144,7 +134,6 @@ mod tests {
             payload_hash: 11,
             timestamp: TimestampMs(1_000_000_000),
         },
-        is_invalid: false,
         decided_after: TimestampMs(2_000_000_000),
     };
 

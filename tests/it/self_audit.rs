@@ -87,38 +87,6 @@ fn rows_and_ids_deleted_just_behind_the_fetch_start_are_reported_with_partition_
 }
 
 #[test]
-fn an_invalid_record_without_its_dead_letter_is_reported() {
-    // GIVEN a running daemon, an audit that waits for a lock, and an invalid record among payments
-    let scope = Scope::ready("audit_letters", 1, 1);
-    let mut daemon = member().start(&scope);
-    scope.produce(&scope.input_topic, payments(0..10, 0));
-    scope.wait_until_caught_up();
-    let somebody = scope.connect();
-    let run = |statements: &str| block_on(somebody.batch_execute(statements)).unwrap();
-    run("BEGIN; LOCK TABLE payment_writer.idempotency_generation IN ACCESS EXCLUSIVE MODE");
-    scope.produce(&scope.input_topic, [Message::new("31", "{}").partition(0)]);
-    scope.wait_until_caught_up();
-
-    // WHEN its dead letter is lost
-    scope.delete_topic(&scope.dead_letter_topic);
-    wait_until_within(PATIENCE, "the topic is created again", || {
-        std::panic::catch_unwind(|| scope.create_topic(&scope.dead_letter_topic, 1)).is_ok()
-    });
-    run("COMMIT");
-    // And another invalid record has one.
-    scope.produce(&scope.input_topic, [Message::new("31", "[]").partition(0)]);
-    scope.wait_until_caught_up();
-
-    // THEN that is reported, and nothing else
-    wait_until_within(PATIENCE, "the loss is reported", || audited(&daemon, "unaccounted") == 1.0);
-    wait_until_within(PATIENCE, "the line is logged", || alarms(&daemon).len() == 1);
-    let line = &alarms(&daemon)[0];
-    assert!(line.contains("offsets=\"10\"") && line.contains("its dead letter is missing"), "{line}");
-    wait_until_within(PATIENCE, "the other is found", || audited(&daemon, "invalid") == 1.0);
-    daemon.drains();
-}
-
-#[test]
 fn with_the_audit_turned_off_nothing_is_read_again() {
     let scope = Scope::ready("audit_off", 1, 1);
     let mut daemon = member().with("AUDIT__SHARE", "0").start(&scope);
