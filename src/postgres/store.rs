@@ -7,7 +7,6 @@ mod bisect;
 mod claims;
 mod copy;
 mod cursors;
-mod deleted;
 mod generations;
 mod recent;
 mod session;
@@ -25,7 +24,6 @@ use self::claims::Claiming;
 use self::copy::copy_at_once;
 pub use self::copy::feed;
 use self::cursors::{Moves, cursors_in, move_cursors, store_in};
-use self::deleted::{Remembered, refused_or_fail};
 use self::generations::OlderGeneration;
 pub use self::session::no_key;
 use self::session::{KeyHolds, Session, store_error};
@@ -52,7 +50,6 @@ pub struct PgStore {
     topic: String,
     refusals: Refusals,
     claiming: Claiming,
-    remembered: Remembered,
 }
 
 impl PgStore {
@@ -60,13 +57,7 @@ impl PgStore {
     pub fn new(pool: Pool, topic: String, identity: Identity) -> Self {
         let waits = Waits::new(pool.clone(), |_| {});
         let connection = Connection { pool, identity, session: None, was_locked_out: false, waits };
-        Self {
-            connection,
-            topic,
-            refusals: Refusals::default(),
-            claiming: Claiming::default(),
-            remembered: Remembered::default(),
-        }
+        Self { connection, topic, refusals: Refusals::default(), claiming: Claiming::default() }
     }
 
     /// Calls `tell` with the reason while a call waits for a lock or a standby.
@@ -235,7 +226,6 @@ async fn begin(
     session.known_places.extend(places);
     let mut stats = WriteStats::default();
     let answer = look_up(session, batch, current, &older, &mut stats).await?;
-    refused_or_fail(session, topic_id, batch, &answer, current).await?;
     Ok(Begun { current, today: generations.try_get(4)?, answer, stats, at })
 }
 
@@ -268,7 +258,6 @@ async fn write_whole(
     batch: &Batch,
     moves: &Moves,
     claiming: &mut Claiming,
-    remembered: &mut Remembered,
 ) -> Result<Written, StoreError> {
     let mut begun = begin(session, topic_id, batch, moves).await?;
     let none = Refused::default();
@@ -279,13 +268,8 @@ async fn write_whole(
     begun.stats.claim = begun.at.elapsed();
     // One round trip.
     let rows = batch.rows(&outcomes);
-    let is_there = remembered.is_there(session, &begun, batch);
-    let (key, (), ()) =
-        future::try_join3(session.key_of(begun.current), copy_at_once(session, &rows), is_there).await?;
-    let current = begun.current;
-    let written = commit(session, begun, outcomes, key).await?;
-    remembered.note(current, batch, &written.1);
-    Ok(written)
+    let (key, ()) = future::try_join(session.key_of(begun.current), copy_at_once(session, &rows)).await?;
+    commit(session, begun, outcomes, key).await
 }
 
 fn older_generations(row: &tokio_postgres::Row) -> Result<Vec<OlderGeneration>, StoreError> {
@@ -327,13 +311,12 @@ impl Store for PgStore {
         batch: &Batch,
         moves: &[CursorMove],
     ) -> Result<(Outcomes, Answer, WriteStats), StoreError> {
-        let Self { connection, topic, refusals, claiming, remembered } = self;
+        let Self { connection, refusals, claiming, .. } = self;
         let moves = Moves::new(moves);
         let topic_id = connection.identity.topic_id;
-        let whole = async |session: &mut Session| {
-            write_whole(session, &topic_id, batch, &moves, claiming, remembered).await
-        };
-        let first = match connection.run(TRANSACTION_TIMEOUT, "writing a batch", whole).await {
+        let whole =
+            async |session: &mut Session| write_whole(session, &topic_id, batch, &moves, claiming).await;
+        match connection.run(TRANSACTION_TIMEOUT, "writing a batch", whole).await {
             Ok(written) => {
                 let rows = written.0.iter().filter(|outcome| **outcome == Outcome::Written).count();
                 refusals.note(Instant::now(), rows, 0);
@@ -341,30 +324,25 @@ impl Store for PgStore {
             }
             // A new session: the COPYs that were sent after the refused one confuse the driver
             // (tokio-postgres reports the answers to their Syncs as unexpected).
-            Err(error) if error.class == FailureClass::Record => error.message,
+            Err(error) if error.class == FailureClass::Record => {}
             Err(error) => return Err(error),
-        };
+        }
         let began = Instant::now();
         let doing = "finding the rows that the database refuses (a smaller batch.max_payments helps)";
-        let bisect = async |session: &mut Session| {
-            bisect::write(session, (topic.as_str(), &topic_id), batch, &moves, refusals).await
-        };
+        let bisect =
+            async |session: &mut Session| bisect::write(session, &topic_id, batch, &moves, refusals).await;
         match connection.run(BISECT_TIMEOUT, doing, bisect).await {
             Ok(Bisected::Written(written)) => Ok(written),
-            Ok(Bisected::Undecided(mut error)) => {
+            Ok(Bisected::Undecided(error)) => {
                 // Its transaction is still open.
                 connection.session = None;
-                error.message.push_str(&format!("; at first {first}"));
                 Err(error)
             }
             // A retry would take as long, so an operator must know.
             Err(error) if error.sqlstate.is_none() && began.elapsed() >= BISECT_TIMEOUT => {
                 Err(StoreError { class: FailureClass::Persistent, ..error })
             }
-            Err(mut error) => {
-                error.message.push_str(&format!("; at first {first}"));
-                Err(fault_of_database(error))
-            }
+            Err(error) => Err(fault_of_database(error)),
         }
     }
 

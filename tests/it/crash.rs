@@ -1,6 +1,6 @@
 //! A crash at any moment loses nothing and duplicates nothing.
 
-use crate::support::{Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+use crate::support::{Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
 
 /// Failpoints between and inside the two transactions of a batch, in order.
 const STEPS_OF_A_BATCH: [&str; 7] = [
@@ -126,86 +126,4 @@ fn random_kills_of_two_instances_under_load_lose_and_duplicate_nothing() {
         scope.cursors().values().all(|(applied, published)| published == &Some(*applied))
     });
     eprintln!("{:?}", scope.assert_exactly_once());
-}
-
-/// As docs/how-to/recover.md says where there is no backup.
-const RESTORE_IDS: &str = "
-    INSERT INTO payment_writer.idempotency_g1
-        (message_id, source_offset, payload_hash, created_at, source_partition)
-    SELECT message_id, source_offset, 0, created_at, source_partition
-    FROM payment_writer.payment_metadata ON CONFLICT DO NOTHING";
-
-/// Waits until readiness names the deletion of ids; the log has the statement that restores them.
-#[track_caller]
-fn misses_ids(daemon: &Daemon) {
-    wait_until_within(PATIENCE, "the deletion is named", || {
-        daemon.get("/readyz").is_some_and(|reply| reply.body.contains("as by TRUNCATE"))
-    });
-    wait_until_within(PATIENCE, "the remedy is logged", || {
-        daemon.log().contains("INSERT INTO payment_writer.idempotency_g1")
-    });
-}
-
-#[test]
-fn ids_that_were_deleted_after_their_rows_were_committed_are_waited_for() {
-    for (delete, name) in [
-        ("TRUNCATE payment_writer.idempotency_g1", "ids_truncated"),
-        ("DELETE FROM payment_writer.idempotency_g1 WHERE source_offset % 7 = 3", "ids_deleted"),
-    ] {
-        let back_up =
-            format!("CREATE TABLE payment_writer.saved AS TABLE payment_writer.idempotency_g1; {delete}");
-        // GIVEN a process that dies between its two commits, with payments that the database refused
-        let scope = Scope::new(Servers::shared(), name);
-        scope.prepare(2, 2);
-        scope.execute("ALTER TABLE payment_writer.payment_core ADD CONSTRAINT odd CHECK (cust_id % 20 <> 3)");
-        let mut load = Load::new(8);
-        let member = small_batches().with("BATCH__MAX_PAYMENTS", "150");
-        scope.feed(load.take(100));
-        member.catch_up(&scope);
-        scope.feed(load.take(300));
-        member.die_at(&scope, "after_postgres_commit");
-        let letters = || scope.read_all(&scope.dead_letter_topic).len();
-        let before = letters();
-
-        // WHEN somebody deletes ids before it is started again, THEN it waits, and sends no dead letter for them
-        scope.execute(&back_up);
-        let mut daemon = member.start(&scope);
-        misses_ids(&daemon);
-        assert_eq!(letters(), before);
-
-        // WHEN they are back, THEN it continues, and each event is sent once
-        scope.execute(
-            "INSERT INTO payment_writer.idempotency_g1 TABLE payment_writer.saved ON CONFLICT DO NOTHING",
-        );
-        scope.wait_until_caught_up();
-        daemon.drains();
-        scope.assert_exactly_once();
-    }
-}
-
-#[test]
-fn a_generation_truncated_under_the_running_daemon_lets_no_payment_in_twice() {
-    // GIVEN a daemon that has written payments
-    let scope = Scope::new(Servers::shared(), "truncated");
-    scope.prepare(1, 1);
-    let mut daemon = small_batches().start(&scope);
-    let records = Load::without_bad_records(9).take(100);
-    scope.spread(records.clone(), &[0]);
-    scope.wait_until_caught_up();
-    let written = scope.count("payment_core");
-
-    // WHEN their ids are deleted, and they come again, THEN none is written
-    scope.execute("TRUNCATE payment_writer.idempotency_g1");
-    scope.spread(records, &[0]);
-    misses_ids(&daemon);
-    assert_eq!(scope.count("payment_core"), written);
-
-    // WHEN the ids are back, THEN it continues, and none is written
-    scope.execute(RESTORE_IDS);
-    wait_until_within(PATIENCE, "all are dead letters", || {
-        scope.read_all(&scope.dead_letter_topic).len() == 100
-    });
-    daemon.drains();
-    assert_eq!(scope.count("payment_core"), written);
-    assert_eq!(scope.read_all(&scope.read_topic).len() as i64, written);
 }

@@ -120,31 +120,19 @@ impl Batch {
             set(index, stranger.map_or(Outcome::Written, |owner| against_owner(place, candidate, &owner)));
         }
         for (index, place, candidate) in self.valid(&self.lookups) {
-            set(index, looked_up(place, candidate, answer));
+            let outcome = match answer.owners.get(&candidate.message_id) {
+                // A later record of the partition owns the id, so it was free when this record was written:
+                // the database must have refused this record.
+                Some(owner) if owner.partition == place.partition && place.offset < owner.offset => {
+                    Outcome::Rejected(None)
+                }
+                Some(owner) => against_owner(place, candidate, owner),
+                // Valid and below the cursor, but no record owns its id: the database refused it.
+                None => Outcome::Rejected(None),
+            };
+            set(index, outcome);
         }
         outcomes
-    }
-
-    /// The records below `seen` that no claim accounts for: either the database refused them, or claims were deleted.
-    pub fn unclaimed(&self, answer: &Answer) -> impl Iterator<Item = (Partition, Offset)> {
-        self.valid(&self.lookups).filter_map(|(_, place, candidate)| {
-            let is_unclaimed = looked_up(place, candidate, answer) == Outcome::Rejected(None);
-            is_unclaimed.then_some((place.partition, place.offset))
-        })
-    }
-}
-
-/// The outcome of a record below `seen`, if no claim was deleted.
-fn looked_up(place: &Place, candidate: &Candidate, answer: &Answer) -> Outcome {
-    match answer.owners.get(&candidate.message_id) {
-        // A later record of the partition owns the id, so it was free when this record was written: the database must
-        // have refused this record.
-        Some(owner) if owner.partition == place.partition && place.offset < owner.offset => {
-            Outcome::Rejected(None)
-        }
-        Some(owner) => against_owner(place, candidate, owner),
-        // Valid and below the cursor, but no record owns its id: the database refused it.
-        None => Outcome::Rejected(None),
     }
 }
 

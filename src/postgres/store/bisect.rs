@@ -19,7 +19,6 @@ use uuid::Uuid;
 use super::claims::claim;
 use super::copy::copy_in_turn;
 use super::cursors::Moves;
-use super::deleted::note_refused;
 use super::session::{Session, store_error};
 use super::{Begun, Written, begin, commit, witness};
 use crate::domain::batch::{Batch, Claim, Refused};
@@ -51,7 +50,7 @@ pub(super) enum Bisected {
 /// A persistent failure if so many rows are refused that the database is assumed to be at fault.
 pub(super) async fn write(
     session: &mut Session,
-    (topic, topic_id): (&str, &Uuid),
+    topic_id: &Uuid,
     batch: &Batch,
     moves: &Moves,
     refusals: &mut Refusals,
@@ -66,7 +65,6 @@ pub(super) async fn write(
     if let Some(sqlstate) = witness::missing(session, batch, &begun, &refused).await? {
         return Ok(Bisected::Undecided(undecided(refused.len(), rows, sqlstate)));
     }
-    note_refused(session, topic, topic_id, batch, &refused).await?;
     let outcomes = batch.decide(&begun.answer, &refused);
     let key = session.key_of(begun.current).await?;
     let written = commit(session, begun, outcomes, key).await?;

@@ -8,7 +8,6 @@ use tokio_postgres::Statement;
 
 use crate::domain::cursor::{Identity, IdentityMismatch};
 use crate::domain::outcome::{FailureClass, SqlState};
-use crate::domain::record::{Offset, Partition};
 use crate::ports::StoreError;
 use crate::postgres::binding::database_id;
 use crate::postgres::connection::{backend_pid, class_of, describe};
@@ -185,17 +184,6 @@ pub fn no_key(generation: i64) -> StoreError {
          written until it has one again; ALTER TABLE {table} ADD PRIMARY KEY (message_id)"
     );
     incomplete(message)
-}
-
-/// The claim of a record that was written is not in `idempotency`.
-pub(super) fn deleted_claims(current: i64, (partition, offset): (Partition, Offset)) -> StoreError {
-    incomplete(format!(
-        "the message id of the record at partition {partition}, offset {offset} is not in payment_writer.idempotency any \
-         more, although it was written: ids were deleted, as by TRUNCATE. Without them payments are written twice and \
-         events are lost: nothing is written until they are there again; INSERT INTO payment_writer.idempotency_g{current} \
-         (message_id, source_offset, payload_hash, created_at, source_partition) SELECT message_id, source_offset, 0, \
-         created_at, source_partition FROM payment_writer.payment_metadata ON CONFLICT DO NOTHING"
-    ))
 }
 
 /// Counted like the errors of the server about a missing table or column.
