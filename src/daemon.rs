@@ -163,7 +163,7 @@ struct RunningDaemon<'d> {
 
 impl<'d> Daemon<'d> {
     async fn start(self) -> Result<RunningDaemon<'d>, RunError> {
-        let Self { settings, options, status, tracer } = self;
+        let Self { settings, options, status, tracer, .. } = self;
         let kafka = &settings.kafka;
         let endpoint = &settings.postgres.url;
         for dependency in ["database", "broker"] {

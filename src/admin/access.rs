@@ -14,11 +14,13 @@ use axum::http::{StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
+use tokio::time::timeout;
 
 use crate::telemetry::logging::RateLimited;
 
 const TOKEN_BYTES_MAX: u64 = 4_096;
 const TOKEN_CHARS_MIN: usize = 16;
+const TOKEN_READ_MAX: Duration = Duration::from_secs(2);
 /// Neither host nor token is checked: probes of orchestrators send neither.
 const PROBES: [&str; 2] = ["/livez", "/readyz"];
 
@@ -57,8 +59,7 @@ pub fn read_token(file: &Path) -> Result<String, String> {
 
 /// Middleware that answers callers that may not ask, and adds headers for browsers to each answer.
 pub(super) async fn check(State(access): State<Access>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    let refused = if PROBES.contains(&path) { None } else { access.refusal(path, &request) };
+    let refused = access.refusal(request.uri(), request.headers()).await;
     let mut response = match refused {
         Some(refused) => refused,
         None => next.run(request).await,
@@ -77,15 +78,29 @@ pub(super) async fn check(State(access): State<Access>, request: Request, next: 
 }
 
 impl Access {
-    fn refusal(&self, path: &str, request: &Request) -> Option<Response> {
+    async fn refusal(&self, uri: &Uri, headers: &HeaderMap) -> Option<Response> {
+        let path = uri.path();
+        if PROBES.contains(&path) {
+            return None;
+        }
         // A scraper may use any name. A browser that was made to use another site's name for this host (DNS
         // rebinding) could show that site what it reads here; metrics have no such reader.
-        if path != "/metrics" && !self.is_addressed(request.uri(), request.headers()) {
+        if path != "/metrics" && !self.is_addressed(uri, headers) {
             let text = "this name of the host is not allowed; names are set by admin.hosts\n";
             return Some((StatusCode::FORBIDDEN, text).into_response());
         }
-        let token = match read_token(self.token_file.as_ref()?) {
-            Ok(token) => token,
+        let file = self.token_file.clone()?;
+        // On a thread for blocking work: the file may be on a network's drive that hangs.
+        let read = tokio::task::spawn_blocking(move || read_token(&file));
+        let read = timeout(TOKEN_READ_MAX, read).await;
+        let read = read.map_err(|_| "not read in time".to_owned());
+        match read.and_then(|read| read.map_err(|error| error.to_string())).and_then(|token| token) {
+            Ok(token) => {
+                let given = headers.get(header::AUTHORIZATION).and_then(given_token);
+                if given.is_some_and(|given| is_same(&given, &token)) {
+                    return None;
+                }
+            }
             Err(reason) => {
                 static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(60));
                 if let Some(suppressed) = LIMIT.pass() {
@@ -98,10 +113,6 @@ impl Access {
                 let text = "admin.token_file cannot be read\n";
                 return Some((StatusCode::SERVICE_UNAVAILABLE, text).into_response());
             }
-        };
-        let given = request.headers().get(header::AUTHORIZATION).and_then(given_token);
-        if given.is_some_and(|given| is_same(&given, &token)) {
-            return None;
         }
         let ask = [(header::WWW_AUTHENTICATE, "Basic realm=\"payment-writer\", charset=\"UTF-8\"")];
         let text = "the token of admin.token_file is needed, as bearer token or as password\n";

@@ -1,8 +1,9 @@
 //! Connections of the admin server. Each is limited in size and time, so that a slow or hostile client cannot occupy
 //! the daemon.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -18,7 +19,10 @@ use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 
 /// Maximum number of connections. Others wait in the listener's queue.
-const CONNECTIONS_MAX: usize = 64;
+const CONNECTIONS_MAX: usize = 256;
+/// Maximum number of connections of one address, so that one client cannot keep probes and scrapers out. Further ones
+/// are closed at once.
+const CONNECTIONS_OF_ONE_MAX: usize = 16;
 const HEADER_BYTES_MAX: usize = 16 << 10;
 const HEADERS_MAX: usize = 64;
 /// Time in which the head of a request must arrive, also after the request before.
@@ -30,17 +34,47 @@ const LAST_ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Pause after a connection could not be accepted, as without file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
+/// Open connections by address.
+type Peers = Arc<Mutex<HashMap<IpAddr, usize>>>;
+
+/// One connection of an address, until it is dropped.
+struct Place(Peers, IpAddr);
+
+impl Place {
+    fn take(peers: &Peers, address: IpAddr) -> Option<Self> {
+        let mut open = peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = open.entry(address).or_default();
+        (*count < CONNECTIONS_OF_ONE_MAX).then(|| {
+            *count += 1;
+            Self(Arc::clone(peers), address)
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = open.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.1);
+            }
+        }
+    }
+}
+
 /// Serves connections until the process ends.
 pub(super) async fn serve(listener: TcpListener, router: Router) {
-    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let (connections, peers) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Peers::default());
     loop {
         let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, caller)) => {
+                let Some(place) = Place::take(&peers, caller.ip()) else { continue };
                 let router = router.clone();
                 tokio::spawn(async move {
                     serve_one(stream, caller, router).await;
-                    drop(permit);
+                    drop((place, permit));
                 });
             }
             Err(error) => {

@@ -438,7 +438,8 @@ fn hosts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::E
     let rule = "must be an array of up to 64 different names of hosts, without ports (in the environment: in \
                 JSON, or only one name)";
     values::checked(deserializer, rule, |hosts: Vec<String>| {
-        let hosts: Vec<String> = hosts.iter().map(|host| host.trim().to_ascii_lowercase()).collect();
+        let hosts: Vec<String> =
+            hosts.iter().map(|host| host.trim().trim_end_matches('.').to_ascii_lowercase()).collect();
         let are_allowed = hosts.iter().all(|host| values::is_word(host, "._-", 253))
             && hosts.len() <= 64
             && values::are_different(&hosts);

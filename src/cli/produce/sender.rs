@@ -1,5 +1,6 @@
 //! Passes records to librdkafka as fast as it accepts them.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ use crate::kafka::callbacks::{Callbacks, Listener};
 use crate::kafka::client::{REQUEST_TIMEOUT, make_client, partition_counts, producer_config};
 use crate::kafka::librdkafka::{NativeError, ProducerClient, TxnProducer};
 
+/// At full speed, events are served after so many records.
+const SERVED_EVERY: u32 = 64;
 /// Index of the topic among the producer's topics.
 const TOPIC: usize = 0;
 
@@ -55,6 +58,10 @@ fn linger_ms(args: &ProduceArgs) -> &'static str {
 pub(super) struct Sender {
     producer: TxnProducer<Callbacks<LastFault>>,
     topic: String,
+    /// At a given rate, events are served after each record.
+    is_paced: bool,
+    /// Records since events were last served.
+    unserved: Cell<u32>,
 }
 
 impl Sender {
@@ -84,7 +91,12 @@ impl Sender {
                  `payment-writer topics create` creates it"
             )));
         }
-        let sender = Self { producer: TxnProducer::new(native, &[&topic]), topic };
+        let sender = Self {
+            producer: TxnProducer::new(native, &[&topic]),
+            topic,
+            is_paced: args.rate.is_some(),
+            unserved: Cell::new(0),
+        };
         if args.transaction_size.is_some() {
             sender.retried("start transactions", || sender.producer.init(REQUEST_TIMEOUT))?;
         }
@@ -140,7 +152,10 @@ impl Sender {
         loop {
             let (key, value) = (record.key.as_deref(), record.value.as_deref());
             match self.producer.produce_at(TOPIC, timestamp, key, value, headers()) {
-                Ok(()) => return Ok(true),
+                Ok(()) => {
+                    self.serve_now_and_then();
+                    return Ok(true);
+                }
                 Err(error) if error.code == RDKafkaErrorCode::QueueFull => {
                     if stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
                         return Ok(false);
@@ -149,6 +164,15 @@ impl Sender {
                 }
                 Err(error) => return Err(error).or_failed_to(format_args!("cannot send to {}", self.topic)),
             }
+        }
+    }
+
+    /// Serves errors, log lines and requests for tokens.
+    fn serve_now_and_then(&self) {
+        self.unserved.set(self.unserved.get() + 1);
+        if self.unserved.get() >= SERVED_EVERY || self.is_paced {
+            self.unserved.set(0);
+            self.producer.take_events();
         }
     }
 
@@ -166,7 +190,7 @@ impl Sender {
         let first =
             first.map_or_else(|| "a later one to the same partition was".to_owned(), |code| code.to_string());
         Err(CommandError::failed(format!(
-            "{undelivered} records were not delivered to {}, or not acknowledged; the first error: {first}",
+            "{undelivered} records were not delivered to {}, or not confirmed; the first error: {first}",
             self.topic
         )))
     }

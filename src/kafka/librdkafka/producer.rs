@@ -118,16 +118,13 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
         // SAFETY: the client is live.
         let left = unsafe { sys::rd_kafka_flush(self.native(), millis(timeout)) };
         // Reports of failed deliveries count as outstanding until they are polled.
-        self.producer.poll(Duration::ZERO);
+        self.producer.serve();
         left == sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR
     }
 
     /// Passes all pending errors, statistics and reports to the context.
     pub fn take_events(&self) {
-        // A poll handles one event. The count includes messages in flight.
-        for _ in 0..self.producer.in_flight_count() {
-            self.producer.poll(Duration::ZERO);
-        }
+        self.producer.serve();
     }
 
     /// `init_transactions`: fences older producers of this id and ends transactions that they left open.

@@ -8,6 +8,7 @@
 
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -28,7 +29,7 @@ pub struct ProducerClient<C: ClientContext + 'static> {
     client: Client<C>,
     queue: *mut sys::rd_kafka_queue_t,
     // Declared after the client, whose threads write to it until the client is destroyed.
-    counts: Box<Counts>,
+    counts: Arc<Counts>,
 }
 
 /// Messages since the client was made.
@@ -49,7 +50,7 @@ impl<C: ClientContext + 'static> FromClientConfigAndContext<C> for ProducerClien
     #[expect(clippy::disallowed_methods, reason = "this is how `make_client` creates it")]
     fn from_config_and_context(config: &ClientConfig, context: C) -> KafkaResult<Self> {
         let native = config.create_native_config()?;
-        let counts = Box::<Counts>::default();
+        let counts = Arc::<Counts>::default();
         let events = sys::RD_KAFKA_EVENT_DR
             | sys::RD_KAFKA_EVENT_STATS
             | sys::RD_KAFKA_EVENT_ERROR
@@ -61,7 +62,7 @@ impl<C: ClientContext + 'static> FromClientConfigAndContext<C> for ProducerClien
                 native.ptr(),
                 INTERCEPTOR.as_ptr(),
                 Some(on_new),
-                ptr::from_ref::<Counts>(&counts).cast_mut().cast(),
+                Arc::as_ptr(&counts).cast_mut().cast(),
             );
         }
         let client = Client::new(config, native, RDKafkaType::RD_KAFKA_PRODUCER, context)?;
@@ -96,13 +97,15 @@ unsafe extern "C" fn on_acknowledgement(
     message: *mut sys::rd_kafka_message_t,
     counts: *mut c_void,
 ) -> sys::rd_kafka_resp_err_t {
-    // SAFETY: the message is live during the call, and the counts are as long as the client.
-    let (message, counts) = unsafe { (&*message, &*counts.cast::<Counts>()) };
-    if message.err != sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
+    // SAFETY: the message is live during the call, and the counts are as long as the client. The code is read as a
+    // number, because a broker may send one that the bindings do not know.
+    let (code, offset, counts) = unsafe {
+        (ptr::addr_of!((*message).err).cast::<i32>().read(), (*message).offset, &*counts.cast::<Counts>())
+    };
+    if code != 0 {
         counts.failed.fetch_add(1, Ordering::Release);
-        let code = message.err as i32;
         let _ = counts.first_failure.compare_exchange(0, code, Ordering::Release, Ordering::Relaxed);
-    } else if message.offset < 0 {
+    } else if offset < 0 {
         counts.unconfirmed.fetch_add(1, Ordering::Release);
     }
     sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR
@@ -134,6 +137,11 @@ impl<C: ClientContext> ProducerClient<C> {
     pub fn in_flight_count(&self) -> i32 {
         // SAFETY: the client is live.
         unsafe { sys::rd_kafka_outq_len(self.client.native_ptr()) }
+    }
+
+    /// Passes all events that wait to the context.
+    pub fn serve(&self) {
+        while self.poll(Duration::ZERO) {}
     }
 
     /// Passes one event to the context, waiting for it for at most `timeout`; false if there was none. Reports of
