@@ -316,7 +316,7 @@ impl Store for PgStore {
         let topic_id = connection.identity.topic_id;
         let whole =
             async |session: &mut Session| write_whole(session, &topic_id, batch, &moves, claiming).await;
-        match connection.run(TRANSACTION_TIMEOUT, "writing a batch", whole).await {
+        let first = match connection.run(TRANSACTION_TIMEOUT, "writing a batch", whole).await {
             Ok(written) => {
                 let rows = written.0.iter().filter(|outcome| **outcome == Outcome::Written).count();
                 refusals.note(Instant::now(), rows, 0);
@@ -324,25 +324,29 @@ impl Store for PgStore {
             }
             // A new session: the COPYs that were sent after the refused one confuse the driver
             // (tokio-postgres reports the answers to their Syncs as unexpected).
-            Err(error) if error.class == FailureClass::Record => {}
+            Err(error) if error.class == FailureClass::Record => error.message,
             Err(error) => return Err(error),
-        }
+        };
         let began = Instant::now();
         let doing = "finding the rows that the database refuses (a smaller batch.max_payments helps)";
         let bisect =
             async |session: &mut Session| bisect::write(session, &topic_id, batch, &moves, refusals).await;
         match connection.run(BISECT_TIMEOUT, doing, bisect).await {
             Ok(Bisected::Written(written)) => Ok(written),
-            Ok(Bisected::Undecided(error)) => {
+            Ok(Bisected::Undecided(mut error)) => {
                 // Its transaction is still open.
                 connection.session = None;
+                error.message.push_str(&format!("; at first {first}"));
                 Err(error)
             }
             // A retry would take as long, so an operator must know.
             Err(error) if error.sqlstate.is_none() && began.elapsed() >= BISECT_TIMEOUT => {
                 Err(StoreError { class: FailureClass::Persistent, ..error })
             }
-            Err(error) => Err(fault_of_database(error)),
+            Err(mut error) => {
+                error.message.push_str(&format!("; at first {first}"));
+                Err(fault_of_database(error))
+            }
         }
     }
 
