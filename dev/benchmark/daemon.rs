@@ -143,7 +143,7 @@ impl Daemon {
     fn get(&self, path: &str) -> std::io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&self.admin, ANSWER_LIMIT)?;
         stream.set_read_timeout(Some(ANSWER_LIMIT))?;
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: bench\r\n\r\n")?;
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
         let mut reply = String::new();
         stream.read_to_string(&mut reply)?;
         match reply.split_once("\r\n\r\n") {
