@@ -3,7 +3,9 @@
 
 use serde_json::Value;
 
-use crate::support::{Act, Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+use crate::support::{
+    Act, Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, block_on, wait_until_within,
+};
 
 /// Waits until readiness fails because of `what`.
 #[track_caller]
@@ -240,7 +242,16 @@ fn trials_a_drain_that_cannot_finish_ends_in_time_with_exit_code_0() {
     let mut daemon = member.start(&scope);
     let flow = Flow::start(&scope, Load::new(32), 10);
     recovers(&daemon);
+    // So that a batch is certainly on its way.
+    let lock = scope.connect();
+    let hold = "BEGIN; LOCK TABLE payment_writer.payment_core IN SHARE ROW EXCLUSIVE MODE";
+    block_on(lock.batch_execute(hold)).unwrap();
+    let is_waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+    wait_until_within(PATIENCE, "a batch waits", || scope.sql(is_waiting, &[])[0].get::<_, i64>(0) > 0);
+    let before = scope.count("payment_core");
     servers.kafka(Act::Pause);
+    block_on(lock.batch_execute("COMMIT")).unwrap();
+    wait_until_within(PATIENCE, "it is written", || scope.count("payment_core") > before);
 
     // WHEN the daemon is asked to end
     daemon.terminate();
