@@ -83,8 +83,8 @@ impl Access {
         if PROBES.contains(&path) {
             return None;
         }
-        // A scraper may use any name. A browser that was made to use another site's name for this host (DNS
-        // rebinding) could show that site what it reads here; metrics have no such reader.
+        // A page of another site can read this server through a name of its own (DNS rebinding). Scrapers may use any
+        // name, so `/metrics` is exempt: without a token such a page can read it.
         if path != "/metrics" && !self.is_addressed(uri, headers) {
             let text = "this name of the host is not allowed; names are set by admin.hosts\n";
             return Some((StatusCode::FORBIDDEN, text).into_response());

@@ -331,6 +331,12 @@ fn no_client_creates_topics_automatically() {
     daemon.kill();
 }
 
+/// Changes the quotas of the daemon's clients.
+fn change_quota(servers: &Servers, change: &[&str]) {
+    let whose = ["--alter", "--entity-type", "clients", "--entity-name", "payment-writer"];
+    servers.kafka_tool(&[&["kafka.admin.ConfigCommand"], &whose[..], change].concat());
+}
+
 #[test]
 #[ignore = "takes minutes; `make trials`"]
 fn trials_a_producer_quota_is_logged_and_payments_flow_at_its_rate() {
@@ -339,10 +345,7 @@ fn trials_a_producer_quota_is_logged_and_payments_flow_at_its_rate() {
     let scope = Scope::new(&servers, "quota");
     scope.prepare(4, 2);
     scope.feed(Load::without_bad_records(68).take(12_000));
-    let quota = |change: &[&str]| {
-        let whose = ["--alter", "--entity-type", "clients", "--entity-name", "payment-writer"];
-        servers.kafka_tool(&[&["kafka.admin.ConfigCommand"], &whose[..], change].concat());
-    };
+    let quota = |change: &[&str]| change_quota(&servers, change);
     quota(&["--add-config", "producer_byte_rate=100000"]);
 
     // WHEN they are published, THEN the throttling is logged, and some of them get through, again and again
@@ -440,10 +443,7 @@ fn trials_a_reader_quota_is_logged_once_and_its_client_is_kept() {
     let scope = Scope::new(&servers, "read_quota");
     scope.prepare(8, 2);
     scope.feed(Load::without_bad_records(71).take(12_000));
-    let quota = |change: &[&str]| {
-        let whose = ["--alter", "--entity-type", "clients", "--entity-name", "payment-writer"];
-        servers.kafka_tool(&[&["kafka.admin.ConfigCommand"], &whose[..], change].concat());
-    };
+    let quota = |change: &[&str]| change_quota(&servers, change);
     quota(&["--add-config", "consumer_byte_rate=20000"]);
 
     // WHEN the daemon reads for a while

@@ -2,9 +2,9 @@
 //!
 //! A request to produce may be refused while the next one to the same partition is already on its way. A broker that
 //! has no sequence numbers of this producer accepts any first number (KIP-360, since Kafka 2.5; from 4.5 not in a partition
-//! that never held a record, KAFKA-15591), so it accepts the second request. librdkafka then concludes that the broker has the first one,
-//! too ("implicit ack" in `rd_kafka_handle_idempotent_Produce_success`), and reports messages as delivered that are in no
-//! log. The messages of such a report have no offset.
+//! that never held a record, KAFKA-15591), so it accepts the second request. librdkafka then concludes that the broker
+//! has the first one, too ("implicit ack" in `rd_kafka_handle_idempotent_Produce_success`), and reports messages as
+//! delivered that are in no log. The messages of such a report have no offset.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
