@@ -35,6 +35,14 @@ bench-latency: ## measure the time from a record to its read event at steady rat
 bench-size: ## measure bytes a payment in each table, index and topic, and in the WAL: COUNT=1000000 JSON=FILE
 	@dev/bench size $(call options,count json)
 
+.PHONY: bench-console
+bench-console: ## measure what ten open pages of the console cost an idle daemon: PAGES=10 SECONDS=60 REPEAT=3 JSON=FILE
+	@dev/bench console $(call options,pages seconds repeat json)
+
+.PHONY: picture
+picture: ## make docs/console.png, the picture of the console under load in the README; needs chromium
+	@dev/picture
+
 .PHONY: soak
 soak: ## run for hours under load, bursts, rebalances and housekeeping; compare memory, files, dead rows and latency early and late: MINUTES=120 RATE=1000 BURST=50000 REPORT=FILE JSON=FILE
 	@dev/bench soak $(call options,minutes rate burst report json)

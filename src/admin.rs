@@ -1,34 +1,33 @@
-//! The admin server: `/metrics`, `/livez`, `/readyz`, `/status`, `/status/history`, `/log-level`.
+//! The admin server: the console at `/`, `/metrics`, `/livez`, `/readyz`, `/status`, `/status/history`, `/log-level`.
 
 mod access;
 mod connections;
-mod history;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::{StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router, middleware};
 use metrics::gauge;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use tokio::net::TcpListener;
 
+pub use self::access::Access;
 use self::access::FromHere;
-pub use self::access::{Access, read_token};
-use self::history::History;
-use crate::config::Settings;
+use crate::config::{Settings, read_token};
+use crate::console::{self, Console, history};
 use crate::domain::record::{Partition, TimestampMs};
 use crate::error::{CommandError, OrFailed};
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{
     BYTES_BUCKETS, RECORDS_BUCKETS, SECONDS_BUCKETS, describe, now, open_transaction, scraped,
 };
-use crate::telemetry::status::{Phase, StatusRegistry};
+use crate::telemetry::status::StatusRegistry;
 
 /// Maximum size of a request body; a log filter is one line.
 const BODY_BYTES_MAX: usize = 1_024;
@@ -42,9 +41,8 @@ struct Shared {
     /// Serializes scrapes.
     scraping: Arc<tokio::sync::Mutex<()>>,
     process: metrics_process::Collector,
-    history: Arc<History>,
+    console: Arc<Console>,
     log: Arc<LogHandle>,
-    version: &'static str,
 }
 
 /// Installs the metrics recorder of the process.
@@ -71,7 +69,8 @@ pub async fn serve(
     log: Arc<LogHandle>,
     version: &'static str,
 ) -> Result<SocketAddr, CommandError> {
-    let Settings { admin: settings, lanes, .. } = settings;
+    let console = Arc::new(Console::new(settings, Arc::clone(&status), Arc::clone(&log), version));
+    let settings = &settings.admin;
     let access = Access { token_file: settings.token_file.clone(), hosts: settings.hosts.clone() };
     if let Some(file) = &access.token_file {
         read_token(file).map_err(CommandError::usage)?;
@@ -90,20 +89,11 @@ pub async fn serve(
             upkeep.run_upkeep();
         }
     });
-    let history = Arc::new(History::default());
-    let (points, watched, lanes) = (Arc::clone(&history), Arc::clone(&status), *lanes);
-    tokio::spawn(async move { points.run(&watched, lanes).await });
+    let history = Arc::clone(&console);
+    tokio::spawn(async move { history.run().await });
     let process = metrics_process::Collector::default();
-    let shared = Shared {
-        status,
-        lagging: Arc::default(),
-        metrics,
-        scraping: Arc::default(),
-        process,
-        history,
-        log,
-        version,
-    };
+    let shared =
+        Shared { status, lagging: Arc::default(), metrics, scraping: Arc::default(), process, console, log };
     if let Some(listener) = metrics_listener {
         tokio::spawn(connections::serve(listener, metrics_router(shared.clone())));
     }
@@ -124,6 +114,10 @@ fn router(shared: Shared, access: Access) -> Router {
     routes_for_metrics()
         .route("/status", get(status))
         .route("/status/history", get(status_history))
+        .route("/", get(page))
+        .route("/console/state", get(console_state))
+        .route("/console/runbooks", get(|| async { of_console(console::runbooks()) }))
+        .route("/console/{*name}", get(console_file))
         .route("/log-level", get(log_level).put(set_log_level))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(middleware::from_fn_with_state(access, access::check))
@@ -144,6 +138,13 @@ fn routes_for_metrics() -> Router<Shared> {
 }
 
 async fn render_metrics(State(shared): State<Shared>) -> Response {
+    match scraped_text(shared).await {
+        Ok(text) => ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
+        Err(refused) => refused,
+    }
+}
+
+async fn scraped_text(shared: Shared) -> Result<String, Response> {
     // Concurrent scrapes wait here without occupying a thread.
     let turn = Arc::clone(&shared.scraping).lock_owned().await;
     // Process metrics are read from files, which would block the async runtime.
@@ -152,10 +153,7 @@ async fn render_metrics(State(shared): State<Shared>) -> Response {
         let _turn = turn;
         scrape(&shared)
     });
-    match scraped.await {
-        Ok(text) => ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
-    }
+    scraped.await.map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response())
 }
 
 fn scrape(shared: &Shared) -> String {
@@ -197,45 +195,16 @@ async fn ready(State(shared): State<Shared>) -> Response {
 }
 
 async fn status(State(shared): State<Shared>) -> Response {
-    let now = now();
-    let missing = shared.status.missing();
-    let mut partitions = Map::new();
-    for (partition, status) in shared.status.partitions() {
-        let halted = match &status.phase {
-            Phase::Halted(reason) => {
-                // `doubt` is the former name of `reason`, kept until 1.0.
-                let label = reason.label();
-                json!({ "reason": label, "doubt": label, "advice": reason.advice(partition) })
-            }
-            Phase::Opening | Phase::Live => Value::Null,
-        };
-        let open = status.open_transaction();
-        partitions.insert(
-            partition.to_string(),
-            json!({
-                "state": <&str>::from(&status.phase),
-                "halted": halted,
-                "applied": status.applied.map(|o| o.0),
-                "published": status.published.map(|o| o.0),
-                "unpublished_from": status.unpublished_from.map(|o| o.0),
-                "end": status.end.map(|o| o.0),
-                "lag_records": status.lag(),
-                "lag_seconds": status.lag_ms(now) as f64 / 1_000.0,
-                "open_transaction_records": open.map_or(0, |open| open.records),
-                "open_transaction_seconds": open.map_or(0, |open| open.age_ms(now)) as f64 / 1_000.0,
-            }),
-        );
-    }
+    let (own, about) = (shared.console.own(), &shared.console.about);
+    let missing: BTreeMap<_, _> = own.missing.iter().map(|(what, reason, _)| (*what, reason)).collect();
+    let partitions: BTreeMap<String, _> =
+        own.partitions.iter().map(|row| (row.partition.to_string(), row)).collect();
     let totals = shared.status.totals();
-    let problems: Vec<Value> = shared
-        .log
-        .problems()
-        .all()
-        .into_iter()
-        .map(|p| json!({ "at": p.at.to_string(), "level": p.level, "message": p.message }))
-        .collect();
     Json(json!({
-        "build": { "version": shared.version },
+        "build": { "version": about.version },
+        "group": about.group,
+        "instance": about.instance,
+        "summary": own.summary,
         "breaker": if missing.is_empty() { "closed" } else { "open" },
         "missing": missing,
         "totals": {
@@ -245,9 +214,37 @@ async fn status(State(shared): State<Shared>) -> Response {
             "redelivered": totals.redelivered,
         },
         "partitions": partitions,
-        "recent_problems": problems,
+        "recent_problems": shared.console.last_problems(),
     }))
     .into_response()
+}
+
+/// Only what this server serves may be loaded by what it answers with.
+fn of_console((kind, text): (&'static str, impl IntoResponse)) -> Response {
+    let headers = [("content-type", kind), ("content-security-policy", console::POLICY)];
+    (headers, text).into_response()
+}
+
+async fn page(State(shared): State<Shared>) -> Response {
+    match scraped_text(shared.clone()).await {
+        Ok(metrics) => of_console(shared.console.page(&metrics)),
+        Err(refused) => refused,
+    }
+}
+
+async fn console_state(State(shared): State<Shared>) -> Response {
+    let (console, metrics) = (Arc::clone(&shared.console), shared);
+    match console.state(move || scrape(&metrics)).await {
+        Ok(state) => ([("content-type", "application/json")], state).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
+async fn console_file(Path(name): Path<String>) -> Response {
+    match console::file(&name) {
+        Some(file) => of_console(file),
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
 }
 
 async fn status_history(State(shared): State<Shared>, uri: Uri) -> Response {
@@ -258,7 +255,7 @@ async fn status_history(State(shared): State<Shared>, uri: Uri) -> Response {
     match after {
         Some(after) => Json(json!({
             "interval_seconds": history::INTERVAL.as_secs(),
-            "points": shared.history.after(TimestampMs(after)),
+            "points": shared.console.history.after(TimestampMs(after)),
         }))
         .into_response(),
         None => (StatusCode::BAD_REQUEST, "the only parameter is after=milliseconds\n").into_response(),
@@ -301,15 +298,17 @@ mod tests {
             [("10.0.0.1:5", "HTTP/1.1 403 Forbidden", "info"), ("127.0.0.1:5", "HTTP/1.1 200 OK", "debug")]
         {
             let (log, _filter) = LogHandle::new("info").unwrap();
+            let log = Arc::new(log);
+            let settings =
+                Settings::load_from(None, std::path::Path::new("nowhere.toml"), []).unwrap().settings;
             let shared = Shared {
                 status: Arc::default(),
                 lagging: Arc::default(),
                 metrics: PrometheusBuilder::new().build_recorder().handle(),
                 scraping: Arc::default(),
                 process: metrics_process::Collector::default(),
-                history: Arc::default(),
-                log: Arc::new(log),
-                version: "1",
+                console: Arc::new(Console::new(&settings, Arc::default(), Arc::clone(&log), "1")),
+                log,
             };
             let log = Arc::clone(&shared.log);
             let caller: SocketAddr = caller.parse().unwrap();

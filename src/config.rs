@@ -8,6 +8,7 @@ mod layers;
 mod origin;
 mod properties;
 mod sections;
+mod token_file;
 mod values;
 
 use std::env;
@@ -23,6 +24,7 @@ pub use sections::{
     AdminSettings, AuditSettings, BatchSettings, EmailSettings, IdempotencySettings, KafkaSettings,
     LogFormat, LogSettings, PaymentSettings, PostgresSettings, Settings, ShutdownSettings, TracingSettings,
 };
+pub use token_file::read_token;
 pub use values::{cron, log_filter};
 
 /// Settings file used by default; it may be absent.

@@ -19,7 +19,8 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio_postgres::Client;
 
 use self::generations::{Generation, State, Step};
-use self::horizon::{Horizon, goes_at};
+use self::horizon::Horizon;
+pub use self::horizon::goes_at;
 use self::log_times::current_horizon;
 pub use self::report::{PassError, PassReport, Task, Verdict, time};
 use crate::config::Settings;

@@ -32,7 +32,7 @@ pub mod publisher;
 pub mod publisher_settings;
 mod rebootstrap;
 pub mod scan;
-mod throttle;
+pub mod throttle;
 pub mod timestamp_lookup;
 pub mod token;
 pub mod topic_rules;

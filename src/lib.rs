@@ -42,6 +42,8 @@ mod reconcile;
 
 mod audit;
 
+mod console;
+
 mod admin;
 mod daemon;
 mod doctor;

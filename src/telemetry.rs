@@ -1,5 +1,6 @@
 //! Observability: logs, metrics, traces, and the state shown by `/status`.
 
+pub mod activity;
 pub mod logging;
 pub mod metrics;
 pub mod status;

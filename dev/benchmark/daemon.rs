@@ -152,7 +152,8 @@ impl Daemon {
         }
     }
 
-    fn asked(&mut self, path: &str) -> Outcome<String> {
+    /// The body of an answer of the admin port.
+    pub fn asked(&mut self, path: &str) -> Outcome<String> {
         self.get(path).map_err(|error| match self.process.check_alive() {
             Err(ended) => ended,
             Ok(()) => self.process.complain(&format!("requesting {path} from the daemon: {error}")),

@@ -6,6 +6,7 @@
 #![allow(clippy::disallowed_methods)]
 
 mod ceilings;
+mod console;
 mod daemon;
 mod latency;
 mod processes;
@@ -40,6 +41,8 @@ enum Command {
     Latency(latency::Arguments),
     /// Measure how many bytes payments take in each table and topic
     Size(size::Arguments),
+    /// Measure what open pages of the console cost an idle daemon
+    Console(console::Arguments),
     /// Run for hours under load and housekeeping, and compare the use of resources early and late
     Soak(soak::Arguments),
 }
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Command::Throughput(arguments) => throughput::run(arguments),
         Command::Latency(arguments) => latency::run(arguments),
         Command::Size(arguments) => size::run(arguments),
+        Command::Console(arguments) => console::run(arguments),
         Command::Soak(arguments) => soak::run(arguments),
     });
     match outcome {

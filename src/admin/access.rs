@@ -1,9 +1,7 @@
 //! Who may use the admin server: the token, the allowed names of this host, and what browsers are told.
 
-use std::fs::File;
-use std::io::Read;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use axum::extract::{ConnectInfo, FromRequestParts, Request, State};
@@ -16,10 +14,9 @@ use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 use tokio::time::timeout;
 
+use crate::config::read_token;
 use crate::telemetry::logging::RateLimited;
 
-const TOKEN_BYTES_MAX: u64 = 4_096;
-const TOKEN_CHARS_MIN: usize = 16;
 const TOKEN_READ_MAX: Duration = Duration::from_secs(2);
 /// Neither host nor token is checked: probes of orchestrators send neither.
 const PROBES: [&str; 2] = ["/livez", "/readyz"];
@@ -31,30 +28,6 @@ pub struct Access {
     pub token_file: Option<PathBuf>,
     /// Names of this host, besides IP addresses and the names of the loopback.
     pub hosts: Vec<String>,
-}
-
-/// Reads the token, which is at most 4 KiB; white space around it is ignored. It is read for each request, so that
-/// it can be changed at any time.
-///
-/// # Errors
-/// What is wrong with the file.
-pub fn read_token(file: &Path) -> Result<String, String> {
-    let failed = |reason: String| format!("admin.token_file {}: {reason}", file.display());
-    let mut text = String::new();
-    let opened = File::open(file).map_err(|error| failed(error.to_string()))?;
-    opened.take(TOKEN_BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| failed(error.to_string()))?;
-    let token = text.trim();
-    let is_allowed = text.len() as u64 <= TOKEN_BYTES_MAX
-        && token.len() >= TOKEN_CHARS_MIN
-        && token.chars().all(|c| c.is_ascii_graphic());
-    if is_allowed {
-        Ok(token.to_owned())
-    } else {
-        Err(failed(format!(
-            "must hold one line of at least {TOKEN_CHARS_MIN} visible ASCII characters, and at most {TOKEN_BYTES_MAX} \
-             bytes"
-        )))
-    }
 }
 
 /// Middleware that answers callers that may not ask, and adds headers for browsers to each answer.
@@ -244,25 +217,5 @@ mod tests {
             assert_eq!(given_token(&HeaderValue::from_static(value)).as_deref(), token, "{value}");
         }
         assert!(is_same("abc", "abc") && !is_same("abcd", "abc") && !is_same("", "abc"));
-    }
-
-    #[test]
-    fn a_token_file_without_a_usable_token_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("token");
-        for (text, is_usable) in [
-            ("0123456789abcdef\n", true),
-            ("0123456789abcde", false),
-            ("0123456789 abcdef", false),
-            ("", false),
-            ("0123456789\nabcdef0123", false),
-        ] {
-            std::fs::write(&file, text).unwrap();
-            assert_eq!(read_token(&file).is_ok(), is_usable, "{text:?}");
-        }
-        std::fs::write(&file, "a".repeat(5_000)).unwrap();
-        assert!(read_token(&file).is_err());
-        let missing = read_token(&folder.path().join("none")).unwrap_err();
-        assert!(missing.contains("none") && missing.contains("No such file"), "{missing}");
     }
 }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use clap::Args;
 
 use super::output;
-use crate::admin::read_token;
 use crate::config::Settings;
 use crate::error::{CommandError, OrFailed};
 use crate::top::{self, Page, Source};
@@ -62,8 +61,13 @@ fn own_url(listen: SocketAddr) -> String {
 /// Shows one page, or refreshes it until the user quits.
 pub fn top(settings: &Settings, args: &TopArgs) -> Result<(), CommandError> {
     let urls = if args.urls.is_empty() { vec![own_url(settings.admin.listen)] } else { args.urls.clone() };
-    let token =
-        settings.admin.token_file.as_deref().map(read_token).transpose().map_err(CommandError::usage)?;
+    let token = settings
+        .admin
+        .token_file
+        .as_deref()
+        .map(crate::config::read_token)
+        .transpose()
+        .map_err(CommandError::usage)?;
     let sources: Vec<Source> = urls.iter().map(|url| Source::new(url, token.clone())).collect();
     let first: Vec<_> = sources.iter().map(Source::fetch).collect();
     if let Some(Err(error)) = first.iter().find(|_| first.iter().all(Result::is_err)) {

@@ -37,6 +37,8 @@ pub struct Settings {
     pub audit: AuditSettings,
     /// `[admin]`
     pub admin: AdminSettings,
+    /// `[console]`
+    pub console: ConsoleSettings,
     /// `[retention]`
     pub retention: RetentionSettings,
     /// `[shutdown]`
@@ -181,6 +183,15 @@ pub struct AdminSettings {
     /// Names of this host that callers may use, in lower case.
     #[serde(deserialize_with = "hosts")]
     pub hosts: Vec<String>,
+}
+
+/// `[console]`
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleSettings {
+    /// Admin addresses of the other daemons of the group.
+    #[serde(deserialize_with = "peers")]
+    pub peers: Vec<String>,
 }
 
 /// `[shutdown]`
@@ -444,6 +455,19 @@ fn hosts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::E
             && hosts.len() <= 64
             && values::are_different(&hosts);
         are_allowed.then_some(hosts)
+    })
+}
+
+fn peers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let rule = "must be an array of up to 64 different host:port (in the environment: in JSON, or only one)";
+    values::checked(deserializer, rule, |peers: Vec<String>| {
+        let is_allowed = |peer: &String| {
+            peer.rsplit_once(':').is_some_and(|(host, port)| {
+                let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+                values::is_word(host, "._-:", 253) && port.parse::<u16>().is_ok_and(|port| port > 0)
+            })
+        };
+        (peers.iter().all(is_allowed) && peers.len() <= 64 && values::are_different(&peers)).then_some(peers)
     })
 }
 

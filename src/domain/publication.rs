@@ -233,7 +233,7 @@ impl Publication {
     }
 
     /// The records that this publication dead-letters; none in a daemon that writes rows only.
-    pub fn dead_letters(&self) -> impl Iterator<Item = DeadLetter<'_>> {
+    pub fn dead_letters(&self) -> impl DoubleEndedIterator<Item = DeadLetter<'_>> {
         let batch = self.batch.as_ref().filter(|_| self.emits);
         self.outcomes.iter().enumerate().filter_map(move |(index, outcome)| {
             if !matches!(outcome, Outcome::DeadLetter(_) | Outcome::Rejected(_)) {

@@ -2,7 +2,7 @@
 //! connection for a while (KIP-219). librdkafka reports this only in its statistics.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use ::metrics::{Counter, counter};
@@ -43,6 +43,14 @@ fn held_back(statistics: &[u8]) -> Option<u64> {
 /// throttle some responses only.
 const QUIET_MS: i64 = 60_000;
 
+/// Throttle time of all clients of the process, in milliseconds.
+static TOTAL_MS: AtomicU64 = AtomicU64::new(0);
+
+/// How long brokers have throttled this process's clients since its start, in milliseconds, summed over all answers.
+pub fn total_ms() -> u64 {
+    TOTAL_MS.load(Ordering::Relaxed)
+}
+
 /// Counts the throttle time of one client, and logs when throttling starts and ends.
 pub struct Throttle {
     client: &'static str,
@@ -69,6 +77,7 @@ impl Throttle {
         /// Each lane has its clients.
         static LIMIT: RateLimited = RateLimited::new(4, Duration::from_secs(600));
         self.milliseconds.increment(milliseconds);
+        TOTAL_MS.fetch_add(milliseconds, Ordering::Relaxed);
         let last = self.last.load(Ordering::Acquire);
         if milliseconds > 0 {
             self.last.store(now.0, Ordering::Release);

@@ -7,12 +7,14 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{IDLE_TICK, Lane, PENDING_MAX, Producer};
 use crate::ports::{KafkaPort, LaneEvent, Store};
+use crate::telemetry::activity::LaneStep;
 use crate::telemetry::work::LanePhase;
 
 impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// Fetches until a batch can be closed, an event arrives, a batch can be published, or nothing came for a
     /// while.
     pub(super) async fn fetch(&mut self) {
+        let _in_step = self.metrics.begin(LaneStep::Waiting);
         if self.has_batch() || self.pending.len() >= PENDING_MAX {
             self.fetch_states.pause_silence_check();
             self.kafka.listen();

@@ -261,7 +261,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 fetch.failures = 0;
                 fetch.gaps = 0;
                 if let Some(reason) = fetch.halted.take() {
-                    status.flows(*partition);
+                    status.flows(metrics::now(), *partition);
                     is_changed = true;
                     log_lines::read_again(settings, *partition, &reason);
                 }
@@ -289,7 +289,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             log_lines::halted(&self.settings, partition, &reason);
             fetch.halted = Some(reason.clone());
         }
-        self.status.halted(partition, reason);
+        self.status.halted(metrics::now(), partition, reason);
     }
 
     // ---- gaps --------------------------------------------------------------------------------

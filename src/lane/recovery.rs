@@ -27,6 +27,7 @@ use crate::domain::publication::{OffsetCommit, Publication};
 use crate::domain::record::{NextOffset, Partition};
 use crate::failpoint;
 use crate::ports::{KafkaPort, KafkaPortError, Positions, Store};
+use crate::telemetry::activity::LaneStep;
 use crate::telemetry::logging::RateLimited;
 use crate::telemetry::metrics;
 
@@ -72,6 +73,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if self.producer == Producer::Ready || !self.broker.is_due() {
             return Ok(());
         }
+        let _in_step = self.metrics.begin(LaneStep::StartingProducer);
         match self.kafka.renew().await {
             Ok(()) => {
                 self.producer = Producer::Ready;
@@ -109,6 +111,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if waiting.is_empty() || !is_due || !self.questions.has_room() {
             return Ok(());
         }
+        let _in_step = self.metrics.begin(LaneStep::Recovering);
         let parts = self.questions.divided(waiting);
         let rows = match self.store.cursors(&parts.concat()).await {
             Ok(rows) => rows,
@@ -320,7 +323,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if !halted.is_some_and(is_same) {
             log_lines::halted(&self.settings, partition, &reason);
         }
-        self.status.halted(partition, reason.clone());
+        self.status.halted(metrics::now(), partition, reason.clone());
         let state = PartitionState::Halted { reason, known: Some(known), again_at: now + HALTED_TICK };
         self.partitions.insert(partition, state);
         self.fetch_states.forget(&[partition]);

@@ -29,7 +29,9 @@ use crate::domain::outcome::FailureClass;
 use crate::domain::publication::{Committed, OffsetCommit, OutputCounts, Publication, REPLAYS_HEADER};
 use crate::domain::record::{NextOffset, Partition};
 use crate::ports::{CursorMove, KafkaPort, PublishError, PublishTimes, Store, StoreError, WriteStats};
-use crate::telemetry::metrics::LaneMetrics;
+use crate::telemetry::activity::LaneStep;
+use crate::telemetry::metrics::{self, LaneMetrics};
+use crate::telemetry::status::{DEAD_LETTERS_MAX, DeadLettered};
 use crate::telemetry::trace::BatchTrace;
 use crate::telemetry::work::LanePhase;
 
@@ -61,8 +63,9 @@ async fn write<S: Store>(
     metrics: &LaneMetrics,
     trace: Option<&mut BatchTrace>,
 ) -> Option<Written> {
-    let began = Instant::now();
-    let written = store.write(batch?, moves).await;
+    let (batch, began) = (batch?, Instant::now());
+    let _in_step = metrics.begin(LaneStep::Database);
+    let written = store.write(batch, moves).await;
     metrics.phase(LanePhase::Database, began.elapsed());
     if let Some(trace) = trace {
         trace.database_ended();
@@ -77,8 +80,9 @@ async fn publish<K: KafkaPort>(
     metrics: &LaneMetrics,
     trace: Option<&mut BatchTrace>,
 ) -> Option<(Sent, Duration)> {
-    let began = Instant::now();
-    let sent = kafka.publish(publication?).await;
+    let (publication, began) = (publication?, Instant::now());
+    let _in_step = metrics.begin(LaneStep::Kafka);
+    let sent = kafka.publish(publication).await;
     let took = began.elapsed();
     metrics.phase(LanePhase::Kafka, took);
     if let Some(trace) = trace {
@@ -104,6 +108,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if self.writing.is_some() {
             return;
         }
+        let _in_step = self.metrics.begin(LaneStep::Assembling);
         let Self { builder, partitions, pending, status, .. } = self;
         let applied = |partition| partitions.get(&partition)?.live().map(|live| live.applied);
         let Some(built) = builder.take(pending.is_empty(), status, applied).await else { return };
@@ -358,6 +363,9 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             }
             let trace_id = trace.as_ref().map(|trace| trace.id());
             log_lines::dead_letters(&self.settings, &publication, &counts, trace_id.as_deref());
+            if counts.by_reason.iter().any(|count| *count > 0) {
+                self.note_dead_letters(&publication);
+            }
             if let Some(batch) = publication.batch() {
                 self.count_outcomes(batch, publication.outcomes(), trace);
             }
@@ -368,6 +376,21 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             }
         }
         self.report_positions();
+    }
+
+    fn note_dead_letters(&self, publication: &Publication) {
+        let at = metrics::now();
+        let last = publication.dead_letters().rev().take(DEAD_LETTERS_MAX);
+        let mut last: Vec<DeadLettered> = last
+            .map(|letter| DeadLettered {
+                at,
+                partition: letter.record.partition,
+                offset: letter.record.offset,
+                reason: letter.reason,
+            })
+            .collect();
+        last.reverse();
+        self.status.dead_lettered(last.into_iter());
     }
 
     /// Counts the outcomes of a completed batch.

@@ -13,7 +13,8 @@ pub use self::partition::{OpenTransaction, PartitionStatus, Phase};
 use super::work::Work;
 use crate::domain::batch::OutcomeCounts;
 use crate::domain::cursor::{HaltReason, Known};
-use crate::domain::record::{NextOffset, Partition, TimestampMs};
+use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
+use crate::domain::wire::Reason;
 
 /// State of a dependency.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -25,6 +26,22 @@ pub enum Dependency {
     Up,
     /// Requests fail; the reason contains no payload.
     Down(String),
+}
+
+/// Maximum number of dead letters that are kept for the console.
+pub const DEAD_LETTERS_MAX: usize = 50;
+
+/// A record that was dead-lettered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DeadLettered {
+    /// When its dead letter was committed.
+    pub at: TimestampMs,
+    /// Its partition.
+    pub partition: Partition,
+    /// Its offset.
+    pub offset: Offset,
+    /// Why.
+    pub reason: Reason,
 }
 
 #[derive(Default)]
@@ -48,6 +65,8 @@ struct State {
     was_fenced_after_loss: bool,
     fetch_starts: FetchStarts,
     totals: OutcomeCounts,
+    /// The last dead letters, the oldest first.
+    dead_letters: VecDeque<DeadLettered>,
 }
 
 impl State {
@@ -179,6 +198,7 @@ impl StatusRegistry {
             waiting_since: state.waiting_since,
             fetch_starts: std::mem::take(&mut state.fetch_starts),
             totals: state.totals,
+            dead_letters: std::mem::take(&mut state.dead_letters),
             ..State::default()
         };
     }
@@ -199,12 +219,28 @@ impl StatusRegistry {
         self.state().totals
     }
 
+    /// Notes dead letters, the oldest first; the last ones are kept.
+    pub fn dead_lettered(&self, letters: impl Iterator<Item = DeadLettered>) {
+        let mut state = self.state();
+        for letter in letters {
+            if state.dead_letters.len() >= DEAD_LETTERS_MAX {
+                state.dead_letters.pop_front();
+            }
+            state.dead_letters.push_back(letter);
+        }
+    }
+
+    /// The last dead letters, the newest first.
+    pub fn dead_letters(&self) -> Vec<DeadLettered> {
+        self.state().dead_letters.iter().rev().copied().collect()
+    }
+
     /// Recovery of a partition starts or restarts.
     pub fn opening(&self, now: TimestampMs, partition: Partition) {
         let mut state = self.state();
         let status = state.partitions.entry(partition).or_insert_with(|| PartitionStatus::opening(now));
         if !matches!(&status.phase, Phase::Halted(reason) if reason.is_about_reading()) {
-            status.phase = Phase::Opening;
+            status.enter(now, Phase::Opening);
         }
         status.in_hand.clear();
     }
@@ -247,16 +283,16 @@ impl StatusRegistry {
     }
 
     /// A partition is halted.
-    pub fn halted(&self, partition: Partition, reason: HaltReason) {
+    pub fn halted(&self, now: TimestampMs, partition: Partition, reason: HaltReason) {
         if let Some(status) = self.state().partitions.get_mut(&partition) {
-            status.phase = Phase::Halted(reason);
+            status.enter(now, Phase::Halted(reason));
         }
     }
 
     /// A partition that could not be read is read again.
-    pub fn flows(&self, partition: Partition) {
+    pub fn flows(&self, now: TimestampMs, partition: Partition) {
         if let Some(status) = self.state().partitions.get_mut(&partition) {
-            status.phase = Phase::Live;
+            status.enter(now, Phase::Live);
         }
     }
 
@@ -271,7 +307,7 @@ impl StatusRegistry {
         for (partition, applied, published, timestamp) in positions {
             let Some(status) = state.partitions.get_mut(&partition) else { continue };
             if !matches!(&status.phase, Phase::Halted(reason) if reason.is_about_reading()) {
-                status.phase = Phase::Live;
+                status.enter(now, Phase::Live);
             }
             // Also if an operator stated that events that were published must be sent again.
             if Some(applied.min(published)) < status.applied.min(status.published) {
@@ -330,6 +366,11 @@ impl StatusRegistry {
     /// State of the broker as seen by `lane`.
     pub fn broker(&self, lane: usize, dependency: Dependency) {
         self.state().lanes.entry(lane).or_default().1 = dependency;
+    }
+
+    /// What each lane says of the database and of the broker.
+    pub fn lanes(&self) -> BTreeMap<usize, (Dependency, Dependency)> {
+        self.state().lanes.clone()
     }
 
     /// State of the database and the broker before there are lanes, and between batches.

@@ -1,8 +1,12 @@
 //! What the lanes of this process did since its start: latencies, and time by phase. Never reset; whoever wants a
-//! rate takes differences.
+//! rate takes differences. And what they do now.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+
+use super::activity::LaneActivity;
 
 /// Phases of a lane's work.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, strum::IntoStaticStr)]
@@ -31,6 +35,7 @@ const BUCKETS_PER_DOUBLING: f64 = 4.0;
 pub struct Work {
     latency: [AtomicU64; LATENCY_BUCKETS],
     phases: [AtomicU64; LanePhase::ALL.len()],
+    activities: Mutex<BTreeMap<usize, Arc<LaneActivity>>>,
 }
 
 /// The sums at one time.
@@ -43,7 +48,11 @@ pub struct WorkSums {
 
 impl Default for Work {
     fn default() -> Self {
-        Self { latency: std::array::from_fn(|_| AtomicU64::new(0)), phases: Default::default() }
+        Self {
+            latency: std::array::from_fn(|_| AtomicU64::new(0)),
+            phases: Default::default(),
+            activities: Mutex::default(),
+        }
     }
 }
 
@@ -60,6 +69,12 @@ impl Work {
         if let Some(sum) = self.phases.get(phase as usize) {
             sum.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
+    }
+
+    /// What lane `index` does.
+    pub fn activity(&self, index: usize) -> Arc<LaneActivity> {
+        let mut activities = self.activities.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(activities.entry(index).or_default())
     }
 
     /// The sums now.

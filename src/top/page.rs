@@ -3,8 +3,9 @@
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
-use super::fetch::{FetchError, Instance, Partition, Problem};
-use super::samples::quantile;
+use crate::console::samples::quantile;
+use crate::console::source::{FetchError, Instance};
+use crate::console::status::{PartitionRow, Problem};
 
 const OUTCOMES: [&str; 4] = ["written", "redelivered", "duplicate", "dead_lettered"];
 const PHASES: [&str; 4] = ["waiting", "assembling", "database", "kafka"];
@@ -35,7 +36,7 @@ pub struct Page {
     /// Upper bounds of the latency from record to event, in seconds: median and 99th percentile.
     pub(super) latency: [Option<f64>; 2],
     /// By partition.
-    pub(super) lags: Vec<(i64, Partition)>,
+    pub(super) lags: Vec<(i64, PartitionRow)>,
     pub(super) oldest_seconds: f64,
     /// Oldest first.
     pub(super) problems: Vec<Problem>,
@@ -111,8 +112,8 @@ impl Page {
     }
 
     /// The partitions with the most lag, worst first; without those that are caught up.
-    pub(super) fn worst(&self, count: usize) -> Vec<&(i64, Partition)> {
-        let is_behind = |(_, lag): &&(i64, Partition)| lag.lag_records != Some(0) || lag.state != "live";
+    pub(super) fn worst(&self, count: usize) -> Vec<&(i64, PartitionRow)> {
+        let is_behind = |(_, lag): &&(i64, PartitionRow)| lag.lag_records != Some(0) || lag.state != "live";
         let mut worst: Vec<_> = self.lags.iter().filter(is_behind).collect();
         worst.sort_by_key(|(partition, lag)| {
             let records = lag.lag_records.unwrap_or(i64::MAX);

@@ -11,8 +11,9 @@ use ratatui::style::{Color, Stylize};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Paragraph};
 
-use super::fetch::{FetchError, Instance, Partition, Problem, Source};
 use super::page::{Page, Row};
+use crate::console::source::{FetchError, Instance, Source};
+use crate::console::status::{PartitionRow, Problem};
 
 /// Interval of checks for keys.
 const KEYS_TICK: Duration = Duration::from_millis(100);
@@ -111,7 +112,7 @@ fn time(page: &Page) -> Section {
 }
 
 /// Symbol of a partition; the higher, the more lag.
-fn heat(lag: &Partition) -> Span<'static> {
+fn heat(lag: &PartitionRow) -> Span<'static> {
     match lag.lag_records {
         _ if lag.state == "halted" => "X".magenta(),
         None => "?".yellow(),
@@ -127,7 +128,7 @@ fn heat(lag: &Partition) -> Span<'static> {
 
 fn lag(page: &Page) -> Section {
     let total: i64 = page.lags.iter().filter_map(|(_, lag)| lag.lag_records).sum();
-    let symbols = |part: &[(i64, Partition)]| part.iter().map(|(_, lag)| heat(lag)).collect();
+    let symbols = |part: &[(i64, PartitionRow)]| part.iter().map(|(_, lag)| heat(lag)).collect();
     let mut lines: Vec<Line<'static>> = page.lags.chunks(100).map(symbols).collect();
     for (partition, lag) in page.worst(WORST_MAX) {
         let records = lag.lag_records.map_or("?".to_owned(), |records| short(records as f64));

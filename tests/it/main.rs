@@ -8,6 +8,7 @@ mod audit;
 mod check_messages;
 mod commands;
 mod compat;
+mod console;
 mod crash;
 mod dlq;
 mod docs;

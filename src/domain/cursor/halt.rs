@@ -85,6 +85,24 @@ impl HaltReason {
         }
     }
 
+    /// The command that resolves it, or the one that shows more if a person has to choose; `None` if none does.
+    pub fn command(&self, partition: Partition) -> Option<String> {
+        let skip = |to: &NextOffset| format!("payment-writer cursors skip --partition {partition} --to {to}");
+        match self {
+            Self::LogGap { log_start: to, .. }
+            | Self::BeyondEnd { end: to, .. }
+            | Self::Unreadable { after: Some(to), .. } => Some(skip(to)),
+            Self::MovedForward { applied, published, .. } => Some(format!(
+                "payment-writer cursors accept --partition {partition} --published {}",
+                applied.max(published)
+            )),
+            Self::Unproved { .. } | Self::Unreadable { batch: Some(_), after: None, .. } => {
+                Some("payment-writer cursors show".to_owned())
+            }
+            Self::Unreadable { .. } | Self::FetchGap { .. } => None,
+        }
+    }
+
     /// What is wrong and which command resolves it.
     pub fn advice(&self, partition: Partition) -> String {
         match self {

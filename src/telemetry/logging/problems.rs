@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::field::{Field, Visit};
@@ -30,16 +31,27 @@ pub struct Problem {
 
 /// The last warnings and errors that passed the log filter.
 #[derive(Default)]
-pub struct Problems(Mutex<VecDeque<Problem>>);
+pub struct Problems {
+    kept: Mutex<VecDeque<Problem>>,
+    warnings: AtomicU64,
+    errors: AtomicU64,
+}
 
 impl Problems {
     /// All lines, oldest first.
     pub fn all(&self) -> Vec<Problem> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    /// Numbers of warnings and of errors since the start.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.warnings.load(Ordering::Relaxed), self.errors.load(Ordering::Relaxed))
     }
 
     fn push(&self, problem: Problem) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = if problem.level == "ERROR" { &self.errors } else { &self.warnings };
+        count.fetch_add(1, Ordering::Relaxed);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() >= PROBLEMS_MAX {
             kept.pop_front();
         }

@@ -11,6 +11,7 @@ use crate::domain::outcome::{FailureClass, sqlstate_label};
 use crate::domain::publication::{OutputCounts, OutputTopic};
 use crate::domain::wire::Reason;
 use crate::ports::WriteStats;
+use crate::telemetry::activity::{InStep, LaneActivity, LaneStep};
 use crate::telemetry::work::{LanePhase, Work};
 
 /// Metric handles of a lane.
@@ -27,6 +28,7 @@ pub struct LaneMetrics {
     probed: Counter,
     spared: Counter,
     end_to_end: Histogram,
+    activity: Arc<LaneActivity>,
     work: Arc<Work>,
     assigned: Gauge,
     halted: Gauge,
@@ -69,6 +71,7 @@ impl LaneMetrics {
             probed: older("probed"),
             spared: older("spared"),
             end_to_end: histogram!("payment_writer_end_to_end_seconds"),
+            activity: work.activity(index),
             work,
             assigned: gauge_of("payment_writer_partitions_assigned"),
             halted: gauge_of("payment_writer_partitions_halted"),
@@ -122,6 +125,11 @@ impl LaneMetrics {
         counter!("payment_writer_database_errors_total", "sqlstate_class" => class).increment(1);
     }
 
+    /// The lane is in this step until the returned value is dropped.
+    pub fn begin(&self, step: LaneStep) -> InStep {
+        self.activity.begin(step)
+    }
+
     /// Records the time spent in a phase.
     pub fn phase(&self, phase: LanePhase, took: Duration) {
         self.work.phase(phase, took);
@@ -132,6 +140,7 @@ impl LaneMetrics {
 
     /// Counts a closed batch.
     pub fn batch(&self, records: usize, bytes: usize) {
+        self.activity.set_records(records);
         self.batches.increment(1);
         self.batch_records.record(records as f64);
         self.batch_bytes.record(bytes as f64);

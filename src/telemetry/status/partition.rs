@@ -24,6 +24,8 @@ pub enum Phase {
 pub struct PartitionStatus {
     /// Current phase.
     pub phase: Phase,
+    /// Since when it is in this phase, by the wall clock.
+    pub since: TimestampMs,
     /// Next offset to write.
     pub applied: Option<NextOffset>,
     /// Next offset to publish.
@@ -72,7 +74,21 @@ pub(super) const IN_HAND_MAX: usize = 4;
 
 impl PartitionStatus {
     pub(super) fn opening(now: TimestampMs) -> Self {
-        Self { assigned_at: now, ..Self::default() }
+        Self { assigned_at: now, since: now, ..Self::default() }
+    }
+
+    /// Halted for another reason, it is halted anew; that the affected range grows is no other reason.
+    pub(super) fn enter(&mut self, now: TimestampMs, phase: Phase) {
+        let is_same = match (&self.phase, &phase) {
+            (Phase::Halted(before), Phase::Halted(reason)) => {
+                (before.label(), before.first_offset()) == (reason.label(), reason.first_offset())
+            }
+            (before, phase) => before == phase,
+        };
+        if !is_same {
+            self.since = now;
+        }
+        self.phase = phase;
     }
 
     /// Position of the lane at a rebalance that may have interrupted fetching; for the audit.

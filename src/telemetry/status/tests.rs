@@ -80,9 +80,12 @@ fn a_partition_that_does_not_go_on_grows_older_from_the_start() {
     status.opening(TimestampMs(1_000), P);
     assert_eq!((lag_ms(&status, 1_000), lag_ms(&status, 61_000)), (0, 60_000));
     status.found(TimestampMs(62_000), &known(3, 8, Some(500)));
-    status.halted(P, HaltReason::LogGap { needed: at(3), log_start: at(5) });
+    status.halted(TimestampMs(62_000), P, HaltReason::LogGap { needed: at(3), log_start: at(5) });
     assert_eq!(status.partitions()[&P].lag(), Some(5));
     assert_eq!(lag_ms(&status, 62_500), 62_000);
+    // Halted since then, also when more records have gone in the meantime.
+    status.halted(TimestampMs(63_000), P, HaltReason::LogGap { needed: at(3), log_start: at(6) });
+    assert_eq!(status.partitions()[&P].since, TimestampMs(62_000));
 
     // A partition that was revoked and assigned again starts afresh.
     status.revoked(P);
@@ -158,7 +161,7 @@ fn a_cursor_beyond_the_end_is_not_caught_up_once_it_is_halted() {
     status.opening(TimestampMs(0), P);
     status.found(TimestampMs(1_000), &known(20, 15, Some(500)));
     assert_eq!(lag_ms(&status, 9_000), 0, "a leader may lag");
-    status.halted(P, HaltReason::BeyondEnd { position: at(20), end: at(15) });
+    status.halted(TimestampMs(1_000), P, HaltReason::BeyondEnd { position: at(20), end: at(15) });
     assert_eq!(lag_ms(&status, 9_000), 8_000);
     status.found(TimestampMs(10_000), &known(20, 15, Some(500)));
     status.ends(TimestampMs(11_000), [(P, at(16))].into_iter());

@@ -1,4 +1,4 @@
-//! Samples of a scrape, as far as `top` needs them.
+//! Samples of a scrape, as far as `top` and the console need them.
 //!
 //! Parses the Prometheus text format 0.0.4 as written by this program's exporter, with only the label escapes
 //! that it uses, and ignores everything else.
@@ -15,10 +15,10 @@ struct Sample {
 
 /// All samples of a scrape.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Samples(Vec<Sample>);
+pub struct Samples(Vec<Sample>);
 
 impl Samples {
-    pub(super) fn parse(text: &str) -> Self {
+    pub fn parse(text: &str) -> Self {
         Self(text.lines().filter(|line| !line.starts_with('#')).filter_map(sample).collect())
     }
 
@@ -30,28 +30,34 @@ impl Samples {
     }
 
     /// Sum of all samples with this name and these labels.
-    pub(super) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+    pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.of(name, labels).map(|sample| sample.value).sum()
     }
 
     /// Maximum of all samples with this name.
-    pub(super) fn max(&self, name: &str) -> Option<f64> {
+    pub fn max(&self, name: &str) -> Option<f64> {
         self.of(name, &[]).map(|sample| sample.value).reduce(f64::max)
     }
 
     /// Number of samples with this name.
-    pub(super) fn count(&self, name: &str) -> usize {
+    pub fn count(&self, name: &str) -> usize {
         self.of(name, &[]).count()
     }
 
     /// Value of a label and of the sample, for each sample with this name.
-    pub(super) fn by_label(&self, name: &str, label: &str) -> Vec<(String, f64)> {
+    pub fn by_label(&self, name: &str, label: &str) -> Vec<(String, f64)> {
         let pair = |sample: &Sample| Some((sample.labels.get(label)?.clone(), sample.value));
         self.of(name, &[]).filter_map(pair).collect()
     }
 
+    /// Values of a label, of the samples with this name and these labels that are above 0.
+    pub fn labels_above(&self, name: &str, labels: &[(&str, &str)], label: &str) -> Vec<String> {
+        let above = self.of(name, labels).filter(|sample| sample.value > 0.0);
+        above.filter_map(|sample| sample.labels.get(label).cloned()).collect()
+    }
+
     /// Cumulative counts of a histogram by upper bound, ascending.
-    pub(super) fn buckets(&self, name: &str) -> Vec<(f64, f64)> {
+    pub fn buckets(&self, name: &str) -> Vec<(f64, f64)> {
         let name = format!("{name}_bucket");
         let mut buckets: Vec<(f64, f64)> = self
             .by_label(&name, "le")
@@ -91,7 +97,7 @@ fn sample(line: &str) -> Option<Sample> {
 }
 
 /// Quantile of the values observed between two scrapes; the result is a bucket bound.
-pub(super) fn quantile(before: &[(f64, f64)], after: &[(f64, f64)], share: f64) -> Option<f64> {
+pub fn quantile(before: &[(f64, f64)], after: &[(f64, f64)], share: f64) -> Option<f64> {
     let count_before = |bound: f64| before.iter().find(|(b, _)| *b == bound).map_or(0.0, |(_, count)| *count);
     let all = after.last().map(|(bound, count)| count - count_before(*bound)).filter(|all| *all > 0.0)?;
     after.iter().find(|(bound, count)| count - count_before(*bound) >= share * all).map(|(bound, _)| *bound)

@@ -1,11 +1,9 @@
 //! Client of a daemon's admin port.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
-
 use super::samples::Samples;
+use super::status::StatusAnswer;
 
 const TIMEOUT: Duration = Duration::from_secs(3);
 /// Maximum size of an answer; with 1,000 partitions `/metrics` is below 1 MB.
@@ -38,47 +36,12 @@ fn without_user(address: &str) -> String {
     format!("{scheme}://{host}{path}")
 }
 
-/// The parts of `/status` that are shown.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub(super) struct Status {
-    #[serde(default)]
-    pub(super) missing: BTreeMap<String, String>,
-    pub(super) build: Build,
-    pub(super) partitions: BTreeMap<String, Partition>,
-    #[serde(default)]
-    pub(super) recent_problems: Vec<Problem>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-pub(super) struct Build {
-    pub(super) version: String,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-pub(super) struct Partition {
-    pub(super) state: String,
-    pub(super) lag_records: Option<i64>,
-    pub(super) lag_seconds: Option<f64>,
-    /// Absent from daemons of earlier versions.
-    #[serde(default)]
-    pub(super) open_transaction_records: i64,
-    #[serde(default)]
-    pub(super) open_transaction_seconds: f64,
-}
-
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Problem {
-    pub(super) at: String,
-    pub(super) level: String,
-    pub(super) message: String,
-}
-
 /// Answers of one daemon at one time.
 #[derive(Clone, Debug)]
 pub struct Instance {
-    pub(super) at: Instant,
-    pub(super) samples: Samples,
-    pub(super) status: Status,
+    pub at: Instant,
+    pub samples: Samples,
+    pub status: StatusAnswer,
 }
 
 impl Source {
@@ -87,8 +50,12 @@ impl Source {
     pub fn new(url: &str, token: Option<String>) -> Self {
         let address = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
         let address = address.trim_end_matches('/').to_owned();
-        let agent =
-            ureq::Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().new_agent();
+        let agent = ureq::Agent::config_builder()
+            .timeout_global(Some(TIMEOUT))
+            .proxy(None)
+            .max_redirects(0)
+            .build()
+            .new_agent();
         Self { url: without_user(&address), address, token, agent }
     }
 
@@ -97,15 +64,23 @@ impl Source {
     /// # Errors
     /// If there is no answer, or it is not a daemon's.
     pub fn fetch(&self) -> Result<Instance, FetchError> {
-        let (metrics, status) = (self.get("/metrics")?, self.get("/status")?);
-        let status =
-            serde_json::from_str(&status).map_err(|error| self.failed(&format!("/status: {error}")))?;
+        let metrics = self.get("/metrics", ANSWER_BYTES_MAX)?;
+        let status = self.status(ANSWER_BYTES_MAX)?;
         Ok(Instance { at: Instant::now(), samples: Samples::parse(&metrics), status })
     }
 
-    fn get(&self, path: &str) -> Result<String, FetchError> {
+    /// Requests the status, of at most `bytes_max`.
+    ///
+    /// # Errors
+    /// As [`fetch`](Self::fetch).
+    pub fn status(&self, bytes_max: u64) -> Result<StatusAnswer, FetchError> {
+        let status = self.get("/status", bytes_max)?;
+        serde_json::from_str(&status).map_err(|error| self.failed(&format!("/status: {error}")))
+    }
+
+    fn get(&self, path: &str, bytes_max: u64) -> Result<String, FetchError> {
         let text = |mut answer: ureq::http::Response<ureq::Body>| {
-            answer.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_string()
+            answer.body_mut().with_config().limit(bytes_max).read_to_string()
         };
         let mut request = self.agent.get(format!("{}{path}", self.address));
         if let Some(token) = &self.token {
@@ -123,7 +98,7 @@ impl Source {
 
 #[cfg(test)]
 impl Instance {
-    pub(super) fn of(at: Instant, metrics: &str, status: &str) -> Self {
+    pub fn of(at: Instant, metrics: &str, status: &str) -> Self {
         let status = serde_json::from_str(status).unwrap();
         Self { at, samples: Samples::parse(metrics), status }
     }

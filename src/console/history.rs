@@ -1,6 +1,6 @@
 //! The last 15 minutes, a point a second, for whoever looks after the event. Of fixed size.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,17 +10,43 @@ use serde::Serialize;
 
 use crate::domain::batch::OutcomeCounts;
 use crate::domain::record::TimestampMs;
+use crate::kafka::throttle;
 use crate::telemetry::metrics::now;
 use crate::telemetry::status::StatusRegistry;
 use crate::telemetry::work::{LanePhase, WorkSums};
 
 /// Distance of two points.
-pub(super) const INTERVAL: Duration = Duration::from_secs(1);
+pub const INTERVAL: Duration = Duration::from_secs(1);
 const POINTS_MAX: usize = 900;
 
-/// The points, the oldest first.
+/// The points, the oldest first, and since when something is missing.
 #[derive(Default)]
-pub(super) struct History(Mutex<VecDeque<Point>>);
+pub struct History {
+    points: Mutex<VecDeque<Point>>,
+    missing_since: Mutex<BTreeMap<&'static str, TimestampMs>>,
+}
+
+/// Sums over the last points.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Recent {
+    /// Seconds that the points cover.
+    pub seconds: f64,
+    /// Records by outcome.
+    pub outcomes: OutcomeCounts,
+    /// Lag in records before the first of the points.
+    pub lag_before: i64,
+    /// Milliseconds by which brokers throttled the clients.
+    pub throttled_ms: u64,
+    /// Mean share of the lanes' time in the database.
+    pub database: f64,
+}
+
+impl Recent {
+    /// Records by second.
+    pub fn per_second(&self, records: u64) -> f64 {
+        if self.seconds > 0.0 { records as f64 / self.seconds } else { 0.0 }
+    }
+}
 
 /// One second.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -39,11 +65,13 @@ struct Point {
     resident_bytes: u64,
     /// Share of the lanes' time by phase; those of database and Kafka overlap.
     phases: [f32; LanePhase::ALL.len()],
+    /// How long brokers throttled the clients, summed over their answers.
+    throttled_ms: u32,
 }
 
 /// Points as columns, the oldest first.
 #[derive(Clone, PartialEq, Debug, Default, Serialize)]
-pub(super) struct Columns {
+pub struct Columns {
     /// End of the second, in milliseconds since 1970.
     at_ms: Vec<i64>,
     /// Records written.
@@ -73,6 +101,8 @@ pub(super) struct Columns {
     assembling: Vec<f32>,
     database: Vec<f32>,
     kafka: Vec<f32>,
+    /// How long brokers throttled the clients by quotas, summed over their answers.
+    throttled_ms: Vec<u32>,
 }
 
 /// Totals at one time.
@@ -81,6 +111,7 @@ struct Totals {
     outcomes: OutcomeCounts,
     work: WorkSums,
     cpu: Duration,
+    throttled_ms: u64,
 }
 
 impl Totals {
@@ -90,13 +121,14 @@ impl Totals {
             outcomes: status.totals(),
             work: status.work().sums(),
             cpu: Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default(),
+            throttled_ms: throttle::total_ms(),
         }
     }
 }
 
 impl History {
     /// Adds a point each second, until the process ends. `lanes` is their number.
-    pub(super) async fn run(&self, status: &StatusRegistry, lanes: usize) {
+    pub async fn run(&self, status: &StatusRegistry, lanes: usize) {
         let mut tick = tokio::time::interval(INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         let mut before = Totals::now(status);
@@ -104,16 +136,17 @@ impl History {
             tick.tick().await;
             // The first tick is at once.
             if before.at.elapsed() >= INTERVAL / 2 {
-                let after = Totals::now(status);
-                self.push(point(&before, &after, status, lanes, now()));
+                let (after, now) = (Totals::now(status), now());
+                self.push(point(&before, &after, status, lanes, now));
+                self.note_missing(now, status.missing().into_keys());
                 before = after;
             }
         }
     }
 
     /// The points after this time.
-    pub(super) fn after(&self, after: TimestampMs) -> Columns {
-        let points = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn after(&self, after: TimestampMs) -> Columns {
+        let points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
         let mut columns = Columns::default();
         for point in points.iter().filter(|point| point.at > after) {
             columns.push(point);
@@ -121,8 +154,54 @@ impl History {
         columns
     }
 
+    fn note_missing(&self, now: TimestampMs, missing: impl Iterator<Item = &'static str>) {
+        let mut since = self.missing_since.lock().unwrap_or_else(PoisonError::into_inner);
+        *since = missing.map(|what| (what, since.get(what).copied().unwrap_or(now))).collect();
+    }
+
+    /// Since when each of these has been missing.
+    pub fn missing_since(&self) -> BTreeMap<&'static str, TimestampMs> {
+        self.missing_since.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sums over the points since then.
+    pub fn since(&self, since: TimestampMs) -> Recent {
+        let points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut recent, mut database, mut count) = (Recent::default(), 0.0, 0.0);
+        let mut before = None;
+        for point in points.iter() {
+            if point.at > since {
+                let Point { outcomes, throttled_ms, at, phases, .. } = point;
+                recent.outcomes += *outcomes;
+                recent.throttled_ms += u64::from(*throttled_ms);
+                recent.seconds +=
+                    before.map_or(1.0, |before: TimestampMs| (at.0 - before.0) as f64 / 1_000.0);
+                let [_, _, in_database, _] = phases;
+                (database, count) = (database + f64::from(*in_database), count + 1.0);
+            }
+            if point.at <= since || before.is_none() {
+                recent.lag_before = point.lag_records.into();
+            }
+            before = Some(point.at);
+        }
+        recent.database = if count > 0.0 { database / count } else { 0.0 };
+        recent
+    }
+
+    /// The time of the first point since then for which `holds` is true of the records by outcome and of the throttle
+    /// time in milliseconds.
+    pub fn first(
+        &self,
+        since: TimestampMs,
+        holds: impl Fn(&OutcomeCounts, u32) -> bool,
+    ) -> Option<TimestampMs> {
+        let points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut of_time = points.iter().filter(|point| point.at > since);
+        of_time.find(|point| holds(&point.outcomes, point.throttled_ms)).map(|point| point.at)
+    }
+
     fn push(&self, point: Point) {
-        let mut points = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
         if points.len() >= POINTS_MAX {
             points.pop_front();
         }
@@ -143,6 +222,8 @@ fn point(before: &Totals, after: &Totals, status: &StatusRegistry, lanes: usize,
         cpu: (after.cpu.saturating_sub(before.cpu).as_secs_f64() / seconds) as f32,
         resident_bytes: resident_bytes(),
         phases: after.work.phases_since(&before.work).map(|spent| (spent / lane_seconds) as f32),
+        throttled_ms: u32::try_from(after.throttled_ms.saturating_sub(before.throttled_ms))
+            .unwrap_or(u32::MAX),
     }
 }
 
@@ -165,6 +246,7 @@ impl Columns {
             cpu,
             resident_bytes,
             phases,
+            throttled_ms,
         } = *point;
         self.at_ms.push(at.0);
         self.written.push(outcomes.written);
@@ -183,6 +265,7 @@ impl Columns {
         self.assembling.push(assembling);
         self.database.push(database);
         self.kafka.push(kafka);
+        self.throttled_ms.push(throttled_ms);
     }
 }
 
@@ -215,6 +298,31 @@ mod tests {
         assert!((0.016..0.024).contains(&p50) && (0.016..0.024).contains(&p99), "{p50} {p99}");
         assert_eq!(point.phases, [0.0, 0.0, 0.5, 0.0]);
         assert!(!point.is_ready && point.resident_bytes > 1 << 20);
+    }
+
+    #[test]
+    fn sums_are_of_the_points_since_a_time() {
+        let (history, status, began) = (History::default(), StatusRegistry::default(), Instant::now());
+        let before = taken_at(began, &status, OutcomeCounts::default());
+        for second in 1..=20 {
+            let written = OutcomeCounts { written: second, ..OutcomeCounts::default() };
+            let after = taken_at(began + INTERVAL, &status, written);
+            let mut point = point(&before, &after, &status, 1, TimestampMs(second as i64 * 1_000));
+            point.lag_records = second as u32;
+            history.push(point);
+        }
+        let recent = history.since(TimestampMs(10_000));
+        assert_eq!((recent.seconds, recent.outcomes.written, recent.lag_before), (10.0, 155, 10));
+        assert_eq!(recent.per_second(recent.outcomes.written), 15.5);
+        let first = history.first(TimestampMs(5_000), |outcomes, _| outcomes.written > 12);
+        assert_eq!(first, Some(TimestampMs(13_000)));
+
+        history.note_missing(TimestampMs(1), ["database"].into_iter());
+        history.note_missing(TimestampMs(2), ["broker", "database"].into_iter());
+        let missing = [("broker", TimestampMs(2)), ("database", TimestampMs(1))];
+        assert_eq!(history.missing_since(), missing.into());
+        history.note_missing(TimestampMs(3), ["broker"].into_iter());
+        assert_eq!(history.missing_since(), [("broker", TimestampMs(2))].into());
     }
 
     #[test]

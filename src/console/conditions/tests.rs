@@ -1,0 +1,126 @@
+use super::*;
+use crate::domain::record::{Offset, Partition};
+
+/// Name and severity of each alert of the rules.
+fn alerts() -> Vec<(String, String)> {
+    let rules = include_str!("../../../ops/prometheus/rules.yml");
+    let mut alerts = Vec::new();
+    for line in rules.lines() {
+        if let Some(name) = line.trim().strip_prefix("- alert: ") {
+            alerts.push((name.to_owned(), String::new()));
+        } else if let Some(severity) = line.trim().strip_prefix("severity: ")
+            && let Some(last) = alerts.last_mut()
+        {
+            severity.clone_into(&mut last.1);
+        }
+    }
+    alerts
+}
+
+#[test]
+fn each_alert_is_answered_with_its_severity_or_cannot_be() {
+    let answered = CONDITIONS.iter().map(|c| (c.alert.to_owned(), c.severity.to_owned()));
+    let alerts = alerts();
+    let severity =
+        |name: &str| alerts.iter().find(|(alert, _)| alert == name).map(|(_, severity)| severity.clone());
+    let not_answered =
+        NOT_ANSWERED.iter().map(|(name, _)| ((*name).to_owned(), severity(name).unwrap_or_default()));
+    let mut known: Vec<_> = answered.chain(not_answered).collect();
+    let mut expected = alerts.clone();
+    known.sort();
+    expected.sort();
+    assert_eq!(known, expected);
+}
+
+/// The conditions that hold.
+fn holding<'o>(metrics: &str, change: impl FnOnce(&mut Observed<'o>)) -> Vec<(&'static str, String)> {
+    let (metrics, history) = (Box::leak(Box::new(Samples::parse(metrics))), Box::leak(Box::default()));
+    let mut observed = Observed {
+        now: TimestampMs(1_000_000_000),
+        metrics,
+        history,
+        missing: &[],
+        partitions: &[],
+        dead_letters: &[],
+        oldest_ms: 0,
+        lag: 0,
+    };
+    change(&mut observed);
+    let answers = answers(&observed);
+    assert!(answers.is_sorted_by_key(|answer| !answer.holds));
+    answers.into_iter().filter(|answer| answer.holds).map(|answer| (answer.alert, answer.detail)).collect()
+}
+
+#[test]
+fn a_condition_holds_by_what_the_daemon_observes() {
+    assert_eq!(holding("", |_| {}), []);
+    for (metrics, alert, detail) in [
+        (
+            "payment_writer_topic_misconfigured{topic=\"read\",setting=\"cleanup.policy\"} 1\n\
+             payment_writer_topic_misconfigured{topic=\"email\",setting=\"message.timestamp.type\"} 1",
+            "PaymentWriterTopicCompacted",
+            "topics of role read: brokers remove records",
+        ),
+        (
+            "payment_writer_audit_records_total{result=\"unaccounted\"} 2\n\
+             payment_writer_audit_records_total{result=\"owned\"} 5",
+            "PaymentWriterAuditUnaccounted",
+            "2 since the start; the log names partitions and offsets",
+        ),
+        (
+            "process_resident_memory_bytes 90\npayment_writer_memory_limit_bytes 100\n",
+            "PaymentWriterMemory",
+            "90 % of what it may have",
+        ),
+        (
+            "payment_writer_housekeeping_last_pass_timestamp_seconds 1\npayment_writer_months_ahead 2",
+            "PaymentWriterPruneStale",
+            "the last complete pass began 11 d ago",
+        ),
+        (
+            "payment_writer_housekeeping_last_pass_timestamp_seconds 999999\npayment_writer_months_ahead 1",
+            "PaymentWriterMonthsMissing",
+            "1 of the next two months have partitions",
+        ),
+        (
+            "payment_writer_housekeeping_failing{task=\"months\"} 1\n\
+             payment_writer_housekeeping_failing{task=\"pruning\"} 0",
+            "PaymentWriterHousekeepingFailing",
+            "tasks: months",
+        ),
+    ] {
+        assert_eq!(holding(metrics, |_| {}), [(alert, detail.to_owned())]);
+    }
+}
+
+#[test]
+fn what_waits_is_dead_lettered_or_missing_is_told() {
+    let missing = [("database", "connection refused".to_owned(), TimestampMs(999_000_000))];
+    let letters = [DeadLettered {
+        at: TimestampMs(999_990_000),
+        partition: Partition(3),
+        offset: Offset(17),
+        reason: Reason::MalformedJson,
+    }];
+    let open = [PartitionRow { partition: 4, open_transaction_seconds: 400.0, ..PartitionRow::default() }];
+    let held = holding("payment_writer_input_retention_seconds 600", |observed| {
+        observed.missing = &missing;
+        observed.dead_letters = &letters;
+        observed.partitions = &open;
+        (observed.oldest_ms, observed.lag) = (400_000, 5);
+    });
+    let names: Vec<&str> = held.iter().map(|(alert, _)| *alert).collect();
+    assert_eq!(
+        names,
+        [
+            "PaymentWriterLagGrowing",
+            "PaymentWriterRetentionAtRisk",
+            "PaymentWriterOpenTransaction",
+            "PaymentWriterDatabaseAway",
+            "PaymentWriterNotReady",
+            "PaymentWriterDeadLetters",
+        ]
+    );
+    assert_eq!(held[3].1, "connection refused; nothing is lost, it goes on by itself");
+    assert!(held[5].1.contains("partition 3 at offset 17 as malformed_json"), "{}", held[5].1);
+}

@@ -1,0 +1,126 @@
+//! What the console shows of the database: generations, months, and the tasks of housekeeping. Asked for while a page is
+//! open.
+
+use std::time::Duration;
+
+use cronexpr::MakeTimestamp;
+use jiff::Timestamp;
+use serde::Serialize;
+use strum::VariantArray;
+use tokio::time::timeout;
+use tokio_postgres::Client;
+
+use crate::config::{self, Settings};
+use crate::domain::record::TimestampMs;
+use crate::housekeeping::generations::{self, State};
+use crate::housekeeping::{Task, goes_at};
+use crate::postgres::connection::describe;
+use crate::postgres::schema::months::PARTITIONED_TABLES;
+use crate::telemetry::metrics::now;
+
+/// How old an answer may be.
+pub const AGE: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(10);
+const STATEMENT_LIMIT: &str = "SET statement_timeout = '5s'; SET default_transaction_read_only = on";
+
+/// The answer of the database.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Tables {
+    /// Why there is none.
+    pub error: Option<String>,
+    generations: Vec<GenerationRow>,
+    months: Vec<MonthRow>,
+    #[serde(skip)]
+    tasks: Vec<(String, Option<f64>)>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct GenerationRow {
+    name: String,
+    state: String,
+    began_ms: Option<i64>,
+    /// When it may be dropped at the earliest, as far as that is known.
+    drops_ms: Option<i64>,
+    rows: i64,
+    bytes: i64,
+    is_current: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct MonthRow {
+    month: String,
+    bytes: i64,
+}
+
+impl Tables {
+    /// When the task last succeeded, in milliseconds since 1970.
+    pub fn last_ok(&self, task: &str) -> Option<i64> {
+        let (_, seconds) = self.tasks.iter().find(|(name, _)| name == task)?;
+        seconds.map(|seconds| (seconds * 1_000.0) as i64)
+    }
+}
+
+/// Asks the database.
+pub async fn ask(settings: Settings) -> Tables {
+    let answer = timeout(LIMIT, read(&settings)).await;
+    match answer.unwrap_or_else(|_| Err("no answer in time".to_owned())) {
+        Ok(tables) => tables,
+        Err(error) => Tables { error: Some(error), ..Tables::default() },
+    }
+}
+
+async fn read(settings: &Settings) -> Result<Tables, String> {
+    let session = settings.postgres.housekeeping_url.connect().await;
+    let client = session.map_err(|error| error.to_string())?.0;
+    client.batch_execute(STATEMENT_LIMIT).await.map_err(|error| describe(&error))?;
+    let (window, now) = (settings.idempotency.window, now());
+    let generations = generations::list(&client).await.map_err(|error| error.to_string())?;
+    let generations = generations.into_iter().map(|generation| GenerationRow {
+        is_current: generation.state == State::Current,
+        state: generation.state.to_string(),
+        began_ms: generation.age.map(|age| now.0 - i64::try_from(age.as_millis()).unwrap_or_default()),
+        drops_ms: generation
+            .youngest
+            .filter(|youngest| *youngest > TimestampMs(i64::MIN))
+            .map(|youngest| goes_at(youngest, window).0),
+        name: generation.leaf,
+        rows: generation.rows,
+        bytes: generation.bytes,
+    });
+    let generations = generations.collect();
+    let (months, tasks) = (months(&client).await?, tasks(&client).await?);
+    Ok(Tables { error: None, generations, months, tasks })
+}
+
+async fn months(client: &Client) -> Result<Vec<MonthRow>, String> {
+    let query = "
+        SELECT coalesce(substring(c.relname FROM '_([0-9]{4}_[0-9]{2})$'), 'default'),
+            sum(pg_total_relation_size(c.oid))::bigint
+        FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+        WHERE i.inhparent IN (SELECT to_regclass('payment_writer.' || name) FROM unnest($1::text[]) AS name)
+        GROUP BY 1 ORDER BY 1";
+    let rows =
+        client.query(query, &[&PARTITIONED_TABLES.as_slice()]).await.map_err(|error| describe(&error))?;
+    Ok(rows
+        .iter()
+        .map(|row| MonthRow { month: row.get::<_, String>(0).replace('_', "-"), bytes: row.get(1) })
+        .collect())
+}
+
+async fn tasks(client: &Client) -> Result<Vec<(String, Option<f64>)>, String> {
+    let query = "
+        SELECT task, (
+            SELECT extract(epoch FROM max(started_at))::float8 FROM payment_writer.housekeeping_pass
+            WHERE NOT coalesce(detail -> 'failed' ? task, false)
+        ) FROM unnest($1::text[]) AS task";
+    let names: Vec<&str> = Task::VARIANTS.iter().map(Into::into).collect();
+    let rows = client.query(query, &[&names]).await.map_err(|error| describe(&error))?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// The next time of the schedule, in milliseconds since 1970.
+pub fn next_pass(settings: &Settings) -> Option<i64> {
+    let schedule = config::cron(settings.idempotency.prune_schedule.as_deref()?)?;
+    let next = schedule.find_next(MakeTimestamp(Timestamp::now())).ok()?;
+    Some(next.timestamp().as_millisecond())
+}
