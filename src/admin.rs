@@ -14,8 +14,9 @@ use axum::routing::get;
 use axum::{Json, Router, middleware};
 use metrics::gauge;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 pub use self::access::Access;
 use self::access::FromHere;
@@ -58,19 +59,20 @@ pub fn install_metrics(version: &'static str, group: &str) -> Result<PrometheusH
 }
 
 /// Starts the admin server, and the one for metrics if it has an address of its own; both run until the process
-/// ends. Returns the address of the admin server.
+/// ends. Returns the address of the admin server. `settings`: those in use.
 ///
 /// # Errors
 /// If an address cannot be used, or the token file has no token.
 pub async fn serve(
-    settings: &Settings,
+    settings: watch::Receiver<Settings>,
     status: Arc<StatusRegistry>,
     metrics: PrometheusHandle,
     log: Arc<LogHandle>,
     version: &'static str,
 ) -> Result<SocketAddr, CommandError> {
+    let admin = settings.borrow().admin.clone();
     let console = Arc::new(Console::new(settings, Arc::clone(&status), Arc::clone(&log), version));
-    let settings = &settings.admin;
+    let settings = &admin;
     let access = Access { token_file: settings.token_file.clone(), hosts: settings.hosts.clone() };
     if let Some(file) = &access.token_file {
         read_token(file).map_err(CommandError::usage)?;
@@ -138,22 +140,30 @@ fn routes_for_metrics() -> Router<Shared> {
 }
 
 async fn render_metrics(State(shared): State<Shared>) -> Response {
-    match scraped_text(shared).await {
+    match from_scrape(shared, |_, text| text.to_owned()).await {
         Ok(text) => ([("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
         Err(refused) => refused,
     }
 }
 
-async fn scraped_text(shared: Shared) -> Result<String, Response> {
+/// Answers from a scrape, on a thread for blocking work.
+async fn from_scrape<T: Send + 'static>(
+    shared: Shared,
+    answer: impl FnOnce(&Shared, &str) -> T + Send + 'static,
+) -> Result<T, Response> {
     // Concurrent scrapes wait here without occupying a thread.
     let turn = Arc::clone(&shared.scraping).lock_owned().await;
+    // The page asks in the background, for which it needs this runtime.
+    let runtime = tokio::runtime::Handle::current();
     // Process metrics are read from files, which would block the async runtime.
-    let scraped = tokio::task::spawn_blocking(move || {
+    let answered = tokio::task::spawn_blocking(move || {
+        let _entered = runtime.enter();
+        let text = scrape(&shared);
         // Held until the scrape is done, even if the client has disconnected.
-        let _turn = turn;
-        scrape(&shared)
+        drop(turn);
+        answer(&shared, &text)
     });
-    scraped.await.map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response())
+    answered.await.map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response())
 }
 
 fn scrape(shared: &Shared) -> String {
@@ -195,15 +205,23 @@ async fn ready(State(shared): State<Shared>) -> Response {
 }
 
 async fn status(State(shared): State<Shared>) -> Response {
-    let (own, about) = (shared.console.own(), &shared.console.about);
+    match from_scrape(shared, answer_status).await {
+        Ok(status) => Json(status).into_response(),
+        Err(refused) => refused,
+    }
+}
+
+fn answer_status(shared: &Shared, metrics: &str) -> Value {
+    let (own, about) = (shared.console.own(metrics), &shared.console.about);
     let missing: BTreeMap<_, _> = own.missing.iter().map(|(what, reason, _)| (*what, reason)).collect();
     let partitions: BTreeMap<String, _> =
         own.partitions.iter().map(|row| (row.partition.to_string(), row)).collect();
     let totals = shared.status.totals();
-    Json(json!({
+    json!({
         "build": { "version": about.version },
         "group": about.group,
         "instance": about.instance,
+        "started_ms": shared.console.started_ms(),
         "summary": own.summary,
         "breaker": if missing.is_empty() { "closed" } else { "open" },
         "missing": missing,
@@ -215,8 +233,7 @@ async fn status(State(shared): State<Shared>) -> Response {
         },
         "partitions": partitions,
         "recent_problems": shared.console.last_problems(),
-    }))
-    .into_response()
+    })
 }
 
 /// Only what this server serves may be loaded by what it answers with.
@@ -226,15 +243,21 @@ fn of_console((kind, text): (&'static str, impl IntoResponse)) -> Response {
 }
 
 async fn page(State(shared): State<Shared>) -> Response {
-    match scraped_text(shared.clone()).await {
-        Ok(metrics) => of_console(shared.console.page(&metrics)),
+    shared.console.peers_asked().await;
+    match from_scrape(shared, |shared, metrics| shared.console.page(metrics)).await {
+        Ok(page) => of_console(page),
         Err(refused) => refused,
     }
 }
 
 async fn console_state(State(shared): State<Shared>) -> Response {
+    let turn = Arc::clone(&shared.scraping).lock_owned().await;
     let (console, metrics) = (Arc::clone(&shared.console), shared);
-    match console.state(move || scrape(&metrics)).await {
+    let scrape = move || {
+        let _turn = turn;
+        scrape(&metrics)
+    };
+    match console.state(scrape).await {
         Ok(state) => ([("content-type", "application/json")], state).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }
@@ -242,7 +265,8 @@ async fn console_state(State(shared): State<Shared>) -> Response {
 
 async fn console_file(Path(name): Path<String>) -> Response {
     match console::file(&name) {
-        Some(file) => of_console(file),
+        // A page loads a dozen; they change with the version alone.
+        Some(file) => ([("cache-control", "private, max-age=60")], of_console(file)).into_response(),
         None => StatusCode::NOT_FOUND.into_response(),
     }
 }
@@ -307,7 +331,12 @@ mod tests {
                 metrics: PrometheusBuilder::new().build_recorder().handle(),
                 scraping: Arc::default(),
                 process: metrics_process::Collector::default(),
-                console: Arc::new(Console::new(&settings, Arc::default(), Arc::clone(&log), "1")),
+                console: Arc::new(Console::new(
+                    watch::channel(settings).1,
+                    Arc::default(),
+                    Arc::clone(&log),
+                    "1",
+                )),
                 log,
             };
             let log = Arc::clone(&shared.log);

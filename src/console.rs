@@ -12,15 +12,16 @@ pub mod source;
 pub mod status;
 mod summary;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 use strum::VariantArray;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
-use self::conditions::{Answered, Observed};
+use self::conditions::{Answered, Increases, Observed};
 use self::database::Tables;
 use self::history::{History, Recent};
 use self::on_demand::OnDemand;
@@ -32,7 +33,6 @@ use self::status::{LaneRow, PartitionRow, Problem};
 use self::summary::{Facts, Summary};
 use crate::config::Settings;
 use crate::domain::record::{Partition, TimestampMs};
-use crate::domain::wire::Reason;
 use crate::housekeeping::Task;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{AuditResult, now};
@@ -61,10 +61,12 @@ pub struct Console {
     pub about: Arc<About>,
     /// The last minutes.
     pub history: History,
-    settings: Settings,
+    /// Those in use, also after SIGHUP.
+    settings: watch::Receiver<Settings>,
     status: Arc<StatusRegistry>,
     log: Arc<LogHandle>,
-    state: Mutex<Option<(Instant, Bytes)>>,
+    increases: Increases,
+    state: Arc<Mutex<Option<(Instant, Bytes)>>>,
     database: OnDemand<Tables>,
     peers: OnDemand<Peers>,
 }
@@ -79,6 +81,7 @@ pub struct Own {
     pub missing: Vec<(&'static str, String, TimestampMs)>,
     /// Its partitions.
     pub partitions: Vec<PartitionRow>,
+    conditions: Vec<Answered>,
     lanes: Vec<LaneRow>,
     seconds: Recent,
     oldest_ms: i64,
@@ -87,28 +90,30 @@ pub struct Own {
 impl Console {
     /// Creates the console of a process that has just started.
     pub fn new(
-        settings: &Settings,
+        settings: watch::Receiver<Settings>,
         status: Arc<StatusRegistry>,
         log: Arc<LogHandle>,
         version: &'static str,
     ) -> Self {
+        let at_start = settings.borrow().clone();
         let about = About {
             version,
-            group: settings.kafka.group_id.clone(),
-            instance: settings.kafka.instance_id.clone(),
-            peers: settings.console.peers.clone(),
+            group: at_start.kafka.group_id,
+            instance: at_start.kafka.instance_id,
+            peers: at_start.console.peers,
             started: now(),
-            lanes: settings.lanes,
+            lanes: at_start.lanes,
         };
         Self {
             about: Arc::new(about),
             history: History::default(),
-            settings: settings.clone(),
+            settings,
             status,
             log,
-            state: Mutex::default(),
-            database: OnDemand::default(),
-            peers: OnDemand::default(),
+            increases: Increases::default(),
+            state: Arc::default(),
+            database: OnDemand::new(database::AGE, database::LIMIT),
+            peers: OnDemand::new(peers::AGE, peers::LIMIT),
         }
     }
 
@@ -117,59 +122,78 @@ impl Console {
         self.history.run(&self.status, self.about.lanes).await;
     }
 
-    /// How things are with this process.
-    pub fn own(&self) -> Own {
+    /// How things are with this process. `metrics`: a scrape.
+    pub fn own(&self, metrics: &str) -> Own {
+        self.own_of(&Samples::parse(metrics))
+    }
+
+    fn own_of(&self, metrics: &Samples) -> Own {
         let (now, status, About { instance, lanes, .. }) = (now(), &self.status, &*self.about);
         let row = |(partition, of): (Partition, _)| PartitionRow::new(partition, &of, instance, *lanes, now);
         let partitions: Vec<PartitionRow> = status.partitions().into_iter().map(row).collect();
         let lanes = status::lanes(status, &partitions, *lanes);
-        let (missing, missing_since) = (status.missing(), self.history.missing_since());
-        let seconds = self.history.since(TimestampMs(now.0 - 10_000));
+        let (reasons, since) = (status.missing(), self.history.missing_since());
+        let seconds = self.history.last(10);
         let oldest_ms = status.oldest_pending_ms(now);
+        let missing: Vec<_> = reasons
+            .iter()
+            .map(|(what, reason)| (*what, reason.clone(), since.get(what).copied().unwrap_or(now)))
+            .collect();
+        let (dead_letters, dead_letter_times) = (status.dead_letters(), status.dead_letter_times());
+        let observed = Observed {
+            now,
+            metrics,
+            history: &self.history,
+            missing: &missing,
+            partitions: &partitions,
+            dead_letters: &dead_letters,
+            dead_letter_times: &dead_letter_times,
+            increases: &self.increases,
+            oldest_ms,
+            lag: status.lag(),
+        };
         let facts = Facts {
             now,
-            missing: &missing,
-            missing_since: &missing_since,
+            missing: &reasons,
+            missing_since: &since,
             partitions: &partitions,
             lanes: &lanes,
             seconds,
-            minute: self.history.since(TimestampMs(now.0 - 60_000)),
-            dead_letters: &status.dead_letters(),
+            minute: self.history.last(60),
+            dead_letters: &dead_letters,
             oldest_ms,
+            is_at_risk: conditions::is_at_risk(&observed),
         };
-        let summary = facts.summary();
-        let missing = missing
-            .into_iter()
-            .map(|(what, reason)| (what, reason, missing_since.get(what).copied().unwrap_or(now)));
-        Own { now, summary, missing: missing.collect(), partitions, lanes, seconds, oldest_ms }
+        let (mut summary, conditions) = (facts.summary(), conditions::answers(&observed));
+        conditions::add_to(&mut summary, &conditions);
+        Own { now, summary, missing, partitions, conditions, lanes, seconds, oldest_ms }
     }
 
-    fn conditions(&self, own: &Own, metrics: &Samples) -> Vec<Answered> {
-        conditions::answers(&Observed {
-            now: own.now,
-            metrics,
-            history: &self.history,
-            missing: &own.missing,
-            partitions: &own.partitions,
-            dead_letters: &self.status.dead_letters(),
-            oldest_ms: own.oldest_ms,
-            lag: self.status.lag(),
-        })
+    /// When the process was started, in milliseconds since 1970.
+    pub fn started_ms(&self) -> i64 {
+        self.about.started.0
+    }
+
+    /// Waits for the answers of peers that are asked now, within their time limit.
+    pub async fn peers_asked(&self) {
+        self.ask_peers();
+        self.peers.settled().await;
     }
 
     /// The page as HTML with what can be shown without JavaScript. `metrics`: a scrape.
     pub fn page(&self, metrics: &str) -> (&'static str, String) {
-        let (own, metrics) = (self.own(), Samples::parse(metrics));
-        let conditions = self.conditions(&own, &metrics).into_iter().filter(|answer| answer.holds);
+        let mut own = self.own(metrics);
         let About { version, group, instance, started, .. } = &*self.about;
-        let partitions = self.all_partitions(&own);
+        let peers = self.ask_peers();
+        peers.add_to(&mut own.summary);
+        let partitions = all_partitions(&own, &peers);
         page::render(&Shown {
             summary: &own.summary,
             about: format!(
                 "payment-writer {version}, group {group}, instance {instance}, since {}",
                 utc(*started)
             ),
-            conditions: conditions.map(Answered::text).collect(),
+            conditions: own.conditions.iter().filter(|answer| answer.holds).collect(),
             partitions: &partitions,
             rendered_at: utc(own.now),
         })
@@ -177,47 +201,47 @@ impl Console {
 
     /// What the page shows, as JSON; computed at most every two seconds, for all pages. `scrape` is called on a thread
     /// for blocking work.
+    ///
+    /// # Errors
+    /// If it cannot be computed.
     pub async fn state(
         self: &Arc<Self>,
         scrape: impl FnOnce() -> String + Send + 'static,
     ) -> Result<Bytes, String> {
-        let mut state = self.state.lock().await;
-        if let Some((at, bytes)) = state.as_ref().filter(|(at, _)| at.elapsed() < STATE_AGE) {
-            let _ = at;
+        let mut state = Arc::clone(&self.state).lock_owned().await;
+        if let Some((at, bytes)) = &*state
+            && at.elapsed() < STATE_AGE
+        {
             return Ok(bytes.clone());
         }
         let console = Arc::clone(self);
-        // Also asks in the background, for which it needs this runtime.
+        // It asks in the background, for which it needs this runtime.
         let runtime = tokio::runtime::Handle::current();
+        // Holds the lock until it is done, also when the client is gone: there is one computation at a time.
         let computed = tokio::task::spawn_blocking(move || {
             let _entered = runtime.enter();
             let metrics = Samples::parse(&scrape());
-            serde_json::to_vec(&console.compute(&metrics)).map(Bytes::from).map_err(|error| error.to_string())
+            let bytes = serde_json::to_vec(&console.compute(&metrics)).map_err(|error| error.to_string())?;
+            let bytes = Bytes::from(bytes);
+            *state = Some((Instant::now(), bytes.clone()));
+            Ok(bytes)
         });
-        let bytes = computed.await.map_err(|error| error.to_string())??;
-        *state = Some((Instant::now(), bytes.clone()));
-        Ok(bytes)
+        computed.await.map_err(|error| error.to_string())?
     }
 
     fn ask_peers(&self) -> Arc<Peers> {
         if self.about.peers.is_empty() {
             return Arc::default();
         }
-        let (about, file) = (Arc::clone(&self.about), self.settings.admin.token_file.clone());
-        let asked = self.peers.get(peers::AGE, peers::ask(about, file));
+        let file = self.settings.borrow().admin.token_file.clone();
+        let asked = self.peers.get(peers::ask(Arc::clone(&self.about), file));
         asked.map(|(_, peers)| peers).unwrap_or_default()
     }
 
-    fn all_partitions(&self, own: &Own) -> Vec<PartitionRow> {
-        let peers = self.ask_peers();
-        let mut partitions: Vec<PartitionRow> =
-            own.partitions.iter().chain(&peers.partitions).cloned().collect();
-        partitions.sort_by_key(|row| row.partition);
-        partitions
-    }
-
     fn compute(&self, metrics: &Samples) -> Value {
-        let own = self.own();
+        let mut own = self.own_of(metrics);
+        let peers = self.ask_peers();
+        peers.add_to(&mut own.summary);
         let About { version, group, instance, started, .. } = &*self.about;
         let missing: Vec<Value> = own
             .missing
@@ -237,6 +261,12 @@ impl Console {
                 })
             })
             .collect();
+        let mut reasons: Vec<_> = self.status.dead_letter_times().into_iter().collect();
+        reasons.sort_by_key(|(_, times)| std::cmp::Reverse(times.count));
+        let reasons: Vec<Value> = reasons
+            .into_iter()
+            .map(|(reason, times)| json!({ "reason": reason, "count": times.count }))
+            .collect();
         json!({
             "at_ms": own.now.0,
             "summary": own.summary,
@@ -244,21 +274,21 @@ impl Console {
             "group": group,
             "instance": instance,
             "started_ms": started.0,
-            "publishes": self.settings.kafka.publish,
+            "publishes": self.settings.borrow().kafka.publish,
             "missing": missing,
             "outcomes": self.outcomes(&own.seconds),
             "lag": {
                 "records": self.status.lag(),
                 "oldest_seconds": status::seconds(own.oldest_ms),
             },
-            "partitions": self.all_partitions(&own),
+            "partitions": all_partitions(&own, &peers),
             "lanes": own.lanes,
             "problems": self.problems(),
-            "dead_letters": { "by_reason": by_reason(metrics), "last": letters },
+            "dead_letters": { "by_reason": reasons, "last": letters },
             "database": self.database(metrics),
             "audit": self.audit(metrics),
-            "conditions": self.conditions(&own, metrics),
-            "peers": self.ask_peers().rows,
+            "conditions": own.conditions,
+            "peers": peers.rows,
         })
     }
 
@@ -290,7 +320,9 @@ impl Console {
     }
 
     fn database(&self, metrics: &Samples) -> Value {
-        let answer = self.database.get(database::AGE, database::ask(self.settings.clone()));
+        let settings = self.settings.borrow().clone();
+        let next_pass = database::next_pass(&settings);
+        let answer = self.database.get(database::ask(settings));
         let (asked, tables) = answer.map_or((None, Arc::default()), |(at, tables)| (Some(at.0), tables));
         let gauge = |name: &str| metrics.max(name).filter(|value| value.is_finite());
         let ms = |name: &str| gauge(name).filter(|at| *at > 0.0).map(|at| (at * 1_000.0) as i64);
@@ -308,7 +340,7 @@ impl Console {
             "asked_ms": asked,
             "housekeeping": {
                 "last_pass_ms": ms("payment_writer_housekeeping_last_pass_timestamp_seconds"),
-                "next_pass_ms": database::next_pass(&self.settings),
+                "next_pass_ms": next_pass,
                 "tasks": tasks,
             },
             "horizon_ms": ms("payment_writer_horizon_timestamp_seconds"),
@@ -331,7 +363,7 @@ impl Console {
             })
             .collect();
         json!({
-            "is_on": self.settings.audit.share > 0.0,
+            "is_on": self.settings.borrow().audit.share > 0.0,
             "results": results,
             "waiting_offsets": metrics.sum("payment_writer_audit_waiting_offsets", &[]),
             "behind_seconds": metrics.sum("payment_writer_audit_behind_seconds", &[]),
@@ -342,15 +374,18 @@ impl Console {
     }
 }
 
-/// Dead letters by reason since the start, the most frequent first.
-fn by_reason(metrics: &Samples) -> Vec<Value> {
-    let count = |reason: &Reason| {
-        let count = metrics.sum("payment_writer_dead_letters_total", &[("reason", reason.as_str())]);
-        (count > 0.0).then_some((count, reason.as_str()))
-    };
-    let mut counts: Vec<(f64, &str)> = Reason::ALL.iter().filter_map(count).collect();
-    counts.sort_by(|a, b| b.0.total_cmp(&a.0));
-    counts.into_iter().map(|(count, reason)| json!({ "reason": reason, "count": count })).collect()
+/// One row for each partition: that of this process if it has one, else the newest one. While a partition changes hands,
+/// two daemons may show it.
+fn all_partitions(own: &Own, peers: &Peers) -> Vec<PartitionRow> {
+    let mut rows: BTreeMap<i32, &PartitionRow> = BTreeMap::new();
+    for row in &peers.partitions {
+        let known = rows.entry(row.partition).or_insert(row);
+        if row.since_ms > known.since_ms {
+            *known = row;
+        }
+    }
+    rows.extend(own.partitions.iter().map(|row| (row.partition, row)));
+    rows.into_values().cloned().collect()
 }
 
 fn utc(at: TimestampMs) -> String {

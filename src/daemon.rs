@@ -85,7 +85,8 @@ struct Daemon<'d> {
     is_first: bool,
 }
 
-/// Runs until `stop` is set, until caught up, or until it cannot continue. Starts again when `reload` is due.
+/// Runs until `stop` is set, until caught up, or until it cannot continue. Starts again when `reload` is due, and tells
+/// `in_use` with which settings.
 ///
 /// # Errors
 /// See [`RunError`]. Being fenced is an error, except once after each loss of the broker connection: a second
@@ -96,12 +97,14 @@ pub async fn run(
     tracer: Option<&Arc<BatchTracer>>,
     mut stop: watch::Receiver<bool>,
     mut reload: Reload,
+    in_use: &watch::Sender<Settings>,
 ) -> Result<(), RunError> {
     let mut is_first = true;
     // Where the cursors lead since the first start: what is reloaded later must lead there, too.
     let mut identity: Option<Identity> = None;
     loop {
         let settings = &reload.begin();
+        in_use.send_replace(settings.clone());
         let daemon = Daemon { settings, options, status: &status, tracer, is_first };
         is_first = false;
         status.waits(metrics::now());

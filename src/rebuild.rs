@@ -192,10 +192,11 @@ async fn run(rebuilding: &Settings, view: &View, progress: &ProgressBar) -> Resu
     let status = Arc::new(StatusRegistry::default());
     let options = RunOptions { until_caught_up: true, adopt_database: false };
     let loaded = Loaded { settings: rebuilding.clone(), effective: Vec::new(), file: None };
+    let in_use = watch::Sender::new(rebuilding.clone());
     let reload = Reload::new(loaded, None);
     progress.set_message("rebuilding");
     let ended = tokio::select! {
-        ended = daemon::run(options, Arc::clone(&status), None, stopped.clone(), reload) => ended,
+        ended = daemon::run(options, Arc::clone(&status), None, stopped.clone(), reload, &in_use) => ended,
         () = show(&status, view, progress) => Ok(()),
     };
     let is_stopped = *stopped.borrow();

@@ -22,7 +22,7 @@ use tower::ServiceExt;
 const CONNECTIONS_MAX: usize = 256;
 /// Maximum number of connections of one address, so that one client cannot keep probes and scrapers out. Further ones
 /// are closed at once.
-const CONNECTIONS_OF_ONE_MAX: usize = 16;
+const CONNECTIONS_OF_ONE_MAX: usize = 32;
 const HEADER_BYTES_MAX: usize = 16 << 10;
 const HEADERS_MAX: usize = 64;
 /// Time in which the head of a request must arrive, also after the request before.

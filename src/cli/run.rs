@@ -63,7 +63,8 @@ pub async fn run(
     let tracer = BatchTracer::from_settings(&settings, version)
         .map_err(|error| CommandError::usage(error.to_string()))?;
     let status = Arc::new(StatusRegistry::default());
-    let address = admin::serve(&settings, Arc::clone(&status), metrics, Arc::clone(&log), version).await?;
+    let (in_use, used) = watch::channel(settings.clone());
+    let address = admin::serve(used, Arc::clone(&status), metrics, Arc::clone(&log), version).await?;
     tracing::info!(%address, "the admin server listens");
 
     let (stop, stopped) = watch::channel(false);
@@ -81,7 +82,7 @@ pub async fn run(
     let began = Instant::now();
     let progress = args.progress.then(|| tokio::spawn(show_progress(Arc::clone(&status))));
     let reload = Reload::new(loaded, Some(OnHangup { hangup, load: Box::new(load), log }));
-    let outcome = daemon::run(options, Arc::clone(&status), tracer.as_ref(), stopped, reload).await;
+    let outcome = daemon::run(options, Arc::clone(&status), tracer.as_ref(), stopped, reload, &in_use).await;
     if let Some(tracer) = tracer {
         // Has a time limit; an unavailable collector does not keep the process from ending.
         let _ = tokio::task::spawn_blocking(move || tracer.shutdown()).await;

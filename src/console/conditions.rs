@@ -1,17 +1,24 @@
 //! The conditions that the alerts of `ops/prometheus/rules.yml` speak of, as far as the daemon itself can answer them.
 //! Alerts wait longer, and look at all daemons; the console says so.
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
 use serde::Serialize;
 
 use super::history::History;
 use super::samples::Samples;
 use super::status::PartitionRow;
-use super::summary::{THROTTLED_MS_PER_SECOND, duration, grouped};
+use super::summary::{Level, Summary, THROTTLED_MS_PER_SECOND, duration, grouped, listed};
 use crate::domain::record::TimestampMs;
 use crate::domain::wire::Reason;
-use crate::telemetry::status::DeadLettered;
+use crate::telemetry::status::{DeadLetterTimes, DeadLettered};
 
 const MINUTE_MS: i64 = 60_000;
+const MINUTE: usize = 60;
+/// For how long the last increase of a counter counts.
+const INCREASE_COUNTS: Duration = Duration::from_secs(3_600);
 
 /// What a condition is answered from.
 pub struct Observed<'o> {
@@ -27,10 +34,30 @@ pub struct Observed<'o> {
     pub partitions: &'o [PartitionRow],
     /// The last dead letters, the newest first.
     pub dead_letters: &'o [DeadLettered],
+    /// Dead letters since the start, by reason.
+    pub dead_letter_times: &'o BTreeMap<&'static str, DeadLetterTimes>,
+    /// When counters were seen to increase.
+    pub increases: &'o Increases,
     /// Age of the oldest record that waits, in milliseconds.
     pub oldest_ms: i64,
     /// Records that wait.
     pub lag: i64,
+}
+
+/// When counters were last seen to increase; at first when they were seen above 0. A page that is opened sees only that.
+#[derive(Default)]
+pub struct Increases(Mutex<BTreeMap<&'static str, (f64, Instant)>>);
+
+impl Increases {
+    /// The value, if it is above 0 and has increased within the last hour.
+    fn recent(&self, name: &'static str, value: f64) -> Option<f64> {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (before, at) = seen.entry(name).or_insert((0.0, Instant::now()));
+        if value > *before {
+            (*before, *at) = (value, Instant::now());
+        }
+        (value > 0.0 && at.elapsed() < INCREASE_COUNTS).then_some(value)
+    }
 }
 
 /// What holds, in words, and since when, where that is known.
@@ -47,24 +74,59 @@ pub struct Condition {
     answer: fn(&Observed<'_>) -> Option<Holds>,
 }
 
+/// Conditions that the sentence has in its own words.
+const IN_THE_SENTENCE: [&str; 6] = [
+    "PaymentWriterDeadLetters",
+    "PaymentWriterPartitionsHalted",
+    "PaymentWriterDatabaseAway",
+    "PaymentWriterBrokerAway",
+    "PaymentWriterThrottled",
+    "PaymentWriterNotReady",
+];
+
+/// Raises the sentence to the worst of the conditions that hold, and names those that it does not have.
+pub fn add_to(summary: &mut Summary, answers: &[Answered]) {
+    let others = || answers.iter().filter(|answer| answer.holds && !IN_THE_SENTENCE.contains(&answer.alert));
+    for answer in others() {
+        let level = if answer.severity == "page" { Level::Bad } else { Level::Warn };
+        summary.level = summary.level.max(level);
+    }
+    let pages = || others().filter(|answer| answer.severity == "page");
+    for answer in pages().take(2) {
+        summary.text = format!("{}: {}. {}", answer.title, answer.detail, summary.text);
+    }
+    let titles: Vec<&str> =
+        pages().skip(2).chain(others().filter(|a| a.severity != "page")).map(|answer| answer.title).collect();
+    if !titles.is_empty() {
+        summary.text = format!("{}. Also: {}", summary.text, titles.join(", "));
+    }
+}
+
+/// Whether records may be, or have been, lost.
+pub fn is_at_risk(observed: &Observed<'_>) -> bool {
+    let lost = observed.metrics.sum("payment_writer_audit_records_total", &[("result", "unaccounted")]);
+    let retention = observed.metrics.max("payment_writer_input_retention_seconds").unwrap_or(f64::INFINITY);
+    let is_gone = |row: &PartitionRow| row.halted.as_ref().is_some_and(|halted| halted.reason == "log_gap");
+    lost > 0.0
+        || observed.oldest_ms as f64 / 1_000.0 > retention / 2.0
+        || observed.partitions.iter().any(is_gone)
+}
+
 /// A condition and its answer.
 #[derive(Serialize)]
 pub struct Answered {
-    alert: &'static str,
+    /// Name of the alert.
+    pub alert: &'static str,
     severity: &'static str,
-    title: &'static str,
+    /// What it is, in a few words.
+    pub title: &'static str,
     /// Whether it holds now.
     pub holds: bool,
-    detail: String,
+    /// What holds, in words.
+    pub detail: String,
     since_ms: Option<i64>,
-    runbook: String,
-}
-
-impl Answered {
-    /// Title and detail.
-    pub fn text(self) -> (&'static str, String) {
-        (self.title, self.detail)
-    }
+    /// Path of its section.
+    pub runbook: String,
 }
 
 /// All answers, those that hold first.
@@ -108,7 +170,7 @@ const fn ticket(
 /// All conditions, in the order of the rules.
 pub const CONDITIONS: &[Condition] = &[
     page("PaymentWriterLagGrowing", "Lag grows", |o| {
-        let before = o.history.since(TimestampMs(o.now.0 - 10 * MINUTE_MS)).lag_before;
+        let before = o.history.last(10 * MINUTE).lag_before?;
         (o.oldest_ms > MINUTE_MS && o.lag > before).then(|| {
             let detail = format!(
                 "{} records wait, {} more than ten minutes ago; the oldest is {} old",
@@ -116,7 +178,7 @@ pub const CONDITIONS: &[Condition] = &[
                 number((o.lag - before) as f64),
                 duration(o.oldest_ms)
             );
-            (detail, Some(TimestampMs(o.now.0 - o.oldest_ms)))
+            (detail, None)
         })
     }),
     page("PaymentWriterRetentionAtRisk", "Records may be deleted before they are written", |o| {
@@ -148,47 +210,29 @@ pub const CONDITIONS: &[Condition] = &[
             .then(|| (format!("topics of role {}: brokers remove records", found.join(", ")), None))
     }),
     ticket("PaymentWriterDeadLetters", "Records are dead-lettered", |o| {
-        let since = o.now.0 - 15 * MINUTE_MS;
-        let recent = o.dead_letters.iter().filter(|letter| letter.at.0 > since);
-        let recent: Vec<_> = recent.filter(|letter| letter.reason != Reason::MessageIdConflict).collect();
-        let last = recent.first()?;
-        let first = o.history.first(TimestampMs(since), |outcomes, _| outcomes.dead_letters > 0);
-        let detail = format!(
-            "{} within 15 minutes, the last one of partition {} at offset {} as {}",
-            number(o.history.since(TimestampMs(since)).outcomes.dead_letters.max(recent.len() as u64) as f64),
-            last.partition,
-            last.offset,
-            last.reason.as_str()
-        );
-        Some((detail, first.or(recent.last().map(|letter| letter.at))))
+        dead_lettered(o, 15 * MINUTE_MS, |reason| reason != Reason::MessageIdConflict.as_str())
     }),
     page("PaymentWriterDeadLetterShare", "Many records are dead-lettered", |o| {
-        let since = TimestampMs(o.now.0 - 15 * MINUTE_MS);
-        let outcomes = o.history.since(since).outcomes;
+        let outcomes = o.history.last(15 * MINUTE).outcomes;
         let all = outcomes.written + outcomes.duplicates + outcomes.redelivered + outcomes.dead_letters;
         let share = outcomes.dead_letters as f64 / all.max(1) as f64;
         (share > 0.05 && outcomes.dead_letters >= 20).then(|| {
-            let first = o.history.first(since, |outcomes, _| outcomes.dead_letters > 0);
-            (format!("{} of the records of 15 minutes", percent(share)), first)
+            let since = o.history.since(5 * MINUTE, |outcomes, _| outcomes.dead_letters > 0);
+            (format!("{} of the records of 15 minutes", percent(share)), since)
         })
     }),
     ticket("PaymentWriterMessageIdConflicts", "Ids are used for other payments", |o| {
-        let conflicts = o.dead_letters.iter().filter(|letter| letter.reason == Reason::MessageIdConflict);
-        let recent: Vec<_> = conflicts.filter(|letter| letter.at.0 > o.now.0 - 60 * MINUTE_MS).collect();
-        let last = recent.first()?;
-        let detail = format!("the last one of partition {} at offset {}", last.partition, last.offset);
-        Some((detail, recent.last().map(|letter| letter.at)))
+        dead_lettered(o, 60 * MINUTE_MS, |reason| reason == Reason::MessageIdConflict.as_str())
     }),
     page("PaymentWriterAuditUnaccounted", "Payments are not accounted for", |o| {
-        let labels = [("result", "unaccounted")];
-        above(o.metrics.sum("payment_writer_audit_records_total", &labels), 0.0, |count| {
-            format!("{} since the start; the log names partitions and offsets", number(count))
-        })
+        let count = o.metrics.sum("payment_writer_audit_records_total", &[("result", "unaccounted")]);
+        let count = o.increases.recent("unaccounted", count)?;
+        Some((format!("{} since the start; the log names partitions and offsets", number(count)), None))
     }),
     ticket("PaymentWriterAuditBehind", "The audit does not keep up", |o| {
         let behind = o.metrics.sum("payment_writer_audit_behind_seconds", &[]);
         let dropped = o.metrics.sum("payment_writer_audit_dropped_offsets_total", &[]);
-        (behind > 1_800.0 || dropped > 0.0).then(|| {
+        (o.increases.recent("dropped", dropped).is_some() || behind > 1_800.0).then(|| {
             let behind = duration((behind * 1_000.0) as i64);
             (format!("behind by {behind}, {} offsets not audited since the start", number(dropped)), None)
         })
@@ -196,41 +240,31 @@ pub const CONDITIONS: &[Condition] = &[
     page("PaymentWriterPartitionsHalted", "Partitions are halted", |o| {
         let halted: Vec<&PartitionRow> = o.partitions.iter().filter(|row| row.halted.is_some()).collect();
         let since = halted.iter().filter_map(|row| row.since_ms).min()?;
-        let numbers: Vec<String> = halted.iter().take(10).map(|row| row.partition.to_string()).collect();
-        let more = if halted.len() > 10 { ", …" } else { "" };
-        Some((
-            format!("{} until a person decides; the others go on", numbers.join(", ") + more),
-            Some(TimestampMs(since)),
-        ))
+        let numbers = listed(halted.iter().map(|row| row.partition), halted.len(), 10);
+        Some((format!("{numbers}; the others go on"), Some(TimestampMs(since))))
     }),
     ticket("PaymentWriterFetchFaults", "The client library passed over records", |o| {
         let faults = ["payment_writer_fetch_gaps_total", "payment_writer_fetch_clients_renewed_total"];
-        above(faults.map(|name| o.metrics.sum(name, &[])).iter().sum(), 0.0, |count| {
-            format!("{} times since the start; they were found and read", number(count))
-        })
+        let count = faults.map(|name| o.metrics.sum(name, &[])).iter().sum();
+        let count = o.increases.recent("fetch faults", count)?;
+        Some((format!("{} times since the start; they were found and read", number(count)), None))
     }),
     page("PaymentWriterDatabaseAway", "The database is away", |o| missing(o, "database")),
     page("PaymentWriterBrokerAway", "Kafka is away", |o| missing(o, "broker")),
     ticket("PaymentWriterThrottled", "Kafka's quota throttles", |o| {
-        let recent = o.history.since(TimestampMs(o.now.0 - MINUTE_MS));
+        let recent = o.history.last(MINUTE);
         let rate = recent.per_second(recent.throttled_ms);
         (rate > THROTTLED_MS_PER_SECOND).then(|| {
-            let first = o.history.first(TimestampMs(o.now.0 - 15 * MINUTE_MS), |_, throttled| throttled > 0);
-            (format!("{} ms in each second, summed over all answers", number(rate)), first)
+            let since = o.history.since(MINUTE, |_, throttled| throttled > 0);
+            (format!("{} ms in each second, summed over all answers", number(rate)), since)
         })
     }),
     ticket("PaymentWriterDatabaseSaturated", "The database limits the throughput", |o| {
-        let recent = o.history.since(TimestampMs(o.now.0 - 10 * MINUTE_MS));
-        (recent.seconds > 60.0 && recent.database > 0.8 && o.oldest_ms > 30_000 && o.lag >= recent.lag_before)
-            .then(|| {
-                (
-                    format!(
-                        "lanes spend {} of their time in it, and payments wait",
-                        percent(recent.database)
-                    ),
-                    None,
-                )
-            })
+        let recent = o.history.last(10 * MINUTE);
+        let shrinks = o.lag < recent.lag_before?;
+        (recent.database > 0.8 && o.oldest_ms > 30_000 && !shrinks).then(|| {
+            (format!("lanes spend {} of their time in it, and payments wait", percent(recent.database)), None)
+        })
     }),
     page("PaymentWriterNotReady", "Not ready", |o| {
         let names: Vec<&str> = o.missing.iter().map(|(what, ..)| *what).collect();
@@ -299,9 +333,23 @@ fn above(value: f64, limit: f64, detail: impl Fn(f64) -> String) -> Option<Holds
     (value > limit).then(|| (detail(value), None))
 }
 
+/// Dead letters of some reasons within the last `ms`.
+fn dead_lettered(o: &Observed<'_>, ms: i64, is_of: fn(&str) -> bool) -> Option<Holds> {
+    let recent = |times: &DeadLetterTimes| times.last.0 > o.now.0 - ms;
+    let of = || o.dead_letter_times.iter().filter(|(reason, times)| is_of(reason) && recent(times));
+    let since = of().map(|(_, times)| times.since).min()?;
+    let counts: Vec<String> =
+        of().map(|(reason, times)| format!("{} {reason}", number(times.count as f64))).collect();
+    let mut detail = format!("since the start {}", counts.join(", "));
+    if let Some(last) = o.dead_letters.iter().find(|letter| is_of(letter.reason.as_str())) {
+        detail += &format!("; the last one of partition {} at offset {}", last.partition, last.offset);
+    }
+    Some((detail, Some(since)))
+}
+
 fn missing(o: &Observed<'_>, wanted: &str) -> Option<Holds> {
     let (_, reason, since) = o.missing.iter().find(|(what, ..)| *what == wanted)?;
-    Some((format!("{reason}; nothing is lost, it goes on by itself"), Some(*since)))
+    Some((format!("{reason}; it goes on by itself once that is over"), Some(*since)))
 }
 
 fn share(o: &Observed<'_>, used: &str, limit: &str, most: f64) -> Option<Holds> {

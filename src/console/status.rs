@@ -59,8 +59,10 @@ pub struct HaltedRow {
     pub doubt: String,
     /// What is wrong, and what resolves it.
     pub advice: String,
-    /// The command that resolves it, if there is one.
+    /// The command that resolves it, or the one that shows more if a person has to choose first.
     pub command: Option<String>,
+    /// Whether it is tried again, and goes on by itself.
+    pub is_retried: bool,
 }
 
 impl PartitionRow {
@@ -79,6 +81,7 @@ impl PartitionRow {
                 doubt: reason.label().to_owned(),
                 advice: reason.advice(partition),
                 command: reason.command(partition),
+                is_retried: reason.is_about_reading(),
             }),
             Phase::Opening | Phase::Live => None,
         };
@@ -108,7 +111,7 @@ pub struct LaneRow {
     pub lane: usize,
     /// Name of the step, `backing_off` or `idle`.
     pub doing: &'static str,
-    /// Since when, in milliseconds since 1970.
+    /// Since when, in milliseconds since 1970; `None` while it waits.
     pub since_ms: Option<i64>,
     /// Records of the last batch.
     pub records: usize,
@@ -138,10 +141,10 @@ pub fn lanes(status: &StatusRegistry, partitions: &[PartitionRow], lanes: usize)
             let broker = reason(of_lane.map(|of| &of.1));
             let is_backing_off = database.is_some() || broker.is_some();
             let (doing, since) = match activity.step() {
+                Some((step, since)) if step != LaneStep::Waiting => (step.into(), Some(since)),
                 _ if count == 0 => ("idle", None),
-                Some((LaneStep::Waiting, since)) if is_backing_off => ("backing_off", Some(since)),
-                Some((step, since)) => (step.into(), Some(since)),
-                None => ("waiting", None),
+                _ if is_backing_off => ("backing_off", None),
+                _ => ("waiting", None),
             };
             LaneRow {
                 lane,
@@ -167,6 +170,8 @@ pub struct StatusAnswer {
     pub instance: String,
     /// Its `kafka.group_id`.
     pub group: String,
+    /// When it was started, in milliseconds since 1970.
+    pub started_ms: i64,
     /// How things are, in words.
     pub summary: Option<Summary>,
     /// What keeps it from being ready.

@@ -9,8 +9,12 @@ use super::status::{LaneRow, PartitionRow};
 use crate::domain::record::TimestampMs;
 use crate::telemetry::status::DeadLettered;
 
-/// A lane that has been in one step for longer hangs, or waits for something that does.
-const STEP_LONG_MS: i64 = 60_000;
+/// A lane that has been in one step for longer is slow. A statement that waits is given up after 60 s.
+const STEP_LONG_MS: i64 = 15_000;
+/// For longer, it hangs, or waits for something that does.
+const STEP_HANGS_MS: i64 = 30_000;
+/// Recovery of a partition usually takes less than a second.
+const OPENING_LONG_MS: i64 = 30_000;
 /// Something that has been missing for no longer is no fault yet.
 const MISSING_SHORT_MS: i64 = 10_000;
 /// Records that wait for longer are a backlog.
@@ -63,16 +67,31 @@ pub struct Facts<'f> {
     pub dead_letters: &'f [DeadLettered],
     /// Age of the oldest record that waits, in milliseconds.
     pub oldest_ms: i64,
+    /// Whether records may be, or have been, lost: the sentence must not say that nothing is.
+    pub is_at_risk: bool,
+}
+
+/// `1, 2, 3, 4, 5, …`
+pub(super) fn listed(numbers: impl Iterator<Item = i32>, count: usize, most: usize) -> String {
+    let shown: Vec<String> = numbers.take(most).map(|number| number.to_string()).collect();
+    shown.join(", ") + if count > most { ", …" } else { "" }
 }
 
 impl Facts<'_> {
     /// What is worst, first.
     pub fn summary(&self) -> Summary {
-        let parts = [self.missing(), self.hanging(), self.halted(), self.throttled(), self.dead_letters()];
+        let parts = [
+            self.missing(),
+            self.hanging(),
+            self.halted(),
+            self.opening(),
+            self.throttled(),
+            self.dead_letters(),
+        ];
         let mut parts: Vec<(Level, String)> = parts.into_iter().flatten().collect();
-        // What is missing explains the rest.
-        parts.truncate(if self.missing.is_empty() { 2 } else { 1 });
-        if self.missing.is_empty() {
+        parts.truncate(2);
+        // What is missing for all lanes explains what does not flow.
+        if self.missing.is_empty() || !self.lanes_without().is_empty() {
             parts.push(self.flow());
         }
         let level = parts.iter().map(|(level, _)| *level).max().unwrap_or_default();
@@ -80,61 +99,101 @@ impl Facts<'_> {
         Summary { level, text }
     }
 
+    fn nothing_is_lost(&self) -> &'static str {
+        if self.is_at_risk { "" } else { "nothing is lost, " }
+    }
+
+    /// The lanes that something does not answer, if it answers others.
+    fn lanes_without(&self) -> Vec<&LaneRow> {
+        let works = |lane: &&LaneRow| lane.partitions > 0;
+        let away = |lane: &&LaneRow| lane.database.is_some() || lane.broker.is_some();
+        let lanes: Vec<&LaneRow> = self.lanes.iter().filter(works).filter(away).collect();
+        if lanes.len() < self.lanes.iter().filter(works).count() { lanes } else { Vec::new() }
+    }
+
     fn missing(&self) -> Option<(Level, String)> {
-        // The database first: a broker that is away as well is told by the list below.
-        let (what, reason) = ["database", "broker", "group"]
-            .into_iter()
-            .find_map(|what| Some((what, self.missing.get(what)?)))?;
+        let all = ["database", "broker", "group"];
+        let (what, reason) = all.into_iter().find_map(|what| Some((what, self.missing.get(what)?)))?;
         let lasted = self.missing_since.get(what).map_or(0, |since| self.now.0 - since.0);
-        let (waits, nothing_to_do) = match what {
-            "database" => ("Waiting for Postgres", "no action in Kafka is needed"),
-            "broker" => ("Waiting for Kafka", "it goes on by itself when Kafka answers"),
-            _ => ("Waiting to join the consumer group", "the records wait in Kafka"),
+        let (waits, rest) = match what {
+            "database" if self.missing.contains_key("broker") => {
+                ("for Postgres, and for Kafka,", "it goes on by itself once both answer")
+            }
+            "database" => ("for Postgres", "no action in Kafka is needed"),
+            "broker" => ("for Kafka", "it goes on by itself once Kafka answers"),
+            _ => ("to join the consumer group", "the records wait in Kafka"),
+        };
+        let lanes = self.lanes_without();
+        let who = if lanes.is_empty() {
+            "Waiting".to_owned()
+        } else {
+            let numbers = listed(lanes.iter().map(|lane| lane.lane as i32), lanes.len(), 5);
+            format!("Lane {numbers} waits")
         };
         let level = if lasted < MISSING_SHORT_MS { Level::Warn } else { Level::Bad };
-        Some((level, format!("{waits} for {}: {reason}; nothing is lost, {nothing_to_do}", duration(lasted))))
+        let lasted = duration(lasted);
+        Some((level, format!("{who} {waits} for {lasted}: {reason}; {}{rest}", self.nothing_is_lost())))
     }
 
     fn hanging(&self) -> Option<(Level, String)> {
         let lasted = |lane: &LaneRow| self.now.0 - lane.since_ms.unwrap_or(self.now.0);
-        let is_step = |lane: &&LaneRow| !matches!(lane.doing, "waiting" | "idle" | "backing_off");
-        let longest = self.lanes.iter().filter(is_step).max_by_key(|lane| lasted(lane))?;
+        let longest = self.lanes.iter().max_by_key(|lane| lasted(lane))?;
         let lasted = lasted(longest);
         if lasted < STEP_LONG_MS {
             return None;
         }
         let step = match longest.doing {
-            "database" => "one Postgres transaction",
-            "kafka" => "one Kafka transaction",
+            "database" => "waiting for Postgres in one transaction",
+            "kafka" => "waiting for Kafka in one transaction",
             "recovering" => "finding where to continue",
             "starting_producer" => "starting its transactional producer",
+            "revoking" => "finishing what it has of revoked partitions",
             _ => "assembling one batch",
         };
+        let level = if lasted < STEP_HANGS_MS { Level::Warn } else { Level::Bad };
+        let verb = if level == Level::Bad { "hangs" } else { "is slow" };
         let text = format!(
-            "Lane {} hangs: {step} for {}; its {} wait, nothing is lost",
+            "Lane {} {verb}: {step} for {}; {}its {} wait",
             longest.lane,
             duration(lasted),
+            self.nothing_is_lost(),
             counted(longest.partitions as u64, "partition"),
         );
-        Some((Level::Bad, text))
+        Some((level, text))
     }
 
     fn halted(&self) -> Option<(Level, String)> {
-        let halted: Vec<&PartitionRow> = self.partitions.iter().filter(|row| row.halted.is_some()).collect();
-        let first = halted.first()?;
-        let reason = first.halted.as_ref().map_or("", |halted| halted.reason.as_str());
-        let text = if halted.len() == 1 {
-            format!("Partition {} is halted ({reason}) until a person decides", first.partition)
+        let halted = || self.partitions.iter().filter(|row| row.halted.is_some());
+        let count = halted().count();
+        let mut reasons: Vec<&str> =
+            halted().filter_map(|row| Some(row.halted.as_ref()?.reason.as_str())).collect();
+        reasons.sort_unstable();
+        reasons.dedup();
+        let until = if halted().all(|row| row.halted.as_ref().is_some_and(|halted| halted.is_retried)) {
+            "and tried again each minute"
         } else {
-            let numbers: Vec<String> = halted.iter().take(5).map(|row| row.partition.to_string()).collect();
-            let more = if halted.len() > 5 { ", …" } else { "" };
-            format!(
-                "{} partitions are halted ({}{more}; {reason}) until a person decides",
-                halted.len(),
-                numbers.join(", ")
-            )
+            "until a person decides"
         };
-        Some((Level::Bad, text))
+        let numbers = listed(halted().map(|row| row.partition), count, 5);
+        let who = match count {
+            0 => return None,
+            1 => format!("Partition {numbers} is halted"),
+            _ => format!("{count} partitions are halted ({numbers})"),
+        };
+        Some((Level::Bad, format!("{who}, {until}: {}", reasons.join(", "))))
+    }
+
+    /// Partitions in recovery for long.
+    fn opening(&self) -> Option<(Level, String)> {
+        let is_long = |row: &&PartitionRow| {
+            row.state == "opening" && self.now.0 - row.since_ms.unwrap_or(self.now.0) > OPENING_LONG_MS
+        };
+        let count = self.partitions.iter().filter(is_long).count();
+        let numbers = listed(self.partitions.iter().filter(is_long).map(|row| row.partition), count, 5);
+        let text = || {
+            format!("Still finding where to continue in {} ({numbers})", counted(count as u64, "partition"))
+        };
+        (count > 0).then(|| (Level::Bad, text()))
     }
 
     fn throttled(&self) -> Option<(Level, String)> {
@@ -142,7 +201,10 @@ impl Facts<'_> {
         (rate > THROTTLED_MS_PER_SECOND).then(|| {
             (
                 Level::Warn,
-                "Kafka slows this daemon down by a quota; nothing is lost, payments take longer".to_owned(),
+                format!(
+                    "Kafka slows this daemon down by a quota; {}payments take longer",
+                    self.nothing_is_lost()
+                ),
             )
         })
     }
@@ -178,28 +240,37 @@ impl Facts<'_> {
         }
         let outcomes = &self.seconds.outcomes;
         let done = outcomes.written + outcomes.duplicates + outcomes.dead_letters + outcomes.redelivered;
-        let a_second = self.seconds.per_second(outcomes.written);
         let waiting: i64 = self.partitions.iter().filter_map(|row| row.lag_records).sum();
+        let behind_open: i64 = self.partitions.iter().map(|row| row.open_transaction_records).sum();
         let oldest = duration(self.oldest_ms);
-        if self.oldest_ms >= BACKLOG_MS && waiting > 0 {
-            let done_a_second = self.seconds.per_second(done);
-            let falls = (self.minute.lag_before - waiting) as f64 / self.minute.seconds.max(1.0);
-            let left = if falls > 0.0 {
-                format!(", about {} left", duration((waiting as f64 / falls * 1_000.0) as i64))
-            } else {
-                ", and the backlog does not shrink".to_owned()
+        if self.oldest_ms >= BACKLOG_MS {
+            let falls = |before: i64| (before - waiting) as f64 / self.minute.seconds.max(1.0);
+            let left = match self.minute.lag_before.map(falls) {
+                Some(falls) if falls > 0.0 => {
+                    format!(", about {} left", duration((waiting as f64 / falls * 1_000.0) as i64))
+                }
+                Some(_) => ", and the backlog does not shrink".to_owned(),
+                None => String::new(),
             };
             let text = format!(
                 "Behind by {}, the oldest {oldest} old; working off {}{left}",
                 counted(waiting.unsigned_abs(), "record"),
-                rate(done_a_second, "record"),
+                rate(self.seconds.per_second(done), "record"),
             );
             return (Level::Warn, text);
         }
-        if done == 0 && waiting == 0 {
-            return (Level::Ok, "Idle: every record is written and published".to_owned());
+        let is_done = |row: &PartitionRow| row.state == "live" && row.lag_records == Some(0);
+        let mut text = if done == 0 && self.partitions.iter().all(is_done) {
+            "Idle: every record that can be read is written and published".to_owned()
+        } else {
+            let a_second = self.seconds.per_second(outcomes.written);
+            format!("Writing {}; oldest waiting record {oldest}", rate(a_second, "payment"))
+        };
+        if behind_open > 0 {
+            let records = counted(behind_open.unsigned_abs(), "record");
+            text.push_str(&format!("; {records} wait for the end of producers' transactions"));
         }
-        (Level::Ok, format!("Writing {}; oldest waiting record {oldest}", rate(a_second, "payment")))
+        (Level::Ok, text)
     }
 }
 

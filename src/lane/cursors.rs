@@ -13,6 +13,7 @@ use crate::domain::batch::Progress;
 use crate::domain::cursor::IdentityMismatch;
 use crate::domain::record::{NextOffset, Partition};
 use crate::ports::{CursorMove, KafkaPort, Store};
+use crate::telemetry::activity::LaneStep;
 use crate::telemetry::logging::RateLimited;
 
 /// A lane without a write for this long copies the group's offsets into the database.
@@ -62,6 +63,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     pub(super) async fn compare_cursors(&mut self) -> Result<bool, IdentityMismatch> {
         let live: Vec<Partition> =
             self.partitions.iter().filter(|(_, state)| state.live().is_some()).map(|(p, _)| *p).collect();
+        let in_step = self.metrics.begin(LaneStep::Database);
         let rows = match self.store.cursors(&live).await {
             Ok(rows) => rows,
             Err(failure) => {
@@ -69,6 +71,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                 return Ok(false);
             }
         };
+        drop(in_step);
         self.database_answered();
         self.compared_at = Instant::now();
         let planned: BTreeMap<Partition, NextOffset> = self
@@ -146,6 +149,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         if moves.is_empty() {
             return Ok(());
         }
+        let _in_step = self.metrics.begin(LaneStep::Database);
         match self.store.move_cursors(&moves).await {
             Ok(()) => {
                 self.database_up();

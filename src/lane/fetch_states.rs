@@ -21,6 +21,7 @@ use crate::domain::cursor::{HaltReason, IdentityMismatch};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::ports::fetch_buffer::{FetchFault, Interruption};
 use crate::ports::{Gap, GapAnswer, KafkaPort, KafkaPortError, Store};
+use crate::telemetry::activity::LaneStep;
 use crate::telemetry::logging::RateLimited;
 use crate::telemetry::metrics;
 
@@ -197,6 +198,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
 
     /// Stops fetching these partitions. False: the client failed, and the lane was reset.
     pub(super) async fn stop_fetching(&mut self, partitions: &[Partition]) -> Result<bool, IdentityMismatch> {
+        let _in_step = self.metrics.begin(LaneStep::Recovering);
         match self.kafka.stop(partitions).await {
             Ok(()) => Ok(true),
             Err(failure) => self.fetching_failed("stopping to fetch", failure).map(|()| false),

@@ -23,6 +23,7 @@ use super::{Lane, Producer};
 use crate::domain::cursor::IdentityMismatch;
 use crate::domain::record::Partition;
 use crate::ports::{KafkaPort, LaneEvent, RevokeDone, Store};
+use crate::telemetry::activity::LaneStep;
 use crate::telemetry::status::Dependency;
 
 /// Time for transactions in flight to finish when partitions are revoked.
@@ -38,6 +39,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         is_lost: bool,
         done: RevokeDone,
     ) -> Result<(), IdentityMismatch> {
+        let _in_step = self.metrics.begin(LaneStep::Revoking);
         if !is_lost && self.producer == Producer::Ready {
             let deadline = Instant::now() + REVOKE_GRACE;
             while let Some(publication) = self.first_pending() {

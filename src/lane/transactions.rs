@@ -28,6 +28,7 @@ use crate::domain::cursor::IdentityMismatch;
 use crate::domain::outcome::FailureClass;
 use crate::domain::publication::{Committed, OffsetCommit, OutputCounts, Publication, REPLAYS_HEADER};
 use crate::domain::record::{NextOffset, Partition};
+use crate::domain::wire::Reason;
 use crate::ports::{CursorMove, KafkaPort, PublishError, PublishTimes, Store, StoreError, WriteStats};
 use crate::telemetry::activity::LaneStep;
 use crate::telemetry::metrics::{self, LaneMetrics};
@@ -364,7 +365,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             let trace_id = trace.as_ref().map(|trace| trace.id());
             log_lines::dead_letters(&self.settings, &publication, &counts, trace_id.as_deref());
             if counts.by_reason.iter().any(|count| *count > 0) {
-                self.note_dead_letters(&publication);
+                self.note_dead_letters(&publication, &counts);
             }
             if let Some(batch) = publication.batch() {
                 self.count_outcomes(batch, publication.outcomes(), trace);
@@ -378,7 +379,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         self.report_positions();
     }
 
-    fn note_dead_letters(&self, publication: &Publication) {
+    fn note_dead_letters(&self, publication: &Publication, counts: &OutputCounts) {
         let at = metrics::now();
         let last = publication.dead_letters().rev().take(DEAD_LETTERS_MAX);
         let mut last: Vec<DeadLettered> = last
@@ -390,7 +391,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             })
             .collect();
         last.reverse();
-        self.status.dead_lettered(last.into_iter());
+        let counts = Reason::ALL.iter().copied().zip(counts.by_reason);
+        self.status.dead_lettered(at, counts, last.into_iter());
     }
 
     /// Counts the outcomes of a completed batch.

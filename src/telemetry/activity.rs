@@ -19,10 +19,12 @@ pub enum LaneStep {
     Database,
     /// The Kafka transaction.
     Kafka,
-    /// Finding where to continue.
+    /// Finding where to continue, or starting and stopping to fetch.
     Recovering,
     /// Ending what its transactional producer left open.
     StartingProducer,
+    /// Finishing what it has of revoked partitions.
+    Revoking,
 }
 
 const STEPS: usize = <LaneStep as strum::VariantArray>::VARIANTS.len();
@@ -36,10 +38,10 @@ pub struct LaneActivity {
 }
 
 impl LaneActivity {
-    /// The lane is in this step until the returned value is dropped.
+    /// The lane is in this step until the returned value is dropped; then in what it was in before.
     pub fn begin(self: &Arc<Self>, step: LaneStep) -> InStep {
-        let in_step = InStep { activity: Arc::clone(self), step };
-        in_step.note(now().0);
+        let mut in_step = InStep { activity: Arc::clone(self), step, before: 0 };
+        in_step.before = in_step.set(now().0);
         in_step
     }
 
@@ -69,19 +71,19 @@ impl LaneActivity {
 pub struct InStep {
     activity: Arc<LaneActivity>,
     step: LaneStep,
+    /// When the same step began around this one; 0 if it did not.
+    before: i64,
 }
 
 impl InStep {
-    fn note(&self, began: i64) {
-        if let Some(slot) = self.activity.began.get(self.step as usize) {
-            slot.store(began, Ordering::Relaxed);
-        }
+    fn set(&self, began: i64) -> i64 {
+        self.activity.began.get(self.step as usize).map_or(0, |slot| slot.swap(began, Ordering::Relaxed))
     }
 }
 
 impl Drop for InStep {
     fn drop(&mut self) {
-        self.note(0);
+        self.set(self.before);
     }
 }
 
@@ -97,11 +99,13 @@ mod tests {
         let waiting = activity.begin(LaneStep::Waiting);
         assert_eq!(step(&activity), Some(LaneStep::Waiting));
         let kafka = activity.begin(LaneStep::Kafka);
-        kafka.note(5);
+        kafka.set(5);
         let database = activity.begin(LaneStep::Database);
         assert_eq!(activity.step(), Some((LaneStep::Kafka, TimestampMs(5))));
         drop((waiting, kafka));
-        assert_eq!(step(&activity), Some(LaneStep::Database));
+        database.set(7);
+        drop(activity.begin(LaneStep::Database));
+        assert_eq!(activity.step(), Some((LaneStep::Database, TimestampMs(7))), "also after a nested one");
         drop(database);
         assert_eq!(step(&activity), None);
     }

@@ -30,6 +30,19 @@ pub enum Dependency {
 
 /// Maximum number of dead letters that are kept for the console.
 pub const DEAD_LETTERS_MAX: usize = 50;
+/// Dead letters of a reason after so much time without one are news.
+const NEWS_AFTER_MS: i64 = 60 * 60_000;
+
+/// Dead letters of one reason.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DeadLetterTimes {
+    /// Their number since the start.
+    pub count: u64,
+    /// The first one after an hour without any.
+    pub since: TimestampMs,
+    /// The last one.
+    pub last: TimestampMs,
+}
 
 /// A record that was dead-lettered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,6 +80,7 @@ struct State {
     totals: OutcomeCounts,
     /// The last dead letters, the oldest first.
     dead_letters: VecDeque<DeadLettered>,
+    dead_lettered: BTreeMap<&'static str, DeadLetterTimes>,
 }
 
 impl State {
@@ -153,6 +167,11 @@ impl StatusRegistry {
         self.state().partitions.values().filter_map(PartitionStatus::lag).sum()
     }
 
+    /// The lag of each assigned partition; `None` where it is not known yet.
+    pub fn partition_lags(&self) -> BTreeMap<Partition, Option<i64>> {
+        self.state().partitions.iter().map(|(partition, status)| (*partition, status.lag())).collect()
+    }
+
     /// The connection to the broker was lost, or the broker was silent for the session timeout.
     pub fn broker_lost(&self) {
         self.state().broker_lost_at = Some(Instant::now());
@@ -199,6 +218,7 @@ impl StatusRegistry {
             fetch_starts: std::mem::take(&mut state.fetch_starts),
             totals: state.totals,
             dead_letters: std::mem::take(&mut state.dead_letters),
+            dead_lettered: std::mem::take(&mut state.dead_lettered),
             ..State::default()
         };
     }
@@ -219,15 +239,33 @@ impl StatusRegistry {
         self.state().totals
     }
 
-    /// Notes dead letters, the oldest first; the last ones are kept.
-    pub fn dead_lettered(&self, letters: impl Iterator<Item = DeadLettered>) {
+    /// Notes dead letters: their numbers by reason, and the last ones, the oldest first.
+    pub fn dead_lettered(
+        &self,
+        now: TimestampMs,
+        counts: impl Iterator<Item = (Reason, u64)>,
+        letters: impl Iterator<Item = DeadLettered>,
+    ) {
         let mut state = self.state();
+        for (reason, more) in counts.filter(|(_, count)| *count > 0) {
+            let first = DeadLetterTimes { count: 0, since: now, last: now };
+            let times = state.dead_lettered.entry(reason.as_str()).or_insert(first);
+            if now.0 - times.last.0 > NEWS_AFTER_MS {
+                times.since = now;
+            }
+            (times.count, times.last) = (times.count + more, now);
+        }
         for letter in letters {
             if state.dead_letters.len() >= DEAD_LETTERS_MAX {
                 state.dead_letters.pop_front();
             }
             state.dead_letters.push_back(letter);
         }
+    }
+
+    /// Dead letters since the start, by reason.
+    pub fn dead_letter_times(&self) -> BTreeMap<&'static str, DeadLetterTimes> {
+        self.state().dead_lettered.clone()
     }
 
     /// The last dead letters, the newest first.

@@ -42,6 +42,8 @@ fn holding<'o>(metrics: &str, change: impl FnOnce(&mut Observed<'o>)) -> Vec<(&'
         missing: &[],
         partitions: &[],
         dead_letters: &[],
+        dead_letter_times: Box::leak(Box::default()),
+        increases: Box::leak(Box::default()),
         oldest_ms: 0,
         lag: 0,
     };
@@ -94,8 +96,53 @@ fn a_condition_holds_by_what_the_daemon_observes() {
 }
 
 #[test]
+fn the_sentence_is_raised_to_the_worst_condition_and_names_it() {
+    let metrics = Samples::parse(
+        "payment_writer_audit_records_total{result=\"unaccounted\"} 2\npayment_writer_horizon_held 1\n\
+         payment_writer_default_partition_rows 3",
+    );
+    let (history, times, increases) = (History::default(), BTreeMap::new(), Increases::default());
+    let observed = Observed {
+        now: TimestampMs(0),
+        metrics: &metrics,
+        history: &history,
+        missing: &[],
+        partitions: &[],
+        dead_letters: &[],
+        dead_letter_times: &times,
+        increases: &increases,
+        oldest_ms: 0,
+        lag: 0,
+    };
+    assert!(is_at_risk(&observed));
+    let mut summary = Summary { level: Level::Ok, text: "Idle".to_owned() };
+    add_to(&mut summary, &answers(&observed));
+    assert_eq!(summary.level, Level::Bad);
+    assert_eq!(
+        summary.text,
+        "Payments are not accounted for: 2 since the start; the log names partitions and offsets. Idle. Also: Nothing is \
+         pruned, Rows are in default partitions"
+    );
+}
+
+#[test]
+fn an_increase_counts_for_an_hour() {
+    let increases = Increases::default();
+    assert_eq!(increases.recent("a", 0.0), None);
+    assert_eq!(increases.recent("a", 2.0), Some(2.0));
+    for (_, at) in increases.0.lock().unwrap().values_mut() {
+        *at = Instant::now().checked_sub(INCREASE_COUNTS).unwrap();
+    }
+    assert_eq!(increases.recent("a", 2.0), None);
+    assert_eq!(increases.recent("a", 3.0), Some(3.0));
+}
+
+#[test]
 fn what_waits_is_dead_lettered_or_missing_is_told() {
     let missing = [("database", "connection refused".to_owned(), TimestampMs(999_000_000))];
+    let times = DeadLetterTimes { count: 4, since: TimestampMs(999_000_000), last: TimestampMs(999_990_000) };
+    let old = DeadLetterTimes { last: TimestampMs(997_000_000), ..times };
+    let by_reason = [("malformed_json", times), ("too_large", old), ("message_id_conflict", old)].into();
     let letters = [DeadLettered {
         at: TimestampMs(999_990_000),
         partition: Partition(3),
@@ -106,6 +153,7 @@ fn what_waits_is_dead_lettered_or_missing_is_told() {
     let held = holding("payment_writer_input_retention_seconds 600", |observed| {
         observed.missing = &missing;
         observed.dead_letters = &letters;
+        observed.dead_letter_times = &by_reason;
         observed.partitions = &open;
         (observed.oldest_ms, observed.lag) = (400_000, 5);
     });
@@ -113,14 +161,15 @@ fn what_waits_is_dead_lettered_or_missing_is_told() {
     assert_eq!(
         names,
         [
-            "PaymentWriterLagGrowing",
             "PaymentWriterRetentionAtRisk",
             "PaymentWriterOpenTransaction",
             "PaymentWriterDatabaseAway",
             "PaymentWriterNotReady",
             "PaymentWriterDeadLetters",
+            // Within an hour.
+            "PaymentWriterMessageIdConflicts",
         ]
     );
-    assert_eq!(held[3].1, "connection refused; nothing is lost, it goes on by itself");
-    assert!(held[5].1.contains("partition 3 at offset 17 as malformed_json"), "{}", held[5].1);
+    assert_eq!(held[2].1, "connection refused; it goes on by itself once that is over");
+    assert_eq!(held[4].1, "since the start 4 malformed_json; the last one of partition 3 at offset 17");
 }

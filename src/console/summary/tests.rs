@@ -18,16 +18,23 @@ struct Case {
     dead_letters: Vec<DeadLettered>,
     is_idle: bool,
     has_no_partitions: bool,
+    is_at_risk: bool,
+    opening: usize,
+    lane_without_database: bool,
 }
 
 impl Case {
     fn summary(self) -> (Level, String) {
         let row = |partition| PartitionRow {
             partition,
-            state: "live".to_owned(),
+            state: if (partition as usize) < self.opening { "opening" } else { "live" }.to_owned(),
+            since_ms: Some(NOW.0 - 45_000),
             lag_records: Some(if partition == 0 { self.waiting } else { 0 }),
-            halted: ((partition as usize) < self.halted)
-                .then(|| HaltedRow { reason: "log_gap".to_owned(), ..HaltedRow::default() }),
+            halted: ((partition as usize) < self.halted).then(|| HaltedRow {
+                reason: if partition == 1 { "fetch_gap" } else { "log_gap" }.to_owned(),
+                is_retried: partition == 1,
+                ..HaltedRow::default()
+            }),
             ..PartitionRow::default()
         };
         let partitions: Vec<PartitionRow> =
@@ -36,13 +43,14 @@ impl Case {
         let lane = LaneRow {
             lane: 1,
             doing,
-            since_ms: Some(NOW.0 - lasted),
+            since_ms: (lasted > 0).then_some(NOW.0 - lasted),
             records: 400,
             partitions: 4,
             halted: 0,
-            database: None,
+            database: self.lane_without_database.then(|| "lock".to_owned()),
             broker: None,
         };
+        let other = LaneRow { lane: 0, doing: "waiting", since_ms: None, database: None, ..lane.clone() };
         let written = if self.is_idle { 0 } else { 10_120 };
         let facts = Facts {
             now: NOW,
@@ -53,7 +61,7 @@ impl Case {
                 .map(|(what, _, lasted)| (*what, TimestampMs(NOW.0 - lasted)))
                 .collect(),
             partitions: &partitions,
-            lanes: &[lane],
+            lanes: &[lane, other],
             seconds: Recent {
                 seconds: 10.0,
                 outcomes: OutcomeCounts { written, ..OutcomeCounts::default() },
@@ -62,6 +70,7 @@ impl Case {
             minute: Recent { seconds: 60.0, ..self.minute },
             dead_letters: &self.dead_letters,
             oldest_ms: self.oldest_ms,
+            is_at_risk: self.is_at_risk,
         };
         let Summary { level, text } = facts.summary();
         (level, text)
@@ -79,7 +88,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
         (
             Case { is_idle: true, ..Case::default() },
             Level::Ok,
-            "Idle: every record is written and published".to_owned(),
+            "Idle: every record that can be read is written and published".to_owned(),
         ),
         (
             Case { has_no_partitions: true, ..Case::default() },
@@ -100,19 +109,21 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
         (
             Case { halted: 1, oldest_ms: 200, ..Case::default() },
             Level::Bad,
-            format!("Partition 0 is halted (log_gap) until a person decides. {flow}"),
+            format!("Partition 0 is halted, until a person decides: log_gap. {flow}"),
         ),
         (
             Case { halted: 7, oldest_ms: 200, ..Case::default() },
             Level::Bad,
-            format!("7 partitions are halted (0, 1, 2, 3, 4, …; log_gap) until a person decides. {flow}"),
+            format!(
+                "7 partitions are halted (0, 1, 2, 3, 4, …), until a person decides: fetch_gap, log_gap. {flow}"
+            ),
         ),
         (
             Case { lane: Some(("database", 240_000)), oldest_ms: 200, ..Case::default() },
             Level::Bad,
-            format!("Lane 1 hangs: one Postgres transaction for 4 min; its 4 partitions wait, nothing is lost. {flow}"),
+            format!("Lane 1 hangs: waiting for Postgres in one transaction for 4 min; nothing is lost, its 4 partitions wait. {flow}"),
         ),
-        (Case { lane: Some(("waiting", 240_000)), oldest_ms: 200, ..Case::default() }, Level::Ok, flow.to_owned()),
+        
         (
             Case {
                 minute: Recent { throttled_ms: 60_000, ..Recent::default() },
@@ -145,7 +156,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
             Case {
                 waiting: 1_200_000,
                 oldest_ms: 3_900_000,
-                minute: Recent { lag_before: 1_260_000, ..Recent::default() },
+                minute: Recent { lag_before: Some(1_260_000), ..Recent::default() },
                 ..Case::default()
             },
             Level::Warn,
