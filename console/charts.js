@@ -1,13 +1,20 @@
 // Charts of the last 15 minutes, with the newest values as text and a table that can be opened.
 
-import { bytes, count, percent, rate, seconds, time, utc } from "./format.js";
+import { bytes, count, minute, percent, rate, seconds, time, utc } from "./format.js";
 import { byId, element, rows, setAttribute, setText } from "./dom.js";
 
 const SPAN_SECONDS = 900;
 /** A longer distance of two points is shown as a gap. */
 const GAP_MS = 5_000;
 const HEIGHT = 150;
+/** Seconds without records over which the line of the latency goes on. */
+const IDLE_SECONDS = 30;
 
+const COUNT_STEPS = Array.from({ length: 30 }, (_, at) => [1, 2, 5][at % 3] * 10 ** Math.floor(at / 3));
+/** Distances of the memory axis: 1 MiB and its doubles. */
+const BYTE_STEPS = Array.from({ length: 24 }, (_, power) => 2 ** (20 + power));
+/** Distances of an axis of time, in seconds. */
+const TIME_STEPS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 43200, 86400, 172800, 432000, 864000];
 const cores = (value) => (typeof value === "number" ? `${value.toFixed(2)} cores` : "–");
 const MEAN = "mean";
 const MAX = "max";
@@ -21,9 +28,9 @@ const CHARTS = [
   { id: "latency", title: "Latency, record to committed events", format: seconds, isLog: true, series: [
     { field: "latency_p99_seconds", label: "p99", color: "--s3", of: MAX },
     { field: "latency_p50_seconds", label: "p50", color: "--s1", dash: [6, 3], of: MEAN }] },
-  { id: "lag", title: "Lag, records", format: count, series: [
+  { id: "lag", title: "Lag, records", format: count, steps: COUNT_STEPS, series: [
     { field: "lag_records", label: "waiting", color: "--s1", of: MAX, isFilled: true }] },
-  { id: "oldest", title: "Lag, age of the oldest waiting record", format: seconds, series: [
+  { id: "oldest", title: "Lag, age of the oldest waiting record", format: seconds, steps: TIME_STEPS, series: [
     { field: "oldest_pending_seconds", label: "oldest", color: "--s1", of: MAX, isFilled: true }] },
   { id: "process", title: "CPU and memory of the daemon", format: cores, format2: bytes, series: [
     { field: "cpu_cores", label: "CPU", color: "--s1", of: MEAN },
@@ -49,7 +56,7 @@ export function start() {
   for (const spec of CHARTS) charts.push(new Chart(spec));
   const redraw = () => charts.forEach((chart) => chart.rebuild());
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  // Printed on white; printing does not wait for another frame.
+  // Printed on white.
   matchMedia("print").addEventListener("change", redraw);
   let width = 0;
   new ResizeObserver(([entry]) => {
@@ -150,13 +157,13 @@ class Chart {
     if (!this.#table.open) return;
     const minutes = new Map();
     points.at_ms.forEach((ms, index) => {
-      const minute = Math.floor(ms / 60_000) * 60_000;
-      if (!minutes.has(minute)) minutes.set(minute, []);
-      minutes.get(minute).push(index);
+      const start = Math.floor(ms / 60_000) * 60_000;
+      if (!minutes.has(start)) minutes.set(start, []);
+      minutes.get(start).push(index);
     });
-    const columns = [{ header: true, fill: (cell, [minute]) => {
-      setText(cell, time(minute).slice(0, -3));
-      setAttribute(cell, "title", utc(minute));
+    const columns = [{ header: true, fill: (cell, [start]) => {
+      setText(cell, minute(start));
+      setAttribute(cell, "title", utc(start));
     } }];
     for (const series of this.#spec.series) {
       columns.push({ className: "n", text: ([, indexes]) => {
@@ -166,7 +173,7 @@ class Chart {
         return this.#format(series)(value);
       } });
     }
-    rows(this.#table.querySelector("tbody"), [...minutes].reverse(), ([minute]) => minute, columns);
+    rows(this.#table.querySelector("tbody"), [...minutes].reverse(), ([start]) => start, columns);
   }
 
   #data() {
@@ -188,6 +195,8 @@ class Chart {
 
   resize() {
     const width = this.#plot.clientWidth;
+    // Print scales the picture.
+    if (matchMedia("print").matches) return;
     if (this.#uplot && width > 0) this.#uplot.setSize({ width, height: HEIGHT });
     else this.draw();
   }
@@ -199,7 +208,7 @@ class Chart {
       const values = index === null ? points[series.field] : this.#uplot.data[number + 1];
       let at = index ?? last;
       // A second without records has no latency.
-      if (index === null && this.#spec.isLog) while (at > 0 && values[at] === null && at > last - 10) at -= 1;
+      if (index === null && this.#spec.isLog) while (at > 0 && values[at] === null && at > last - IDLE_SECONDS) at -= 1;
       const text = this.#format(series)(values[at]);
       setText(this.#values[number], text);
       return `${series.label} ${text}`;
@@ -209,7 +218,7 @@ class Chart {
   }
 
   rebuild() {
-    const width = this.#plot.clientWidth;
+    const width = this.#uplot?.width ?? this.#plot.clientWidth;
     if (width === 0 || points.at_ms.length === 0) return;
     this.#uplot?.destroy();
     this.#uplot = new window.uPlot(this.#options(width), this.#data(), this.#plot);
@@ -223,9 +232,9 @@ class Chart {
     const axis = { stroke: muted, font, grid, ticks: { show: false }, size: 52, gap: 4 };
     const valuesBy = (format) => (u, splits) => splits.map((value) => (value === null ? "" : format(value)));
     const axes = [
-      { ...axis, size: 22, space: 70, values: (u, splits) => splits.map((at) => time(at * 1000).slice(-8, -3)), incrs: [60, 300] },
-      { ...axis, space: 30, values: valuesBy(spec.id === "process" ? (value) => String(Number(value.toFixed(2))) : spec.format),
-        ...(spec.isLog && { filter: (u, splits) => splits.map((value) => (Number.isInteger(Math.log10(value) + 1e-9) || isDecade(value) ? value : null)) }) },
+      { ...axis, size: 22, space: 70, values: (u, splits) => splits.map((at) => minute(at * 1000)), incrs: [60, 300] },
+      { ...axis, space: 30, incrs: spec.steps, values: valuesBy(spec.id === "process" ? (value) => String(Number(value.toFixed(2))) : spec.isLog ? decade : spec.format),
+        ...(spec.isLog && { grid: { ...grid, filter: wholeDecades }, filter: wholeDecades }) },
     ];
     const scales = {
       x: { time: true, range: () => {
@@ -235,7 +244,7 @@ class Chart {
       y: spec.isLog ? { distr: 3, range: decades } : { range: (u, low, high) => [0, spec.max ?? top(high)] },
     };
     if (spec.format2) {
-      axes.push({ ...axis, scale: "y2", side: 1, space: 30, grid: { show: false }, values: valuesBy(spec.format2) });
+      axes.push({ ...axis, scale: "y2", side: 1, space: 30, incrs: BYTE_STEPS, grid: { show: false }, values: valuesBy(spec.format2) });
       scales.y2 = { range: (u, low, high) => [0, top(high)] };
     }
     return {
@@ -253,7 +262,7 @@ class Chart {
         width: 1.5,
         dash: series.dash,
         points: { show: false },
-        spanGaps: Boolean(spec.isLog),
+        ...(spec.isLog && { gaps: longGaps }),
       }))],
       hooks: {
         drawClear: [shadeNotReady],
@@ -286,7 +295,14 @@ function swatch(series) {
 }
 
 const top = (high) => (high > 0 ? high * 1.1 : 1);
-const isDecade = (value) => Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-6;
+const wholeDecades = (u, splits) => splits.map((value) => (Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-6 ? value : null));
+
+const decade = (value) => (value < 0.05 ? `${Math.round(value * 1000)} ms` : `${Number(value.toFixed(1))} s`);
+
+function longGaps(u, series, from, to, gaps) {
+  const shortest = u.bbox.width * IDLE_SECONDS / SPAN_SECONDS;
+  return gaps.filter(([left, right]) => right - left > shortest);
+}
 
 /** Whole decades around the values. */
 function decades(u, low, high) {

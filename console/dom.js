@@ -86,7 +86,7 @@ export function facts(parent, entries) {
 }
 
 /** Fills `node` with a time of the reader's zone, UTC beside, and, if `now` is given, how long ago it was. */
-export function fillTime(node, ms, { now, isShort = false, ago = "ago", absent = "–" } = {}) {
+export function fillTime(node, ms, { now, isShort = false, isLasting = false, absent = "–" } = {}) {
   if (typeof ms !== "number") {
     setText(node, absent);
     return;
@@ -102,7 +102,8 @@ export function fillTime(node, ms, { now, isShort = false, ago = "ago", absent =
   setText(stamp, time(ms));
   setText(node.children[1], isZoneUtc() ? " UTC" : isShort ? "" : ` (${utcClock(ms)})`);
   if (now === undefined) setText(node.children[2], "");
-  else setText(node.children[2], ms > now ? `, in ${duration((ms - now) / 1000)}` : `, ${duration((now - ms) / 1000)} ${ago}`.trimEnd());
+  else if (ms > now) setText(node.children[2], `, in ${duration((ms - now) / 1000)}`);
+  else setText(node.children[2], `, ${isLasting ? "for " : ""}${duration((now - ms) / 1000)}${isLasting ? "" : " ago"}`);
 }
 
 let announced = "";

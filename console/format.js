@@ -28,6 +28,11 @@ export function seconds(value) {
   return duration(value);
 }
 
+/** The same in one unit, for little room. */
+export function brief(value) {
+  return isNumber(value) ? seconds(value).split(" ").slice(0, 2).join(" ") : UNKNOWN;
+}
+
 /** How long something has lasted, in at most two units: "41 s", "3 min 5 s", "2 h 10 min", "5 d 3 h". */
 export function duration(value) {
   if (!isNumber(value)) return UNKNOWN;
@@ -56,6 +61,7 @@ export function bytes(value) {
 
 export function percent(share) {
   if (!isNumber(share)) return UNKNOWN;
+  if (share > 0 && share < 0.001) return "< 0.1 %";
   return `${(share < 0.1 && share > 0 ? tenth : whole).format(share * 100)} %`;
 }
 
@@ -67,12 +73,18 @@ const instant = (ms) => {
   return isNumber(ms) && !Number.isNaN(date.getTime()) ? date : null;
 };
 
-/** In the reader's zone; with the date unless it is that of `nowMs`. */
+/** In the reader's zone; of another day than `nowMs`, with the date and without seconds. */
 export function time(ms, nowMs = Date.now()) {
   const date = instant(ms);
   if (!date) return UNKNOWN;
   const isToday = day(date) === day(new Date(nowMs));
-  return isToday ? clock(date) : `${day(date)} ${clock(date)}`;
+  return isToday ? clock(date) : `${day(date)} ${clock(date).slice(0, 5)}`;
+}
+
+/** Hour and minute. */
+export function minute(ms) {
+  const date = instant(ms);
+  return date ? clock(date).slice(0, 5) : UNKNOWN;
 }
 
 export function utc(ms) {

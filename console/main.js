@@ -48,7 +48,7 @@ function head() {
   if (sentence) {
     setText(byId("sentence"), sentence);
     announce(`${WORDS[level]}: ${sentence}`);
-    document.title = `${WORDS[level]}: ${state ? state.instance : ""} payment-writer`;
+    document.title = `${WORDS[level]} – ${state?.instance ?? "payment-writer"}`;
   }
   const ofThen = byId("of-then");
   setHidden(ofThen, !trouble || !state);
@@ -81,7 +81,7 @@ function about() {
   const clock = !trouble && Math.abs(ahead) > CLOCK_SECONDS_MAX
     ? `. This computer's clock is ${duration(Math.abs(ahead))} ${ahead > 0 ? "ahead of" : "behind"} the daemon's` : "";
   const beside = isZoneUtc() ? " UTC" : ` (${utcClock(state.at_ms)})`;
-  setText(byId("updated"), `As of ${time(state.at_ms)}${beside}${poller.isPaused ? ", paused" : ", renewed every 2 s"}${clock}.`);
+  setText(byId("updated"), `As of ${time(state.at_ms)}${beside}${trouble ? "" : poller.isPaused ? ", paused" : ", renewed every 2 s"}${clock}.`);
 }
 
 function icon(level) {

@@ -1,6 +1,6 @@
 // The grid of partitions, the table of the same, and the panel of one of them (/#partition-17).
 
-import { count, counted, duration, seconds } from "./format.js";
+import { brief, count, counted, duration, seconds } from "./format.js";
 import { announce, byId, element, facts, fillTime, list, rows, setAttribute, setHidden, setText } from "./dom.js";
 
 /** Lag from which a cell stands out, in seconds. The promise to the payments' readers is 5 s. */
@@ -66,7 +66,7 @@ function number(partition) {
 function cellLag(partition) {
   if (partition.state === "halted") return "halted";
   if (partition.state === "opening") return "opening";
-  return seconds(partition.lag_seconds);
+  return brief(partition.lag_seconds);
 }
 
 function renderGrid() {
@@ -77,19 +77,22 @@ function renderGrid() {
     cell.type = "button";
     cell.setAttribute("aria-controls", "panel");
     const head = element("span", "cell-head");
-    head.append(element("span", "number"), element("span", "glyph"));
-    cell.append(head, element("span", "cell-lag"));
+    const glyph = element("span", "glyph");
+    glyph.setAttribute("aria-hidden", "true");
+    head.append(element("span", "number"), glyph);
+    cell.append(element("span", "vh", "Partition "), head, element("span", "vh"), element("span", "cell-lag"), element("span", "vh"));
     return cell;
   }, (cell, partition) => {
     const kind = kindOf(partition);
     const key = String(partition.partition);
     setAttribute(cell, "data-kind", kind);
-    setText(cell.firstChild.firstChild, key);
-    setText(cell.firstChild.lastChild, BY_KIND.get(kind).glyph);
-    setText(cell.lastChild, cellLag(partition));
-    const reason = partition.halted ? ` because of ${partition.halted.reason}` : "";
-    const lag = partition.lag_records === null ? "lag unknown" : `${counted(partition.lag_records, "record")} behind, ${seconds(partition.lag_seconds)}`;
-    setAttribute(cell, "aria-label", `Partition ${key}, ${partition.state}${reason}, ${lag}`);
+    const [, head, stateText, lagText, records] = cell.children;
+    setText(head.firstChild, key);
+    setText(head.lastChild, BY_KIND.get(kind).glyph);
+    // The visible text is a part of what a screen reader says.
+    setText(stateText, partition.state === "live" ? ", live, oldest waiting record " : ", ");
+    setText(lagText, cellLag(partition));
+    setText(records, `${partition.halted ? `, ${partition.halted.reason}` : ""}, ${counted(partition.lag_records, "record")} behind`);
     setAttribute(cell, "aria-expanded", String(key === selected));
     setAttribute(cell, "tabindex", key === focused ? "0" : "-1");
   });
@@ -156,7 +159,6 @@ function renderTable() {
 
 function renderPanel() {
   setHidden(byId("panel"), selected === null);
-  setAttribute(byId("partition-area"), "data-open", selected === null ? null : "true");
   if (selected === null || !state) return;
   const partition = state.partitions.find((one) => String(one.partition) === selected);
   setText(byId("panel-title"), `Partition ${selected}`);
@@ -180,13 +182,13 @@ function panelFacts(partition) {
   const kind = BY_KIND.get(kindOf(partition));
   const entries = [
     ["state", "State", `${kind.glyph} ${partition.state}${kind.isWarning ? `, ${kind.text}` : ""}`],
-    ["since", "Since", (node) => fillTime(node, partition.since_ms, { now: state.at_ms })],
+    ["since", "Since", (node) => fillTime(node, partition.since_ms, { now: state.at_ms, isLasting: true })],
     ["lag", "Lag", `${counted(partition.lag_records, "record")}; oldest ${seconds(partition.lag_seconds)}`],
-    ["applied", "Applied: next offset to write", count(partition.applied)],
-    ["published", "Published: next offset to publish", count(partition.published)],
+    ["applied", "Applied, next to write", count(partition.applied)],
+    ["published", "Published, next to publish", count(partition.published)],
   ];
   if (partition.unpublished_from !== null) entries.push(["unpublished", "Unpublished from", count(partition.unpublished_from)]);
-  entries.push(["end", "End of the log that can be read", count(partition.end)]);
+  entries.push(["end", "End of the log", count(partition.end)]);
   if (partition.open_transaction_records > 0) {
     entries.push(["open", "Behind a producer's open transaction",
       `${counted(partition.open_transaction_records, "record")} for ${duration(partition.open_transaction_seconds)}`]);

@@ -1,6 +1,6 @@
 // The parts of the page that show /console/state as lists and tables.
 
-import { bytes, count, counted, duration, percent, rate, seconds } from "./format.js";
+import { bytes, count, counted, duration, percent, rate, seconds, utc } from "./format.js";
 import { byId, element, facts, fillTime, list, rows, setAttribute, setHidden, setText } from "./dom.js";
 
 /** A lane that is longer in one thing than this stands out. */
@@ -13,6 +13,7 @@ function badge(id, text, level) {
 
 export function conditions(state) {
   const holding = state.conditions.filter((condition) => condition.holds);
+  holding.sort((one, other) => (other.severity === "page") - (one.severity === "page"));
   const rest = state.conditions.filter((condition) => !condition.holds);
   list(byId("conditions-holding"), holding, (condition) => condition.alert, createCondition, (node, condition) => fillCondition(node, condition, state.at_ms));
   list(byId("conditions-rest"), rest, (condition) => condition.alert, createCondition, (node, condition) => fillCondition(node, condition, state.at_ms));
@@ -40,8 +41,8 @@ function fillCondition(node, condition, now) {
   setAttribute(node, "data-severity", condition.holds ? condition.severity : null);
   setText(severity, condition.holds ? (isPage ? "✕ Page" : "▲ Ticket") : isPage ? "page" : "ticket");
   setText(title, condition.title);
-  // Only a web address: no script.
-  if (/^https?:\/\//.test(condition.runbook)) setAttribute(link, "href", condition.runbook);
+  // An address of this page's or another host: no script.
+  if (/^(https?:\/\/|\/[^/])/.test(condition.runbook)) setAttribute(link, "href", condition.runbook);
   setAttribute(link, "aria-label", `Runbook of ${condition.alert}`);
   setAttribute(link, "rel", "noreferrer");
   setHidden(node.children[1], !condition.detail);
@@ -53,7 +54,7 @@ function fillCondition(node, condition, now) {
   setHidden(when, !condition.holds || condition.since_ms === null);
   if (!when.hidden) {
     if (!when.firstChild) when.append(", since ", element("span"));
-    fillTime(when.lastChild, condition.since_ms, { now, ago: "" });
+    fillTime(when.lastChild, condition.since_ms, { now, isLasting: true });
   }
 }
 
@@ -68,7 +69,7 @@ export function tiles(state) {
     level: outcome.outcome === "dead_lettered" && outcome.per_second > 0 ? "warn" : null,
   }));
   items.push(
-    { key: "lag", term: "Lag", value: counted(state.lag.records, "record"), more: "not yet written and published", level: null },
+    { key: "lag", term: "Records waiting", value: count(state.lag.records), more: "not yet written and published", level: null },
     { key: "oldest", term: "Oldest waiting", value: seconds(state.lag.oldest_seconds), more: "by the record's timestamp",
       level: state.lag.oldest_seconds >= 60 ? "bad" : state.lag.oldest_seconds >= 5 ? "warn" : null });
   list(byId("tiles"), items, (item) => item.key, (item) => {
@@ -84,16 +85,16 @@ export function tiles(state) {
 
 const DOING = {
   waiting: "waiting for records", assembling: "filling a batch", database: "in the database", kafka: "in Kafka",
-  recovering: "recovering partitions", backing_off: "backing off before the next try", idle: "idle, no partitions",
+  recovering: "recovering partitions", backing_off: "backing off before a new try", idle: "idle, no partitions",
 };
 
 export function lanes(state) {
   const isLong = (lane) => !["waiting", "idle"].includes(lane.doing) && state.at_ms - lane.since_ms > LANE_LONG_MS;
   rows(byId("lane-rows"), state.lanes, (lane) => lane.lane, [
     { header: true, className: "n", text: (lane) => lane.lane },
-    { text: (lane) => (isLong(lane) ? "▲ " : "") + (DOING[lane.doing] ?? lane.doing) },
+    { className: "word-cell", text: (lane) => (isLong(lane) ? "▲ " : "") + (DOING[lane.doing] ?? lane.doing) },
     { className: "n", fill: (cell, lane) => {
-      setText(cell, duration((state.at_ms - lane.since_ms) / 1000));
+      setText(cell, state.at_ms - lane.since_ms < 1000 ? "< 1 s" : duration((state.at_ms - lane.since_ms) / 1000));
     } },
     { className: "n", text: (lane) => count(lane.records) },
     { className: "n", text: (lane) => count(lane.partitions) },
@@ -110,7 +111,7 @@ export function lanes(state) {
     return node;
   }, (node, one) => {
     setText(node.firstChild, `▲ Missing: ${one.what}, ${one.reason}. Since `);
-    fillTime(node.lastChild, one.since_ms, { now: state.at_ms, ago: "" });
+    fillTime(node.lastChild, one.since_ms, { now: state.at_ms, isLasting: true });
   });
 }
 
@@ -126,7 +127,7 @@ export function problems({ problems: { warnings, errors, last }, at_ms: now }) {
   });
   rows(byId("problem-rows"), items.reverse(), (problem) => problem.key, [
     { className: "when", fill: (cell, problem) => fillTime(cell, Date.parse(problem.at), { isShort: true }) },
-    { text: (problem) => (problem.level === "ERROR" ? "✕ error" : "▲ warning") },
+    { className: "word-cell", text: (problem) => (problem.level === "ERROR" ? "✕ error" : "▲ warning") },
     { className: "message", text: (problem) => problem.message },
   ], (row, problem) => setAttribute(row, "data-level", problem.level === "ERROR" ? "bad" : null));
   const isNear = (problem) => now - Date.parse(problem.at) < 900_000;
@@ -178,13 +179,16 @@ export function database(state) {
   ]);
   rows(byId("task-rows"), keeping.tasks, (task) => task.task, [
     { header: true, text: (task) => TASKS[task.task] ?? task.task },
-    { text: (task) => (task.is_failing ? "▲ failing" : task.last_ok_ms === null ? "not run yet" : "✓ ok") },
+    { className: "word-cell", text: (task) => (task.is_failing ? "▲ failing" : task.last_ok_ms === null ? "not run yet" : "✓ ok") },
     { fill: (cell, task) => fillTime(cell, task.last_ok_ms, { now, isShort: true, absent: "none" }) },
   ], (row, task) => setAttribute(row, "data-level", task.is_failing ? "warn" : null));
   rows(byId("generation-rows"), db.generations, (generation) => generation.name, [
-    { header: true, text: (generation) => generation.name + (generation.is_current ? " (current)" : "") },
-    { fill: (cell, generation) => fillTime(cell, generation.began_ms, { now, isShort: true }) },
-    { fill: (cell, generation) => fillTime(cell, generation.drops_ms, { now, isShort: true, absent: generation.is_current ? "after it is closed" : "not known" }) },
+    { header: true, className: "word-cell", text: (generation) => generation.name + (generation.is_current ? " (current)" : "") },
+    { className: "word-cell", fill: (cell, generation) => {
+      setText(cell, duration((now - generation.began_ms) / 1000));
+      setAttribute(cell, "title", `since ${utc(generation.began_ms)}`);
+    } },
+    { className: "word-cell", fill: (cell, generation) => fillTime(cell, generation.drops_ms, { now, isShort: true, absent: generation.is_current ? "after it is closed" : "not known" }) },
     { className: "n", text: (generation) => count(generation.rows) },
     { className: "n", text: (generation) => bytes(generation.bytes) },
   ]);
@@ -228,7 +232,7 @@ export function peers(state) {
       setText(cell.firstChild, peer.instance ?? peer.address);
       setText(cell.lastChild, peer.instance ? peer.address : "");
     } },
-    { text: (peer) => (peer.error === null ? LEVELS[peer.level] ?? peer.level : "? no answer") },
+    { className: "word-cell", text: (peer) => (peer.error === null ? LEVELS[peer.level] ?? peer.level : "? no answer") },
     { className: "message", text: (peer) => peer.error ?? peer.summary },
     { className: "n", text: (peer) => (peer.error === null ? count(peer.partitions) : "–") },
     { className: "n", text: (peer) => (peer.error === null ? count(peer.lag_records) : "–") },
