@@ -22,6 +22,7 @@ demo: ## start Kafka and Postgres, write 200,000 payments, check and show every 
 test: lint ## run everything that CI runs: format, lints, unit, property and integration tests, a part of the fault suite, alerts and dashboard
 	dev/servers install
 	dev/observe install
+	dev/install --browser
 	cargo test --locked --features failpoints
 
 .PHONY: bench bench-latency

@@ -285,6 +285,7 @@ impl Columns {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::record::Partition;
 
     fn taken_at(at: Instant, status: &StatusRegistry, outcomes: OutcomeCounts) -> Totals {
         Totals { at, outcomes, ..Totals::now(status) }
@@ -294,6 +295,7 @@ mod tests {
     fn a_point_is_the_difference_of_a_second() {
         // GIVEN a second in which 100 records took about 20 ms, one took 3 s, and two lanes wrote half of the time
         let (status, began) = (StatusRegistry::default(), Instant::now());
+        status.assigned(TimestampMs(0), &[Partition(0), Partition(1)]);
         status.work().latency(9.0, 1);
         let before = taken_at(began, &status, OutcomeCounts { written: 7, ..OutcomeCounts::default() });
         status.work().latency(0.02, 100);

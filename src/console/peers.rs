@@ -232,14 +232,14 @@ mod tests {
         let rows: Vec<String> = (0..PARTITIONS_MAX + 500).map(|n| format!(r#""{n}":{{}}"#)).collect();
         let long = "x".repeat(10_000);
         let answer = format!(
-            r#"{{"group":"g","instance":"{long}","partitions":{{"01":{{}},"+1":{{}},"-1":{{}},"7":{{"lag_records":{max},
-                "halted":{{"doubt":"{long}","advice":"\u0007{long}"}}}},"8":{{"lag_records":{max}}},{}}}}}"#,
+            r#"{{"group":"g","instance":"{long}","partitions":{{"01":{{}},"+1":{{}},"-1":{{}},"1":{{"lag_records":{max},
+                "halted":{{"doubt":"{long}","advice":"\u0007{long}"}}}},"1000000":{{"lag_records":{max}}},{}}}}}"#,
             rows.get(10..).unwrap().join(","),
             max = i64::MAX,
         );
         let peers = answered(&answer);
         assert_eq!(peers.partitions.len(), PARTITIONS_MAX);
-        let row = peers.partitions.iter().find(|row| row.partition == 7).unwrap();
+        let row = peers.partitions.iter().find(|row| row.partition == 1).unwrap();
         let halted = row.halted.as_ref().unwrap();
         assert!(row.instance.len() <= INSTANCE_CHARS_MAX && halted.doubt.is_empty(), "{row:?}");
         assert!(halted.advice.chars().count() <= TEXT_CHARS_MAX && !halted.advice.contains('\u{7}'));

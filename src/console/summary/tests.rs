@@ -96,9 +96,40 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
             "Ready, without partitions: other members of the group have them".to_owned(),
         ),
         (
-            Case { missing: vec![("broker", "x", 5), ("database", refused, 185_000)], halted: 1, ..Case::default() },
+            Case { missing: vec![("database", refused, 185_000)], ..Case::default() },
             Level::Bad,
             format!("Waiting for Postgres for 3 min: {refused}; nothing is lost, no action in Kafka is needed"),
+        ),
+        (
+            Case {
+                missing: vec![("broker", "x", 5), ("database", refused, 185_000)],
+                halted: 1,
+                is_at_risk: true,
+                ..Case::default()
+            },
+            Level::Bad,
+            format!(
+                "Waiting for Postgres, and for Kafka, for 3 min: {refused}; it goes on by itself once both answer. \
+                 Partition 0 is halted, until a person decides: log_gap"
+            ),
+        ),
+        (
+            Case {
+                missing: vec![("database", "lock", 20_000)],
+                lane_without_database: true,
+                oldest_ms: 200,
+                ..Case::default()
+            },
+            Level::Bad,
+            format!(
+                "Lane 1 waits for Postgres for 20 s: lock; nothing is lost, no action in Kafka is needed. {flow}"
+            ),
+        ),
+        (
+            Case { opening: 2, oldest_ms: 200, is_idle: true, ..Case::default() },
+            Level::Bad,
+            "Still finding where to continue in 2 partitions (0, 1). Writing 0 payments/s; oldest waiting record 0.2 s"
+                .to_owned(),
         ),
         (
             Case { missing: vec![("group", "not joined yet", 2_000)], ..Case::default() },
@@ -121,9 +152,11 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
         (
             Case { lane: Some(("database", 240_000)), oldest_ms: 200, ..Case::default() },
             Level::Bad,
-            format!("Lane 1 hangs: waiting for Postgres in one transaction for 4 min; nothing is lost, its 4 partitions wait. {flow}"),
+            format!(
+                "Lane 1 hangs: waiting for Postgres in one transaction for 4 min; nothing is lost, its 4 partitions \
+                 wait. {flow}"
+            ),
         ),
-        
         (
             Case {
                 minute: Recent { throttled_ms: 60_000, ..Recent::default() },
