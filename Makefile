@@ -160,6 +160,7 @@ lint: ## check format, lints, dependencies and scripts
 	cargo clippy --locked --all-targets --features failpoints -- -D warnings
 	cargo-deny --locked check --hide-inclusion-graph bans licenses sources
 	shellcheck --severity warning $(SCRIPTS)
+	ops/systemd/check
 
 .PHONY: advisories
 advisories: ## check the dependencies for known vulnerabilities; fetches the advisory database from GitHub

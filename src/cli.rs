@@ -12,6 +12,7 @@ mod prune;
 mod rebuild;
 mod reconcile;
 mod run;
+mod service_manager;
 mod status;
 mod top;
 mod topics;

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::output::{progress_bar, warn};
+use super::service_manager;
 use crate::admin;
 use crate::config::{ConfigError, Loaded};
 use crate::daemon::{self, OnHangup, Reload, RunOptions};
@@ -66,6 +67,7 @@ pub async fn run(
     let (in_use, used) = watch::channel(settings.clone());
     let address = admin::serve(used, Arc::clone(&status), metrics, Arc::clone(&log), version).await?;
     tracing::info!(%address, "the admin server listens");
+    tokio::spawn(service_manager::run(Arc::clone(&status)));
 
     let (stop, stopped) = watch::channel(false);
     let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
@@ -77,6 +79,7 @@ pub async fn run(
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
+        service_manager::stopping();
         stop.send_replace(true);
     });
     let began = Instant::now();

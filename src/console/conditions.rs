@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use super::history::History;
 use super::samples::Samples;
-use super::status::PartitionRow;
-use super::summary::{Level, Summary, THROTTLED_MS_PER_SECOND, duration, grouped, listed};
+use super::status::{Level, PartitionRow, Summary};
+use super::summary::{THROTTLED_MS_PER_SECOND, duration, grouped, listed};
 use crate::domain::record::TimestampMs;
 use crate::domain::wire::Reason;
 use crate::telemetry::status::{DeadLetterTimes, DeadLettered};

@@ -6,8 +6,7 @@ use std::sync::LazyLock;
 use pulldown_cmark::{CowStr, Event, HeadingLevel, Options, Parser, Tag, TagEnd, html};
 
 use super::conditions::Answered;
-use super::status::PartitionRow;
-use super::summary::Summary;
+use super::status::{PartitionRow, Summary};
 
 /// Only what this server serves.
 pub const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src \

@@ -16,8 +16,7 @@ use tokio::time::timeout;
 
 use super::About;
 use super::source::Source;
-use super::status::{HaltedRow, PartitionRow, StatusAnswer};
-use super::summary::{Level, Summary};
+use super::status::{HaltedRow, Level, PartitionRow, StatusAnswer, Summary};
 use crate::config::read_token;
 
 /// How old an answer may be.

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::summary::Summary;
 use crate::domain::record::{Partition, TimestampMs};
 use crate::kafka::group::lane_of;
 use crate::telemetry::activity::LaneStep;
@@ -13,6 +12,31 @@ use crate::telemetry::status::{Dependency, PartitionStatus, Phase, StatusRegistr
 /// Milliseconds as seconds.
 pub(super) fn seconds(ms: i64) -> f64 {
     ms as f64 / 1_000.0
+}
+
+/// How urgent a sentence is.
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize, strum::IntoStaticStr,
+)]
+#[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
+pub enum Level {
+    /// Nothing to do.
+    #[default]
+    Ok,
+    /// To be looked at.
+    Warn,
+    /// Payments wait.
+    Bad,
+}
+
+/// How things are.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Summary {
+    /// How urgent it is.
+    pub level: Level,
+    /// In words.
+    pub text: String,
 }
 
 /// An assigned partition. Daemons of earlier versions leave fields out.

@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
-
 use super::history::Recent;
-use super::status::{LaneRow, PartitionRow};
+use super::status::{LaneRow, Level, PartitionRow, Summary};
 use crate::domain::record::TimestampMs;
 use crate::telemetry::status::DeadLettered;
 
@@ -21,31 +19,6 @@ const MISSING_SHORT_MS: i64 = 10_000;
 const BACKLOG_MS: i64 = 60_000;
 /// Throttle time that a second may have; clients are throttled now and then by a quota just above the load.
 pub(super) const THROTTLED_MS_PER_SECOND: f64 = 100.0;
-
-/// How urgent a sentence is.
-#[derive(
-    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize, strum::IntoStaticStr,
-)]
-#[serde(rename_all = "lowercase")]
-#[strum(serialize_all = "lowercase")]
-pub enum Level {
-    /// Nothing to do.
-    #[default]
-    Ok,
-    /// To be looked at.
-    Warn,
-    /// Payments wait.
-    Bad,
-}
-
-/// How things are.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct Summary {
-    /// How urgent it is.
-    pub level: Level,
-    /// In words.
-    pub text: String,
-}
 
 /// What the sentence is made from.
 pub struct Facts<'f> {

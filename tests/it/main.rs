@@ -41,6 +41,7 @@ mod schema;
 mod security;
 mod self_audit;
 mod servers;
+mod service_manager;
 mod shape;
 mod support;
 mod top;

@@ -197,7 +197,13 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
                 .to_owned(),
         ),
         (
-            Case { waiting: 5, oldest_ms: 61_000, is_idle: true, ..Case::default() },
+            Case {
+                waiting: 5,
+                oldest_ms: 61_000,
+                is_idle: true,
+                minute: Recent { lag_before: Some(5), ..Recent::default() },
+                ..Case::default()
+            },
             Level::Warn,
             "Behind by 5 records, the oldest 1 min old; working off 0 records/s, and the backlog does not shrink"
                 .to_owned(),
