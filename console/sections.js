@@ -4,7 +4,7 @@ import { bytes, count, counted, duration, percent, rate, seconds, utc } from "./
 import { byId, element, facts, fillTime, list, rows, setAttribute, setHidden, setText } from "./dom.js";
 
 /** A lane that is longer in one thing than this stands out. */
-const LANE_LONG_MS = 60_000;
+const LANE_LONG_MS = 15_000;
 
 function badge(id, text, level) {
   setText(byId(id), text);
@@ -85,16 +85,19 @@ export function tiles(state) {
 
 const DOING = {
   waiting: "waiting for records", assembling: "filling a batch", database: "in the database", kafka: "in Kafka",
-  recovering: "recovering partitions", backing_off: "backing off before a new try", idle: "idle, no partitions",
+  recovering: "recovering partitions", starting_producer: "starting its producer", revoking: "giving partitions back",
+  backing_off: "backing off before a new try", idle: "idle, no partitions",
 };
 
 export function lanes(state) {
-  const isLong = (lane) => !["waiting", "idle"].includes(lane.doing) && state.at_ms - lane.since_ms > LANE_LONG_MS;
+  // Null while it waits.
+  const lasted = (lane) => (lane.since_ms === null ? 0 : state.at_ms - lane.since_ms);
+  const isLong = (lane) => lasted(lane) > LANE_LONG_MS;
   rows(byId("lane-rows"), state.lanes, (lane) => lane.lane, [
     { header: true, className: "n", text: (lane) => lane.lane },
-    { className: "word-cell", text: (lane) => (isLong(lane) ? "▲ " : "") + (DOING[lane.doing] ?? lane.doing) },
+    { className: "word-cell", text: (lane) => (isLong(lane) || lane.database || lane.broker ? "▲ " : "") + (DOING[lane.doing] ?? lane.doing) },
     { className: "n", fill: (cell, lane) => {
-      setText(cell, state.at_ms - lane.since_ms < 1000 ? "< 1 s" : duration((state.at_ms - lane.since_ms) / 1000));
+      setText(cell, lane.since_ms === null ? "–" : lasted(lane) < 1000 ? "< 1 s" : duration(lasted(lane) / 1000));
     } },
     { className: "n", text: (lane) => count(lane.records) },
     { className: "n", text: (lane) => count(lane.partitions) },
