@@ -429,9 +429,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// error, and may lose all its brokers (librdkafka #5301).
     fn check_silence(&mut self) -> Result<(), IdentityMismatch> {
         let now = Instant::now();
-        if now.saturating_duration_since(self.fetch_states.silence_checked_at) < SILENCE_TICK {
+        let since_check = now.saturating_duration_since(self.fetch_states.silence_checked_at);
+        if since_check < SILENCE_TICK {
             return Ok(());
         }
+        // Nothing could arrive while the lane was elsewhere, as in a transaction that waited for a lock.
+        let elsewhere = since_check.saturating_sub(SILENCE_TICK);
         self.fetch_states.silence_checked_at = now;
         let Self { fetch_states, partitions, builder, status, kafka, .. } = self;
         let has_room = now.saturating_duration_since(fetch_states.no_room_at) >= SILENCE_MAX;
@@ -441,6 +444,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         let mut silent = None;
         for (partition, fetch) in &mut fetch_states.by_partition {
             let Some(position) = builder.buffer.position(*partition) else { continue };
+            fetch.last_progress.1 = now.min(fetch.last_progress.1 + elsewhere);
             let end = status.end_since(*partition, since);
             let is_waiting = fetch.reading == Reading::Fetching
                 && partitions.get(partition).is_some_and(|state| state.live().is_some())

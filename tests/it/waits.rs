@@ -86,6 +86,37 @@ fn trials_a_frozen_session_is_ended_by_an_heir_with_the_rights_of_its_role() {
     end(&scope, &logins, frozen, heir);
 }
 
+#[test]
+#[ignore = "a minute; `make trials`"]
+fn trials_a_lane_that_waits_for_a_lock_does_not_blame_the_client() {
+    // GIVEN a daemon with one lane, and a lock on a payment table that is held for longer than a silence may last
+    let scope = Scope::new(Servers::shared(), "long_lock");
+    scope.prepare(4, 2);
+    let mut daemon = member("long-lock").start(&scope);
+    let mut load = Load::new(83);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            scope.execute(
+                "BEGIN; LOCK TABLE payment_writer.payment_core IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(50); COMMIT",
+            );
+        });
+        // WHEN records arrive one after the other
+        for _ in 0..40 {
+            scope.feed(load.take(20));
+        }
+        tells(&daemon, "a lock is held by the session with pid");
+    });
+
+    // THEN everything is written, and the client was not replaced
+    scope.wait_until_caught_up();
+    let renewed = daemon.metric("payment_writer_fetch_clients_renewed_total", "");
+    assert_eq!((renewed, daemon.log().contains("replacing the client")), (0.0, false), "{}", daemon.log());
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
 /// Waits until this many sessions of the scope's database wait for a standby; returns their number.
 fn waiting_for_standby(scope: &Scope<'_>) -> i64 {
     let query = "SELECT count(*) FROM pg_stat_activity
