@@ -213,12 +213,21 @@ impl Facts<'_> {
         }
         let outcomes = &self.seconds.outcomes;
         let done = outcomes.written + outcomes.duplicates + outcomes.dead_letters + outcomes.redelivered;
-        let waiting: i64 = self.partitions.iter().filter_map(|row| row.lag_records).sum();
+        // A halted partition has its own sentence.
+        let flowing = || self.partitions.iter().filter(|row| row.halted.is_none());
+        let waiting: i64 = flowing().filter_map(|row| row.lag_records).sum();
+        let all_flow = flowing().count() == self.partitions.len();
+        let oldest_ms = if all_flow {
+            self.oldest_ms
+        } else {
+            let oldest = flowing().filter_map(|row| row.lag_seconds).fold(0.0, f64::max);
+            (oldest * 1_000.0) as i64
+        };
         let behind_open: i64 = self.partitions.iter().map(|row| row.open_transaction_records).sum();
-        let oldest = duration(self.oldest_ms);
-        if self.oldest_ms >= BACKLOG_MS {
+        let oldest = duration(oldest_ms);
+        if oldest_ms >= BACKLOG_MS {
             let falls = |before: i64| (before - waiting) as f64 / self.minute.seconds.max(1.0);
-            let left = match self.minute.lag_before.map(falls) {
+            let left = match self.minute.lag_before.filter(|_| all_flow).map(falls) {
                 Some(falls) if falls > 0.0 => {
                     format!(", about {} left", duration((waiting as f64 / falls * 1_000.0) as i64))
                 }

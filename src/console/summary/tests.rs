@@ -82,6 +82,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
     let at = |ms| TimestampMs(NOW.0 - ms);
     let letter = |ms, reason| DeadLettered { at: at(ms), partition: Partition(0), offset: Offset(1), reason };
     let refused = "connection refused (os error 111)";
+    let others = "Writing 1,012 payments/s; oldest waiting record 0.0 s";
     let flow = "Writing 1,012 payments/s; oldest waiting record 0.2 s";
     for (case, level, expected) in [
         (Case { oldest_ms: 200, ..Case::default() }, Level::Ok, flow.to_owned()),
@@ -138,15 +139,15 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
                 .to_owned(),
         ),
         (
-            Case { halted: 1, oldest_ms: 200, ..Case::default() },
+            Case { halted: 1, oldest_ms: 90_000, waiting: 5, ..Case::default() },
             Level::Bad,
-            format!("Partition 0 is halted, until a person decides: log_gap. {flow}"),
+            format!("Partition 0 is halted, until a person decides: log_gap. {others}"),
         ),
         (
             Case { halted: 7, oldest_ms: 200, ..Case::default() },
             Level::Bad,
             format!(
-                "7 partitions are halted (0, 1, 2, 3, 4, …), until a person decides: fetch_gap, log_gap. {flow}"
+                "7 partitions are halted (0, 1, 2, 3, 4, …), until a person decides: fetch_gap, log_gap. {others}"
             ),
         ),
         (
