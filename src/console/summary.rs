@@ -153,7 +153,9 @@ impl Facts<'_> {
             1 => format!("Partition {numbers} is halted"),
             _ => format!("{count} partitions are halted ({numbers})"),
         };
-        Some((Level::Bad, format!("{who}, {until}: {}", reasons.join(", "))))
+        let its = if count == 1 { "its" } else { "their" };
+        let rest = format!("{}{its} records wait in Kafka, the others go on", self.nothing_is_lost());
+        Some((Level::Bad, format!("{who}, {until}: {}; {rest}", reasons.join(", "))))
     }
 
     /// Partitions in recovery for long.

@@ -111,7 +111,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
             Level::Bad,
             format!(
                 "Waiting for Postgres, and for Kafka, for 3 min: {refused}; it goes on by itself once both answer. \
-                 Partition 0 is halted, until a person decides: log_gap"
+                 Partition 0 is halted, until a person decides: log_gap; its records wait in Kafka, the others go on"
             ),
         ),
         (
@@ -141,13 +141,17 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
         (
             Case { halted: 1, oldest_ms: 90_000, waiting: 5, ..Case::default() },
             Level::Bad,
-            format!("Partition 0 is halted, until a person decides: log_gap. {others}"),
+            format!(
+                "Partition 0 is halted, until a person decides: log_gap; nothing is lost, its records wait in Kafka, the \
+                 others go on. {others}"
+            ),
         ),
         (
             Case { halted: 7, oldest_ms: 200, ..Case::default() },
             Level::Bad,
             format!(
-                "7 partitions are halted (0, 1, 2, 3, 4, …), until a person decides: fetch_gap, log_gap. {others}"
+                "7 partitions are halted (0, 1, 2, 3, 4, …), until a person decides: fetch_gap, log_gap; \
+                 nothing is lost, their records wait in Kafka, the others go on. {others}"
             ),
         ),
         (
