@@ -277,6 +277,10 @@ pub const CONDITIONS: &[Condition] = &[
     ticket("PaymentWriterFileDescriptors", "File descriptors are short", |o| {
         share(o, "process_open_fds", "process_max_fds", 0.8)
     }),
+    ticket("PaymentWriterReloadFailed", "New secrets or settings do not work", |o| {
+        (o.metrics.max("payment_writer_config_last_reload_successful")? < 1.0)
+            .then(|| ("those from before stay in use; the log says why".to_owned(), None))
+    }),
     ticket("PaymentWriterPruneStale", "Housekeeping has not run", |o| {
         let last = o
             .metrics
