@@ -21,9 +21,9 @@ use crate::domain::cursor::{Identity, IdentityMismatch, Mode};
 use crate::error::CommandError;
 use crate::housekeeping::months::MonthsKeeper;
 use crate::housekeeping::schedule;
-use crate::kafka::group::{Group, LaneHandle, MemberEnd, member_config};
+use crate::kafka::client::{CLIENT_MAX, creating};
+use crate::kafka::group::{Group, LaneHandle, MemberEnd};
 use crate::kafka::lane_client::LaneClient;
-use crate::kafka::publisher_settings::PublisherSettings;
 use crate::kafka::token::first_token;
 use crate::kafka::unassigned;
 use crate::lane::{Lane, LaneSettings};
@@ -103,7 +103,7 @@ pub async fn run(
     // Where the cursors lead since the first start: what is reloaded later must lead there, too.
     let mut identity: Option<Identity> = None;
     loop {
-        let settings = &reload.begin();
+        let settings = &reload.begin().await;
         in_use.send_replace(settings.clone());
         let daemon = Daemon { settings, options, status: &status, tracer, is_first };
         is_first = false;
@@ -185,7 +185,9 @@ impl<'d> Daemon<'d> {
             handles.push(LaneHandle { events, unhandled_revocations: Arc::new(AtomicI64::new(0)) });
             receivers.push(receiver);
         }
-        first_token(&member_config(kafka)).await;
+        let with_token = kafka.clone();
+        // A client reports the failure.
+        let _ = creating(CLIENT_MAX, move || first_token(&with_token)).await;
         let (group, member_end) = self.member(&handles).await?;
         let found = self.broker_ready(&group).await?;
         let identity = Identity { topic_id: found.topic_id, database_id };
@@ -200,8 +202,10 @@ impl<'d> Daemon<'d> {
         let rules = Arc::new(settings.rules());
         let suspicion = Arc::new(Notify::new());
         let mut lanes = JoinSet::new();
-        for (index, (handle, receiver)) in handles.iter().zip(receivers).enumerate() {
-            let publisher = PublisherSettings::of(kafka, &identity, index);
+        let publishers = self.publishers(&identity).await?;
+        for (index, ((handle, receiver), publisher)) in
+            handles.iter().zip(receivers).zip(publishers).enumerate()
+        {
             let publication_max = publisher.deadline;
             let client = LaneClient::new(group.clone(), publisher, handle, Arc::clone(&suspicion));
             let waiting = Arc::clone(status);

@@ -11,6 +11,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+use tokio::sync::Semaphore;
 
 /// How long to wait for the output after the command has ended; a process that it left behind may hold the
 /// pipe open.
@@ -20,6 +21,48 @@ const OUTPUT_MAX: u64 = 256 * 1024;
 /// Bytes of a file that are compared. Bundles of certificates have a few hundred KiB.
 const FILE_MAX: u64 = 4 * 1024 * 1024;
 const LOOK_AROUND: Duration = Duration::from_millis(20);
+/// Timeout of reading a few files.
+pub const READ_MAX: Duration = Duration::from_secs(5);
+/// Calls of one [`Blocking`] that may run at the same time.
+const CALLS_MAX: usize = 4;
+
+/// Runs calls that read files or start programs on threads for blocking work, because these may be on a network drive that
+/// hangs. A call that hangs keeps its thread, so their number has a limit.
+pub struct Blocking(Semaphore);
+
+impl Default for Blocking {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Blocking {
+    /// One for each purpose, so that files that hang do not hold up others.
+    pub const fn new() -> Self {
+        Self(Semaphore::const_new(CALLS_MAX))
+    }
+
+    /// Waits for the call within this time limit, which includes the wait for a thread.
+    ///
+    /// # Errors
+    /// When it does not return in time.
+    pub async fn within<T: Send + 'static>(
+        &'static self,
+        limit: Duration,
+        call: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, String> {
+        let called = async {
+            let permit = self.0.acquire().await.map_err(|error| error.to_string())?;
+            let call = move || {
+                let _permit = permit;
+                call()
+            };
+            tokio::task::spawn_blocking(call).await.map_err(|error| error.to_string())
+        };
+        let called = tokio::time::timeout(limit, called).await;
+        called.unwrap_or_else(|_| Err(format!("no answer within {} s, its drive may hang", limit.as_secs())))
+    }
+}
 
 /// A running command with all processes that it started (a process group). Dropping it kills the group, so
 /// that no processes pile up.
@@ -124,6 +167,35 @@ pub fn fingerprint<'p>(paths: impl IntoIterator<Item = &'p str>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn files_that_hang_keep_few_threads_and_nobody_waits_for_them() {
+        static READS: Blocking = Blocking::new();
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        // Opening a pipe to read waits until somebody writes.
+        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let read = async |limit| {
+            let path = pipe.to_str().unwrap().to_owned();
+            READS.within(limit, move || fingerprint([path.as_str()])).await
+        };
+        let soon = Duration::from_millis(50);
+        for _ in 0..3 * CALLS_MAX {
+            assert!(read(soon).await.is_err_and(|error| error.contains("no answer")));
+        }
+        assert_eq!(READS.0.available_permits(), 0);
+
+        // WHEN the drive answers again, THEN files are read again
+        let written = pipe.clone();
+        std::thread::spawn(move || {
+            loop {
+                // Each reader reads up to a moment without a writer.
+                drop(fs::write(&written, "now"));
+                std::thread::sleep(LOOK_AROUND);
+            }
+        });
+        assert!(read(Duration::from_secs(60)).await.is_ok());
+    }
 
     #[test]
     fn a_changed_file_is_noticed_whatever_its_time_and_size() {

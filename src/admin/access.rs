@@ -12,9 +12,9 @@ use axum::http::{StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
-use tokio::time::timeout;
 
 use crate::config::read_token;
+use crate::secrets::Blocking;
 use crate::telemetry::logging::RateLimited;
 
 const TOKEN_READ_MAX: Duration = Duration::from_secs(2);
@@ -63,11 +63,8 @@ impl Access {
             return Some((StatusCode::FORBIDDEN, text).into_response());
         }
         let file = self.token_file.clone()?;
-        // On a thread for blocking work: the file may be on a network's drive that hangs.
-        let read = tokio::task::spawn_blocking(move || read_token(&file));
-        let read = timeout(TOKEN_READ_MAX, read).await;
-        let read = read.map_err(|_| "not read in time".to_owned());
-        match read.and_then(|read| read.map_err(|error| error.to_string())).and_then(|token| token) {
+        static FILES: Blocking = Blocking::new();
+        match FILES.within(TOKEN_READ_MAX, move || read_token(&file)).await.flatten() {
             Ok(token) => {
                 let given = headers.get(header::AUTHORIZATION).and_then(given_token);
                 if given.is_some_and(|given| is_same(&given, &token)) {

@@ -50,7 +50,7 @@ pub struct RunArgs {
 /// Runs until a signal, until caught up, or until a person must decide. `load` reads the settings again.
 pub async fn run(
     loaded: Loaded,
-    load: impl Fn() -> Result<Loaded, ConfigError> + Send + 'static,
+    load: impl Fn() -> Result<Loaded, ConfigError> + Send + Sync + 'static,
     args: &RunArgs,
     log: LogHandle,
 ) -> Result<(), CommandError> {
@@ -84,7 +84,7 @@ pub async fn run(
     });
     let began = Instant::now();
     let progress = args.progress.then(|| tokio::spawn(show_progress(Arc::clone(&status))));
-    let reload = Reload::new(loaded, Some(OnHangup { hangup, load: Box::new(load), log }));
+    let reload = Reload::new(loaded, Some(OnHangup { hangup, load: Arc::new(load), log }));
     let outcome = daemon::run(options, Arc::clone(&status), tracer.as_ref(), stopped, reload, &in_use).await;
     if let Some(tracer) = tracer {
         // Has a time limit; an unavailable collector does not keep the process from ending.

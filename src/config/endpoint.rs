@@ -49,6 +49,9 @@ pub enum EndpointError {
         /// Why there is none.
         reason: String,
     },
+    /// The files were not read in time.
+    #[error("files of the Postgres URL: {0}")]
+    Unread(String),
     /// The password command printed no password.
     #[error("postgres.password_command: {0}")]
     PasswordCommand(String),

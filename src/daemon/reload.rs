@@ -3,28 +3,42 @@
 //!
 //! Before that, a client and a session are made beside those in use. If these do not work, or lead elsewhere, everything
 //! stays as it is, and they are tried again at each check.
+//!
+//! Each reload interrupts the lanes for about a second. So SIGHUP that is sent in a loop, and files that change all the
+//! time, lead to few of them.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::Signal;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout};
 
 use super::REQUEST_TIMEOUT;
 use crate::config::{ConfigError, Effective, Loaded, Settings};
 use crate::domain::cursor::Identity;
-use crate::kafka::group::{Group, member_config};
+use crate::kafka::client::{CLIENT_MAX, creating};
+use crate::kafka::group::Group;
 use crate::kafka::librdkafka::topic_id;
 use crate::kafka::token;
 use crate::postgres::binding::database_id;
 use crate::postgres::connection::describe;
-use crate::secrets::fingerprint;
+use crate::secrets::{Blocking, READ_MAX, fingerprint};
 use crate::telemetry::logging::{LogHandle, RateLimited};
 use crate::telemetry::metrics;
 use crate::telemetry::status::StatusRegistry;
 
 /// Interval between looks at the files that Kafka clients read when they are created.
 const CHECK: Duration = Duration::from_secs(10);
+/// Least time between two reloads because of files that have changed.
+const FILES_PAUSE: Duration = Duration::from_secs(60);
+/// Least time between two SIGHUPs that are served; several within it count as one.
+const HANGUP_PAUSE: Duration = Duration::from_secs(5);
+
+/// Why clients are made anew.
+const OF_FILES: &str = "a file has changed";
+
+/// Reads settings and the files that clients read.
+static FILES: Blocking = Blocking::new();
 
 /// The settings that SIGHUP applies. The others need a restart.
 const APPLIED: [&str; 8] = [
@@ -49,7 +63,7 @@ pub struct OnHangup {
     /// Where SIGHUP arrives.
     pub hangup: Signal,
     /// Reads the settings again.
-    pub load: Box<dyn Fn() -> Result<Loaded, ConfigError> + Send>,
+    pub load: Arc<dyn Fn() -> Result<Loaded, ConfigError> + Send + Sync>,
     /// Takes the level.
     pub log: Arc<LogHandle>,
 }
@@ -58,8 +72,14 @@ pub struct OnHangup {
 pub struct Reload {
     on_hangup: Option<OnHangup>,
     running: Loaded,
-    /// Contents of the files when the clients in use were made.
-    files: u64,
+    /// Contents of the files when the clients in use were made; `None` if they could not be read in time.
+    files: Option<u64>,
+    /// No reload because of the files before this time.
+    files_at: Instant,
+    /// SIGHUP has come and the settings have not been read yet.
+    has_hung_up: bool,
+    /// No SIGHUP is served before this time.
+    hangup_at: Instant,
     /// What SIGHUP has read and what does not work yet.
     wanted: Option<Loaded>,
     checks: Interval,
@@ -73,17 +93,30 @@ impl Reload {
         let mut checks = interval_at(Instant::now() + CHECK, CHECK);
         checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         metrics::reloaded(true);
-        Self { on_hangup, running, files: 0, wanted: None, checks, failure: None }
+        Self {
+            on_hangup,
+            running,
+            files: None,
+            files_at: Instant::now(),
+            has_hung_up: false,
+            hangup_at: Instant::now(),
+            wanted: None,
+            checks,
+            failure: None,
+        }
     }
 
     /// The settings for clients and sessions that are made now.
-    pub(super) fn begin(&mut self) -> Settings {
-        self.files = self.read_files();
+    pub(super) async fn begin(&mut self) -> Settings {
+        self.files = self.read_files().await.ok();
         self.running.settings.clone()
     }
 
-    fn read_files(&self) -> u64 {
-        fingerprint(self.running.settings.kafka.files())
+    async fn read_files(&self) -> Result<u64, String> {
+        let files: Vec<String> = self.running.settings.kafka.files().map(str::to_owned).collect();
+        let doing = format!("reading {}", files.join(", "));
+        let read = FILES.within(READ_MAX, move || fingerprint(files.iter().map(String::as_str))).await;
+        read.map_err(|error| format!("{doing}: {error}"))
     }
 
     /// Returns once all clients and sessions are to be made anew. With an `identity`, only if others work beside those in
@@ -91,26 +124,44 @@ impl Reload {
     pub(super) async fn due(&mut self, identity: Option<&Identity>) {
         loop {
             let hung_up = async {
+                sleep_until(self.hangup_at).await;
                 match &mut self.on_hangup {
                     Some(on) => on.hangup.recv().await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
-                Some(()) = hung_up => self.read(),
+                // The last call of this method ended before the settings were read.
+                () = std::future::ready(()), if self.has_hung_up => {}
+                Some(()) = hung_up => {
+                    self.has_hung_up = true;
+                    self.hangup_at = Instant::now() + HANGUP_PAUSE;
+                }
                 _ = self.checks.tick() => {}
             }
+            if self.has_hung_up {
+                self.read().await;
+                self.has_hung_up = false;
+            }
             // Settings that do not work must not keep new files from being taken.
-            let of_files =
-                (self.read_files() != self.files).then(|| (self.running.clone(), "a file has changed"));
-            let of_hangup = self.wanted.clone().map(|wanted| (wanted, "SIGHUP"));
             let mut failed = None;
+            let of_files = match self.read_files().await {
+                Ok(files) => self.files != Some(files),
+                Err(error) => {
+                    failed = Some(error);
+                    false
+                }
+            };
+            let of_files = of_files.then(|| (self.running.clone(), OF_FILES));
+            let of_hangup = self.wanted.clone().map(|wanted| (wanted, "SIGHUP"));
             for (next, reason) in of_hangup.into_iter().chain(of_files) {
                 let tried = match identity {
                     Some(identity) => try_out(&next.settings, identity).await,
                     None => Ok(()),
                 };
                 match tried {
+                    // A failure is told at once; the reload waits.
+                    Ok(()) if reason == OF_FILES && Instant::now() < self.files_at => {}
                     Ok(()) => return self.apply(next, reason),
                     Err(error) => failed = failed.or(Some(error)),
                 }
@@ -139,16 +190,18 @@ impl Reload {
     }
 
     /// Reads the settings again.
-    fn read(&mut self) {
+    async fn read(&mut self) {
         let Some(on) = &self.on_hangup else { return };
         self.failure = None;
         // What an earlier SIGHUP has read is in the file no more.
         self.wanted = None;
-        let mut read = match (on.load)() {
+        let load = Arc::clone(&on.load);
+        let read = FILES.within(READ_MAX, move || load().map_err(|error| error.to_string())).await;
+        let mut read = match read.flatten() {
             Ok(read) => read,
             Err(error) => {
                 metrics::reloaded(false);
-                tracing::error!(%error, "SIGHUP: the settings cannot be used; those in use stay");
+                tracing::error!(error, "SIGHUP: the settings cannot be used; those in use stay");
                 return;
             }
         };
@@ -169,6 +222,8 @@ impl Reload {
             tracing::warn!(settings = left, "SIGHUP: these settings have changed and need a restart");
         }
         read.settings = settings;
+        // The next clients, also those that are tried out, wait for a new token.
+        token::forget();
         self.wanted = Some(read);
     }
 
@@ -176,8 +231,8 @@ impl Reload {
         let settings = changed(&self.running.effective, &next.effective, is_applied);
         if reason == "SIGHUP" {
             self.wanted = None;
-            // The next clients wait for a new token.
-            token::forget();
+        } else {
+            self.files_at = Instant::now() + FILES_PAUSE;
         }
         tracing::info!(
             reason,
@@ -216,9 +271,9 @@ async fn try_out(settings: &Settings, identity: &Identity) -> Result<(), String>
         return Err(format!("postgres.url leads to another database, with id {found}"));
     }
     let kafka = settings.kafka.clone();
-    kafka.password()?;
-    token::first_token(&member_config(&kafka)).await;
     let ask = move || {
+        kafka.password()?;
+        token::first_token(&kafka)?;
         let status = Arc::<StatusRegistry>::default();
         let (group, _end) = Group::new(&kafka, Vec::new(), Arc::clone(&status))
             .map_err(|error| format!("creating a Kafka client: {error}"))?;
@@ -228,9 +283,53 @@ async fn try_out(settings: &Settings, identity: &Identity) -> Result<(), String>
             format!("asking for the input topic: {reason}")
         })
     };
-    let (found, _) = tokio::task::spawn_blocking(ask).await.map_err(|error| error.to_string())??;
+    let found = creating(CLIENT_MAX, ask).await;
+    let (found, _) = found.map_err(|error| format!("creating a Kafka client: {error}"))??;
     if found != identity.topic_id {
         return Err(format!("kafka.bootstrap_servers leads to another input topic, with id {found}"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_changes_all_the_time_leads_to_one_reload_a_minute() {
+        // GIVEN a password file
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_str().unwrap();
+        let write = |text: &str| fs::write(path, text).unwrap();
+        write("0");
+        let variables = [
+            ("PAYMENT_WRITER__KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1"),
+            ("PAYMENT_WRITER__KAFKA__PASSWORD_FILE", path),
+        ];
+        let variables = variables.map(|(name, value)| (name.into(), value.into()));
+        let loaded = Settings::load_from(None, Path::new("nowhere.toml"), variables).unwrap();
+        let mut reload = Reload::new(loaded, None);
+        drop(reload.begin().await);
+
+        // WHEN it changes, THEN that is noticed at the next check
+        write("1");
+        let began = Instant::now();
+        reload.due(None).await;
+        assert!(began.elapsed() <= CHECK, "{:?}", began.elapsed());
+        drop(reload.begin().await);
+
+        // WHEN it changes at each check for ten minutes, THEN there are ten reloads
+        let mut count = 0;
+        for text in 2..=60 {
+            write(&text.to_string());
+            if timeout(CHECK, reload.due(None)).await.is_ok() {
+                count += 1;
+                drop(reload.begin().await);
+            }
+        }
+        assert!((8..=10).contains(&count), "{count}");
+    }
 }

@@ -9,15 +9,19 @@ use tokio::time::{sleep_until, timeout};
 use uuid::Uuid;
 
 use super::{Daemon, REQUEST_TIMEOUT, RunError, ask};
+use crate::domain::cursor::Identity;
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
+use crate::kafka::client::{CLIENT_MAX, creating};
 use crate::kafka::group::{Group, LaneHandle, MemberEnd};
 use crate::kafka::librdkafka::topic_id;
+use crate::kafka::publisher_settings::PublisherSettings;
 use crate::kafka::topic_rules::{self, Action};
 use crate::lane::backoff::Backoff;
 use crate::postgres::binding::{self, Binding, BindingError};
 use crate::postgres::connection::{backend_pid, class_of, describe};
 use crate::postgres::schema::{self, SchemaError};
 use crate::postgres::waits::{Waits, with_reason};
+use crate::secrets::READ_MAX;
 use crate::telemetry::metrics;
 use crate::telemetry::status::Dependency;
 
@@ -96,11 +100,16 @@ impl Daemon<'_> {
     ) -> Result<(Group, watch::Receiver<Option<MemberEnd>>), RunError> {
         let doing = "creating the Kafka consumer";
         let attempt = async || {
-            let created = Group::new(&self.settings.kafka, handles.to_vec(), Arc::clone(self.status));
-            created.map_err(|error| match self.is_first {
-                true => AttemptError::Final(RunError::Failed(format!("{doing}: {error}"))),
-                false => AttemptError::Retried(FailureClass::Persistent, error.to_string()),
-            })
+            let (kafka, handles) = (self.settings.kafka.clone(), handles.to_vec());
+            let status = Arc::clone(self.status);
+            match creating(CLIENT_MAX, move || Group::new(&kafka, handles, status)).await {
+                Ok(Ok(created)) => Ok(created),
+                Ok(Err(error)) if self.is_first => {
+                    Err(AttemptError::Final(RunError::Failed(format!("{doing}: {error}"))))
+                }
+                Ok(Err(error)) => Err(AttemptError::Retried(FailureClass::Persistent, error.to_string())),
+                Err(error) => Err(AttemptError::Retried(FailureClass::Transient, error)),
+            }
         };
         let probed = |broker| {
             if let Dependency::Down(_) = broker {
@@ -108,6 +117,18 @@ impl Daemon<'_> {
             }
         };
         until_it_answers("broker", doing, probed, attempt).await
+    }
+
+    /// Settings of the lanes' publishers, which have the password.
+    pub(super) async fn publishers(&self, identity: &Identity) -> Result<Vec<PublisherSettings>, RunError> {
+        let attempt = async || {
+            let (kafka, identity, lanes) =
+                (self.settings.kafka.clone(), identity.clone(), self.settings.lanes);
+            let of = move |lane| PublisherSettings::of(&kafka, &identity, lane);
+            let made = creating(READ_MAX, move || (0..lanes).map(of).collect()).await;
+            made.map_err(|error| AttemptError::Retried(FailureClass::Transient, error))
+        };
+        until_it_answers("broker", "reading the password for Kafka", |_| {}, attempt).await
     }
 
     /// Waits for a broker that knows the input topic.

@@ -14,6 +14,7 @@ use rdkafka::metadata::MetadataTopic;
 use crate::config::{KafkaSettings, TOKEN_PROPERTY};
 use crate::kafka::librdkafka::ProducerClient;
 use crate::kafka::token;
+use crate::secrets::Blocking;
 use crate::telemetry::logging::RateLimited;
 
 /// The partitioner of the Java client, so that a key goes to the same partition whoever produces it.
@@ -21,6 +22,8 @@ pub const PARTITIONER: &str = "murmur2_random";
 
 /// Timeout of a metadata or admin request that a command makes once.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout of creating a client, which may wait 20 s for a token, and of its first request.
+pub const CLIENT_MAX: Duration = Duration::from_secs(30);
 /// Timeout of one attempt of a request that is made again if it fails.
 pub(super) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -109,6 +112,19 @@ impl<C: ClientContext> Clients<C> for AdminClient<C> {
     fn inside(&self) -> &Client<C> {
         self.inner()
     }
+}
+
+/// Runs a call that creates clients or their settings on another thread: it reads certificates and passwords, and may wait
+/// for a token.
+///
+/// # Errors
+/// When it does not return in time.
+pub async fn creating<T: Send + 'static>(
+    limit: Duration,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    static CREATING: Blocking = Blocking::new();
+    CREATING.within(limit, call).await
 }
 
 /// Creates a client. All clients of this program are created here, so that with SASL OAUTHBEARER each has its

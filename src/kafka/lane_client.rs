@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
-use super::client::ATTEMPT_TIMEOUT;
+use super::client::{ATTEMPT_TIMEOUT, creating};
 use super::fetcher::{Fetcher, reader_config};
 use super::gaps;
 use super::group::{Group, LaneHandle};
@@ -112,8 +112,10 @@ impl LaneClient {
         let fetcher = match &self.fetcher {
             Some(fetcher) => Arc::clone(fetcher),
             None => {
-                let made = Fetcher::new(&lane_reader_config(&self.settings.kafka), self.group.topic())
-                    .map_err(|e| failed(doing, &e))?;
+                let (kafka, topic) = (Arc::clone(&self.settings.kafka), self.group.topic().to_owned());
+                let create = move || Fetcher::new(&lane_reader_config(&kafka), &topic);
+                let created = creating(START_MAX, create).await.map_err(|e| transient(doing, e))?;
+                let made = created.map_err(|e| failed(doing, &e))?;
                 Arc::clone(self.fetcher.insert(Arc::new(made)))
             }
         };

@@ -14,7 +14,7 @@ use rdkafka::client::{Client, ClientContext, OAuthToken};
 use serde::Deserialize;
 
 use super::librdkafka::set_token;
-use crate::config::TOKEN_PROPERTY;
+use crate::config::{KafkaSettings, TOKEN_PROPERTY};
 use crate::secrets::output_of;
 
 /// A command that takes longer is killed.
@@ -245,10 +245,14 @@ pub fn authorize<C: ClientContext>(config: &ClientConfig, client: &Client<C>) {
 }
 
 /// Waits for the first token, if a token command is set, so that creating a client does not wait for it.
-pub async fn first_token(config: &ClientConfig) {
-    let Some(command) = command_of(config.get(TOKEN_PROPERTY)) else { return };
-    // A client reports the failure.
-    let _ = tokio::task::spawn_blocking(move || keeper(&command).map(|keeper| keeper.token().is_ok())).await;
+///
+/// # Errors
+/// Why there is none.
+pub fn first_token(kafka: &KafkaSettings) -> Result<(), String> {
+    match kafka.token_command.as_slice() {
+        [] => Ok(()),
+        command => keeper(command)?.token().map(drop),
+    }
 }
 
 #[cfg(test)]

@@ -3,9 +3,13 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use super::{Authority, grant_rights, missing, set_password};
-use crate::support::{Act, Daemon, Load, Member, PATIENCE, Scope, Servers, block_on, wait_until_within};
+use crate::support::{
+    Act, Daemon, Load, Member, PATIENCE, Scope, Servers, block_on, wait_until_within,
+};
 
 const RELOADED: &str = "payment_writer_config_last_reload_successful";
 
@@ -71,12 +75,17 @@ fn sighup_reloads_without_a_rebalance_and_says_what_needs_a_restart() {
     // AND the other member keeps its partitions without a rebalance
     assert_eq!(other.metric("payment_writer_rebalances_total", ""), rebalances);
 
-    // WHEN SIGHUP comes again and again, at any step of the start, THEN nothing is lost or doubled
-    for _ in 0..8 {
+    // WHEN SIGHUP comes again and again, THEN several within five seconds count as one, and nothing is lost or doubled
+    let (reloads, began) = (daemon.log().matches("reason=\"SIGHUP\"").count(), Instant::now());
+    for _ in 0..40 {
         daemon.signal("HUP");
-        scope.feed(load.take(100));
+        scope.feed(load.take(20));
+        std::thread::sleep(Duration::from_millis(200));
     }
     scope.wait_until_caught_up();
+    let reloads = daemon.log().matches("reason=\"SIGHUP\"").count() - reloads;
+    let elapsed = usize::try_from(began.elapsed().as_secs()).unwrap();
+    assert!((1..=2 + elapsed / 5).contains(&reloads), "{reloads} in {elapsed} s");
     daemon.drains();
     other.drains();
     scope.assert_exactly_once();
@@ -212,6 +221,97 @@ fn certificates_and_authorities_of_both_servers_are_replaced_under_a_running_dae
     daemon.drains();
     scope.assert_exactly_once();
     fs::write(&hba, rules).unwrap();
+}
+
+#[test]
+fn files_on_a_drive_that_hangs_are_named_and_stop_neither_payments_nor_the_drain() {
+    // GIVEN a daemon with a certificate's file and a password's file
+    let scope = Scope::new(Servers::shared(), "drive");
+    scope.prepare(4, 2);
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    write("ca.crt", "none");
+    write("pass", "*:*:*:*:payment_writer");
+    let url = scope.postgres_url().replace("//payment_writer:payment_writer@", "//payment_writer@");
+    let mut daemon = Member::new("a")
+        .with("KAFKA__PROPERTIES__SSL_CA_LOCATION", &at("ca.crt"))
+        .with("POSTGRES__URL", &format!("{url}?passfile={}", at("pass")))
+        .start(&scope);
+    daemon.wait_until_ready();
+    let mut load = Load::new(94);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+
+    // WHEN the certificate's file cannot be read to its end, THEN it is named, and payments go on
+    let hangs = |name: &str| {
+        fs::remove_file(at(name)).unwrap();
+        assert!(Command::new("mkfifo").arg(at(name)).status().unwrap().success());
+    };
+    hangs("ca.crt");
+    says(&daemon, 0, &["WARN", "those in use stay", &at("ca.crt"), "no answer within"]);
+    assert_eq!(daemon.metric(RELOADED, ""), 0.0);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+
+    // WHEN the password's file cannot be read as connections are lost, THEN that is named
+    hangs("pass");
+    scope.cut_connections();
+    wait_until_within(PATIENCE, "the reason is named", || {
+        missing(&daemon).contains("files of the Postgres URL: no answer within")
+    });
+
+    // WHEN the drive answers again, THEN payments go on
+    fs::rename(at("pass"), at("former")).unwrap();
+    write("pass", "*:*:*:*:payment_writer");
+    drop(fs::File::options().read(true).write(true).open(at("former")).unwrap());
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+
+    // AND the daemon drains, while the other file still cannot be read
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn sighup_makes_a_new_token_and_a_command_that_fails_leaves_all_as_it_is() {
+    // GIVEN a daemon that authenticates with tokens of 8 s
+    let folder = tempfile::tempdir().unwrap();
+    super::make_certificates(folder.path());
+    let servers = Servers::with_tls(folder.path());
+    let scope = Scope::new(&servers, "sighup_tokens");
+    scope.prepare(4, 2);
+    grant_rights(&scope, "a");
+    let command = super::token_command(folder.path());
+    let member = super::with_tokens(&servers, folder.path()).with("KAFKA__TOKEN_COMMAND", &command);
+    let mut daemon = member.start(&scope);
+    let mut load = Load::new(95);
+    scope.feed(load.take(100));
+    scope.wait_until_caught_up();
+
+    // WHEN the command fails at SIGHUP, THEN that is said, and the clients in use stay
+    let works = fs::read_to_string(&command).unwrap();
+    fs::write(&command, "#!/bin/sh\nexit 3\n").unwrap();
+    daemon.signal("HUP");
+    let at = says(
+        &daemon,
+        0,
+        &["WARN", "those in use stay", "the token command created no token", "exit status: 3"],
+    );
+    assert_eq!(daemon.metric(RELOADED, ""), 0.0);
+
+    // WHEN it works again, THEN all clients have a new token, and payments flow beyond its expiry
+    fs::write(&command, works).unwrap();
+    let at = says(&daemon, at, &["INFO", "reloaded", "SIGHUP"]);
+    says(&daemon, at, &["INFO", "started"]);
+    let ran = || fs::read(folder.path().join("runs")).map_or(0, |runs| runs.len());
+    let before = ran();
+    wait_until_within(PATIENCE, "tokens are renewed", || ran() > before + 2);
+    scope.feed(load.take(100));
+    scope.wait_until_caught_up();
+    daemon.drains();
+    scope.assert_exactly_once();
+    assert!(!daemon.log().contains("eyJ"), "{}", daemon.log());
 }
 
 /// The first value of a query as superuser, as text.
