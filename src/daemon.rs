@@ -124,11 +124,9 @@ pub async fn run(
         };
         match &ended {
             Ok(End::Reload) => {}
-            Err(RunError::Identity(IdentityMismatch::InstanceTaken { instance_id }))
-                if status.was_fenced_after_loss() && !*stop.borrow() =>
-            {
+            Err(error) if is_joined_again(error, &status, &stop) => {
                 tracing::warn!(
-                    instance = instance_id,
+                    instance = settings.kafka.instance_id,
                     "fenced soon after the broker connection was lost, possibly by its own request: joining again"
                 );
             }
@@ -146,6 +144,13 @@ pub async fn run(
 
 /// How the daemon ended by a drain.
 #[derive(Clone, Copy, PartialEq, Eq)]
+/// Whether the daemon starts again after this error: the member was fenced, possibly by a request of its own.
+fn is_joined_again(error: &RunError, status: &StatusRegistry, stop: &watch::Receiver<bool>) -> bool {
+    matches!(error, RunError::Identity(IdentityMismatch::InstanceTaken { .. }))
+        && status.was_fenced_after_loss()
+        && !*stop.borrow()
+}
+
 enum End {
     Stop,
     Reload,
@@ -283,14 +288,18 @@ impl RunningDaemon<'_> {
             caught_up = catch_up::caught_up(&self.group, status, self.found.partitions),
                 if options.until_caught_up => caught_up.map(|()| End::Stop),
         };
-        if let Err(error) = &ended {
-            tracing::error!(%error, "stopping");
-        } else {
-            tracing::info!("draining");
+        match &ended {
+            Err(error) if is_joined_again(error, status, stop) => {
+                tracing::warn!(%error, "draining, to join again");
+            }
+            Err(error) => tracing::error!(%error, "stopping"),
+            Ok(End::Reload) => tracing::info!("draining, to make all connections anew"),
+            Ok(End::Stop) => tracing::info!("draining"),
         }
-        let limit = match ended {
-            Ok(End::Reload) => settings.shutdown.timeout.min(RELOAD_DRAIN_MAX),
-            _ => settings.shutdown.timeout,
+        let is_reload = matches!(ended, Ok(End::Reload));
+        let limit = match is_reload {
+            true => settings.shutdown.timeout.min(RELOAD_DRAIN_MAX),
+            false => settings.shutdown.timeout,
         };
         let deadline = Instant::now() + limit;
         for handle in &self.handles {
@@ -305,19 +314,31 @@ impl RunningDaemon<'_> {
             }
         };
         if tokio::time::timeout_at(deadline, drained).await.is_err() && ended.is_ok() {
-            tracing::warn!(
-                "not drained within shutdown.timeout; what was in flight is redelivered to the next daemon, nothing is \
-                 lost"
-            );
+            if is_reload {
+                tracing::warn!(
+                    seconds = limit.as_secs_f64(),
+                    "not drained in time before the reload; what was in flight is read again, nothing is lost"
+                );
+            } else {
+                tracing::warn!(
+                    "not drained within shutdown.timeout; what was in flight is redelivered to the next daemon, nothing \
+                     is lost"
+                );
+            }
         }
         self.group.close();
         let totals = status.totals();
         tracing::info!(
             written = totals.written,
+        let is_end = match &ended {
+            Err(error) => !is_joined_again(error, status, stop),
+            Ok(end) => *end == End::Stop,
+        };
             duplicates = totals.duplicates,
             dead_letters = totals.dead_letters,
             redelivered = totals.redelivered,
-            "stopped"
+            "{}",
+            if is_end { "stopped" } else { "the lanes have ended, starting again" }
         );
         ended
     }

@@ -86,6 +86,14 @@ fn sighup_reloads_without_a_rebalance_and_says_what_needs_a_restart() {
     let reloads = daemon.log().matches("reason=\"SIGHUP\"").count() - reloads;
     let elapsed = usize::try_from(began.elapsed().as_secs()).unwrap();
     assert!((1..=2 + elapsed / 5).contains(&reloads), "{reloads} in {elapsed} s");
+
+    // AND the log does not say that the daemon stops
+    let log = daemon.log();
+    assert!(
+        log.contains("draining, to make all connections anew")
+            && log.contains("the lanes have ended, starting again")
+    );
+    assert!(!log.contains("stopped") && !log.contains("shutdown.timeout"), "{log}");
     daemon.drains();
     other.drains();
     scope.assert_exactly_once();
