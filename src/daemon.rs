@@ -13,6 +13,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 
+use self::catch_up::Targets;
 pub use self::reload::{OnHangup, Reload};
 use self::startup::Found;
 use crate::audit::{self, Audit};
@@ -102,6 +103,7 @@ pub async fn run(
     let mut is_first = true;
     // Where the cursors lead since the first start: what is reloaded later must lead there, too.
     let mut identity: Option<Identity> = None;
+    let mut targets = None;
     loop {
         let settings = &reload.begin().await;
         in_use.send_replace(settings.clone());
@@ -118,7 +120,7 @@ pub async fn run(
             Ok(running) => {
                 member = Arc::downgrade(running.group.consumer());
                 identity = Some(running.identity.clone());
-                running.supervise(&mut stop, &mut reload).await
+                running.supervise(&mut stop, &mut reload, &mut targets).await
             }
             Err(error) => Err(error),
         };
@@ -142,8 +144,6 @@ pub async fn run(
     }
 }
 
-/// How the daemon ended by a drain.
-#[derive(Clone, Copy, PartialEq, Eq)]
 /// Whether the daemon starts again after this error: the member was fenced, possibly by a request of its own.
 fn is_joined_again(error: &RunError, status: &StatusRegistry, stop: &watch::Receiver<bool>) -> bool {
     matches!(error, RunError::Identity(IdentityMismatch::InstanceTaken { .. }))
@@ -151,6 +151,8 @@ fn is_joined_again(error: &RunError, status: &StatusRegistry, stop: &watch::Rece
         && !*stop.borrow()
 }
 
+/// How the daemon ended by a drain.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
     Stop,
     Reload,
@@ -267,6 +269,7 @@ impl RunningDaemon<'_> {
         mut self,
         stop: &mut watch::Receiver<bool>,
         reload: &mut Reload,
+        targets: &mut Option<Targets>,
     ) -> Result<End, RunError> {
         let Daemon { settings, options, status, .. } = self.daemon;
         let mut ended = tokio::select! {
@@ -285,7 +288,7 @@ impl RunningDaemon<'_> {
             () = watchers::database(&settings.postgres.url, status) => Ok(End::Stop),
             () = schedule::run(settings) => Ok(End::Stop),
             () = self.months.run() => Ok(End::Stop),
-            caught_up = catch_up::caught_up(&self.group, status, self.found.partitions),
+            caught_up = catch_up::caught_up(&self.group, status, self.found.partitions, targets),
                 if options.until_caught_up => caught_up.map(|()| End::Stop),
         };
         match &ended {
@@ -327,13 +330,13 @@ impl RunningDaemon<'_> {
             }
         }
         self.group.close();
-        let totals = status.totals();
-        tracing::info!(
-            written = totals.written,
         let is_end = match &ended {
             Err(error) => !is_joined_again(error, status, stop),
             Ok(end) => *end == End::Stop,
         };
+        let totals = status.totals();
+        tracing::info!(
+            written = totals.written,
             duplicates = totals.duplicates,
             dead_letters = totals.dead_letters,
             redelivered = totals.redelivered,

@@ -15,14 +15,32 @@ const TICK: Duration = Duration::from_millis(100);
 /// Interval between reads of partitions that no lane of this process reports on.
 const FOREIGN_TICK: Duration = Duration::from_secs(1);
 
-/// Returns once every partition's committed offset has reached the end that it had at the start.
+/// What is to be reached. It stays the same when the daemon starts again, or that would never end under frequent reloads.
+pub(super) struct Targets {
+    /// Ends of the partitions that are behind them.
+    ends: BTreeMap<Partition, NextOffset>,
+    /// Last stable offset and high watermark of partitions with an open transaction.
+    open: BTreeMap<Partition, (NextOffset, NextOffset)>,
+}
+
+/// Returns once every partition's committed offset has reached the end that it had at the first call.
 pub(super) async fn caught_up(
     group: &Group,
     status: &StatusRegistry,
     partitions: usize,
+    targets: &mut Option<Targets>,
 ) -> Result<(), RunError> {
+    let targets = match targets {
+        Some(targets) => targets,
+        None => targets.insert(ends(group, partitions).await),
+    };
+    reached(group, status, targets).await
+}
+
+/// Asks for the present ends until the brokers answer.
+async fn ends(group: &Group, partitions: usize) -> Targets {
     let all: Vec<Partition> = (0..i32::try_from(partitions).unwrap_or(i32::MAX)).map(Partition).collect();
-    let (open, mut targets): (BTreeMap<_, _>, BTreeMap<Partition, NextOffset>) = loop {
+    loop {
         let wanted = all.clone();
         let answer = ask(group, move |group| {
             let highs = high_watermarks(group, &wanted).unwrap_or_default();
@@ -33,12 +51,22 @@ pub(super) async fn caught_up(
             let ends = all.iter().copied().zip(&bounds).map(|(partition, bounds)| (partition, bounds.end));
             let behind =
                 ends.filter_map(|(p, end)| Some((p, end, *highs.get(&p).filter(|high| **high > end)?)));
-            let behind = behind.map(|(partition, end, high)| (partition, (end, high))).collect();
-            let targets = all.iter().copied().zip(bounds);
-            break (behind, targets.filter(|(_, b)| b.end > b.start).map(|(p, b)| (p, b.end)).collect());
+            let open = behind.map(|(partition, end, high)| (partition, (end, high))).collect();
+            let ends = all.iter().copied().zip(bounds);
+            let ends: BTreeMap<_, _> =
+                ends.filter(|(_, b)| b.end > b.start).map(|(p, b)| (p, b.end)).collect();
+            tracing::info!(
+                partitions = ends.len(),
+                "runs until these partitions reach the ends that they have now"
+            );
+            return Targets { ends, open };
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
-    };
+    }
+}
+
+async fn reached(group: &Group, status: &StatusRegistry, targets: &mut Targets) -> Result<(), RunError> {
+    let Targets { ends: targets, open } = targets;
     let mut ticks = ticks(TICK);
     let mut foreign_at = Instant::now() + FOREIGN_TICK;
     loop {
@@ -65,7 +93,7 @@ pub(super) async fn caught_up(
             }
         }
         if targets.is_empty() {
-            report_unread(&open, status);
+            report_unread(open, status);
             return Ok(());
         }
         let halted =

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::{Authority, grant_rights, missing, set_password};
 use crate::support::{
-    Act, Daemon, Load, Member, PATIENCE, Scope, Servers, block_on, wait_until_within,
+    Act, Daemon, Load, Member, PATIENCE, Payment, Scope, Servers, block_on, uuid_v4, wait_until_within,
 };
 
 const RELOADED: &str = "payment_writer_config_last_reload_successful";
@@ -320,6 +320,32 @@ fn sighup_makes_a_new_token_and_a_command_that_fails_leaves_all_as_it_is() {
     daemon.drains();
     scope.assert_exactly_once();
     assert!(!daemon.log().contains("eyJ"), "{}", daemon.log());
+}
+
+#[test]
+fn until_caught_up_keeps_the_ends_of_its_start_over_a_reload() {
+    // GIVEN records of one partition that wait for a lock, and an empty partition that is halted
+    let scope = Scope::ready("until", 2, 1);
+    let payments = |seeds: std::ops::Range<u64>, partition| {
+        let payments = seeds.map(move |seed| Payment::new(uuid_v4(seed), 31).message().partition(partition));
+        scope.produce(&scope.input_topic, payments.collect::<Vec<_>>());
+    };
+    payments(0..10, 0);
+    scope.move_group_offset(1, 3, "");
+    let client = scope.connect_to(&scope.postgres_url());
+    block_on(client.batch_execute("BEGIN; LOCK TABLE payment_writer.payment_core IN ACCESS EXCLUSIVE MODE"))
+        .unwrap();
+    let mut daemon = Member::new("a").run(&scope, &["run", "--until-caught-up"]);
+    let at = says(&daemon, 0, &["INFO", "runs until", "partitions=1"]);
+
+    // WHEN the other partition gets records before a reload
+    payments(10..15, 1);
+    daemon.signal("HUP");
+    says(&daemon, at, &["INFO", "started"]);
+    block_on(client.batch_execute("ROLLBACK")).unwrap();
+
+    // THEN the daemon ends at the end that it saw first
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
 }
 
 /// The first value of a query as superuser, as text.
