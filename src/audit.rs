@@ -94,6 +94,7 @@ pub fn spawn(
         while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
             pause = auditor.step();
         }
+        auditor.end();
     })?;
     Ok(Some(Audit { _stop: stop }))
 }
@@ -161,6 +162,11 @@ impl Auditor {
         let oldest =
             self.suspects.oldest().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         self.metrics.behind(offsets, behind.max(oldest), self.suspects.len());
+    }
+
+    /// Counts what is left undone. The next audit, as after a reload, begins with the fetch starts and cursors of then.
+    fn end(&mut self) {
+        self.metrics.dropped(self.plan.passed_and_waiting().saturating_add(self.suspects.len() as u64));
     }
 
     fn failed(&mut self, dependency: &'static str, error: &str) {

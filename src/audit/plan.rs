@@ -243,6 +243,16 @@ impl Plan {
         (offsets, now.saturating_duration_since(oldest))
     }
 
+    /// Number of offsets that the cursors have passed and that are not audited.
+    pub fn passed_and_waiting(&self) -> u64 {
+        let passed = |share: &Share| {
+            let parts =
+                share.waiting.iter().map(|w| ScanRange { to: w.range.to.min(share.applied), ..w.range });
+            parts.filter(|range| !range.is_empty()).map(offsets).sum::<u64>()
+        };
+        self.shares.values().map(passed).sum()
+    }
+
     /// Takes the number of offsets that were dropped since the last call.
     pub fn take_dropped(&mut self) -> u64 {
         std::mem::take(&mut self.dropped)

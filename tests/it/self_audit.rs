@@ -88,6 +88,24 @@ fn rows_and_ids_deleted_just_behind_the_fetch_start_are_reported_with_partition_
 
 #[test]
 fn with_the_audit_turned_off_nothing_is_read_again() {
+#[test]
+fn what_a_reload_interrupts_is_counted() {
+    // GIVEN a daemon that audits all it writes, and falls behind
+    let scope = Scope::ready("audit_reload", 1, 1);
+    let mut daemon = member().with("AUDIT__SHARE", "1").start(&scope);
+    daemon.wait_until_ready();
+    scope.produce(&scope.input_topic, payments(0..20_000, 0));
+    let waiting = || daemon.metric("payment_writer_audit_waiting_offsets", "");
+    wait_until_within(PATIENCE, "much is waiting", || waiting() > 5_000.0);
+
+    // WHEN all connections are made anew THEN what it had not audited is counted
+    daemon.signal("HUP");
+    let dropped = || daemon.metric("payment_writer_audit_dropped_offsets_total", "");
+    wait_until_within(PATIENCE, "it is counted", || dropped() > 0.0);
+    scope.wait_until_caught_up();
+    daemon.drains();
+}
+
     let scope = Scope::ready("audit_off", 1, 1);
     let mut daemon = member().with("AUDIT__SHARE", "0").start(&scope);
     daemon.wait_until_ready();

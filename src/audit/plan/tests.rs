@@ -229,3 +229,15 @@ fn a_range_that_was_ready_waits_again_when_the_cursor_goes_back() {
     t.passed(&[(3, 1_000)]);
     assert_eq!(t.take(), [(3, 400, 1_000)]);
 }
+
+#[test]
+fn what_is_passed_and_not_audited_is_known_when_the_audit_ends() {
+    let mut t = Timeline::new(0.0);
+    t.begun(3, 5_000, 5_000);
+    t.begun(4, 100, 100);
+    assert_eq!(t.plan.passed_and_waiting(), 0, "what is read later is audited by the next process");
+    t.passed(&[(3, 5_400), (4, 9_000)]);
+    assert_eq!(t.plan.passed_and_waiting(), 1_400);
+    t.take();
+    assert_eq!(t.plan.passed_and_waiting(), 400);
+}
