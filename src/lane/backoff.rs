@@ -100,7 +100,7 @@ impl Backoff {
                 lane = self.lane,
                 dependency = self.name,
                 after_seconds = seconds,
-                "answers again, going on"
+                "works again, going on"
             );
         }
     }
@@ -146,7 +146,7 @@ impl Backoff {
                 doing,
                 error = message,
                 suppressed,
-                "does not answer; nothing is lost, retrying with backoff"
+                "a request failed; nothing is lost, retrying with backoff"
             ),
         }
     }

@@ -273,7 +273,7 @@ mod tests {
             "1":{"state":"live","lag_records":25000,"lag_seconds":90.0},
             "2":{"state":"halted","lag_records":7,"lag_seconds":null},
             "10":{"state":"opening","lag_records":null,"lag_seconds":null}},
-        "recent_problems":[{"at":"2026-01-02T03:04:05.678Z","level":"WARN","message":"does not answer dependency=database"}]}"#;
+        "recent_problems":[{"at":"2026-01-02T03:04:05.678Z","level":"WARN","message":"a request failed dependency=database"}]}"#;
 
     fn metrics(written: u32, database_seconds: u32) -> String {
         format!(
@@ -315,7 +315,7 @@ mod tests {
             "·▅X?",
             "partition 2           7 records       ?  halted",
             "partition 1       25.0k records      2m  live",
-            "03:04:05 WARN  does not answer dependency=database",
+            "03:04:05 WARN  a request failed dependency=database",
         ] {
             assert!(text.contains(expected), "{expected:?} is not in\n{text}");
         }

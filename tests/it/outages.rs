@@ -33,7 +33,7 @@ fn recovers(daemon: &Daemon) {
 
 /// Log lines about a problem or a recovery.
 fn complaints(daemon: &Daemon) -> usize {
-    let words = ["WARN", "ERROR", "answers again"];
+    let words = ["WARN", "ERROR", "works again"];
     let ours =
         |line: &&str| line.contains(" payment_writer::") && words.iter().any(|word| line.contains(word));
     daemon.log().lines().filter(ours).count()
