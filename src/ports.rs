@@ -15,17 +15,26 @@ use crate::domain::record::{NextOffset, Partition};
 use crate::ports::fetch_buffer::FetchBuffer;
 
 /// Lets the rebalance callback return: nothing of the revoked partitions is in flight any more.
-pub struct RevokeDone(Box<dyn FnOnce() + Send>);
+/// Dropping it does the same, as when a lane ends before it handles the revocation.
+pub struct RevokeDone(Option<Box<dyn FnOnce() + Send>>);
 
 impl RevokeDone {
     /// `done` is called when the lane has finished, even if the callback has stopped waiting.
     pub fn new(done: impl FnOnce() + Send + 'static) -> Self {
-        Self(Box::new(done))
+        Self(Some(Box::new(done)))
     }
 
     /// Reports that the lane has finished the revocation.
     pub fn finish(self) {
-        (self.0)();
+        drop(self);
+    }
+}
+
+impl Drop for RevokeDone {
+    fn drop(&mut self) {
+        if let Some(done) = self.0.take() {
+            done();
+        }
     }
 }
 

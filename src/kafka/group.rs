@@ -181,8 +181,7 @@ impl Revocation {
         self.finished.notify_all();
     }
 
-    /// Waits until all lanes have finished, at most [`REVOKE_WAIT`]: a lane that ended with the event in its
-    /// channel never answers. Then raises the counters of the others.
+    /// Waits until all lanes have finished or ended, at most [`REVOKE_WAIT`]. Then raises the counters of the others.
     fn wait(&self, is_closing: impl Fn() -> bool) {
         let is_open = |open: &mut OpenRevocation| !open.lanes.is_empty() && !is_closing();
         let waited = self.finished.wait_timeout_while(self.lock(), REVOKE_WAIT, is_open);
@@ -456,5 +455,27 @@ fn poll(consumer: &BaseConsumer<GroupContext>) {
             member.ended.send_replace(Some(end));
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_that_ends_before_it_handles_a_revocation_is_not_waited_for() {
+        // GIVEN a revocation in the event channel of a lane that drains
+        let (revocation, unhandled) = (Arc::new(Revocation::default()), Arc::new(AtomicI64::new(0)));
+        revocation.lock().lanes.insert(0, Arc::clone(&unhandled));
+        let finished = Arc::clone(&revocation);
+        let done = RevokeDone::new(move || finished.finish(0));
+        let (events, lane) = tokio::sync::mpsc::channel(1);
+        let event = LaneEvent::Revoked { partitions: vec![Partition(0)], is_lost: false, done };
+        assert!(events.try_send(event).is_ok());
+
+        // WHEN the lane ends THEN the callback returns, and not because its time is over
+        drop(lane);
+        revocation.wait(|| false);
+        assert_eq!(unhandled.load(Ordering::Acquire), 0);
     }
 }
