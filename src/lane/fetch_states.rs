@@ -101,7 +101,7 @@ pub(super) struct FetchStates {
     by_partition: BTreeMap<Partition, Fetch>,
     /// Id and begin of the pending gap check. One runs at a time; gaps found meanwhile go into the next.
     gap_check: Option<(u64, Instant)>,
-    /// Gap checks that were given up.
+    /// Gap checks that were given up and have not answered since.
     checks_hung: u32,
     /// Id of the last gap check, pending or not.
     last_gap_check: u64,
@@ -121,6 +121,32 @@ impl FetchStates {
             last_gap_check: 0,
             no_room_at: now,
             silence_checked_at: now,
+        }
+    }
+
+    /// Whether a gap check may begin now, and if so, whether the pending one hangs.
+    fn may_check(&self, now: Instant) -> Option<bool> {
+        match self.gap_check {
+            Some((_, began)) if now.saturating_duration_since(began) < HUNG_AFTER => None,
+            Some(_) if self.checks_hung >= CHECKS_HUNG_MAX => None,
+            pending => Some(pending.is_some()),
+        }
+    }
+
+    /// Begins a gap check, gives up the pending one, and returns the new one's id.
+    fn check_begins(&mut self, now: Instant) -> u64 {
+        self.checks_hung += u32::from(self.gap_check.is_some());
+        self.last_gap_check += 1;
+        self.gap_check = Some((self.last_gap_check, now));
+        self.last_gap_check
+    }
+
+    /// Each check ends once, also one that was given up.
+    fn check_ended(&mut self, id: u64) {
+        if self.gap_check.is_some_and(|(pending, _)| pending == id) {
+            self.gap_check = None;
+        } else {
+            self.checks_hung = self.checks_hung.saturating_sub(1);
         }
     }
 
@@ -299,11 +325,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// Starts a check of all gaps that are due. The answer arrives as an event.
     fn check_gaps(&mut self) {
         let now = Instant::now();
-        let has_hung = match self.fetch_states.gap_check {
-            Some((_, began)) if now.saturating_duration_since(began) < HUNG_AFTER => return,
-            Some(_) if self.fetch_states.checks_hung >= CHECKS_HUNG_MAX => return,
-            pending => pending.is_some(),
-        };
+        let Some(has_hung) = self.fetch_states.may_check(now) else { return };
         let gaps: Vec<Gap> = self
             .fetch_states
             .by_partition
@@ -317,12 +339,9 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             return;
         }
         if has_hung && let Some(gap) = gaps.first() {
-            self.fetch_states.checks_hung += 1;
             log_lines::gap_unknown(&self.settings, gap, "the check has not ended; its client hangs");
         }
-        self.fetch_states.last_gap_check += 1;
-        self.fetch_states.gap_check = Some((self.fetch_states.last_gap_check, now));
-        self.kafka.check_gaps(self.fetch_states.last_gap_check, gaps);
+        self.kafka.check_gaps(self.fetch_states.check_begins(now), gaps);
     }
 
     /// Handles the answer of a gap check. Answers about partitions that were started again or revoked since are
@@ -332,9 +351,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         id: u64,
         answers: Vec<(Gap, GapAnswer)>,
     ) -> Result<(), IdentityMismatch> {
-        if self.fetch_states.gap_check.is_some_and(|(pending, _)| pending == id) {
-            self.fetch_states.gap_check = None;
-        }
+        self.fetch_states.check_ended(id);
         let mut positions = Vec::new();
         for (gap, answer) in answers {
             let partition = gap.partition;
@@ -473,5 +490,31 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             self.reset("the fetching client was replaced");
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gap_checks_that_hang_and_end_later_do_not_keep_others_from_beginning() {
+        // GIVEN as many checks that hang as may be
+        let (mut states, mut now) = (FetchStates::new(), Instant::now());
+        let mut begun = Vec::new();
+        while states.may_check(now).is_some() {
+            begun.push(states.check_begins(now));
+            now += HUNG_AFTER;
+        }
+        assert_eq!(begun.len(), CHECKS_HUNG_MAX as usize + 1);
+
+        // WHEN one of them ends THEN another may begin; and each pair of a begin and a late end changes nothing
+        for id in begun {
+            states.check_ended(id);
+            assert_eq!(states.may_check(now), Some(true));
+            states.check_begins(now);
+            assert_eq!(states.may_check(now), None);
+            now += HUNG_AFTER;
+        }
     }
 }
