@@ -57,6 +57,7 @@ pub enum Dependency {
     SchemaSteps,
     SchemaShape,
     GenerationKey,
+    GenerationGuard,
     Months,
     ForeignColumns,
     ForeignObjects,
@@ -341,6 +342,13 @@ impl Dependency {
                 Does::Wait,
                 no_key(7).message,
                 "ALTER TABLE payment_writer.idempotency_g7 ADD PRIMARY KEY (message_id)",
+            ),
+            Self::GenerationGuard => unnoticed(
+                Does::Warn,
+                "without the trigger that refuses it, DELETE or TRUNCATE of message ids by hand makes later duplicates be \
+                 written again",
+                "CREATE OR REPLACE TRIGGER message_ids_stay BEFORE DELETE OR TRUNCATE ON payment_writer.TABLE EXECUTE \
+                 FUNCTION payment_writer.refuse_removal_v1()",
             ),
             Self::DatabaseIdentity => fact(
                 Told::Checks(&[When::Start, When::Session]),

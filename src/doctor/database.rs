@@ -81,7 +81,9 @@ const FOREIGN_OBJECTS: &str = "
         WHERE c.relnamespace = to_regnamespace('payment_writer') AND c.relkind IN ('r', 'p')
     )
     SELECT format('trigger %s on %s', tgname, relname) FROM ours JOIN pg_trigger ON tgrelid = id
-    WHERE NOT tgisinternal AND tgparentid = 0
+    WHERE NOT tgisinternal AND tgparentid = 0 AND tgfoid <> ALL (array_remove(ARRAY[
+        to_regprocedure('payment_writer.refuse_removal_v1()')::oid,
+        to_regprocedure('payment_writer.guard_generation_v1()')::oid], NULL))
     UNION ALL
     SELECT format('rule %s on %s', rulename, relname) FROM ours JOIN pg_rewrite ON ev_class = id
     UNION ALL
@@ -90,6 +92,18 @@ const FOREIGN_OBJECTS: &str = "
         AND (contype IN ('c', 'f', 'x') AND family IN ('idempotency', 'source_cursor')
             OR contype IN ('c', 'f', 'x', 'p', 'u') AND family IN ('payment_core', 'payment_metadata', 'payment_notes'))
     ORDER BY 1";
+
+/// Generations without the trigger that refuses to remove their rows. Older schemas have none.
+const UNGUARDED: &str = "
+    SELECT name FROM (
+        SELECT leaf FROM payment_writer.idempotency_generation WHERE state IN ('ready', 'current', 'older')
+        UNION ALL SELECT 'idempotency'
+    ) AS g (name)
+    WHERE to_regprocedure('payment_writer.refuse_removal_v1()') IS NOT NULL AND NOT EXISTS (
+        SELECT FROM pg_trigger
+        WHERE tgrelid = to_regclass(format('payment_writer.%I', name)) AND tgenabled IN ('O', 'A')
+            AND tgfoid = to_regprocedure('payment_writer.refuse_removal_v1()'))
+    ORDER BY name";
 
 /// Returns the session, if one could be opened.
 pub(super) async fn examine(settings: &Settings, report: &mut Report) -> Option<Client> {
@@ -129,6 +143,8 @@ pub(super) async fn examine(settings: &Settings, report: &mut Report) -> Option<
         let columns: [&(dyn ToSql + Sync); 2] = [&shape::expected(), &schema::REQUIRED_RELATIONS];
         let refusing = column(&client, FOREIGN_COLUMNS, &columns).await;
         none(report, Dependency::ForeignColumns, &place, refusing, "each row needs a value of");
+        let unguarded = column(&client, UNGUARDED, &[]).await;
+        none(report, Dependency::GenerationGuard, &place, unguarded, "missing on");
         let objects = column(&client, FOREIGN_OBJECTS, &[]).await;
         none(report, Dependency::ForeignObjects, &place, objects, "found");
     }

@@ -60,6 +60,7 @@ const STEPS: &[Step] = &[
     step!("5", "housekeeping"),
     step!("6", "dead_letter_replays"),
     step!("7", "replica_identity"),
+    step!("8", "message_ids_stay"),
 ];
 
 /// The newest step that this program knows.

@@ -186,15 +186,12 @@ fn lanes_that_race_the_same_ids_across_a_rotation_claim_each_once() {
                     generations::drop_table(&client, &generation).await.unwrap();
                 }
             }
-            // The current one is emptied now, and dropped after the next round.
-            client
-                .batch_execute(
-                    "DO $$ BEGIN EXECUTE format('TRUNCATE payment_writer.idempotency_g%s',
-                (SELECT current_generation FROM payment_writer.idempotency_current)); END $$",
-                )
-                .await
-                .unwrap();
         });
+        // The current one is emptied now, and dropped after the next round.
+        scope.execute_unguarded(
+            "DO $$ BEGIN EXECUTE format('TRUNCATE payment_writer.idempotency_g%s',
+                (SELECT current_generation FROM payment_writer.idempotency_current)); END $$",
+        );
     }
     assert_eq!(scope.count("payment_core"), i64::try_from(ROUNDS * IDS).unwrap());
 }
@@ -652,10 +649,59 @@ fn status_prints_what_is_known_about_an_id() {
     let other = scope.command(&["status", &uuid_v4(77).to_string()]).succeeds().stdout;
     assert!(other.starts_with("unknown"), "{other}");
     // The idempotency table no longer has it, the payment tables do.
-    scope.execute("TRUNCATE payment_writer.idempotency_g1");
+    scope.execute_unguarded("TRUNCATE payment_writer.idempotency_g1");
     assert!(scope.command(&["status", &text]).succeeds().stdout.starts_with("unknown"));
     assert!(scope.command(&["status", &text, "--search"]).succeeds().stdout.starts_with("written"));
     assert_eq!(scope.command(&["status", "no-id"]).code, Some(2));
+}
+
+#[test]
+fn message_ids_are_not_removed_by_hand_but_by_housekeeping_and_replication() {
+    // GIVEN ids in the current generation
+    let scope = Scope::ready("ids_stay", 1, 1);
+    scope.produce(&scope.input_topic, (1..=20).map(|n| record(n, now_ms())));
+    scope.command(&["run", "--until-caught-up"]).succeeds();
+
+    // WHEN its owner, or a superuser, removes some of them or all, THEN that is refused, with the remedy
+    let next = "SELECT payment_writer.make_generation_v1(2)";
+    scope.execute(next);
+    for table in ["idempotency", "idempotency_g1", "idempotency_g2"] {
+        for statement in ["DELETE FROM", "TRUNCATE"] {
+            let removed = format!("{statement} payment_writer.{table}");
+            let client = scope.connect_to(&scope.servers.postgres_admin_url(&scope.database));
+            for refused in [
+                block_on(client.batch_execute(&removed)).unwrap_err(),
+                block_on(scope.connect().batch_execute(&removed)).unwrap_err(),
+            ] {
+                let refused = refused.as_db_error().unwrap();
+                assert_eq!(refused.code().code(), "55000", "{removed}");
+                assert!(refused.message().contains("could be written twice"), "{refused:?}");
+                assert!(refused.hint().unwrap().contains("payment-writer prune"), "{refused:?}");
+            }
+        }
+    }
+    assert_eq!(scope.count("idempotency"), 20);
+
+    // AND doctor names a generation without its trigger, and no trigger of ours as foreign
+    let says = |finding: &str| {
+        let finished = scope.command(&["doctor", "--json"]);
+        let found: serde_json::Value = serde_json::from_str(&finished.stdout).unwrap();
+        let one = found.as_array().unwrap().iter().find(|one| one["what"] == finding);
+        one.map_or(String::new(), |one| format!("{} {}", one["severity"], one["says"]))
+    };
+    assert!(!says("generation_guard").contains("warn"), "{}", says("generation_guard"));
+    assert!(!says("foreign_objects").contains("warn"), "{}", says("foreign_objects"));
+    scope.execute("ALTER TABLE payment_writer.idempotency_g2 DISABLE TRIGGER message_ids_stay");
+    assert!(says("generation_guard").contains("missing on: idempotency_g2"), "{}", says("generation_guard"));
+    scope.execute(
+        "CREATE OR REPLACE TRIGGER message_ids_stay BEFORE DELETE OR TRUNCATE ON payment_writer.idempotency_g2
+         EXECUTE FUNCTION payment_writer.refuse_removal_v1()",
+    );
+    assert!(!says("generation_guard").contains("warn"), "{}", says("generation_guard"));
+
+    // AND where changes are replicated, they are applied
+    scope.execute_unguarded("DELETE FROM payment_writer.idempotency_g1 WHERE source_offset = 3");
+    assert_eq!(scope.count("idempotency"), 19);
 }
 
 #[test]

@@ -112,7 +112,7 @@ fn differences_caused_by_the_write_order_are_listed_and_are_no_findings() {
     scope.assert_exactly_once();
     assert_eq!(is_fine(&scope, &[])["allowed"]["count"], 0);
     // AND a record that this database once rejected
-    scope.execute(
+    scope.execute_unguarded(
         "SET search_path = payment_writer;
          DELETE FROM payment_core WHERE payment_id IN (SELECT payment_id FROM payment_metadata WHERE source_offset = 15);
          DELETE FROM payment_metadata WHERE source_offset = 15;
@@ -173,7 +173,7 @@ fn what_was_not_compared_is_named_and_hides_no_difference() {
 
     // WHEN the first has lost it
     let lose = |offset: i64| {
-        scope.execute(&format!(
+        scope.execute_unguarded(&format!(
             "SET search_path = payment_writer;
              DELETE FROM payment_core USING payment_metadata m WHERE m.payment_id = payment_core.payment_id
                  AND source_partition = 0 AND source_offset = {offset};
@@ -262,7 +262,7 @@ fn a_difference_is_reported_and_the_wrong_database_is_rejected() {
     let of = |offset: i64| {
         format!("(SELECT payment_id FROM payment_writer.payment_metadata WHERE source_offset = {offset})")
     };
-    second.execute(&format!(
+    second.execute_unguarded(&format!(
         "UPDATE payment_writer.payment_core SET amount = 1 WHERE payment_id IN {};
          DELETE FROM payment_writer.payment_core WHERE payment_id IN {};
          DELETE FROM payment_writer.idempotency WHERE source_offset IN (4, 5);
@@ -271,7 +271,7 @@ fn a_difference_is_reported_and_the_wrong_database_is_rejected() {
         of(2),
         of(3)
     ));
-    scope.execute(
+    scope.execute_unguarded(
         "DELETE FROM payment_writer.payment_metadata WHERE source_offset = 7;
          DELETE FROM payment_writer.idempotency WHERE source_offset = 7",
     );
