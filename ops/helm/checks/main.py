@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Checks the objects that `helm template` made of the chart with the values of each case.
+
+    ops/helm/checks/main.py FOLDER     FOLDER has a file NAME.yaml for each ops/helm/cases/NAME.yaml
+
+Needs PyYAML, kubernetes-validate and tsc, which ops/helm/check sets up. With PROGRAM, `check-config` of that program
+reads the settings, too. Each check is seen to refuse something: mutations.py breaks the objects of the case `all`.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from kubernetes_validate import utils as kubernetes
+import yaml
+
+import mutations
+from case import ROOT, Case, merged, pod_of
+
+HELM = ROOT / "ops" / "helm"
+OLDEST = "1.29"
+# Objects of operators; their types are checked by the TypeScript compiler.
+OPERATORS = {
+    "ServiceMonitor": "@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1/ServiceMonitor",
+    "PrometheusRule": "@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1/PrometheusRule",
+    "ScaledObject": "@kubernetes-models/keda/keda.sh/v1alpha1/ScaledObject",
+    "TriggerAuthentication": "@kubernetes-models/keda/keda.sh/v1alpha1/TriggerAuthentication",
+}
+
+
+def validate(thing, version):
+    """What Kubernetes of this version would refuse: unknown fields, too."""
+    try:
+        kubernetes.validate(thing, version, strict=True)
+    except (kubernetes.ValidationError, kubernetes.SchemaNotFoundError) as error:
+        return f"{thing['kind']} {thing['metadata']['name']}, Kubernetes {version}: {error.message}"
+    return None
+
+
+def typescript(things):
+    """A program that compiles only if the objects have the types of their operators."""
+    lines = [f"import type {{ I{kind} }} from {json.dumps(path)};" for kind, path in OPERATORS.items()]
+    lines += [f"export const o{number}: I{thing['kind']} = {json.dumps(thing)};" for number, thing in enumerate(things)]
+    return "\n".join(lines) + "\n"
+
+
+def compiled(things):
+    """The compiler's complaints."""
+    modules = ROOT / ".local/chart/npm"
+    with tempfile.NamedTemporaryFile("w", suffix=".mts", dir=modules, encoding="utf-8") as file:
+        file.write(typescript(things))
+        file.flush()
+        return subprocess.run([modules / "node_modules/.bin/tsc", "--noEmit", "--strict", "--skipLibCheck", "--module",
+                               "nodenext", "--target", "es2022", file.name],
+                              capture_output=True, text=True, check=False).stdout
+
+
+@functools.cache
+def certificate():
+    """A certificate with its key, for any file of TLS."""
+    return subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                           "-subj", "/CN=payments", "-keyout", "-"], capture_output=True, text=True, check=True).stdout
+
+
+def refused(case, program):
+    """What `check-config` says of the settings, with the files and variables of the daemon's container."""
+    container = pod_of(case.daemon)[1]["containers"][0]
+    with tempfile.TemporaryDirectory() as place:
+        def here(text):
+            for folder in ("/secrets/", "/tls/"):
+                text = text.replace(f'"{folder}', f'"{place}{folder}').replace(f"={folder}", f"={place}{folder}")
+            return text
+        text = next(thing["data"]["payment-writer.toml"] for thing in case.of("ConfigMap")
+                    if "payment-writer.toml" in thing["data"])
+        for path in case.named_files(container):
+            file = pathlib.Path(place + path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(certificate() if path.startswith("/tls/") else "0123456789abcdef", encoding="utf-8")
+        settings = pathlib.Path(place, "payment-writer.toml")
+        settings.write_text(here(text), encoding="utf-8")
+        variables = {v["name"]: v.get("value", "postgresql://a:b@db/payments" if "URL" in v["name"] else "a")
+                     for v in container["env"]}
+        variables.update(PAYMENT_WRITER_CONFIG=str(settings))
+        variables.update({name: f"{place}{value}" for name, value in variables.items() if value.startswith("/secrets")})
+        done = subprocess.run([program, "check-config"], env={"PATH": os.environ["PATH"], **variables},
+                              capture_output=True, text=True, check=False)
+        return done.returncode and done.stdout + done.stderr
+
+
+def main():
+    folder, program = pathlib.Path(sys.argv[1]), os.environ.get("PROGRAM")
+    default = yaml.safe_load((HELM / "payment-writer" / "values.yaml").read_text(encoding="utf-8"))
+    versions = [version for version in kubernetes.all_versions()
+                if tuple(map(int, version.split(".")[:2])) >= tuple(map(int, OLDEST.split(".")))]
+    problems, count, operators, cases, checksums = [], 0, [], sorted((HELM / "cases").glob("*.yaml")), {}
+    for file in cases:
+        values = merged(default, yaml.safe_load(file.read_text(encoding="utf-8")))
+        objects = [thing for thing in yaml.safe_load_all((folder / file.name).read_text(encoding="utf-8")) if thing]
+        case = Case(values, objects)
+        found = case.check()
+        # The versions between the first and the last are tried with all features.
+        for version in versions if file.stem in ("all", "default") else (versions[0], versions[-1]):
+            found += filter(None, (validate(thing, version) for thing in objects if thing["kind"] not in OPERATORS))
+        operators += [thing for thing in objects if thing["kind"] in OPERATORS]
+        checksums[file.stem] = pod_of(case.daemon)[0]["annotations"]["checksum/settings"]
+        count += len(objects)
+        problems += [f"{file.stem}: {problem}" for problem in found]
+        if program and (said := refused(case, program)):
+            problems.append(f"{file.stem}: {said}")
+        if file.stem == "all":
+            problems += mutations.accepted(values, objects)
+            problems += (f"a {thing['kind']} with an unknown field was accepted" for thing in mutations.unknown(objects)
+                         if not (compiled([thing]) if thing["kind"] in OPERATORS else validate(thing, versions[-1])))
+    if said := compiled(operators):
+        problems.append(said)
+    if not checksums["default"] == checksums["small"] != checksums["sasl"]:
+        problems.append("the checksum does not follow the settings alone")
+    if problems:
+        sys.exit("\n".join(problems) + f"\n\nops/helm/checks: {len(problems)} problems")
+    print(f"objects: {count} of {len(cases)} cases, Kubernetes {versions[0]} to {versions[-1]}, "
+          f"{len(mutations.MUTATIONS) + len(mutations.UNKNOWN)} changes refused"
+          + (f", settings checked by {program}" if program else "; no PROGRAM, so no program checked the settings"))
+
+
+if __name__ == "__main__":
+    main()
