@@ -6,8 +6,9 @@ from case import Case, pod_of, weight
 
 
 def edit(objects, kind, change, hook=None):
-    """Changes the first object of this kind; with `hook`, the first that is a hook or not."""
-    thing = next(t for t in objects if t["kind"] == kind and hook in (None, weight(t) is not None))
+    """Changes the first object of this kind; with `hook`, the first that is a hook or not, or whose name ends so."""
+    thing = next(t for t in objects if t["kind"] == kind
+                 and (t["metadata"]["name"].endswith(hook) if isinstance(hook, str) else hook in (None, weight(t) is not None)))
     change(thing)
 
 
@@ -71,6 +72,7 @@ MUTATIONS = [
         {"payment-writer.toml": "[postgres]\nurl = 'postgres://a:b@c/d'"}), "a secret in the settings"),
     ("PrometheusRule", None, set_at("spec", "groups", 0, "rules", 0, "expr", "1"), "rules are not those"),
     ("ConfigMap", False, lambda thing: thing["metadata"].update(name="payment-writer-dashboards",), "two objects"),
+    ("ConfigMap", "-dashboards", set_at("data", "payment-writer.json", "{}"), "the dashboard is not that"),
     ("ScaledObject", None, set_at("spec", "maxReplicaCount", 101), "more instances than partitions"),
     ("ScaledObject", None, set_at("spec", "triggers", 0, "metadata", "topic", "other"), "another group"),
     ("StatefulSet", None, set_at("spec", "replicas", 3), "both set the number"),

@@ -98,7 +98,7 @@
 {{- $context := index . 0 -}}
 serviceAccountName: {{ index . 1 }}
 automountServiceAccountToken: false
-# Variables of services would be named like settings.
+# Nothing reads the variables of other services.
 enableServiceLinks: false
 securityContext:
   {{- toYaml $context.Values.podSecurityContext | nindent 2 }}
