@@ -3,8 +3,8 @@
 
     ops/helm/checks/main.py FOLDER     FOLDER has a file NAME.yaml for each ops/helm/cases/NAME.yaml
 
-Needs PyYAML, kubernetes-validate and tsc, which ops/helm/check sets up. With PROGRAM, `check-config` of that program
-reads the settings, too. Each check is seen to refuse something: mutations.py breaks the objects of the case `all`.
+Needs PyYAML, kubernetes-validate and tsc, which ops/helm/check sets up. With PROGRAM, that program checks
+arguments and settings, too. Each check is seen to refuse something: mutations.py breaks the objects of the case `all`.
 """
 
 import functools
@@ -67,7 +67,13 @@ def certificate():
 
 
 def refused(case, program):
-    """What `check-config` says of the settings, with the files and variables of the daemon's container."""
+    """What the program says of the arguments of each pod, and `check-config` of the settings, with the files and variables
+    of the daemon's container."""
+    for thing in filter(pod_of, case.objects):
+        args = pod_of(thing)[1]["containers"][0]["args"]
+        # An argument that it does not know is an error before --help.
+        if said := subprocess.run([program, *args, "--help"], capture_output=True, text=True, check=False).stderr:
+            return f"{args}: {said}"
     container = pod_of(case.daemon)[1]["containers"][0]
     with tempfile.TemporaryDirectory() as place:
         def here(text):
