@@ -7,7 +7,6 @@ Needs PyYAML, kubernetes-validate and tsc, which ops/helm/check sets up. With PR
 arguments and settings, too. Each check is seen to refuse something: mutations.py breaks the objects of the case `all`.
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ import yaml
 
 import mutations
 from case import ROOT, Case, merged, pod_of
+from container import container_of, environment
 
 HELM = ROOT / "ops" / "helm"
 OLDEST = "1.29"
@@ -59,40 +59,16 @@ def compiled(things):
                               capture_output=True, text=True, check=False).stdout
 
 
-@functools.cache
-def certificate():
-    """A certificate with its key, for any file of TLS."""
-    return subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                           "-subj", "/CN=payments", "-keyout", "-"], capture_output=True, text=True, check=True).stdout
-
-
 def refused(case, program):
     """What the program says of the arguments of each pod, and `check-config` of the settings, with the files and variables
     of the daemon's container."""
     for thing in filter(pod_of, case.objects):
-        args = pod_of(thing)[1]["containers"][0]["args"]
+        args = container_of(thing)["args"]
         # An argument that it does not know is an error before --help.
         if said := subprocess.run([program, *args, "--help"], capture_output=True, text=True, check=False).stderr:
             return f"{args}: {said}"
-    container = pod_of(case.daemon)[1]["containers"][0]
     with tempfile.TemporaryDirectory() as place:
-        def here(text):
-            for folder in ("/secrets/", "/tls/"):
-                text = text.replace(f'"{folder}', f'"{place}{folder}').replace(f"={folder}", f"={place}{folder}")
-            return text
-        text = next(thing["data"]["payment-writer.toml"] for thing in case.of("ConfigMap")
-                    if "payment-writer.toml" in thing["data"])
-        for path in case.named_files(container):
-            file = pathlib.Path(place + path)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(certificate() if path.startswith("/tls/") else "0123456789abcdef", encoding="utf-8")
-        settings = pathlib.Path(place, "payment-writer.toml")
-        settings.write_text(here(text), encoding="utf-8")
-        variables = {v["name"]: v.get("value", "postgresql://a:b@db/payments" if "URL" in v["name"] else "a")
-                     for v in container["env"]}
-        variables.update(PAYMENT_WRITER_CONFIG=str(settings))
-        variables.update({name: f"{place}{value}" for name, value in variables.items() if value.startswith("/secrets")})
-        done = subprocess.run([program, "check-config"], env={"PATH": os.environ["PATH"], **variables},
+        done = subprocess.run([program, "check-config"], env=environment(case, case.daemon, place),
                               capture_output=True, text=True, check=False)
         return done.returncode and done.stdout + done.stderr
 

@@ -2,7 +2,8 @@
 
 import copy
 
-from case import Case, pod_of, weight
+from case import Case, weight
+from container import container_of
 
 
 def edit(objects, kind, change, hook=None):
@@ -10,10 +11,6 @@ def edit(objects, kind, change, hook=None):
     thing = next(t for t in objects if t["kind"] == kind
                  and (t["metadata"]["name"].endswith(hook) if isinstance(hook, str) else hook in (None, weight(t) is not None)))
     change(thing)
-
-
-def container(thing):
-    return pod_of(thing)[1]["containers"][0]
 
 
 def set_at(*path):
@@ -49,7 +46,7 @@ MUTATIONS = [
     ("TriggerAuthentication", None, set_at("metadata", "name", "other"), "neither here nor named"),
     ("StatefulSet", None, drop_at(*POD, "securityContext"), "may run as root"),
     ("Job", None, drop_at(*MAIN, "securityContext"), "a root that can be written"),
-    ("CronJob", None, lambda thing: container(thing)["securityContext"].pop("capabilities"), "capabilities"),
+    ("CronJob", None, lambda thing: container_of(thing)["securityContext"].pop("capabilities"), "capabilities"),
     ("Pod", None, lambda thing: thing["spec"].pop("automountServiceAccountToken"), "token of the API server"),
     ("Job", None, drop_at(*MAIN, "resources", "limits"), "resources"),
     ("StatefulSet", None, set_at(*POD, "terminationGracePeriodSeconds", 120), "killed while it drains"),
