@@ -128,9 +128,9 @@ class Case:
         for thing in self.objects:
             what = f"{thing['kind']} {thing['metadata']['name']}"
             labels = thing["metadata"].get("labels", {})
-            self.must(all(f"app.kubernetes.io/{label}" in labels for label in ("name", "instance")), f"{what}: no labels")
-            self.must(len(thing["metadata"]["name"]) <= (52 if thing["kind"] in ("StatefulSet", "CronJob") else 63),
-                      f"{what}: the name is too long")
+            self.must({"app.kubernetes.io/name", "app.kubernetes.io/instance"} <= set(labels), f"{what}: no labels")
+            longest = 52 if thing["kind"] in ("StatefulSet", "CronJob") else 63
+            self.must(len(thing["metadata"]["name"]) <= longest, f"{what}: the name is too long")
             self.must(len(json.dumps(thing)) < 262144, f"{what}: too large for kubectl apply")
             self.references(what, thing)
             if found := pod_of(thing):
@@ -146,7 +146,8 @@ class Case:
         for kind, name in sorted(references(thing)):
             target = self.by_name.get((kind, name))
             if target is None:
-                self.must((kind, name) in outside, f"{what} refers to {kind} {name}, which is neither here nor named by a value")
+                self.must((kind, name) in outside,
+                          f"{what} refers to {kind} {name}, which is neither here nor named by a value")
                 continue
             its = weight(target)
             if own is None or "test" in own[0]:
@@ -169,12 +170,13 @@ class Case:
         used = set()
         for container in spec["containers"] + spec.get("initContainers", []):
             inner = container.get("securityContext", {})
-            self.must(inner.get("allowPrivilegeEscalation") is False and not inner.get("privileged"), f"{what}: privileges")
+            self.must(inner.get("allowPrivilegeEscalation") is False and not inner.get("privileged"),
+                      f"{what}: privileges")
             self.must(inner.get("readOnlyRootFilesystem") is True, f"{what}: a root that can be written")
             self.must(inner.get("capabilities") == {"drop": ["ALL"]}, f"{what}: capabilities")
             resources = container.get("resources", {})
-            self.must({"cpu", "memory"} <= set(resources.get("requests", {})) and "memory" in resources.get("limits", {}),
-                      f"{what}: resources")
+            requests, limits = resources.get("requests", {}), resources.get("limits", {})
+            self.must({"cpu", "memory"} <= set(requests) and "memory" in limits, f"{what}: resources")
             self.must(not container["image"].endswith(":latest"), f"{what}: the image changes")
             mounts = {mount["mountPath"]: volumes.get(mount["name"]) for mount in container.get("volumeMounts", [])}
             self.must(None not in mounts.values(), f"{what}: a mount without a volume")
@@ -212,13 +214,15 @@ class Case:
         """Every file that settings and environment name is mounted."""
         variables = {variable["name"]: variable.get("value", "") for variable in container["env"]}
         place = mounts.get("/etc/payment-writer") or {}
-        self.must(place.get("configMap", {}).get("name") in self.settings and variables.get("PAYMENT_WRITER_CONFIG") == "/etc/payment-writer/payment-writer.toml",
-                  f"{what}: no settings")
+        file = variables.get("PAYMENT_WRITER_CONFIG")
+        self.must(place.get("configMap", {}).get("name") in self.settings
+                  and file == "/etc/payment-writer/payment-writer.toml", f"{what}: no settings")
         for path in self.named_files(container):
             folder, name = path.rsplit("/", 1)
             secret = (mounts.get(folder) or {}).get("secret")
             items = secret and secret.get("items")
-            self.must(secret and (items is None or name in [item["path"] for item in items]), f"{what}: {path} is not mounted")
+            is_there = secret and (items is None or name in [item["path"] for item in items])
+            self.must(is_there, f"{what}: {path} is not mounted")
 
     def selectors(self):
         pods = {f"{thing['kind']} {thing['metadata']['name']}": pod_of(thing)[0]["labels"]
@@ -236,9 +240,10 @@ class Case:
         ports = {port["name"]: port["containerPort"] for port in pod_of(self.daemon)[1]["containers"][0]["ports"]}
         for service in self.of("Service"):
             only_daemon("the Service", service["spec"]["selector"])
-            self.must(service["spec"].get("clusterIP") == "None" and service["spec"].get("publishNotReadyAddresses") is True,
+            spec = service["spec"]
+            self.must(spec.get("clusterIP") == "None" and spec.get("publishNotReadyAddresses") is True,
                       "the Service is not headless, or hides instances that are not ready")
-            self.must(all(ports.get(port["targetPort"]) == port["port"] for port in service["spec"]["ports"]), "ports of the Service")
+            self.must(all(ports.get(port["targetPort"]) == port["port"] for port in spec["ports"]), "ports of the Service")
         for monitor in self.of("ServiceMonitor"):
             found = [service for service in self.of("Service")
                      if covers(monitor["spec"]["selector"]["matchLabels"], service["metadata"]["labels"])]
@@ -251,8 +256,8 @@ class Case:
             opened = {port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]}
             self.must(opened == set(ports.values()), "the NetworkPolicy opens other ports")
             reached = {port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", [])}
-            brokers = self.values["networkPolicy"]["kafkaPorts"] or [
-                int(broker.rsplit(":", 1)[1]) for broker in self.values["settings"]["kafka"]["bootstrap_servers"].split(",")]
+            brokers = self.values["settings"]["kafka"]["bootstrap_servers"].split(",")
+            brokers = self.values["networkPolicy"]["kafkaPorts"] or [int(name.rsplit(":", 1)[1]) for name in brokers]
             wanted = {53, 9464, *self.values["networkPolicy"]["postgresPorts"], *brokers}
             if endpoint := self.values["settings"].get("tracing", {}).get("otlp_endpoint"):
                 wanted.add(int(endpoint.rsplit(":", 1)[1]))
@@ -273,8 +278,10 @@ class Case:
             walk("", settings, known)
             self.must(settings == self.own, "settings of hooks differ")
             self.must(merged(settings, self.values["settings"]) == settings, "a setting of the values is not in the file")
+            peers = {peer.rsplit(":", 1)[0] for peer in settings["console"]["peers"]}
+            self.must(peers <= {service["metadata"]["name"] for service in self.of("Service")}, "peers of another name")
             text = json.dumps(settings)
-            self.must(not re.search(r'password": "[^/]', text) and not re.search(r"://[^/@\"]*:[^/@\"]*@", text), "a secret in the settings")
+            self.must(not re.search(r'password": "[^/]|://[^/@"]*:[^/@"]*@', text), "a secret in the settings")
 
     def features(self):
         values, settings = self.values, self.values["settings"]
@@ -308,7 +315,8 @@ class Case:
         for (kind, name), thing in self.by_name.items():
             if kind == "ConfigMap" and name.endswith("-dashboards"):
                 source = json.loads((ROOT / "ops/grafana/payment-writer.json").read_text(encoding="utf-8"))
-                self.must(json.loads(thing["data"]["payment-writer.json"]) == source, "the dashboard is not that of ops/grafana")
+                self.must(json.loads(thing["data"]["payment-writer.json"]) == source,
+                          "the dashboard is not that of ops/grafana")
 
     def scaling(self):
         for scaled in self.of("ScaledObject"):
@@ -318,7 +326,8 @@ class Case:
                       "more instances than partitions")
             settings = merged(known_settings(), self.values["settings"])["kafka"]
             self.must([data["bootstrapServers"], data["consumerGroup"], data["topic"]]
-                      == [settings["bootstrap_servers"], settings["group_id"], settings["input_topic"]], "KEDA looks at another group")
+                      == [settings["bootstrap_servers"], settings["group_id"], settings["input_topic"]],
+                      "KEDA looks at another group")
             self.must(all(isinstance(value, str) for value in data.values()), "KEDA's metadata are texts")
         if not self.of("ScaledObject"):
             self.must(self.daemon["spec"].get("replicas") == self.values["replicas"], "replicas")

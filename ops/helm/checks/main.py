@@ -105,7 +105,7 @@ def main():
         sys.exit("\n".join(problems) + f"\n\nops/helm/checks: {len(problems)} problems")
     print(f"objects: {count} of {len(cases)} cases, Kubernetes {versions[0]} to {versions[-1]}, "
           f"{len(mutations.MUTATIONS) + len(mutations.UNKNOWN)} changes refused"
-          + (f", settings checked by {program}" if program else "; no PROGRAM, so no program checked the settings"))
+          + (", settings and arguments read by the program" if program else "; no PROGRAM, so no program read the settings"))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ MUTATIONS = [
     ("StatefulSet", None, drop_at(*MAIN, "volumeMounts", 2), "is not mounted"),
     ("Job", None, set_at("spec", "template", "metadata", "labels", "app.kubernetes.io/component", "daemon"), "selects"),
     ("Service", None, set_at("spec", "selector", "app.kubernetes.io/component", "web"), "the Service selects []"),
+    ("Service", None, set_at("metadata", "name", "other"), "peers of another name"),
     ("Service", None, drop_at("spec", "publishNotReadyAddresses"), "hides instances"),
     ("PodDisruptionBudget", None, drop_at("spec", "selector", "matchLabels", "app.kubernetes.io/component"), "selects"),
     ("ServiceMonitor", None, set_at("spec", "endpoints", 0, "port", "web"), "selects no port"),

@@ -30,7 +30,9 @@
 {{- if .Values.admin.metricsPort -}}
 {{- $_ := set $admin "metrics_listen" (printf "%s:%d" .Values.admin.address (int64 .Values.admin.metricsPort)) -}}
 {{- end -}}
-{{- mergeOverwrite (dict "kafka" $kafka "admin" $admin) (deepCopy .Values.settings) | toJson -}}
+{{- /* The headless Service's name stands for all instances. */ -}}
+{{- $console := dict "peers" (list (printf "%s:9464" (include "payment-writer.fullname" .))) -}}
+{{- mergeOverwrite (dict "kafka" $kafka "admin" $admin "console" $console) (deepCopy .Values.settings) | toJson -}}
 {{- end }}
 
 {{/* The value of one setting, or its default: list of context, section, key, default. */}}
