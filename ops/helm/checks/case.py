@@ -278,7 +278,7 @@ class Case:
             walk("", settings, known)
             self.must(settings == self.own, "settings of hooks differ")
             self.must(merged(settings, self.values["settings"]) == settings, "a setting of the values is not in the file")
-            peers = {peer.rsplit(":", 1)[0] for peer in settings["console"]["peers"]}
+            peers = {peer.rsplit(":", 1)[0] for peer in settings.get("console", {}).get("peers", [])}
             self.must(peers <= {service["metadata"]["name"] for service in self.of("Service")}, "peers of another name")
             text = json.dumps(settings)
             self.must(not re.search(r'password": "[^/]|://[^/@"]*:[^/@"]*@', text), "a secret in the settings")
