@@ -27,7 +27,7 @@ from case import ROOT, Case, merged, weight
 from container import TOKEN, container_of, environment
 
 PROGRAM = os.environ["PROGRAM"]
-READY_S_MAX = 60
+READY_S_MAX = 120
 USER = ["setpriv", "--reuid=65532", "--regid=65532", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
 
 
