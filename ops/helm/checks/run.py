@@ -67,7 +67,8 @@ def main():
         place = stack.enter_context(tempfile.TemporaryDirectory())
         servers = [ROOT / "dev/servers", "--dir", f"{place}/servers"]
         stack.callback(subprocess.run, [*servers, "destroy"], capture_output=True, check=False)
-        up = subprocess.run([*servers, "up", "--owner-pid", str(os.getpid())], capture_output=True, text=True, check=False)
+        up = subprocess.run([*servers, "up", "--owner-pid", str(os.getpid())], capture_output=True, text=True, check=False,
+                            env={**os.environ, "KAFKA_JVM": "light"})
         if up.returncode:
             sys.exit(f"dev/servers up: {up.stderr}")
         exports = subprocess.run([*servers, "env"], capture_output=True, text=True, check=True).stdout

@@ -123,7 +123,7 @@
 {{- fail "settings.postgres.url has no effect beside postgres.existingSecret: set postgres.existingSecret to \"\"" -}}
 {{- end -}}
 {{- range $key := list "url" "housekeeping_url" -}}
-{{- if regexMatch "://[^/@]*:[^/@]*@" (include "payment-writer.setting" (list $ "postgres" $key "")) -}}
+{{- if regexMatch "://[^/@]*:[^/@]*@|[?&]password=" (include "payment-writer.setting" (list $ "postgres" $key "")) -}}
 {{- fail (printf "settings.postgres.%s has a password: the settings are in a ConfigMap. Use postgres.existingSecret" $key) -}}
 {{- end -}}
 {{- end -}}
