@@ -161,6 +161,12 @@ lint: ## check format, lints, dependencies and scripts
 	cargo-deny --locked check --hide-inclusion-graph bans licenses sources
 	shellcheck --severity warning $(SCRIPTS)
 	ops/systemd/check
+	ops/helm/table --check
+
+.PHONY: chart-check
+# In CI only the README's table is checked (`make lint`): the tools take five minutes to compile.
+chart-check: ## check the Helm chart: lint, every combination that matters, wrong values, strict schemas of each Kubernetes version
+	@ops/helm/check
 
 .PHONY: advisories
 advisories: ## check the dependencies for known vulnerabilities; fetches the advisory database from GitHub
