@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
@@ -28,7 +28,8 @@ const CALLS_MAX: usize = 4;
 
 /// Runs calls that read files or start programs on threads for blocking work, because these may be on a network drive that
 /// hangs. A call that hangs keeps its thread, so their number has a limit.
-pub struct Blocking(Semaphore);
+#[derive(Clone, Debug)]
+pub struct Blocking(Arc<Semaphore>);
 
 impl Default for Blocking {
     fn default() -> Self {
@@ -38,8 +39,8 @@ impl Default for Blocking {
 
 impl Blocking {
     /// One for each purpose, so that files that hang do not hold up others.
-    pub const fn new() -> Self {
-        Self(Semaphore::const_new(CALLS_MAX))
+    pub fn new() -> Self {
+        Self(Arc::new(Semaphore::new(CALLS_MAX)))
     }
 
     /// Waits for the call within this time limit, which includes the wait for a thread.
@@ -47,12 +48,12 @@ impl Blocking {
     /// # Errors
     /// When it does not return in time.
     pub async fn within<T: Send + 'static>(
-        &'static self,
+        &self,
         limit: Duration,
         call: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, String> {
         let called = async {
-            let permit = self.0.acquire().await.map_err(|error| error.to_string())?;
+            let permit = Arc::clone(&self.0).acquire_owned().await.map_err(|error| error.to_string())?;
             let call = move || {
                 let _permit = permit;
                 call()
@@ -60,7 +61,7 @@ impl Blocking {
             tokio::task::spawn_blocking(call).await.map_err(|error| error.to_string())
         };
         let called = tokio::time::timeout(limit, called).await;
-        called.unwrap_or_else(|_| Err(format!("no answer within {} s, its drive may hang", limit.as_secs())))
+        called.unwrap_or_else(|_| Err(format!("not done within {} s", limit.as_secs())))
     }
 }
 
@@ -170,18 +171,18 @@ mod tests {
 
     #[tokio::test]
     async fn files_that_hang_keep_few_threads_and_nobody_waits_for_them() {
-        static READS: Blocking = Blocking::new();
+        let reads = Blocking::new();
         let folder = tempfile::tempdir().unwrap();
         let pipe = folder.path().join("pipe");
         // Opening a pipe to read waits until somebody writes.
         assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         let read = async |limit| {
             let path = pipe.to_str().unwrap().to_owned();
-            READS.within(limit, move || fingerprint([path.as_str()])).await
+            reads.within(limit, move || fingerprint([path.as_str()])).await
         };
         let soon = Duration::from_millis(50);
         for _ in 0..3 * CALLS_MAX {
-            assert!(read(soon).await.is_err_and(|error| error.contains("no answer")));
+            assert!(read(soon).await.is_err_and(|error| error.contains("not done within")));
         }
         assert_eq!(READS.0.available_permits(), 0);
 

@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use axum::extract::{ConnectInfo, FromRequestParts, Request, State};
@@ -63,7 +64,7 @@ impl Access {
             return Some((StatusCode::FORBIDDEN, text).into_response());
         }
         let file = self.token_file.clone()?;
-        static FILES: Blocking = Blocking::new();
+        static FILES: LazyLock<Blocking> = LazyLock::new(Blocking::new);
         match FILES.within(TOKEN_READ_MAX, move || read_token(&file)).await.flatten() {
             Ok(token) => {
                 let given = headers.get(header::AUTHORIZATION).and_then(given_token);

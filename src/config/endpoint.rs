@@ -18,6 +18,7 @@ use tokio_postgres::config::Host;
 use self::parameters::{Parameters, take_parameters};
 use self::tls::Tls;
 use super::values::checked;
+use crate::secrets::Blocking;
 
 const EXPECTED_FORM: &str = "expected postgres://user:password@host:port/database?parameter=value, with known \
     parameters, and special characters in user and password percent-encoded";
@@ -83,6 +84,8 @@ pub struct Endpoint {
     pub(crate) password_command: Vec<String>,
     /// What the command printed last.
     pub(crate) printed: Arc<tokio::sync::Mutex<Option<Printed>>>,
+    /// Reads its files, and runs the command.
+    pub(crate) files: Blocking,
     /// Parameters that have no effect.
     pub(crate) ignored: Vec<String>,
 }
@@ -159,6 +162,7 @@ impl Endpoint {
             password_file,
             password_command: Vec::new(),
             printed: Arc::default(),
+            files: Blocking::new(),
             ignored,
         };
         if let Err(error) = endpoint.password() {

@@ -17,7 +17,7 @@ const FOREIGN_TICK: Duration = Duration::from_secs(1);
 
 /// What is to be reached. It stays the same when the daemon starts again, or that would never end under frequent reloads.
 pub(super) struct Targets {
-    /// Ends of the partitions that are behind them.
+    /// Ends of the partitions that have records.
     ends: BTreeMap<Partition, NextOffset>,
     /// Last stable offset and high watermark of partitions with an open transaction.
     open: BTreeMap<Partition, (NextOffset, NextOffset)>,
@@ -65,8 +65,10 @@ async fn ends(group: &Group, partitions: usize) -> Targets {
     }
 }
 
-async fn reached(group: &Group, status: &StatusRegistry, targets: &mut Targets) -> Result<(), RunError> {
-    let Targets { ends: targets, open } = targets;
+async fn reached(group: &Group, status: &StatusRegistry, targets: &Targets) -> Result<(), RunError> {
+    // Each start looks at all of them: it may be with another copy of the database.
+    let Targets { ends, open } = targets;
+    let mut targets = ends.clone();
     let mut ticks = ticks(TICK);
     let mut foreign_at = Instant::now() + FOREIGN_TICK;
     loop {

@@ -7,7 +7,7 @@
 //! Each reload interrupts the lanes for about a second. So SIGHUP that is sent in a loop, and files that change all the
 //! time, lead to few of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use tokio::signal::unix::Signal;
@@ -16,7 +16,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_unti
 use super::REQUEST_TIMEOUT;
 use crate::config::{ConfigError, Effective, Loaded, Settings};
 use crate::domain::cursor::Identity;
-use crate::kafka::client::{CLIENT_MAX, creating};
+use crate::kafka::client::CLIENT_MAX;
 use crate::kafka::group::Group;
 use crate::kafka::librdkafka::topic_id;
 use crate::kafka::token;
@@ -37,8 +37,12 @@ const HANGUP_PAUSE: Duration = Duration::from_secs(5);
 /// Why clients are made anew.
 const OF_FILES: &str = "a file has changed";
 
-/// Reads settings and the files that clients read.
-static FILES: Blocking = Blocking::new();
+/// Reads the files that clients read.
+static FILES: LazyLock<Blocking> = LazyLock::new(Blocking::new);
+/// Reads settings: also while the files in use hang.
+static SETTINGS: LazyLock<Blocking> = LazyLock::new(Blocking::new);
+/// Makes clients that are tried out: their files may hang, and those in use must go on.
+static TRIED: LazyLock<Blocking> = LazyLock::new(Blocking::new);
 
 /// The settings that SIGHUP applies. The others need a restart.
 const APPLIED: [&str; 8] = [
@@ -196,7 +200,7 @@ impl Reload {
         // What an earlier SIGHUP has read is in the file no more.
         self.wanted = None;
         let load = Arc::clone(&on.load);
-        let read = FILES.within(READ_MAX, move || load().map_err(|error| error.to_string())).await;
+        let read = SETTINGS.within(READ_MAX, move || load().map_err(|error| error.to_string())).await;
         let mut read = match read.flatten() {
             Ok(read) => read,
             Err(error) => {
@@ -222,8 +226,6 @@ impl Reload {
             tracing::warn!(settings = left, "SIGHUP: these settings have changed and need a restart");
         }
         read.settings = settings;
-        // The next clients, also those that are tried out, wait for a new token.
-        token::forget();
         self.wanted = Some(read);
     }
 
@@ -231,6 +233,8 @@ impl Reload {
         let settings = changed(&self.running.effective, &next.effective, is_applied);
         if reason == "SIGHUP" {
             self.wanted = None;
+            // The next clients wait for a new token.
+            token::forget();
         } else {
             self.files_at = Instant::now() + FILES_PAUSE;
         }
@@ -273,7 +277,8 @@ async fn try_out(settings: &Settings, identity: &Identity) -> Result<(), String>
     let kafka = settings.kafka.clone();
     let ask = move || {
         kafka.password()?;
-        token::first_token(&kafka)?;
+        // Beside the one in use, which stays until the reload.
+        token::try_command(&kafka)?;
         let status = Arc::<StatusRegistry>::default();
         let (group, _end) = Group::new(&kafka, Vec::new(), Arc::clone(&status))
             .map_err(|error| format!("creating a Kafka client: {error}"))?;
@@ -283,7 +288,7 @@ async fn try_out(settings: &Settings, identity: &Identity) -> Result<(), String>
             format!("asking for the input topic: {reason}")
         })
     };
-    let found = creating(CLIENT_MAX, ask).await;
+    let found = TRIED.within(CLIENT_MAX, ask).await;
     let (found, _) = found.map_err(|error| format!("creating a Kafka client: {error}"))??;
     if found != identity.topic_id {
         return Err(format!("kafka.bootstrap_servers leads to another input topic, with id {found}"));

@@ -1,6 +1,7 @@
 //! Settings that every Kafka client of this program shares, and the one function that creates clients.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
@@ -123,7 +124,7 @@ pub async fn creating<T: Send + 'static>(
     limit: Duration,
     call: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, String> {
-    static CREATING: Blocking = Blocking::new();
+    static CREATING: LazyLock<Blocking> = LazyLock::new(Blocking::new);
     CREATING.within(limit, call).await
 }
 

@@ -244,6 +244,19 @@ pub fn authorize<C: ClientContext>(config: &ClientConfig, client: &Client<C>) {
     }
 }
 
+/// Runs the token command once, if one is set, beside whoever keeps its token.
+///
+/// # Errors
+/// Why it makes none.
+pub fn try_command(kafka: &KafkaSettings) -> Result<(), String> {
+    match kafka.token_command.as_slice() {
+        [] => Ok(()),
+        command => {
+            run(command).map(drop).map_err(|reason| format!("the token command created no token: {reason}"))
+        }
+    }
+}
+
 /// Waits for the first token, if a token command is set, so that creating a client does not wait for it.
 ///
 /// # Errors

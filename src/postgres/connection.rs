@@ -17,7 +17,7 @@ use tokio_postgres::{AsyncMessage, Client, Config, Connection, Socket};
 
 use crate::config::{Endpoint, EndpointError};
 use crate::domain::outcome::{FailureClass, class_of_sqlstate};
-use crate::secrets::{Blocking, READ_MAX, output_of};
+use crate::secrets::{READ_MAX, output_of};
 
 /// Timeout for opening a session: TCP, TLS, authentication, session settings. It also covers a server that
 /// accepts connections and then does not answer (stopped, out of memory).
@@ -237,12 +237,11 @@ impl Endpoint {
     }
 
     async fn open(&self) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
-        static FILES: Blocking = Blocking::new();
         let mut config = self.config.clone();
         let secrets = async {
             let endpoint = self.clone();
             let read = move || Ok((endpoint.password()?, endpoint.tls.connector()?));
-            let read = FILES.within(READ_MAX, read).await;
+            let read = self.files.within(READ_MAX, read).await;
             let (password, tls) = read.map_err(EndpointError::Unread).flatten()?;
             if let Some(password) = self.printed_password().await?.or(password) {
                 config.password(password);
@@ -258,7 +257,6 @@ impl Endpoint {
 
     /// The password that the password command prints at this moment; `None` without such a command.
     async fn printed_password(&self) -> Result<Option<String>, EndpointError> {
-        static COMMANDS: Blocking = Blocking::new();
         if self.password_command.is_empty() {
             return Ok(None);
         }
@@ -268,7 +266,7 @@ impl Endpoint {
             _ => {
                 let (command, variables) = (self.password_command.clone(), self.variables());
                 let run = move || output_of(&command, &variables, PASSWORD_MAX);
-                let output = COMMANDS.within(PASSWORD_MAX + READ_MAX, run).await.flatten();
+                let output = self.files.within(PASSWORD_MAX + READ_MAX, run).await.flatten();
                 let password = output.map(|output| output.trim_end_matches(['\r', '\n']).to_owned());
                 (
                     Instant::now(),
