@@ -184,7 +184,7 @@ mod tests {
         for _ in 0..3 * CALLS_MAX {
             assert!(read(soon).await.is_err_and(|error| error.contains("not done within")));
         }
-        assert_eq!(READS.0.available_permits(), 0);
+        assert_eq!(reads.0.available_permits(), 0);
 
         // WHEN the drive answers again, THEN files are read again
         let written = pipe.clone();
