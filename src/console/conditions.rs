@@ -304,8 +304,10 @@ pub const CONDITIONS: &[Condition] = &[
         (!found.is_empty()).then(|| (format!("tasks: {}", found.join(", ")), None))
     }),
     ticket("PaymentWriterMonthsMissing", "Months are missing", |o| {
-        // 0 until the database has answered.
-        let has_answered = o.metrics.max("payment_writer_housekeeping_last_pass_timestamp_seconds")? > 0.0;
+        // 0 until the database has answered, and the months of a new database are made.
+        let started = o.metrics.max("process_start_time_seconds").unwrap_or_default();
+        let has_answered = o.metrics.max("payment_writer_housekeeping_last_pass_timestamp_seconds")? > 0.0
+            && o.now.0 as f64 / 1_000.0 - started > 120.0;
         let ahead = o.metrics.max("payment_writer_months_ahead")?;
         (has_answered && ahead < 2.0)
             .then(|| (format!("{} of the next two months have partitions", number(ahead)), None))

@@ -257,7 +257,7 @@ fn files_on_a_drive_that_hangs_are_named_and_stop_neither_payments_nor_the_drain
         assert!(Command::new("mkfifo").arg(at(name)).status().unwrap().success());
     };
     hangs("ca.crt");
-    says(&daemon, 0, &["WARN", "those in use stay", &at("ca.crt"), "no answer within"]);
+    says(&daemon, 0, &["WARN", "those in use stay", &at("ca.crt"), "not done within"]);
     assert_eq!(daemon.metric(RELOADED, ""), 0.0);
     scope.feed(load.take(200));
     scope.wait_until_caught_up();
@@ -266,7 +266,7 @@ fn files_on_a_drive_that_hangs_are_named_and_stop_neither_payments_nor_the_drain
     hangs("pass");
     scope.cut_connections();
     wait_until_within(PATIENCE, "the reason is named", || {
-        missing(&daemon).contains("files of the Postgres URL: no answer within")
+        missing(&daemon).contains("files of the Postgres URL: not done within")
     });
 
     // WHEN the drive answers again, THEN payments go on
