@@ -1,8 +1,9 @@
-"""Compares docs/schemas with what the daemon does with the records of a topic, and with what it publishes. See `check`."""
+"""Compares docs/schemas with what the daemon does with records, and with what it publishes. See `check`."""
 
 import json
 import re
 import sys
+import uuid
 from collections import Counter, defaultdict
 from decimal import Decimal
 from pathlib import Path
@@ -74,7 +75,8 @@ def parse(value):
 
 def headers_of(record):
     """Headers as an object of texts; of repeated ones the last."""
-    return {name: value if value is None else value.decode("utf-8", "replace") for name, value in record.headers() or []}
+    return {name: None if value is None else value.decode("utf-8", "replace")
+            for name, value in record.headers() or []}
 
 
 def fields_of(errors):
@@ -110,6 +112,11 @@ def place(record):
     return f"{record.topic()} {record.partition()}/{record.offset()}"
 
 
+def beyond_schemas(verdict):
+    """The rule of BEYOND_SCHEMAS that a dead letter is about."""
+    return next((rule for rule in BEYOND_SCHEMAS if verdict["reason"] == rule[0] and rule[1] in verdict["detail"]), None)
+
+
 def compare_input(records, verdicts):
     """Each record: the schemas' verdict against the daemon's, in both directions."""
     payment, payment_headers = schema("payment"), schema("payment-headers")
@@ -126,23 +133,22 @@ def compare_input(records, verdicts):
             fail(f"{place(record)}: the daemon takes it, the schema does not: "
                  f"{[(list(error.path), error.validator) for error in errors + wrong_headers]}")
         if refused and accepted:
-            rule = next((rule for rule in BEYOND_SCHEMAS if verdict["reason"] == rule[0] and rule[1] in verdict["detail"]),
-                        None) or fail(f"{place(record)}: the schema takes it, the daemon does not: {said}")
+            rule = beyond_schemas(verdict) or fail(f"{place(record)}: the schema takes it, the daemon does not: {said}")
             beyond[rule] += 1
         if refused and not accepted:
             field = verdict["detail"].split(":")[0]
             of_field = verdict["reason"] in ("missing_field", "invalid_field")
-            # A record can break several rules. The daemon names the first one, which has to be one of the schema's, too,
-            # unless that is beyond it.
-            if of_field and field not in fields_of(errors) and not any(
-                    verdict["reason"] == rule[0] and rule[1] in verdict["detail"] for rule in BEYOND_SCHEMAS):
+            # A record can break several rules. The daemon names the first one, which has to be one of the schema's,
+            # too, unless that is beyond it.
+            if of_field and field not in fields_of(errors) and not beyond_schemas(verdict):
                 fail(f"{place(record)}: the daemon says {said}, the schema finds {sorted(fields_of(errors))}")
             both[verdict["reason"]] += 1
     for rule in BEYOND_SCHEMAS:
-        beyond[rule] or fail(f"no record was refused for {': '.join(rule)}: the list of BEYOND_SCHEMAS is too long, or "
-                             f"the records too few")
+        beyond[rule] or fail(f"no record was refused for {': '.join(rule)}: BEYOND_SCHEMAS is too long, or the records "
+                             "are too few")
     accepted = sum(verdict["outcome"] != "dead_lettered" for verdict in verdicts)
-    print(f"input: {len(verdicts)} records; taken by daemon and schemas: {accepted}; refused by both: {sum(both.values())} "
+    print(f"input: {len(verdicts)} records; taken by daemon and schemas: {accepted}; "
+          f"refused by both: {sum(both.values())} "
           f"({', '.join(f'{reason} {count}' for reason, count in sorted(both.items()))})")
     print(f"refused by the daemon alone, as the schema's description says: {sum(beyond.values())}")
     for (reason, detail), count in sorted(beyond.items()):
@@ -199,8 +205,8 @@ def compare_clients(records):
             clients[record.key()] += 1
             if not re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", headers["traceparent"]):
                 fail(f"{place(record)}: traceparent is not of W3C's form")
-            if headers["schema-version"] != "1":
-                fail(f"{place(record)}: schema-version")
+            if headers["schema-version"] != "1" or uuid.UUID(parse(record.value())["messageId"]).version != 7:
+                fail(f"{place(record)}: schema-version is not 1, or the id no UUIDv7")
     for key, numbers in partitions.items():
         len(numbers) == 1 or fail(f"account {key.decode()}: partitions {sorted(numbers)}")
     print(f"clients: {sum(clients.values())} records of {len(partitions)} accounts: each account is in one partition")
@@ -248,13 +254,15 @@ def compare_documents():
     contract = (REPOSITORY / "docs/reference/contract.md").read_text(encoding="utf-8")
     table = contract.split("| reason | when |")[1].split("\n\n")[0]
     reasons = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    if reasons != json.loads((SCHEMAS / "dead-letter-headers.schema.json").read_text())["properties"]["dlq-reason"]["enum"]:
+    if reasons != schema("dead-letter-headers").schema["properties"]["dlq-reason"]["enum"]:
         fail("dead-letter-headers.schema.json has not the reasons of docs/reference/contract.md")
-    print(f"pages: {len(quoted)} programs quoted exactly; asyncapi.yaml: {count} parts of examples valid; reasons: {len(reasons)}")
+    print(f"pages: {len(quoted)} programs quoted exactly; asyncapi.yaml: {count} parts of examples valid; "
+          f"reasons: {len(reasons)}")
 
 
 def send_edges(bootstrap_servers):
-    producer, sent = Producer({"bootstrap.servers": bootstrap_servers, "partitioner": "murmur2_random"}), 0
+    producer = Producer({"bootstrap.servers": bootstrap_servers, "partitioner": "murmur2_random"})
+    sent = 0
     for key, value in edges.messages():
         producer.produce(INPUT, value.encode("utf-8", "surrogatepass"), key=key)
         sent += 1

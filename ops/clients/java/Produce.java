@@ -7,6 +7,7 @@ import org.apache.kafka.clients.producer.KafkaProducer;
 import org.apache.kafka.clients.producer.ProducerRecord;
 import org.apache.kafka.common.KafkaException;
 import org.apache.kafka.common.errors.AuthorizationException;
+import org.apache.kafka.common.errors.OutOfOrderSequenceException;
 import org.apache.kafka.common.errors.ProducerFencedException;
 import org.apache.kafka.common.serialization.StringSerializer;
 
@@ -45,8 +46,8 @@ public class Produce {
                     producer.send(record);
                 }
                 producer.commitTransaction(); // throws if a record was not written
-            } catch (ProducerFencedException | AuthorizationException fatal) {
-                throw fatal; // another process has this transactional.id, or rights are missing: end this one
+            } catch (ProducerFencedException | OutOfOrderSequenceException | AuthorizationException fatal) {
+                throw fatal; // as if another process has this transactional.id, or rights are missing: end this one
             } catch (KafkaException error) {
                 producer.abortTransaction(); // then send the same payments again, with the same ids
                 throw error;

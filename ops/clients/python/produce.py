@@ -19,18 +19,18 @@ producer = Producer({
     "partitioner": "murmur2_random",
     "compression.type": "zstd",
 })
-delivered = 0
-
-
-def on_delivery(error, message):
-    """librdkafka can report a record as delivered that is not in the log; it has no offset then."""
-    global delivered
-    if error is None and message.offset() is not None and message.offset() >= 0:
-        delivered += 1
 
 
 def send(payments):
     """Sends payments in one transaction: all of them or none."""
+    delivered = 0
+
+    def on_delivery(error, message):
+        """librdkafka can report a record as delivered that is not in the log; it has no offset then."""
+        nonlocal delivered
+        if error is None and message.offset() is not None and message.offset() >= 0:
+            delivered += 1
+
     producer.begin_transaction()
     for n, (message_id, account, amount) in enumerate(payments):
         value = (f'{{"messageId":"{message_id}","amount":{amount},"status":2,"currency":"EUR",'

@@ -7,7 +7,8 @@ use rdkafka::config::ClientConfig;
 use rdkafka::message::{Header, Message, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext};
 
-/// How many records are in the log. librdkafka can report a record as delivered that is not; it has no offset then.
+/// How many records of the transaction are in the log. librdkafka can report one as delivered that is not; it then has
+/// no offset.
 #[derive(Default)]
 struct Delivered(AtomicUsize);
 
@@ -54,7 +55,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         producer.poll(Duration::ZERO);
     }
     producer.flush(timeout)?;
-    if producer.context().0.load(Ordering::Relaxed) != count {
+    if producer.context().0.swap(0, Ordering::Relaxed) != count {
         producer.abort_transaction(timeout)?;
         return Err("not all records are in the log: send the same payments again, with the same ids".into());
     }
