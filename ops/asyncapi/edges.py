@@ -1,15 +1,15 @@
-"""Payment messages at the borders of the rules, beside those that `payment-writer produce` makes. Each is a valid message
-with the text of one field replaced; which of them are valid, the daemon and the schema say."""
+"""Payment messages at the borders of the rules, beside those that `payment-writer produce` makes. Each is a valid
+message with the text of one field replaced; which of them are valid, the daemon and the schema say."""
 
 import secrets
 import time
 import uuid
 
 STRINGS = {
-    "messageId": ["{upper}", "{upper}\\n", "{{{id}}}", "urn:uuid:{id}", "{simple}", "0{ulid}", "{ulid}\\n", "8{ulid_tail}",
-                  "00000000000000000000000000", "00000000-0000-0000-0000-000000000001", ""],
-    "amount": ["10.50", "1E+3", "0", "0.00", "0e5", "-1", "+1", " 1", "1 ", "1.", ".5", "01", "1\\n", "1e14", "1e13", "0x1",
-               "NaN", "99999999999999.99", "100000000000000", "1.001", "1.000", ""],
+    "messageId": ["{upper}", "{upper}\\n", "{{{id}}}", "urn:uuid:{id}", "{simple}", "0{ulid}", "{ulid}\\n",
+                  "8{ulid_tail}", "00000000000000000000000000", "00000000-0000-0000-0000-000000000001", ""],
+    "amount": ["10.50", "1E+3", "0", "0.00", "0e5", "-1", "+1", " 1", "1 ", "1.", ".5", "01", "1\\n", "1e14", "1e13",
+               "0x1", "NaN", "99999999999999.99", "100000000000000", "1.001", "1.000", ""],
     "currency": ["EUR", "eur", "EURO", "EUR ", "XAU", "BGN", ""],
     "type": ["BWI", "bwi", "BWI ", ""],
     "comment": ["", "\U0001f4b6" * 1000, "\U0001f4b6" * 1001, "\\ud83d\\udcb6", "a\\u0000", "\\u0001"],
@@ -18,17 +18,19 @@ STRINGS = {
 OTHERS = {
     "messageId": ["null", "7", "[]"],
     "custId": ["0", "-0", "9223372036854775807", "9223372036854775808", "1.0", "1e1", "null", "true", "{{}}"],
-    "amount": ["1E+3", "0.01", "0.0", "-0.01", "99999999999999.99", "1e14", "1.001", "1.000", "1e-400", "1e400", "null", "[1]"],
+    "amount": ["1E+3", "0.01", "0.0", "-0.01", "99999999999999.99", "1e14", "1.001", "1.000", "1e-400", "1e400",
+               "null", "[1]"],
     "currency": ["null", "978"],
     "status": ["2", "0", "-2", "-0", "2.0", "2e0", "1", "\"2\"", "null"],
     "type": ["null", "1"],
     "comment": ["null", "1", "[]"],
     "externalRefId": ["null", "false"],
-    "unknown": ["{{\"a\":[1,{{\"b\":null}}]}}", "[" * 31 + "]" * 31, "[" * 32 + "]" * 32, "{{\"a\":1,\"a\":2}}", "\"\\udc00\"",
-                "1e999", "01", "NaN", "\"\t\""],
+    "unknown": ["{{\"a\":[1,{{\"b\":null}}]}}", "[" * 31 + "]" * 31, "[" * 32 + "]" * 32, "{{\"a\":1,\"a\":2}}",
+                "\"\\udc00\"", "1e999", "01", "NaN", "\"\t\""],
 }
 # Values as they are.
-WHOLE = ["[]", "null", "\"text\"", "{{}}", "{{}}{{}}", "{{\"messageId\":1,\"messageId\":2}}", "\ufeff{good}", " {good}\n"]
+WHOLE = ["[]", "null", "\"text\"", "{{}}", "{{}}{{}}", "{{\"messageId\":1,\"messageId\":2}}", "\ufeff{good}",
+         " {good}\n"]
 BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
