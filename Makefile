@@ -95,7 +95,7 @@ upgrade: ## test upgrade and rollback between an earlier commit and this tree un
 	cargo test --locked --features failpoints --test it -- --ignored --exact upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated
 
 .PHONY: asyncapi-check
-asyncapi-check: ## compare docs/asyncapi.yaml, docs/schemas and the programs of the guides with the daemon and a broker: COUNT=3000 PROGRAM=FILE; needs node and go; five minutes
+asyncapi-check: ## compare docs/asyncapi.yaml, docs/schemas and the programs of the guides with the daemon and a broker: COUNT=3000 PROGRAM=FILE; needs Node and Go; minutes on a quiet machine
 	@dev/install
 	@dev/servers install
 	@$(if $(PROGRAM),true,cargo build --locked --release --bin payment-writer)
