@@ -94,6 +94,14 @@ upgrade: ## test upgrade and rollback between an earlier commit and this tree un
 	PAYMENT_WRITER_FORMER_PROGRAM=$$former \
 	cargo test --locked --features failpoints --test it -- --ignored --exact upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated
 
+.PHONY: asyncapi-check
+asyncapi-check: ## compare docs/asyncapi.yaml, docs/schemas and the programs of the guides with the daemon and a broker: COUNT=3000 PROGRAM=FILE; needs Node and Go; minutes on a quiet machine
+	@dev/install
+	@dev/servers install
+	@$(if $(PROGRAM),true,cargo build --locked --release --bin payment-writer)
+	COUNT=$(COUNT) PROGRAM=$(PROGRAM) ops/asyncapi/check >docs/evidence/asyncapi-check.log 2>&1; \
+	    result=$$?; cat docs/evidence/asyncapi-check.log; exit $$result
+
 .PHONY: compat
 PAIRS ?= 3.7.2/15 3.9.1/16 4.0.0/17 /18
 compat: ## test kills and rebalances with other versions of Kafka and Postgres: PAIRS="3.9.1/16 /18"; without a version of Kafka, that of dev/pom.xml; ten minutes
