@@ -66,7 +66,7 @@ const BROKEN_MAX: u64 = 20;
 const VIRTUAL_TIME_MAX: Duration = Duration::from_secs(24 * 3_600);
 
 /// Real time of a history, which usually takes milliseconds. Ends a loop that makes no step and never yields.
-const REAL_TIME_MAX: Duration = Duration::from_secs(240);
+const REAL_TIME_MAX: Duration = Duration::from_secs(600);
 
 fn in_world<F: Future>(work: F) -> F::Output {
     in_world_named("", work)
