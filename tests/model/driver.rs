@@ -1,10 +1,13 @@
 //! Drives one history: the group coordinator, operators and faults around a few processes.
 
 use std::collections::BTreeSet;
+use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -22,7 +25,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::oracle;
 use crate::ports::{ModelLedger, ModelLog};
 use crate::records::{Generator, PAYMENT_BYTES_MAX};
-use crate::world::{Database, Handle, Item, LaneHandle, Plan, Shared, Who, World};
+use crate::world::{Database, Handle, Item, LaneHandle, Plan, STEPS_AT_ONCE_MAX, Shared, Who, World};
 
 /// Time that the group waits for a lane to give up revoked partitions.
 const REVOKE_WAIT: Duration = Duration::from_secs(10);
@@ -222,7 +225,12 @@ impl Driver {
             let lane = Lane::new(settings, log, store, receiver, Arc::clone(&status)).with_jitter(jitter);
             let shared = Rc::clone(&self.shared);
             lanes.push(spawn_local(async move {
-                let ended = AssertUnwindSafe(lane.run()).catch_unwind().await;
+                let mut running = pin!(AssertUnwindSafe(lane.run()).catch_unwind());
+                let ended = poll_fn(|context| {
+                    let may_run = shared.world.borrow_mut().step(|| format!("a poll of {who:?}"));
+                    if may_run { running.as_mut().poll(context) } else { Poll::Pending }
+                })
+                .await;
                 let mut world = shared.world.borrow_mut();
                 match ended {
                     Ok(Ok(())) => world.note(|| format!("{who:?} drained")),
@@ -352,6 +360,13 @@ impl Driver {
     pub async fn pause(&mut self, duration: Duration) {
         let until = Instant::now() + duration;
         loop {
+            {
+                let mut world = self.world();
+                world.step(|| format!("a pause of {duration:?}"));
+                // After a failure a pause takes no time, so a test that waits for something would never end.
+                let is_endless = world.failure.is_some() && world.steps_at_once > 2 * STEPS_AT_ONCE_MAX;
+                assert!(!is_endless, "the test goes on after a failure: {:?}", world.failure);
+            }
             self.tick();
             if Instant::now() >= until || self.is_broken() {
                 return;

@@ -13,6 +13,9 @@
 //! model whatever -- --nocapture` replays one and prints all its steps; `MODEL_SEEDS=100000` runs more of
 //! them, `MODEL_FROM=2000` starts at that seed.
 //!
+//! Every history ends: by a limit on its steps, on its steps while no virtual time passes, on its virtual time, and
+//! on its real time. A history that reaches one of them has failed.
+//!
 //! `make mutants` applies each mutation in `tests/model/mutants/` to a copy of the sources, and checks that the
 //! model notices it.
 //!
@@ -32,13 +35,15 @@ mod ports;
 mod records;
 mod world;
 
+use std::io::Write;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use payment_writer::domain::cursor::HaltReason;
 use payment_writer::domain::record::NextOffset;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::driver::{Driver, Setup, Stats};
 use crate::world::{Fault, Plan};
@@ -54,16 +59,38 @@ enum Kind {
     Mixed,
 }
 
-/// After this many failed histories the rest is not run.
-const BROKEN_MAX: usize = 20;
+/// After this many failed histories the rest is not run; `MODEL_BROKEN_MAX` is another number.
+const BROKEN_MAX: u64 = 20;
+
+/// Virtual time of a history. It passes at once when everything waits for something that never comes.
+const VIRTUAL_TIME_MAX: Duration = Duration::from_secs(24 * 3_600);
+
+/// Real time of a history, which usually takes milliseconds. Ends a loop that makes no step and never yields.
+const REAL_TIME_MAX: Duration = Duration::from_secs(600);
 
 fn in_world<F: Future>(work: F) -> F::Output {
+    in_world_named("", work)
+}
+
+fn in_world_named<F: Future>(name: &str, work: F) -> F::Output {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
         .expect("a runtime");
-    tokio::task::LocalSet::new().block_on(&runtime, work)
+    let its_name = format!("{} {name}", std::thread::current().name().unwrap_or_default());
+    let (_ended, end) = mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        if end.recv_timeout(REAL_TIME_MAX) == Err(mpsc::RecvTimeoutError::Timeout) {
+            // Such a thread can only be ended with its process. `eprintln!` would be captured and lost.
+            let _ = writeln!(std::io::stderr(), "panicked at {its_name}: no end after {REAL_TIME_MAX:?}");
+            std::process::exit(101);
+        }
+    });
+    tokio::task::LocalSet::new().block_on(&runtime, async {
+        let ended = timeout(VIRTUAL_TIME_MAX, work).await;
+        ended.unwrap_or_else(|_| panic!("{name}: no end after {VIRTUAL_TIME_MAX:?} of virtual time"))
+    })
 }
 
 fn setup_of(seed: u64) -> (Setup, Kind) {
@@ -170,10 +197,11 @@ fn whatever_happens_each_record_has_one_outcome_once() {
         None => number("MODEL_FROM").unwrap_or(0)..number("MODEL_SEEDS").unwrap_or(2_000),
     };
     let is_replay = number("MODEL_SEED").is_some();
+    let broken_max = number("MODEL_BROKEN_MAX").unwrap_or(BROKEN_MAX);
     let mut totals = Stats::default();
     let mut broken = Vec::new();
     for seed in seeds {
-        let stats = in_world(history(seed, is_replay));
+        let stats = in_world_named(&format!("seed {seed}"), history(seed, is_replay));
         if is_replay {
             println!("{}", stats.trace.join("\n"));
         }
@@ -188,7 +216,7 @@ fn whatever_happens_each_record_has_one_outcome_once() {
         if let Some(breach) = stats.breach {
             broken.push((seed, breach));
             // A history that does not come to rest takes far longer than others, and more of them show no more.
-            if broken.len() == BROKEN_MAX {
+            if broken.len() as u64 == broken_max {
                 break;
             }
         }
@@ -452,7 +480,7 @@ fn a_lane_that_learns_too_late_that_it_lost_a_partition_publishes_nothing_of_it(
 fn at_every_call(fault: Fault) {
     for k in 1.. {
         let at = Some((k, Some(fault)));
-        let stats = in_world(small_history(at, false));
+        let stats = in_world_named(&format!("{fault:?} at call {k}"), small_history(at, false));
         if let Some(breach) = stats.breach {
             println!("{}", in_world(small_history(at, true)).trace.join("\n"));
             panic!("{fault:?} at call {k}: {breach}");

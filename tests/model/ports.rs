@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::world::{CALLS_MAX, Fault, Item, Message, OpenTxn, Shared, Who};
+use crate::world::{Fault, Item, Message, OpenTxn, Shared, Who};
 
 /// After this time the lane gives up a hanging publisher.
 const WATCHDOG: Duration = Duration::from_secs(25);
@@ -184,15 +184,9 @@ impl ModelLog {
         self.shared.world.borrow_mut().members[self.who.member].threads.push(task.abort_handle());
     }
 
-    /// Detects an endless fetch loop, which ends the history.
-    fn spins(&self) -> bool {
-        let mut world = self.shared.world.borrow_mut();
-        world.calls += 1;
-        if world.calls > CALLS_MAX {
-            let who = self.who;
-            world.fail(format!("stuck: {who:?} fetches endlessly"));
-        }
-        world.calls > CALLS_MAX
+    /// Counts a step that is no call.
+    fn step(&self, name: &str) -> bool {
+        self.shared.world.borrow_mut().step(|| format!("{name} by {:?}", self.who))
     }
 
     fn has_news(&self) -> bool {
@@ -375,14 +369,16 @@ impl KafkaPort for ModelLog {
         self.reply("stop reply", is_lost).await
     }
 
-    fn listen(&self) {}
+    fn listen(&self) {
+        self.step("listen");
+    }
 
     fn abandon_fetcher(&mut self) {
         self.fetches.clear();
     }
 
     async fn fetch(&mut self, buffer: &mut FetchBuffer, wait: Duration) {
-        if self.spins() {
+        if !self.step("fetch") {
             std::future::pending::<()>().await;
         }
         self.shared.thaw(self.who).await;

@@ -23,8 +23,10 @@ use crate::records::Record;
 
 /// Transaction timeout: the coordinator aborts a transaction that stays open for longer.
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(15);
-/// More calls than this in one history mean an endless loop.
-pub const CALLS_MAX: u64 = 60_000;
+/// More steps than this in one history mean an endless loop. The longest take 16,000.
+const STEPS_MAX: u64 = 100_000;
+/// The same while no virtual time passes: none does while a task is always ready. The longest take 500.
+pub const STEPS_AT_ONCE_MAX: u64 = 5_000;
 
 /// One offset of a partition's log.
 #[derive(Clone, Debug)]
@@ -271,7 +273,11 @@ pub struct World {
     pub plan: Plan,
     /// Number of calls at which a fault may happen.
     pub points: u64,
-    pub calls: u64,
+    /// Calls, polls of lanes, and pauses of the driver.
+    pub steps: u64,
+    /// Those since virtual time last passed.
+    pub steps_at_once: u64,
+    last_step_at: Instant,
     pub faults: u64,
     /// Lanes with a database transaction in progress.
     pub writing: BTreeSet<Who>,
@@ -339,7 +345,9 @@ impl World {
             began: Instant::now(),
             plan,
             points: 0,
-            calls: 0,
+            steps: 0,
+            steps_at_once: 0,
+            last_step_at: Instant::now(),
             faults: 0,
             writing: BTreeSet::new(),
             taken_ahead: 0,
@@ -388,6 +396,27 @@ impl World {
         self.failure.get_or_insert(text);
     }
 
+    /// Counts a step. Returns whether there may be more: too many fail the history, as something repeats without
+    /// end.
+    pub fn step(&mut self, name: impl FnOnce() -> String) -> bool {
+        let now = Instant::now();
+        if now != self.last_step_at {
+            self.steps_at_once = 0;
+            self.last_step_at = now;
+        }
+        self.steps_at_once += 1;
+        self.steps += 1;
+        let max = if self.steps > STEPS_MAX {
+            format!("{STEPS_MAX} steps")
+        } else if self.steps_at_once > STEPS_AT_ONCE_MAX {
+            format!("{STEPS_AT_ONCE_MAX} steps in no time")
+        } else {
+            return true;
+        };
+        self.fail(format!("stuck: more than {max}, the last one {}", name()));
+        false
+    }
+
     pub fn is_alive(&self, who: Who) -> bool {
         let member = &self.members[who.member];
         member.is_up && member.incarnation == who.incarnation
@@ -396,9 +425,7 @@ impl World {
     /// Counts one call, and draws its fault.
     fn draw(&mut self, who: Who, name: &str) -> Fault {
         self.points += 1;
-        self.calls += 1;
-        if self.calls > CALLS_MAX {
-            self.fail(format!("stuck: more than {CALLS_MAX} calls, the last one {name} by {who:?}"));
+        if !self.step(|| format!("{name} by {who:?}")) {
             return Fault::Crash;
         }
         let mut fault = match self.plan.at {
