@@ -232,7 +232,7 @@ export function peers(state) {
   rows(byId("peer-rows"), state.peers, (peer) => peer.address, [
     { header: true, fill: (cell, peer) => {
       if (!cell.firstChild) cell.append(element("span", "line"), element("span", "muted small"));
-      setText(cell.firstChild, peer.instance ?? peer.address);
+      setText(cell.firstChild, peer.instance || peer.address);
       setText(cell.lastChild, peer.instance ? peer.address : "");
     } },
     { className: "word-cell", text: (peer) => (peer.error === null ? LEVELS[peer.level] ?? peer.level : "? no answer") },
@@ -240,7 +240,7 @@ export function peers(state) {
     { className: "n", text: (peer) => (peer.error === null ? count(peer.partitions) : "–") },
     { className: "n", text: (peer) => (peer.error === null ? count(peer.lag_records) : "–") },
     { className: "n", text: (peer) => (peer.error === null ? seconds(peer.oldest_seconds) : "–") },
-    { text: (peer) => peer.version ?? "–" },
+    { text: (peer) => peer.version || "–" },
   ], (row, peer) => setAttribute(row, "data-level", peer.error !== null || peer.level === "warn" ? "warn" : peer.level === "bad" ? "bad" : null));
   const away = state.peers.filter((peer) => peer.error !== null || peer.level === "bad").length;
   badge("nav-peers", away > 0 ? `▲ ${away}` : "", "warn");

@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use super::About;
 use super::source::Source;
 use super::status::{HaltedRow, Level, PartitionRow, StatusAnswer, Summary};
+use super::summary::counted;
 use crate::config::read_token;
 
 /// How old an answer may be.
@@ -176,11 +177,13 @@ impl Peers {
         let worst =
             self.rows.iter().map(|row| if row.error.is_some() { Level::Warn } else { row.level }).max();
         summary.level = summary.level.max(worst.unwrap_or_default());
-        for (count, what) in
-            [(away, "of the other daemons do not answer"), (bad, "of the other daemons have a fault")]
+        for (count, one, several) in
+            [(away, "does not answer", "do not answer"), (bad, "has a fault", "have a fault")]
         {
             if count > 0 {
-                summary.text = format!("{}. {count} {what}", summary.text);
+                let (who, what) =
+                    (counted(count as u64, "other daemon"), if count == 1 { one } else { several });
+                summary.text = format!("{}. {who} {what}", summary.text);
             }
         }
     }

@@ -269,7 +269,7 @@ fn rate(a_second: f64, noun: &str) -> String {
 }
 
 /// `1 partition`, `1,012 partitions`
-fn counted(count: u64, noun: &str) -> String {
+pub(super) fn counted(count: u64, noun: &str) -> String {
     format!("{} {noun}{}", grouped(count), if count == 1 { "" } else { "s" })
 }
 

@@ -1,4 +1,7 @@
-//! The console's answers, without a browser.
+//! The console's answers, without a browser, and its page in one.
+
+mod browser;
+mod chromium;
 
 use std::net::SocketAddr;
 

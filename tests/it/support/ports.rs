@@ -5,9 +5,9 @@
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU16, Ordering};
 
-/// Below the ports that `dev/servers` uses, see `free_port` in `dev/processes`.
-const FIRST: u16 = 10_000;
-const COUNT: u16 = 5_000;
+/// Below the ports that `dev/servers` uses, see `free_port` in `dev/processes`, and above 10080, which browsers refuse.
+const FIRST: u16 = 10_081;
+const COUNT: u16 = 4_919;
 
 static NEXT: AtomicU16 = AtomicU16::new(0);
 
