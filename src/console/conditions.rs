@@ -290,8 +290,19 @@ pub const CONDITIONS: &[Condition] = &[
         (age > 691_200_000).then(|| (format!("the last complete pass began {} ago", duration(age)), None))
     }),
     ticket("PaymentWriterHorizonHeld", "Nothing is pruned", |o| {
-        above(o.metrics.sum("payment_writer_horizon_held", &[]), 0.0, |_| {
-            "it cannot be determined up to when everything is written".to_owned()
+        // Held for a moment by each halted partition.
+        let known = ["payment_writer_horizon_timestamp_seconds", "process_start_time_seconds"];
+        let since = known.iter().filter_map(|name| o.metrics.max(name)).fold(0.0, f64::max) * 1_000.0;
+        let is_held = o.metrics.sum("payment_writer_horizon_held", &[]) > 0.0;
+        let lasted = o.now.0 - since as i64;
+        (is_held && lasted > 6 * 60 * MINUTE_MS).then(|| {
+            (
+                format!(
+                    "for {} it could not be determined up to when everything is written",
+                    duration(lasted)
+                ),
+                None,
+            )
         })
     }),
     ticket("PaymentWriterDefaultPartitionRows", "Rows are in default partitions", |o| {

@@ -103,7 +103,7 @@ fn the_sentence_is_raised_to_the_worst_condition_and_names_it() {
     );
     let (history, times, increases) = (History::default(), BTreeMap::new(), Increases::default());
     let observed = Observed {
-        now: TimestampMs(0),
+        now: TimestampMs(100_000_000),
         metrics: &metrics,
         history: &history,
         missing: &[],
