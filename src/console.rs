@@ -32,6 +32,7 @@ use self::samples::Samples;
 use self::status::{LaneRow, PartitionRow, Problem, Summary};
 use self::summary::Facts;
 use crate::config::Settings;
+use crate::domain::outcome::FailureClass;
 use crate::domain::record::{Partition, TimestampMs};
 use crate::housekeeping::Task;
 use crate::telemetry::logging::LogHandle;
@@ -132,7 +133,8 @@ impl Console {
         let row = |(partition, of): (Partition, _)| PartitionRow::new(partition, &of, instance, *lanes, now);
         let partitions: Vec<PartitionRow> = status.partitions().into_iter().map(row).collect();
         let lanes = status::lanes(status, &partitions, *lanes);
-        let (reasons, since) = (status.missing(), self.history.missing_since());
+        let reasons = status.missing().into_iter().map(|(what, reason)| (what, without_class(reason)));
+        let (reasons, since): (BTreeMap<_, _>, _) = (reasons.collect(), self.history.missing_since());
         let seconds = self.history.last(10);
         let oldest_ms = status.oldest_pending_ms(now);
         let missing: Vec<_> = reasons
@@ -374,6 +376,16 @@ impl Console {
     }
 }
 
+/// Without the failure's class at its end, which the log has, and which says nothing to who looks at the page.
+fn without_class(mut reason: String) -> String {
+    let is_class =
+        |text: &str| FailureClass::VARIANTS.iter().any(|class| text == format!("({})", class.as_str()));
+    if let Some((text, _)) = reason.rsplit_once(' ').filter(|(_, last)| is_class(last)) {
+        reason.truncate(text.len());
+    }
+    reason
+}
+
 /// One row for each partition: that of this process if it has one, else the newest one. While a partition changes hands,
 /// two daemons may show it.
 fn all_partitions(own: &Own, peers: &Peers) -> Vec<PartitionRow> {
@@ -391,4 +403,20 @@ fn all_partitions(own: &Own, peers: &Peers) -> Vec<PartitionRow> {
 fn utc(at: TimestampMs) -> String {
     let time = jiff::Timestamp::from_millisecond(at.0).unwrap_or_default();
     time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_shown_without_its_class() {
+        for (reason, expected) in [
+            ("refused (os error 111) (passing)", "refused (os error 111)"),
+            ("refused (os error 111)", "refused (os error 111)"),
+            ("not asked yet", "not asked yet"),
+        ] {
+            assert_eq!(without_class(reason.to_owned()), expected);
+        }
+    }
 }

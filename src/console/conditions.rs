@@ -249,14 +249,23 @@ pub const CONDITIONS: &[Condition] = &[
         let count = o.increases.recent("fetch faults", count)?;
         Some((format!("{} times since the start; they were found and read", number(count)), None))
     }),
-    page("PaymentWriterDatabaseAway", "The database is away", |o| missing(o, "database")),
-    page("PaymentWriterBrokerAway", "Kafka is away", |o| missing(o, "broker")),
+    page("PaymentWriterDatabaseAway", "The database does not answer, or refuses", |o| missing(o, "database")),
+    page("PaymentWriterBrokerAway", "Kafka does not answer, or refuses", |o| missing(o, "broker")),
     ticket("PaymentWriterThrottled", "Kafka's quota throttles", |o| {
         let recent = o.history.last(MINUTE);
         let rate = recent.per_second(recent.throttled_ms);
         (rate > THROTTLED_MS_PER_SECOND).then(|| {
+            let clients =
+                o.metrics.labels_above("payment_writer_kafka_throttled_milliseconds_total", &[], "client");
             let since = o.history.since(MINUTE, |_, throttled| throttled > 0);
-            (format!("{} ms in each second, summed over all answers", number(rate)), since)
+            (
+                format!(
+                    "clients wait {} ms in each second, summed over all of them: {}",
+                    number(rate),
+                    clients.join(", ")
+                ),
+                since,
+            )
         })
     }),
     ticket("PaymentWriterDatabaseSaturated", "The database limits the throughput", |o| {

@@ -65,7 +65,8 @@ struct Point {
     /// Cores used.
     cpu: f32,
     resident_bytes: u64,
-    /// Share of the time of the lanes with partitions, by phase; those of database and Kafka overlap.
+    /// Share of the time of the lanes with partitions, by phase; those of database and Kafka overlap. A phase counts when
+    /// it ends, as a whole second at most.
     phases: [f32; LanePhase::ALL.len()],
     /// How long brokers throttled the clients, summed over their answers.
     throttled_ms: u32,
@@ -230,7 +231,7 @@ fn point(before: &Totals, after: &Totals, status: &StatusRegistry, lanes: usize,
         is_ready: status.missing().is_empty(),
         cpu: (after.cpu.saturating_sub(before.cpu).as_secs_f64() / seconds) as f32,
         resident_bytes: resident_bytes(),
-        phases: after.work.phases_since(&before.work).map(|spent| (spent / lane_seconds) as f32),
+        phases: after.work.phases_since(&before.work).map(|spent| (spent / lane_seconds).min(1.0) as f32),
         throttled_ms: u32::try_from(after.throttled_ms.saturating_sub(before.throttled_ms))
             .unwrap_or(u32::MAX),
         partitions: u16::try_from(partitions.values().flatten().count()).unwrap_or(u16::MAX),

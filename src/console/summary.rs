@@ -193,10 +193,19 @@ impl Facts<'_> {
         for letter in self.dead_letters.iter().filter(|letter| letter.at.0 > self.now.0 - 60_000) {
             *reasons.entry(letter.reason.as_str()).or_default() += 1;
         }
-        let reason = reasons.into_iter().max_by_key(|(_, count)| *count).map(|(reason, _)| reason);
-        let reason = reason.map(|reason| format!(", mostly {reason}")).unwrap_or_default();
+        let all: usize = reasons.values().sum();
+        let most = reasons.iter().max_by_key(|(_, count)| **count);
+        let reason = match most {
+            Some((reason, _)) if reasons.len() == 1 => format!(", all {reason}"),
+            Some((reason, count)) if count * 2 > all => format!(", mostly {reason}"),
+            Some(_) => format!(", for {} reasons", reasons.len()),
+            None => String::new(),
+        };
+        let Recent { outcomes, .. } = self.minute;
+        let records = outcomes.written + outcomes.duplicates + outcomes.redelivered + count;
+        let share = format!("{:.0} % of the records", count as f64 * 100.0 / records as f64);
         let text = format!(
-            "{} in the last minute{reason}; they are kept in the dead-letter topic",
+            "{} in the last minute ({share}){reason}; they are kept in the dead-letter topic",
             counted(count, "dead letter")
         );
         Some((Level::Warn, text))

@@ -174,7 +174,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
         (
             Case {
                 minute: Recent {
-                    outcomes: OutcomeCounts { dead_letters: 3, ..OutcomeCounts::default() },
+                    outcomes: OutcomeCounts { written: 97, dead_letters: 3, ..OutcomeCounts::default() },
                     ..Recent::default()
                 },
                 dead_letters: vec![
@@ -188,7 +188,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
                 ..Case::default()
             },
             Level::Warn,
-            format!("3 dead letters in the last minute, mostly malformed_json; they are kept in the dead-letter topic. {flow}"),
+            format!("3 dead letters in the last minute (3 % of the records), mostly malformed_json; they are kept in the dead-letter topic. {flow}"),
         ),
         (
             Case {
