@@ -36,7 +36,12 @@ fn the_console_says_what_flows_what_was_refused_and_what_the_database_holds() {
     // THEN its state has what happened
     assert_eq!((&shown["version"].is_string(), &shown["missing"]), (&true, &Value::Array(Vec::new())));
     let text = shown["summary"]["text"].as_str().unwrap();
-    assert!(text.contains("1 dead letter in the last minute (5 % of the records), all unsupported_schema_version"), "{text}");
+    assert!(
+        text.contains(
+            "1 dead letter in the last minute (5 % of the records), all unsupported_schema_version"
+        ),
+        "{text}"
+    );
     assert_eq!(shown["outcomes"][0]["total"], 20);
     let letters = shown["dead_letters"]["last"].as_array().unwrap();
     let by_reason = &shown["dead_letters"]["by_reason"];
