@@ -97,16 +97,17 @@ fn trials_a_lane_that_waits_for_a_lock_does_not_blame_the_client() {
     scope.feed(load.take(200));
     scope.wait_until_caught_up();
     std::thread::scope(|threads| {
-        threads.spawn(|| {
+        let lock = threads.spawn(|| {
             scope.execute(
                 "BEGIN; LOCK TABLE payment_writer.payment_core IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(50); COMMIT",
             );
         });
         // WHEN records arrive one after the other
-        for _ in 0..40 {
+        scope.feed(load.take(20));
+        tells(&daemon, "a lock is held by the session with pid");
+        while !lock.is_finished() {
             scope.feed(load.take(20));
         }
-        tells(&daemon, "a lock is held by the session with pid");
     });
 
     // THEN everything is written, and the client was not replaced
