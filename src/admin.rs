@@ -213,7 +213,8 @@ async fn status(State(shared): State<Shared>) -> Response {
 
 fn answer_status(shared: &Shared, metrics: &str) -> Value {
     let (own, about) = (shared.console.own(metrics), &shared.console.about);
-    let missing: BTreeMap<_, _> = own.missing.iter().map(|(what, reason, _)| (*what, reason)).collect();
+    // As in `/readyz`, with the failure's class.
+    let missing = shared.status.missing();
     let partitions: BTreeMap<String, _> =
         own.partitions.iter().map(|row| (row.partition.to_string(), row)).collect();
     let totals = shared.status.totals();

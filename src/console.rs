@@ -79,7 +79,7 @@ pub struct Own {
     /// How things are.
     pub summary: Summary,
     /// What is missing: name, reason, since when.
-    pub missing: Vec<(&'static str, String, TimestampMs)>,
+    missing: Vec<(&'static str, String, TimestampMs)>,
     /// Its partitions.
     pub partitions: Vec<PartitionRow>,
     conditions: Vec<Answered>,

@@ -32,13 +32,12 @@ fn each_alert_is_answered_with_its_severity_or_cannot_be() {
     assert_eq!(known, expected);
 }
 
-/// The conditions that hold.
-fn holding<'o>(metrics: &str, change: impl FnOnce(&mut Observed<'o>)) -> Vec<(&'static str, String)> {
-    let (metrics, history) = (Box::leak(Box::new(Samples::parse(metrics))), Box::leak(Box::default()));
-    let mut observed = Observed {
+/// What a daemon with these metrics observes, to which nothing has happened.
+fn observed<'o>(metrics: &str) -> Observed<'o> {
+    Observed {
         now: TimestampMs(1_000_000_000),
-        metrics,
-        history,
+        metrics: Box::leak(Box::new(Samples::parse(metrics))),
+        history: Box::leak(Box::default()),
         missing: &[],
         partitions: &[],
         dead_letters: &[],
@@ -46,7 +45,12 @@ fn holding<'o>(metrics: &str, change: impl FnOnce(&mut Observed<'o>)) -> Vec<(&'
         increases: Box::leak(Box::default()),
         oldest_ms: 0,
         lag: 0,
-    };
+    }
+}
+
+/// The conditions that hold.
+fn holding<'o>(metrics: &str, change: impl FnOnce(&mut Observed<'o>)) -> Vec<(&'static str, String)> {
+    let mut observed = observed(metrics);
     change(&mut observed);
     let answers = answers(&observed);
     assert!(answers.is_sorted_by_key(|answer| !answer.holds));
@@ -97,23 +101,10 @@ fn a_condition_holds_by_what_the_daemon_observes() {
 
 #[test]
 fn the_sentence_is_raised_to_the_worst_condition_and_names_it() {
-    let metrics = Samples::parse(
+    let observed = observed(
         "payment_writer_audit_records_total{result=\"unaccounted\"} 2\npayment_writer_horizon_held 1\n\
          payment_writer_default_partition_rows 3",
     );
-    let (history, times, increases) = (History::default(), BTreeMap::new(), Increases::default());
-    let observed = Observed {
-        now: TimestampMs(100_000_000),
-        metrics: &metrics,
-        history: &history,
-        missing: &[],
-        partitions: &[],
-        dead_letters: &[],
-        dead_letter_times: &times,
-        increases: &increases,
-        oldest_ms: 0,
-        lag: 0,
-    };
     assert!(is_at_risk(&observed));
     let mut summary = Summary { level: Level::Ok, text: "Idle".to_owned() };
     add_to(&mut summary, &answers(&observed));
