@@ -4,9 +4,14 @@ use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use fantoccini::error::CmdError;
+use fantoccini::wd::WebDriverCompatibleCommand;
+use fantoccini::{Client, ClientBuilder};
+use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use ureq::Agent;
+use tokio::runtime::{Builder, Runtime};
+use url::{ParseError, Url};
 
 use crate::support::wait_until;
 
@@ -29,9 +34,9 @@ const ARGUMENTS: [&str; 8] = [
 
 /// A page of a daemon in a browser of its own. If the test is failing, what it shows is printed at the end.
 pub struct Browser {
-    agent: Agent,
-    /// Address of its commands.
-    session: String,
+    runtime: Runtime,
+    /// Until the browser is started, and after its end, there is none.
+    client: Option<Client>,
     driver: Child,
     dir: TempDir,
 }
@@ -59,10 +64,8 @@ impl Browser {
             .stderr(Stdio::null())
             .spawn();
         let driver = driver.expect("setpriv starts chromedriver; `dev/install --browser` brings both");
-        let config =
-            Agent::config_builder().timeout_global(Some(LIMIT)).proxy(None).http_status_as_error(false);
-        let agent = Agent::new_with_config(config.build());
-        let mut browser = Browser { agent, session: String::new(), driver, dir };
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let mut browser = Browser { runtime, client: None, driver, dir };
         let port = || {
             let text = std::fs::read_to_string(&output).unwrap_or_default();
             let (_, rest) = text.split_once("successfully on port ")?;
@@ -78,41 +81,43 @@ impl Browser {
             "goog:chromeOptions": { "args": arguments, "prefs": preferences },
             "goog:loggingPrefs": { "browser": "ALL" },
         });
-        let sessions = format!("http://127.0.0.1:{}/session", port().unwrap());
-        browser.session = sessions.clone();
-        let new = browser.post("", &json!({ "capabilities": { "alwaysMatch": capabilities } })).unwrap();
-        browser.session = format!("{sessions}/{}", new["sessionId"].as_str().unwrap());
+        let mut builder = ClientBuilder::new(HttpConnector::new());
+        builder.capabilities(capabilities.as_object().unwrap().clone());
+        let driver = format!("http://127.0.0.1:{}", port().unwrap());
+        let client =
+            browser.limited(builder.connect(&driver)).expect("chromedriver answers in time").unwrap();
+        browser.client = Some(client);
         browser
     }
 
-    /// Sends a command of the W3C's WebDriver protocol, or of Chromium's own.
-    fn post(&self, path: &str, body: &Value) -> Result<Value, String> {
-        let request = self.agent.post(format!("{}{path}", self.session));
-        let mut answer = request
-            .content_type("application/json")
-            .send(body.to_string())
-            .map_err(|error| format!("{path}: {error}"))?;
-        let text = answer.body_mut().read_to_string().map_err(|error| format!("{path}: {error}"))?;
-        let mut value: Value = serde_json::from_str(&text).map_err(|error| format!("{path}: {error}"))?;
-        if answer.status() == 200 { Ok(value["value"].take()) } else { Err(format!("{path}: {text}")) }
+    /// Nothing if it takes too long.
+    fn limited<T>(&self, command: impl Future<Output = T>) -> Option<T> {
+        self.runtime.block_on(async { tokio::time::timeout(LIMIT, command).await.ok() })
+    }
+
+    #[track_caller]
+    fn command<T>(&self, command: impl AsyncFnOnce(&Client) -> Result<T, CmdError>) -> T {
+        let client = self.client.as_ref().expect("it is there until the end");
+        self.limited(command(client)).expect("the browser answers in time").unwrap()
     }
 
     /// Sends a command of the Chrome DevTools Protocol.
     #[track_caller]
     pub fn devtools(&self, command: &str, parameters: &Value) {
-        self.post("/goog/cdp/execute", &json!({ "cmd": command, "params": parameters })).unwrap();
+        let body = json!({ "cmd": command, "params": parameters });
+        self.command(async |client| client.issue_cmd(Extension("goog/cdp/execute", body)).await);
     }
 
     /// Opens a page of this daemon.
     #[track_caller]
     pub fn open(&self, admin: SocketAddr, path: &str) {
-        self.post("/url", &json!({ "url": format!("http://{admin}{path}") })).unwrap();
+        self.command(async |client| client.goto(&format!("http://{admin}{path}")).await);
     }
 
     /// What a script returns; it waits for a promise.
     #[track_caller]
     pub fn run(&self, script: &str, arguments: &[Value]) -> Value {
-        self.post("/execute/sync", &json!({ "script": script, "args": arguments })).unwrap()
+        self.command(async |client| client.execute(script, arguments.to_vec()).await)
     }
 
     /// The text of the first element; empty if there is none, or it is not shown.
@@ -176,7 +181,9 @@ impl Browser {
     /// not.
     #[track_caller]
     pub fn errors(&self, is_network_expected: bool) -> Vec<String> {
-        let entries = self.post("/se/log", &json!({ "type": "browser" })).unwrap();
+        let entries = self.command(async |client| {
+            client.issue_cmd(Extension("se/log", json!({ "type": "browser" }))).await
+        });
         let entries = entries.as_array().unwrap().iter().filter(|entry| {
             entry["level"] == "SEVERE" && !(is_network_expected && entry["source"] == "network")
         });
@@ -193,6 +200,20 @@ impl Browser {
     }
 }
 
+/// A command that is not of the W3C's protocol: its path below the session, and its body.
+#[derive(Debug)]
+struct Extension(&'static str, Value);
+
+impl WebDriverCompatibleCommand for Extension {
+    fn endpoint(&self, base: &Url, session: Option<&str>) -> Result<Url, ParseError> {
+        base.join(&format!("session/{}/{}", session.unwrap_or_default(), self.0))
+    }
+
+    fn method_and_body(&self, _: &Url) -> (http::Method, Option<String>) {
+        (http::Method::POST, Some(self.1.to_string()))
+    }
+}
+
 /// Chromium isolates its parts from each other in user namespaces, which root does not need and some
 /// containers do not have.
 fn may_isolate() -> bool {
@@ -205,13 +226,15 @@ impl Drop for Browser {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let script = "return location + '\\n' + document.body.innerText.slice(0, 3000)";
-            let shown = self.post("/execute/sync", &json!({ "script": script, "args": [] }));
-            let shown =
-                shown.as_ref().map_or_else(String::as_str, |shown| shown.as_str().unwrap_or_default());
-            eprintln!("--- the page ---\n{shown}");
+            let shown = self.client.as_ref().map(|client| self.limited(client.execute(script, Vec::new())));
+            if let Some(Some(Ok(Value::String(shown)))) = shown {
+                eprintln!("--- the page ---\n{shown}");
+            }
         }
-        // Returns when Chromium has ended.
-        let _ = self.agent.delete(&self.session).call();
+        if let Some(client) = self.client.take() {
+            // Returns when Chromium has ended.
+            let _ = self.limited(client.close());
+        }
         let _ = self.driver.kill();
         let _ = self.driver.wait();
     }
