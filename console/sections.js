@@ -166,12 +166,12 @@ export function database(state) {
   const now = state.at_ms;
   const asked = byId("database-asked");
   if (!asked.firstChild) asked.append(element("span"), element("span"));
-  setText(asked.firstChild, db.asked_ms === null ? "not asked yet" : "as of ");
-  setHidden(asked.lastChild, db.asked_ms === null);
-  if (db.asked_ms !== null) fillTime(asked.lastChild, db.asked_ms, { now });
+  setText(asked.firstChild, db.read_ms === null ? "not read yet" : "as of ");
+  setHidden(asked.lastChild, db.read_ms === null);
+  if (db.read_ms !== null) fillTime(asked.lastChild, db.read_ms, { now });
   setHidden(byId("database-error"), db.error === null);
   setText(byId("database-error"), db.error === null ? "" : `▲ Not read: ${db.error}`);
-  setHidden(byId("database-some"), db.asked_ms === null && db.generations.length === 0);
+  setHidden(byId("database-some"), db.read_ms === null);
   const keeping = db.housekeeping;
   facts(byId("database-facts"), [
     ["last", "Last pass", (node) => fillTime(node, keeping.last_pass_ms, { now, absent: "none yet" })],

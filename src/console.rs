@@ -22,7 +22,7 @@ use strum::VariantArray;
 use tokio::sync::{Mutex, watch};
 
 use self::conditions::{Answered, Increases, Observed};
-use self::database::Tables;
+use self::database::{Kept, Tables};
 use self::history::{History, Recent};
 use self::on_demand::OnDemand;
 use self::page::Shown;
@@ -50,6 +50,8 @@ pub struct About {
     pub group: String,
     /// `kafka.instance_id`
     pub instance: String,
+    /// `kafka.dead_letter_topic`
+    pub dead_letter_topic: String,
     /// `console.peers`
     pub peers: Vec<String>,
     started: TimestampMs,
@@ -69,6 +71,7 @@ pub struct Console {
     increases: Increases,
     state: Arc<Mutex<Option<(Instant, Bytes)>>>,
     database: OnDemand<Tables>,
+    tables: Kept,
     peers: OnDemand<Peers>,
 }
 
@@ -101,6 +104,7 @@ impl Console {
             version,
             group: at_start.kafka.group_id,
             instance: at_start.kafka.instance_id,
+            dead_letter_topic: at_start.kafka.dead_letter_topic,
             peers: at_start.console.peers,
             started: now(),
             lanes: at_start.lanes,
@@ -114,6 +118,7 @@ impl Console {
             increases: Increases::default(),
             state: Arc::default(),
             database: OnDemand::new(database::AGE, database::LIMIT),
+            tables: Kept::default(),
             peers: OnDemand::new(peers::AGE, peers::LIMIT),
         }
     }
@@ -149,6 +154,7 @@ impl Console {
             missing: &missing,
             partitions: &partitions,
             dead_letters: &dead_letters,
+            dead_letter_topic: &self.about.dead_letter_topic,
             dead_letter_times: &dead_letter_times,
             increases: &self.increases,
             oldest_ms,
@@ -324,8 +330,7 @@ impl Console {
     fn database(&self, metrics: &Samples) -> Value {
         let settings = self.settings.borrow().clone();
         let next_pass = database::next_pass(&settings);
-        let answer = self.database.get(database::ask(settings));
-        let (asked, tables) = answer.map_or((None, Arc::default()), |(at, tables)| (Some(at.0), tables));
+        let (read, tables) = self.tables.with(self.database.get(database::ask(settings)));
         let gauge = |name: &str| metrics.max(name).filter(|value| value.is_finite());
         let ms = |name: &str| gauge(name).filter(|at| *at > 0.0).map(|at| (at * 1_000.0) as i64);
         let failing = metrics.labels_above("payment_writer_housekeeping_failing", &[], "task");
@@ -337,9 +342,9 @@ impl Console {
                 json!({ "task": name, "is_failing": is_failing, "last_ok_ms": tables.last_ok(name) })
             })
             .collect();
-        let mut value = json!(*tables);
+        let mut value = json!(tables);
         let more = json!({
-            "asked_ms": asked,
+            "read_ms": read.map(|at| at.0),
             "housekeeping": {
                 "last_pass_ms": ms("payment_writer_housekeeping_last_pass_timestamp_seconds"),
                 "next_pass_ms": next_pass,

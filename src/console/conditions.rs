@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::history::History;
 use super::samples::Samples;
 use super::status::{Level, PartitionRow, Summary};
-use super::summary::{THROTTLED_MS_PER_SECOND, duration, grouped, listed};
+use super::summary::{THROTTLED_MS_PER_SECOND, duration, grouped, listed, percent};
 use crate::domain::record::TimestampMs;
 use crate::domain::wire::Reason;
 use crate::telemetry::status::{DeadLetterTimes, DeadLettered};
@@ -34,6 +34,8 @@ pub struct Observed<'o> {
     pub partitions: &'o [PartitionRow],
     /// The last dead letters, the newest first.
     pub dead_letters: &'o [DeadLettered],
+    /// Where they are.
+    pub dead_letter_topic: &'o str,
     /// Dead letters since the start, by reason.
     pub dead_letter_times: &'o BTreeMap<&'static str, DeadLetterTimes>,
     /// When counters were seen to increase.
@@ -334,27 +336,6 @@ pub const CONDITIONS: &[Condition] = &[
     }),
 ];
 
-/// Alerts that the daemon cannot answer itself, and why.
-#[cfg(test)]
-const NOT_ANSWERED: &[(&str, &str)] = &[
-    ("PaymentWriterBudgetBurnFast", "hours of history"),
-    ("PaymentWriterBudgetBurnSlow", "hours of history"),
-    ("PaymentWriterBudgetBurnLong", "days of history"),
-    ("PaymentWriterPartitionStalled", "minutes of history of each partition"),
-    ("PaymentWriterLowThroughput", "a day of history"),
-    ("PaymentWriterErrors", "rates of all tries"),
-    ("PaymentWriterDeadLettersOld", "days of history"),
-    ("PaymentWriterPartitionsAdded", "an hour of history"),
-    ("PaymentWriterNoPartitionsAssigned", "all daemons"),
-    ("PaymentWriterPartitionsUnassigned", "all daemons"),
-    ("PaymentWriterDatabaseSlow", "rates of a histogram"),
-    ("PaymentWriterCursorDeadRows", "an exporter of Postgres"),
-    ("PaymentWriterLongTransaction", "an exporter of Postgres"),
-    ("PaymentWriterAbsent", "a daemon that is not there"),
-    ("PaymentWriterDaemonDown", "a daemon that is not there"),
-    ("PaymentWriterRestarting", "a daemon that is not there"),
-];
-
 fn above(value: f64, limit: f64, detail: impl Fn(f64) -> String) -> Option<Holds> {
     (value > limit).then(|| (detail(value), None))
 }
@@ -370,6 +351,7 @@ fn dead_lettered(o: &Observed<'_>, ms: i64, is_of: fn(&str) -> bool) -> Option<H
     if let Some(last) = o.dead_letters.iter().find(|letter| is_of(letter.reason.as_str())) {
         detail += &format!("; the last one of partition {} at offset {}", last.partition, last.offset);
     }
+    detail += &format!("; all are in {}: `payment-writer dlq list`, `dlq replay`", o.dead_letter_topic);
     Some((detail, Some(since)))
 }
 
@@ -385,10 +367,6 @@ fn share(o: &Observed<'_>, used: &str, limit: &str, most: f64) -> Option<Holds> 
 
 fn number(value: f64) -> String {
     grouped(value.round().max(0.0) as u64)
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.0} %", share * 100.0)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What the console shows of the database: generations, months, and the tasks of housekeeping. Asked for while a page is
 //! open.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cronexpr::MakeTimestamp;
@@ -58,6 +59,22 @@ impl Tables {
     pub fn last_ok(&self, task: &str) -> Option<i64> {
         let (_, seconds) = self.tasks.iter().find(|(name, _)| name == task)?;
         seconds.map(|seconds| (seconds * 1_000.0) as i64)
+    }
+}
+
+/// The last answer with tables. While the database does not answer, it is still shown, with its time.
+#[derive(Default)]
+pub struct Kept(Mutex<(Option<TimestampMs>, Arc<Tables>)>);
+
+impl Kept {
+    /// The newest tables with their time, and the error of this answer.
+    pub fn with(&self, answer: Option<(TimestampMs, Arc<Tables>)>) -> (Option<TimestampMs>, Tables) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let error = answer.as_ref().and_then(|(_, tables)| tables.error.clone());
+        if let (Some((at, tables)), None) = (answer, &error) {
+            *kept = (Some(at), tables);
+        }
+        (kept.0, Tables { error, ..(*kept.1).clone() })
     }
 }
 
@@ -125,4 +142,31 @@ pub fn next_pass(settings: &Settings) -> Option<i64> {
     let schedule = config::cron(settings.idempotency.prune_schedule.as_deref()?)?;
     let next = schedule.find_next(MakeTimestamp(Timestamp::now())).ok()?;
     Some(next.timestamp().as_millisecond())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_kept_while_the_database_does_not_answer() {
+        let (kept, at) = (Kept::default(), TimestampMs);
+        let some = |months: &[&str]| {
+            let months = months.iter().map(|month| MonthRow { month: (*month).to_owned(), bytes: 1 });
+            Arc::new(Tables { months: months.collect(), ..Tables::default() })
+        };
+        let none = Arc::new(Tables { error: Some("refused".to_owned()), ..Tables::default() });
+        let seen = |answer| {
+            let (at, tables) = kept.with(answer);
+            let months: Vec<String> = tables.months.iter().map(|row| row.month.clone()).collect();
+            (at.map(|at| at.0), months.concat(), tables.error.unwrap_or_default())
+        };
+        let expected = |at: Option<i64>, months: &str, error: &str| (at, months.to_owned(), error.to_owned());
+        assert_eq!(seen(None), expected(None, "", ""));
+        assert_eq!(seen(Some((at(1), none.clone()))), expected(None, "", "refused"));
+        assert_eq!(seen(Some((at(2), some(&["2026-11"])))), expected(Some(2), "2026-11", ""));
+        assert_eq!(seen(Some((at(3), none))), expected(Some(2), "2026-11", "refused"));
+        assert_eq!(seen(None), expected(Some(2), "2026-11", ""));
+        assert_eq!(seen(Some((at(4), some(&["2026-12"])))), expected(Some(4), "2026-12", ""));
+    }
 }

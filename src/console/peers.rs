@@ -199,6 +199,7 @@ mod tests {
             version: "1",
             group: "g".to_owned(),
             instance: "me".to_owned(),
+            dead_letter_topic: String::new(),
             peers: Vec::new(),
             started: TimestampMs(5),
             lanes: 1,

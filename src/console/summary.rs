@@ -203,7 +203,7 @@ impl Facts<'_> {
         };
         let Recent { outcomes, .. } = self.minute;
         let records = outcomes.written + outcomes.duplicates + outcomes.redelivered + count;
-        let share = format!("{:.0} % of the records", count as f64 * 100.0 / records as f64);
+        let share = format!("{} of the records", percent(count as f64 / records as f64));
         let text = format!(
             "{} in the last minute ({share}){reason}; they are kept in the dead-letter topic",
             counted(count, "dead letter")
@@ -293,6 +293,11 @@ pub(super) fn grouped(number: u64) -> String {
         text.push(digit);
     }
     text
+}
+
+/// `less than 1 %`, `20 %`
+pub(super) fn percent(share: f64) -> String {
+    if share > 0.0 && share < 0.01 { "less than 1 %".to_owned() } else { format!("{:.0} %", share * 100.0) }
 }
 
 /// `0.2 s`, `45 s`, `3 min`, `2 h 5 min`, `3 d`

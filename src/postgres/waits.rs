@@ -29,7 +29,8 @@ const ROOT: &str = "
         SELECT unnest(pg_blocking_pids(pid)), depth + 1 FROM chain WHERE depth < 9
     )
     SELECT c.pid, a.usename::text, a.application_name, coalesce(a.wait_event = 'SyncRep', false), c.depth > 0,
-        current_setting('synchronous_standby_names')
+        current_setting('synchronous_standby_names'),
+        (SELECT relation::regclass::text FROM pg_locks WHERE pid = $1 AND NOT granted LIMIT 1)
     FROM chain c LEFT JOIN pg_stat_activity a USING (pid)
     ORDER BY depth DESC LIMIT 1";
 
@@ -124,10 +125,13 @@ impl Waits {
             return None;
         }
         let holder: i32 = row.try_get(0).ok()?;
+        // None for the lock of a transaction, which who waits for a row asks for.
+        let table = row.try_get::<_, Option<String>>(6).ok()?;
+        let on = table.map_or_else(String::new, |table| format!(", on {table}"));
         Some(match (row.try_get::<_, Option<String>>(1).ok()?, row.try_get::<_, Option<String>>(2).ok()?) {
             (Some(role), application) => format!(
-                "a lock is held by the session with pid {holder}, role {role:?}, application_name {:?}; if that \
-                 hangs, SELECT pg_terminate_backend({holder}) ends it",
+                "a lock is held by the session with pid {holder}, role {role:?}, application_name {:?}{on}; if \
+                 that hangs, SELECT pg_terminate_backend({holder}) ends it",
                 application.unwrap_or_default()
             ),
             (None, _) => "a lock is held by a prepared transaction (pg_prepared_xacts)".to_owned(),

@@ -29,7 +29,7 @@ fn the_console_says_what_flows_what_was_refused_and_what_the_database_holds() {
     wait_until("all have their outcome", || daemon.metric("payment_writer_records_total", "") == 21.0);
 
     // WHEN its page is open for a while
-    wait_until("the database has answered", || state(&daemon)["database"]["asked_ms"].is_i64());
+    wait_until("the database has answered", || state(&daemon)["database"]["read_ms"].is_i64());
     wait_until("the rates are known", || state(&daemon)["outcomes"][0]["per_second"].as_f64() > Some(0.0));
     let shown = state(&daemon);
 

@@ -1,6 +1,26 @@
 use super::*;
 use crate::domain::record::{Offset, Partition};
 
+/// Alerts that the daemon cannot answer itself, and why.
+const NOT_ANSWERED: &[(&str, &str)] = &[
+    ("PaymentWriterBudgetBurnFast", "hours of history"),
+    ("PaymentWriterBudgetBurnSlow", "hours of history"),
+    ("PaymentWriterBudgetBurnLong", "days of history"),
+    ("PaymentWriterPartitionStalled", "minutes of history of each partition"),
+    ("PaymentWriterLowThroughput", "a day of history"),
+    ("PaymentWriterErrors", "rates of all tries"),
+    ("PaymentWriterDeadLettersOld", "days of history"),
+    ("PaymentWriterPartitionsAdded", "an hour of history"),
+    ("PaymentWriterNoPartitionsAssigned", "all daemons"),
+    ("PaymentWriterPartitionsUnassigned", "all daemons"),
+    ("PaymentWriterDatabaseSlow", "rates of a histogram"),
+    ("PaymentWriterCursorDeadRows", "an exporter of Postgres"),
+    ("PaymentWriterLongTransaction", "an exporter of Postgres"),
+    ("PaymentWriterAbsent", "a daemon that is not there"),
+    ("PaymentWriterDaemonDown", "a daemon that is not there"),
+    ("PaymentWriterRestarting", "a daemon that is not there"),
+];
+
 /// Name and severity of each alert of the rules.
 fn alerts() -> Vec<(String, String)> {
     let rules = include_str!("../../../ops/prometheus/rules.yml");
@@ -41,6 +61,7 @@ fn observed<'o>(metrics: &str) -> Observed<'o> {
         missing: &[],
         partitions: &[],
         dead_letters: &[],
+        dead_letter_topic: "payments.dlq",
         dead_letter_times: Box::leak(Box::default()),
         increases: Box::leak(Box::default()),
         oldest_ms: 0,
@@ -162,5 +183,9 @@ fn what_waits_is_dead_lettered_or_missing_is_told() {
         ]
     );
     assert_eq!(held[2].1, "connection refused; it goes on by itself once that is over");
-    assert_eq!(held[4].1, "since the start 4 malformed_json; the last one of partition 3 at offset 17");
+    assert_eq!(
+        held[4].1,
+        "since the start 4 malformed_json; the last one of partition 3 at offset 17; \
+                            all are in payments.dlq: `payment-writer dlq list`, `dlq replay`"
+    );
 }

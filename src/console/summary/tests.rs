@@ -235,3 +235,9 @@ fn numbers_and_durations_have_units() {
         assert_eq!(duration(ms), expected);
     }
 }
+
+#[test]
+fn a_small_share_is_not_none() {
+    let shown = [0.0, 0.000_1, 0.01, 0.25, 1.0].map(percent);
+    assert_eq!(shown, ["0 %", "less than 1 %", "1 %", "25 %", "100 %"]);
+}
