@@ -84,6 +84,13 @@ trials: ## run the integration tests of situations at users that take minutes
 	@POSTGRES=15 dev/servers install
 	cargo test --locked --features failpoints --test it -- --ignored trials_
 
+.PHONY: drill
+drill: ## do what Kubernetes does to the instances of a StatefulSet, under load: update, scaling, eviction, loss of a node; prints the pauses
+	@dev/install
+	@dev/servers install
+	cargo test --locked --features failpoints --test it -- --ignored --exact --nocapture \
+	    statefulset::trials_what_kubernetes_does_to_a_statefulset_loses_and_duplicates_nothing
+
 .PHONY: upgrade
 # The last version with its own Kafka producer, whose transactional ids have another format.
 FROM ?= 18931c3

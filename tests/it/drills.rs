@@ -31,7 +31,7 @@ fn writes(scope: &Scope<'_>, count: i64) {
 
 /// Ends load and instances when everything is written. Every offset has its outcome: by the tests' check, the auditor and
 /// reconcile.
-fn ends_exactly_once(scope: &Scope<'_>, flow: Flow<Load>, daemons: &mut [Daemon]) {
+pub fn ends_exactly_once(scope: &Scope<'_>, flow: Flow<Load>, daemons: &mut [Daemon]) {
     drop(flow.end());
     scope.wait_until_caught_up();
     daemons.iter_mut().for_each(Daemon::drains);

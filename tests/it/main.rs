@@ -43,6 +43,7 @@ mod self_audit;
 mod servers;
 mod service_manager;
 mod shape;
+mod statefulset;
 mod support;
 mod top;
 mod traces;
