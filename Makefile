@@ -183,6 +183,14 @@ lint: ## check format, lints, dependencies and scripts
 chart-check: ## check the Helm chart: lint, every combination that matters, wrong values, strict schemas of each Kubernetes version
 	@ops/helm/check
 
+.PHONY: release release-check
+release: ## check the tree, set the version, commit, tag, and build tarball, package, chart, SBOM and checksums into dist/: VERSION=0.2.0
+	@dev/release $(VERSION)
+
+release-check: ## build the artefacts of a release twice, in other folders, and compare the bytes; needs the release tools, ten minutes
+	@dev/release --check >docs/evidence/release-check.log 2>&1; \
+	    result=$$?; cat docs/evidence/release-check.log; exit $$result
+
 .PHONY: advisories
 advisories: ## check the dependencies for known vulnerabilities; fetches the advisory database from GitHub
 	@dev/install --lint
