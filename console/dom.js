@@ -33,7 +33,7 @@ export function element(name, className, text) {
 export function list(parent, items, keyOf, create, update) {
   const known = new Map();
   for (const child of [...parent.childNodes]) {
-    if (child.dataset && child.dataset.key !== undefined) known.set(child.dataset.key, child);
+    if (child.dataset && child.dataset.key !== undefined && !known.has(child.dataset.key)) known.set(child.dataset.key, child);
     else child.remove();
   }
   let before = parent.firstChild;

@@ -41,14 +41,14 @@ function head() {
   const level = trouble ? "gone" : state?.summary.level;
   if (level) {
     setAttribute(byId("head"), "data-level", level);
-    icon(level);
+    icon(poller.isPaused ? "gone" : level);
   }
   setAttribute(document.body, "data-gone", trouble ? "true" : null);
   const sentence = trouble ? troubleText() : state?.summary.text;
   if (sentence) {
     setText(byId("sentence"), sentence);
     announce(`${WORDS[level]}: ${sentence}`);
-    document.title = `${WORDS[level]} – ${state?.instance ?? "payment-writer"}`;
+    document.title = `${poller.isPaused ? "Paused" : WORDS[level]} – ${state?.instance ?? "payment-writer"}`;
   }
   const ofThen = byId("of-then");
   setHidden(ofThen, !trouble || !state);

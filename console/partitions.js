@@ -99,7 +99,7 @@ function renderGrid() {
   const others = state.peers.filter((peer) => peer.error !== null).map((peer) => peer.address);
   const note = byId("partitions-note");
   setHidden(note, others.length === 0);
-  setText(note, `Partitions of ${others.join(", ")} are missing here: no answer.`);
+  setText(note, `Partitions of ${others.join(", ")} are missing here: see Other instances.`);
   setText(byId("partitions-count"), keys.length === 0 ? "None is assigned to this instance yet."
     : `${counted(keys.length, "partition")}${state.peers.length > 0 ? " of all instances that answer" : " of this instance"}`);
 }

@@ -1,7 +1,9 @@
-// Asks the daemon every 2 s while the page is visible, with growing distance while it does not answer.
+// Asks the daemon every 2 s, less often while the page is hidden, with growing distance while it does not answer.
 
 const INTERVAL_MS = 2_000;
 const INTERVAL_MS_MAX = 15_000;
+/** So that the title of a tab in the background stays true. Browsers may ask once a minute. */
+const INTERVAL_MS_HIDDEN = 30_000;
 const TIMEOUT_MS = 10_000;
 /** The state is computed anew every 2 s; an older one means that the daemon no longer does it. */
 const STALE_MS = 20_000;
@@ -53,7 +55,7 @@ export class Poller {
 
   constructor(handlers) {
     this.#on = handlers;
-    document.addEventListener("visibilitychange", () => (document.hidden ? this.#stop() : this.now()));
+    document.addEventListener("visibilitychange", () => document.hidden || this.now());
     window.addEventListener("online", () => this.now());
     window.addEventListener("pageshow", (event) => event.persisted && this.now());
   }
@@ -78,7 +80,7 @@ export class Poller {
   }
 
   async #run() {
-    if (this.#isBusy || this.#isPaused || document.hidden) return;
+    if (this.#isBusy || this.#isPaused) return;
     this.#isBusy = true;
     try {
       await this.#once();
@@ -89,14 +91,15 @@ export class Poller {
       if (!(error instanceof Trouble)) console.error(error);
       this.#failures += 1;
       // One request may meet a connection that was just closed.
-      if (this.#failures > 1 || error.status) {
+      if (this.#failures > 1 || error.status || (this.#lastOkMs !== null && Date.now() - this.#lastOkMs > TIMEOUT_MS)) {
         const reason = error instanceof Trouble ? error.message : `this page failed: ${error.message}`;
         this.#on.onTrouble({ sinceMs: this.#lastOkMs, reason, hasAnswered: Boolean(error.status) });
       }
     } finally {
       this.#isBusy = false;
     }
-    const wait = this.#failures === 1 ? 500 : Math.min(INTERVAL_MS * 1.5 ** Math.max(0, this.#failures - 2), INTERVAL_MS_MAX);
+    const wait = document.hidden ? INTERVAL_MS_HIDDEN
+      : this.#failures === 1 ? 500 : Math.min(INTERVAL_MS * 1.5 ** Math.max(0, this.#failures - 2), INTERVAL_MS_MAX);
     this.#stop();
     this.#timer = setTimeout(() => this.#run(), wait);
   }

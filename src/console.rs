@@ -135,6 +135,7 @@ impl Console {
 
     fn own_of(&self, metrics: &Samples) -> Own {
         let (now, status, About { instance, lanes, .. }) = (now(), &self.status, &*self.about);
+        let publishes = self.settings.borrow().kafka.publish;
         let row = |(partition, of): (Partition, _)| PartitionRow::new(partition, &of, instance, *lanes, now);
         let partitions: Vec<PartitionRow> = status.partitions().into_iter().map(row).collect();
         let lanes = status::lanes(status, &partitions, *lanes);
@@ -153,8 +154,9 @@ impl Console {
             history: &self.history,
             missing: &missing,
             partitions: &partitions,
+            lanes: &lanes,
             dead_letters: &dead_letters,
-            dead_letter_topic: &self.about.dead_letter_topic,
+            dead_letter_topic: publishes.then_some(self.about.dead_letter_topic.as_str()),
             dead_letter_times: &dead_letter_times,
             increases: &self.increases,
             oldest_ms,
@@ -171,9 +173,10 @@ impl Console {
             dead_letters: &dead_letters,
             oldest_ms,
             is_at_risk: conditions::is_at_risk(&observed),
+            publishes,
         };
-        let (mut summary, conditions) = (facts.summary(), conditions::answers(&observed));
-        conditions::add_to(&mut summary, &conditions);
+        let ((mut summary, said), conditions) = (facts.summary(), conditions::answers(&observed));
+        conditions::add_to(&mut summary, &said, &conditions);
         Own { now, summary, missing, partitions, conditions, lanes, seconds, oldest_ms }
     }
 

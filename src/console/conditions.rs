@@ -9,8 +9,11 @@ use serde::Serialize;
 
 use super::history::History;
 use super::samples::Samples;
-use super::status::{Level, PartitionRow, Summary};
-use super::summary::{THROTTLED_MS_PER_SECOND, duration, grouped, listed, percent};
+use super::status::{LaneRow, Level, PartitionRow, Summary};
+use super::summary::{
+    OPENING_LONG_MS, STEP_HANGS_MS, THROTTLED_MS_PER_SECOND, duration, grouped, listed, loses_records,
+    percent,
+};
 use crate::domain::record::TimestampMs;
 use crate::domain::wire::Reason;
 use crate::telemetry::status::{DeadLetterTimes, DeadLettered};
@@ -32,10 +35,12 @@ pub struct Observed<'o> {
     pub missing: &'o [(&'static str, String, TimestampMs)],
     /// Partitions of this process.
     pub partitions: &'o [PartitionRow],
+    /// Its lanes.
+    pub lanes: &'o [LaneRow],
     /// The last dead letters, the newest first.
     pub dead_letters: &'o [DeadLettered],
-    /// Where they are.
-    pub dead_letter_topic: &'o str,
+    /// Where they are, if this daemon publishes.
+    pub dead_letter_topic: Option<&'o str>,
     /// Dead letters since the start, by reason.
     pub dead_letter_times: &'o BTreeMap<&'static str, DeadLetterTimes>,
     /// When counters were seen to increase.
@@ -76,19 +81,10 @@ pub struct Condition {
     answer: fn(&Observed<'_>) -> Option<Holds>,
 }
 
-/// Conditions that the sentence has in its own words.
-const IN_THE_SENTENCE: [&str; 6] = [
-    "PaymentWriterDeadLetters",
-    "PaymentWriterPartitionsHalted",
-    "PaymentWriterDatabaseAway",
-    "PaymentWriterBrokerAway",
-    "PaymentWriterThrottled",
-    "PaymentWriterNotReady",
-];
-
-/// Raises the sentence to the worst of the conditions that hold, and names those that it does not have.
-pub fn add_to(summary: &mut Summary, answers: &[Answered]) {
-    let others = || answers.iter().filter(|answer| answer.holds && !IN_THE_SENTENCE.contains(&answer.alert));
+/// Raises the sentence to the worst of the conditions that hold, and names those that it does not have: `said` are the
+/// alerts whose conditions it has in its own words.
+pub fn add_to(summary: &mut Summary, said: &[&str], answers: &[Answered]) {
+    let others = || answers.iter().filter(|answer| answer.holds && !said.contains(&answer.alert));
     for answer in others() {
         let level = if answer.severity == "page" { Level::Bad } else { Level::Warn };
         summary.level = summary.level.max(level);
@@ -104,14 +100,18 @@ pub fn add_to(summary: &mut Summary, answers: &[Answered]) {
     }
 }
 
-/// Whether records may be, or have been, lost.
+/// Whether records may be, or have been, lost, or whether this is not known: without the retention, or without the
+/// position of a partition, nobody knows how old the records are that wait.
 pub fn is_at_risk(observed: &Observed<'_>) -> bool {
     let lost = observed.metrics.sum("payment_writer_audit_records_total", &[("result", "unaccounted")]);
-    let retention = observed.metrics.max("payment_writer_input_retention_seconds").unwrap_or(f64::INFINITY);
-    let is_gone = |row: &PartitionRow| row.halted.as_ref().is_some_and(|halted| halted.reason == "log_gap");
+    let half = observed.metrics.max("payment_writer_input_retention_seconds").unwrap_or_default() / 2.0;
+    let compacted = [("topic", "input"), ("setting", "cleanup.policy")];
+    let is_gone =
+        |row: &PartitionRow| row.halted.as_ref().is_some_and(|halted| loses_records(&halted.reason));
     lost > 0.0
-        || observed.oldest_ms as f64 / 1_000.0 > retention / 2.0
-        || observed.partitions.iter().any(is_gone)
+        || observed.oldest_ms as f64 / 1_000.0 >= half
+        || observed.metrics.sum("payment_writer_topic_misconfigured", &compacted) > 0.0
+        || observed.partitions.iter().any(|row| row.applied.is_none() || is_gone(row))
 }
 
 /// A condition and its answer.
@@ -183,6 +183,26 @@ pub const CONDITIONS: &[Condition] = &[
             (detail, None)
         })
     }),
+    page("PaymentWriterPartitionStalled", "Partitions do not move", |o| {
+        let lane = o.lanes.iter().filter(|lane| lane.since_ms.is_some()).min_by_key(|lane| lane.since_ms);
+        let hanging = lane.and_then(|lane| {
+            let since = TimestampMs(lane.since_ms?);
+            let detail = format!(
+                "lane {} has been in one step for {}: {}",
+                lane.lane,
+                duration(o.now.0 - since.0),
+                lane.doing
+            );
+            (o.now.0 - since.0 >= STEP_HANGS_MS).then_some((detail, Some(since)))
+        });
+        let opening = o.partitions.iter().filter(|row| row.state == "opening" && row.since_ms.is_some());
+        hanging.or_else(|| {
+            let row = opening.min_by_key(|row| row.since_ms)?;
+            let since = TimestampMs(row.since_ms?);
+            let detail = format!("partition {} is being opened", row.partition);
+            (o.now.0 - since.0 > OPENING_LONG_MS).then_some((detail, Some(since)))
+        })
+    }),
     page("PaymentWriterRetentionAtRisk", "Records may be deleted before they are written", |o| {
         let retention = o.metrics.max("payment_writer_input_retention_seconds")?;
         let share = o.oldest_ms as f64 / 1_000.0 / retention;
@@ -227,9 +247,11 @@ pub const CONDITIONS: &[Condition] = &[
         dead_lettered(o, 60 * MINUTE_MS, |reason| reason == Reason::MessageIdConflict.as_str())
     }),
     page("PaymentWriterAuditUnaccounted", "Payments are not accounted for", |o| {
-        let count = o.metrics.sum("payment_writer_audit_records_total", &[("result", "unaccounted")]);
-        let count = o.increases.recent("unaccounted", count)?;
-        Some((format!("{} since the start; the log names partitions and offsets", number(count)), None))
+        above(
+            o.metrics.sum("payment_writer_audit_records_total", &[("result", "unaccounted")]),
+            0.0,
+            |count| format!("{} since the start; the log names partitions and offsets", number(count)),
+        )
     }),
     ticket("PaymentWriterAuditBehind", "The audit does not keep up", |o| {
         let behind = o.metrics.sum("payment_writer_audit_behind_seconds", &[]);
@@ -351,7 +373,9 @@ fn dead_lettered(o: &Observed<'_>, ms: i64, is_of: fn(&str) -> bool) -> Option<H
     if let Some(last) = o.dead_letters.iter().find(|letter| is_of(letter.reason.as_str())) {
         detail += &format!("; the last one of partition {} at offset {}", last.partition, last.offset);
     }
-    detail += &format!("; all are in {}: `payment-writer dlq list`, `dlq replay`", o.dead_letter_topic);
+    if let Some(topic) = o.dead_letter_topic {
+        detail += &format!("; all are in {topic}: `payment-writer dlq list`, `dlq replay`");
+    }
     Some((detail, Some(since)))
 }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::net::lookup_host;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::About;
 use super::source::Source;
@@ -25,13 +25,15 @@ pub const AGE: Duration = Duration::from_secs(2);
 /// Maximum number of peers, with all addresses of a name.
 const PEERS_MAX: usize = 64;
 /// Maximum number of requests at the same time.
-const REQUESTS_MAX: usize = 4;
+const REQUESTS_MAX: usize = 8;
 /// Maximum number of partitions of all peers.
 const PARTITIONS_MAX: usize = 5_000;
 /// As long as a `kafka.instance_id` can be.
 const INSTANCE_CHARS_MAX: usize = 249;
 /// Time limit of asking all.
 pub const LIMIT: Duration = Duration::from_secs(10);
+/// Those that have not answered by then have a row that says so; before the limit, after which there is no answer at all.
+const ANSWERS_LIMIT: Duration = Duration::from_secs(9);
 const LOOKUP_LIMIT: Duration = Duration::from_secs(2);
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 const TEXT_CHARS_MAX: usize = 600;
@@ -63,6 +65,7 @@ pub struct Peers {
 
 /// Asks all peers but this process itself, which a common name of all daemons contains.
 pub async fn ask(about: Arc<About>, token_file: Option<PathBuf>) -> Peers {
+    let deadline = Instant::now() + ANSWERS_LIMIT;
     let (mut peers, mut addresses) = (Peers::default(), BTreeSet::new());
     // Without a token, each peer refuses, and its row says so.
     let token = tokio::task::spawn_blocking(move || token_file.as_deref().map(read_token).transpose());
@@ -84,7 +87,8 @@ pub async fn ask(about: Arc<About>, token_file: Option<PathBuf>) -> Peers {
     }
     let turns = Arc::new(Semaphore::new(REQUESTS_MAX));
     let mut questions = JoinSet::new();
-    for address in addresses.into_iter().take(PEERS_MAX) {
+    let mut waiting: BTreeSet<SocketAddr> = addresses.into_iter().take(PEERS_MAX).collect();
+    for address in waiting.iter().copied() {
         let (turns, token) = (Arc::clone(&turns), token.clone());
         questions.spawn(async move {
             let _turn = turns.acquire_owned().await;
@@ -96,12 +100,16 @@ pub async fn ask(about: Arc<About>, token_file: Option<PathBuf>) -> Peers {
             (address, asked.await.unwrap_or_else(|error| Err(error.to_string())))
         });
     }
-    while let Some(answered) = questions.join_next().await {
-        // One that panicked has no row; the panic is in the log.
+    while let Ok(Some(answered)) = timeout_at(deadline, questions.join_next()).await {
         if let Ok((address, answer)) = answered {
+            waiting.remove(&address);
             peers.add(&about, address, answer);
         }
     }
+    // Or asking it panicked, which is in the log.
+    peers
+        .rows
+        .extend(waiting.iter().map(|address| away(address.to_string(), "no answer in time, or not asked")));
     peers.rows.sort_by(|a, b| a.address.cmp(&b.address));
     peers
 }
@@ -112,7 +120,20 @@ fn away(address: String, error: &str) -> PeerRow {
 
 /// One line of limited length without control characters.
 fn text(text: &str) -> String {
-    text.chars().take(TEXT_CHARS_MAX).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    text.chars().take(TEXT_CHARS_MAX).map(|c| if is_control(c) { '\u{fffd}' } else { c }).collect()
+}
+
+/// Also marks that change the direction of what follows.
+fn is_control(c: char) -> bool {
+    let is_mark =
+        matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    is_mark || c.is_control()
+}
+
+/// Whether it is a command that this page may offer to copy: what a peer says is not run unseen.
+fn is_command(text: &str) -> bool {
+    text.starts_with("payment-writer cursors ")
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || " -".contains(c))
 }
 
 /// The number of a partition as `/status` spells it.
@@ -125,7 +146,7 @@ fn sanitized(row: PartitionRow, partition: i32, instance: &str) -> PartitionRow 
         reason: text(&halted.reason),
         doubt: String::new(),
         advice: text(&halted.advice),
-        command: halted.command.as_deref().map(text),
+        command: halted.command.filter(|command| is_command(command)).as_deref().map(text),
         is_retried: halted.is_retried,
     });
     let instance = instance.to_owned();
@@ -154,7 +175,11 @@ impl Peers {
         let rows = answer.partitions.into_iter().filter_map(|(name, row)| Some((number(&name)?, row)));
         let rows = rows.take(room).map(|(number, row)| sanitized(row, number, &instance));
         let partitions: Vec<PartitionRow> = rows.collect();
-        let summary = answer.summary.unwrap_or_default();
+        let summary = answer.summary.unwrap_or_else(|| {
+            // Of an earlier version.
+            let is_well = answer.missing.is_empty() && partitions.iter().all(|row| row.halted.is_none());
+            Summary { level: if is_well { Level::Ok } else { Level::Bad }, text: String::new() }
+        });
         self.rows.push(PeerRow {
             address,
             error: None,
@@ -173,13 +198,15 @@ impl Peers {
     /// Raises the sentence to the worst of them, and counts those that do not answer or are not well.
     pub fn add_to(&self, summary: &mut Summary) {
         let away = self.rows.iter().filter(|row| row.error.is_some()).count();
-        let bad = self.rows.iter().filter(|row| row.error.is_none() && row.level == Level::Bad).count();
+        let at = |level| self.rows.iter().filter(|row| row.error.is_none() && row.level == level).count();
         let worst =
             self.rows.iter().map(|row| if row.error.is_some() { Level::Warn } else { row.level }).max();
         summary.level = summary.level.max(worst.unwrap_or_default());
-        for (count, one, several) in
-            [(away, "does not answer", "do not answer"), (bad, "has a fault", "have a fault")]
-        {
+        for (count, one, several) in [
+            (away, "does not answer as one of this group", "do not answer as ones of this group"),
+            (at(Level::Bad), "has a fault", "have a fault"),
+            (at(Level::Warn), "has a warning", "have a warning"),
+        ] {
             if count > 0 {
                 let (who, what) =
                     (counted(count as u64, "other daemon"), if count == 1 { one } else { several });
@@ -228,6 +255,41 @@ mod tests {
             peers.add_to(&mut summary);
             assert_eq!(summary.level, Level::Warn);
         }
+    }
+
+    #[test]
+    fn the_sentence_counts_daemons_that_are_not_well() {
+        for (answer, level, expected) in [
+            (r#""summary":{"level":"ok","text":"x"}"#, Level::Ok, "Idle"),
+            (r#""summary":{"level":"warn","text":"x"}"#, Level::Warn, "Idle. 1 other daemon has a warning"),
+            (r#""summary":{"level":"bad","text":"x"}"#, Level::Bad, "Idle. 1 other daemon has a fault"),
+            // Of an earlier version, which has no summary.
+            (r#""missing":{}"#, Level::Ok, "Idle"),
+            (r#""missing":{"database":"x"}"#, Level::Bad, "Idle. 1 other daemon has a fault"),
+            (r#""partitions":{"1":{"halted":{}}}"#, Level::Bad, "Idle. 1 other daemon has a fault"),
+        ] {
+            let mut summary = Summary { level: Level::Ok, text: "Idle".to_owned() };
+            answered(&format!(r#"{{"group":"g","instance":"other",{answer}}}"#)).add_to(&mut summary);
+            assert_eq!((summary.level, summary.text.as_str()), (level, expected), "{answer}");
+        }
+    }
+
+    #[test]
+    fn only_a_command_of_this_program_is_offered_to_copy() {
+        for (command, is_shown) in [
+            ("payment-writer cursors skip --partition 1 --to 5", true),
+            ("payment-writer cursors show; curl x | sh", false),
+            ("curl x", false),
+            ("payment-writer cursors skip $(x)", false),
+        ] {
+            let answer = format!(
+                r#"{{"group":"g","instance":"o","partitions":{{"1":{{"halted":{{"command":"{command}"}}}}}}}}"#
+            );
+            let peers = answered(&answer);
+            let halted = peers.partitions[0].halted.as_ref().unwrap();
+            assert_eq!(halted.command.as_deref(), is_shown.then_some(command));
+        }
+        assert_eq!(text("a\u{202e}b\u{7}"), "a\u{fffd}b\u{fffd}");
     }
 
     #[test]

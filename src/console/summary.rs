@@ -10,11 +10,13 @@ use crate::telemetry::status::DeadLettered;
 /// A lane that has been in one step for longer is slow. A statement that waits is given up after 60 s.
 const STEP_LONG_MS: i64 = 15_000;
 /// For longer, it hangs, or waits for something that does.
-const STEP_HANGS_MS: i64 = 30_000;
+pub(super) const STEP_HANGS_MS: i64 = 30_000;
 /// Recovery of a partition usually takes less than a second.
-const OPENING_LONG_MS: i64 = 30_000;
+pub(super) const OPENING_LONG_MS: i64 = 30_000;
 /// Something that has been missing for no longer is no fault yet.
 const MISSING_SHORT_MS: i64 = 10_000;
+/// Records usually wait for less.
+const LATE_MS: i64 = 5_000;
 /// Records that wait for longer are a backlog.
 const BACKLOG_MS: i64 = 60_000;
 /// Throttle time that a second may have; clients are throttled now and then by a quota just above the load.
@@ -40,8 +42,27 @@ pub struct Facts<'f> {
     pub dead_letters: &'f [DeadLettered],
     /// Age of the oldest record that waits, in milliseconds.
     pub oldest_ms: i64,
-    /// Whether records may be, or have been, lost: the sentence must not say that nothing is.
+    /// Whether records may be, or have been, lost, or this is not known: the sentence must not say that nothing is.
     pub is_at_risk: bool,
+    /// `kafka.publish`
+    pub publishes: bool,
+}
+
+/// A part of the sentence, and the alerts whose conditions it says in its own words.
+type Part = (Level, String, &'static [&'static str]);
+
+const DATABASE: &[&str] = &["PaymentWriterDatabaseAway", "PaymentWriterNotReady"];
+const BROKER: &[&str] = &["PaymentWriterBrokerAway", "PaymentWriterNotReady"];
+const BOTH: &[&str] = &["PaymentWriterDatabaseAway", "PaymentWriterBrokerAway", "PaymentWriterNotReady"];
+const GROUP: &[&str] = &["PaymentWriterNotReady"];
+const STALLED: &[&str] = &["PaymentWriterPartitionStalled"];
+const HALTED: &[&str] = &["PaymentWriterPartitionsHalted"];
+const THROTTLED: &[&str] = &["PaymentWriterThrottled"];
+const DEAD_LETTERS: &[&str] = &["PaymentWriterDeadLetters"];
+
+/// Whether a halt for this reason means that records are, or may be, gone from the log.
+pub(super) fn loses_records(reason: &str) -> bool {
+    matches!(reason, "log_gap" | "beyond_end" | "unreadable")
 }
 
 /// `1, 2, 3, 4, 5, …`
@@ -51,25 +72,27 @@ pub(super) fn listed(numbers: impl Iterator<Item = i32>, count: usize, most: usi
 }
 
 impl Facts<'_> {
-    /// What is worst, first.
-    pub fn summary(&self) -> Summary {
+    /// What is worst, first; with the alerts whose conditions the sentence has in its own words.
+    pub fn summary(&self) -> (Summary, Vec<&'static str>) {
         let parts = [
             self.missing(),
-            self.hanging(),
             self.halted(),
+            self.hanging(),
             self.opening(),
             self.throttled(),
             self.dead_letters(),
         ];
-        let mut parts: Vec<(Level, String)> = parts.into_iter().flatten().collect();
+        let mut parts: Vec<Part> = parts.into_iter().flatten().collect();
+        let worst = parts.iter().map(|(level, ..)| *level).max();
         parts.truncate(2);
         // What is missing for all lanes explains what does not flow.
         if self.missing.is_empty() || !self.lanes_without().is_empty() {
             parts.push(self.flow());
         }
-        let level = parts.iter().map(|(level, _)| *level).max().unwrap_or_default();
-        let text = parts.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join(". ");
-        Summary { level, text }
+        let level = parts.iter().map(|(level, ..)| *level).max().max(worst).unwrap_or_default();
+        let alerts = parts.iter().flat_map(|(.., alerts)| alerts.iter().copied()).collect();
+        let text = parts.into_iter().map(|(_, text, _)| text).collect::<Vec<_>>().join(". ");
+        (Summary { level, text }, alerts)
     }
 
     fn nothing_is_lost(&self) -> &'static str {
@@ -84,17 +107,17 @@ impl Facts<'_> {
         if lanes.len() < self.lanes.iter().filter(works).count() { lanes } else { Vec::new() }
     }
 
-    fn missing(&self) -> Option<(Level, String)> {
+    fn missing(&self) -> Option<Part> {
         let all = ["database", "broker", "group"];
         let (what, reason) = all.into_iter().find_map(|what| Some((what, self.missing.get(what)?)))?;
         let lasted = self.missing_since.get(what).map_or(0, |since| self.now.0 - since.0);
-        let (waits, rest) = match what {
+        let (waits, rest, alerts) = match what {
             "database" if self.missing.contains_key("broker") => {
-                ("for Postgres, and for Kafka,", "it goes on by itself once both answer")
+                ("for Postgres, and for Kafka,", "it goes on by itself once both answer", BOTH)
             }
-            "database" => ("for Postgres", "no action in Kafka is needed"),
-            "broker" => ("for Kafka", "it goes on by itself once Kafka answers"),
-            _ => ("to join the consumer group", "the records wait in Kafka"),
+            "database" => ("for Postgres", "no action in Kafka is needed", DATABASE),
+            "broker" => ("for Kafka", "it goes on by itself once Kafka answers", BROKER),
+            _ => ("to join the consumer group", "the records wait in Kafka", GROUP),
         };
         let lanes = self.lanes_without();
         let who = if lanes.is_empty() {
@@ -105,10 +128,11 @@ impl Facts<'_> {
         };
         let level = if lasted < MISSING_SHORT_MS { Level::Warn } else { Level::Bad };
         let lasted = duration(lasted);
-        Some((level, format!("{who} {waits} for {lasted}: {reason}; {}{rest}", self.nothing_is_lost())))
+        let text = format!("{who} {waits} for {lasted}: {reason}; {}{rest}", self.nothing_is_lost());
+        Some((level, text, alerts))
     }
 
-    fn hanging(&self) -> Option<(Level, String)> {
+    fn hanging(&self) -> Option<Part> {
         let lasted = |lane: &LaneRow| self.now.0 - lane.since_ms.unwrap_or(self.now.0);
         let longest = self.lanes.iter().max_by_key(|lane| lasted(lane))?;
         let lasted = lasted(longest);
@@ -132,10 +156,10 @@ impl Facts<'_> {
             self.nothing_is_lost(),
             counted(longest.partitions as u64, "partition"),
         );
-        Some((level, text))
+        Some((level, text, STALLED))
     }
 
-    fn halted(&self) -> Option<(Level, String)> {
+    fn halted(&self) -> Option<Part> {
         let halted = || self.partitions.iter().filter(|row| row.halted.is_some());
         let count = halted().count();
         let mut reasons: Vec<&str> =
@@ -154,12 +178,19 @@ impl Facts<'_> {
             _ => format!("{count} partitions are halted ({numbers})"),
         };
         let its = if count == 1 { "its" } else { "their" };
-        let rest = format!("{}{its} records wait in Kafka, the others go on", self.nothing_is_lost());
-        Some((Level::Bad, format!("{who}, {until}: {}; {rest}", reasons.join(", "))))
+        let rest = if reasons.iter().any(|reason| loses_records(reason)) {
+            "records may be lost, the partition's panel says which".to_owned()
+        } else {
+            format!("{}{its} records wait in Kafka", self.nothing_is_lost())
+        };
+        let since = halted().filter_map(|row| row.since_ms).min().unwrap_or(self.now.0);
+        let lasted = duration(self.now.0 - since);
+        let text = format!("{who} for {lasted}, {until}: {}; {rest}, the others go on", reasons.join(", "));
+        Some((Level::Bad, text, HALTED))
     }
 
     /// Partitions in recovery for long.
-    fn opening(&self) -> Option<(Level, String)> {
+    fn opening(&self) -> Option<Part> {
         let is_long = |row: &&PartitionRow| {
             row.state == "opening" && self.now.0 - row.since_ms.unwrap_or(self.now.0) > OPENING_LONG_MS
         };
@@ -168,10 +199,10 @@ impl Facts<'_> {
         let text = || {
             format!("Still finding where to continue in {} ({numbers})", counted(count as u64, "partition"))
         };
-        (count > 0).then(|| (Level::Bad, text()))
+        (count > 0).then(|| (Level::Bad, text(), STALLED))
     }
 
-    fn throttled(&self) -> Option<(Level, String)> {
+    fn throttled(&self) -> Option<Part> {
         let rate = self.minute.per_second(self.minute.throttled_ms);
         (rate > THROTTLED_MS_PER_SECOND).then(|| {
             (
@@ -180,11 +211,12 @@ impl Facts<'_> {
                     "Kafka slows this daemon down by a quota; {}payments take longer",
                     self.nothing_is_lost()
                 ),
+                THROTTLED,
             )
         })
     }
 
-    fn dead_letters(&self) -> Option<(Level, String)> {
+    fn dead_letters(&self) -> Option<Part> {
         let count = self.minute.outcomes.dead_letters;
         if count == 0 {
             return None;
@@ -204,14 +236,17 @@ impl Facts<'_> {
         let Recent { outcomes, .. } = self.minute;
         let records = outcomes.written + outcomes.duplicates + outcomes.redelivered + count;
         let share = format!("{} of the records", percent(count as f64 / records as f64));
-        let text = format!(
-            "{} in the last minute ({share}){reason}; they are kept in the dead-letter topic",
-            counted(count, "dead letter")
-        );
-        Some((Level::Warn, text))
+        let kept = if self.publishes { "they are kept in the dead-letter topic" } else { "no event is sent" };
+        let text = format!("{} in the last minute ({share}){reason}; {kept}", counted(count, "dead letter"));
+        Some((Level::Warn, text, DEAD_LETTERS))
     }
 
-    fn flow(&self) -> (Level, String) {
+    fn flow(&self) -> Part {
+        let (level, text) = self.flow_of_payments();
+        (level, text, &[])
+    }
+
+    fn flow_of_payments(&self) -> (Level, String) {
         if self.partitions.is_empty() {
             return (Level::Ok, "Ready, without partitions: other members of the group have them".to_owned());
         }
@@ -254,7 +289,8 @@ impl Facts<'_> {
         }
         let is_done = |row: &PartitionRow| row.state == "live" && row.lag_records == Some(0);
         let mut text = if done == 0 && self.partitions.iter().all(is_done) {
-            "Idle: every record that can be read is written and published".to_owned()
+            let published = if self.publishes { " and published" } else { "" };
+            format!("Idle: every record that can be read is written{published}")
         } else {
             let a_second = self.seconds.per_second(outcomes.written);
             format!("Writing {}; oldest waiting record {oldest}", rate(a_second, "payment"))
@@ -263,7 +299,7 @@ impl Facts<'_> {
             let records = counted(behind_open.unsigned_abs(), "record");
             text.push_str(&format!("; {records} wait for the end of producers' transactions"));
         }
-        (Level::Ok, text)
+        (if oldest_ms >= LATE_MS { Level::Warn } else { Level::Ok }, text)
     }
 }
 

@@ -1,3 +1,4 @@
+use super::super::status::HaltedRow;
 use super::*;
 use crate::domain::record::{Offset, Partition};
 
@@ -6,7 +7,6 @@ const NOT_ANSWERED: &[(&str, &str)] = &[
     ("PaymentWriterBudgetBurnFast", "hours of history"),
     ("PaymentWriterBudgetBurnSlow", "hours of history"),
     ("PaymentWriterBudgetBurnLong", "days of history"),
-    ("PaymentWriterPartitionStalled", "minutes of history of each partition"),
     ("PaymentWriterLowThroughput", "a day of history"),
     ("PaymentWriterErrors", "rates of all tries"),
     ("PaymentWriterDeadLettersOld", "days of history"),
@@ -61,7 +61,8 @@ fn observed<'o>(metrics: &str) -> Observed<'o> {
         missing: &[],
         partitions: &[],
         dead_letters: &[],
-        dead_letter_topic: "payments.dlq",
+        lanes: &[],
+        dead_letter_topic: Some("payments.dlq"),
         dead_letter_times: Box::leak(Box::default()),
         increases: Box::leak(Box::default()),
         oldest_ms: 0,
@@ -128,13 +129,71 @@ fn the_sentence_is_raised_to_the_worst_condition_and_names_it() {
     );
     assert!(is_at_risk(&observed));
     let mut summary = Summary { level: Level::Ok, text: "Idle".to_owned() };
-    add_to(&mut summary, &answers(&observed));
+    add_to(&mut summary, &["PaymentWriterHorizonHeld"], &answers(&observed));
     assert_eq!(summary.level, Level::Bad);
     assert_eq!(
         summary.text,
-        "Payments are not accounted for: 2 since the start; the log names partitions and offsets. Idle. Also: Nothing is \
-         pruned, Rows are in default partitions"
+        "Payments are not accounted for: 2 since the start; the log names partitions and offsets. Idle. Also: Rows are in \
+         default partitions"
     );
+}
+
+#[test]
+fn nothing_is_lost_is_said_only_where_that_is_known() {
+    let live = PartitionRow { applied: Some(5), ..PartitionRow::default() };
+    let halted = |reason: &str| PartitionRow {
+        halted: Some(HaltedRow { reason: reason.to_owned(), ..HaltedRow::default() }),
+        ..live.clone()
+    };
+    let day = "payment_writer_input_retention_seconds 86400\n";
+    let compacted = "payment_writer_topic_misconfigured{topic=\"input\",setting=\"cleanup.policy\"} 1";
+    for (metrics, row, oldest_ms, is_risk) in [
+        (day.to_owned(), live.clone(), 0, false),
+        (day.to_owned(), halted("moved_forward"), 0, false),
+        (day.to_owned(), halted("log_gap"), 0, true),
+        (day.to_owned(), halted("beyond_end"), 0, true),
+        (day.to_owned(), halted("unreadable"), 0, true),
+        (day.to_owned(), live.clone(), 50_000_000, true),
+        (day.to_owned() + compacted, live.clone(), 0, true),
+        ("payment_writer_input_retention_seconds +Inf".to_owned(), live.clone(), 50_000_000, false),
+        // Not known yet: the retention, and where the partition goes on.
+        (String::new(), live, 0, true),
+        (day.to_owned(), PartitionRow::default(), 0, true),
+    ] {
+        let mut observed = observed(&metrics);
+        let rows = [row];
+        (observed.partitions, observed.oldest_ms) = (&rows, oldest_ms);
+        assert_eq!(is_at_risk(&observed), is_risk, "{metrics} {rows:?} {oldest_ms}");
+    }
+}
+
+#[test]
+fn a_lane_that_hangs_and_a_partition_that_is_not_opened_are_told() {
+    let lane = LaneRow {
+        lane: 1,
+        doing: "database",
+        since_ms: Some(1_000_000_000 - 45_000),
+        records: 4,
+        partitions: 2,
+        halted: 0,
+        database: None,
+        broker: None,
+    };
+    let short = LaneRow { lane: 0, since_ms: Some(999_999_000), ..lane.clone() };
+    let opening = PartitionRow {
+        partition: 7,
+        state: "opening".to_owned(),
+        since_ms: Some(999_960_000),
+        ..PartitionRow::default()
+    };
+    let stalled = |lanes: &[LaneRow], rows: &[PartitionRow]| {
+        let (lanes, rows) = (lanes.to_vec().leak(), rows.to_vec().leak());
+        holding("", |observed| (observed.lanes, observed.partitions) = (lanes, rows))
+    };
+    let told = |detail: &str| vec![("PaymentWriterPartitionStalled", detail.to_owned())];
+    assert_eq!(stalled(std::slice::from_ref(&short), &[]), []);
+    assert_eq!(stalled(&[short.clone(), lane], &[]), told("lane 1 has been in one step for 45 s: database"));
+    assert_eq!(stalled(&[short], &[opening]), told("partition 7 is being opened"));
 }
 
 #[test]

@@ -11,6 +11,7 @@ const NOW: TimestampMs = TimestampMs(1_000_000_000);
 struct Case {
     missing: Vec<(&'static str, &'static str, i64)>,
     halted: usize,
+    reason: Option<&'static str>,
     lane: Option<(&'static str, i64)>,
     waiting: i64,
     oldest_ms: i64,
@@ -19,6 +20,7 @@ struct Case {
     is_idle: bool,
     has_no_partitions: bool,
     is_at_risk: bool,
+    is_rows_only: bool,
     opening: usize,
     lane_without_database: bool,
 }
@@ -31,7 +33,8 @@ impl Case {
             since_ms: Some(NOW.0 - 45_000),
             lag_records: Some(if partition == 0 { self.waiting } else { 0 }),
             halted: ((partition as usize) < self.halted).then(|| HaltedRow {
-                reason: if partition == 1 { "fetch_gap" } else { "log_gap" }.to_owned(),
+                reason: if partition == 1 { "fetch_gap" } else { self.reason.unwrap_or("log_gap") }
+                    .to_owned(),
                 is_retried: partition == 1,
                 ..HaltedRow::default()
             }),
@@ -71,8 +74,12 @@ impl Case {
             dead_letters: &self.dead_letters,
             oldest_ms: self.oldest_ms,
             is_at_risk: self.is_at_risk,
+            publishes: !self.is_rows_only,
         };
-        let Summary { level, text } = facts.summary();
+        let (Summary { level, text }, said) = facts.summary();
+        // Each part that is said is not said again as a condition.
+        assert_eq!(text.contains("halted"), said.contains(&"PaymentWriterPartitionsHalted"), "{text}");
+        assert_eq!(text.contains("dead letter"), said.contains(&"PaymentWriterDeadLetters"), "{text}");
         (level, text)
     }
 }
@@ -111,7 +118,8 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
             Level::Bad,
             format!(
                 "Waiting for Postgres, and for Kafka, for 3 min: {refused}; it goes on by itself once both answer. \
-                 Partition 0 is halted, until a person decides: log_gap; its records wait in Kafka, the others go on"
+                 Partition 0 is halted for 45 s, until a person decides: log_gap; records may be lost, the partition's panel \
+                 says which, the others go on"
             ),
         ),
         (
@@ -139,19 +147,59 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
                 .to_owned(),
         ),
         (
-            Case { halted: 1, oldest_ms: 90_000, waiting: 5, ..Case::default() },
+            Case {
+                halted: 1,
+                reason: Some("moved_forward"),
+                oldest_ms: 90_000,
+                waiting: 5,
+                ..Case::default()
+            },
             Level::Bad,
             format!(
-                "Partition 0 is halted, until a person decides: log_gap; nothing is lost, its records wait in Kafka, the \
-                 others go on. {others}"
+                "Partition 0 is halted for 45 s, until a person decides: moved_forward; nothing is lost, its records wait \
+                 in Kafka, the others go on. {others}"
             ),
+        ),
+        (
+            Case { halted: 1, reason: Some("beyond_end"), oldest_ms: 200, ..Case::default() },
+            Level::Bad,
+            format!(
+                "Partition 0 is halted for 45 s, until a person decides: beyond_end; records may be lost, the partition's \
+                 panel says which, the others go on. {others}"
+            ),
+        ),
+        (
+            // The worst level counts, also of what there is no room for.
+            Case {
+                missing: vec![("database", "x", 5_000)],
+                lane: Some(("database", 20_000)),
+                lane_without_database: true,
+                opening: 1,
+                oldest_ms: 200,
+                ..Case::default()
+            },
+            Level::Bad,
+            format!(
+                "Lane 1 waits for Postgres for 5.0 s: x; nothing is lost, no action in Kafka is needed. Lane 1 is slow: \
+                 waiting for Postgres in one transaction for 20 s; nothing is lost, its 4 partitions wait. {flow}"
+            ),
+        ),
+        (
+            Case { is_idle: true, is_rows_only: true, ..Case::default() },
+            Level::Ok,
+            "Idle: every record that can be read is written".to_owned(),
+        ),
+        (
+            Case { oldest_ms: 6_000, waiting: 5, ..Case::default() },
+            Level::Warn,
+            "Writing 1,012 payments/s; oldest waiting record 6.0 s".to_owned(),
         ),
         (
             Case { halted: 7, oldest_ms: 200, ..Case::default() },
             Level::Bad,
             format!(
-                "7 partitions are halted (0, 1, 2, 3, 4, …), until a person decides: fetch_gap, log_gap; \
-                 nothing is lost, their records wait in Kafka, the others go on. {others}"
+                "7 partitions are halted (0, 1, 2, 3, 4, …) for 45 s, until a person decides: fetch_gap, log_gap; \
+                 records may be lost, the partition's panel says which, the others go on. {others}"
             ),
         ),
         (

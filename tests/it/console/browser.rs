@@ -213,7 +213,11 @@ fn a_page_in_a_browser_shows_a_halted_partition_with_the_command_that_settles_it
     browser.open(daemon.admin, "/");
 
     // THEN the sentence and the cell say so
-    says(&browser, "[data-level=bad]", &["Partition 1 is halted, until a person decides", "moved_forward"]);
+    says(
+        &browser,
+        "[data-level=bad]",
+        &["Partition 1 is halted for ", "until a person decides", "moved_forward"],
+    );
     waits("the cells show it", || {
         [0, 1, 2].map(|at| cell(&browser, at)) == [json!("live"), json!("halted"), json!("live")]
     });
