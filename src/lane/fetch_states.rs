@@ -173,6 +173,37 @@ impl FetchStates {
         self.no_room_at = Instant::now();
     }
 
+    /// A partition of which nothing arrived for too long, with its position. `position` returns where a partition
+    /// is, and whether records wait there. Called after each round of the lane.
+    fn silent(
+        &mut self,
+        now: Instant,
+        is_throttled: bool,
+        position: impl Fn(Partition) -> Option<(NextOffset, bool)>,
+    ) -> Option<(Partition, NextOffset)> {
+        let since_check = now.saturating_duration_since(self.silence_checked_at);
+        if since_check < SILENCE_TICK {
+            return None;
+        }
+        // Nothing could arrive while the lane was elsewhere, as in a transaction that waited for a lock.
+        let elsewhere = since_check.saturating_sub(SILENCE_TICK);
+        self.silence_checked_at = now;
+        let has_room = now.saturating_duration_since(self.no_room_at) >= SILENCE_MAX;
+        let limit = if has_room && !is_throttled { SILENCE_MAX } else { SILENCE_BUSY_MAX };
+        let mut silent = None;
+        for (partition, fetch) in &mut self.by_partition {
+            let Some((position, has_records)) = position(*partition) else { continue };
+            fetch.last_progress.1 = now.min(fetch.last_progress.1 + elsewhere);
+            let is_waiting = has_records && fetch.reading == Reading::Fetching;
+            if !is_waiting || fetch.last_progress.0 != position {
+                fetch.last_progress = (position, now);
+            } else if now.saturating_duration_since(fetch.last_progress.1) >= limit {
+                silent = Some((*partition, position));
+            }
+        }
+        silent
+    }
+
     /// Partitions that halted because they cannot be read.
     pub fn halted(&self) -> impl Iterator<Item = (Partition, &HaltReason)> {
         self.by_partition.iter().filter_map(|(partition, fetch)| Some((*partition, fetch.halted.as_ref()?)))
@@ -445,34 +476,16 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     /// Replaces the client if a partition has records and none arrive: librdkafka does not report every
     /// error, and may lose all its brokers (librdkafka #5301).
     fn check_silence(&mut self) -> Result<(), IdentityMismatch> {
-        let now = Instant::now();
-        let since_check = now.saturating_duration_since(self.fetch_states.silence_checked_at);
-        if since_check < SILENCE_TICK {
-            return Ok(());
-        }
-        // Nothing could arrive while the lane was elsewhere, as in a transaction that waited for a lock.
-        let elsewhere = since_check.saturating_sub(SILENCE_TICK);
-        self.fetch_states.silence_checked_at = now;
         let Self { fetch_states, partitions, builder, status, kafka, .. } = self;
-        let has_room = now.saturating_duration_since(fetch_states.no_room_at) >= SILENCE_MAX;
-        let limit = if has_room && !kafka.is_throttled() { SILENCE_MAX } else { SILENCE_BUSY_MAX };
         let fresh = i64::try_from(ENDS_FRESH.as_millis()).unwrap_or(i64::MAX);
-        let since = TimestampMs(metrics::now().0.saturating_sub(fresh));
-        let mut silent = None;
-        for (partition, fetch) in &mut fetch_states.by_partition {
-            let Some(position) = builder.buffer.position(*partition) else { continue };
-            fetch.last_progress.1 = now.min(fetch.last_progress.1 + elsewhere);
-            let end = status.end_since(*partition, since);
-            let is_waiting = fetch.reading == Reading::Fetching
-                && partitions.get(partition).is_some_and(|state| state.live().is_some())
-                && end.is_some_and(|end| end > position);
-            if !is_waiting || fetch.last_progress.0 != position {
-                fetch.last_progress = (position, now);
-            } else if now.saturating_duration_since(fetch.last_progress.1) >= limit {
-                silent = Some((*partition, position, end.unwrap_or(position)));
-            }
-        }
-        if let Some((partition, position, end)) = silent {
+        let end =
+            |partition| status.end_since(partition, TimestampMs(metrics::now().0.saturating_sub(fresh)));
+        let silent = fetch_states.silent(Instant::now(), kafka.is_throttled(), |partition| {
+            let position = builder.buffer.position(partition)?;
+            let is_live = partitions.get(&partition).is_some_and(|state| state.live().is_some());
+            Some((position, is_live && end(partition).is_some_and(|end| end > position)))
+        });
+        if let Some((partition, position)) = silent {
             self.metrics.fetch_clients_renewed.increment(1);
             static LIMIT: RateLimited = RateLimited::new(5, Duration::from_secs(60));
             if let Some(suppressed) = LIMIT.pass() {
@@ -481,7 +494,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     topic = self.settings.input_topic,
                     partition = partition.0,
                     offset = position.0,
-                    end = end.0,
+                    end = end(partition).map(|end| end.0),
                     suppressed,
                     "nothing was fetched of this partition although it has records: replacing the client"
                 );

@@ -99,15 +99,14 @@ fn trials_a_lane_that_waits_for_a_lock_does_not_blame_the_client() {
     std::thread::scope(|threads| {
         let lock = threads.spawn(|| {
             scope.execute(
-                "BEGIN; LOCK TABLE payment_writer.payment_core IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(50); COMMIT",
+                "BEGIN; LOCK TABLE payment_writer.payment_core IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(45); COMMIT",
             );
         });
-        // WHEN records arrive one after the other
-        scope.feed(load.take(20));
+        // WHEN the lane waits with records of one partition, and others arrive for another one
+        scope.spread(load.take(20), &[0]);
         tells(&daemon, "a lock is held by the session with pid");
-        while !lock.is_finished() {
-            scope.feed(load.take(20));
-        }
+        scope.spread(load.take(20), &[1]);
+        lock.join().unwrap();
     });
 
     // THEN everything is written, and the client was not replaced
