@@ -94,10 +94,29 @@ pub fn visible_members(kafka: &KafkaSettings) -> Result<usize, KafkaError> {
 pub struct LaneHandle {
     /// The lane's event channel.
     pub events: mpsc::Sender<LaneEvent>,
-    /// Number of revocations that the callback no longer waits for and the lane has not handled. While it is
-    /// above zero the lane must not commit: in the present generation its partitions may belong to another
+    /// Number of revocations that the callback no longer waits for and the lane has not handled, and of events that
+    /// could not be sent to it. While it is above zero the lane must not commit: in the present generation its partitions may belong to another
     /// member.
     pub unhandled_revocations: Arc<AtomicI64>,
+}
+
+impl LaneHandle {
+    /// Sends an event, and waits while the channel is full and `may_wait`. A lane that misses an event must never
+    /// commit again: its counter stays up. False: the channel stayed full; a lane that has ended needs no event.
+    fn send(&self, mut event: LaneEvent, may_wait: impl Fn() -> bool) -> bool {
+        loop {
+            event = match self.events.try_send(event) {
+                Ok(()) | Err(TrySendError::Closed(_)) => return true,
+                Err(TrySendError::Full(event)) => event,
+            };
+            if !may_wait() {
+                // Before the event is dropped, which ends the wait for the lane.
+                self.unhandled_revocations.fetch_add(1, Ordering::AcqRel);
+                return false;
+            }
+            std::thread::sleep(LANE_TICK);
+        }
+    }
 }
 
 /// Why the membership ended.
@@ -214,23 +233,14 @@ impl Member {
         self.is_closing.load(Ordering::Acquire)
     }
 
-    /// Sends an event to a lane; false if the lane has ended. A lane receives events while it fetches
-    /// and while transactions run, and its other waits are shorter than `LANE_WAIT`. A channel that stays
-    /// full means that the lane hangs: the process then ends, to be restarted.
-    fn send(&self, index: usize, lane: &LaneHandle, mut event: LaneEvent) -> bool {
+    /// Sends an event to a lane. A lane receives events while it fetches and while transactions run, and its
+    /// other waits are shorter than `LANE_WAIT`. A channel that stays full means that the lane hangs: the
+    /// process then ends, to be restarted.
+    fn send(&self, index: usize, lane: &LaneHandle, event: LaneEvent) {
         let deadline = Instant::now() + LANE_WAIT;
-        loop {
-            event = match lane.events.try_send(event) {
-                Ok(()) => return true,
-                Err(TrySendError::Closed(_)) => return false,
-                Err(TrySendError::Full(event)) => event,
-            };
-            if Instant::now() >= deadline || self.is_closing() {
-                let reason = format!("lane {index} hangs: its event channel stays full");
-                self.ended.send_replace(Some(MemberEnd::Fatal(reason)));
-                return false;
-            }
-            std::thread::sleep(LANE_TICK);
+        if !lane.send(event, || Instant::now() < deadline && !self.is_closing()) {
+            let reason = format!("lane {index} hangs: its event channel stays full");
+            self.ended.send_replace(Some(MemberEnd::Fatal(reason)));
         }
     }
 
@@ -292,9 +302,7 @@ impl Member {
             revocation.lock().lanes.insert(index, Arc::clone(&lane.unhandled_revocations));
             let finished = Arc::clone(&revocation);
             let done = RevokeDone::new(move || finished.finish(index));
-            if !self.send(index, lane, LaneEvent::Revoked { partitions, is_lost, done }) {
-                revocation.finish(index);
-            }
+            self.send(index, lane, LaneEvent::Revoked { partitions, is_lost, done });
         }
         revocation.wait(|| self.is_closing());
         failpoint::hit("before_revoked");
@@ -477,5 +485,29 @@ mod tests {
         drop(lane);
         revocation.wait(|| false);
         assert_eq!(unhandled.load(Ordering::Acquire), 0);
+    }
+
+    #[test]
+    fn a_lane_whose_channel_stays_full_never_commits_again() {
+        // GIVEN a lane that hangs, with a full channel
+        let (events, mut hanging) = tokio::sync::mpsc::channel(1);
+        let lane = LaneHandle { events, unhandled_revocations: Arc::new(AtomicI64::new(0)) };
+        assert!(lane.send(LaneEvent::Assigned(vec![Partition(0)]), || true));
+
+        // WHEN a revocation cannot be sent to it, and it goes on afterwards
+        let revocation = Arc::new(Revocation::default());
+        revocation.lock().lanes.insert(0, Arc::clone(&lane.unhandled_revocations));
+        let finished = Arc::clone(&revocation);
+        let done = RevokeDone::new(move || finished.finish(0));
+        assert!(
+            !lane.send(LaneEvent::Revoked { partitions: vec![Partition(0)], is_lost: false, done }, || false)
+        );
+        revocation.wait(|| false);
+        assert!(hanging.try_recv().is_ok());
+
+        // THEN it may not commit
+        assert_eq!(lane.unhandled_revocations.load(Ordering::Acquire), 1);
+        drop(hanging);
+        assert_eq!(lane.unhandled_revocations.load(Ordering::Acquire), 1);
     }
 }
