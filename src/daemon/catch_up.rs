@@ -1,6 +1,6 @@
 //! `--until-caught-up`
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -14,11 +14,17 @@ use crate::telemetry::status::{Phase, StatusRegistry};
 const TICK: Duration = Duration::from_millis(100);
 /// Interval between reads of partitions that no lane of this process reports on.
 const FOREIGN_TICK: Duration = Duration::from_secs(1);
+/// Longest wait for partitions without records when nothing else is left to do. A cursor beyond the log's end halts
+/// within half of it.
+const EMPTY_MAX: Duration = Duration::from_secs(60);
 
 /// What is to be reached. It stays the same when the daemon starts again, or that would never end under frequent reloads.
 pub(super) struct Targets {
-    /// Ends of the partitions that have records.
     ends: BTreeMap<Partition, NextOffset>,
+    /// Partitions without records. They are done once they have a cursor at the end.
+    empty: BTreeSet<Partition>,
+    /// Since when only partitions without records and halted ones are left.
+    only_empty_since: Option<Instant>,
     /// Last stable offset and high watermark of partitions with an open transaction.
     open: BTreeMap<Partition, (NextOffset, NextOffset)>,
 }
@@ -47,27 +53,27 @@ async fn ends(group: &Group, partitions: usize) -> Targets {
             log_bounds(group, &wanted).map(|bounds| (highs, bounds))
         });
         if let Ok(Ok((highs, bounds))) = answer.await {
-            // An empty partition is already caught up.
             let ends = all.iter().copied().zip(&bounds).map(|(partition, bounds)| (partition, bounds.end));
             let behind =
                 ends.filter_map(|(p, end)| Some((p, end, *highs.get(&p).filter(|high| **high > end)?)));
             let open = behind.map(|(partition, end, high)| (partition, (end, high))).collect();
-            let ends = all.iter().copied().zip(bounds);
-            let ends: BTreeMap<_, _> =
-                ends.filter(|(_, b)| b.end > b.start).map(|(p, b)| (p, b.end)).collect();
+            let bounds = || all.iter().copied().zip(&bounds);
+            let empty: BTreeSet<_> = bounds().filter(|(_, b)| b.end <= b.start).map(|(p, _)| p).collect();
             tracing::info!(
-                partitions = ends.len(),
-                "runs until these partitions reach the ends that they have now"
+                partitions = all.len(),
+                without_records = empty.len(),
+                "runs until the partitions reach the ends that they have now"
             );
-            return Targets { ends, open };
+            let ends = bounds().map(|(p, b)| (p, b.end)).collect();
+            return Targets { ends, empty, only_empty_since: None, open };
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 
-async fn reached(group: &Group, status: &StatusRegistry, targets: &Targets) -> Result<(), RunError> {
+async fn reached(group: &Group, status: &StatusRegistry, targets: &mut Targets) -> Result<(), RunError> {
     // Each start looks at all of them: it may be with another copy of the database.
-    let Targets { ends, open } = targets;
+    let Targets { ends, empty, only_empty_since, open } = targets;
     let mut targets = ends.clone();
     let mut ticks = ticks(TICK);
     let mut foreign_at = Instant::now() + FOREIGN_TICK;
@@ -94,12 +100,25 @@ async fn reached(group: &Group, status: &StatusRegistry, targets: &Targets) -> R
                 }
             }
         }
+        let halted =
+            |p: &Partition| assigned.get(p).is_some_and(|status| matches!(status.phase, Phase::Halted(_)));
+        if targets.keys().all(|p| empty.contains(p) || halted(p)) {
+            let waited = only_empty_since.get_or_insert_with(Instant::now).elapsed();
+            let count = targets.len();
+            targets.retain(|p, _| waited < EMPTY_MAX || halted(p));
+            if targets.len() < count {
+                tracing::warn!(
+                    partitions = count - targets.len(),
+                    seconds = EMPTY_MAX.as_secs(),
+                    "caught up, except that partitions without records were not started in this time; they may have \
+                     no cursor yet"
+                );
+            }
+        }
         if targets.is_empty() {
             report_unread(open, status);
             return Ok(());
         }
-        let halted =
-            |p: &Partition| assigned.get(p).is_some_and(|status| matches!(status.phase, Phase::Halted(_)));
         if targets.keys().all(halted) {
             return Err(RunError::Halted(format!(
                 "caught up, except for {} halted partition(s); see `payment-writer cursors show`",

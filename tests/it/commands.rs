@@ -188,6 +188,34 @@ fn until_caught_up_stops_at_the_ends_seen_at_the_start() {
 }
 
 #[test]
+fn until_caught_up_waits_for_the_cursors_of_partitions_without_records() {
+    // GIVEN records in one partition, and a database that takes the cursor of an empty partition of the other lane
+    // only at the fifth try after those records were written
+    let scope = Scope::ready("caught_up_empty", 4, 1);
+    scope.produce(&scope.input_topic, (0..10).map(|i| Payment::new(uuid_v4(i), 31).message().partition(1)));
+    scope.execute(
+        "CREATE SEQUENCE tries;
+         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN
+             IF NEW.partition = 0 THEN
+                 IF NOT EXISTS (SELECT FROM payment_writer.source_cursor WHERE partition = 1 AND applied = 10) THEN
+                     RAISE 'not yet' USING ERRCODE = 'serialization_failure';
+                 ELSIF nextval('tries') < 5 THEN
+                     RAISE 'not yet' USING ERRCODE = 'serialization_failure';
+                 END IF;
+             END IF;
+             RETURN NEW;
+         END $$;
+         CREATE TRIGGER refuse BEFORE INSERT ON payment_writer.source_cursor FOR EACH ROW EXECUTE FUNCTION refuse()",
+    );
+
+    // WHEN the daemon runs with --until-caught-up THEN it ends when all partitions have cursors
+    let daemon = scope.drain_with(&[("PAYMENT_WRITER__LANES", "2")]);
+    let applied = scope.cursors().into_values().map(|(applied, _)| applied).collect::<Vec<_>>();
+    assert_eq!(applied, [0, 10, 0, 0], "{}", daemon.log());
+}
+
+#[test]
 fn sigterm_and_sigint_drain_and_end_with_exit_code_0() {
     for signal in ["TERM", "INT"] {
         // GIVEN a daemon that is processing a stream of records
