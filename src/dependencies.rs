@@ -345,10 +345,9 @@ impl Dependency {
             ),
             Self::GenerationGuard => unnoticed(
                 Does::Warn,
-                "without the trigger that refuses it, DELETE or TRUNCATE of message ids by hand makes later duplicates be \
-                 written again",
-                "CREATE OR REPLACE TRIGGER message_ids_stay BEFORE DELETE OR TRUNCATE ON payment_writer.TABLE EXECUTE \
-                 FUNCTION payment_writer.refuse_removal_v1()",
+                "without the triggers and functions that refuse it, DELETE or TRUNCATE of message ids by hand makes later \
+                 duplicates be written again",
+                "payment-writer migrate",
             ),
             Self::DatabaseIdentity => fact(
                 Told::Checks(&[When::Start, When::Session]),

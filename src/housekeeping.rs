@@ -63,6 +63,7 @@ async fn pass_in(mut client: Client, settings: &Settings, is_dry_run: bool) -> R
     }
     // Otherwise the pass cannot be recorded at its end.
     schema::identity_columns::catch_up(&client).await?;
+    report.note(Task::Generation, schema::guards::restore(&client).await);
     report.note(Task::Generation, make_ready(&client).await);
     let rotated = rotate_when_due(&client, settings, &mut report).await;
     report.note(Task::Rotation, rotated);

@@ -10,7 +10,7 @@ use super::{Report, Severity};
 use crate::config::Settings;
 use crate::dependencies::Dependency;
 use crate::postgres::connection::{ConnectError, describe, lost_settings};
-use crate::postgres::schema::{self, NEWEST_KNOWN, SchemaError, months, shape};
+use crate::postgres::schema::{self, NEWEST_KNOWN, SchemaError, guards, months, shape};
 
 /// The rights that the writer's role needs are those that this file grants.
 const ROLES: &str = include_str!("../../sql/roles.sql");
@@ -93,18 +93,6 @@ const FOREIGN_OBJECTS: &str = "
             OR contype IN ('c', 'f', 'x', 'p', 'u') AND family IN ('payment_core', 'payment_metadata', 'payment_notes'))
     ORDER BY 1";
 
-/// Generations without the trigger that refuses to remove their rows. Older schemas have none.
-const UNGUARDED: &str = "
-    SELECT name FROM (
-        SELECT leaf FROM payment_writer.idempotency_generation WHERE state IN ('ready', 'current', 'older')
-        UNION ALL SELECT 'idempotency'
-    ) AS g (name)
-    WHERE to_regprocedure('payment_writer.refuse_removal_v1()') IS NOT NULL AND NOT EXISTS (
-        SELECT FROM pg_trigger
-        WHERE tgrelid = to_regclass(format('payment_writer.%I', name)) AND tgenabled IN ('O', 'A')
-            AND tgfoid = to_regprocedure('payment_writer.refuse_removal_v1()'))
-    ORDER BY name";
-
 /// Returns the session, if one could be opened.
 pub(super) async fn examine(settings: &Settings, report: &mut Report) -> Option<Client> {
     let endpoint = &settings.postgres.url;
@@ -143,8 +131,10 @@ pub(super) async fn examine(settings: &Settings, report: &mut Report) -> Option<
         let columns: [&(dyn ToSql + Sync); 2] = [&shape::expected(), &schema::REQUIRED_RELATIONS];
         let refusing = column(&client, FOREIGN_COLUMNS, &columns).await;
         none(report, Dependency::ForeignColumns, &place, refusing, "each row needs a value of");
-        let unguarded = column(&client, UNGUARDED, &[]).await;
-        none(report, Dependency::GenerationGuard, &place, unguarded, "missing on");
+        match guards::missing(&client).await {
+            Ok(missing) => none(report, Dependency::GenerationGuard, &place, Ok(missing), "missing"),
+            Err(error) => report.skip(Dependency::GenerationGuard, &place, error, String::new()),
+        }
         let objects = column(&client, FOREIGN_OBJECTS, &[]).await;
         none(report, Dependency::ForeignObjects, &place, objects, "found");
     }

@@ -11,7 +11,7 @@ use super::horizon::Horizon;
 use super::pass_metrics::HousekeepingMetrics;
 use super::{PassError, PassReport, Task, current_horizon, generations, pass};
 use crate::config::{self, Settings};
-use crate::postgres::schema::{SchemaError, column, doing, identity_columns, months};
+use crate::postgres::schema::{SchemaError, column, doing, guards, identity_columns, months};
 use crate::postgres::waits::Waits;
 use crate::telemetry::logging::{RateLimited, Repeated};
 
@@ -103,6 +103,10 @@ impl Keeper {
                 let client = settings.postgres.housekeeping_url.connect().await?.0;
                 // Those of `cursors accept` and the like as well.
                 identity_columns::catch_up(&client).await?;
+                // Passes go on without.
+                if let Err(error) = guards::restore(&client).await {
+                    self.complain(error.to_string());
+                }
                 client
             }
         };

@@ -4,6 +4,7 @@
 //! applied step is never edited: its checksum is in the history.
 
 mod error;
+pub mod guards;
 mod history;
 pub mod identity_columns;
 pub mod locks;

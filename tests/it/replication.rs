@@ -238,3 +238,85 @@ fn identity_columns_go_on_after_rows_that_came_by_replication() {
     wait_until("the sequence is set", || scope.sql(next, &[])[0].get::<_, i64>(0) == 6);
     audit();
 }
+
+#[test]
+fn message_ids_are_guarded_again_after_a_change_over_and_a_lost_function() {
+    // GIVEN a generation as replication brings it: its table made by hand, its row without a trigger
+    let scope = Scope::ready("guards", 1, 1);
+    scope.command(&["prune"]).succeeds();
+    let guard = || {
+        let finished = scope.command(&["doctor", "--json"]);
+        let found: serde_json::Value = serde_json::from_str(&finished.stdout).unwrap();
+        let one = found.as_array().unwrap().iter().find(|one| one["what"] == "generation_guard").unwrap();
+        (one["severity"] == "ok").then_some(()).ok_or(one["says"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(guard(), Ok(()));
+    let replicated = |number: i64| {
+        scope.execute(&format!(
+            "CREATE TABLE payment_writer.idempotency_g{number} (PRIMARY KEY (message_id))
+             INHERITS (payment_writer.idempotency)"
+        ));
+        scope.execute_unguarded(&format!(
+            "INSERT INTO payment_writer.idempotency_generation (generation, leaf, state)
+             VALUES ({number}, 'idempotency_g{number}', 'ready')"
+        ));
+    };
+    let refuses = |number: i64| {
+        let removal = format!("TRUNCATE payment_writer.idempotency_g{number}");
+        scope.execute_as(&scope.postgres_url(), &removal).as_deref() == Some("55000")
+    };
+    replicated(11);
+    assert!(guard().unwrap_err().starts_with("missing: trigger on idempotency_g11: "), "{:?}", guard());
+    assert!(!refuses(11));
+
+    // WHEN `migrate` runs THEN it is guarded; AND so by a pass, and by the start of a daemon
+    scope.command(&["migrate"]).succeeds();
+    assert!(refuses(11));
+    replicated(12);
+    scope.command(&["prune"]);
+    assert!(refuses(12));
+    replicated(13);
+    let mut daemon = scope.daemon(&["run"]);
+    wait_until("the daemon guards it", || refuses(13));
+    daemon.kill();
+    assert_eq!(guard(), Ok(()));
+
+    // WHEN a function is emptied or lost, or a trigger disabled THEN doctor names it, and `migrate` restores it
+    for (loss, named) in [
+        (
+            "CREATE OR REPLACE FUNCTION payment_writer.refuse_removal_v1() RETURNS trigger LANGUAGE plpgsql
+             SET search_path = pg_catalog AS $$ BEGIN RETURN NULL; END $$",
+            "missing: function refuse_removal_v1()",
+        ),
+        (
+            "DROP FUNCTION payment_writer.refuse_removal_v1() CASCADE",
+            "missing: function refuse_removal_v1(), trigger on",
+        ),
+        (
+            "DROP FUNCTION payment_writer.guard_generation_v1() CASCADE",
+            "missing: function guard_generation_v1(), trigger on idempotency_generation",
+        ),
+        (
+            "ALTER TABLE payment_writer.idempotency_generation DISABLE TRIGGER guard_generation",
+            "missing: trigger on idempotency_generation",
+        ),
+        (
+            "CREATE OR REPLACE TRIGGER message_ids_stay BEFORE DELETE ON payment_writer.idempotency_g12
+             EXECUTE FUNCTION payment_writer.refuse_removal_v1()",
+            "missing: trigger on idempotency_g12",
+        ),
+    ] {
+        scope.execute(loss);
+        let found = guard().unwrap_err();
+        assert!(found.starts_with(named), "{loss}: {found}");
+        scope.command(&["migrate"]).succeeds();
+        assert_eq!(guard(), Ok(()), "{loss}");
+        assert!(refuses(1) && refuses(12), "{loss}");
+    }
+
+    // AND without step 8 nothing is missing, and nothing restored
+    scope.command(&["migrate", "undo", "--count", "1", "--force"]).succeeds();
+    assert_eq!(guard(), Ok(()));
+    scope.command(&["prune"]);
+    assert!(!refuses(1));
+}

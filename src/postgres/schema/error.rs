@@ -64,6 +64,9 @@ pub enum SchemaError {
     /// Another session has been changing the schema for more than a minute.
     #[error("another session has been changing the schema for {} s", .0.as_secs())]
     Busy(Duration),
+    /// Other sessions held locks on the tables during all attempts.
+    #[error("{0}: other sessions keep locks on the tables")]
+    Locked(&'static str),
     /// A step failed; the steps before it stay applied.
     #[error("{}", describe_migration(.0))]
     Step(Box<refinery::Error>),

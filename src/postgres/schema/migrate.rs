@@ -9,8 +9,8 @@ use tokio_postgres::error::SqlState;
 use super::error::database_cause;
 use super::locks::LockKey;
 use super::{
-    DDL_LOCK_TIMEOUT_MS, HISTORY, NEWEST_KNOWN, SCHEMA, SchemaError, SchemaVersion, doing, identity_columns,
-    migrations, refuse_too_new, status, value,
+    DDL_LOCK_TIMEOUT_MS, HISTORY, NEWEST_KNOWN, SCHEMA, SchemaError, SchemaVersion, doing, guards,
+    identity_columns, migrations, refuse_too_new, status, value,
 };
 
 /// Longest wait for another session that changes the schema.
@@ -33,10 +33,12 @@ pub struct MigrateReport {
 /// time, and must own the schema later; without pending steps it only needs to read. Does not work through a
 /// transaction pooler, because the lock is held by the session.
 ///
-/// Identity columns go on after their largest number, also without pending steps.
+/// Identity columns go on after their largest number, and triggers that keep message ids are restored, also without
+/// pending steps.
 pub async fn migrate(client: &mut Client) -> Result<MigrateReport, SchemaError> {
     let report = apply_pending(client).await?;
     identity_columns::catch_up(client).await?;
+    guards::restore(client).await?;
     Ok(report)
 }
 
