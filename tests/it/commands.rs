@@ -4,7 +4,10 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::support::{AT_MS, Finished, Message, Payment, Scope, Servers, free_address, uuid_v4, wait_until};
+use crate::support::{
+    AT_MS, Finished, Message, PATIENCE, Payment, Scope, Servers, free_address, uuid_v4, wait_until,
+    wait_until_within,
+};
 
 /// Runs the program without servers, with only these settings.
 fn offline(arguments: &[&str], settings: &[(&str, &str)]) -> Finished {
@@ -213,6 +216,28 @@ fn until_caught_up_waits_for_the_cursors_of_partitions_without_records() {
     let daemon = scope.drain_with(&[("PAYMENT_WRITER__LANES", "2")]);
     let applied = scope.cursors().into_values().map(|(applied, _)| applied).collect::<Vec<_>>();
     assert_eq!(applied, [0, 10, 0, 0], "{}", daemon.log());
+}
+
+#[test]
+#[ignore = "a minute; `make trials`"]
+fn trials_until_caught_up_gives_partitions_without_records_a_minute() {
+    // GIVEN records in one partition, and a database that takes no cursor of an empty one
+    let scope = Scope::ready("caught_up_never", 2, 1);
+    scope.produce(&scope.input_topic, (0..10).map(|i| Payment::new(uuid_v4(i), 31).message().partition(1)));
+    scope.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN RAISE 'never' USING ERRCODE = 'serialization_failure'; END $$;
+         CREATE TRIGGER refuse BEFORE INSERT ON payment_writer.source_cursor
+             FOR EACH ROW WHEN (NEW.partition = 0) EXECUTE FUNCTION refuse()",
+    );
+
+    // WHEN the daemon runs with --until-caught-up THEN it ends, and tells it
+    let mut daemon = scope.daemon_with(&["run", "--until-caught-up"], &[("PAYMENT_WRITER__LANES", "2")]);
+    wait_until_within(PATIENCE, "it gives up", || !daemon.is_running());
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+    let told = "caught up, except that partitions without records were not started in this time";
+    assert!(daemon.log().contains(told), "{}", daemon.log());
+    assert_eq!(scope.committed(1).unwrap().0, 10);
 }
 
 #[test]

@@ -323,6 +323,33 @@ fn sighup_makes_a_new_token_and_a_command_that_fails_leaves_all_as_it_is() {
 }
 
 #[test]
+fn a_reload_that_would_lead_to_another_database_changes_nothing() {
+    // GIVEN a daemon with open sessions, and another database at the same address
+    let scope = Scope::ready("elsewhere", 2, 1);
+    let mut daemon = Member::new("a").start(&scope);
+    let mut load = Load::new(96);
+    scope.feed(load.take(100));
+    scope.wait_until_caught_up();
+    let id = as_admin(&scope, "SELECT database_id::text FROM payment_writer.database_identity");
+    let replace =
+        |id: &str| scope.execute(&format!("UPDATE payment_writer.database_identity SET database_id = {id}"));
+    replace("gen_random_uuid()");
+
+    // WHEN it is to reload, THEN it says so and goes on
+    daemon.signal("HUP");
+    let at = says(&daemon, 0, &["WARN", "those in use stay", "leads to another database"]);
+    assert_eq!(daemon.metric(RELOADED, ""), 0.0);
+
+    // AND it reloads by itself once its own database is back
+    replace(&format!("'{id}'"));
+    let at = says(&daemon, at, &["INFO", "reloaded", "SIGHUP"]);
+    says(&daemon, at, &["INFO", "started"]);
+    assert_eq!(daemon.metric(RELOADED, ""), 1.0);
+    scope.feed(load.take(100));
+    scope.drains_exactly_once([&mut daemon]);
+}
+
+#[test]
 fn until_caught_up_keeps_the_ends_of_its_start_over_a_reload() {
     // GIVEN records of one partition that wait for a lock, and an empty partition that is halted
     let scope = Scope::ready("until", 2, 1);
