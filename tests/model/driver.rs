@@ -55,6 +55,7 @@ pub struct Stats {
     pub faults: u64,
     pub taken_ahead: u64,
     pub passed_over: u64,
+    pub redelivered: u64,
     pub outputs: usize,
     pub rows: usize,
     pub halts: usize,
@@ -76,6 +77,8 @@ pub struct Driver {
     processes: Vec<Process>,
     owners: Vec<Option<usize>>,
     adopts_database: bool,
+    /// Time between the end of a revocation and the next generation, in histories without random delays.
+    pub joining: Duration,
     pub stats: Stats,
 }
 
@@ -103,6 +106,7 @@ impl Driver {
             processes,
             owners: vec![None; setup.partitions],
             adopts_database: false,
+            joining: Duration::ZERO,
             stats: Stats::default(),
             setup,
         }
@@ -498,6 +502,16 @@ impl Driver {
         self.hand(from, to, &moved).await;
     }
 
+    /// The next generation begins when all members have joined. Until then the current one is valid.
+    async fn await_members(&mut self) {
+        let joining = {
+            let mut world = self.world();
+            let is_long = world.plan.has_delays && world.rng.random_ratio(1, 4);
+            is_long.then(|| Duration::from_millis(world.rng.random_range(0..5_000)))
+        };
+        self.pause(joining.unwrap_or(self.joining)).await;
+    }
+
     pub async fn hand(&mut self, from: usize, to: usize, moved: &[i32]) {
         if moved.is_empty() {
             return;
@@ -505,6 +519,7 @@ impl Driver {
         let incarnation = self.world().members[from].incarnation;
         self.new_generation();
         self.revoke(from, moved, false).await;
+        self.await_members().await;
         if self.world().members[from].incarnation != incarnation || !self.is_up(from) {
             // It crashed meanwhile: its partitions are reassigned when the group notices.
             return;
@@ -758,8 +773,9 @@ impl Driver {
                         && row.is_some_and(|r| {
                             r.applied.0 == end && (!world.publishes || r.published.map(|k| k.0) == Some(end))
                         });
-                    let is_halted = halted.iter().any(|(h, doubt)| *h == p as i32 && !is_transient(doubt));
-                    is_done || is_halted
+                    // One that is done may be halted still, until it is examined again.
+                    let doubt = halted.iter().find(|(h, _)| *h == p as i32).map(|(_, doubt)| doubt);
+                    doubt.map_or(is_done, |doubt| !is_transient(doubt))
                 })
             };
             if is_at_rest {
@@ -839,6 +855,7 @@ impl Driver {
         stats.faults = world.faults;
         stats.taken_ahead = world.taken_ahead;
         stats.passed_over = world.passed_over;
+        stats.redelivered = world.redelivered;
         stats.outputs = world.outputs.len();
         stats.rows = world.db.rows.len();
         stats.breach = world.failure.take();

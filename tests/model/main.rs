@@ -22,7 +22,8 @@
 //! Not detected, because another mechanism still protects: a session that is not compared, or a lost COMMIT
 //! reply taken for a failure, fails at the cursor guard; a first cursor stored without its guard fails at the
 //! owners of the ids; a lane that gives up what is in flight and keeps its state is reset by the revocation
-//! that caused it. Claims below the cursor need a row that the database itself rejected; the tests of `batch`
+//! that caused it; a lane that keeps its producer after an unknown outcome while revoking is told to replace it
+//! by the port, at its next publication. Claims below the cursor need a row that the database itself rejected; the tests of `batch`
 //! cover that.
 //!
 //! Not modelled: generations of ids and their pruning, rows that the database rejects, months, topics that
@@ -209,6 +210,7 @@ fn whatever_happens_each_record_has_one_outcome_once() {
         totals.faults += stats.faults;
         totals.taken_ahead += stats.taken_ahead;
         totals.passed_over += stats.passed_over;
+        totals.redelivered += stats.redelivered;
         totals.outputs += stats.outputs;
         totals.rows += stats.rows;
         totals.halts += stats.halts;
@@ -232,6 +234,7 @@ fn whatever_happens_each_record_has_one_outcome_once() {
     }
     assert!(is_replay || totals.taken_ahead > 0, "no lane built its next batch while one was being written");
     assert!(is_replay || totals.passed_over > 0, "no client ever started at a wrong position");
+    assert!(is_replay || totals.redelivered > 0, "no client ever delivered records again");
 }
 
 /// A small history without randomness; `at` chooses the call and its fault.
@@ -279,6 +282,23 @@ async fn at_rest(mut driver: Driver) -> Driver {
     driver.start_all();
     driver.rest().await;
     driver
+}
+
+async fn one_process_has_all() -> Driver {
+    let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
+    driver.hand_over(0, 1).await;
+    driver.hand_over(1, 0).await;
+    driver.rest().await;
+    driver
+}
+
+/// Appends a record, and waits until the first transaction of its batch is aborted.
+async fn abort_a_transaction(driver: &mut Driver) {
+    driver.world().ordered.push((0, "publish", Fault::After));
+    driver.append_to(0, 1, 0, 0);
+    while !driver.world().ordered.is_empty() {
+        driver.pause(Duration::from_millis(1)).await;
+    }
 }
 
 fn expect_kept(stats: &Stats) {
@@ -347,27 +367,30 @@ fn a_database_that_answers_reads_and_refuses_writes_is_tried_ever_less_often() {
 
 #[test]
 fn published_offsets_stored_on_assignment_outlive_the_group() {
-    let stats = in_world(async {
-        // GIVEN payments written and published, and an earlier backup, restored while no process ran
-        let mut driver = at_rest(Driver::new(quiet_setup(500), true)).await;
-        driver.world().snapshot();
-        driver.append_to(0, 1, 0, 0);
-        driver.append_to(1, 2, 0, 0);
-        driver.rest().await;
-        driver.stop_all(true).await;
-        let backup = driver.world().snapshots[0].clone();
-        driver.world().restore(backup);
-        // WHEN the lanes recover the partitions and crash before their first batch, and the group is deleted
-        driver.start_all();
-        driver.pause(Duration::from_millis(100)).await;
-        driver.stop_all(false).await;
-        driver.delete_offsets();
-        driver.start_all();
-        // THEN rows are written again, events are not sent again
-        driver.finish().await
-    });
-    expect_kept(&stats);
-    assert_eq!((stats.rows, stats.outputs, stats.settled), (2, 4, 0));
+    for is_tail_removed in [false, true] {
+        let stats = in_world(async {
+            // GIVEN payments written and published, and an earlier backup, restored while no process ran
+            let mut driver = at_rest(Driver::new(quiet_setup(500), true)).await;
+            driver.world().is_tail_removed = is_tail_removed;
+            driver.world().snapshot();
+            driver.append_to(0, 1, 0, 0);
+            driver.append_to(1, 2, 0, 0);
+            driver.rest().await;
+            driver.stop_all(true).await;
+            let backup = driver.world().snapshots[0].clone();
+            driver.world().restore(backup);
+            // WHEN the lanes recover the partitions and crash before their first batch, and the group is deleted
+            driver.start_all();
+            driver.pause(Duration::from_millis(100)).await;
+            driver.stop_all(false).await;
+            driver.delete_offsets();
+            driver.start_all();
+            // THEN rows are written again, events are not sent again, also where the outputs prove nothing
+            driver.finish().await
+        });
+        expect_kept(&stats);
+        assert_eq!((stats.rows, stats.outputs, stats.settled), (2, 4, 0));
+    }
 }
 
 #[test]
@@ -450,15 +473,8 @@ fn a_group_offset_rolled_back_with_its_metadata_sends_nothing_twice() {
 fn a_lane_that_learns_too_late_that_it_lost_a_partition_publishes_nothing_of_it() {
     let stats = in_world(async {
         // GIVEN one process with a written batch whose transaction was aborted
-        let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
-        driver.hand_over(0, 1).await;
-        driver.hand_over(1, 0).await;
-        driver.rest().await;
-        driver.world().ordered.push((0, "publish", Fault::After));
-        driver.append_to(0, 1, 0, 0);
-        while !driver.world().ordered.is_empty() {
-            driver.pause(Duration::from_millis(1)).await;
-        }
+        let mut driver = one_process_has_all().await;
+        abort_a_transaction(&mut driver).await;
         // WHEN it hangs in the recovery of another partition for longer than the group waits for it, while
         // the batch's partition goes to another process
         driver.world().ordered.push((0, "cursors", Fault::Hang));
@@ -475,6 +491,51 @@ fn a_lane_that_learns_too_late_that_it_lost_a_partition_publishes_nothing_of_it(
     });
     expect_kept(&stats);
     assert_eq!((stats.rows, stats.outputs), (2, 4));
+}
+
+#[test]
+fn a_transaction_that_stalls_until_its_partition_has_moved_publishes_nothing() {
+    let stats = in_world(async {
+        // GIVEN a transaction that stalls before its offsets arrive
+        let mut driver = one_process_has_all().await;
+        driver.world().delays.push((0, "send_offsets", Duration::from_secs(12)));
+        driver.append_to(0, 1, 0, 0);
+        while !driver.world().delays.is_empty() {
+            driver.pause(Duration::from_millis(1)).await;
+        }
+        // WHEN its partition goes to another process, which publishes the batch, and init_transactions, which
+        // would end the transaction, hangs
+        driver.world().ordered.push((0, "renew", Fault::Hang));
+        driver.hand(0, 1, &[0]).await;
+        driver.pause(Duration::from_secs(1)).await;
+        assert!(driver.world().ordered.is_empty(), "it hangs");
+        assert_eq!(driver.world().truly_published[0], 1, "the other one has published the batch");
+        // THEN its offsets are refused when they arrive
+        driver.pause(Duration::from_secs(20)).await;
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!((stats.rows, stats.outputs), (1, 2));
+}
+
+#[test]
+fn a_transaction_that_outlasts_a_revocation_is_ended_before_the_other_partitions_go_on() {
+    let stats = in_world(async {
+        // GIVEN one process with a written batch whose transaction was aborted
+        let mut driver = one_process_has_all().await;
+        abort_a_transaction(&mut driver).await;
+        // WHEN another partition is revoked, the batch is published meanwhile, and its transaction stalls for
+        // longer than the lane waits, but arrives before the next generation and the lane's next transaction
+        driver.world().delays.push((0, "send_offsets", Duration::from_secs(9)));
+        driver.world().delays.push((0, "write", Duration::from_secs(3)));
+        driver.joining = Duration::from_secs(4);
+        driver.hand(0, 1, &[1]).await;
+        assert_eq!(driver.world().delays, [], "both are late");
+        // THEN the events are sent once
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!((stats.rows, stats.outputs), (1, 2));
 }
 
 fn at_every_call(fault: Fault) {

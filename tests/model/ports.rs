@@ -119,6 +119,11 @@ impl ModelLog {
                 position = world.rng.random_range(position + 1..=end);
                 world.passed_over += 1;
                 world.note(|| format!("       the client starts {p} at {position} instead"));
+            } else if world.plan.has_delays && world.rng.random_ratio(1, 25) {
+                // The client returns to an earlier position, as when the partition's leader changes.
+                let back = world.rng.random_range(1..5);
+                position = (position - back).max(world.logs[p as usize].start);
+                world.redelivered += 1;
             }
             let chunk = if world.plan.has_delays { world.rng.random_range(1..6) } else { 100 };
             let mut taken = 0;
@@ -542,18 +547,16 @@ impl Thread {
             world.note(|| format!("       transaction {number} of {id:?} begins"));
             match world.txns.get_mut(&id) {
                 Some(state) if state.epoch == epoch && state.open.is_none() => {
-                    state.open = Some(OpenTxn { number, began: Instant::now(), outputs, offsets: None });
+                    let began = Instant::now();
+                    state.open = Some(OpenTxn { number, began, outputs: Vec::new(), offsets: None });
                 }
                 _ => return replace("producer fenced"),
             }
             number
         };
-        match self.shared.point(self.who, "produce").await {
-            Fault::None | Fault::Crash => {}
-            Fault::Before | Fault::After => {
-                return Err(self.abort(number, aborted("an output topic is away")).await);
-            }
-            Fault::Hang => std::future::pending().await,
+        let fault = self.shared.point(self.who, "send_offsets").await;
+        if fault == Fault::Before {
+            return Err(self.abort(number, aborted("send_offsets")).await);
         }
         let offsets: Vec<_> = publication.offsets(&self.identity).map(|(p, o, m)| (p.0, o.0, m)).collect();
         let is_taken = {
@@ -572,10 +575,19 @@ impl Thread {
                 .abort(number, PublishError::StaleGeneration("illegal generation".to_owned()))
                 .await);
         }
-        match self.shared.point(self.who, "send_offsets").await {
+        match fault {
+            Fault::After => return Err(self.abort(number, aborted("send_offsets")).await),
+            Fault::Hang => std::future::pending().await,
+            _ => {}
+        }
+        match self.shared.world.borrow_mut().open_txn(self.id(), self.epoch, number) {
+            Some(txn) => txn.outputs = outputs,
+            None => return replace("producer fenced"),
+        }
+        match self.shared.point(self.who, "produce").await {
             Fault::None | Fault::Crash => {}
             Fault::Before | Fault::After => {
-                return Err(self.abort(number, aborted("send_offsets")).await);
+                return Err(self.abort(number, aborted("an output topic is away")).await);
             }
             Fault::Hang => std::future::pending().await,
         }

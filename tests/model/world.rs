@@ -287,8 +287,12 @@ pub struct World {
     pub refused_writes: Option<u32>,
     /// How often a client started at another position.
     pub passed_over: u64,
+    /// How often a client delivered records again.
+    pub redelivered: u64,
     /// Faults scheduled for the next call of this process and name.
     pub ordered: Vec<(usize, &'static str, Fault)>,
+    /// Delays of the next call of this process and name.
+    pub delays: Vec<(usize, &'static str, Duration)>,
     /// No more faults.
     pub is_calm: bool,
     pub trace: Option<Vec<String>>,
@@ -353,7 +357,9 @@ impl World {
             taken_ahead: 0,
             refused_writes: None,
             passed_over: 0,
+            redelivered: 0,
             ordered: Vec::new(),
+            delays: Vec::new(),
             is_calm: false,
             trace: None,
             failure: None,
@@ -604,9 +610,11 @@ impl Handle {
 
     /// A point at which a fault may happen. Returns the fault; does not return if the process crashes here.
     pub async fn point(&self, who: Who, name: &'static str) -> Fault {
-        let (fault, delay_ms) = {
+        let (fault, delay) = {
             let mut world = self.world.borrow_mut();
             let fault = world.draw(who, name);
+            let ordered = world.delays.iter().position(|(m, n, _)| (*m, *n) == (who.member, name));
+            let ordered = ordered.map_or(Duration::ZERO, |place| world.delays.remove(place).2);
             let delay_ms = if !world.plan.has_delays {
                 0
             } else if world.rng.random_ratio(1, 60) {
@@ -616,15 +624,15 @@ impl Handle {
             } else {
                 0
             };
-            (fault, delay_ms)
+            (fault, ordered + Duration::from_millis(delay_ms))
         };
         if fault == Fault::Crash {
             self.world.borrow_mut().crashes.push((who.member, who.incarnation));
             self.changed.notify_waiters();
             std::future::pending::<()>().await;
         }
-        if delay_ms > 0 {
-            sleep(Duration::from_millis(delay_ms)).await;
+        if !delay.is_zero() {
+            sleep(delay).await;
         }
         self.thaw(who).await;
         fault
