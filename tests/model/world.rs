@@ -332,6 +332,8 @@ pub struct World {
     pub read_in: BTreeMap<Who, u64>,
     /// Group offsets of these partitions were changed by hand.
     pub tampered: BTreeSet<i32>,
+    /// Those of them that no lane has committed since: only the database shows that they are wrong.
+    pub uncorrected: BTreeSet<i32>,
 }
 
 pub struct Handle {
@@ -386,6 +388,7 @@ impl World {
             untaken: BTreeSet::new(),
             read_in: BTreeMap::new(),
             tampered: BTreeSet::new(),
+            uncorrected: BTreeSet::new(),
         }
     }
 
@@ -526,6 +529,7 @@ impl World {
                 ));
             }
             self.offsets[p] = Some(GroupOffset { position: NextOffset(position), metadata });
+            self.uncorrected.remove(&partition);
             self.truly_published[p] = self.truly_published[p].max(position);
         }
         for message in txn.outputs {
@@ -567,6 +571,12 @@ impl World {
 
     pub fn is_broker_down(&self) -> bool {
         self.broker_down_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Notes that a group offset was changed by hand.
+    pub fn tamper(&mut self, partition: i32) {
+        self.tampered.insert(partition);
+        self.uncorrected.insert(partition);
     }
 
     pub fn snapshot(&mut self) {
