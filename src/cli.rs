@@ -5,6 +5,7 @@ mod config;
 mod cursors;
 mod dlq;
 mod doctor;
+mod generate;
 mod migrate;
 mod output;
 mod produce;
@@ -22,7 +23,7 @@ use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
@@ -31,6 +32,7 @@ pub use config::{ConfigCommand, ShowConfigArgs};
 pub use cursors::{AcceptArgs, ApplyArgs, CursorsCommand, ResolveArgs, SkipArgs};
 pub use dlq::{DlqCommand, FilterArgs, ListArgs, ReplayArgs, ShowArgs};
 pub use doctor::DoctorArgs;
+pub use generate::GenerateArgs;
 pub use migrate::{MigrateArgs, MigrateCommand};
 pub use produce::ProduceArgs;
 pub use prune::PruneArgs;
@@ -70,7 +72,8 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 stopped because 
 #[derive(Debug, Parser)]
 #[command(name = "payment-writer", version = version(), after_help = EXAMPLES)]
 pub struct Cli {
-    /// Settings file; otherwise PAYMENT_WRITER_CONFIG, otherwise config/payment-writer.toml if it exists
+    /// Settings file; otherwise PAYMENT_WRITER_CONFIG, otherwise config/payment-writer.toml or
+    /// /etc/payment-writer/payment-writer.toml, the first that exists
     #[arg(long, global = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// The command.
@@ -115,6 +118,8 @@ pub enum Command {
     Config(ConfigCommand),
     /// Load generator: send payments to the input topic, with duplicates, conflicts and bad records
     Produce(ProduceArgs),
+    /// Write man pages, and completions of bash, zsh and fish, to a directory
+    Generate(GenerateArgs),
 }
 
 /// `topics`
@@ -145,6 +150,10 @@ pub fn execute(cli: Cli) -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> Result<(), CommandError> {
+    // Needs no settings.
+    if let Command::Generate(args) = &cli.command {
+        return generate::generate(args, Cli::command());
+    }
     if matches!(cli.command, Command::Run(_)) {
         // Until the daemon handles it, it must not end the process: a reload may come soon after a start.
         flag::register(SIGHUP, Arc::default()).or_failed_to("cannot ignore SIGHUP")?;
@@ -181,7 +190,7 @@ fn dispatch(cli: Cli) -> Result<(), CommandError> {
         Command::Produce(args) => produce::produce(&settings, &args),
         Command::Top(args) => top::top(&settings, &args),
         // Handled above, before logging starts.
-        Command::CheckConfig | Command::Config(_) => Ok(()),
+        Command::CheckConfig | Command::Config(_) | Command::Generate(_) => Ok(()),
     };
     // Not waited for: a request to an unavailable broker may still block one of its threads.
     runtime.shutdown_background();
@@ -237,7 +246,6 @@ fn duration(text: &str) -> Result<std::time::Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {
@@ -277,6 +285,7 @@ mod tests {
             include_str!("../docs/how-to/deploy.md"),
             include_str!("../docs/how-to/halted-partitions.md"),
             include_str!("../docs/how-to/housekeeping.md"),
+            include_str!("../docs/how-to/install-deb.md"),
             include_str!("../docs/how-to/observe.md"),
             include_str!("../docs/how-to/recover.md"),
             include_str!("../docs/how-to/replay.md"),

@@ -30,6 +30,9 @@ pub use values::{cron, log_filter};
 /// Settings file used by default; it may be absent.
 pub const DEFAULT_PATH: &str = "config/payment-writer.toml";
 
+/// Settings file of packages, used by default if [`DEFAULT_PATH`] is absent; it may be absent, too.
+pub const PACKAGE_PATH: &str = "/etc/payment-writer/payment-writer.toml";
+
 /// Environment variable with the path of the settings file; the command line has priority.
 pub const PATH_VARIABLE: &str = "PAYMENT_WRITER_CONFIG";
 
@@ -64,9 +67,12 @@ impl fmt::Display for ConfigError {
 
 impl Settings {
     /// Loads the settings from `path`, otherwise from the file named in the environment, otherwise from
-    /// [`DEFAULT_PATH`] if it exists; then from the environment.
+    /// [`DEFAULT_PATH`] or [`PACKAGE_PATH`], the first that exists; then from the environment.
     pub fn load(path: Option<&Path>) -> Result<Loaded, ConfigError> {
-        Self::load_from(path, Path::new(DEFAULT_PATH), env::vars_os())
+        let mut known = [DEFAULT_PATH, PACKAGE_PATH].into_iter().map(Path::new);
+        // What cannot be looked at is an error when it is read.
+        let default = known.find(|path| path.try_exists().unwrap_or(true));
+        Self::load_from(path, default.unwrap_or(Path::new(DEFAULT_PATH)), env::vars_os())
     }
 
     /// Like [`Settings::load`], with all inputs as parameters.

@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 
 use super::output::{print, table};
-use crate::config::{DEFAULT_PATH, Loaded, Origin};
+use crate::config::{DEFAULT_PATH, Loaded, Origin, PACKAGE_PATH};
 use crate::error::{CommandError, OrFailed};
 
 /// `config`
@@ -26,7 +26,7 @@ pub fn check(loaded: &Loaded) -> Result<(), CommandError> {
     let count = |wanted: fn(&Origin) -> bool| loaded.effective.iter().filter(|e| wanted(&e.origin)).count();
     let file = match &loaded.file {
         Some(path) => format!("file {}", path.display()),
-        None => format!("no file ({DEFAULT_PATH} does not exist)"),
+        None => format!("no file (neither {DEFAULT_PATH} nor {PACKAGE_PATH} exists)"),
     };
     let from_file = count(|origin| matches!(origin, Origin::File(_)));
     let from_environment = count(|origin| matches!(origin, Origin::Environment(_)));

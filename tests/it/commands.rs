@@ -2,6 +2,8 @@
 
 use std::process::{Command, Stdio};
 
+use clap::CommandFactory;
+use payment_writer::cli::Cli;
 use serde_json::Value;
 
 use crate::support::{
@@ -41,6 +43,55 @@ fn wrong_usage_ends_with_exit_code_2_and_a_hint() {
         assert_eq!(finished.code, Some(2), "{arguments:?}: {finished:?}");
         assert!(finished.stderr.contains(words), "{arguments:?} does not say {words}: {}", finished.stderr);
     }
+}
+
+/// Names of the pages of this command and those below it.
+fn pages(command: &clap::Command, above: &str) -> Vec<String> {
+    let name = format!("{above}{}", command.get_name());
+    let below = command.get_subcommands().flat_map(|command| pages(command, &format!("{name}-")));
+    below.chain([format!("{name}.1")]).collect()
+}
+
+/// What bash offers to complete these words with.
+fn completed(file: &std::path::Path, words: &[&str]) -> String {
+    let script = r#"
+        set -eu
+        . "$1"; shift
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMPREPLY=()
+        function=$(complete -p payment-writer | sed 's/.* -F \([^ ]*\) .*/\1/')
+        $function payment-writer "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+        echo "${COMPREPLY[@]}""#;
+    let output = Command::new("bash").args(["-c", script, "bash"]).arg(file).args(words).output().unwrap();
+    assert!(output.status.success(), "{words:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn each_command_has_a_man_page_and_bash_completes_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("new");
+    // Wrong settings do not matter.
+    let wrong = [("PAYMENT_WRITER__LANES", "none")];
+    let finished = offline(&["generate", directory.to_str().unwrap()], &wrong);
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+
+    let mut expected = pages(&Cli::command(), "");
+    expected.extend(["payment-writer.bash", "_payment-writer", "payment-writer.fish"].map(str::to_owned));
+    expected.sort();
+    let files = std::fs::read_dir(&directory).unwrap().map(|file| file.unwrap().file_name());
+    let mut files: Vec<String> = files.map(|name| name.into_string().unwrap()).collect();
+    files.sort();
+    assert_eq!(files, expected);
+
+    let page = std::fs::read_to_string(directory.join("payment-writer.1")).unwrap();
+    assert!(page.contains("\n.nf\nExamples:\n  payment\\-writer check\\-config  "), "{page}");
+    let bash = directory.join("payment-writer.bash");
+    assert_eq!(completed(&bash, &["payment-writer", "recon"]), "reconcile");
+    assert_eq!(completed(&bash, &["payment-writer", "run", "--until"]), "--until-caught-up");
+
+    let finished = offline(&["generate", "/dev/null/x"], &[]);
+    assert_eq!(finished.code, Some(1), "{finished:?}");
+    assert!(finished.stderr.contains("/dev/null/x"), "{}", finished.stderr);
 }
 
 #[test]
