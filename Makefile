@@ -191,6 +191,16 @@ release-check: ## build the artefacts of a release twice, in other folders, and 
 	@dev/release --check >docs/evidence/release-check.log 2>&1; \
 	    result=$$?; cat docs/evidence/release-check.log; exit $$result
 
+.PHONY: deb deb-check
+deb: ## build the Debian package, target/debian/payment-writer_*.deb: REVISION=1 PROGRAM=FILE
+	@dev/install --deb
+	@REVISION=$(REVISION) PROGRAM=$(PROGRAM) ops/deb/build
+
+deb-check: ## build the Debian package, check it with lintian, and install, run, upgrade and purge it in a bare root: PROGRAM=FILE; needs root; three minutes
+	@dev/install --deb
+	@PROGRAM=$(PROGRAM) ops/deb/check >docs/evidence/deb-check.log 2>&1; \
+	    result=$$?; cat docs/evidence/deb-check.log; exit $$result
+
 .PHONY: advisories
 advisories: ## check the dependencies for known vulnerabilities; fetches the advisory database from GitHub
 	@dev/install --lint
