@@ -6,6 +6,7 @@ mod cursors;
 mod dlq;
 mod doctor;
 mod generate;
+mod healthcheck;
 mod migrate;
 mod output;
 mod produce;
@@ -33,6 +34,7 @@ pub use cursors::{AcceptArgs, ApplyArgs, CursorsCommand, ResolveArgs, SkipArgs};
 pub use dlq::{DlqCommand, FilterArgs, ListArgs, ReplayArgs, ShowArgs};
 pub use doctor::DoctorArgs;
 pub use generate::GenerateArgs;
+pub use healthcheck::HealthcheckArgs;
 pub use migrate::{MigrateArgs, MigrateCommand};
 pub use produce::ProduceArgs;
 pub use prune::PruneArgs;
@@ -107,6 +109,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Watch daemons in a terminal: throughput, lag by partition, time by phase, what is missing
     Top(TopArgs),
+    /// Ask the daemon on this machine whether it answers or is ready, for container engines
+    Healthcheck(HealthcheckArgs),
     /// Check the settings without connecting to anything
     CheckConfig,
     /// Check what the daemon depends on: rights, topics, schema, servers; writes nothing
@@ -162,6 +166,7 @@ fn dispatch(cli: Cli) -> Result<(), CommandError> {
     match cli.command {
         Command::CheckConfig => return config::check(&loaded),
         Command::Config(ConfigCommand::Show(args)) => return config::show(&loaded, &args),
+        Command::Healthcheck(args) => return healthcheck::healthcheck(&loaded.settings, &args),
         _ => {}
     }
     let settings = loaded.settings.clone();
@@ -190,7 +195,7 @@ fn dispatch(cli: Cli) -> Result<(), CommandError> {
         Command::Produce(args) => produce::produce(&settings, &args),
         Command::Top(args) => top::top(&settings, &args),
         // Handled above, before logging starts.
-        Command::CheckConfig | Command::Config(_) | Command::Generate(_) => Ok(()),
+        Command::CheckConfig | Command::Config(_) | Command::Generate(_) | Command::Healthcheck(_) => Ok(()),
     };
     // Not waited for: a request to an unavailable broker may still block one of its threads.
     runtime.shutdown_background();

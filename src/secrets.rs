@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
@@ -21,6 +21,8 @@ const OUTPUT_MAX: u64 = 256 * 1024;
 /// Bytes of a file that are compared. Bundles of certificates have a few hundred KiB.
 const FILE_MAX: u64 = 4 * 1024 * 1024;
 const LOOK_AROUND: Duration = Duration::from_millis(20);
+/// How often to look for killed processes that have yet to end.
+const REAP_LOOKS: u32 = 5;
 /// Timeout of reading a few files.
 pub const READ_MAX: Duration = Duration::from_secs(5);
 /// Calls of one [`Blocking`] that may run at the same time.
@@ -67,21 +69,56 @@ impl Blocking {
 
 /// A running command with all processes that it started (a process group). Dropping it kills the group, so
 /// that no processes pile up.
-struct RunningCommand(Child);
+struct RunningCommand(Child, Counted);
+
+/// Number of running commands.
+static RUNNING: Mutex<usize> = Mutex::new(0);
+
+/// One of [`RUNNING`].
+struct Counted;
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        *running -= 1;
+        // Process 1, as in a container, is made the parent of what commands leave behind, and has to reap it. No other
+        // thread waits for a child, and none can start one before the lock is released.
+        if *running == 0 && std::process::id() == 1 {
+            reap_children();
+        }
+    }
+}
+
+/// Reaps all children that have ended. Waits a moment for those that were just killed.
+fn reap_children() {
+    for _ in 0..REAP_LOOKS {
+        loop {
+            match waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                // There is no child.
+                Err(_) => return,
+            }
+        }
+        std::thread::sleep(LOOK_AROUND);
+    }
+}
 
 impl RunningCommand {
     fn start(command: &[String], variables: &[(&str, String)]) -> Result<Self, String> {
         let (program, arguments) = command.split_first().ok_or("the command is empty")?;
-        Command::new(program)
+        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = Command::new(program)
             .args(arguments)
             .envs(variables.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .process_group(0)
-            .spawn()
-            .map(Self)
-            .map_err(|error| format!("it cannot be started: {error}"))
+            .spawn();
+        let child = started.map_err(|error| format!("it cannot be started: {error}"))?;
+        *running += 1;
+        Ok(Self(child, Counted))
     }
 
     /// Whether it has ended. Does not reap it, so that its process id cannot be reused before

@@ -49,7 +49,7 @@ fn interval(text: &str) -> Result<Duration, String> {
 }
 
 /// URL of the daemon with these settings on this machine.
-fn own_url(listen: SocketAddr) -> String {
+pub(super) fn own_url(listen: SocketAddr) -> String {
     let ip = match listen.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
         IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),

@@ -8,6 +8,8 @@ use super::status::StatusAnswer;
 const TIMEOUT: Duration = Duration::from_secs(3);
 /// Maximum size of an answer; with 1,000 partitions `/metrics` is below 1 MB.
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
+/// Maximum size of the answer to a probe.
+const PROBE_BYTES_MAX: u64 = 64 << 10;
 
 /// A request to an admin port failed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -76,6 +78,20 @@ impl Source {
     pub fn status(&self, bytes_max: u64) -> Result<StatusAnswer, FetchError> {
         let status = self.get("/status", bytes_max)?;
         serde_json::from_str(&status).map_err(|error| self.failed(&format!("/status: {error}")))
+    }
+
+    /// Requests a probe: status code and text, whatever they say.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub fn probe(&self, path: &str) -> Result<(u16, String), FetchError> {
+        let request = self.agent.get(format!("{}{path}", self.address));
+        let request = request.config().http_status_as_error(false).build();
+        let answered = request.call().and_then(|mut answer| {
+            let text = answer.body_mut().with_config().limit(PROBE_BYTES_MAX).read_to_string()?;
+            Ok((answer.status().as_u16(), text))
+        });
+        answered.map_err(|error| self.failed(&format!("{path}: {error}")))
     }
 
     fn get(&self, path: &str, bytes_max: u64) -> Result<String, FetchError> {

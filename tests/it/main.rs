@@ -9,6 +9,7 @@ mod check_messages;
 mod commands;
 mod compat;
 mod console;
+mod container;
 mod crash;
 mod dlq;
 mod docs;

@@ -34,7 +34,7 @@ mod writer;
 
 use std::time::{Duration, Instant};
 
-pub use daemon::{Daemon, Finished, Reply, ask};
+pub use daemon::{Daemon, Finished, Reply, TESTED_PROGRAM, ask};
 pub use exactly_once::{Check, Outcomes, PATIENCE, Remade};
 pub use flow::{Flow, Source, TransactionWriter, Written};
 pub use kafka::{Marker, Message, Received, StoredBatch};
