@@ -7,7 +7,7 @@ use std::net::Ipv6Addr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use cronexpr::Crontab;
+use cronexpr::{Crontab, FallbackTimezoneOption, ParseOptions};
 use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error};
 use serde_json::Value;
 
@@ -109,7 +109,12 @@ pub(super) fn are_different<T: Ord>(items: &[T]) -> bool {
 
 /// Reads five cron fields: minute, hour, day of month, month, day of week, in UTC.
 pub fn cron(fields: &str) -> Option<Crontab> {
-    cronexpr::parse_crontab(&format!("{fields} UTC")).ok()
+    // A sixth field would be a time zone. UTC by its name would be searched in the system's time zones, which an image
+    // may lack.
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    let mut options = ParseOptions::default();
+    options.fallback_timezone_option = FallbackTimezoneOption::UTC;
+    cronexpr::parse_crontab_with(&fields.join(" "), options).ok().filter(|_| fields.len() == 5)
 }
 
 /// Checks a log filter as used by `log.level`.

@@ -21,10 +21,10 @@ fn processes() -> Vec<(u32, u32, String)> {
     .collect()
 }
 
-/// Words that start a program as process 1 of a namespace of its own; `None` where that is not allowed.
-fn unshare() -> Option<Vec<&'static str>> {
+/// Words that start a program in namespaces of its own; `None` where that is not allowed.
+fn unshare(namespaces: &[&'static str]) -> Option<Vec<&'static str>> {
     [&[][..], &["--user", "--map-root-user"]].into_iter().find_map(|user| {
-        let words = [&["unshare"], user, &["--pid", "--fork", "--kill-child"]].concat();
+        let words = [&["unshare"], user, namespaces].concat();
         let mut command = Command::new(words[0]);
         let tried = command.args(&words[1..]).arg("true").stderr(Stdio::null()).status();
         tried.is_ok_and(|status| status.success()).then_some(words)
@@ -38,7 +38,7 @@ fn script(path: &Path, text: &str) {
 
 #[test]
 fn as_process_1_it_reaps_what_password_commands_leave_behind_and_drains() {
-    let Some(unshare) = unshare() else {
+    let Some(unshare) = unshare(&["--pid", "--fork", "--kill-child"]) else {
         eprintln!("not tested: this user may not make a process namespace");
         return;
     };
@@ -82,6 +82,20 @@ fn as_process_1_it_reaps_what_password_commands_leave_behind_and_drains() {
     daemon.wait_until_ready();
     assert!(Command::new("sh").args(["-c", &format!("kill -s TERM {own}")]).status().unwrap().success());
     assert!(daemon.wait().success(), "{}", daemon.log());
+}
+
+#[test]
+fn without_time_zones_of_the_system_the_shipped_settings_are_valid() {
+    let Some(unshare) = unshare(&["--mount"]) else {
+        eprintln!("not tested: this user may not make a mount namespace");
+        return;
+    };
+    let zones = "/usr/share/zoneinfo";
+    let hide = format!("! test -d {zones} || mount -t tmpfs none {zones} && exec \"$0\" check-config");
+    let mut command = Command::new(unshare[0]);
+    command.args(&unshare[1..]).args(["sh", "-c", &hide, env!("CARGO_BIN_EXE_payment-writer")]);
+    let checked = command.output().unwrap();
+    assert!(checked.status.success(), "{checked:?}");
 }
 
 #[test]
