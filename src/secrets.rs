@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
@@ -21,8 +21,8 @@ const OUTPUT_MAX: u64 = 256 * 1024;
 /// Bytes of a file that are compared. Bundles of certificates have a few hundred KiB.
 const FILE_MAX: u64 = 4 * 1024 * 1024;
 const LOOK_AROUND: Duration = Duration::from_millis(20);
-/// How often to look for killed processes that have yet to end.
-const REAP_LOOKS: u32 = 5;
+/// How often to look for the end of processes that commands left behind.
+const REAP_EVERY: Duration = Duration::from_secs(1);
 /// Timeout of reading a few files.
 pub const READ_MAX: Duration = Duration::from_secs(5);
 /// Calls of one [`Blocking`] that may run at the same time.
@@ -71,43 +71,57 @@ impl Blocking {
 /// that no processes pile up.
 struct RunningCommand(Child, Counted);
 
-/// Number of running commands.
-static RUNNING: Mutex<usize> = Mutex::new(0);
+static COMMANDS: Mutex<Commands> = Mutex::new(Commands { running: 0, is_reaping: false });
 
-/// One of [`RUNNING`].
+struct Commands {
+    running: usize,
+    /// Whether a thread runs that reaps.
+    is_reaping: bool,
+}
+
+impl Commands {
+    fn lock() -> MutexGuard<'static, Self> {
+        COMMANDS.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reaps children that have ended. Whether others are left, and no command runs, whose end it would take.
+    fn reap(&mut self) -> bool {
+        while self.running == 0 {
+            match waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+                Ok(Some(_)) => {}
+                Ok(None) => return true,
+                // There is no child.
+                Err(_) => break,
+            }
+        }
+        self.is_reaping = false;
+        false
+    }
+}
+
+/// A running command among [`Commands`].
 struct Counted;
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        *running -= 1;
-        // Process 1, as in a container, is made the parent of what commands leave behind, and has to reap it. No other
-        // thread waits for a child, and none can start one before the lock is released.
-        if *running == 0 && std::process::id() == 1 {
-            reap_children();
+        let mut commands = Commands::lock();
+        commands.running -= 1;
+        // Process 1, as in a container, is made the parent of what commands leave behind, and has to reap it.
+        if commands.running == 0 && std::process::id() == 1 && !commands.is_reaping {
+            let reap = || {
+                while Commands::lock().reap() {
+                    std::thread::sleep(REAP_EVERY);
+                }
+            };
+            commands.is_reaping = std::thread::Builder::new().name("reaper".to_owned()).spawn(reap).is_ok();
         }
-    }
-}
-
-/// Reaps all children that have ended. Waits a moment for those that were just killed.
-fn reap_children() {
-    for _ in 0..REAP_LOOKS {
-        loop {
-            match waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
-                Ok(Some(_)) => {}
-                Ok(None) => break,
-                // There is no child.
-                Err(_) => return,
-            }
-        }
-        std::thread::sleep(LOOK_AROUND);
     }
 }
 
 impl RunningCommand {
     fn start(command: &[String], variables: &[(&str, String)]) -> Result<Self, String> {
         let (program, arguments) = command.split_first().ok_or("the command is empty")?;
-        let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut commands = Commands::lock();
         let started = Command::new(program)
             .args(arguments)
             .envs(variables.iter().map(|(name, value)| (name, value)))
@@ -117,7 +131,7 @@ impl RunningCommand {
             .process_group(0)
             .spawn();
         let child = started.map_err(|error| format!("it cannot be started: {error}"))?;
-        *running += 1;
+        commands.running += 1;
         Ok(Self(child, Counted))
     }
 
