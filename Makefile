@@ -201,6 +201,11 @@ deb-check: ## build the Debian package, check it with lintian, and install, run,
 	@PROGRAM=$(PROGRAM) ops/deb/check >docs/evidence/deb-check.log 2>&1; \
 	    result=$$?; cat docs/evidence/deb-check.log; exit $$result
 
+.PHONY: image-check
+# Not in CI: the release build takes too long there.
+image-check: ## build the image without a registry, look into it, and run what ops/compose.yml makes of it; needs root and Go; half an hour
+	@ops/image/check >docs/evidence/image-check.log 2>&1; result=$$?; cat docs/evidence/image-check.log; exit $$result
+
 .PHONY: advisories
 advisories: ## check the dependencies for known vulnerabilities; fetches the advisory database from GitHub
 	@dev/install --lint
