@@ -16,7 +16,7 @@ options = $(foreach word,$(1),$(if $($(shell echo $(word) | tr a-z A-Z)),--$(wor
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
-demo: ## start Kafka and Postgres, write 200,000 payments, check and show every outcome, clean up
+demo: ## start Kafka and Postgres, write 200,000 payments, check and show every outcome, clean up; KEEP=1 leaves it running until Ctrl-C
 	@dev/demo
 
 test: lint ## run everything that CI runs: format, lints, unit, property and integration tests, a part of the fault suite, alerts and dashboard
