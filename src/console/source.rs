@@ -96,6 +96,10 @@ impl Source {
 
     fn get(&self, path: &str, bytes_max: u64) -> Result<String, FetchError> {
         let text = |mut answer: ureq::http::Response<ureq::Body>| {
+            // A redirection that is not followed is no error to the client.
+            if !answer.status().is_success() {
+                return Err(ureq::Error::StatusCode(answer.status().as_u16()));
+            }
             answer.body_mut().with_config().limit(bytes_max).read_to_string()
         };
         let mut request = self.agent.get(format!("{}{path}", self.address));

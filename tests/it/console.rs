@@ -2,6 +2,7 @@
 
 mod browser;
 mod chromium;
+mod peers;
 
 use std::net::SocketAddr;
 
