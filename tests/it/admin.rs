@@ -58,6 +58,13 @@ fn a_token_and_a_known_name_are_needed_for_everything_but_probes() {
     ] {
         assert_eq!(status_of(daemon.admin, method, path, headers), expected, "{method} {path} {headers:?}");
     }
+    for path in ["/", "/console/state", "/console/main.js", "/console/runbooks"] {
+        for (headers, expected) in
+            [(&[here][..], 401), (&[other], 403), (&[other, &right], 403), (&[here, &basic], 200)]
+        {
+            assert_eq!(status_of(daemon.admin, "GET", path, headers), expected, "{path} {headers:?}");
+        }
+    }
     let refused = ask(daemon.admin, "GET", "/status", &[here], "").unwrap();
     assert!(refused.head.contains("www-authenticate: basic"), "a browser asks for it: {}", refused.head);
     for (path, expected) in
