@@ -1,6 +1,6 @@
 // Charts of the last 15 minutes, with the newest values as text and a table that can be opened.
 
-import { bytes, count, minute, percent, rate, seconds, time, utc } from "./format.js";
+import { bytes, count, minute, percent, rate, seconds, time, utc, zone } from "./format.js";
 import { byId, element, rows, setAttribute, setText } from "./dom.js";
 
 const SPAN_SECONDS = 900;
@@ -74,8 +74,8 @@ export function add(columns, isNew) {
   while (old < points.at_ms.length && points.at_ms[old] <= last - SPAN_SECONDS * 1000) old += 1;
   if (old > 0) for (const field of FIELDS) points[field].splice(0, old);
   charts.forEach((chart) => chart.draw());
-  setText(byId("charts-note"), points.at_ms.length === 0 ? "The daemon has just started: nothing yet."
-    : points.ready.some((isReady) => isReady === false) ? "Shaded: database, broker or group was missing." : "");
+  const shaded = points.ready.some((isReady) => isReady === false) ? " Shaded: database, broker or group was missing." : "";
+  setText(byId("charts-note"), points.at_ms.length === 0 ? "The daemon has just started: nothing yet." : `Times: ${zone()}.${shaded}`);
 }
 
 /** Of each place with a gap, the index of the point after it. */

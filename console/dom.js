@@ -86,7 +86,7 @@ export function facts(parent, entries) {
 }
 
 /** Fills `node` with a time of the reader's zone, UTC beside, and, if `now` is given, how long ago it was. */
-export function fillTime(node, ms, { now, isShort = false, isLasting = false, absent = "–" } = {}) {
+export function fillTime(node, ms, { now, isLasting = false, absent = "–" } = {}) {
   if (typeof ms !== "number") {
     setText(node, absent);
     return;
@@ -100,7 +100,7 @@ export function fillTime(node, ms, { now, isShort = false, isLasting = false, ab
   setAttribute(stamp, "datetime", iso(ms));
   setAttribute(stamp, "title", utc(ms));
   setText(stamp, time(ms));
-  setText(node.children[1], isZoneUtc() ? " UTC" : isShort ? "" : ` (${utcClock(ms)})`);
+  setText(node.children[1], isZoneUtc() ? "\u00a0UTC" : ` (${utcClock(ms)})`);
   if (now === undefined) setText(node.children[2], "");
   else if (ms > now) setText(node.children[2], `, in ${duration((ms - now) / 1000)}`);
   else setText(node.children[2], `, ${isLasting ? "for " : ""}${duration((now - ms) / 1000)}${isLasting ? "" : " ago"}`);

@@ -92,10 +92,11 @@ export function utc(ms) {
   return date ? `${date.toISOString().slice(0, 19).replace("T", " ")} UTC` : UNKNOWN;
 }
 
-/** Time of day in UTC. */
+/** Time of day in UTC, with the date if it is not that of the reader's zone. Without places to break the line. */
 export function utcClock(ms) {
   const date = instant(ms);
-  return date ? `${date.toISOString().slice(11, 19)} UTC` : UNKNOWN;
+  const text = utc(ms);
+  return (date && text.startsWith(day(date)) ? text.slice(11) : text).replaceAll(" ", "\u00a0").replaceAll("-", "\u2011");
 }
 
 export function iso(ms) {

@@ -129,7 +129,7 @@ export function problems({ problems: { warnings, errors, last }, at_ms: now }) {
     return { ...problem, key: `${key} ${seen.get(key)}` };
   });
   rows(byId("problem-rows"), items.reverse(), (problem) => problem.key, [
-    { className: "when", fill: (cell, problem) => fillTime(cell, Date.parse(problem.at), { isShort: true }) },
+    { className: "when", fill: (cell, problem) => fillTime(cell, Date.parse(problem.at)) },
     { className: "word-cell", text: (problem) => (problem.level === "ERROR" ? "✕ error" : "▲ warning") },
     { className: "message", text: (problem) => problem.message },
   ], (row, problem) => setAttribute(row, "data-level", problem.level === "ERROR" ? "bad" : null));
@@ -150,7 +150,7 @@ export function deadLetters(state) {
     { className: "n", text: (reason) => percent(reason.count / total) },
   ]);
   rows(byId("dead-letter-rows"), last, (one) => `${one.partition}/${one.offset}`, [
-    { className: "when", fill: (cell, one) => fillTime(cell, one.at_ms, { isShort: true }) },
+    { className: "when", fill: (cell, one) => fillTime(cell, one.at_ms) },
     { className: "n", text: (one) => one.partition },
     { className: "n", text: (one) => String(one.offset) },
     { text: (one) => one.reason },
@@ -183,15 +183,16 @@ export function database(state) {
   rows(byId("task-rows"), keeping.tasks, (task) => task.task, [
     { header: true, text: (task) => TASKS[task.task] ?? task.task },
     { className: "word-cell", text: (task) => (task.is_failing ? "▲ failing" : task.last_ok_ms === null ? "not run yet" : "✓ ok") },
-    { fill: (cell, task) => fillTime(cell, task.last_ok_ms, { now, isShort: true, absent: "none" }) },
+    { fill: (cell, task) => fillTime(cell, task.last_ok_ms, { now, absent: "none" }) },
   ], (row, task) => setAttribute(row, "data-level", task.is_failing ? "warn" : null));
   rows(byId("generation-rows"), db.generations, (generation) => generation.name, [
     { header: true, className: "word-cell", text: (generation) => generation.name + (generation.is_current ? " (current)" : "") },
-    { className: "word-cell", fill: (cell, generation) => {
-      setText(cell, duration((now - generation.began_ms) / 1000));
-      setAttribute(cell, "title", `since ${utc(generation.began_ms)}`);
+    // One that was never current has no age.
+    { className: "word-cell", fill: (cell, { began_ms: began }) => {
+      setText(cell, began === null ? "–" : duration((now - began) / 1000));
+      setAttribute(cell, "title", began === null ? null : `since ${utc(began)}`);
     } },
-    { className: "word-cell", fill: (cell, generation) => fillTime(cell, generation.drops_ms, { now, isShort: true, absent: generation.is_current ? "after it is closed" : "not known" }) },
+    { fill: (cell, generation) => fillTime(cell, generation.drops_ms, { now, absent: generation.is_current ? "after it is closed" : "not known" }) },
     { className: "n", text: (generation) => count(generation.rows) },
     { className: "n", text: (generation) => bytes(generation.bytes) },
   ]);

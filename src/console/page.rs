@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use pulldown_cmark::{CowStr, Event, HeadingLevel, Options, Parser, Tag, TagEnd, html};
 
-use super::conditions::Answered;
+use super::conditions::{Answered, CONDITIONS};
 use super::status::{PartitionRow, Summary};
 
 /// Only what this server serves.
@@ -65,12 +65,15 @@ pub fn render(shown: &Shown<'_>) -> (&'static str, String) {
         let link = format!("<a href=\"{runbook}\">Runbook</a>");
         let _ = write!(conditions, "<li><strong>{title}</strong> {detail} {link}</li>");
     }
+    let none =
+        if conditions.is_empty() { format!("✓ None of {}.", CONDITIONS.len()) } else { String::new() };
     let rows: String = shown.partitions.iter().map(row).collect();
     let values = [
         ("{{level}}", <&str>::from(shown.summary.level).to_owned()),
         ("{{sentence}}", escape(&shown.summary.text)),
         ("{{about}}", escape(&shown.about)),
         ("{{conditions}}", conditions),
+        ("{{none}}", none),
         ("{{partitions}}", rows),
         ("{{rendered_at}}", escape(&shown.rendered_at)),
     ];
@@ -184,6 +187,7 @@ mod tests {
         };
         let page = render(&shown).1;
         assert!(page.contains("&lt;script&gt;&quot;"), "{page}");
+        assert!(page.contains(&format!("✓ None of {}.", CONDITIONS.len())), "{page}");
         for tag in ["<b>", "<script>", "{{"] {
             assert!(!page.contains(tag), "{tag}");
         }
