@@ -3,6 +3,7 @@
 mod browser;
 mod chromium;
 mod peers;
+mod readers;
 
 use std::net::SocketAddr;
 

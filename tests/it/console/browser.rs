@@ -5,11 +5,12 @@ use std::net::SocketAddr;
 use serde_json::{Value, json};
 
 use super::chromium::Browser;
+use super::readers;
 use crate::support::{Act, Flow, Load, Member, PATIENCE, Scope, Servers, free_address, wait_until_within};
 
 const PARTITIONS: usize = 8;
 
-fn waits(what: &str, condition: impl FnMut() -> bool) {
+pub fn waits(what: &str, condition: impl FnMut() -> bool) {
     wait_until_within(PATIENCE, what, condition);
 }
 
@@ -103,6 +104,8 @@ fn a_page_in_a_browser_shows_what_flows_and_which_daemon_does_not_answer() {
         assert!(asked.as_array().unwrap().contains(&path.into()), "{path}: {asked}");
     }
 
+    readers::shows_database_and_audit(&browser);
+
     // AND without JavaScript it has the sentence and the table of the partitions
     let plain = Browser::without_scripts();
     waits("the page has all without JavaScript", || {
@@ -111,6 +114,8 @@ fn a_page_in_a_browser_shows_what_flows_and_which_daemon_does_not_answer() {
     });
     assert!(plain.text("noscript").contains("Without JavaScript"), "{}", plain.text("body"));
     assert_eq!(plain.count(".needs-js"), 0, "what needs JavaScript is not shown");
+    let none = plain.text("#conditions-none").starts_with("✓ None of ");
+    assert_eq!(none, plain.count("#conditions-holding li") == 0, "{}", plain.text("#conditions"));
     plain.fits_a_telephone("no JavaScript");
     plain.is_clean(false);
     drop(plain);
@@ -234,6 +239,9 @@ fn a_page_in_a_browser_shows_a_halted_partition_with_the_command_that_settles_it
     assert!(command.contains("cursors accept --partition 1 --published 20"), "{command}");
     browser.is_accessible("halted");
     browser.fits_a_telephone("halted");
+    readers::does_not_move(&browser);
+    browser.run("document.getElementById('panel-title').focus()", &[]);
+    readers::is_used_by_keys(&browser, daemon.admin, &command);
 
     // WHEN the command is run that the page shows, with a reason
     let mut words: Vec<&str> = command.split_whitespace().take_while(|word| *word != "--reason").collect();
@@ -247,5 +255,6 @@ fn a_page_in_a_browser_shows_a_halted_partition_with_the_command_that_settles_it
     waits("the sentence is of something else", || !browser.text("#sentence").contains("halted"));
     assert_eq!(browser.count("#head[data-level=bad]"), 0, "{}", browser.text("#sentence"));
     assert_eq!((browser.text("#panel-title").as_str(), browser.count("#panel-command")), ("Partition 1", 0));
+    readers::is_read_elsewhere_and_printed(&browser, daemon.admin);
     browser.is_clean(false);
 }

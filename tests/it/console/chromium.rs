@@ -103,9 +103,32 @@ impl Browser {
 
     /// Sends a command of the Chrome DevTools Protocol.
     #[track_caller]
-    pub fn devtools(&self, command: &str, parameters: &Value) {
+    pub fn devtools(&self, command: &str, parameters: &Value) -> Value {
         let body = json!({ "cmd": command, "params": parameters });
-        self.command(async |client| client.issue_cmd(Extension("goog/cdp/execute", body)).await);
+        self.command(async |client| client.issue_cmd(Extension("goog/cdp/execute", body)).await)
+    }
+
+    /// Presses a key as a person does, and releases it.
+    #[track_caller]
+    pub fn press(&self, key: &str) {
+        let codes = ["Tab", "Enter", "Escape", "End", "Home", "ArrowLeft", "ArrowRight"].iter();
+        let code = codes.zip([9, 13, 27, 35, 36, 37, 39]).find(|(name, _)| **name == key).unwrap().1;
+        let text = if key == "Enter" { "\r" } else { "" };
+        for kind in ["keyDown", "keyUp"] {
+            let event =
+                json!({ "type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code, "text": text });
+            self.devtools("Input.dispatchKeyEvent", &event);
+        }
+    }
+
+    /// The number of pages that the page needs in print.
+    #[track_caller]
+    pub fn printed_pages(&self) -> usize {
+        let pdf =
+            self.devtools("Page.printToPDF", &json!({ "preferCSSPageSize": true, "printBackground": true }));
+        let pdf = openssl::base64::decode_block(pdf["data"].as_str().unwrap()).unwrap();
+        let pdf = String::from_utf8_lossy(&pdf);
+        pdf.matches("/Type /Page").count() - pdf.matches("/Type /Pages").count()
     }
 
     /// Opens a page of this daemon.
