@@ -109,6 +109,7 @@ fn nothing_is_asked_before_a_page_is_opened_and_peers_that_answer_no_status_are_
     let rows = rows();
     let addresses: Vec<&str> = rows.iter().map(|row| row["address"].as_str().unwrap()).collect();
     assert_eq!(addresses, expected.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(target.connections(), 0, "it followed the redirection");
     for (peer, reason) in
         [(&silent, "timeout"), (&redirecting, "302"), (&large, "limit"), (&named, "another group")]
     {
@@ -116,5 +117,4 @@ fn nothing_is_asked_before_a_page_is_opened_and_peers_that_answer_no_status_are_
         assert!(row["error"].as_str().unwrap().contains(reason), "{reason}: {row}");
     }
     assert!(rows.iter().all(|row| row["error"].as_str().unwrap().len() < 1_000), "{rows:?}");
-    assert_eq!(target.connections(), 0, "it followed the redirection");
 }

@@ -33,6 +33,9 @@ const MUCH: &str = "
         state.database.generations = [{ ...ready, name: 'closed', state: 'closed', began_ms: at_ms, drops_ms: at_ms },
             ...many(4, (at) => ({ ...ready, name: `current_${at}`, began_ms: at_ms })), ready];
         state.database.months = many(30, (at) => ({ month: `month-${at}`, bytes: 1 << 20 }));
+        state.conditions.slice(0, 2).forEach((one) => Object.assign(one, { holds: true, since_ms: at_ms, detail: message }));
+        state.peers = [{ address: '127.0.0.1:1', error: null, instance: 'other', version: '1', ready: true, summary: 'Idle',
+            level: 'ok', partitions: 50, lag_records: 0, oldest_seconds: 0 }];
         for (const task of state.database.housekeeping.tasks) task.last_ok_ms = at_ms;
         return new Response(JSON.stringify(state));
     }";
@@ -76,9 +79,16 @@ pub fn is_used_by_keys(browser: &Browser, admin: SocketAddr, command: &str) {
         browser.press("Tab");
         assert_eq!(focused(browser), id);
     }
-    browser.devtools("Browser.grantPermissions", &json!({ "permissions": ["clipboardReadWrite"] }));
-    browser.press("Enter");
-    waits("the command was copied", || browser.run("return navigator.clipboard.readText()", &[]) == command);
+    // With the clipboard's own interface, which a page needs localhost or TLS for, and without.
+    for permissions in [&["clipboardReadWrite", "clipboardSanitizedWrite"][..], &["clipboardReadWrite"]] {
+        let all = json!(["clipboardReadWrite", "clipboardSanitizedWrite"]);
+        browser.devtools("Browser.grantPermissions", &json!({ "permissions": all }));
+        browser.run("return navigator.clipboard.writeText('something else')", &[]);
+        browser.devtools("Browser.grantPermissions", &json!({ "permissions": permissions }));
+        browser.press("Enter");
+        let copied = || browser.run("return navigator.clipboard.readText()", &[]);
+        waits("the command was copied", || copied() == command);
+    }
 }
 
 /// Fails if something moves although the reader wants no motion.
