@@ -21,17 +21,17 @@ const MUCH: &str = "
         const state = await answer.json();
         const [partition, lane] = [state.partitions[0], state.lanes[0]];
         state.partitions = many(arguments[0], (at) => ({ ...partition, partition: at }));
-        state.lanes = many(8, (at) => ({ ...lane, lane: at }));
+        state.lanes = many(16, (at) => ({ ...lane, lane: at }));
         const message = 'partition 17: a record was refused, because its payload is longer than it may be';
         state.problems = { warnings: 50, errors: 0,
             last: many(50, () => ({ at: new Date(at_ms).toISOString(), level: 'WARN', message })) };
         state.dead_letters = { by_reason: many(4, (at) => ({ reason: `reason_${at}`, count: 5 })),
             last: many(50, (at) => ({ at_ms, partition: at, offset: at, reason: 'reason_1' })) };
         state.outcomes.find((outcome) => outcome.outcome === 'dead_lettered').total = 20;
-        const ready = { name: 'made_up', state: 'ready', began_ms: null, drops_ms: null, rows: 0, bytes: 8192, is_current: false };
+        const ready = { name: 'ready', state: 'ready', began_ms: null, drops_ms: null, rows: 0, bytes: 8192, is_current: false };
+        const closed = { ...ready, state: 'closed', began_ms: at_ms, drops_ms: at_ms };
         state.database.read_ms ??= at_ms;
-        state.database.generations = [{ ...ready, name: 'closed', state: 'closed', began_ms: at_ms, drops_ms: at_ms },
-            ...many(4, (at) => ({ ...ready, name: `current_${at}`, began_ms: at_ms })), ready];
+        state.database.generations = [...many(5, (at) => ({ ...closed, name: `idempotency_00000${at}` })), ready];
         state.database.months = many(30, (at) => ({ month: `month-${at}`, bytes: 1 << 20 }));
         state.conditions.slice(0, 2).forEach((one) => Object.assign(one, { holds: true, since_ms: at_ms, detail: message }));
         state.peers = [{ address: '127.0.0.1:1', error: null, instance: 'other', version: '1', ready: true, summary: 'Idle',
@@ -124,7 +124,7 @@ pub fn is_read_elsewhere_and_printed(browser: &Browser, admin: SocketAddr) {
         "#problem-rows td",
         "#dead-letter-rows td",
         "#task-rows td:last-child",
-        "#generation-rows [data-key=closed] td:nth-child(3)",
+        "#generation-rows [data-key=idempotency_000000] td:nth-child(3)",
     ] {
         let shown = text(cell);
         assert!(shown.starts_with("2026-01-16 01:30 (2026-01-15 20:00:00 UTC)"), "{cell}: {shown}");
@@ -144,7 +144,7 @@ pub fn is_read_elsewhere_and_printed(browser: &Browser, admin: SocketAddr) {
         assert!(text(zone).contains("(UTC+5:30)"), "{zone}: {}", text(zone));
     }
     // A generation that was never current has no age.
-    assert_eq!(text("#generation-rows [data-key=made_up] td"), "–");
+    assert_eq!(text("#generation-rows [data-key=ready] td"), "–");
     browser.fits_a_telephone("much of everything");
 
     assert_eq!(browser.printed_pages(), 1);
