@@ -129,6 +129,8 @@ fn a_page_in_a_browser_shows_what_flows_and_which_daemon_does_not_answer() {
     browser.devtools("Network.setBlockedURLs", &json!({ "urls": [] }));
     browser.open(addresses[0], "/");
     let last = says(&browser, FLOWS, &["Writing "]);
+    // Until then the sentence is the one that the page came with.
+    waits("the page has asked", || browser.count("#chart-rate canvas") == 1);
 
     // WHEN its daemon is killed under the open page
     first.kill();
