@@ -62,11 +62,11 @@ fn sighup_reloads_without_a_rebalance_and_says_what_needs_a_restart() {
     let rebalances = other.metric("payment_writer_rebalances_total", "");
 
     // WHEN it is right, THEN all connections are made anew, and the rest is named
-    write("lanes = 3\n[log]\nlevel = \"debug\"\n[kafka.properties]\n\"linger.ms\" = 3\n");
+    write("lanes = 3\n[log]\nlevel = \"debug\"\n[kafka.properties]\n\"compression.type\" = \"gzip\"\n");
     daemon.signal("HUP");
     scope.feed(load.take(600));
     says(&daemon, at, &["WARN", "need a restart", "lanes"]);
-    let at = says(&daemon, at, &["INFO", "reloaded", "SIGHUP", "linger.ms"]);
+    let at = says(&daemon, at, &["INFO", "reloaded", "SIGHUP", "compression.type"]);
     says(&daemon, at, &["INFO", "started", "lanes=2"]);
     wait_until_within(PATIENCE, "it has its partitions again", shared);
     assert_eq!(daemon.metric(RELOADED, ""), 1.0);
@@ -86,6 +86,13 @@ fn sighup_reloads_without_a_rebalance_and_says_what_needs_a_restart() {
     let reloads = daemon.log().matches("reason=\"SIGHUP\"").count() - reloads;
     let elapsed = usize::try_from(began.elapsed().as_secs()).unwrap();
     assert!((1..=2 + elapsed / 5).contains(&reloads), "{reloads} in {elapsed} s");
+
+    // AND the new clients are as the settings say, which had changed once
+    let written = [0, 1].map(|partition| scope.batches(&scope.read_topic, partition)).concat();
+    assert!(written.iter().any(|batch| batch.codec == "gzip"), "{written:?}");
+    let log = daemon.log();
+    let told = log.lines().filter(|line| line.contains("reloaded") && line.contains("compression.type"));
+    assert_eq!(told.count(), 1);
 
     // AND the log does not say that the daemon stops
     let log = daemon.log();
@@ -309,12 +316,23 @@ fn sighup_makes_a_new_token_and_a_command_that_fails_leaves_all_as_it_is() {
     assert_eq!(daemon.metric(RELOADED, ""), 0.0);
 
     // WHEN it works again, THEN all clients have a new token, and payments flow beyond its expiry
-    fs::write(&command, works).unwrap();
+    fs::write(&command, &works).unwrap();
     let at = says(&daemon, at, &["INFO", "reloaded", "SIGHUP"]);
-    says(&daemon, at, &["INFO", "started"]);
+    let mut at = says(&daemon, at, &["INFO", "started"]);
     let ran = || fs::read(folder.path().join("runs")).map_or(0, |runs| runs.len());
     let before = ran();
     wait_until_within(PATIENCE, "tokens are renewed", || ran() > before + 2);
+    // AND while tokens are valid for long, each reload makes one to try it and one for all clients
+    fs::write(&command, works.replace("now + 8", "now + 3600")).unwrap();
+    for _ in 0..2 {
+        let before = ran();
+        daemon.signal("HUP");
+        at = says(&daemon, at, &["INFO", "reloaded", "SIGHUP"]);
+        at = says(&daemon, at, &["INFO", "started"]);
+        wait_until_within(PATIENCE, "a token is made", || ran() >= before + 2);
+    }
+    // AND there was one reload for each SIGHUP
+    assert_eq!(daemon.log().matches("reason=\"SIGHUP\"").count(), 3, "{}", daemon.log());
     scope.feed(load.take(100));
     scope.wait_until_caught_up();
     daemon.drains();
@@ -431,6 +449,15 @@ fn passwords_of_both_servers_are_changed_under_a_running_daemon() {
     says(&daemon, 0, &["INFO", "reloaded", "a file has changed"]);
     scope.feed(load.take(200));
     scope.wait_until_caught_up();
+
+    // WHEN the file is wrong for a while, THEN a metric tells so, until it is as before
+    let is_told = |value: f64| {
+        wait_until_within(PATIENCE, "the metric tells it", || daemon.metric(RELOADED, "") == value);
+    };
+    write("kafka", "sesame1");
+    is_told(0.0);
+    write("kafka", "sesame2");
+    is_told(1.0);
 
     // WHEN the password command fails as connections are lost, THEN this is named
     fs::remove_file(folder.path().join("postgres")).unwrap();
