@@ -94,7 +94,7 @@ function icon(level) {
 }
 
 document.documentElement.classList.add("js");
-setText(byId("zone"), isZoneUtc() ? "Times are in UTC." : `Times are in ${zone()}; UTC is beside, or shown when you point at a time.`);
+setText(byId("zone"), isZoneUtc() ? "Times are in UTC." : `Times are in ${zone()}; UTC is beside.`);
 const poller = new Poller({ onState, onHistory: charts.add, onTrouble });
 charts.start();
 partitions.start();
