@@ -86,16 +86,16 @@ impl Commands {
 
     /// Reaps children that have ended. Whether others are left, and no command runs, whose end it would take.
     fn reap(&mut self) -> bool {
-        while self.running == 0 {
-            match waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
-                Ok(Some(_)) => {}
-                Ok(None) => return true,
-                // There is no child.
-                Err(_) => break,
-            }
-        }
-        self.is_reaping = false;
-        false
+        self.is_reaping = self.running == 0
+            && loop {
+                match waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+                    Ok(Some(_)) => {}
+                    Ok(None) => break true,
+                    // There is no child.
+                    Err(_) => break false,
+                }
+            };
+        self.is_reaping
     }
 }
 
