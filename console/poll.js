@@ -40,7 +40,6 @@ function refusal(status) {
 
 /**
  * Calls `onState(state)`, `onHistory(columns, isNew)` and `onTrouble(null | {sinceMs, reason, hasAnswered})`.
- * `onRest(isPaused)` tells that asking was paused or resumed by the reader.
  */
 export class Poller {
   #after = 0;

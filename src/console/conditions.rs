@@ -11,8 +11,7 @@ use super::history::History;
 use super::samples::Samples;
 use super::status::{LaneRow, Level, PartitionRow, Summary};
 use super::summary::{
-    OPENING_LONG_MS, STEP_HANGS_MS, THROTTLED_MS_PER_SECOND, duration, grouped, listed, loses_records,
-    percent,
+    OPENING_LONG_MS, STEP_HANGS_MS, THROTTLED_MS_PER_SECOND, duration, grouped, listed, percent,
 };
 use crate::domain::record::TimestampMs;
 use crate::domain::wire::Reason;
@@ -103,12 +102,10 @@ pub fn add_to(summary: &mut Summary, said: &[&str], answers: &[Answered]) {
 /// Whether records may be, or have been, lost, or whether this is not known: without the retention, or without the
 /// position of a partition, nobody knows how old the records are that wait.
 pub fn is_at_risk(observed: &Observed<'_>) -> bool {
-    let lost = observed.metrics.sum("payment_writer_audit_records_total", &[("result", "unaccounted")]);
     let half = observed.metrics.max("payment_writer_input_retention_seconds").unwrap_or_default() / 2.0;
     let compacted = [("topic", "input"), ("setting", "cleanup.policy")];
-    let is_gone =
-        |row: &PartitionRow| row.halted.as_ref().is_some_and(|halted| loses_records(&halted.reason));
-    lost > 0.0
+    let is_gone = |row: &PartitionRow| row.halted.as_ref().is_some_and(|halted| halted.may_lose_records);
+    unaccounted(observed) > 0.0
         || observed.oldest_ms as f64 / 1_000.0 >= half
         || observed.metrics.sum("payment_writer_topic_misconfigured", &compacted) > 0.0
         || observed.partitions.iter().any(|row| row.applied.is_none() || is_gone(row))
@@ -247,11 +244,9 @@ pub const CONDITIONS: &[Condition] = &[
         dead_lettered(o, 60 * MINUTE_MS, |reason| reason == Reason::MessageIdConflict.as_str())
     }),
     page("PaymentWriterAuditUnaccounted", "Payments are not accounted for", |o| {
-        above(
-            o.metrics.sum("payment_writer_audit_records_total", &[("result", "unaccounted")]),
-            0.0,
-            |count| format!("{} since the start; the log names partitions and offsets", number(count)),
-        )
+        above(unaccounted(o), 0.0, |count| {
+            format!("{} since the start; the log names partitions and offsets", number(count))
+        })
     }),
     ticket("PaymentWriterAuditBehind", "The audit does not keep up", |o| {
         let behind = o.metrics.sum("payment_writer_audit_behind_seconds", &[]);
@@ -357,6 +352,11 @@ pub const CONDITIONS: &[Condition] = &[
             .then(|| (format!("{} of the next two months have partitions", number(ahead)), None))
     }),
 ];
+
+/// Payments that the audit has not found since the start.
+fn unaccounted(o: &Observed<'_>) -> f64 {
+    o.metrics.sum("payment_writer_audit_records_total", &[("result", "unaccounted")])
+}
 
 fn above(value: f64, limit: f64, detail: impl Fn(f64) -> String) -> Option<Holds> {
     (value > limit).then(|| (detail(value), None))

@@ -147,7 +147,7 @@ fn sanitized(row: PartitionRow, partition: i32, instance: &str) -> PartitionRow 
         doubt: String::new(),
         advice: text(&halted.advice),
         command: halted.command.filter(|command| is_command(command)).as_deref().map(text),
-        is_retried: halted.is_retried,
+        ..halted
     });
     let instance = instance.to_owned();
     PartitionRow { partition, instance, lane: None, state: text(&row.state), halted, ..row }

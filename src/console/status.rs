@@ -87,6 +87,9 @@ pub struct HaltedRow {
     pub command: Option<String>,
     /// Whether it is tried again, and goes on by itself.
     pub is_retried: bool,
+    /// Whether records are, or may be, gone from the log. For the sentence of this process alone.
+    #[serde(skip)]
+    pub may_lose_records: bool,
 }
 
 impl PartitionRow {
@@ -106,6 +109,7 @@ impl PartitionRow {
                 advice: reason.advice(partition),
                 command: reason.command(partition),
                 is_retried: reason.is_about_reading(),
+                may_lose_records: reason.may_lose_records(),
             }),
             Phase::Opening | Phase::Live => None,
         };

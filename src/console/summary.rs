@@ -60,11 +60,6 @@ const HALTED: &[&str] = &["PaymentWriterPartitionsHalted"];
 const THROTTLED: &[&str] = &["PaymentWriterThrottled"];
 const DEAD_LETTERS: &[&str] = &["PaymentWriterDeadLetters"];
 
-/// Whether a halt for this reason means that records are, or may be, gone from the log.
-pub(super) fn loses_records(reason: &str) -> bool {
-    matches!(reason, "log_gap" | "beyond_end" | "unreadable")
-}
-
 /// `1, 2, 3, 4, 5, …`
 pub(super) fn listed(numbers: impl Iterator<Item = i32>, count: usize, most: usize) -> String {
     let shown: Vec<String> = numbers.take(most).map(|number| number.to_string()).collect();
@@ -178,7 +173,7 @@ impl Facts<'_> {
             _ => format!("{count} partitions are halted ({numbers})"),
         };
         let its = if count == 1 { "its" } else { "their" };
-        let rest = if reasons.iter().any(|reason| loses_records(reason)) {
+        let rest = if halted().any(|row| row.halted.as_ref().is_some_and(|halted| halted.may_lose_records)) {
             "records may be lost, the partition's panel says which".to_owned()
         } else {
             format!("{}{its} records wait in Kafka", self.nothing_is_lost())

@@ -95,8 +95,8 @@ pub struct LaneHandle {
     /// The lane's event channel.
     pub events: mpsc::Sender<LaneEvent>,
     /// Number of revocations that the callback no longer waits for and the lane has not handled, and of events that
-    /// could not be sent to it. While it is above zero the lane must not commit: in the present generation its partitions may belong to another
-    /// member.
+    /// could not be sent to it. While it is above zero the lane must not commit: in the present generation its
+    /// partitions may belong to another member.
     pub unhandled_revocations: Arc<AtomicI64>,
 }
 

@@ -1,6 +1,7 @@
 use super::super::status::HaltedRow;
 use super::*;
-use crate::domain::record::{Offset, Partition};
+use crate::domain::cursor::HaltReason;
+use crate::domain::record::{NextOffset, Offset, Partition};
 
 /// Alerts that the daemon cannot answer itself, and why.
 const NOT_ANSWERED: &[(&str, &str)] = &[
@@ -141,18 +142,24 @@ fn the_sentence_is_raised_to_the_worst_condition_and_names_it() {
 #[test]
 fn nothing_is_lost_is_said_only_where_that_is_known() {
     let live = PartitionRow { applied: Some(5), ..PartitionRow::default() };
-    let halted = |reason: &str| PartitionRow {
-        halted: Some(HaltedRow { reason: reason.to_owned(), ..HaltedRow::default() }),
+    let halted = |reason: HaltReason| PartitionRow {
+        halted: Some(HaltedRow { may_lose_records: reason.may_lose_records(), ..HaltedRow::default() }),
         ..live.clone()
     };
+    let at = NextOffset(1);
+    let moved = HaltReason::MovedForward { committed: at, applied: at, published: at };
+    let gap = HaltReason::LogGap { needed: at, log_start: at };
+    let beyond = HaltReason::BeyondEnd { position: at, end: at };
+    let (code, remedy) = (String::new(), "");
+    let unreadable = HaltReason::Unreadable { position: at, batch: None, after: None, code, remedy };
     let day = "payment_writer_input_retention_seconds 86400\n";
     let compacted = "payment_writer_topic_misconfigured{topic=\"input\",setting=\"cleanup.policy\"} 1";
     for (metrics, row, oldest_ms, is_risk) in [
         (day.to_owned(), live.clone(), 0, false),
-        (day.to_owned(), halted("moved_forward"), 0, false),
-        (day.to_owned(), halted("log_gap"), 0, true),
-        (day.to_owned(), halted("beyond_end"), 0, true),
-        (day.to_owned(), halted("unreadable"), 0, true),
+        (day.to_owned(), halted(moved), 0, false),
+        (day.to_owned(), halted(gap), 0, true),
+        (day.to_owned(), halted(beyond), 0, true),
+        (day.to_owned(), halted(unreadable), 0, true),
         (day.to_owned(), live.clone(), 50_000_000, true),
         (day.to_owned() + compacted, live.clone(), 0, true),
         ("payment_writer_input_retention_seconds +Inf".to_owned(), live.clone(), 50_000_000, false),

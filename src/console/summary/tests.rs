@@ -36,6 +36,7 @@ impl Case {
                 reason: if partition == 1 { "fetch_gap" } else { self.reason.unwrap_or("log_gap") }
                     .to_owned(),
                 is_retried: partition == 1,
+                may_lose_records: partition != 1 && self.reason != Some("moved_forward"),
                 ..HaltedRow::default()
             }),
             ..PartitionRow::default()

@@ -70,6 +70,14 @@ impl HaltReason {
         matches!(self, Self::Unreadable { .. } | Self::FetchGap { .. })
     }
 
+    /// Whether records are, or may be, gone from the log.
+    pub fn may_lose_records(&self) -> bool {
+        match self {
+            Self::LogGap { .. } | Self::BeyondEnd { .. } | Self::Unreadable { .. } => true,
+            Self::MovedForward { .. } | Self::Unproved { .. } | Self::FetchGap { .. } => false,
+        }
+    }
+
     /// The label used in metrics and `/status`.
     pub fn label(&self) -> &'static str {
         self.into()
