@@ -187,7 +187,7 @@ chart-check: ## check the Helm chart: lint, every combination that matters, wron
 release: ## check the tree, set the version, commit, tag, and build tarball, package, chart, SBOM and checksums into dist/: VERSION=0.2.0
 	@dev/release $(VERSION)
 
-release-check: ## build the artefacts of a release twice, in other folders, and compare the bytes; ten minutes
+release-check: ## build the artefacts of a release twice and compare the bytes; a quarter of an hour
 	@dev/release --check >docs/evidence/release-check.log 2>&1; \
 	    result=$$?; cat docs/evidence/release-check.log; exit $$result
 
