@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use payment_writer::kafka::publisher_settings::transactional_id;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::metadata::MetadataPartition;
 use serde_json::json;
 
 use crate::support::{
@@ -35,20 +36,34 @@ impl Cluster<'_> {
         leader
     }
 
+    fn every_partition(&self, what: &str, holds: impl Fn(&MetadataPartition) -> bool) {
+        wait_until_within(PATIENCE, what, || {
+            self.consumer.fetch_metadata(None, DEADLINE).is_ok_and(|metadata| {
+                metadata.topics().iter().flat_map(|topic| topic.partitions()).all(&holds)
+            })
+        });
+    }
+
     /// Waits until all replicas of all topics are in sync: then the next broker may be killed.
     fn is_whole(&self) {
-        wait_until_within(PATIENCE, "all replicas are in sync", || {
-            self.consumer.fetch_metadata(None, DEADLINE).is_ok_and(|metadata| {
-                metadata.topics().iter().flat_map(|topic| topic.partitions()).all(|partition| {
-                    partition.leader() >= 0
-                        && partition.isr().len() >= partition.replicas().len().min(BROKERS)
-                })
-            })
+        self.every_partition("all replicas are in sync", |partition| {
+            partition.leader() >= 0 && partition.isr().len() >= partition.replicas().len().min(BROKERS)
         });
     }
 
     /// Moves every replica of a lost broker to another one, and makes that one the leader of all partitions.
     fn moves_to(&self, broker: i32, gone: i32) {
+        // Until the controller has fenced the lost broker, Kafka's tool asks it for its folders and fails, and
+        // partitions look whole that are not.
+        wait_until_within(PATIENCE, "the lost broker is fenced, and its replacement is there", || {
+            self.consumer.fetch_metadata(None, DEADLINE).is_ok_and(|metadata| {
+                let brokers: Vec<i32> = metadata.brokers().iter().map(|broker| broker.id()).collect();
+                let mut partitions = metadata.topics().iter().flat_map(|topic| topic.partitions());
+                !brokers.contains(&gone)
+                    && brokers.contains(&broker)
+                    && partitions.all(|partition| !partition.isr().contains(&gone))
+            })
+        });
         let metadata = self.consumer.fetch_metadata(None, DEADLINE).unwrap();
         let moves: Vec<_> = metadata
             .topics()
@@ -65,15 +80,13 @@ impl Cluster<'_> {
         fs::write(&plan, json!({"version": 1, "partitions": moves}).to_string()).unwrap();
         let tool = "org.apache.kafka.tools.reassign.ReassignPartitionsCommand";
         self.servers.kafka_tool(&[tool, "--execute", "--reassignment-json-file", plan.to_str().unwrap()]);
+        self.every_partition("the replacement has every partition", |partition| {
+            !partition.replicas().contains(&gone) && partition.isr().contains(&broker)
+        });
         self.is_whole();
         let elect = ["--election-type", "preferred", "--all-topic-partitions"];
         self.servers.kafka_tool(&[&["org.apache.kafka.tools.LeaderElectionCommand"], &elect[..]].concat());
-        wait_until_within(PATIENCE, "the replacement leads everything", || {
-            self.consumer.fetch_metadata(None, DEADLINE).is_ok_and(|metadata| {
-                let mut partitions = metadata.topics().iter().flat_map(|topic| topic.partitions());
-                partitions.all(|partition| partition.leader() == broker)
-            })
-        });
+        self.every_partition("the replacement leads everything", |partition| partition.leader() == broker);
     }
 
     /// Asserts that payments flow again while this broker stays down.
