@@ -1,10 +1,13 @@
 //! The program under test: commands, and the daemon as a child process.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::panic;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use super::{DEADLINE, Scope, free_address, wait_until};
@@ -66,6 +69,7 @@ impl Scope<'_> {
 
     /// As [`Scope::daemon_with`], with this admin port.
     pub fn daemon_at(&self, admin: SocketAddr, arguments: &[&str], settings: &[(&str, &str)]) -> Daemon {
+        remember_failures();
         let log = self.dir.join(format!("daemon-{}.log", admin.port()));
         let output = File::options().create(true).append(true).open(&log).unwrap();
         // Two daemons on one machine are two members of the group, unless a test says otherwise.
@@ -120,6 +124,23 @@ pub fn ask(admin: SocketAddr, method: &str, path: &str, headers: &[&str], body: 
     let (head, body) = answer.split_once("\r\n\r\n")?;
     let status = head.split(' ').nth(1)?.parse().ok()?;
     Some(Reply { status, head: head.to_ascii_lowercase(), body: body.to_owned() })
+}
+
+thread_local! {
+    /// The message with which this thread's test failed.
+    static FAILURE: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Keeps each test's message for [`Daemon`]'s drop.
+fn remember_failures() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let default = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            FAILURE.set(info.to_string());
+            default(info);
+        }));
+    });
 }
 
 /// A running daemon. Dropping it kills it, and prints its log if the test is failing.
@@ -218,6 +239,8 @@ impl Drop for Daemon {
         let _ = self.child.wait();
         if std::thread::panicking() {
             eprintln!("--- log of the daemon ---\n{}", self.log());
+            // Once more, as logs are long, and some viewers cut the middle of a long output.
+            eprintln!("--- the test failed ---\n{}", FAILURE.take());
         }
     }
 }
