@@ -70,7 +70,7 @@ export function tiles(state) {
   }));
   items.push(
     { key: "lag", term: "Records waiting", value: count(state.lag.records), more: "not yet written and published", level: null },
-    { key: "oldest", term: "Oldest waiting", value: seconds(state.lag.oldest_seconds), more: "by the record's timestamp",
+    { key: "oldest", term: "Oldest waiting", value: seconds(state.lag.oldest_seconds), more: "by the record's timestamp; halted partitions count",
       level: state.lag.oldest_seconds >= 60 ? "bad" : state.lag.oldest_seconds >= 5 ? "warn" : null });
   list(byId("tiles"), items, (item) => item.key, (item) => {
     const node = element("div", "tile");
@@ -176,7 +176,7 @@ export function database(state) {
   facts(byId("database-facts"), [
     ["last", "Last pass", (node) => fillTime(node, keeping.last_pass_ms, { now, absent: "none yet" })],
     ["next", "Next pass", (node) => fillTime(node, keeping.next_pass_ms, { now, absent: "not known" })],
-    ["horizon", "Every partition is written and published up to log time", (node) => fillTime(node, db.horizon_ms, { now, absent: "not determined" })],
+    ["horizon", "All records with a log time before this one are written and published", (node) => fillTime(node, db.horizon_ms, { now, absent: "not determined" })],
     ["default", "Rows in the default partitions", `${db.default_partition_rows > 0 ? "▲ " : ""}${count(db.default_partition_rows)}`],
     ["ahead", "Months created ahead", `${db.months_ahead === 0 ? "▲ " : ""}${count(db.months_ahead)}`],
   ]);

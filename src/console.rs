@@ -31,10 +31,12 @@ use self::peers::Peers;
 use self::samples::Samples;
 use self::status::{LaneRow, PartitionRow, Problem, Summary};
 use self::summary::Facts;
-use crate::config::Settings;
+use crate::config::{KafkaProperties, Settings};
 use crate::domain::outcome::FailureClass;
 use crate::domain::record::{Partition, TimestampMs};
 use crate::housekeeping::Task;
+use crate::kafka::client::CLIENT_ID;
+use crate::kafka::throttle;
 use crate::telemetry::logging::LogHandle;
 use crate::telemetry::metrics::{AuditResult, now};
 use crate::telemetry::status::StatusRegistry;
@@ -54,6 +56,8 @@ pub struct About {
     pub dead_letter_topic: String,
     /// `console.peers`
     pub peers: Vec<String>,
+    /// Whom a quota of Kafka may be meant for.
+    kafka_client: String,
     started: TimestampMs,
     lanes: usize,
 }
@@ -73,6 +77,13 @@ pub struct Console {
     database: OnDemand<Tables>,
     tables: Kept,
     peers: OnDemand<Peers>,
+}
+
+/// Whom Kafka knows these clients as, which quotas go by.
+fn client_of(properties: &KafkaProperties) -> String {
+    let id = properties.get("client.id").unwrap_or(CLIENT_ID);
+    let user = properties.get("sasl.username").map_or("its user".to_owned(), |user| format!("user {user:?}"));
+    format!("client.id {id:?} or {user}")
 }
 
 /// What this process says of itself.
@@ -105,6 +116,7 @@ impl Console {
             group: at_start.kafka.group_id,
             instance: at_start.kafka.instance_id,
             dead_letter_topic: at_start.kafka.dead_letter_topic,
+            kafka_client: client_of(&at_start.kafka.properties),
             peers: at_start.console.peers,
             started: now(),
             lanes: at_start.lanes,
@@ -147,6 +159,7 @@ impl Console {
             .iter()
             .map(|(what, reason)| (*what, reason.clone(), since.get(what).copied().unwrap_or(now)))
             .collect();
+        let throttled = throttle::throttled(now);
         let (dead_letters, dead_letter_times) = (status.dead_letters(), status.dead_letter_times());
         let observed = Observed {
             now,
@@ -158,6 +171,8 @@ impl Console {
             dead_letters: &dead_letters,
             dead_letter_topic: publishes.then_some(self.about.dead_letter_topic.as_str()),
             dead_letter_times: &dead_letter_times,
+            throttled: &throttled,
+            kafka_client: &self.about.kafka_client,
             increases: &self.increases,
             oldest_ms,
             lag: status.lag(),
@@ -170,6 +185,8 @@ impl Console {
             lanes: &lanes,
             seconds,
             minute: self.history.last(60),
+            throttled: &throttled,
+            kafka_client: &self.about.kafka_client,
             dead_letters: &dead_letters,
             oldest_ms,
             is_at_risk: conditions::is_at_risk(&observed),

@@ -42,6 +42,10 @@ pub struct Observed<'o> {
     pub dead_letter_topic: Option<&'o str>,
     /// Dead letters since the start, by reason.
     pub dead_letter_times: &'o BTreeMap<&'static str, DeadLetterTimes>,
+    /// The kinds of Kafka clients that quotas throttle.
+    pub throttled: &'o [&'static str],
+    /// Whom a quota of Kafka may be meant for.
+    pub kafka_client: &'o str,
     /// When counters were seen to increase.
     pub increases: &'o Increases,
     /// Age of the oldest record that waits, in milliseconds.
@@ -80,17 +84,28 @@ pub struct Condition {
     answer: fn(&Observed<'_>) -> Option<Holds>,
 }
 
+/// What may be lost stands above all else.
+const LOSSES: &[&str] =
+    &["PaymentWriterAuditUnaccounted", "PaymentWriterRetentionAtRisk", "PaymentWriterTopicCompacted"];
+
 /// Raises the sentence to the worst of the conditions that hold, and names those that it does not have: `said` are the
 /// alerts whose conditions it has in its own words.
 pub fn add_to(summary: &mut Summary, said: &[&str], answers: &[Answered]) {
     let others = || answers.iter().filter(|answer| answer.holds && !said.contains(&answer.alert));
+    // What is wrong now explains more than a condition over 15 minutes.
+    let is_bad_now = summary.level == Level::Bad;
     for answer in others() {
         let level = if answer.severity == "page" { Level::Bad } else { Level::Warn };
         summary.level = summary.level.max(level);
     }
     let pages = || others().filter(|answer| answer.severity == "page");
     for answer in pages().take(2) {
-        summary.text = format!("{}: {}. {}", answer.title, answer.detail, summary.text);
+        let Answered { alert, title, detail, .. } = answer;
+        summary.text = if is_bad_now && !LOSSES.contains(alert) {
+            format!("{}. {title}: {detail}", summary.text)
+        } else {
+            format!("{title}: {detail}. {}", summary.text)
+        };
     }
     let titles: Vec<&str> =
         pages().skip(2).chain(others().filter(|a| a.severity != "page")).map(|answer| answer.title).collect();
@@ -237,7 +252,11 @@ pub const CONDITIONS: &[Condition] = &[
         let share = outcomes.dead_letters as f64 / all.max(1) as f64;
         (share > 0.05 && outcomes.dead_letters >= 20).then(|| {
             let since = o.history.since(5 * MINUTE, |outcomes, _| outcomes.dead_letters > 0);
-            (format!("{} of the records of 15 minutes", percent(share)), since)
+            let last = o.dead_letter_times.values().map(|times| times.last).max();
+            let ago = last.map_or(0, |last| o.now.0 - last.0);
+            let quiet =
+                if ago > MINUTE_MS { format!(", but none for {}", duration(ago)) } else { String::new() };
+            (format!("{} of the records of 15 minutes{quiet}", percent(share)), since)
         })
     }),
     ticket("PaymentWriterMessageIdConflicts", "Ids are used for other payments", |o| {
@@ -268,20 +287,21 @@ pub const CONDITIONS: &[Condition] = &[
         let count = o.increases.recent("fetch faults", count)?;
         Some((format!("{} times since the start; they were found and read", number(count)), None))
     }),
-    page("PaymentWriterDatabaseAway", "The database does not answer, or refuses", |o| missing(o, "database")),
-    page("PaymentWriterBrokerAway", "Kafka does not answer, or refuses", |o| missing(o, "broker")),
+    page("PaymentWriterDatabaseAway", "Waiting for the database", |o| missing(o, "database")),
+    page("PaymentWriterBrokerAway", "Waiting for Kafka", |o| missing(o, "broker")),
     ticket("PaymentWriterThrottled", "Kafka's quota throttles", |o| {
         let recent = o.history.last(MINUTE);
         let rate = recent.per_second(recent.throttled_ms);
         (rate > THROTTLED_MS_PER_SECOND).then(|| {
-            let clients =
-                o.metrics.labels_above("payment_writer_kafka_throttled_milliseconds_total", &[], "client");
             let since = o.history.since(MINUTE, |_, throttled| throttled > 0);
             (
                 format!(
-                    "clients wait {} ms in each second, summed over all of them: {}",
+                    "{} wait {} ms in each second, summed over all clients. The quota is of {}, or a default: \
+                     `kafka-configs.sh --describe --entity-type clients` and `--entity-type users` show it; if lag \
+                     grows, have it raised",
+                    limited(o.throttled),
                     number(rate),
-                    clients.join(", ")
+                    o.kafka_client,
                 ),
                 since,
             )
@@ -381,7 +401,30 @@ fn dead_lettered(o: &Observed<'_>, ms: i64, is_of: fn(&str) -> bool) -> Option<H
 
 fn missing(o: &Observed<'_>, wanted: &str) -> Option<Holds> {
     let (_, reason, since) = o.missing.iter().find(|(what, ..)| *what == wanted)?;
-    Some((format!("{reason}; it goes on by itself once that is over"), Some(*since)))
+    let is_refused = reason.to_lowercase().contains("connection refused");
+    let remedy = match wanted {
+        "database" if is_refused => {
+            "nothing listens at postgres.url: start Postgres, or correct the address; "
+        }
+        "broker" if is_refused => {
+            "nothing listens at kafka.bootstrap_servers: start the brokers, or correct the address; "
+        }
+        _ => "",
+    };
+    Some((format!("{reason}; {remedy}it goes on by itself once that is over"), Some(*since)))
+}
+
+/// Kinds of clients, and the quotas that may limit them.
+pub fn limited(clients: &[&str]) -> String {
+    let quota = |client: &&str| match *client {
+        "reader" => "readers (consumer_byte_rate or request_percentage)",
+        _ => "producers (producer_byte_rate or request_percentage)",
+    };
+    if clients.is_empty() {
+        "clients".to_owned()
+    } else {
+        clients.iter().map(quota).collect::<Vec<_>>().join(" and ")
+    }
 }
 
 fn share(o: &Observed<'_>, used: &str, limit: &str, most: f64) -> Option<Holds> {

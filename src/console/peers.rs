@@ -227,6 +227,7 @@ mod tests {
             group: "g".to_owned(),
             instance: "me".to_owned(),
             dead_letter_topic: String::new(),
+            kafka_client: String::new(),
             peers: Vec::new(),
             started: TimestampMs(5),
             lanes: 1,

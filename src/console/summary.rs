@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::conditions::limited;
 use super::history::Recent;
 use super::status::{LaneRow, Level, PartitionRow, Summary};
 use crate::domain::record::TimestampMs;
@@ -38,6 +39,10 @@ pub struct Facts<'f> {
     pub seconds: Recent,
     /// The last minute.
     pub minute: Recent,
+    /// The kinds of Kafka clients that quotas throttle.
+    pub throttled: &'f [&'static str],
+    /// Whom a quota of Kafka may be meant for.
+    pub kafka_client: &'f str,
     /// The last dead letters.
     pub dead_letters: &'f [DeadLettered],
     /// Age of the oldest record that waits, in milliseconds.
@@ -203,7 +208,10 @@ impl Facts<'_> {
             (
                 Level::Warn,
                 format!(
-                    "Kafka slows this daemon down by a quota; {}payments take longer",
+                    "Kafka slows this daemon's {} down by a quota of {}; {}payments take longer; if lag grows, have the \
+                     quota raised",
+                    limited(self.throttled),
+                    self.kafka_client,
                     self.nothing_is_lost()
                 ),
                 THROTTLED,

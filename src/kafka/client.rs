@@ -28,6 +28,9 @@ pub const CLIENT_MAX: Duration = Duration::from_secs(30);
 /// Timeout of one attempt of a request that is made again if it fails.
 pub(super) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Name of all clients in brokers' logs and for quotas, unless `kafka.properties` has another `client.id`.
+pub const CLIENT_ID: &str = "payment-writer";
+
 /// Brokers, client id and `kafka.properties`. Callers set the properties that exactly-once depends on
 /// afterwards; the settings reject these in `kafka.properties`.
 pub fn base_client_config(kafka: &KafkaSettings) -> ClientConfig {
@@ -41,7 +44,7 @@ pub fn base_client_config(kafka: &KafkaSettings) -> ClientConfig {
 pub fn client_config_over(kafka: &KafkaSettings, defaults: &[(&str, &str)]) -> ClientConfig {
     let mut config = ClientConfig::new();
     config
-        .set("client.id", "payment-writer")
+        .set("client.id", CLIENT_ID)
         // Detects a broker that vanished without closing its connection, also while nothing is sent.
         .set("socket.keepalive.enable", "true")
         // The default is 10 s, and a reconnect may be needed two or three times (as a broker, as a

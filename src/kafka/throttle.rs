@@ -43,6 +43,15 @@ fn held_back(statistics: &[u8]) -> Option<u64> {
 /// throttle some responses only.
 const QUIET_MS: i64 = 60_000;
 
+/// Kinds of clients, as in the metric's label, and when brokers last throttled one of them; 0 if never.
+static LAST_MS: [(&str, AtomicI64); 2] = [("reader", AtomicI64::new(0)), ("producer", AtomicI64::new(0))];
+
+/// The kinds of clients that brokers have throttled within the last minute.
+pub fn throttled(now: TimestampMs) -> Vec<&'static str> {
+    let lately = |last: &AtomicI64| now.0 - last.load(Ordering::Relaxed) < QUIET_MS;
+    LAST_MS.iter().filter(|(_, last)| lately(last)).map(|(client, _)| *client).collect()
+}
+
 /// Throttle time of all clients of the process, in milliseconds.
 static TOTAL_MS: AtomicU64 = AtomicU64::new(0);
 
@@ -81,6 +90,9 @@ impl Throttle {
         let last = self.last.load(Ordering::Acquire);
         if milliseconds > 0 {
             self.last.store(now.0, Ordering::Release);
+            for (_, last) in LAST_MS.iter().filter(|(client, _)| *client == self.client) {
+                last.store(now.0, Ordering::Relaxed);
+            }
             if last == 0
                 && let Some(suppressed) = LIMIT.pass()
             {
@@ -145,6 +157,8 @@ mod tests {
                 throttle.note(if second % 2 == 0 { 700 } else { 0 }, TimestampMs(second * 5_000));
                 assert_eq!(throttle.is_held_back(), second > 1);
             }
+            assert_eq!(throttled(TimestampMs(1_000_000)), ["reader"]);
+            assert!(throttled(TimestampMs(1_060_000)).is_empty());
             throttle.note(0, TimestampMs(2_000_000));
             assert!(!throttle.is_held_back());
         });

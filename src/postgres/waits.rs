@@ -21,8 +21,9 @@ const TICK: Duration = Duration::from_secs(5);
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 
 /// The last session in the chain of those that wait for each other's locks; parameter: the pid of the first. Any role
-/// may see pid, role and application name; what a session waits for, only the role itself.
-const ROOT: &str = "
+/// may see pid, role and application name; what a session waits for, its state and when its transaction began, only the
+/// role itself and members of `pg_read_all_stats`.
+const ROOT: &str = r#"
     WITH RECURSIVE chain (pid, depth) AS (
         SELECT $1::integer, 0
         UNION
@@ -30,9 +31,11 @@ const ROOT: &str = "
     )
     SELECT c.pid, a.usename::text, a.application_name, coalesce(a.wait_event = 'SyncRep', false), c.depth > 0,
         current_setting('synchronous_standby_names'),
-        (SELECT relation::regclass::text FROM pg_locks WHERE pid = $1 AND NOT granted LIMIT 1)
+        (SELECT relation::regclass::text FROM pg_locks WHERE pid = $1 AND NOT granted LIMIT 1),
+        a.state || coalesce(', in a transaction since '
+            || to_char(a.xact_start AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), '')
     FROM chain c LEFT JOIN pg_stat_activity a USING (pid)
-    ORDER BY depth DESC LIMIT 1";
+    ORDER BY depth DESC LIMIT 1"#;
 
 /// Explains calls that wait, in the log and by a callback.
 pub struct Waits {
@@ -128,10 +131,12 @@ impl Waits {
         // None for the lock of a transaction, which who waits for a row asks for.
         let table = row.try_get::<_, Option<String>>(6).ok()?;
         let on = table.map_or_else(String::new, |table| format!(", on {table}"));
+        let state = row.try_get::<_, Option<String>>(7).ok()?;
+        let state = state.map_or_else(String::new, |state| format!(" ({state})"));
         Some(match (row.try_get::<_, Option<String>>(1).ok()?, row.try_get::<_, Option<String>>(2).ok()?) {
             (Some(role), application) => format!(
-                "a lock is held by the session with pid {holder}, role {role:?}, application_name {:?}{on}; if \
-                 that hangs, SELECT pg_terminate_backend({holder}) ends it",
+                "a lock is held by the session with pid {holder}, role {role:?}, application_name {:?}{state}{on}; \
+                 if that hangs, SELECT pg_terminate_backend({holder}) ends it",
                 application.unwrap_or_default()
             ),
             (None, _) => "a lock is held by a prepared transaction (pg_prepared_xacts)".to_owned(),

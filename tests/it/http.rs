@@ -271,10 +271,12 @@ fn lag_is_reported_in_records_and_seconds() {
     assert!(daemon.metric("payment_writer_lag_seconds", "") > years_ago);
     assert!(daemon.metric("payment_writer_oldest_pending_seconds", "") > years_ago);
 
-    // AND the log names who holds the lock, and of what
+    // AND the log names who holds the lock, since when, and of what
     wait_until("the lock is named", || {
         let log = daemon.log();
-        log.contains("a lock is held by the session with pid") && log.contains(", on payment_core; if")
+        log.contains("a lock is held by the session with pid")
+            && log.contains(" (idle in transaction, in a transaction since 20")
+            && log.contains("Z), on payment_core; if")
     });
 
     // AND both are 0 when they are written

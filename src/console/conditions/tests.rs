@@ -65,6 +65,8 @@ fn observed<'o>(metrics: &str) -> Observed<'o> {
         lanes: &[],
         dead_letter_topic: Some("payments.dlq"),
         dead_letter_times: Box::leak(Box::default()),
+        throttled: &["reader"],
+        kafka_client: "client.id \"x\" or its user",
         increases: Box::leak(Box::default()),
         oldest_ms: 0,
         lag: 0,
@@ -137,6 +139,34 @@ fn the_sentence_is_raised_to_the_worst_condition_and_names_it() {
         "Payments are not accounted for: 2 since the start; the log names partitions and offsets. Idle. Also: Rows are in \
          default partitions"
     );
+
+    // What is wrong now comes before what was, and after what may be lost.
+    let answer = |alert| Answered {
+        alert,
+        severity: "page",
+        title: "T",
+        holds: true,
+        detail: alert.to_owned(),
+        since_ms: None,
+        runbook: String::new(),
+    };
+    let all = [answer("PaymentWriterDeadLetterShare"), answer("PaymentWriterRetentionAtRisk")];
+    for (level, expected) in [
+        (Level::Ok, "T: PaymentWriterRetentionAtRisk. T: PaymentWriterDeadLetterShare. Now"),
+        (Level::Bad, "T: PaymentWriterRetentionAtRisk. Now. T: PaymentWriterDeadLetterShare"),
+    ] {
+        let mut summary = Summary { level, text: "Now".to_owned() };
+        add_to(&mut summary, &[], &all);
+        assert_eq!(summary.text, expected);
+    }
+}
+
+#[test]
+fn a_quota_is_told_with_its_name_and_whom_it_is_for() {
+    assert_eq!(limited(&["reader"]), "readers (consumer_byte_rate or request_percentage)");
+    let both = "readers (consumer_byte_rate or request_percentage) and producers (producer_byte_rate or request_percentage)";
+    assert_eq!(limited(&["reader", "producer"]), both);
+    assert_eq!(limited(&[]), "clients");
 }
 
 #[test]
@@ -248,7 +278,11 @@ fn what_waits_is_dead_lettered_or_missing_is_told() {
             "PaymentWriterMessageIdConflicts",
         ]
     );
-    assert_eq!(held[2].1, "connection refused; it goes on by itself once that is over");
+    assert_eq!(
+        held[2].1,
+        "connection refused; nothing listens at postgres.url: start Postgres, or correct the address; it goes on by \
+         itself once that is over"
+    );
     assert_eq!(
         held[4].1,
         "since the start 4 malformed_json; the last one of partition 3 at offset 17; \

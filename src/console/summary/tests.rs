@@ -73,6 +73,8 @@ impl Case {
             },
             minute: Recent { seconds: 60.0, ..self.minute },
             dead_letters: &self.dead_letters,
+            throttled: &["producer"],
+            kafka_client: "client.id \"x\" or user \"writer\"",
             oldest_ms: self.oldest_ms,
             is_at_risk: self.is_at_risk,
             publishes: !self.is_rows_only,
@@ -218,7 +220,10 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
                 ..Case::default()
             },
             Level::Warn,
-            format!("Kafka slows this daemon down by a quota; nothing is lost, payments take longer. {flow}"),
+            format!(
+                "Kafka slows this daemon's producers (producer_byte_rate or request_percentage) down by a quota of client.id \
+                 \"x\" or user \"writer\"; nothing is lost, payments take longer; if lag grows, have the quota raised. {flow}"
+            ),
         ),
         (
             Case {
