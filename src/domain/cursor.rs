@@ -257,15 +257,27 @@ fn publishing(known: &Known, has_metadata: bool) -> Positions {
     // rolled back together with its metadata and proves nothing.
     let copied = row.as_ref().and_then(|row| row.published);
     match (row, committed.filter(|k| has_metadata && copied.is_none_or(|copied| copied <= *k))) {
-        (Some(row), Some(k)) => Ok((row.applied.min(k), row.applied, k)),
-        (None, Some(k)) => {
-            // An empty or older database: rows are written again from the log, events below the committed
-            // offset are not sent again. Records from the committed offset to the log's start were never
-            // published.
-            if bounds.start > k {
+        (Some(row), Some(k)) if k <= row.applied || copied == Some(k) => {
+            Ok((row.applied.min(k), row.applied, k))
+        }
+        // A database that has not heard of this offset, because it is empty or older: rows are written again from
+        // the log, events below the committed offset are not sent again. The group's offsets may be old as well, as
+        // after a restore of both; the outputs show it.
+        (row, Some(k)) => {
+            // Records from the committed offset to the log's start were never published.
+            if row.is_none() && bounds.start > k {
                 return Err(Decision::Halt(HaltReason::LogGap { needed: k, log_start: bounds.start }));
             }
-            Ok((bounds.start, bounds.start, k))
+            let sent = match known.scan {
+                OutputScan::NotScanned if k < bounds.end => return Err(Decision::ScanOutputs { from: k }),
+                OutputScan::NotScanned => k,
+                OutputScan::Unclear(seen) if seen > k => {
+                    return Err(Decision::Halt(HaltReason::Unproved { from: seen, to: seen }));
+                }
+                OutputScan::Sent(seen) | OutputScan::Unclear(seen) => seen.max(k),
+            };
+            let applied = row.as_ref().map_or(bounds.start, |row| row.applied);
+            Ok((applied.min(sent), applied, sent))
         }
         (Some(row), None) => {
             let from = row.published.unwrap_or(bounds.start);

@@ -1,5 +1,5 @@
 //! The output scan: determines from the output topics which events were sent, when the group's offset is
-//! missing or not ours. Every output names its input record in the header `source`.
+//! missing, not ours, or unknown to the database. Every output names its input record in the header `source`.
 //!
 //! The events of one input partition are sent in the order of its offsets, and each transaction carries all
 //! outputs of its records. So everything up to the largest offset that an output names was sent; records

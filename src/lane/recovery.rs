@@ -6,7 +6,8 @@
 //! 2. [`Lane::recover_partitions`] reads the cursors from Postgres, then asks Kafka in the background for the
 //!    group's committed offsets and the log's bounds.
 //! 3. [`Lane::answered`] has [`decide`] determine where to start, or the halt reason. If the committed offset
-//!    is missing or not this program's, the output topics are scanned first for the events that were sent.
+//!    is missing, not this program's, or unknown to the database, the output topics are scanned first for the
+//!    events that were sent.
 //! 4. The committed offset and the cursor row are written where they differ, and fetching begins.
 
 use std::collections::BTreeMap;
@@ -219,8 +220,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         decide(known, &self.settings.identity, &self.settings.mode)
     }
 
-    /// Scans the outputs for partitions whose committed offset is missing or not ours, and decides those with
-    /// a result.
+    /// Scans the outputs for partitions whose committed offset is missing, not ours, or unknown to the database,
+    /// and decides those with a result.
     async fn scan_outputs(
         &mut self,
         wanted: Vec<(Known, NextOffset)>,
@@ -268,7 +269,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     from = from.0,
                     proof = ?scanned.scan,
                     suppressed,
-                    "the group's offset is missing or not this daemon's: the outputs show what was sent"
+                    "the group's offset is missing, not this daemon's, or unknown to the database: the outputs show what was sent"
                 );
             }
             match self.decide(&known) {

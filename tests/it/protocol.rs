@@ -1,5 +1,7 @@
 //! Group offsets and cursors that were moved, lost or restored: nothing is lost and nothing is sent twice.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -299,6 +301,45 @@ fn an_older_database_and_lost_group_offsets_together_send_nothing_twice() {
     member().catch_up(&scope);
 
     // THEN rows are written again, and events are not sent again
+    scope.assert_exactly_once();
+}
+
+#[test]
+fn an_older_or_empty_database_and_older_group_offsets_together_send_nothing_twice() {
+    // GIVEN copies of a drained group's database and of its offsets, after which more was written and sent
+    let scope = Scope::new(Servers::shared(), "both_older");
+    scope.prepare(3, 2);
+    let mut load = Load::new(23);
+    scope.produce(&scope.input_topic, load.take(60));
+    let restore_group = |copy: &BTreeMap<i32, (i64, String)>| {
+        for (partition, (offset, metadata)) in copy {
+            scope.move_group_offset(*partition, *offset, metadata);
+        }
+    };
+    member().catch_up(&scope);
+    scope.back_up_database();
+    scope.produce(&scope.input_topic, load.take(60));
+    member().catch_up(&scope);
+    let older = scope.committed_all();
+    scope.produce(&scope.input_topic, load.take(90));
+    member().catch_up(&scope);
+
+    // WHEN a copy of the database replaces it, and the copy of the offsets, which is younger, replaces those
+    scope.restore_database();
+    restore_group(&older);
+    scope.produce(&scope.input_topic, load.take(30));
+    member().catch_up(&scope);
+
+    // THEN rows are written again, and events are not sent again
+    scope.assert_exactly_once();
+
+    // AND neither with an empty database
+    restore_group(&older);
+    scope.recreate_database();
+    scope.command(&["migrate"]).succeeds();
+    scope.produce(&scope.input_topic, load.take(30));
+    let mut adopting = member().run(&scope, &["run", "--until-caught-up", "--adopt-database"]);
+    assert_eq!(adopting.wait().code(), Some(0), "{}", adopting.log());
     scope.assert_exactly_once();
 }
 

@@ -890,8 +890,7 @@ impl Driver {
 
     /// Replaces the database by an empty one.
     pub async fn replace_database(&mut self) {
-        if !self.world().uncorrected.is_empty() {
-            // Both places that have the cursors would be lost, and that case has no guarantee.
+        if self.world().has_no_proof() {
             return;
         }
         let is_graceful = self.world().rng.random_bool(0.5);

@@ -573,6 +573,11 @@ impl World {
         self.broker_down_until.is_some_and(|until| Instant::now() < until)
     }
 
+    /// Whether a loss of the database would take the last proof of what was sent; that case has no guarantee.
+    pub fn has_no_proof(&self) -> bool {
+        !self.uncorrected.is_empty() && self.is_tail_removed
+    }
+
     /// Notes that a group offset was changed by hand.
     pub fn tamper(&mut self, partition: i32) {
         self.tampered.insert(partition);

@@ -307,6 +307,34 @@ proptest! {
 }
 
 #[test]
+fn a_database_that_has_not_heard_of_the_group_offset_asks_the_outputs() {
+    let scanned = |group, row, scan| decide(&Known { scan, ..known(group, row, 2, 100) }, &HERE, &PUBLISHES);
+    let (sent, unclear) = (|k| OutputScan::Sent(NextOffset(k)), |k| OutputScan::Unclear(NextOffset(k)));
+    for (row, applied) in [(None, 2), (row(5, Some(4)), 5), (row(5, None), 5)] {
+        assert_eq!(
+            scanned(marked(9), row.clone(), OutputScan::NotScanned),
+            Decision::ScanOutputs { from: NextOffset(9) }
+        );
+        // The outputs agree with it, or do not tell.
+        for scan in [sent(9), unclear(0), unclear(9)] {
+            assert_eq!(scanned(marked(9), row.clone(), scan), go(applied, applied, 9, false, true));
+        }
+        // It was rolled back.
+        assert_eq!(scanned(marked(9), row.clone(), sent(30)), go(applied, applied, 30, true, true));
+        assert_eq!(scanned(marked(9), row.clone(), unclear(30)), unproved(30, 30));
+        // No record comes after it.
+        assert_eq!(
+            scanned(marked(100), row, OutputScan::NotScanned),
+            go(applied, applied, 100, false, true)
+        );
+    }
+    // It was copied to the restored database when the partition was taken over.
+    assert_eq!(scanned(marked(9), row(5, Some(9)), OutputScan::NotScanned), go(5, 5, 9, false, false));
+    // What a crash leaves is no older database.
+    assert_eq!(scanned(marked(9), row(11, Some(4)), OutputScan::NotScanned), go(9, 11, 9, false, true));
+}
+
+#[test]
 fn without_a_group_offset_the_outputs_are_asked_and_believed() {
     let scanned = |group, row, scan| decide(&Known { scan, ..known(group, row, 2, 100) }, &HERE, &PUBLISHES);
     let sent = |offset| OutputScan::Sent(NextOffset(offset));
