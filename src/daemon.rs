@@ -63,12 +63,15 @@ pub enum RunError {
     /// Exit code 3.
     #[error("{0}")]
     Halted(String),
+    /// The daemon starts again, which takes the partitions over anew.
+    #[error("the group removed this member, and took it in again as another one")]
+    Replaced,
 }
 
 impl From<RunError> for CommandError {
     fn from(error: RunError) -> Self {
         match error {
-            RunError::Failed(message) => Self::failed(message),
+            RunError::Failed(_) | RunError::Replaced => Self::failed(error.to_string()),
             RunError::Identity(mismatch) => Self::person_must_decide(mismatch.to_string()),
             RunError::Halted(message) => Self::person_must_decide(message),
         }
@@ -127,10 +130,11 @@ pub async fn run(
         match &ended {
             Ok(End::Reload) => {}
             Err(error) if is_joined_again(error, &status, &stop) => {
-                tracing::warn!(
-                    instance = settings.kafka.instance_id,
-                    "fenced soon after the broker connection was lost, possibly by its own request: joining again"
-                );
+                let reason = match error {
+                    RunError::Replaced => "replaced as a member after the broker connection was lost",
+                    _ => "fenced soon after the broker connection was lost, possibly by its own request",
+                };
+                tracing::warn!(instance = settings.kafka.instance_id, reason, "joining again");
             }
             _ => return ended.map(drop),
         }
@@ -144,11 +148,15 @@ pub async fn run(
     }
 }
 
-/// Whether the daemon starts again after this error: the member was fenced, possibly by a request of its own.
+/// Whether the daemon starts again after this error: the member was replaced, or fenced, possibly by a request of its
+/// own.
 fn is_joined_again(error: &RunError, status: &StatusRegistry, stop: &watch::Receiver<bool>) -> bool {
-    matches!(error, RunError::Identity(IdentityMismatch::InstanceTaken { .. }))
-        && status.was_fenced_after_loss()
-        && !*stop.borrow()
+    let is_excused = match error {
+        RunError::Replaced => true,
+        RunError::Identity(IdentityMismatch::InstanceTaken { .. }) => status.was_fenced_after_loss(),
+        _ => false,
+    };
+    is_excused && !*stop.borrow()
 }
 
 /// How the daemon ended by a drain.
@@ -357,6 +365,7 @@ fn lane_end(ended: Option<Result<Result<(), IdentityMismatch>, tokio::task::Join
 
 async fn member_end(end: &mut watch::Receiver<Option<MemberEnd>>) -> RunError {
     match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
+        Ok(Some(MemberEnd::Replaced)) => RunError::Replaced,
         Ok(Some(MemberEnd::Identity(mismatch))) => mismatch.into(),
         Ok(Some(MemberEnd::Fatal(reason))) => {
             RunError::Failed(format!("the Kafka consumer failed: {reason}"))

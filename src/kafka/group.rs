@@ -12,7 +12,8 @@
 //! returns it raises the lane's counter of unhandled revocations ([`LaneHandle`]), and the lane publishes
 //! nothing while the counter is above zero.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CString;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,7 +28,7 @@ use tokio::sync::{mpsc, watch};
 use super::callbacks::{Callbacks, Listener, QuietLog};
 use super::client::{ATTEMPT_TIMEOUT, client_config_over, make_client};
 use super::join_failure::JoinFailure;
-use super::librdkafka::add_brokers;
+use super::librdkafka::{GroupMetadata, add_brokers};
 use super::rebootstrap::Rebootstrap;
 use crate::config::KafkaSettings;
 use crate::domain::cursor::IdentityMismatch;
@@ -75,6 +76,8 @@ const OWN_FENCING_WITHIN: Duration = Duration::from_secs(60);
 /// A running process polls more often than this; one that did not was suspended, and may have been replaced
 /// meanwhile.
 const AWAKE_WITHIN: Duration = Duration::from_secs(3);
+/// How often the member's id is compared.
+const COMPARED_EVERY: Duration = Duration::from_secs(1);
 /// How long [`Group::listen`] polls.
 const LISTEN: Duration = Duration::from_millis(50);
 /// The present number of members of the group that this principal may see. Without the right to describe the
@@ -122,6 +125,8 @@ impl LaneHandle {
 /// Why the membership ended.
 #[derive(Clone, Debug)]
 pub enum MemberEnd {
+    /// The group removed this member and took it in again as another one, which librdkafka does not report.
+    Replaced,
     /// Another process has this `group.instance.id`: the operator has to decide.
     Identity(IdentityMismatch),
     /// A fatal error of the client, or a lane that hangs.
@@ -212,6 +217,22 @@ impl Revocation {
     }
 }
 
+/// What the lanes have by the callbacks, and as which member. If the coordinator answers a request to join with
+/// `UNKNOWN_MEMBER_ID`, librdkafka joins again under a new id and keeps its assignment, without a callback: a static
+/// member is admitted at once, and its generation is valid although other members had the partitions meanwhile.
+#[derive(Default)]
+struct Held {
+    member_id: CString,
+    partitions: BTreeSet<Partition>,
+}
+
+impl Held {
+    fn is_replaced(&self, metadata: &GroupMetadata) -> bool {
+        let now = metadata.member_id();
+        !self.partitions.is_empty() && !now.is_empty() && now != self.member_id.as_c_str()
+    }
+}
+
 /// The process's member of the group, as its callbacks see it.
 pub struct Member {
     kafka: KafkaSettings,
@@ -222,9 +243,24 @@ pub struct Member {
     /// The client reported that no broker can be reached. The polling thread resets it.
     all_brokers_down: AtomicBool,
     polled_at: Mutex<Instant>,
+    held: Mutex<Held>,
 }
 
 impl Member {
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the membership if the group has replaced this member: what the lanes have may belong to others.
+    fn ends_if_replaced(&self, consumer: &BaseConsumer<GroupContext>) -> bool {
+        let is_replaced =
+            GroupMetadata::of(consumer).is_some_and(|metadata| self.held().is_replaced(&metadata));
+        if is_replaced && !self.is_closing() {
+            self.ended.send_replace(Some(MemberEnd::Replaced));
+        }
+        is_replaced
+    }
+
     fn polled_at(&self) -> MutexGuard<'_, Instant> {
         self.polled_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -268,8 +304,13 @@ impl Member {
         }
         // The member fetches nothing.
         warn_if_refused("assignment", consumer.incremental_assign(&TopicPartitionList::new()));
-        if self.is_closing() {
+        if self.is_closing() || self.ends_if_replaced(consumer) {
             return;
+        }
+        if let Some(metadata) = GroupMetadata::of(consumer) {
+            let mut held = self.held();
+            held.member_id = metadata.member_id().to_owned();
+            held.partitions.extend(partitions);
         }
         for (index, lane, partitions) in self.by_lane(partitions) {
             self.send(index, lane, LaneEvent::Assigned(partitions));
@@ -277,7 +318,7 @@ impl Member {
     }
 
     fn revoke(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
-        let is_lost = consumer.assignment_lost();
+        let is_lost = consumer.assignment_lost() || self.ends_if_replaced(consumer);
         let kind = if is_lost { "lost" } else { "revoked" };
         // While the process closes, the lanes have ended, and the consumer's drop may run this callback on a
         // thread of the runtime, which must not block. The next member may have the status by then.
@@ -305,6 +346,7 @@ impl Member {
             self.send(index, lane, LaneEvent::Revoked { partitions, is_lost, done });
         }
         revocation.wait(|| self.is_closing());
+        self.held().partitions.retain(|partition| !is_lost && !partitions.contains(partition));
         failpoint::hit("before_revoked");
         warn_if_refused("revocation", consumer.incremental_unassign(&TopicPartitionList::new()));
     }
@@ -349,6 +391,7 @@ impl Group {
             is_closing: AtomicBool::new(false),
             all_brokers_down: AtomicBool::new(false),
             polled_at: Mutex::new(Instant::now()),
+            held: Mutex::default(),
         });
         let consumer = make_client(&member_config(kafka), Callbacks(member))?;
         Ok((Self { consumer: Arc::new(consumer) }, end))
@@ -361,6 +404,11 @@ impl Group {
 
     fn member(&self) -> &Member {
         &self.consumer.context().0
+    }
+
+    /// Whether the lanes have their partitions as this member. If not, none of them may commit.
+    pub fn has_assigned_as(&self, metadata: &GroupMetadata) -> bool {
+        self.member().held().member_id.as_c_str() == metadata.member_id()
     }
 
     /// The settings that the group was created from.
@@ -423,6 +471,7 @@ fn poll(consumer: &BaseConsumer<GroupContext>) {
     let member = &consumer.context().0;
     let mut rebootstrap = Rebootstrap::default();
     let mut was_out = true;
+    let mut compared_at = Instant::now();
     let mut join_failure = JoinFailure::default();
     while !member.is_closing() {
         *member.polled_at() = Instant::now();
@@ -438,6 +487,12 @@ fn poll(consumer: &BaseConsumer<GroupContext>) {
         if rebootstrap.is_due(Instant::now(), is_out) {
             tracing::debug!(target: "librdkafka", "bootstrapping the group's member again");
             add_brokers(consumer.client(), &member.kafka.bootstrap_servers);
+        }
+        if compared_at.elapsed() >= COMPARED_EVERY {
+            compared_at = Instant::now();
+            if member.ends_if_replaced(consumer) {
+                return;
+            }
         }
         match consumer.poll(POLL) {
             // Nothing is assigned to this client, so no record can arrive.
@@ -485,6 +540,20 @@ mod tests {
         drop(lane);
         revocation.wait(|| false);
         assert_eq!(unhandled.load(Ordering::Acquire), 0);
+    }
+
+    #[test]
+    fn a_new_member_id_counts_while_partitions_are_held() {
+        let as_member = |id: &std::ffi::CStr| GroupMetadata::with_member_id(id);
+        let held = |partitions: &[i32]| Held {
+            member_id: c"one".to_owned(),
+            partitions: partitions.iter().copied().map(Partition).collect(),
+        };
+        assert!(held(&[1]).is_replaced(&as_member(c"two")));
+        assert!(!held(&[1]).is_replaced(&as_member(c"one")));
+        // Between two memberships: the callback that takes the partitions away comes first, or the library joins again.
+        assert!(!held(&[1]).is_replaced(&as_member(c"")));
+        assert!(!held(&[]).is_replaced(&as_member(c"two")));
     }
 
     #[test]

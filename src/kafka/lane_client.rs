@@ -320,6 +320,9 @@ impl KafkaPort for LaneClient {
         if metadata.generation() < 0 {
             return stale("the consumer is between two generations");
         }
+        if !self.group.has_assigned_as(&metadata) {
+            return stale("the lanes' partitions were assigned to an earlier membership");
+        }
         // First the metadata, then the counter. In a generation that the member joined after a revocation that no
         // lane has handled yet, the counter is up and visible here; an earlier generation is refused by the broker.
         if self.unhandled_revocations.load(Ordering::Acquire) != 0 {

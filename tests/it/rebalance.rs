@@ -1,8 +1,14 @@
 //! Partitions that move between instances, gracefully and after failures, while records flow.
 
+use std::time::Duration;
+
+use kafka_protocol::messages::ApiKey;
 use rdkafka::admin::{AdminOptions, NewPartitions};
 
-use crate::support::{Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, block_on, wait_until_within};
+use crate::support::{
+    Daemon, Flow, KafkaProxy, Load, Lost, Member, PATIENCE, Scope, Servers, block_on, wait_until,
+    wait_until_within,
+};
 
 fn member(name: &str) -> Member {
     Member::new(name).with("BATCH__MAX_PAYMENTS", "100").soon_forgotten()
@@ -56,6 +62,31 @@ fn partitions_revoked_from_a_dying_member_are_reassigned() {
     });
     scope.feed(load.take(200));
     scope.drains_exactly_once([&mut first, &mut second]);
+}
+
+#[test]
+fn a_member_that_the_group_removes_while_it_joins_sends_nothing_again() {
+    // GIVEN a member that reaches its broker through a proxy, and a flow of payments
+    let servers = Servers::shared();
+    let scope = Scope::new(servers, "removed");
+    scope.prepare(4, 2);
+    let proxy = KafkaProxy::to(servers.bootstrap_servers());
+    let mut first = member("a").with("KAFKA__BOOTSTRAP_SERVERS", &proxy.address()).start(&scope);
+    let flow = Flow::start(&scope, Load::without_bad_records(73), 20);
+    let published = |daemon: &Daemon| daemon.metric("payment_writer_published_total", "topic=\"read\"");
+    wait_until("payments flow", || published(&first) > 200.0);
+
+    // WHEN another one joins, and the first one cannot join anew until its session has ended
+    proxy.lose(ApiKey::JoinGroup, Lost::Everything(Duration::from_secs(10)));
+    let mut second = member("b").start(&scope);
+    wait_until("the second one has all", || second.log().contains("assigned partitions=4"));
+
+    // THEN it publishes nothing of what it held: it notices that it became another member, and starts again
+    second.wait_for_partitions("each has its share", |partitions| partitions == 2);
+    first.wait_for_partitions("each has its share", |partitions| partitions == 2);
+    drop(flow.end());
+    scope.drains_exactly_once([&mut first, &mut second]);
+    assert!(first.log().contains("replaced as a member"), "{}", first.log());
 }
 
 fn rebalances(daemon: &Daemon) -> f64 {

@@ -323,10 +323,7 @@ fn a_database_that_has_not_heard_of_the_group_offset_asks_the_outputs() {
         assert_eq!(scanned(marked(9), row.clone(), sent(30)), go(applied, applied, 30, true, true));
         assert_eq!(scanned(marked(9), row.clone(), unclear(30)), unproved(30, 30));
         // No record comes after it.
-        assert_eq!(
-            scanned(marked(100), row, OutputScan::NotScanned),
-            go(applied, applied, 100, false, true)
-        );
+        assert_eq!(scanned(marked(100), row, OutputScan::NotScanned), go(applied, applied, 100, false, true));
     }
     // It was copied to the restored database when the partition was taken over.
     assert_eq!(scanned(marked(9), row(5, Some(9)), OutputScan::NotScanned), go(5, 5, 9, false, false));

@@ -1,4 +1,6 @@
-//! The generation in the consumer's group metadata.
+//! Generation and member id in the consumer's group metadata.
+
+use std::ffi::CStr;
 
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka_sys as sys;
@@ -24,6 +26,28 @@ impl GroupMetadata {
     pub fn generation(&self) -> i32 {
         // SAFETY: the object is live.
         unsafe { sys::rd_kafka_consumer_group_metadata_generation_id(self.0) }
+    }
+
+    /// The id that the coordinator gave this member; empty between two memberships.
+    pub fn member_id(&self) -> &CStr {
+        // SAFETY: the object is live, and has a text that ends with zero.
+        unsafe { CStr::from_ptr(sys::rd_kafka_consumer_group_metadata_member_id(self.0)) }
+    }
+}
+
+#[cfg(test)]
+impl GroupMetadata {
+    /// As of a member with this id.
+    pub fn with_member_id(id: &CStr) -> Self {
+        // SAFETY: the texts are copied; the object is ours.
+        Self(unsafe {
+            sys::rd_kafka_consumer_group_metadata_new_with_genid(
+                c"group".as_ptr(),
+                1,
+                id.as_ptr(),
+                std::ptr::null(),
+            )
+        })
     }
 }
 

@@ -1,9 +1,10 @@
 //! A proxy in front of a broker that can drop one request or its response, or refuse one.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use kafka_protocol::messages::produce_request::{PartitionProduceData, TopicProduceData};
@@ -21,6 +22,8 @@ pub enum Lost {
     Request,
     /// The broker processes the request, and the response is dropped.
     Answer,
+    /// The broker never receives the request, and for this long nobody reaches it.
+    Everything(Duration),
     /// The connection stays open, and the broker never receives this request to produce: the response is
     /// NOT_LEADER_OR_FOLLOWER. It is sent once the next request has arrived, which the broker does receive. So it
     /// is when a broker learns between the two that it leads the partition.
@@ -28,6 +31,26 @@ pub enum Lost {
 }
 
 type Trap = Arc<Mutex<Option<(ApiKey, Lost)>>>;
+
+/// Until when nobody reaches the broker, and the connections to be closed then.
+#[derive(Default)]
+struct Outage {
+    until: Option<Instant>,
+    open: Vec<TcpStream>,
+}
+
+impl Outage {
+    fn is_on(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() < until)
+    }
+
+    fn begin(&mut self, length: Duration) {
+        self.until = Some(Instant::now() + length);
+        for connection in self.open.drain(..) {
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+    }
+}
 
 /// Proxy for the only broker of a cluster: responses that name the broker name the proxy instead.
 pub struct KafkaProxy {
@@ -43,11 +66,19 @@ impl KafkaProxy {
         let (trap, broker) = (Trap::default(), broker.to_owned());
         let set = Arc::clone(&trap);
         thread::spawn(move || {
+            let outage = Arc::new(Mutex::new(Outage::default()));
             for client in listener.incoming().flatten() {
-                let (broker, trap) = (broker.clone(), Arc::clone(&set));
+                let (broker, trap, outage) = (broker.clone(), Arc::clone(&set), Arc::clone(&outage));
+                {
+                    let mut outage = outage.lock().unwrap();
+                    if outage.is_on() {
+                        continue;
+                    }
+                    outage.open.extend(client.try_clone());
+                }
                 // Any error closes this connection, as on a network.
                 thread::spawn(move || {
-                    TcpStream::connect(&broker).and_then(|b| serve(client, b, port, &trap))
+                    TcpStream::connect(&broker).and_then(|b| serve(client, b, port, &trap, &outage))
                 });
             }
         });
@@ -69,7 +100,13 @@ impl KafkaProxy {
     }
 }
 
-fn serve(mut client: TcpStream, mut broker: TcpStream, port: u16, trap: &Trap) -> io::Result<()> {
+fn serve(
+    mut client: TcpStream,
+    mut broker: TcpStream,
+    port: u16,
+    trap: &Trap,
+    outage: &Mutex<Outage>,
+) -> io::Result<()> {
     client.set_nodelay(true)?;
     broker.set_nodelay(true)?;
     loop {
@@ -79,6 +116,10 @@ fn serve(mut client: TcpStream, mut broker: TcpStream, port: u16, trap: &Trap) -
         let api = ApiKey::try_from(api).map_err(|()| io::Error::other("an unknown request"))?;
         let lost = trap.lock().unwrap().take_if(|(wanted, _)| *wanted == api).map(|(_, lost)| lost);
         if lost == Some(Lost::Request) {
+            return Ok(());
+        }
+        if let Some(Lost::Everything(length)) = lost {
+            outage.lock().unwrap().begin(length);
             return Ok(());
         }
         if lost == Some(Lost::Refused) {
