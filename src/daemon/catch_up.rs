@@ -87,13 +87,16 @@ async fn reached(group: &Group, status: &StatusRegistry, targets: &mut Targets) 
             reached.is_none_or(|reached| reached < *target)
         });
         let foreign: Vec<Partition> = targets.keys().filter(|p| !assigned.contains_key(p)).copied().collect();
-        if !foreign.is_empty() && Instant::now() >= foreign_at {
+        // Before the first assignment, nobody knows whose they are. Others have a partition where this program
+        // committed its offset.
+        if !foreign.is_empty() && status.is_member() && Instant::now() >= foreign_at {
             foreign_at = Instant::now() + FOREIGN_TICK;
             let wanted = foreign.clone();
             if let Ok(Ok(offsets)) = ask(group, move |group| group_offsets(group, &wanted)).await {
                 for (partition, offset) in foreign.iter().zip(offsets) {
                     if let (Some(offset), Some(target)) = (offset, targets.get(partition))
                         && offset.position >= *target
+                        && offset.commit_metadata().is_some()
                     {
                         targets.remove(partition);
                     }

@@ -344,6 +344,27 @@ fn an_older_or_empty_database_and_older_group_offsets_together_send_nothing_twic
 }
 
 #[test]
+fn until_caught_up_waits_until_the_group_has_assigned_the_partitions() {
+    // GIVEN an older copy of a drained group's database, and a member that stopped and is not forgotten yet
+    let scope = Scope::new(Servers::shared(), "not_assigned");
+    scope.prepare(3, 2);
+    let mut load = Load::new(29);
+    let stopped = Member::new("b").with_session("8000", "1000");
+    scope.produce(&scope.input_topic, load.take(60));
+    stopped.catch_up(&scope);
+    scope.back_up_database();
+    scope.produce(&scope.input_topic, load.take(60));
+    stopped.catch_up(&scope);
+    scope.restore_database();
+
+    // WHEN another one runs until all is caught up, which has to wait for the group
+    member().catch_up(&scope);
+
+    // THEN it has written what the copy did not have
+    scope.assert_exactly_once();
+}
+
+#[test]
 fn unproved_events_halt_their_partition_until_an_operator_states_which_were_sent() {
     // GIVEN a process that crashed between its two commits, a group whose offsets were deleted, and outputs
     // from which retention removed the events that would prove what was sent
