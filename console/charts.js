@@ -35,7 +35,7 @@ const CHARTS = [
   { id: "process", title: "CPU and memory of the daemon", format: cores, format2: bytes, series: [
     { field: "cpu_cores", label: "CPU", color: "--s1", of: MEAN },
     { field: "resident_bytes", label: "memory", color: "--s2", dash: [6, 3], of: MAX, scale: "y2" }] },
-  { id: "phases", title: "Time of the lanes by phase", format: percent, max: 1, series: [
+  { id: "phases", title: "Time of the lanes by phase, once a step has ended", format: percent, max: 1, series: [
     { field: "waiting", label: "waiting", color: "--s4", dash: [8, 3, 2, 3], of: MEAN },
     { field: "assembling", label: "assembling", color: "--s2", dash: [2, 2], of: MEAN },
     { field: "database", label: "database", color: "--s1", of: MEAN },

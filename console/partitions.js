@@ -173,6 +173,7 @@ function renderPanel() {
     setText(byId("panel-reason"), `✕ Halted: ${partition.halted.reason}`);
     setText(byId("panel-advice"), partition.halted.advice);
     setHidden(byId("panel-command-row"), !partition.halted.command);
+    setHidden(byId("panel-how"), !partition.halted.command);
     setText(byId("panel-command"), partition.halted.command ?? "");
   }
   facts(byId("panel-facts"), panelFacts(partition));

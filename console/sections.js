@@ -176,13 +176,13 @@ export function database(state) {
   facts(byId("database-facts"), [
     ["last", "Last pass", (node) => fillTime(node, keeping.last_pass_ms, { now, absent: "none yet" })],
     ["next", "Next pass", (node) => fillTime(node, keeping.next_pass_ms, { now, absent: "not known" })],
-    ["horizon", "All records with a log time before this one are written and published", (node) => fillTime(node, db.horizon_ms, { now, absent: "not determined" })],
+    ["horizon", "At the last pass, all records with a log time before this one were written and published", (node) => fillTime(node, db.horizon_ms, { now, absent: "not determined" })],
     ["default", "Rows in the default partitions", `${db.default_partition_rows > 0 ? "▲ " : ""}${count(db.default_partition_rows)}`],
     ["ahead", "Months created ahead", `${db.months_ahead === 0 ? "▲ " : ""}${count(db.months_ahead)}`],
   ]);
   rows(byId("task-rows"), keeping.tasks, (task) => task.task, [
     { header: true, text: (task) => TASKS[task.task] ?? task.task },
-    { className: "word-cell", text: (task) => (task.is_failing ? "▲ failing" : task.last_ok_ms === null ? "not run yet" : "✓ ok") },
+    { className: "word-cell", text: (task) => (task.is_failing ? "▲ failing" : task.last_ok_ms === null ? "not run by this process" : "✓ ok") },
     { fill: (cell, task) => fillTime(cell, task.last_ok_ms, { now, absent: "none" }) },
   ], (row, task) => setAttribute(row, "data-level", task.is_failing ? "warn" : null));
   rows(byId("generation-rows"), db.generations, (generation) => generation.name, [
@@ -204,6 +204,12 @@ export function database(state) {
   badge("nav-database", failing > 0 ? `▲ ${failing}` : db.error !== null ? "▲" : "", "warn");
 }
 
+const AUDITED = {
+  owned: "written", duplicate: "duplicate", conflict: "id of another payment", invalid: "invalid, a dead letter",
+  dead_letter: "rejected by the database, a dead letter", given_up: "given up by an operator", unknown: "no longer known",
+  unaccounted: "unaccounted for",
+};
+
 export function audit(state) {
   const audit = state.audit;
   setHidden(byId("audit-off"), audit.is_on);
@@ -216,11 +222,11 @@ export function audit(state) {
     ["behind", "Behind the cursors", seconds(audit.behind_seconds)],
     ["suspects", "Suspects, to be checked once more", `${audit.suspects > 0 ? "▲ " : ""}${count(audit.suspects)}`],
     ["dropped", "Offsets left out", `${audit.dropped_offsets > 0 ? "▲ " : ""}${count(audit.dropped_offsets)}`],
-    ["errors", "Errors", `${audit.errors > 0 ? "▲ " : ""}${count(audit.errors)}`],
+    ["errors", "Failed reads, tried again", `${audit.errors > 0 ? "▲ " : ""}${count(audit.errors)}`],
   ]);
   setHidden(byId("audit-table"), audit.results.length === 0);
   rows(byId("audit-rows"), audit.results, (result) => result.result, [
-    { header: true, text: (result) => result.result },
+    { header: true, text: (result) => AUDITED[result.result] ?? result.result },
     { className: "n", text: (result) => (result.result === "unaccounted" && result.count > 0 ? "✕ " : "") + count(result.count) },
   ], (row, result) => setAttribute(row, "data-level", result.result === "unaccounted" && result.count > 0 ? "bad" : null));
 }

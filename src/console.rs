@@ -32,7 +32,6 @@ use self::samples::Samples;
 use self::status::{LaneRow, PartitionRow, Problem, Summary};
 use self::summary::Facts;
 use crate::config::{KafkaProperties, Settings};
-use crate::domain::outcome::FailureClass;
 use crate::domain::record::{Partition, TimestampMs};
 use crate::housekeeping::Task;
 use crate::kafka::client::CLIENT_ID;
@@ -151,7 +150,8 @@ impl Console {
         let row = |(partition, of): (Partition, _)| PartitionRow::new(partition, &of, instance, *lanes, now);
         let partitions: Vec<PartitionRow> = status.partitions().into_iter().map(row).collect();
         let lanes = status::lanes(status, &partitions, *lanes);
-        let reasons = status.missing().into_iter().map(|(what, reason)| (what, without_class(reason)));
+        let reasons =
+            status.missing().into_iter().map(|(what, reason)| (what, status::without_class(reason)));
         let (reasons, since): (BTreeMap<_, _>, _) = (reasons.collect(), self.history.missing_since());
         let seconds = self.history.last(10);
         let oldest_ms = status.oldest_pending_ms(now);
@@ -185,7 +185,6 @@ impl Console {
             lanes: &lanes,
             seconds,
             minute: self.history.last(60),
-            throttled: &throttled,
             kafka_client: &self.about.kafka_client,
             dead_letters: &dead_letters,
             oldest_ms,
@@ -401,16 +400,6 @@ impl Console {
     }
 }
 
-/// Without the failure's class at its end, which the log has, and which says nothing to who looks at the page.
-fn without_class(mut reason: String) -> String {
-    let is_class =
-        |text: &str| FailureClass::VARIANTS.iter().any(|class| text == format!("({})", class.as_str()));
-    if let Some((text, _)) = reason.rsplit_once(' ').filter(|(_, last)| is_class(last)) {
-        reason.truncate(text.len());
-    }
-    reason
-}
-
 /// One row for each partition: that of this process if it has one, else the newest one. While a partition changes hands,
 /// two daemons may show it.
 fn all_partitions(own: &Own, peers: &Peers) -> Vec<PartitionRow> {
@@ -441,7 +430,7 @@ mod tests {
             ("refused (os error 111)", "refused (os error 111)"),
             ("not asked yet", "not asked yet"),
         ] {
-            assert_eq!(without_class(reason.to_owned()), expected);
+            assert_eq!(status::without_class(reason.to_owned()), expected);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::history::History;
+use super::history::{History, Recent};
 use super::samples::Samples;
 use super::status::{LaneRow, Level, PartitionRow, Summary};
 use super::summary::{
@@ -107,8 +107,13 @@ pub fn add_to(summary: &mut Summary, said: &[&str], answers: &[Answered]) {
             format!("{title}: {detail}. {}", summary.text)
         };
     }
-    let titles: Vec<&str> =
-        pages().skip(2).chain(others().filter(|a| a.severity != "page")).map(|answer| answer.title).collect();
+    // Said already, with its share.
+    let is_said = |answer: &&Answered| {
+        answer.alert == "PaymentWriterDeadLetters"
+            && answers.iter().any(|other| other.holds && other.alert == "PaymentWriterDeadLetterShare")
+    };
+    let tickets = others().filter(|answer| answer.severity != "page" && !is_said(answer));
+    let titles: Vec<&str> = pages().skip(2).chain(tickets).map(|answer| answer.title).collect();
     if !titles.is_empty() {
         summary.text = format!("{}. Also: {}", summary.text, titles.join(", "));
     }
@@ -247,7 +252,7 @@ pub const CONDITIONS: &[Condition] = &[
         dead_lettered(o, 15 * MINUTE_MS, |reason| reason != Reason::MessageIdConflict.as_str())
     }),
     page("PaymentWriterDeadLetterShare", "Many records are dead-lettered", |o| {
-        let outcomes = o.history.last(15 * MINUTE).outcomes;
+        let Recent { outcomes, seconds, .. } = o.history.last(15 * MINUTE);
         let all = outcomes.written + outcomes.duplicates + outcomes.redelivered + outcomes.dead_letters;
         let share = outcomes.dead_letters as f64 / all.max(1) as f64;
         (share > 0.05 && outcomes.dead_letters >= 20).then(|| {
@@ -256,7 +261,8 @@ pub const CONDITIONS: &[Condition] = &[
             let ago = last.map_or(0, |last| o.now.0 - last.0);
             let quiet =
                 if ago > MINUTE_MS { format!(", but none for {}", duration(ago)) } else { String::new() };
-            (format!("{} of the records of 15 minutes{quiet}", percent(share)), since)
+            let span = duration((seconds * 1_000.0) as i64);
+            (format!("{} of the records of the last {span}{quiet}", percent(share)), since)
         })
     }),
     ticket("PaymentWriterMessageIdConflicts", "Ids are used for other payments", |o| {
@@ -279,7 +285,8 @@ pub const CONDITIONS: &[Condition] = &[
         let halted: Vec<&PartitionRow> = o.partitions.iter().filter(|row| row.halted.is_some()).collect();
         let since = halted.iter().filter_map(|row| row.since_ms).min()?;
         let numbers = listed(halted.iter().map(|row| row.partition), halted.len(), 10);
-        Some((format!("{numbers}; the others go on"), Some(TimestampMs(since))))
+        let advice = "the panel of each has the reason and the command that resolves it; the others go on";
+        Some((format!("{numbers}; {advice}"), Some(TimestampMs(since))))
     }),
     ticket("PaymentWriterFetchFaults", "The client library passed over records", |o| {
         let faults = ["payment_writer_fetch_gaps_total", "payment_writer_fetch_clients_renewed_total"];
@@ -296,9 +303,9 @@ pub const CONDITIONS: &[Condition] = &[
             let since = o.history.since(MINUTE, |_, throttled| throttled > 0);
             (
                 format!(
-                    "{} wait {} ms in each second, summed over all clients. The quota is of {}, or a default: \
-                     `kafka-configs.sh --describe --entity-type clients` and `--entity-type users` show it; if lag \
-                     grows, have it raised",
+                    "brokers hold back {}, {} ms a second in all. The quota is of {}, or a \
+                     default. `kafka-configs.sh --bootstrap-server HOST:PORT --describe --entity-type clients` and \
+                     `--entity-type users` show it, `--alter --add-config NAME=BYTES` raises it",
                     limited(o.throttled),
                     number(rate),
                     o.kafka_client,
@@ -317,7 +324,7 @@ pub const CONDITIONS: &[Condition] = &[
     page("PaymentWriterNotReady", "Not ready", |o| {
         let names: Vec<&str> = o.missing.iter().map(|(what, ..)| *what).collect();
         let since = o.missing.iter().map(|(_, _, since)| *since).min()?;
-        Some((format!("missing: {}", names.join(", ")), Some(since)))
+        Some((format!("/readyz names what is missing: {}", names.join(", ")), Some(since)))
     }),
     ticket("PaymentWriterMemory", "Memory is short", |o| {
         share(o, "process_resident_memory_bytes", "payment_writer_memory_limit_bytes", 0.85)
@@ -394,7 +401,10 @@ fn dead_lettered(o: &Observed<'_>, ms: i64, is_of: fn(&str) -> bool) -> Option<H
         detail += &format!("; the last one of partition {} at offset {}", last.partition, last.offset);
     }
     if let Some(topic) = o.dead_letter_topic {
-        detail += &format!("; all are in {topic}: `payment-writer dlq list`, `dlq replay`");
+        detail += &format!(
+            "; all are in {topic}: `payment-writer dlq list` shows them. Their senders have to correct them; once a cause \
+             in the database or the settings is mended, `payment-writer dlq replay` sends them again"
+        );
     }
     Some((detail, Some(since)))
 }

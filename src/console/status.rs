@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use strum::VariantArray;
 
+use crate::domain::outcome::FailureClass;
 use crate::domain::record::{Partition, TimestampMs};
 use crate::kafka::group::lane_of;
 use crate::telemetry::activity::LaneStep;
@@ -119,7 +121,7 @@ impl PartitionRow {
             state: <&str>::from(&status.phase).to_owned(),
             since_ms: Some(status.since.0),
             lane: Some(lane_of(partition, lanes)),
-            applied: status.applied.map(|o| o.0),
+            applied: status.applied.or(status.found_applied).map(|o| o.0),
             published: status.published.map(|o| o.0),
             unpublished_from: status.unpublished_from.map(|o| o.0),
             end: status.end.map(|o| o.0),
@@ -130,6 +132,16 @@ impl PartitionRow {
             halted,
         }
     }
+}
+
+/// Without the failure's class at its end, which the log has, and which says nothing to who looks at the page.
+pub fn without_class(mut reason: String) -> String {
+    let is_class =
+        |text: &str| FailureClass::VARIANTS.iter().any(|class| text == format!("({})", class.as_str()));
+    if let Some((text, _)) = reason.rsplit_once(' ').filter(|(_, last)| is_class(last)) {
+        reason.truncate(text.len());
+    }
+    reason
 }
 
 /// What a lane does.
@@ -157,7 +169,7 @@ pub struct LaneRow {
 pub fn lanes(status: &StatusRegistry, partitions: &[PartitionRow], lanes: usize) -> Vec<LaneRow> {
     let dependencies = status.lanes();
     let reason = |dependency: Option<&Dependency>| match dependency {
-        Some(Dependency::Down(reason)) => Some(reason.clone()),
+        Some(Dependency::Down(reason)) => Some(without_class(reason.clone())),
         _ => None,
     };
     (0..lanes)

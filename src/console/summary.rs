@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use super::conditions::limited;
 use super::history::Recent;
 use super::status::{LaneRow, Level, PartitionRow, Summary};
 use crate::domain::record::TimestampMs;
@@ -39,8 +38,6 @@ pub struct Facts<'f> {
     pub seconds: Recent,
     /// The last minute.
     pub minute: Recent,
-    /// The kinds of Kafka clients that quotas throttle.
-    pub throttled: &'f [&'static str],
     /// Whom a quota of Kafka may be meant for.
     pub kafka_client: &'f str,
     /// The last dead letters.
@@ -135,6 +132,9 @@ impl Facts<'_> {
     fn hanging(&self) -> Option<Part> {
         let lasted = |lane: &LaneRow| self.now.0 - lane.since_ms.unwrap_or(self.now.0);
         let longest = self.lanes.iter().max_by_key(|lane| lasted(lane))?;
+        let others = self.lanes.iter().filter(|lane| lasted(lane) >= STEP_LONG_MS);
+        let slow: Vec<&LaneRow> = others.collect();
+        let partitions = slow.iter().map(|lane| lane.partitions as u64).sum();
         let lasted = lasted(longest);
         if lasted < STEP_LONG_MS {
             return None;
@@ -148,13 +148,18 @@ impl Facts<'_> {
             _ => "assembling one batch",
         };
         let level = if lasted < STEP_HANGS_MS { Level::Warn } else { Level::Bad };
-        let verb = if level == Level::Bad { "hangs" } else { "is slow" };
+        let (noun, verb, whose) = match (slow.len(), level) {
+            (1, Level::Bad) => ("Lane", "hangs", "its"),
+            (1, _) => ("Lane", "is slow", "its"),
+            (_, Level::Bad) => ("Lanes", "hang", "their"),
+            _ => ("Lanes", "are slow", "their"),
+        };
         let text = format!(
-            "Lane {} {verb}: {step} for {}; {}its {} wait",
-            longest.lane,
+            "{noun} {} {verb}: {step} for {}; {}{whose} {} wait",
+            listed(slow.iter().map(|lane| lane.lane as i32), slow.len(), 5),
             duration(lasted),
             self.nothing_is_lost(),
-            counted(longest.partitions as u64, "partition"),
+            counted(partitions, "partition"),
         );
         Some((level, text, STALLED))
     }
@@ -162,8 +167,8 @@ impl Facts<'_> {
     fn halted(&self) -> Option<Part> {
         let halted = || self.partitions.iter().filter(|row| row.halted.is_some());
         let count = halted().count();
-        let mut reasons: Vec<&str> =
-            halted().filter_map(|row| Some(row.halted.as_ref()?.reason.as_str())).collect();
+        let mut reasons: Vec<String> =
+            halted().filter_map(|row| Some(in_words(&row.halted.as_ref()?.reason))).collect();
         reasons.sort_unstable();
         reasons.dedup();
         let until = if halted().all(|row| row.halted.as_ref().is_some_and(|halted| halted.is_retried)) {
@@ -208,11 +213,10 @@ impl Facts<'_> {
             (
                 Level::Warn,
                 format!(
-                    "Kafka slows this daemon's {} down by a quota of {}; {}payments take longer; if lag grows, have the \
-                     quota raised",
-                    limited(self.throttled),
+                    "Kafka slows this daemon down by a quota; {}payments take longer; if lag grows, have the quota of \
+                     {} raised",
+                    self.nothing_is_lost(),
                     self.kafka_client,
-                    self.nothing_is_lost()
                 ),
                 THROTTLED,
             )
@@ -239,7 +243,11 @@ impl Facts<'_> {
         let Recent { outcomes, .. } = self.minute;
         let records = outcomes.written + outcomes.duplicates + outcomes.redelivered + count;
         let share = format!("{} of the records", percent(count as f64 / records as f64));
-        let kept = if self.publishes { "they are kept in the dead-letter topic" } else { "no event is sent" };
+        let kept = if self.publishes {
+            "they are not written to Postgres, and kept in the dead-letter topic"
+        } else {
+            "they are not written, and no event is sent"
+        };
         let text = format!("{} in the last minute ({share}){reason}; {kept}", counted(count, "dead letter"));
         Some((Level::Warn, text, DEAD_LETTERS))
     }
@@ -296,7 +304,8 @@ impl Facts<'_> {
             format!("Idle: every record that can be read is written{published}")
         } else {
             let a_second = self.seconds.per_second(outcomes.written);
-            format!("Writing {}; oldest waiting record {oldest}", rate(a_second, "payment"))
+            let of = if all_flow { "" } else { " of the other partitions" };
+            format!("Writing {}; oldest waiting record{of} {oldest}", rate(a_second, "payment"))
         };
         if behind_open > 0 {
             let records = counted(behind_open.unsigned_abs(), "record");
@@ -304,6 +313,21 @@ impl Facts<'_> {
         }
         (if oldest_ms >= LATE_MS { Level::Warn } else { Level::Ok }, text)
     }
+}
+
+/// A halt reason, in a few words.
+fn in_words(reason: &str) -> String {
+    let words = match reason {
+        "log_gap" => "records were deleted from the log before they were written",
+        "beyond_end" => "its cursor is beyond the end of the log",
+        "moved_forward" => "another program moved the group's offset past unwritten records",
+        "unproved_events" => "it is not known which events were sent",
+        "unreadable" => "records cannot be read",
+        "fetch_gap" => "the client library skips records",
+        // A newer daemon's.
+        _ => return reason.to_owned(),
+    };
+    format!("{words} ({reason})")
 }
 
 /// `1,012 payments/s`

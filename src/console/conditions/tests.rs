@@ -286,6 +286,7 @@ fn what_waits_is_dead_lettered_or_missing_is_told() {
     assert_eq!(
         held[4].1,
         "since the start 4 malformed_json; the last one of partition 3 at offset 17; \
-                            all are in payments.dlq: `payment-writer dlq list`, `dlq replay`"
+                            all are in payments.dlq: `payment-writer dlq list` shows them. Their senders have to correct them; once a cause in \
+         the database or the settings is mended, `payment-writer dlq replay` sends them again"
     );
 }

@@ -73,7 +73,6 @@ impl Case {
             },
             minute: Recent { seconds: 60.0, ..self.minute },
             dead_letters: &self.dead_letters,
-            throttled: &["producer"],
             kafka_client: "client.id \"x\" or user \"writer\"",
             oldest_ms: self.oldest_ms,
             is_at_risk: self.is_at_risk,
@@ -92,7 +91,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
     let at = |ms| TimestampMs(NOW.0 - ms);
     let letter = |ms, reason| DeadLettered { at: at(ms), partition: Partition(0), offset: Offset(1), reason };
     let refused = "connection refused (os error 111)";
-    let others = "Writing 1,012 payments/s; oldest waiting record 0.0 s";
+    let others = "Writing 1,012 payments/s; oldest waiting record of the other partitions 0.0 s";
     let flow = "Writing 1,012 payments/s; oldest waiting record 0.2 s";
     for (case, level, expected) in [
         (Case { oldest_ms: 200, ..Case::default() }, Level::Ok, flow.to_owned()),
@@ -121,7 +120,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
             Level::Bad,
             format!(
                 "Waiting for Postgres, and for Kafka, for 3 min: {refused}; it goes on by itself once both answer. \
-                 Partition 0 is halted for 45 s, until a person decides: log_gap; records may be lost, the partition's panel \
+                 Partition 0 is halted for 45 s, until a person decides: records were deleted from the log before they were written (log_gap); records may be lost, the partition's panel \
                  says which, the others go on"
             ),
         ),
@@ -159,7 +158,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
             },
             Level::Bad,
             format!(
-                "Partition 0 is halted for 45 s, until a person decides: moved_forward; nothing is lost, its records wait \
+                "Partition 0 is halted for 45 s, until a person decides: another program moved the group's offset past unwritten records (moved_forward); nothing is lost, its records wait \
                  in Kafka, the others go on. {others}"
             ),
         ),
@@ -167,7 +166,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
             Case { halted: 1, reason: Some("beyond_end"), oldest_ms: 200, ..Case::default() },
             Level::Bad,
             format!(
-                "Partition 0 is halted for 45 s, until a person decides: beyond_end; records may be lost, the partition's \
+                "Partition 0 is halted for 45 s, until a person decides: its cursor is beyond the end of the log (beyond_end); records may be lost, the partition's \
                  panel says which, the others go on. {others}"
             ),
         ),
@@ -201,7 +200,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
             Case { halted: 7, oldest_ms: 200, ..Case::default() },
             Level::Bad,
             format!(
-                "7 partitions are halted (0, 1, 2, 3, 4, …) for 45 s, until a person decides: fetch_gap, log_gap; \
+                "7 partitions are halted (0, 1, 2, 3, 4, …) for 45 s, until a person decides: records were deleted from the log before they were written (log_gap), the client library skips records (fetch_gap); \
                  records may be lost, the partition's panel says which, the others go on. {others}"
             ),
         ),
@@ -221,8 +220,8 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
             },
             Level::Warn,
             format!(
-                "Kafka slows this daemon's producers (producer_byte_rate or request_percentage) down by a quota of client.id \
-                 \"x\" or user \"writer\"; nothing is lost, payments take longer; if lag grows, have the quota raised. {flow}"
+                "Kafka slows this daemon down by a quota; nothing is lost, payments take longer; if lag grows, have the quota \
+                 of client.id \"x\" or user \"writer\" raised. {flow}"
             ),
         ),
         (
@@ -242,7 +241,7 @@ fn the_sentence_names_what_is_worst_since_when_and_whether_anything_is_lost() {
                 ..Case::default()
             },
             Level::Warn,
-            format!("3 dead letters in the last minute (3 % of the records), mostly malformed_json; they are kept in the dead-letter topic. {flow}"),
+            format!("3 dead letters in the last minute (3 % of the records), mostly malformed_json; they are not written to Postgres, and kept in the dead-letter topic. {flow}"),
         ),
         (
             Case {

@@ -45,7 +45,7 @@ pub struct PartitionStatus {
     /// When the partition was assigned, by the wall clock.
     pub(super) assigned_at: TimestampMs,
     /// `applied` in the database at the last recovery.
-    pub(super) found_applied: Option<NextOffset>,
+    pub found_applied: Option<NextOffset>,
     /// End offset and first timestamp of each batch in flight.
     pub(super) in_hand: VecDeque<(NextOffset, TimestampMs)>,
 }
