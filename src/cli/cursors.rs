@@ -177,7 +177,7 @@ async fn show(settings: &Settings, as_json: bool) -> Result<(), CommandError> {
             "mark": mark(known.group.as_ref()),
             "log_start": known.bounds.start.0,
             "log_end": known.bounds.end.0,
-            "lag_records": known.bounds.end.0 - committed.unwrap_or(known.bounds.start).max(known.bounds.start).0,
+            "lag_records": known.bounds.end.0 - known.unpublished_from().max(known.bounds.start).0,
             "state": state,
             "halt_reason": reason,
             // The former name, kept until 1.0.

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -38,6 +38,8 @@ use crate::ports::{
 const FETCH_TICK: Duration = Duration::from_millis(100);
 /// Starting or stopping a partition takes microseconds; a client that takes this long hangs.
 const START_MAX: Duration = Duration::from_secs(10);
+/// An output scan ends within half of it, unless its client hangs.
+const SCAN_HANGS: Duration = Duration::from_secs(600);
 /// Defaults of a lane's reader that `kafka.properties` may override.
 const FETCH_DEFAULTS: [(&str, &str); 9] = [
     STATISTICS_INTERVAL,
@@ -58,6 +60,8 @@ const FETCH_DEFAULTS: [(&str, &str); 9] = [
 pub fn lane_reader_config(kafka: &KafkaSettings) -> rdkafka::ClientConfig {
     reader_config(kafka, &FETCH_DEFAULTS)
 }
+
+type Scanned = Result<Vec<ScannedOutputs>, ScanError>;
 
 /// The lane's transactional producer.
 #[derive(Default)]
@@ -84,8 +88,8 @@ pub struct LaneClient {
     events: mpsc::WeakSender<LaneEvent>,
     /// Notified when fetching failed, so that the topic id is checked at once.
     suspicion: Arc<Notify>,
-    /// The running output scan.
-    output_scan: Option<JoinHandle<Result<Vec<ScannedOutputs>, ScanError>>>,
+    /// The running output scan, and since when it runs.
+    output_scan: Option<(JoinHandle<Scanned>, Instant)>,
 }
 
 impl LaneClient {
@@ -231,12 +235,19 @@ impl KafkaPort for LaneClient {
         &mut self,
         wanted: &[(Partition, NextOffset)],
     ) -> Result<Option<Vec<ScannedOutputs>>, KafkaPortError> {
-        let Some(scan) = self.output_scan.take_if(|scan| scan.is_finished()) else {
-            if self.output_scan.is_none() {
+        let Some((scan, _)) = self.output_scan.take_if(|(scan, _)| scan.is_finished()) else {
+            if let Some((_, began)) = &self.output_scan {
+                if began.elapsed() >= SCAN_HANGS {
+                    return Err(transient(
+                        "searching the outputs",
+                        "no answer for ten minutes, still waiting",
+                    ));
+                }
+            } else {
                 let (kafka, wanted) = (Arc::clone(&self.settings.kafka), wanted.to_vec());
                 let topic_id = self.settings.identity.topic_id;
                 let scan = move || output_scan::scan(&kafka, topic_id, &wanted);
-                self.output_scan = Some(tokio::task::spawn_blocking(scan));
+                self.output_scan = Some((tokio::task::spawn_blocking(scan), Instant::now()));
             }
             return Ok(None);
         };
