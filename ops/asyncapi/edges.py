@@ -31,6 +31,11 @@ OTHERS = {
 # Values as they are.
 WHOLE = ["[]", "null", "\"text\"", "{{}}", "{{}}{{}}", "{{\"messageId\":1,\"messageId\":2}}", "\ufeff{good}",
          " {good}\n"]
+# Headers of records whose value is valid.
+HEADERS = [[("schema-version", text)] for text in (b"1", b"", b"01", b"1 ", b"1\n", b"2", None)]
+# As an object of texts, the last one counts; the daemon looks at each.
+HEADERS += [[("schema-version", b"2"), ("schema-version", b"1")]]
+HEADERS += [[(name, text)] for name in ("correlation-id", "traceparent", "dlq-replays", "other") for text in (b"", b"x", None)]
 BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 

@@ -2,7 +2,6 @@ import static java.nio.charset.StandardCharsets.UTF_8;
 
 import com.fasterxml.jackson.databind.DeserializationFeature;
 import com.fasterxml.jackson.databind.ObjectMapper;
-import java.math.BigDecimal;
 import java.time.Duration;
 import java.util.HashSet;
 import java.util.List;
@@ -18,7 +17,6 @@ public class Consume {
                 "bootstrap.servers", args[0], "group.id", args[2], "isolation.level", "read_committed",
                 "auto.offset.reset", "earliest", "enable.auto.commit", false);
         Set<String> seen = new HashSet<>(); // in a service: a unique column of its database
-        var total = BigDecimal.ZERO;
         try (var consumer = new KafkaConsumer<>(settings, new StringDeserializer(), new StringDeserializer())) {
             consumer.subscribe(List.of(args[1]));
             for (var records = consumer.poll(Duration.ofSeconds(20)); !records.isEmpty();
@@ -28,12 +26,12 @@ public class Consume {
                     String source = new String(record.headers().lastHeader("source").value(), UTF_8);
                     if (seen.add(source)) {
                         var event = json.readTree(record.value());
-                        total = total.add(event.get("amount").decimalValue());
+                        System.out.println(source + " " + record.key() + " " + event.get("id").asText() + " "
+                                + event.get("amount").decimalValue().toPlainString()); // the work
                     }
                 }
                 consumer.commitSync(); // after the work, never before
             }
         }
-        System.out.println("events " + seen.size() + ", sum of amounts " + total.stripTrailingZeros().toPlainString());
     }
 }
