@@ -1,5 +1,6 @@
 """Compares docs/schemas with what the daemon does with records, and with what it publishes. See `check`."""
 
+import hashlib
 import json
 import re
 import sys
@@ -137,7 +138,11 @@ def compare_input(records, verdicts):
             fail(f"{place(record)}: the daemon takes it, the schema does not: "
                  f"{[(list(error.path), error.validator) for error in errors + wrong_headers]}")
         if refused and accepted:
-            rule = beyond_schemas(verdict) or fail(f"{place(record)}: the schema takes it, the daemon does not: {said}")
+            rule = beyond_schemas(verdict)
+            # Of one header the schema knows.
+            if rule and rule[0] == "unsupported_schema_version" and len(record.headers()) == 1:
+                rule = None
+            rule or fail(f"{place(record)}: the schema takes it, the daemon does not: {said}")
             beyond[rule] += 1
         if refused and not accepted:
             field = verdict["detail"].split(":")[0]
@@ -176,10 +181,10 @@ def fields_of_both(event, record):
 def tight(wanted, outputs, others=False):
     """Fails if a schema of outputs says less than what holds for all of them: fields that are always there are required,
     none is unnamed, and a text of a pattern beside the right one is refused."""
-    always, ever = set.intersection(*map(set, outputs)), set.union(*map(set, outputs))
-    if set(wanted["required"]) != always or not (others or ever <= set(wanted["properties"])):
-        fail(f"{wanted['title']}: required {sorted(set(wanted['required']) ^ always)}, or properties "
-             f"{sorted(ever - set(wanted['properties']))}, are not what the daemon sends")
+    required = set(wanted["required"]) ^ set.intersection(*map(set, outputs))
+    required and fail(f"{wanted['title']}: {sorted(required)}: wrongly required, or wrongly not")
+    unnamed = set.union(*map(set, outputs)) - set(wanted["properties"])
+    unnamed and not others and fail(f"{wanted['title']}: {sorted(unnamed)}: sent by the daemon, and no property")
     for name, rule in wanted["properties"].items():
         for text in {output[name] for output in outputs[:100] if "pattern" in rule and name in output}:
             for beside in ("", f" {text}", f"{text} ", text[:-1] + "\u00e9", f"-{text}"):
@@ -220,9 +225,15 @@ def compare_outputs(bootstrap_servers, records, verdicts):
         for error in dead_headers.iter_errors(headers):
             fail(f"{place(letter)}: header {list(error.path)}: {error.validator}")
         record = records[int(headers["dlq-partition"]), int(headers["dlq-offset"])]
-        own = (record.headers() or [])
-        if (letter.key(), letter.value(), letter.headers()[:len(own)]) != (record.key(), record.value(), own):
-            fail(f"{place(letter)}: not the key, value and headers of its record")
+        own = record.headers() or []
+        letter.headers()[:len(own)] == own or fail(f"{place(letter)}: not the headers of its record")
+        for part, bytes_max in (("key", 64 << 10), ("value", 512 << 10)):
+            kept, sent = getattr(letter, part)(), getattr(record, part)()
+            said = headers.get(f"dlq-{part}-bytes"), headers.get(f"dlq-{part}-sha256")
+            expected = sent, (None, None)
+            if sent is not None and len(sent) > bytes_max:
+                expected = None, (str(len(sent)), hashlib.sha256(sent).hexdigest())
+            (kept, said) == expected or fail(f"{place(letter)}: its {part} is not that of its record")
         reasons[headers["dlq-reason"]] += 1
     tight(dead_headers.schema, [headers_of(letter) for letter in letters.values()], others=True)
     expected = Counter(verdict["reason"] for verdict in verdicts if verdict["outcome"] == "dead_lettered")
@@ -283,6 +294,9 @@ def send_edges(bootstrap_servers):
     for headers in edges.HEADERS:
         key, value = edges.message()
         producer.produce(INPUT, value, key=key, headers=headers)
+        sent += 1
+    for key, value in edges.LONG:
+        producer.produce(INPUT, value, key=key)
         sent += 1
     producer.flush(60) == 0 or fail("records at the borders of the rules could not be sent")
     print(f"sent {sent} records at the borders of the rules")

@@ -17,6 +17,33 @@ MESSAGES = DOCUMENT["components"]["messages"]
 EVENTS = {READ: MESSAGES["readEvent"]["examples"][0], EMAIL: MESSAGES["emailEvent"]["examples"][0]}
 LETTER = MESSAGES["deadLetter"]["examples"][0]
 
+# What must not be, beside what `tight` in agreement.py takes from the daemon's outputs.
+REFUSED = {
+    "read-event": {
+        "id": ["0197b2a4-5f74-44c3-9390-c4ebea15d690", "0197b2a4-5f74-74c3-c390-c4ebea15d690",
+               "0197B2A4-5f74-74c3-9390-c4ebea15d690", "0197b2a45f7474c39390c4ebea15d690"],
+        "createdAt": ["2025-06-27T18:26:46Z", "2025-06-27T18:26:46.26Z", "2025-06-27T18:26:46.260+00:00",
+                      "2025-06-27 18:26:46.260Z", "1999-06-27T18:26:46.260Z", "2100-06-27T18:26:46.260Z"],
+        "version": [2, "1", None],
+    },
+    "event-headers": {"source": ["1F0C2A9B/42/1207", "1f0c2a9/42/1207", "1f0c2a9b/042/1207", "1f0c2a9b/42/01207",
+                                 "1f0c2a9b/42/-1", "1f0c2a9b/42", None]},
+    "dead-letter-headers": {
+        "dlq-reason": ["none", "", None], "dlq-detail": [None], "dlq-topic": ["", None],
+        "dlq-partition": ["01", "-1", None], "dlq-timestamp": ["-2", "01", "1.5"],
+        "dlq-value-bytes": ["0", "01"], "dlq-value-sha256": ["0" * 63, "A" * 64, "0" * 65],
+    },
+    "payment-headers": {"schema-version": ["2", "", "1.0"], "correlation-id": [1], "traceparent": [1]},
+}
+# Names whose rules are the same.
+REFUSED["email-event"] = {"id": REFUSED["read-event"]["id"], "createdAt": REFUSED["read-event"]["createdAt"]}
+REFUSED["read-event"]["updatedAt"] = REFUSED["read-event"]["createdAt"]
+REFUSED["dead-letter-headers"] |= REFUSED["event-headers"] | {
+    "dlq-offset": REFUSED["dead-letter-headers"]["dlq-partition"],
+    "dlq-key-bytes": REFUSED["dead-letter-headers"]["dlq-value-bytes"],
+    "dlq-key-sha256": REFUSED["dead-letter-headers"]["dlq-value-sha256"],
+}
+
 
 def compare_pages():
     """Pages quote the programs exactly; the reasons are those of the contract."""
@@ -64,7 +91,20 @@ def compare_schemas():
             differ = {word for word in {*rule, *payment.get(field, rule)} - {"description", "examples"}
                       if rule.get(word) != payment.get(field, rule).get(word)}
             differ and fail(f"{name}.schema.json: {field}: {sorted(differ)} are not those of payment.schema.json")
-    print(f"asyncapi.yaml: {count} parts of examples by their schemas; events have the rules of payments")
+    refused = 0
+    for name, fields in REFUSED.items():
+        validator = schema(name)
+        for field, values in fields.items():
+            for value in values:
+                if validator.is_valid(validator.schema["examples"][0] | {field: value}):
+                    fail(f"{name}.schema.json: {field} may be {value!r}")
+                refused += 1
+    letter = schema("dead-letter-headers")
+    for field in ("dlq-value-bytes", "dlq-value-sha256", "dlq-key-bytes", "dlq-key-sha256"):
+        one = letter.schema["examples"][0] | {field: "9" * 64}
+        letter.is_valid(one) and fail(f"dead-letter-headers.schema.json: {field} may be alone")
+    print(f"asyncapi.yaml: {count} parts of examples by their schemas; events have the rules of payments; "
+          f"{refused} values beside the rules of outputs and headers refused")
 
 
 def compare_topics(bootstrap_servers):

@@ -36,6 +36,9 @@ HEADERS = [[("schema-version", text)] for text in (b"1", b"", b"01", b"1 ", b"1\
 # As an object of texts, the last one counts; the daemon looks at each.
 HEADERS += [[("schema-version", b"2"), ("schema-version", b"1")]]
 HEADERS += [[(name, text)] for name in ("correlation-id", "traceparent", "dlq-replays", "other") for text in (b"", b"x", None)]
+# Keys and values at the sizes from which a dead letter leaves them out.
+LONG = [("4711", "x" * length) for length in (512 << 10, (512 << 10) + 1)]
+LONG += [("1" * length, "{}") for length in (64 << 10, (64 << 10) + 1)]
 BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
