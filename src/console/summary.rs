@@ -131,14 +131,10 @@ impl Facts<'_> {
 
     fn hanging(&self) -> Option<Part> {
         let lasted = |lane: &LaneRow| self.now.0 - lane.since_ms.unwrap_or(self.now.0);
-        let longest = self.lanes.iter().max_by_key(|lane| lasted(lane))?;
-        let others = self.lanes.iter().filter(|lane| lasted(lane) >= STEP_LONG_MS);
-        let slow: Vec<&LaneRow> = others.collect();
+        let slow: Vec<&LaneRow> = self.lanes.iter().filter(|lane| lasted(lane) >= STEP_LONG_MS).collect();
+        let longest = slow.iter().max_by_key(|lane| lasted(lane))?;
         let partitions = slow.iter().map(|lane| lane.partitions as u64).sum();
         let lasted = lasted(longest);
-        if lasted < STEP_LONG_MS {
-            return None;
-        }
         let step = match longest.doing {
             "database" => "waiting for Postgres in one transaction",
             "kafka" => "waiting for Kafka in one transaction",

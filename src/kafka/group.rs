@@ -217,7 +217,7 @@ impl Revocation {
     }
 }
 
-/// What the lanes have by the callbacks, and as which member. If the coordinator answers a request to join with
+/// What the callbacks gave the lanes, and as which member. If the coordinator answers a request to join with
 /// `UNKNOWN_MEMBER_ID`, librdkafka joins again under a new id and keeps its assignment, without a callback: a static
 /// member is admitted at once, and its generation is valid although other members had the partitions meanwhile.
 #[derive(Default)]
@@ -252,9 +252,8 @@ impl Member {
     }
 
     /// Ends the membership if the group has replaced this member: what the lanes have may belong to others.
-    fn ends_if_replaced(&self, consumer: &BaseConsumer<GroupContext>) -> bool {
-        let is_replaced =
-            GroupMetadata::of(consumer).is_some_and(|metadata| self.held().is_replaced(&metadata));
+    fn ends_if_replaced(&self, metadata: Option<&GroupMetadata>) -> bool {
+        let is_replaced = metadata.is_some_and(|metadata| self.held().is_replaced(metadata));
         if is_replaced && !self.is_closing() {
             self.ended.send_replace(Some(MemberEnd::Replaced));
         }
@@ -304,10 +303,11 @@ impl Member {
         }
         // The member fetches nothing.
         warn_if_refused("assignment", consumer.incremental_assign(&TopicPartitionList::new()));
-        if self.is_closing() || self.ends_if_replaced(consumer) {
+        let metadata = GroupMetadata::of(consumer);
+        if self.is_closing() || self.ends_if_replaced(metadata.as_ref()) {
             return;
         }
-        if let Some(metadata) = GroupMetadata::of(consumer) {
+        if let Some(metadata) = metadata {
             let mut held = self.held();
             held.member_id = metadata.member_id().to_owned();
             held.partitions.extend(partitions);
@@ -318,7 +318,8 @@ impl Member {
     }
 
     fn revoke(&self, consumer: &BaseConsumer<GroupContext>, partitions: &[Partition]) {
-        let is_lost = consumer.assignment_lost() || self.ends_if_replaced(consumer);
+        let is_lost =
+            consumer.assignment_lost() || self.ends_if_replaced(GroupMetadata::of(consumer).as_ref());
         let kind = if is_lost { "lost" } else { "revoked" };
         // While the process closes, the lanes have ended, and the consumer's drop may run this callback on a
         // thread of the runtime, which must not block. The next member may have the status by then.
@@ -490,7 +491,7 @@ fn poll(consumer: &BaseConsumer<GroupContext>) {
         }
         if compared_at.elapsed() >= COMPARED_EVERY {
             compared_at = Instant::now();
-            if member.ends_if_replaced(consumer) {
+            if member.ends_if_replaced(GroupMetadata::of(consumer).as_ref()) {
                 return;
             }
         }

@@ -547,6 +547,10 @@ fn a_database_restored_to_an_older_state_gets_its_rows_again_and_no_event_twice(
     // the group's offsets are deleted
     scope.restore_database();
     assert!(payments(&scope) != before);
+    let shown: Value =
+        serde_json::from_str(&scope.command(&["cursors", "show", "--json"]).succeeds().stdout).unwrap();
+    let lag = shown.as_array().unwrap().iter().map(|partition| partition["lag_records"].as_i64().unwrap());
+    assert_eq!(lag.sum::<i64>(), 150, "what the backup lacks: {shown}");
     member.die_at(&scope, "after_postgres_commit:2");
     scope.delete_group_when_empty();
     member.catch_up(&scope);

@@ -176,7 +176,6 @@ async fn operate(driver: &mut Driver, kind: Kind, rng: &mut ChaCha8Rng) {
         Kind::Restore => {
             driver.soon(|world| world.snapshot());
             driver.soon(|world| {
-                // Otherwise both places that have the cursors would be lost.
                 if !world.snapshots.is_empty() && !world.has_no_proof() {
                     let place = world.rng.random_range(0..world.snapshots.len());
                     let snapshot = world.snapshots[place].clone();
