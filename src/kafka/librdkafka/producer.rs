@@ -149,7 +149,12 @@ impl<C: ClientContext + 'static> TxnProducer<C> {
     ) -> Result<(), NativeError> {
         // SAFETY: client, list and metadata are live; librdkafka copies both.
         NativeError::check(unsafe {
-            sys::rd_kafka_send_offsets_to_transaction(self.native(), offsets.ptr(), group.0, millis(timeout))
+            sys::rd_kafka_send_offsets_to_transaction(
+                self.native(),
+                offsets.ptr(),
+                group.0.as_ptr(),
+                millis(timeout),
+            )
         })
     }
 
