@@ -30,7 +30,7 @@ use self::outputs::{CutOff, Outputs};
 use self::range::{Exempt, Gaps, select, settled_up_to, slices};
 use self::recheck::{Evidence, Suspect};
 use self::report::{Findings, NotCompared, Report};
-use self::table::{ENTRY_BYTES, Place, Placed};
+use self::table::{ENTRY_BYTES, Place, Placed, Table};
 use crate::config::Settings;
 use crate::domain::cursor::{Decision, Known, LogBounds, Mode, decide};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
@@ -157,10 +157,10 @@ impl<'a> Comparison<'a> {
         let mut not_compared = self.compacted();
         let (ranges, halted) = self.ranges(view, &mut not_compared)?;
         let offsets_max = (self.wanted.memory_bytes / ENTRY_BYTES).min(log::UNCLAIMED_MAX);
+        let mut gaps = Gaps::new(&ranges);
         let slices = slices(&ranges, i64::try_from(offsets_max).unwrap_or(i64::MAX));
         let offsets: i64 = ranges.iter().map(|r| r.to.0.saturating_sub(r.from.0)).sum();
-        let outputs = self.outputs.as_ref().map_or(0, Outputs::len);
-        self.progress.inc_length(offsets.unsigned_abs().saturating_add(outputs * slices.len() as u64));
+        self.progress.inc_length(offsets.unsigned_abs());
         let mut report = Report {
             topic: kafka.input_topic.clone(),
             group: kafka.group_id.clone(),
@@ -176,8 +176,9 @@ impl<'a> Comparison<'a> {
         };
         let (mut suspects, mut months) = (Vec::new(), Vec::new());
         for slice in slices {
-            report = self.slice_with_tries(slice, &report, &mut suspects, &mut months)?;
+            report = self.slice_with_tries(slice, &report, &mut suspects, &mut months, &mut gaps)?;
         }
+        self.removed(&gaps.found(), &mut report)?;
         self.resolve(suspects, &mut report)?;
         if self.wanted.looks_for_orphans {
             self.progress.set_message("orphans");
@@ -285,18 +286,23 @@ impl<'a> Comparison<'a> {
         before: &Report,
         suspects: &mut Vec<Suspect>,
         months: &mut Vec<Months>,
+        gaps: &mut Gaps,
     ) -> Result<Report, Fault> {
         let mut tries = 0;
         let wanted = ranges.clone();
         loop {
             tries += 1;
             let mut report = before.clone();
-            for (wanted, range) in wanted.iter().zip(&ranges).filter(|(wanted, range)| wanted != range) {
-                let gone = ScanRange { to: range.from, ..*wanted };
-                report.not_compared(gone, "left the log during the comparison", false);
+            let moved = wanted.iter().zip(&ranges).filter(|(wanted, range)| wanted != range);
+            let gone: Vec<ScanRange> =
+                moved.map(|(wanted, range)| ScanRange { to: range.from, ..*wanted }).collect();
+            for gone in &gone {
+                report.not_compared(*gone, "left the log during the comparison", false);
             }
             match self.slice(&ranges, suspects, &mut report) {
-                Ok(times) => {
+                Ok((times, table)) => {
+                    gone.into_iter().for_each(|gone| gaps.skip(gone));
+                    table.entries().iter().for_each(|entry| gaps.pass(entry.place));
                     months.extend(ranges.iter().map(|range| (*range, times)));
                     return Ok(report);
                 }
@@ -311,18 +317,17 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// Compares one slice, and returns the earliest and latest timestamp of its rows. `suspects` is changed only
-    /// at the end, when nothing can fail any more.
+    /// Compares one slice, and returns the earliest and latest timestamp of its rows, and its records. `suspects` is
+    /// changed only at the end, when nothing can fail any more.
     fn slice(
         &self,
         ranges: &[ScanRange],
         suspects: &mut Vec<Suspect>,
         report: &mut Report,
-    ) -> Result<Option<(TimestampMs, TimestampMs)>, Fault> {
+    ) -> Result<(Option<(TimestampMs, TimestampMs)>, Table), Fault> {
         self.progress.set_message("log");
         failpoint::hit("before_slice");
         let mut slice = Slice::read(self, ranges, self.database.pruned_until()?)?;
-        self.removed(ranges, &slice, report)?;
         self.progress.set_message("rows");
         self.rows(ranges, &mut slice, report)?;
         self.elsewhere(&mut slice)?;
@@ -335,21 +340,24 @@ impl<'a> Comparison<'a> {
             return Err(Fault::Pruned);
         }
         self.judge(&slice, &cut_off, suspects, report);
-        Ok(slice.times)
+        Ok((slice.times, slice.table))
     }
 
-    /// Finds long runs of offsets without a record that are not aborted transactions.
-    fn removed(&self, ranges: &[ScanRange], slice: &Slice, report: &mut Report) -> Result<(), Fault> {
-        let mut gaps = Gaps::new(ranges);
-        slice.table.entries().iter().for_each(|entry| gaps.pass(entry.place));
+    /// Reports those of the gaps that are not aborted transactions.
+    fn removed(&self, gaps: &[ScanRange], report: &mut Report) -> Result<(), Fault> {
         let mut suspected: BTreeMap<Partition, ScanRange> = BTreeMap::new();
-        for gap in gaps.found() {
-            suspected.entry(gap.partition).or_insert(gap).to = gap.to;
+        for gap in gaps {
+            suspected.entry(gap.partition).or_insert(*gap).to = gap.to;
         }
         if suspected.is_empty() {
             return Ok(());
         }
-        let suspected: Vec<ScanRange> = suspected.into_values().collect();
+        let mut suspected: Vec<ScanRange> = suspected.into_values().collect();
+        // Retention may have removed some since.
+        let partitions: Vec<Partition> = suspected.iter().map(|range| range.partition).collect();
+        for (range, bounds) in suspected.iter_mut().zip(self.scanner.bounds(&partitions)?) {
+            range.from = range.from.max(bounds.start).min(range.to);
+        }
         let mut gaps = Gaps::new(&suspected);
         let kafka = &self.settings.kafka;
         // The callback never stops the scan.

@@ -69,11 +69,13 @@ impl ScanRange {
     }
 }
 
-/// Defaults that `kafka.properties` may override.
-const DEFAULTS: [(&str, &str); 4] = [
-    ("fetch.queue.backoff.ms", "20"),
+/// Defaults that `kafka.properties` may override. The queue is one partition's: a hundred may be read at once, and what
+/// is queued at the end of each range was fetched in vain.
+const DEFAULTS: [(&str, &str); 5] = [
+    ("fetch.queue.backoff.ms", "10"),
     ("fetch.wait.max.ms", "50"),
-    ("queued.max.messages.kbytes", "16384"),
+    ("queued.max.messages.kbytes", "2048"),
+    ("fetch.message.max.bytes", "524288"),
     ("fetch.max.bytes", "8388608"),
 ];
 

@@ -95,17 +95,18 @@ pub(crate) const PAYMENT_COLUMNS: &str = "\
     n.payment_id, n.created_at, n.external_ref_id, n.comment";
 
 /// The joined payment tables, for records in the ranges $1 (partitions), $2 (from), $3 (to). With `timed`,
-/// only the months from $4 to $5 (ms); the condition is repeated for each table so that Postgres prunes
-/// partitions.
+/// only the rows of metadata of the months from $4 to $5 (ms), and the other rows from $4 to $5: only these are
+/// sorted or hashed for the join, and Postgres prunes partitions.
 pub(crate) fn payment_tables(timed: bool) -> String {
-    let between = |table: &str| {
-        match timed {
-        true => format!(
-            "AND {table}.created_at >= date_trunc('month', to_timestamp($4::bigint / 1000))
-             AND {table}.created_at < date_trunc('month', to_timestamp($5::bigint / 1000)) + interval '1 month'"
+    let between = |table: &str| match (timed, table) {
+        (false, _) => String::new(),
+        (true, "m") => "AND m.created_at >= date_trunc('month', to_timestamp($4::bigint / 1000))
+             AND m.created_at < date_trunc('month', to_timestamp($5::bigint / 1000)) + interval '1 month'"
+            .to_owned(),
+        (true, _) => format!(
+            "AND {table}.created_at >= to_timestamp($4::bigint / 1000)
+             AND {table}.created_at < to_timestamp($5::bigint / 1000 + 1)"
         ),
-        false => String::new(),
-    }
     };
     format!(
         "unnest($1::integer[], $2::bigint[], $3::bigint[]) AS r (partition, first, past)

@@ -1,5 +1,6 @@
 //! Last pass over a slice: every event and dead letter whose `source` is a record of the slice.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 
@@ -56,6 +57,7 @@ impl Topic {
 pub(super) struct Outputs {
     topics: Vec<(Part, Topic)>,
     topic_id: Uuid,
+    indexes: RefCell<HashMap<Part, Index>>,
 }
 
 /// Partitions of an output topic. Those that no longer start at offset 0 have the lowest source offset by
@@ -65,6 +67,92 @@ type Firsts = Vec<Option<HashMap<Partition, Offset>>>;
 /// Outputs that may have been removed by retention.
 #[derive(Default)]
 pub(super) struct CutOff(Vec<(Part, Firsts)>);
+
+/// Number of blocks of an output topic, beside the last one of each partition. A block is remembered with 24 bytes for
+/// each input partition that it has outputs of.
+const BLOCKS_MAX: i64 = 4_096;
+const BLOCK_OFFSETS_MIN: i64 = 1_000;
+
+/// Which records the outputs of a block belong to: lowest and highest offset by partition of the input topic.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct Block(Vec<(Partition, Offset, Offset)>);
+
+impl Block {
+    fn add(&mut self, partition: Partition, offset: Offset) {
+        let at = self.0.partition_point(|(other, ..)| *other < partition);
+        match self.0.get_mut(at).filter(|(other, ..)| *other == partition) {
+            Some((_, low, high)) => (*low, *high) = ((*low).min(offset), (*high).max(offset)),
+            None => self.0.insert(at, (partition, offset, offset)),
+        }
+    }
+
+    fn meets(&self, ranges: &[ScanRange]) -> bool {
+        let meets = |range: &ScanRange| {
+            let at = self.0.binary_search_by_key(&range.partition, |(partition, ..)| *partition);
+            at.ok()
+                .and_then(|at| self.0.get(at))
+                .is_some_and(|(_, low, high)| low.0 < range.to.0 && high.0 >= range.from.0)
+        };
+        ranges.iter().any(meets)
+    }
+}
+
+/// Where the outputs of each record are in a topic, from its first complete reading: later slices read only what they
+/// need of it.
+#[derive(Clone, Debug, Default)]
+struct Index {
+    /// What was read.
+    ranges: Vec<ScanRange>,
+    block_offsets: i64,
+    /// By partition of the topic, in the order of offsets.
+    blocks: Vec<Vec<Block>>,
+    firsts: Firsts,
+    foreign: u64,
+}
+
+impl Index {
+    fn new(ranges: Vec<ScanRange>) -> Self {
+        let offsets: i64 = ranges.iter().map(|range| range.to.0.saturating_sub(range.from.0)).sum();
+        Self {
+            block_offsets: (offsets / BLOCKS_MAX).max(BLOCK_OFFSETS_MIN),
+            blocks: vec![Vec::new(); ranges.len()],
+            firsts: ranges.iter().map(|range| (range.from.0 > 0).then(HashMap::new)).collect(),
+            ranges,
+            foreign: 0,
+        }
+    }
+
+    /// Adds an output: its own position, and that of its record.
+    fn add(&mut self, own: Place, source: Option<Place>) {
+        let Some((partition, offset)) = source else {
+            self.foreign += 1;
+            return;
+        };
+        let at = usize::try_from(own.0.0).unwrap_or(usize::MAX);
+        let (Some(range), Some(blocks)) = (self.ranges.get(at), self.blocks.get_mut(at)) else { return };
+        if let Some(Some(firsts)) = self.firsts.get_mut(at) {
+            firsts.entry(partition).or_insert(offset);
+        }
+        let number = usize::try_from((own.1.0 - range.from.0) / self.block_offsets).unwrap_or_default();
+        if blocks.len() <= number {
+            blocks.resize_with(number + 1, Block::default);
+        }
+        if let Some(block) = blocks.get_mut(number) {
+            block.add(partition, offset);
+        }
+    }
+
+    /// The parts of the topic from the first to the last block with outputs of these records.
+    fn needed(&self, records: &[ScanRange]) -> Vec<ScanRange> {
+        let needed = |(range, blocks): (&ScanRange, &Vec<Block>)| {
+            let first = blocks.iter().position(|block| block.meets(records))? as i64;
+            let last = blocks.iter().rposition(|block| block.meets(records))? as i64;
+            let start = |number: i64| NextOffset(range.from.0 + number * self.block_offsets).min(range.to);
+            Some(ScanRange { from: start(first), to: start(last + 1), ..*range })
+        };
+        self.ranges.iter().zip(&self.blocks).filter_map(needed).collect()
+    }
+}
 
 impl CutOff {
     /// Whether the output of this record may have been removed by retention. Each output partition holds the
@@ -136,12 +224,7 @@ impl Outputs {
         let open = |(part, name): (Part, &String)| Ok((part, Topic::open(kafka, name)?));
         let topics: Result<_, String> = topics.into_iter().map(open).collect();
         let topics = topics.map_err(|e| CommandError::failed(format!("an output: {e}")))?;
-        Ok(Self { topics, topic_id })
-    }
-
-    /// Maximum number of records in the outputs.
-    pub fn len(&self) -> u64 {
-        self.topics.iter().flat_map(|(_, topic)| &topic.ends).map(|end| end.0.unsigned_abs()).sum()
+        Ok(Self { topics, topic_id, indexes: RefCell::default() })
     }
 
     /// Counts every output of the table's records.
@@ -153,10 +236,18 @@ impl Outputs {
     ) -> Result<CutOff, Fault> {
         let mut cut_off = CutOff::default();
         let mut foreign = 0;
+        let mut indexes = self.indexes.borrow_mut();
         for (part, topic) in &self.topics {
-            let ranges = topic.ranges()?;
-            let mut firsts: Firsts =
-                ranges.iter().map(|range| (range.from.0 > 0).then(HashMap::new)).collect();
+            let all = topic.ranges()?;
+            // Retention may have removed outputs since the first reading.
+            let known = indexes.remove(part).filter(|index| index.ranges == all);
+            let mut index = known.is_none().then(|| Index::new(all));
+            let ranges = match (&known, &index) {
+                (Some(known), _) => known.needed(table.ranges()),
+                (None, index) => index.as_ref().map(|index| index.ranges.clone()).unwrap_or_default(),
+            };
+            let offsets: i64 = ranges.iter().map(|range| range.to.0.saturating_sub(range.from.0)).sum();
+            progress.inc_length(offsets.unsigned_abs());
             let mut seen = 0_u64;
             // The callback never stops the scan.
             let _ = topic.scanner.read(&ranges, |record| {
@@ -165,14 +256,10 @@ impl Outputs {
                     progress.inc(1_000);
                 }
                 let label = Label::of(record, self.topic_id);
-                let Some((partition, offset)) = label.place else {
-                    foreign += 1;
-                    return ControlFlow::Continue(());
-                };
-                let at = usize::try_from(record.partition().0).unwrap_or(usize::MAX);
-                if let Some(Some(firsts)) = firsts.get_mut(at) {
-                    firsts.entry(partition).or_insert(offset);
+                if let Some(index) = &mut index {
+                    index.add((record.partition(), record.offset()), label.place);
                 }
+                let Some((partition, offset)) = label.place else { return ControlFlow::Continue(()) };
                 let value = record.value();
                 let (hash, reason) = match part {
                     Part::DeadLetter => {
@@ -193,10 +280,13 @@ impl Outputs {
                 ControlFlow::Continue(())
             })?;
             progress.inc(seen % 1_000);
-            cut_off.0.push((*part, firsts));
+            if let Some(index) = known.or(index) {
+                foreign += index.foreign;
+                cut_off.0.push((*part, index.firsts.clone()));
+                indexes.insert(*part, index);
+            }
         }
         if let Some(outputs) = &mut report.outputs {
-            // Every slice reads all outputs and counts the same foreign ones.
             outputs.foreign = outputs.foreign.max(foreign);
         }
         Ok(cut_off)
@@ -222,5 +312,40 @@ impl Outputs {
             })?;
         }
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(partition: i32, from: i64, to: i64) -> ScanRange {
+        ScanRange { partition: Partition(partition), from: NextOffset(from), to: NextOffset(to) }
+    }
+
+    #[test]
+    fn a_later_slice_reads_every_block_with_an_output_of_its_records_and_few_others() {
+        // GIVEN 20 blocks of one output partition with the outputs of two input partitions in their order, another
+        // partition, and one output that was sent again much later
+        let mut index = Index::new(vec![range(0, 500, 20_500), range(1, 0, 5_000)]);
+        assert_eq!(index.block_offsets, BLOCK_OFFSETS_MIN);
+        for offset in 0..20_000 {
+            let source = (Partition((offset % 2) as i32), Offset(offset / 2));
+            index.add((Partition(0), Offset(500 + offset)), Some(source));
+        }
+        index.add((Partition(1), Offset(4_999)), Some((Partition(7), Offset(3))));
+        index.add((Partition(1), Offset(0)), None);
+        assert_eq!(
+            (index.foreign, index.firsts.clone()),
+            (1, vec![Some([(Partition(0), Offset(0)), (Partition(1), Offset(0))].into()), None,])
+        );
+
+        // THEN a slice reads its blocks
+        let needed = |records: &[ScanRange]| index.needed(records);
+        assert_eq!(needed(&[range(0, 0, 1), range(1, 0, 1)]), [range(0, 500, 1_500)]);
+        assert_eq!(needed(&[range(0, 2_499, 2_501), range(1, 2_000, 2_001)]), [range(0, 4_500, 6_500)]);
+        assert_eq!(needed(&[range(1, 9_999, 12_000)]), [range(0, 19_500, 20_500)]);
+        assert_eq!(needed(&[range(7, 0, 10)]), [range(1, 4_000, 5_000)]);
+        assert_eq!(needed(&[range(7, 4, 10), range(0, 10_000, 10_001)]), []);
     }
 }

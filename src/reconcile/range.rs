@@ -105,7 +105,7 @@ impl Exempt {
 /// More offsets without a record in a row are not control records of transactions that ended at the same time.
 const CONTROL_RECORDS_MAX: i64 = 1_000;
 
-/// Finds long runs of offsets without a record. Each partition has one range.
+/// Finds long runs of offsets without a record, also over the ends of slices. Each partition has one range.
 pub struct Gaps {
     ranges: BTreeMap<Partition, ScanRange>,
     found: Vec<ScanRange>,
@@ -119,9 +119,14 @@ impl Gaps {
 
     /// Passes the next record of its partition.
     pub fn pass(&mut self, (partition, offset): Place) {
-        let Some(rest) = self.ranges.get_mut(&partition) else { return };
-        let gap = ScanRange { to: NextOffset(offset.0), ..*rest };
-        rest.from = offset.next();
+        self.skip(ScanRange { partition, from: NextOffset(offset.0), to: offset.next() });
+    }
+
+    /// Passes offsets that are not looked at.
+    pub fn skip(&mut self, range: ScanRange) {
+        let Some(rest) = self.ranges.get_mut(&range.partition) else { return };
+        let gap = ScanRange { to: range.from, ..*rest };
+        rest.from = range.to;
         self.note(gap);
     }
 
@@ -138,25 +143,34 @@ impl Gaps {
     }
 }
 
-/// Splits ranges into slices of at most `offsets_max` offsets, in order.
+/// Splits ranges into slices of at most `offsets_max` offsets. Each slice takes about the same share of every range: its
+/// records are then of about the same time, and their rows and outputs lie together.
 pub fn slices(ranges: &[ScanRange], offsets_max: i64) -> Vec<Vec<ScanRange>> {
     let offsets_max = offsets_max.max(1);
+    let length = |range: &ScanRange| i128::from(range.to.0.saturating_sub(range.from.0).max(0));
+    // Shares are rounded, by less than an offset of each range.
+    let share_max = offsets_max - i64::try_from(ranges.len()).unwrap_or(i64::MAX).min(offsets_max / 2);
+    let shares = ranges.iter().map(length).sum::<i128>() / i128::from(share_max) + 1;
     let mut slices: Vec<Vec<ScanRange>> = Vec::new();
-    let mut room = 0;
-    for range in ranges {
-        let mut from = range.from.0;
-        while from < range.to.0 {
-            if room == 0 {
-                slices.push(Vec::new());
-                room = offsets_max;
+    for share in 0..shares {
+        let mut room = 0;
+        for range in ranges {
+            let at = |share: i128| range.from.0.saturating_add((length(range) * share / shares) as i64);
+            let (mut from, end) = (at(share), at(share + 1));
+            while from < end {
+                if room == 0 {
+                    slices.push(Vec::new());
+                    room = offsets_max;
+                }
+                let to = end.min(from.saturating_add(room));
+                let part =
+                    ScanRange { partition: range.partition, from: NextOffset(from), to: NextOffset(to) };
+                if let Some(slice) = slices.last_mut() {
+                    slice.push(part);
+                }
+                room -= to - from;
+                from = to;
             }
-            let to = range.to.0.min(from.saturating_add(room));
-            let part = ScanRange { partition: range.partition, from: NextOffset(from), to: NextOffset(to) };
-            if let Some(slice) = slices.last_mut() {
-                slice.push(part);
-            }
-            room -= to - from;
-            from = to;
         }
     }
     slices
@@ -260,10 +274,15 @@ mod tests {
             gaps.pass((Partition(0), Offset(offset)));
         }
         assert_eq!(gaps.found(), [range(0, 1_002, 2_003), range(0, 2_005, 5_000), range(1, 10, 1_011)]);
+        // What is not looked at is no gap, and ends one.
+        let mut gaps = Gaps::new(&ranges);
+        gaps.skip(range(0, 900, 4_500));
+        gaps.skip(range(1, 10, 11));
+        assert_eq!(gaps.found(), []);
     }
 
     #[test]
-    fn slices_cover_every_offset_once_and_hold_no_more_than_they_may() {
+    fn slices_cover_every_offset_once_and_each_has_a_share_of_every_partition() {
         let ranges = [range(0, 0, 7), range(1, 5, 5), range(2, 3, 4), range(3, 0, 25)];
         for offsets_max in 1..40 {
             let slices = slices(&ranges, offsets_max);
@@ -275,9 +294,16 @@ mod tests {
                 assert!(covered.len() - before <= offsets_max as usize);
                 assert!(slice.windows(2).all(|w| w[0].partition < w[1].partition));
             }
+            // In the order of offsets within a partition.
+            covered.sort_by_key(|(partition, _)| *partition);
             let all = ranges.iter().flat_map(|r| (r.from.0..r.to.0).map(|o| (r.partition.0, o)));
             assert_eq!(covered, all.collect::<Vec<_>>());
         }
+        let shares = slices(&[range(0, 0, 1_000), range(1, 0, 3_000)], 1_002);
+        let expected = |share: i64| {
+            vec![range(0, share * 200, share * 200 + 200), range(1, share * 600, share * 600 + 600)]
+        };
+        assert_eq!(shares, [0, 1, 2, 3, 4].map(expected));
         assert!(slices(&[], 10).is_empty());
     }
 

@@ -44,7 +44,7 @@ pub struct Notes {
 }
 
 /// A row or an output of a record.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Part {
     /// Row of `payment_metadata`.
     Metadata,
@@ -207,6 +207,11 @@ impl Table {
         // Reserve exactly: the memory limit is computed from offsets, and a doubling vector would exceed it.
         let entries = Vec::with_capacity(usize::try_from(offsets).unwrap_or_default());
         Self { ranges: ranges.to_vec(), entries }
+    }
+
+    /// The ranges of the slice.
+    pub fn ranges(&self) -> &[ScanRange] {
+        &self.ranges
     }
 
     /// Adds a record; call [`sort`](Self::sort) after the last one.
