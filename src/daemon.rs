@@ -138,13 +138,18 @@ pub async fn run(
             }
             _ => return ended.map(drop),
         }
-        // While it lives, its heartbeats go on, and so does the time that the group waits for the next member.
-        let deadline = Instant::now() + MEMBER_END_WAIT;
-        while member.strong_count() > 0 && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        ended_in_time(&member).await;
         status.left(metrics::now());
         metrics::lanes_left(settings.lanes);
+    }
+}
+
+/// Waits for the end of the process's former member, within [`MEMBER_END_WAIT`]: while it lives, its heartbeats go on,
+/// and a join request of it that arrives after the next member's would fence that one.
+async fn ended_in_time<T>(member: &Weak<T>) {
+    let deadline = Instant::now() + MEMBER_END_WAIT;
+    while member.strong_count() > 0 && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
@@ -387,4 +392,26 @@ fn ticks(period: Duration) -> Interval {
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_next_member_waits_for_the_end_of_the_former_one_but_not_forever() {
+        let member = Arc::new(());
+        let (held, began) = (Arc::downgrade(&member), Instant::now());
+        ended_in_time(&held).await;
+        assert!(began.elapsed() >= MEMBER_END_WAIT, "{:?}", began.elapsed());
+        let soon = Duration::from_secs(1);
+        tokio::spawn(async move {
+            tokio::time::sleep(soon).await;
+            drop(member);
+        });
+        let began = Instant::now();
+        ended_in_time(&held).await;
+        assert!((soon..MEMBER_END_WAIT).contains(&began.elapsed()), "{:?}", began.elapsed());
+        assert_eq!(held.strong_count(), 0);
+    }
 }

@@ -336,4 +336,62 @@ mod tests {
             drop(reload.begin().await);
         }
     }
+
+    #[tokio::test]
+    async fn sighup_reads_every_setting_that_it_applies_and_forgets_what_the_last_one_read() {
+        // GIVEN settings of which each is another one at SIGHUP
+        let [former, new] = ["1", "2"].map(|text| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), text).unwrap();
+            file
+        });
+        let settings = |file: &tempfile::NamedTempFile, number: &str| {
+            let text = |text: &str| text.replace('#', number);
+            let variables = [
+                ("KAFKA__BOOTSTRAP_SERVERS", text("127.0.0.1:#")),
+                ("KAFKA__PASSWORD_FILE", file.path().to_str().unwrap().to_owned()),
+                ("KAFKA__TOKEN_COMMAND", text("token#")),
+                ("KAFKA__PROPERTIES__SECURITY_PROTOCOL", "SASL_SSL".to_owned()),
+                ("KAFKA__PROPERTIES__SASL_MECHANISM", "OAUTHBEARER".to_owned()),
+                ("KAFKA__PROPERTIES__SASL_USERNAME", text("user#")),
+                ("POSTGRES__URL", text("postgres://u@127.0.0.1:1/url#")),
+                ("POSTGRES__HOUSEKEEPING_URL", text("postgres://u@127.0.0.1:1/housekeeping#")),
+                ("POSTGRES__PASSWORD_COMMAND", text("command#")),
+                ("LOG__LEVEL", text("payment_writer=info,other#=warn")),
+                ("LANES", number.to_owned()),
+            ];
+            let variables =
+                variables.map(|(name, value)| (format!("PAYMENT_WRITER__{name}").into(), value.into()));
+            Settings::load_from(None, Path::new("nowhere.toml"), variables).unwrap()
+        };
+        let running = settings(&former, "1");
+        let wanted = settings(&new, "2");
+        for name in APPLIED {
+            let differ = changed(&running.effective, &wanted.effective, is_applied);
+            assert!(differ.split(", ").any(|key| key.starts_with(name)), "{name}: {differ}");
+        }
+        let (log, _filter) = LogHandle::new(&running.settings.log.level).unwrap();
+        let hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).unwrap();
+        let read = wanted.clone();
+        let load = Arc::new(move || Ok(read.clone()));
+        let on_hangup = OnHangup { hangup, load, log: Arc::new(log) };
+        let mut reload = Reload::new(running.clone(), Some(on_hangup));
+
+        // WHEN it has read them, THEN those that it applies are the new ones, and the others those in use
+        reload.failure = Some("of settings before".to_owned());
+        reload.read().await;
+        let mut expected = wanted.settings.clone();
+        expected.lanes = running.settings.lanes;
+        let read = reload.wanted.clone().unwrap();
+        assert_eq!(format!("{:?}", read.settings), format!("{expected:?}"));
+        // AND a failure of the new ones is told, also if it is the same
+        assert_eq!(reload.failure, None);
+
+        // WHEN the next SIGHUP finds settings that cannot be used, THEN the last ones are not tried any more
+        if let Some(on_hangup) = &mut reload.on_hangup {
+            on_hangup.load = Arc::new(|| Err(ConfigError { problems: vec!["gone".to_owned()] }));
+        }
+        reload.read().await;
+        assert!(reload.wanted.is_none());
+    }
 }

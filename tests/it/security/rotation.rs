@@ -58,6 +58,7 @@ fn sighup_reloads_without_a_rebalance_and_says_what_needs_a_restart() {
     let at = says(&daemon, at, &["WARN", "do not work"]);
     scope.feed(load.take(300));
     scope.wait_until_caught_up();
+    assert_eq!(daemon.metric(RELOADED, ""), 0.0);
 
     let rebalances = other.metric("payment_writer_rebalances_total", "");
 
@@ -290,7 +291,7 @@ fn files_on_a_drive_that_hangs_are_named_and_stop_neither_payments_nor_the_drain
 
 #[test]
 fn sighup_makes_a_new_token_and_a_command_that_fails_leaves_all_as_it_is() {
-    // GIVEN a daemon that authenticates with tokens of 8 s
+    // GIVEN a daemon that authenticates with tokens of 8 s, whose command is in a settings file
     let folder = tempfile::tempdir().unwrap();
     super::make_certificates(folder.path());
     let servers = Servers::with_tls(folder.path());
@@ -298,7 +299,11 @@ fn sighup_makes_a_new_token_and_a_command_that_fails_leaves_all_as_it_is() {
     scope.prepare(4, 2);
     grant_rights(&scope, "a");
     let command = super::token_command(folder.path());
-    let member = super::with_tokens(&servers, folder.path()).with("KAFKA__TOKEN_COMMAND", &command);
+    let file = folder.path().join("settings.toml");
+    let runs = |command: &str| fs::write(&file, format!("kafka.token_command = [\"{command}\"]\n")).unwrap();
+    runs(&command);
+    let member = super::with_tokens(&servers, folder.path())
+        .with_variable("PAYMENT_WRITER_CONFIG", file.to_str().unwrap());
     let mut daemon = member.start(&scope);
     let mut load = Load::new(95);
     scope.feed(load.take(100));
@@ -315,15 +320,19 @@ fn sighup_makes_a_new_token_and_a_command_that_fails_leaves_all_as_it_is() {
     );
     assert_eq!(daemon.metric(RELOADED, ""), 0.0);
 
-    // WHEN it works again, THEN all clients have a new token, and payments flow beyond its expiry
-    fs::write(&command, &works).unwrap();
+    // WHEN another one is set that works, THEN all clients have a new token, and payments flow beyond its expiry
+    let other = folder.path().join("other");
+    fs::copy(&command, &other).unwrap();
+    fs::write(&other, &works).unwrap();
+    runs(other.to_str().unwrap());
+    daemon.signal("HUP");
     let at = says(&daemon, at, &["INFO", "reloaded", "SIGHUP"]);
     let mut at = says(&daemon, at, &["INFO", "started"]);
     let ran = || fs::read(folder.path().join("runs")).map_or(0, |runs| runs.len());
     let before = ran();
     wait_until_within(PATIENCE, "tokens are renewed", || ran() > before + 2);
     // AND while tokens are valid for long, each reload makes one to try it and one for all clients
-    fs::write(&command, works.replace("now + 8", "now + 3600")).unwrap();
+    fs::write(&other, works.replace("now + 8", "now + 3600")).unwrap();
     for _ in 0..2 {
         let before = ran();
         daemon.signal("HUP");
@@ -368,6 +377,90 @@ fn a_reload_that_would_lead_to_another_database_changes_nothing() {
 }
 
 #[test]
+fn sighup_takes_other_users_and_files_and_no_other_cluster() {
+    // GIVEN a settings file with all that SIGHUP applies, and a file whose password is wrong
+    let folder = tempfile::tempdir().unwrap();
+    super::make_certificates(folder.path());
+    let servers = Servers::with_tls(folder.path());
+    let scope = Scope::new(&servers, "sighup_all");
+    scope.prepare(4, 2);
+    grant_rights(&scope, "a");
+    scope.execute_as_admin(include_str!("../../../sql/roles.sql"));
+    let [former, next] = ["former", "next"].map(|name| format!("{}_{name}", scope.database));
+    for role in [&former, &next] {
+        scope.execute_as_admin(&format!(
+            "CREATE ROLE \"{role}\" LOGIN PASSWORD '{role}' IN ROLE payment_writer_app"
+        ));
+    }
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    let settings = |brokers: &str, protocol: &str, password: &str, role: &str| {
+        let url = scope.postgres_url().replace("//payment_writer:payment_writer@", &format!("//{role}@"));
+        let text = format!(
+            "[kafka]\nbootstrap_servers = \"{brokers}\"\npassword_file = \"{}\"\n\
+             [kafka.properties]\n\"security.protocol\" = \"{protocol}\"\n\"sasl.mechanism\" = \"SCRAM-SHA-512\"\n\
+             \"sasl.username\" = \"writer\"\n\"ssl.ca.location\" = \"{}\"\n\
+             [postgres]\nurl = \"{url}\"\nhousekeeping_url = \"{}\"\npassword_command = [\"echo\", \"{role}\"]\n",
+            at(password),
+            at("ca.crt"),
+            scope.postgres_url()
+        );
+        write("settings.toml", &text);
+    };
+    write("kafka1", "sesame1");
+    write("kafka2", "sesame");
+    settings(servers.kafka_secure(), "SASL_SSL", "kafka1", &former);
+    let member = Member::new("a")
+        .without("KAFKA__BOOTSTRAP_SERVERS")
+        .without("POSTGRES__URL")
+        .with_variable("PAYMENT_WRITER_CONFIG", &at("settings.toml"));
+    let mut daemon = member.start(&scope);
+    wait_until_within(PATIENCE, "the password is refused", || {
+        missing(&daemon).contains("uthentication failed")
+    });
+
+    // WHEN the file is right, THEN the daemon that waits starts with new clients
+    write("kafka1", "sesame");
+    let seen = says(&daemon, 0, &["INFO", "reloaded", "a file has changed"]);
+    let mut load = Load::new(97);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+
+    // WHEN SIGHUP leads to another cluster that has a topic of that name, THEN the daemon refuses it
+    let other = Scope::new(Servers::shared(), "sighup_all_other");
+    other.create_topic(&scope.input_topic, 4);
+    settings(other.servers.bootstrap_servers(), "PLAINTEXT", "kafka1", &former);
+    daemon.signal("HUP");
+    let seen = says(&daemon, seen, &["WARN", "those in use stay", "leads to another input topic"]);
+    assert_eq!(daemon.metric(RELOADED, ""), 0.0);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+    other.delete_topic(&scope.input_topic);
+
+    // WHEN it leads to another user of the database and another password file, THEN all connections use them
+    let brokers = format!("{},127.0.0.1:1", servers.kafka_secure());
+    settings(&brokers, "SASL_SSL", "kafka2", &next);
+    fs::remove_file(at("kafka1")).unwrap();
+    daemon.signal("HUP");
+    let changed =
+        ["kafka.bootstrap_servers", "kafka.password_file", "postgres.password_command", "postgres.url"];
+    let seen = says(&daemon, seen, &[&["INFO", "reloaded", "SIGHUP"], &changed[..]].concat());
+    says(&daemon, seen, &["INFO", "started"]);
+    scope.feed(load.take(200));
+    scope.wait_until_caught_up();
+    wait_until_within(PATIENCE, "all sessions are of the other user", || {
+        as_admin(
+            &scope,
+            "SELECT DISTINCT usename::text FROM pg_stat_activity WHERE usename LIKE 'sighup_all%'",
+        ) == next
+    });
+    // AND the file that is gone is not missed
+    assert_eq!(daemon.metric(RELOADED, ""), 1.0);
+    daemon.drains();
+    scope.assert_exactly_once();
+}
+
+#[test]
 fn until_caught_up_keeps_the_ends_of_its_start_over_a_reload() {
     // GIVEN records of one partition that wait for a lock, and an empty partition that is halted
     let scope = Scope::ready("until", 2, 1);
@@ -385,7 +478,10 @@ fn until_caught_up_keeps_the_ends_of_its_start_over_a_reload() {
 
     // WHEN the other partition gets records before a reload
     payments(10..15, 1);
+    let at = says(&daemon, at, &["WARN", "writing a batch", "a lock is held"]);
     daemon.signal("HUP");
+    // The lane that waits for the lock gets less time than at a stop.
+    let at = says(&daemon, at, &["WARN", "not drained in time before the reload", "seconds=5"]);
     says(&daemon, at, &["INFO", "started"]);
     block_on(client.batch_execute("ROLLBACK")).unwrap();
 
@@ -456,6 +552,11 @@ fn passwords_of_both_servers_are_changed_under_a_running_daemon() {
     };
     write("kafka", "sesame1");
     is_told(0.0);
+    // AND the log has the broker's reason, and that of a file without a password
+    let reason = ["WARN", "those in use stay", "asking for the input topic", "uthentication failed"];
+    let said = says(&daemon, 0, &reason);
+    write("kafka", "");
+    says(&daemon, said, &["WARN", "those in use stay", "kafka.password_file", &at("kafka"), "empty"]);
     write("kafka", "sesame2");
     is_told(1.0);
 

@@ -14,6 +14,8 @@ use super::{DEADLINE, Scope, free_address, wait_until};
 
 /// Environment variable with the path of another build of the program, for all tests or for one process.
 pub const TESTED_PROGRAM: &str = "PAYMENT_WRITER_TESTED_PROGRAM";
+/// Value of a variable that a program does not get.
+pub const LEFT_TO_FILE: &str = "left to the settings file";
 
 /// Output and exit code of a finished command.
 #[derive(Debug)]
@@ -100,6 +102,9 @@ impl Scope<'_> {
             None => Command::new(tested_program()),
         };
         command.args(arguments).envs(self.settings()).envs(settings.iter().copied());
+        for (name, _) in settings.iter().filter(|(_, value)| *value == LEFT_TO_FILE) {
+            command.env_remove(name);
+        }
         command
     }
 }

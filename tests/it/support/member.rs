@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::daemon::TESTED_PROGRAM;
+use super::daemon::{LEFT_TO_FILE, TESTED_PROGRAM};
 use super::{Daemon, PATIENCE, Scope, Servers, wait_until_within};
 
 /// An instance's id and settings, as environment variables.
@@ -23,6 +23,11 @@ impl Member {
     pub fn with(mut self, name: &str, value: &str) -> Member {
         self.settings.push((format!("PAYMENT_WRITER__{name}"), value.to_owned()));
         self
+    }
+
+    /// Leaves this setting of the scope to the settings file.
+    pub fn without(self, name: &str) -> Member {
+        self.with(name, LEFT_TO_FILE)
     }
 
     /// Adds an environment variable that is not a setting.
