@@ -262,5 +262,32 @@ mod tests {
         fs::write(&file, "two").unwrap();
         fs::File::options().append(true).open(&file).unwrap().set_modified(time).unwrap();
         assert!(now(&file) != first && now(folder.path()) != first_in_folder);
+        let of_folder = now(folder.path());
+        fs::rename(&file, folder.path().join("former.crt")).unwrap();
+        assert!(now(folder.path()) != of_folder);
+    }
+
+    #[test]
+    fn a_command_has_a_limit_of_time_and_one_of_output_and_leaves_nothing_behind() {
+        let run = |script: &str, limit| {
+            let command = ["sh", "-c", script].map(str::to_owned);
+            output_of(&command, &[], Duration::from_millis(limit))
+        };
+        // GIVEN a command that hangs with a child of its own
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pid");
+        let script = format!("sleep 600 & echo $! >{}; wait", file.display());
+        // THEN it is ended, and its child, too
+        assert!(run(&script, 2_000).unwrap_err().contains("did not end within"));
+        let child = fs::read_to_string(&file).unwrap();
+        let stat = Path::new("/proc").join(child.trim()).join("stat");
+        let until = Instant::now() + Duration::from_secs(60);
+        while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+            assert!(Instant::now() < until, "the child still runs");
+            std::thread::sleep(LOOK_AROUND);
+        }
+        // AND output without an end is not kept
+        let long = run("head -c 1000000 /dev/zero | tr '\\0' x", 60_000);
+        assert!(long.is_err_and(|error| error.contains("it failed")));
     }
 }

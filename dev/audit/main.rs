@@ -143,7 +143,9 @@ fn read_topic(kafka: &str, topic: &str, mut each: impl FnMut(&Seen<'_>)) -> Resu
         .set("enable.partition.eof", "true")
         .set("enable.auto.commit", "false")
         .set("fetch.wait.max.ms", "50")
-        .set("fetch.queue.backoff.ms", "20")
+        .set("fetch.queue.backoff.ms", "10")
+        // By default 64 MiB of each partition.
+        .set("queued.max.messages.kbytes", "2048")
         .create()?;
     let metadata = consumer.fetch_metadata(Some(topic), KAFKA_TIMEOUT)?;
     let partitions = metadata.topics()[0].partitions().len();

@@ -60,7 +60,7 @@ pub struct ReconcileArgs {
     /// Stop each partition before its first record of this time or later
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub until: Option<TimestampMs>,
-    /// Memory for the records that are compared at once; less memory means more passes over the outputs
+    /// Memory for the records that are compared at once; less memory means more scans of the tables
     #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = memory)]
     pub memory: usize,
     /// Number of findings to list; the others are counted

@@ -210,12 +210,13 @@ fn logged_plans(servers: &Servers, databases: &[&str]) -> Vec<String> {
 fn rows_scanned(plans: &[String], table: &str) -> f64 {
     let scan = format!("Scan on {table}_");
     let number = |line: &str, name: &str| {
-        let (_, rest) = line.split_once(name).unwrap_or_else(|| panic!("no {name}: {line}"));
+        let (_, actual) = line.split_once("(actual ").unwrap_or_else(|| panic!("{line}"));
+        let (_, rest) = actual.split_once(name).unwrap_or_else(|| panic!("no {name}: {line}"));
         rest.split([' ', ')']).next().unwrap().parse::<f64>().unwrap()
     };
     let lines = plans.iter().flat_map(|plan| plan.lines());
     let scanned = lines.filter(|line| line.contains(&scan) && !line.contains("never executed"));
-    scanned.map(|line| number(line, "actual rows=") * number(line, "loops=")).sum()
+    scanned.map(|line| number(line, "rows=") * number(line, "loops=")).sum()
 }
 
 #[test]
