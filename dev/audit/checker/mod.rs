@@ -2,7 +2,7 @@
 //!
 //! Shares no code with the program: it has its own implementation of the rules that decide each record's
 //! outcome. The caller reads topics and database as any other system would, and passes everything on: first
-//! the input, then tables and outputs; then [`Checker::judge`] decides. It needs about 150 bytes of memory a
+//! the input, then tables and outputs; then [`Checker::judge`] decides. It needs about 300 bytes of memory a
 //! record. The auditor of demo and fault suite, and the tests, use it.
 // It panics on what it cannot interpret.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
