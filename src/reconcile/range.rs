@@ -143,8 +143,8 @@ impl Gaps {
     }
 }
 
-/// Splits ranges into slices of at most `offsets_max` offsets. Each slice takes about the same share of every range: its
-/// records are then of about the same time, and their rows and outputs lie together.
+/// Splits ranges into slices of at most `offsets_max` offsets. Each slice takes about the same share of every range:
+/// its records are then of about the same time, and their rows and outputs lie together.
 pub fn slices(ranges: &[ScanRange], offsets_max: i64) -> Vec<Vec<ScanRange>> {
     let offsets_max = offsets_max.max(1);
     let length = |range: &ScanRange| i128::from(range.to.0.saturating_sub(range.from.0).max(0));
