@@ -15,7 +15,7 @@ use payment_writer::domain::batch::{
     Answer, Batch, Progress, Refused, write_core_row, write_metadata_row, write_notes_row,
 };
 use payment_writer::domain::cursor::{
-    CommitMetadata, CursorRow, GroupOffset, Identity, Known, LogBounds, Mode, OutputScan, decide,
+    CommitMetadata, CursorRow, GroupOffset, Identity, Known, LogBounds, Mode, OutputScan, Settlement, decide,
 };
 use payment_writer::domain::publication::{OffsetCommit, Publication};
 use payment_writer::domain::record::NextOffset;
@@ -128,7 +128,8 @@ fn cursors(c: &mut Criterion) {
         GroupOffset { position, metadata: CommitMetadata::new(&identity, position).to_string() }
     };
     let by_others = GroupOffset { position: NextOffset(5_000), metadata: String::new() };
-    let settled = CursorRow { settled: Some(NextOffset(950)), ..row.clone() };
+    let settled =
+        CursorRow { settled: Some(Settlement { committed: NextOffset(950), replaces: None }), ..row.clone() };
     let kinds = [
         ("as left", Some(marked(1_000)), Some(row.clone()), OutputScan::NotScanned),
         ("events missing", Some(marked(950)), Some(row.clone()), OutputScan::NotScanned),

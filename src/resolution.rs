@@ -16,7 +16,8 @@ pub use self::all_halted::{check, propose};
 pub use self::plan_file::{PlanFile, PlanLine};
 use crate::config::Settings;
 use crate::domain::cursor::{
-    CursorRow, Decision, HaltReason, Identity, Known, LogBounds, Mode, OutputScan, decide,
+    CursorRow, Decision, HaltReason, Identity, Known, LogBounds, Mode, NO_OFFSET, OutputScan, Settlement,
+    decide,
 };
 use crate::domain::record::{NextOffset, Partition};
 use crate::error::{CommandError, OrFailed};
@@ -281,7 +282,10 @@ fn checked(
         },
         published: mode.publishes.then_some(committed),
         applied_timestamp: None,
-        settled: Some(committed),
+        settled: Some(Settlement {
+            committed,
+            replaces: Some(known.group.as_ref().map_or(NO_OFFSET, |group| group.position)),
+        }),
     };
     if committed < start || committed > end {
         return Err(CommandError::usage(format!(
@@ -346,6 +350,7 @@ async fn write(
 ) -> Result<bool, tokio_postgres::Error> {
     let Plan { partition: Partition(partition), topic, topic_id, resolution, before, after, .. } = plan;
     let (applied, published) = (after.applied.0, after.published.map(|p| p.0));
+    let replaces = after.settled.and_then(|settled| settled.replaces).map(|offset| offset.0);
     let applied_before = before.as_ref().map(|row| row.applied.0);
     let published_before = before.as_ref().and_then(|row| row.published).map(|p| p.0);
     let changed = match applied_before {
@@ -372,10 +377,18 @@ async fn write(
     }
     transaction
         .execute(
-            "INSERT INTO payment_writer.cursor_settlement (topic_id, partition, committed) VALUES ($1, $2, $3)
-             ON CONFLICT (topic_id, partition) DO UPDATE
-             SET committed = excluded.committed, settled_at = now()",
-            &[topic_id, partition, &resolution.committed().0],
+            "DELETE FROM payment_writer.cursor_settlement WHERE topic_id = $1 AND partition = $2",
+            &[topic_id, partition],
+        )
+        .await?;
+    // Through JSON, since `replaces` is not there before step 9.
+    transaction
+        .execute(
+            "INSERT INTO payment_writer.cursor_settlement
+             SELECT r.* FROM jsonb_populate_record(NULL::payment_writer.cursor_settlement, jsonb_build_object(
+                 'topic_id', $1::uuid, 'partition', $2::integer, 'committed', $3::bigint, 'settled_at', now(),
+                 'replaces', $4::bigint)) AS r",
+            &[topic_id, partition, &resolution.committed().0, &replaces],
         )
         .await?;
     transaction

@@ -127,11 +127,10 @@ fn state(
         let advice = reason.advice(known.partition);
         (state, Some(reason), Some(advice))
     };
-    let is_resolved = known.row.as_ref().is_some_and(|row| row.settled.is_some());
     match (decision, unread) {
         (Decision::Halt(reason), _) => because("halted", reason),
         (Decision::Stop(mismatch), _) => ("identity in doubt", None, Some(mismatch.to_string())),
-        (Decision::Go(_), _) if is_resolved => ("settled", None, None),
+        (Decision::Go(_), _) if known.settlement().is_some() => ("settled", None, None),
         (_, Some(Unread::NoAnswer)) => ("no answer", None, None),
         (_, Some(Unread::Unreadable(reason))) => because("unreadable", reason.clone()),
         (_, None) => ("fine", None, None),

@@ -95,9 +95,22 @@ pub struct CursorRow {
     pub published: Option<NextOffset>,
     /// Timestamp of the last record before `applied`.
     pub applied_timestamp: Option<TimestampMs>,
-    /// The committed offset that an operator chose for this halted partition, until a lane has committed it.
-    pub settled: Option<NextOffset>,
+    /// An operator's decision about this halted partition, until a lane has committed it.
+    pub settled: Option<Settlement>,
 }
+
+/// An operator's decision about a halted partition.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Settlement {
+    /// The offset to be committed for the group.
+    pub committed: NextOffset,
+    /// The group's offset when it was decided, or [`NO_OFFSET`]; `None` before step 9 of the schema, which does not
+    /// tell.
+    pub replaces: Option<NextOffset>,
+}
+
+/// The offset of a group that has committed none.
+pub const NO_OFFSET: NextOffset = NextOffset(-1);
 
 /// First offset still in the log, and the last stable offset.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -137,6 +150,16 @@ pub struct Known {
 }
 
 impl Known {
+    /// The offset that an operator decided on. `None` if the group has gone beyond it since: a restored database may
+    /// hold a decision that a lane took up after the backup, and events would be sent again.
+    pub fn settlement(&self) -> Option<NextOffset> {
+        let Settlement { committed, replaces } = self.row.as_ref()?.settled?;
+        let group = self.group.as_ref();
+        let is_below = |group: &GroupOffset| group.commit_metadata().is_some() && group.position <= committed;
+        let is_unchanged = replaces.is_none_or(|it| it == group.map_or(NO_OFFSET, |group| group.position));
+        (is_unchanged || group.is_some_and(is_below)).then_some(committed)
+    }
+
     /// The lowest of the cursors, for display: everything before it is certainly written and published.
     pub fn unpublished_from(&self) -> NextOffset {
         let row = self.row.as_ref();
@@ -248,9 +271,9 @@ fn publishing(known: &Known, has_metadata: bool) -> Positions {
     let Known { group, row, bounds, .. } = known;
     let committed = group.as_ref().map(|g| g.position);
     if let Some(row) = row
-        && let Some(settled) = row.settled
+        && let Some(settled) = known.settlement()
     {
-        // An operator has decided: commit `settled`, whatever the committed offset is now.
+        // An operator has decided: commit `settled` in place of the committed offset.
         return Ok((row.applied.min(settled), row.applied, settled));
     }
     // `published` is a copy of the committed offset and lags behind it. A committed offset below it was

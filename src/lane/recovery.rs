@@ -205,8 +205,8 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
         let Some(PartitionState::Halted { reason, .. }) = self.partitions.get(&known.partition) else {
             return None;
         };
-        let is_resolved = known.row.as_ref().is_some_and(|row| row.settled.is_some());
-        let stays = reason.is_about_reading() && !is_resolved && start.from <= reason.first_offset();
+        let stays =
+            reason.is_about_reading() && known.settlement().is_none() && start.from <= reason.first_offset();
         self.fetch_states.halted_until(known.partition).filter(|until| stays && *until > Instant::now())
     }
 
@@ -399,6 +399,12 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             .filter(|(_, start)| start.must_store)
             .map(|(known, start)| {
                 let found = known.row.as_ref();
+                if found.is_some_and(|row| row.settled.is_some()) && known.settlement().is_none() {
+                    tracing::warn!(
+                        partition = known.partition.0,
+                        "an operator's decision is dropped: the group's offset has been changed since"
+                    );
+                }
                 let row = CursorRow {
                     applied: start.applied,
                     published: publishes.then_some(start.publish_from),

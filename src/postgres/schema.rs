@@ -62,6 +62,7 @@ const STEPS: &[Step] = &[
     step!("6", "dead_letter_replays"),
     step!("7", "replica_identity"),
     step!("8", "message_ids_stay"),
+    step!("9", "settlement_replaces"),
 ];
 
 /// The newest step that this program knows.

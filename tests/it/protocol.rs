@@ -184,6 +184,21 @@ fn only_uncertain_partitions_halt_until_an_operator_resolves_them_beside_the_run
     ];
     assert_eq!(audit, expected.map(|(c, p, d)| (c.to_owned(), p, d.to_owned())));
     daemon.drains();
+
+    // WHEN the database is restored to the moment of a decision
+    assert_eq!(rows(&scope, "cursor_settlement"), [""; 0]);
+    scope.execute(
+        "INSERT INTO payment_writer.cursor_settlement (topic_id, partition, committed, replaces)
+         SELECT topic_id, 1, 20, 33 FROM payment_writer.source_cursor WHERE partition = 1",
+    );
+    let shown: Value =
+        serde_json::from_str(&scope.command(&["cursors", "show", "--json"]).succeeds().stdout).unwrap();
+    assert_eq!(shown[1]["state"], "fine");
+    let log = member().catch_up(&scope).log();
+
+    // THEN it is dropped, since the group has gone on, and no event is sent again
+    assert!(log.contains("an operator's decision is dropped"), "{log}");
+    assert_eq!(rows(&scope, "cursor_settlement"), [""; 0]);
     let outcomes = Check::of(&scope).removed(removed).given_up(2, 20..37).holds();
     assert_eq!(outcomes.given_up, 17);
 }

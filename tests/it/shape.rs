@@ -133,13 +133,15 @@ fn the_expected_shape_is_that_of_a_migrated_database() {
     scope.command(&["migrate"]).succeeds();
     let expected = include_str!("../../src/postgres/schema/shape.txt");
     assert_eq!(block_on(shape::missing(&scope.connect())).unwrap(), [] as [&str; 0]);
+    // `replaces` is not needed: the program runs on the schema before it.
     let columns = scope.sql(
         "SELECT format('column %s.%s %s', table_name, column_name, format_type(a.atttypid, a.atttypmod))
          FROM information_schema.columns
          JOIN pg_attribute a ON a.attname = column_name
              AND a.attrelid = to_regclass('payment_writer.' || table_name)
          WHERE table_schema = 'payment_writer' AND table_name !~ '_([0-9]{4}_[0-9]{2}|default|g[0-9]+)$'
-             AND table_name !~ '^(dead_letter_|schema_)'",
+             AND table_name !~ '^(dead_letter_|schema_)'
+             AND NOT (table_name = 'cursor_settlement' AND column_name = 'replaces')",
         &[],
     );
     for row in columns {

@@ -11,7 +11,9 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use payment_writer::domain::cursor::{CommitMetadata, CursorRow, GroupOffset, HaltReason, Identity, Mode};
+use payment_writer::domain::cursor::{
+    CommitMetadata, CursorRow, GroupOffset, HaltReason, Identity, Mode, NO_OFFSET, Settlement,
+};
 use payment_writer::domain::record::{NextOffset, Partition};
 use payment_writer::domain::wire::Rules;
 use payment_writer::lane::{Lane, LaneSettings};
@@ -667,15 +669,18 @@ impl Driver {
             world.note(|| format!("partition {p} resolved at {truth}"));
             // The resolution creates the cursor if there is none yet.
             let start = NextOffset(world.logs[*p as usize].start);
+            let replaces = world.offsets[*p as usize].as_ref().map_or(NO_OFFSET, |group| group.position);
             let row = world.db.cursors.entry(*p).or_insert(CursorRow {
                 applied: start,
                 published: None,
                 applied_timestamp: None,
                 settled: None,
             });
-            row.settled = Some(NextOffset(truth.max(start.0)));
+            row.settled =
+                Some(Settlement { committed: NextOffset(truth.max(start.0)), replaces: Some(replaces) });
             is_settled = true;
             self.stats.settled += 1;
+            world.snapshot();
         }
         is_settled
     }

@@ -471,6 +471,41 @@ fn a_group_offset_rolled_back_with_its_metadata_sends_nothing_twice() {
 }
 
 #[test]
+fn a_decision_restored_after_it_was_taken_up_sends_nothing_twice() {
+    let stats = in_world(async {
+        // GIVEN a partition that is halted for lack of proof of what was sent
+        let mut driver = at_rest(Driver::new(quiet_setup(5), true)).await;
+        driver.world().is_tail_removed = true;
+        for id in [1, 2] {
+            driver.append_to(0, id, 0, 0);
+            driver.rest().await;
+        }
+        driver.stop_all(true).await;
+        driver.world().db.cursors.get_mut(&0).unwrap().published = Some(NextOffset(1));
+        driver.roll_back(0, 0);
+        driver.start_all();
+        driver.pause(Duration::from_secs(20)).await;
+        // WHEN an operator decides, a lane takes it up and sends more, and the database is restored to the moment of
+        // the decision
+        let halted = driver.halted();
+        assert!(driver.settle(&halted), "{halted:?}");
+        driver.rest().await;
+        driver.append_to(0, 3, 0, 0);
+        driver.rest().await;
+        driver.world().is_tail_removed = false;
+        let mut world = driver.world();
+        let backup = world.snapshots.pop().unwrap();
+        assert!(backup.cursors[&0].settled.is_some());
+        world.restore(backup);
+        drop(world);
+        // THEN the decision no longer holds
+        driver.finish().await
+    });
+    expect_kept(&stats);
+    assert_eq!((stats.rows, stats.outputs, stats.settled), (3, 6, 1));
+}
+
+#[test]
 fn a_group_offset_rolled_back_beside_an_empty_database_sends_nothing_twice() {
     let stats = in_world(async {
         // GIVEN two batches published

@@ -585,10 +585,6 @@ impl World {
     }
 
     pub fn snapshot(&mut self) {
-        if self.db.cursors.values().any(|row| row.settled.is_some()) {
-            // A resolution that is restored later would be taken for a new one.
-            return;
-        }
         self.note(|| "snapshot of the database".to_owned());
         self.snapshots.push(self.db.clone());
     }

@@ -152,8 +152,9 @@ fn a_mark_that_speaks_of_another_offset_is_none() {
 
 #[test]
 fn a_settled_partition_goes_on_where_the_person_said() {
+    let decided_on = |at, replaces| Some(Settlement { committed: NextOffset(at), replaces });
     let settled = |applied, published, at| {
-        row(applied, published).map(|row| CursorRow { settled: Some(NextOffset(at)), ..row })
+        row(applied, published).map(|row| CursorRow { settled: decided_on(at, None), ..row })
     };
     for group in [None, unmarked(2), unmarked(50), marked(30)] {
         assert_eq!(decided(group.clone(), settled(20, Some(10), 15)), go(15, 20, 15, true, true));
@@ -161,6 +162,27 @@ fn a_settled_partition_goes_on_where_the_person_said() {
     }
     // The resolution is removed from the database even if it changes nothing else.
     assert_eq!(decided(marked(20), settled(20, Some(20), 20)), go(20, 20, 20, false, true));
+
+    // A decision holds for the offset that the operator saw, and until a lane has committed it.
+    let over = |group: Option<GroupOffset>, at, replaces| {
+        let row = row(20, Some(10)).map(|row| CursorRow { settled: decided_on(at, Some(replaces)), ..row });
+        decided(group, row)
+    };
+    for (group, seen) in [
+        (None, NO_OFFSET),
+        (unmarked(50), NextOffset(50)),
+        (marked(30), NextOffset(30)),
+        (marked(15), NextOffset(50)),
+        (marked(12), NextOffset(10)),
+    ] {
+        let must_commit = group != marked(15);
+        assert_eq!(over(group, 15, seen), go(15, 20, 15, must_commit, true));
+    }
+    // The group has moved on since: the database is older, and the decision was taken up.
+    assert_eq!(over(marked(18), 15, NextOffset(50)), go(18, 20, 18, false, true));
+    assert_eq!(over(marked(18), 15, NO_OFFSET), go(18, 20, 18, false, true));
+    assert_eq!(over(unmarked(15), 15, NextOffset(50)), unproved(10, 20));
+    assert_eq!(over(None, 15, NextOffset(50)), unproved(10, 20));
 }
 
 #[test]
@@ -244,11 +266,14 @@ fn some_known() -> impl Strategy<Value = Known> {
             Some(GroupOffset { position: NextOffset(at), metadata: marked(text).unwrap().metadata })
         }),
     ];
-    let settled = prop_oneof![3 => Just(None), 1 => position.clone().prop_map(Some)];
+    let replaces = proptest::option::of((-1_i64..12).prop_map(NextOffset));
+    let settlement = (position.clone(), replaces)
+        .prop_map(|(at, replaces)| Settlement { committed: NextOffset(at), replaces });
+    let settled = prop_oneof![3 => Just(None), 1 => settlement.prop_map(Some)];
     let row = prop_oneof![
         Just(None),
         (position.clone(), proptest::option::of(position.clone()), settled)
-            .prop_map(|(a, p, s)| { row(a, p).map(|row| CursorRow { settled: s.map(NextOffset), ..row }) }),
+            .prop_map(|(a, p, settled)| { row(a, p).map(|row| CursorRow { settled, ..row }) }),
     ];
     (group, row, position.clone(), position)
         .prop_map(|(group, row, start, length)| known(group, row, start, start + length))
@@ -272,7 +297,7 @@ proptest! {
         if !publishes {
             return Ok(());
         }
-        let settled = known.row.as_ref().and_then(|r| r.settled);
+        let settled = known.settlement();
         let published = known.row.as_ref().and_then(|r| r.published);
         let scanned = known
             .group

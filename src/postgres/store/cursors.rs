@@ -9,7 +9,7 @@ use tokio_postgres::types::{Timestamp, ToSql};
 use uuid::Uuid;
 
 use super::session::{self, Session, store_error};
-use crate::domain::cursor::CursorRow;
+use crate::domain::cursor::{CursorRow, Settlement};
 use crate::domain::outcome::{FailureClass, SQLSTATE_CURSOR_MOVED};
 use crate::domain::record::{NextOffset, Partition, TimestampMs};
 use crate::domain::wire;
@@ -126,7 +126,8 @@ pub(super) async fn store_in(
         return Err(StoreError { sqlstate: Some(SQLSTATE_CURSOR_MOVED.to_owned()), ..error });
     }
     // Deletes only the resolutions that were applied; one stored since then is applied later.
-    let committed: Vec<Option<i64>> = rows.iter().map(|(.., row)| row.settled.map(|s| s.0)).collect();
+    let committed: Vec<Option<i64>> =
+        rows.iter().map(|(.., row)| row.settled.map(|s| s.committed.0)).collect();
     transaction.execute(session::DELETE_SETTLEMENTS, &[topic_id, &partitions, &committed]).await?;
     transaction.commit().await?;
     Ok(())
@@ -142,13 +143,15 @@ pub(super) async fn cursors_in(
     let mut found = HashMap::new();
     for row in session.client.query(&session.cursors, &[topic_id, &numbers]).await? {
         let timestamp: Option<SystemTime> = row.try_get(3)?;
+        let replaces = row.try_get::<_, Option<i64>>(5)?.map(NextOffset);
+        let settlement = |committed| Settlement { committed: NextOffset(committed), replaces };
         found.insert(
             Partition(row.try_get(0)?),
             CursorRow {
                 applied: NextOffset(row.try_get(1)?),
                 published: row.try_get::<_, Option<i64>>(2)?.map(NextOffset),
                 applied_timestamp: timestamp.and_then(milliseconds),
-                settled: row.try_get::<_, Option<i64>>(4)?.map(NextOffset),
+                settled: row.try_get::<_, Option<i64>>(4)?.map(settlement),
             },
         );
     }

@@ -1,0 +1,1 @@
+ALTER TABLE payment_writer.cursor_settlement DROP COLUMN replaces;
