@@ -413,7 +413,7 @@ impl<'a> Comparison<'a> {
     fn judge(&self, slice: &Slice, cut_off: &CutOff, suspects: &mut Vec<Suspect>, report: &mut Report) {
         let publishes = self.settings.kafka.publish;
         for entry in slice.table.entries() {
-            let verdict = judge(entry, publishes, |part| cut_off.has(part, entry.place, entry.key));
+            let verdict = judge(entry, publishes, |part| cut_off.has(part, entry));
             report.records += 1;
             *report.outcomes.entry(verdict.outcome).or_default() += 1;
             if let Some(outputs) = &mut report.outputs {

@@ -40,6 +40,8 @@ const PEEK_MAX: Duration = Duration::from_secs(20);
 const STAMPED_AHEAD_MS: i64 = 3_600_000;
 /// Assumed maximum difference between the clocks of two hosts.
 const CLOCK_SKEW_MS: i64 = 600_000;
+/// How much later than its outputs a record's timestamp may be.
+pub const RECORD_AHEAD_MAX_MS: i64 = STAMPED_AHEAD_MS + CLOCK_SKEW_MS;
 
 /// What the scan knows about one input partition.
 #[derive(Debug)]

@@ -119,6 +119,7 @@ impl Slice {
             }
             let key = record.key.filter(|key| (1..=DEAD_LETTER_KEY_BYTES_MAX).contains(&key.len()));
             entry.key = key.map(java_partition_hash);
+            entry.second = record.timestamp.and_then(|t| u32::try_from(t.0 / 1_000).ok()).unwrap_or_default();
             self.table.push(entry);
         }
         *source = batch.into_memory().take_source();

@@ -9,16 +9,17 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use super::report::Report;
-use super::table::{Part, Place, Placed, Table};
+use super::table::{Entry, Part, Place, Placed, Table};
 use super::{Fault, hash};
 use crate::config::KafkaSettings;
 use crate::domain::payment::MessageId;
 use crate::domain::publication::Source;
-use crate::domain::record::{NextOffset, Offset, Partition};
+use crate::domain::record::{NextOffset, Offset, Partition, TimestampMs};
 use crate::domain::wire::Reason;
 use crate::error::CommandError;
 use crate::kafka::last_stable::stable_high_watermarks;
 use crate::kafka::librdkafka::NativeRecord;
+use crate::kafka::output_scan::RECORD_AHEAD_MAX_MS;
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
 
 /// An output topic and the ends up to which it is read.
@@ -60,9 +61,17 @@ pub(super) struct Outputs {
     indexes: RefCell<HashMap<Part, Index>>,
 }
 
-/// Partitions of an output topic. Those that no longer start at offset 0 have the lowest source offset by
-/// partition of the input topic.
-type Firsts = Vec<Option<HashMap<Partition, Offset>>>;
+/// The oldest of what is left of an output partition that no longer starts at offset 0.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct Oldest {
+    /// Timestamp of the first output; `None` if there is no output, or it has none.
+    at: Option<TimestampMs>,
+    /// The first source offset by partition of the input topic.
+    firsts: HashMap<Partition, Offset>,
+}
+
+/// Partitions of an output topic; `None` if nothing was removed.
+type Firsts = Vec<Option<Oldest>>;
 
 /// Outputs that may have been removed by retention.
 #[derive(Default)]
@@ -116,23 +125,29 @@ impl Index {
         Self {
             block_offsets: (offsets / BLOCKS_MAX).max(BLOCK_OFFSETS_MIN),
             blocks: vec![Vec::new(); ranges.len()],
-            firsts: ranges.iter().map(|range| (range.from.0 > 0).then(HashMap::new)).collect(),
+            firsts: ranges.iter().map(|range| (range.from.0 > 0).then(Oldest::default)).collect(),
             ranges,
             foreign: 0,
         }
     }
 
-    /// Adds an output: its own position, and that of its record.
-    fn add(&mut self, own: Place, source: Option<Place>) {
+    /// Adds an output: its own position and timestamp, and the position of its record.
+    fn add(&mut self, own: Place, at: Option<TimestampMs>, source: Option<Place>) {
+        let index = usize::try_from(own.0.0).unwrap_or(usize::MAX);
+        let mut oldest = self.firsts.get_mut(index).and_then(Option::as_mut);
+        if let Some(oldest) = &mut oldest {
+            oldest.at = oldest.at.or(at);
+        }
         let Some((partition, offset)) = source else {
             self.foreign += 1;
             return;
         };
-        let at = usize::try_from(own.0.0).unwrap_or(usize::MAX);
-        let (Some(range), Some(blocks)) = (self.ranges.get(at), self.blocks.get_mut(at)) else { return };
-        if let Some(Some(firsts)) = self.firsts.get_mut(at) {
-            firsts.entry(partition).or_insert(offset);
+        if let Some(oldest) = oldest {
+            oldest.firsts.entry(partition).or_insert(offset);
         }
+        let (Some(range), Some(blocks)) = (self.ranges.get(index), self.blocks.get_mut(index)) else {
+            return;
+        };
         let number = usize::try_from((own.1.0 - range.from.0) / self.block_offsets).unwrap_or_default();
         if blocks.len() <= number {
             blocks.resize_with(number + 1, Block::default);
@@ -156,13 +171,19 @@ impl Index {
 
 impl CutOff {
     /// Whether the output of this record may have been removed by retention. Each output partition holds the
-    /// outputs of an input partition in offset order, and retention removes the oldest first.
-    pub fn has(&self, part: Part, (partition, offset): Place, key: Option<u32>) -> bool {
+    /// outputs of an input partition in offset order, and retention removes the oldest first. An output is sent after
+    /// its record.
+    pub fn has(&self, part: Part, entry: &Entry) -> bool {
         let Some((_, firsts)) = self.0.iter().find(|(of, _)| *of == part) else { return false };
-        let may_be = |firsts: &Option<HashMap<Partition, Offset>>| {
-            firsts.as_ref().is_some_and(|firsts| firsts.get(&partition).is_none_or(|first| offset < *first))
+        let (partition, offset) = entry.place;
+        let may_be = |oldest: &Option<Oldest>| {
+            oldest.as_ref().is_some_and(|oldest| {
+                let is_newer =
+                    oldest.at.is_some_and(|at| i64::from(entry.second) * 1_000 > at.0 + RECORD_AHEAD_MAX_MS);
+                !is_newer && oldest.firsts.get(&partition).is_none_or(|first| offset < *first)
+            })
         };
-        match key {
+        match entry.key {
             Some(key) => {
                 (key as usize).checked_rem(firsts.len()).and_then(|at| firsts.get(at)).is_some_and(may_be)
             }
@@ -257,7 +278,7 @@ impl Outputs {
                 }
                 let label = Label::of(record, self.topic_id);
                 if let Some(index) = &mut index {
-                    index.add((record.partition(), record.offset()), label.place);
+                    index.add((record.partition(), record.offset()), record.timestamp(), label.place);
                 }
                 let Some((partition, offset)) = label.place else { return ControlFlow::Continue(()) };
                 let value = record.value();
@@ -317,6 +338,7 @@ impl Outputs {
 
 #[cfg(test)]
 mod tests {
+    use super::super::table::{Claim, Hashes, Notes};
     use super::*;
 
     fn range(partition: i32, from: i64, to: i64) -> ScanRange {
@@ -331,14 +353,13 @@ mod tests {
         assert_eq!(index.block_offsets, BLOCK_OFFSETS_MIN);
         for offset in 0..20_000 {
             let source = (Partition((offset % 2) as i32), Offset(offset / 2));
-            index.add((Partition(0), Offset(500 + offset)), Some(source));
+            index.add((Partition(0), Offset(500 + offset)), Some(TimestampMs(7 + offset)), Some(source));
         }
-        index.add((Partition(1), Offset(4_999)), Some((Partition(7), Offset(3))));
-        index.add((Partition(1), Offset(0)), None);
-        assert_eq!(
-            (index.foreign, index.firsts.clone()),
-            (1, vec![Some([(Partition(0), Offset(0)), (Partition(1), Offset(0))].into()), None,])
-        );
+        index.add((Partition(1), Offset(4_999)), None, Some((Partition(7), Offset(3))));
+        index.add((Partition(1), Offset(0)), None, None);
+        let firsts = [(Partition(0), Offset(0)), (Partition(1), Offset(0))].into();
+        let oldest = Oldest { at: Some(TimestampMs(7)), firsts };
+        assert_eq!((index.foreign, index.firsts.clone()), (1, vec![Some(oldest), None]));
 
         // THEN a slice reads its blocks
         let needed = |records: &[ScanRange]| index.needed(records);
@@ -347,5 +368,30 @@ mod tests {
         assert_eq!(needed(&[range(1, 9_999, 12_000)]), [range(0, 19_500, 20_500)]);
         assert_eq!(needed(&[range(7, 0, 10)]), [range(1, 4_000, 5_000)]);
         assert_eq!(needed(&[range(7, 4, 10), range(0, 10_000, 10_001)]), []);
+    }
+
+    #[test]
+    fn only_what_is_older_than_the_oldest_output_may_have_been_removed() {
+        // GIVEN an output partition from which outputs were removed
+        let at = 1_000_000 * 1_000;
+        let firsts = [(Partition(0), Offset(50))].into();
+        let cut_off =
+            CutOff(vec![(Part::Read, vec![Some(Oldest { at: Some(TimestampMs(at)), firsts }), None])]);
+        let may_be = |partition, offset, second, key| {
+            let place = (Partition(partition), Offset(offset));
+            let mut entry = Entry::new(place, Claim::Own, Notes::default(), Hashes::default());
+            (entry.second, entry.key) = (second, key);
+            cut_off.has(Part::Read, &entry)
+        };
+        // THEN the outputs of older records may be gone, unless a later one of its partition came before them
+        for key in [Some(0), None] {
+            assert!(may_be(0, 49, 999_000, key) && may_be(0, 49, 1_004_200, key) && may_be(3, 0, 0, key));
+            assert!(!may_be(0, 50, 999_000, key));
+            assert!(!may_be(0, 49, 1_004_201, key) && !may_be(3, 0, 1_004_201, key));
+        }
+        // AND those of another partition, or of another topic, are there
+        assert!(!may_be(0, 49, 999_000, Some(1)));
+        let entry = Entry::new((Partition(0), Offset(0)), Claim::Own, Notes::default(), Hashes::default());
+        assert!(!cut_off.has(Part::Email, &entry));
     }
 }

@@ -139,6 +139,8 @@ pub struct Entry {
     pub place: Place,
     /// Hash of the key by Java's partitioner; `None` without a key, which can be in any output partition.
     pub key: Option<u32>,
+    /// Timestamp, in seconds; 0 if it has none, or one that seconds of 32 bits cannot tell.
+    pub second: u32,
     /// Status by log and claims.
     pub claim: Claim,
     /// Special circumstances.
@@ -165,6 +167,7 @@ impl Entry {
         Self {
             place,
             key: None,
+            second: 0,
             claim,
             circumstances,
             expected,

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::input::{configure_topic, leave_open};
 use crate::support::{
-    Check, Finished, Flow, Load, Member, Message, PATIENCE, Payment, Scope, Servers, block_on, uuid_v4,
-    wait_until_within,
+    AT_MS, Check, Finished, Flow, Load, Member, Message, PATIENCE, Payment, Scope, Servers, block_on,
+    uuid_v4, wait_until_within,
 };
 
 fn member() -> Member {
@@ -546,6 +546,14 @@ fn data_removed_for_a_known_reason_is_no_finding() {
     scope.produce(&scope.input_topic, [payment(400, 5).message().partition(0)]);
     member().catch_up(&scope);
     assert_eq!(is_fine(&scope, &[])["outputs"]["read"], 1);
+
+    // WHEN the oldest that is left in the read topic is older than the records
+    block_on(scope.admin().delete_records(&list, &AdminOptions::new())).unwrap();
+    let old = |partition| Message::new("1", "{}").partition(partition).timestamp_ms(AT_MS - 4_300_000);
+    scope.produce(&scope.read_topic, [old(0), old(1)]);
+    // THEN retention has not removed their events
+    let missing = findings_with(&scope, &[]);
+    assert!(!missing.is_empty() && missing.iter().all(|text| text.ends_with("no read event")), "{missing:?}");
 }
 
 /// What was not compared, as `partition/from-to: why`, with `!` where that may hide a loss.
