@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::domain::cursor::IdentityMismatch;
 use crate::kafka::join_failure;
 use crate::kafka::librdkafka::NO_TOPIC_IDS;
-use crate::kafka::topic_rules::{Action, CLEANUP_POLICY, Rule, TIMESTAMP_TYPE, alter};
+use crate::kafka::topic_rules::{Action, CLEANUP_POLICY, Rule, TIMESTAMP_AHEAD, TIMESTAMP_TYPE, alter};
 use crate::kafka::transactions::{DEAD_LETTER_BYTES, missing_output, recreated_output, too_large};
 use crate::postgres::connection::ConnectError;
 use crate::postgres::schema::months::detached;
@@ -27,6 +27,7 @@ pub enum Dependency {
     TopicIdentity,
     CleanupPolicy,
     TimestampType,
+    TimestampAhead,
     OutputTopics,
     OutputIdentity,
     OutputSizes,
@@ -150,7 +151,7 @@ fn rule(rule: &Rule) -> Fact {
         Action::Warn => Does::Warn,
     };
     let told = Told::Checks(&[When::Start, When::Minute]);
-    fact(told, does, rule.violation("TOPIC", rule.refused), &rule.remedy("TOPIC"))
+    fact(told, does, rule.violation("TOPIC", &rule.refused.example()), &rule.remedy("TOPIC"))
 }
 
 /// An error with which the brokers keep a member out of the group.
@@ -208,6 +209,7 @@ impl Dependency {
             ),
             Self::CleanupPolicy => rule(&CLEANUP_POLICY),
             Self::TimestampType => rule(&TIMESTAMP_TYPE),
+            Self::TimestampAhead => rule(&TIMESTAMP_AHEAD),
             Self::OutputTopics => {
                 fact(START, Does::Wait, missing_output("TOPIC"), "payment-writer topics create")
             }

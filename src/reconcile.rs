@@ -38,7 +38,7 @@ use crate::domain::wire::Rules;
 use crate::error::CommandError;
 use crate::failpoint;
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
-use crate::kafka::topic_rules::{CLEANUP_POLICY, Role};
+use crate::kafka::topic_rules::{CLEANUP_POLICY, Role, TIMESTAMP_AHEAD};
 use crate::postgres::binding;
 use crate::resolution::{self, View, not_bound};
 
@@ -139,14 +139,16 @@ impl<'a> Comparison<'a> {
         let database = Database::open(runtime, &settings.postgres.url)?;
         let bound = binding::is_bound_to(&database.client, &kafka.group_id, topic_id, kafka.publish);
         runtime.block_on(bound).map_err(not_bound)?;
+        let scanner = Scanner::new(kafka, &kafka.input_topic)?;
+        let has_times = scanner.violation(&TIMESTAMP_AHEAD, kafka, Role::Input) == Ok(None);
         Ok(Self {
             settings,
             wanted,
             progress,
             exempt: database.exempt(topic_id)?,
             archived_before: database.archived_before(settings.retention.payment_months)?,
-            outputs: kafka.publish.then(|| Outputs::open(kafka, topic_id)).transpose()?,
-            scanner: Scanner::new(kafka, &kafka.input_topic)?,
+            outputs: kafka.publish.then(|| Outputs::open(kafka, topic_id, has_times)).transpose()?,
+            scanner,
             rules: settings.rules(),
             database,
         })
@@ -178,7 +180,18 @@ impl<'a> Comparison<'a> {
         for slice in slices {
             report = self.slice_with_tries(slice, &report, &mut suspects, &mut months, &mut gaps)?;
         }
-        self.removed(&gaps.found(), &mut report)?;
+        self.progress.set_message("gaps");
+        let (gaps, mut tries) = (gaps.found(), 0);
+        let removed = loop {
+            tries += 1;
+            match self.removed(&gaps) {
+                Err(Fault::Scan(_)) if tries < TRIES_MAX => {}
+                removed => break removed?,
+            }
+        };
+        for gap in removed {
+            report.not_compared(gap, "without a record, removed by compaction or lost", true);
+        }
         self.resolve(suspects, &mut report)?;
         if self.wanted.looks_for_orphans {
             self.progress.set_message("orphans");
@@ -343,14 +356,14 @@ impl<'a> Comparison<'a> {
         Ok((slice.times, slice.table))
     }
 
-    /// Reports those of the gaps that are not aborted transactions.
-    fn removed(&self, gaps: &[ScanRange], report: &mut Report) -> Result<(), Fault> {
+    /// Those of the gaps that are not aborted transactions.
+    fn removed(&self, gaps: &[ScanRange]) -> Result<Vec<ScanRange>, Fault> {
         let mut suspected: BTreeMap<Partition, ScanRange> = BTreeMap::new();
         for gap in gaps {
             suspected.entry(gap.partition).or_insert(*gap).to = gap.to;
         }
         if suspected.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut suspected: Vec<ScanRange> = suspected.into_values().collect();
         // Retention may have removed some since.
@@ -365,10 +378,7 @@ impl<'a> Comparison<'a> {
             gaps.pass((record.partition(), record.offset()));
             ControlFlow::Continue(())
         })?;
-        for gap in gaps.found() {
-            report.not_compared(gap, "without a record, removed by compaction or lost", true);
-        }
-        Ok(())
+        Ok(gaps.found())
     }
 
     fn rows(&self, ranges: &[ScanRange], slice: &mut Slice, report: &mut Report) -> Result<(), CommandError> {

@@ -16,8 +16,7 @@ pub use self::all_halted::{check, propose};
 pub use self::plan_file::{PlanFile, PlanLine};
 use crate::config::Settings;
 use crate::domain::cursor::{
-    CursorRow, Decision, HaltReason, Identity, Known, LogBounds, Mode, NO_OFFSET, OutputScan, Settlement,
-    decide,
+    CursorRow, Decision, HaltReason, Identity, Known, LogBounds, Mode, OutputScan, Settlement, decide,
 };
 use crate::domain::record::{NextOffset, Partition};
 use crate::error::{CommandError, OrFailed};
@@ -282,10 +281,7 @@ fn checked(
         },
         published: mode.publishes.then_some(committed),
         applied_timestamp: None,
-        settled: Some(Settlement {
-            committed,
-            replaces: Some(known.group.as_ref().map_or(NO_OFFSET, |group| group.position)),
-        }),
+        settled: Some(Settlement { committed, replaces: Some(Settlement::replaced(known.group.as_ref())) }),
     };
     if committed < start || committed > end {
         return Err(CommandError::usage(format!(
@@ -350,7 +346,7 @@ async fn write(
 ) -> Result<bool, tokio_postgres::Error> {
     let Plan { partition: Partition(partition), topic, topic_id, resolution, before, after, .. } = plan;
     let (applied, published) = (after.applied.0, after.published.map(|p| p.0));
-    let replaces = after.settled.and_then(|settled| settled.replaces).map(|offset| offset.0);
+    let replaces = after.settled.as_ref().and_then(|settled| settled.replaces.as_ref());
     let applied_before = before.as_ref().map(|row| row.applied.0);
     let published_before = before.as_ref().and_then(|row| row.published).map(|p| p.0);
     let changed = match applied_before {
@@ -387,7 +383,7 @@ async fn write(
             "INSERT INTO payment_writer.cursor_settlement
              SELECT r.* FROM jsonb_populate_record(NULL::payment_writer.cursor_settlement, jsonb_build_object(
                  'topic_id', $1::uuid, 'partition', $2::integer, 'committed', $3::bigint, 'settled_at', now(),
-                 'replaces', $4::bigint)) AS r",
+                 'replaces', $4::text)) AS r",
             &[topic_id, partition, &resolution.committed().0, &replaces],
         )
         .await?;

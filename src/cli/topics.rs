@@ -12,7 +12,7 @@ use crate::config::Settings;
 use crate::error::{CommandError, OrFailed};
 use crate::kafka::callbacks::QuietLog;
 use crate::kafka::client::{REQUEST_TIMEOUT, base_client_config, make_client, partition_counts};
-use crate::kafka::topic_rules;
+use crate::kafka::topic_rules::{self, Role, TIMESTAMP_AHEAD};
 
 /// Time limit for the brokers to propagate the metadata of a new topic.
 const VISIBLE_WITHIN: Duration = Duration::from_secs(30);
@@ -26,7 +26,8 @@ const DEAD_LETTER_CONFIG: [(&str, &str); 3] =
 
 const AFTER_HELP: &str = "\
 An existing topic is not changed; the command warns if its number of partitions or, for the dead-letter
-topic, its retention differs, if it is compacted, and if the input has message.timestamp.type=LogAppendTime.
+topic, its retention differs, if it is compacted, and if the input has message.timestamp.type=LogAppendTime or
+accepts timestamps that are more than an hour ahead.
 
 Never change the input's number of partitions: an account's payments would move to another partition
 and lose their order.
@@ -53,29 +54,42 @@ pub struct CreateTopicsArgs {
 struct Wanted<'a> {
     name: &'a str,
     partitions: i32,
-    dead_letters: bool,
+    role: Role,
 }
 
 /// Creates absent topics and waits until all four are visible to every client.
 pub async fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), CommandError> {
     let kafka = &settings.kafka;
-    let output = |name| Wanted { name, partitions: args.output_partitions, dead_letters: false };
+    let output = |role: Role| Wanted { name: role.topic(kafka), partitions: args.output_partitions, role };
     let wanted = [
-        Wanted { name: &kafka.input_topic, partitions: args.partitions, dead_letters: false },
-        output(&kafka.read_topic),
-        output(&kafka.email_topic),
-        Wanted { dead_letters: true, ..output(&kafka.dead_letter_topic) },
+        Wanted { partitions: args.partitions, ..output(Role::Input) },
+        output(Role::Read),
+        output(Role::Email),
+        output(Role::DeadLetter),
     ];
     let admin: AdminClient<QuietLog> = make_client(&base_client_config(kafka), QuietLog::default())
         .or_failed_to("cannot make a Kafka client")?;
     let present = partition_counts(admin.inner())
         .or_failed_to(format_args!("no answer from Kafka at {}", kafka.bootstrap_servers))?;
+    let replication = args.replication_factor.unwrap_or(-1);
     let new_topics: Vec<NewTopic<'_>> = wanted
         .iter()
         .filter(|topic| !present.contains_key(topic.name))
-        .map(|topic| new_topic(topic, args.replication_factor.unwrap_or(-1)))
+        .map(|topic| new_topic(topic, replication))
         .collect();
-    let created = create_topics(&admin, &new_topics).await?;
+    let mut result = create_topics(&admin, &new_topics).await?;
+    // Kafka 3.5 does not know the limit of timestamps.
+    let is_unknown = |(name, code): &mut (String, _)| {
+        *name == kafka.input_topic && *code == RDKafkaErrorCode::InvalidConfig
+    };
+    if result.refused.extract_if(.., is_unknown).next().is_some() {
+        let input =
+            NewTopic { config: vec![("cleanup.policy", "delete")], ..new_topic(&wanted[0], replication) };
+        let again = create_topics(&admin, &[input]).await?;
+        result.created.extend(again.created);
+        result.refused.extend(again.refused);
+    }
+    let created = result.all()?;
     let present = wait_until_visible(&admin, &wanted).await?;
     for topic in &wanted {
         let partitions = present.get(topic.name).copied().unwrap_or_default();
@@ -87,7 +101,7 @@ pub async fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), 
                 topic.name, topic.partitions
             ));
         }
-        if topic.dead_letters && what != "created" {
+        if topic.role == Role::DeadLetter && what != "created" {
             warn_of_retention(&admin, topic.name).await;
         }
     }
@@ -101,40 +115,58 @@ pub async fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), 
 fn new_topic<'a>(topic: &Wanted<'a>, replication_factor: i32) -> NewTopic<'a> {
     let replication = TopicReplication::Fixed(replication_factor);
     let new = NewTopic::new(topic.name, topic.partitions, replication).set("cleanup.policy", "delete");
-    if !topic.dead_letters {
-        return new;
-    }
-    DEAD_LETTER_CONFIG.into_iter().fold(new, |new, (name, value)| new.set(name, value))
+    let more: &[(&str, &str)] = match topic.role {
+        Role::Input => &[(TIMESTAMP_AHEAD.setting, TIMESTAMP_AHEAD.wanted)],
+        Role::Read | Role::Email => &[],
+        Role::DeadLetter => &DEAD_LETTER_CONFIG,
+    };
+    more.iter().fold(new, |new, (name, value)| new.set(name, value))
 }
 
-/// Returns the names of the topics that this call created; a topic that another call created first is not an
-/// error.
+/// What the brokers answered to a request to create topics.
+#[derive(Default)]
+struct Created {
+    /// Names of the topics that the call created.
+    created: Vec<String>,
+    /// The topics that were refused, and why.
+    refused: Vec<(String, RDKafkaErrorCode)>,
+}
+
+impl Created {
+    /// The names, if nothing was refused.
+    fn all(self) -> Result<Vec<String>, CommandError> {
+        if self.refused.is_empty() {
+            return Ok(self.created);
+        }
+        let refused: Vec<String> =
+            self.refused.iter().map(|(name, code)| format!("{name}: {code}")).collect();
+        let mut message = format!("cannot create topics: {}", refused.join("; "));
+        if !self.created.is_empty() {
+            message.push_str(&format!(" (created: {})", self.created.join(", ")));
+        }
+        Err(CommandError::failed(message))
+    }
+}
+
+/// Creates topics; one that another call created first is not refused.
 async fn create_topics(
     admin: &AdminClient<QuietLog>,
     new_topics: &[NewTopic<'_>],
-) -> Result<Vec<String>, CommandError> {
+) -> Result<Created, CommandError> {
+    let mut created = Created::default();
     if new_topics.is_empty() {
-        return Ok(Vec::new());
+        return Ok(created);
     }
     let options =
         AdminOptions::new().request_timeout(Some(REQUEST_TIMEOUT)).operation_timeout(Some(REQUEST_TIMEOUT));
-    let results = admin.create_topics(new_topics, &options).await.or_failed_to("cannot create topics")?;
-    let (mut created, mut refused) = (Vec::new(), Vec::new());
-    for result in results {
+    for result in admin.create_topics(new_topics, &options).await.or_failed_to("cannot create topics")? {
         match result {
-            Ok(name) => created.push(name),
+            Ok(name) => created.created.push(name),
             Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-            Err((name, code)) => refused.push(format!("{name}: {code}")),
+            Err(refused) => created.refused.push(refused),
         }
     }
-    if refused.is_empty() {
-        return Ok(created);
-    }
-    let mut message = format!("cannot create topics: {}", refused.join("; "));
-    if !created.is_empty() {
-        message.push_str(&format!(" (created: {})", created.join(", ")));
-    }
-    Err(CommandError::failed(message))
+    Ok(created)
 }
 
 /// Waits until each topic is visible and each of its partitions has a leader.

@@ -19,7 +19,7 @@ use crate::kafka::librdkafka::{
     NO_TOPIC_IDS, NativeError, ProducerClient, TxnProducer, describe_group, describe_topic, settings_of,
 };
 use crate::kafka::publisher_settings::{transactional_config, transactional_id};
-use crate::kafka::topic_rules::{CLEANUP_POLICY, Role, TIMESTAMP_TYPE};
+use crate::kafka::topic_rules::{CLEANUP_POLICY, Role, TIMESTAMP_AHEAD, TIMESTAMP_TYPE};
 use crate::kafka::transactions::{DEAD_LETTER_BYTES, EVENT_BYTES};
 use crate::telemetry::status::StatusRegistry;
 
@@ -162,8 +162,11 @@ impl Brokers<'_> {
         replicas: usize,
     ) {
         let mut judge = |what, is_fine, found: String| self.report.judge(what, topic, is_fine, found);
-        let rules =
-            [(Dependency::CleanupPolicy, CLEANUP_POLICY), (Dependency::TimestampType, TIMESTAMP_TYPE)];
+        let rules = [
+            (Dependency::CleanupPolicy, CLEANUP_POLICY),
+            (Dependency::TimestampType, TIMESTAMP_TYPE),
+            (Dependency::TimestampAhead, TIMESTAMP_AHEAD),
+        ];
         for (what, rule) in rules.into_iter().filter(|(_, rule)| rule.roles.contains(&role)) {
             let value = settings.get(rule.setting).map_or("", String::as_str);
             let breach = rule.breach(topic, value);

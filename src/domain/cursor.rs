@@ -100,17 +100,21 @@ pub struct CursorRow {
 }
 
 /// An operator's decision about a halted partition.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Settlement {
     /// The offset to be committed for the group.
     pub committed: NextOffset,
-    /// The group's offset when it was decided, or [`NO_OFFSET`]; `None` before step 9 of the schema, which does not
-    /// tell.
-    pub replaces: Option<NextOffset>,
+    /// What the group had committed when it was decided, by [`replaced`](Self::replaced); `None` before step 9 of the
+    /// schema, which does not tell.
+    pub replaces: Option<String>,
 }
 
-/// The offset of a group that has committed none.
-pub const NO_OFFSET: NextOffset = NextOffset(-1);
+impl Settlement {
+    /// A committed offset with its metadata, as text; empty if there is none.
+    pub fn replaced(group: Option<&GroupOffset>) -> String {
+        group.map(|group| format!("{} {}", group.position, group.metadata)).unwrap_or_default()
+    }
+}
 
 /// First offset still in the log, and the last stable offset.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -153,10 +157,10 @@ impl Known {
     /// The offset that an operator decided on. `None` if the group has gone beyond it since: a restored database may
     /// hold a decision that a lane took up after the backup, and events would be sent again.
     pub fn settlement(&self) -> Option<NextOffset> {
-        let Settlement { committed, replaces } = self.row.as_ref()?.settled?;
-        let group = self.group.as_ref();
+        let Settlement { committed, replaces } = self.row.as_ref()?.settled.as_ref()?;
+        let (committed, group) = (*committed, self.group.as_ref());
         let is_below = |group: &GroupOffset| group.commit_metadata().is_some() && group.position <= committed;
-        let is_unchanged = replaces.is_none_or(|it| it == group.map_or(NO_OFFSET, |group| group.position));
+        let is_unchanged = replaces.as_ref().is_none_or(|it| *it == Settlement::replaced(group));
         (is_unchanged || group.is_some_and(is_below)).then_some(committed)
     }
 

@@ -7,9 +7,8 @@
 //! growing steps, and stops where no output at or after the position in question can lie further back:
 //!
 //! - at any output of that input partition, because they are in order;
-//! - at outputs older than the input record at that position. Brokers refuse records stamped more than an
-//!   hour ahead (`log.message.timestamp.after.max.ms`), so that record was appended an hour before its
-//!   timestamp at the earliest;
+//! - at outputs older than the input record at that position, if brokers refuse records stamped more than an
+//!   hour ahead ([`TIMESTAMP_AHEAD`]): that record was appended an hour before its timestamp at the earliest;
 //! - at the start of the log, if nothing was removed there.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +21,7 @@ use super::last_stable::stable_high_watermarks;
 use super::librdkafka::NativeRecord;
 use super::scan::{ScanError, ScanRange, Scanner};
 use super::timestamp_lookup::{FirstTimestamp, first_timestamps};
+use super::topic_rules::{Role, TIMESTAMP_AHEAD, TIMESTAMP_AHEAD_MAX_MS};
 use crate::config::KafkaSettings;
 use crate::domain::cursor::{LogBounds, OutputScan};
 use crate::domain::publication::Source;
@@ -36,12 +36,10 @@ const STEP_GROWTH: i64 = 4;
 const RECORDS_MAX: u64 = 20_000_000;
 const SEARCH_MAX: Duration = Duration::from_secs(180);
 const PEEK_MAX: Duration = Duration::from_secs(20);
-/// How far a timestamp may be ahead of the broker's clock (`log.message.timestamp.after.max.ms`).
-const STAMPED_AHEAD_MS: i64 = 3_600_000;
 /// Assumed maximum difference between the clocks of two hosts.
-const CLOCK_SKEW_MS: i64 = 600_000;
-/// How much later than its outputs a record's timestamp may be.
-pub const RECORD_AHEAD_MAX_MS: i64 = STAMPED_AHEAD_MS + CLOCK_SKEW_MS;
+pub const CLOCK_SKEW_MS: i64 = 600_000;
+/// How much later than its outputs a record's timestamp may be, where the input's topic has [`TIMESTAMP_AHEAD`] limited.
+pub const RECORD_AHEAD_MAX_MS: i64 = TIMESTAMP_AHEAD_MAX_MS + CLOCK_SKEW_MS;
 
 /// What the scan knows about one input partition.
 #[derive(Debug)]
@@ -194,6 +192,7 @@ fn wanted(
         .filter(|((_, from), bounds)| bounds.start <= *from && *from < bounds.end)
         .map(|(position, _)| *position)
         .collect();
+    let is_limited = input.violation(&TIMESTAMP_AHEAD, kafka, Role::Input) == Ok(None);
     let timestamps = first_timestamps(kafka, &kafka.input_topic, &inside, PEEK_MAX)
         .map_err(|e| input.error(format!("reading the timestamps of single records: {e}")))?;
     let (mut wanted, mut at_end) = (BTreeMap::new(), Vec::new());
@@ -209,11 +208,11 @@ fn wanted(
                 continue;
             }
             // Limited to the present time, in case the record's timestamp is in the future.
-            Some(FirstTimestamp::Record(Some(at))) => {
+            Some(FirstTimestamp::Record(Some(at))) if is_limited => {
                 let at = at.0.min(jiff::Timestamp::now().as_millisecond());
-                Some(TimestampMs(at - STAMPED_AHEAD_MS - CLOCK_SKEW_MS))
+                Some(TimestampMs(at - RECORD_AHEAD_MAX_MS))
             }
-            // Without a timestamp the whole log is read.
+            // Without a timestamp that is limited the whole log is read.
             _ => None,
         };
         wanted.insert(*partition, Wanted { from: *from, not_before, sent: *from, last_before: None });

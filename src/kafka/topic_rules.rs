@@ -45,14 +45,40 @@ pub enum Action {
     Warn,
 }
 
+/// Values that a rule refuses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refused {
+    /// Those that contain this word.
+    Word(&'static str),
+    /// Numbers above this one.
+    Above(i64),
+}
+
+impl Refused {
+    fn has(self, value: &str) -> bool {
+        match self {
+            Self::Word(word) => value.contains(word),
+            Self::Above(most) => value.parse().is_ok_and(|number: i64| number > most),
+        }
+    }
+
+    /// A value that is refused.
+    pub fn example(self) -> String {
+        match self {
+            Self::Word(word) => word.to_owned(),
+            Self::Above(_) => i64::MAX.to_string(),
+        }
+    }
+}
+
 /// A rule about one setting of topics.
 pub struct Rule {
     /// The topics it applies to.
     pub roles: &'static [Role],
     /// Name of the setting in Kafka.
     pub setting: &'static str,
-    /// A word that the setting's value must not contain.
-    pub refused: &'static str,
+    /// What the setting's value must not be.
+    pub refused: Refused,
     /// The value that satisfies the rule.
     pub wanted: &'static str,
     /// What is done about it.
@@ -65,7 +91,7 @@ pub struct Rule {
 pub const CLEANUP_POLICY: Rule = Rule {
     roles: &[Role::Input, Role::Read, Role::Email, Role::DeadLetter],
     setting: "cleanup.policy",
-    refused: "compact",
+    refused: Refused::Word("compact"),
     wanted: "delete",
     action: Action::Refuse,
     consequence: "compaction removes all but the last record of each key, read or not, and refuses records without key",
@@ -75,14 +101,29 @@ pub const CLEANUP_POLICY: Rule = Rule {
 pub const TIMESTAMP_TYPE: Rule = Rule {
     roles: &[Role::Input],
     setting: "message.timestamp.type",
-    refused: "LogAppendTime",
+    refused: Refused::Word("LogAppendTime"),
     wanted: "CreateTime",
     action: Action::Warn,
     consequence: "a record that is sent again, as by dlq replay, gets another timestamp, and so another payment id",
 };
 
+/// How far the timestamp of a record of the input may be ahead of the broker's clock, in ms: the default since Kafka 4.0.
+/// Before, there was no limit.
+pub const TIMESTAMP_AHEAD_MAX_MS: i64 = 3_600_000;
+
+/// An output is sent after its record was appended, so it is no older than the record's timestamp less this.
+pub const TIMESTAMP_AHEAD: Rule = Rule {
+    roles: &[Role::Input],
+    setting: "message.timestamp.after.max.ms",
+    refused: Refused::Above(TIMESTAMP_AHEAD_MAX_MS),
+    wanted: "3600000",
+    action: Action::Warn,
+    consequence: "a record's timestamp does not tell how old its events are, so that a lost group offset is looked for \
+                  in whole output topics, and a partition without a result halts",
+};
+
 /// All rules.
-pub const RULES: [&Rule; 2] = [&CLEANUP_POLICY, &TIMESTAMP_TYPE];
+pub const RULES: [&Rule; 3] = [&CLEANUP_POLICY, &TIMESTAMP_TYPE, &TIMESTAMP_AHEAD];
 
 /// The command that changes a setting of a topic.
 pub fn alter(topic: &str, setting: &str, value: &str) -> String {
@@ -124,7 +165,7 @@ impl Rule {
 
     /// What is wrong about a topic whose setting has this value; `None` if nothing is.
     pub fn breach(&self, topic: &str, value: &str) -> Option<String> {
-        value.contains(self.refused).then(|| self.violation(topic, value))
+        self.refused.has(value).then(|| self.violation(topic, value))
     }
 
     /// What is said about a topic whose setting has this value.

@@ -409,7 +409,7 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
                     applied: start.applied,
                     published: publishes.then_some(start.publish_from),
                     applied_timestamp: found.and_then(|r| r.applied_timestamp),
-                    settled: found.and_then(|r| r.settled),
+                    settled: found.and_then(|r| r.settled.clone()),
                 };
                 (known.partition, found.map(|r| r.applied), row)
             })

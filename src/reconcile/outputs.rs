@@ -19,7 +19,7 @@ use crate::domain::wire::Reason;
 use crate::error::CommandError;
 use crate::kafka::last_stable::stable_high_watermarks;
 use crate::kafka::librdkafka::NativeRecord;
-use crate::kafka::output_scan::RECORD_AHEAD_MAX_MS;
+use crate::kafka::output_scan::{CLOCK_SKEW_MS, RECORD_AHEAD_MAX_MS};
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
 
 /// An output topic and the ends up to which it is read.
@@ -58,6 +58,8 @@ impl Topic {
 pub(super) struct Outputs {
     topics: Vec<(Part, Topic)>,
     topic_id: Uuid,
+    /// Whether timestamps of the input's records are limited by [`TIMESTAMP_AHEAD`].
+    has_times: bool,
     indexes: RefCell<HashMap<Part, Index>>,
 }
 
@@ -75,31 +77,48 @@ type Firsts = Vec<Option<Oldest>>;
 
 /// Outputs that may have been removed by retention.
 #[derive(Default)]
-pub(super) struct CutOff(Vec<(Part, Firsts)>);
+pub(super) struct CutOff {
+    topics: Vec<(Part, Firsts)>,
+    /// Whether the timestamps of records tell how old their outputs are.
+    has_times: bool,
+}
+
+/// How much later than the oldest output a removed one's record may be: two daemons may have sent them.
+const LATER_MAX_MS: i64 = RECORD_AHEAD_MAX_MS + CLOCK_SKEW_MS;
 
 /// Number of blocks of an output topic, beside the last one of each partition. A block is remembered with 24 bytes for
 /// each input partition that it has outputs of.
 const BLOCKS_MAX: i64 = 4_096;
 const BLOCK_OFFSETS_MIN: i64 = 1_000;
+/// Upper limit of the memory of an output topic's blocks, in entries of 24 bytes.
+const BLOCK_ENTRIES_MAX: i64 = 1_000_000;
 
-/// Which records the outputs of a block belong to: lowest and highest offset by partition of the input topic.
+/// Which records the outputs of a block belong to.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-struct Block(Vec<(Partition, Offset, Offset)>);
+struct Block {
+    /// Timestamp of the first output.
+    at: Option<TimestampMs>,
+    /// Lowest and highest offset by partition of the input topic.
+    sources: Vec<(Partition, Offset, Offset)>,
+}
 
 impl Block {
-    fn add(&mut self, partition: Partition, offset: Offset) {
-        let at = self.0.partition_point(|(other, ..)| *other < partition);
-        match self.0.get_mut(at).filter(|(other, ..)| *other == partition) {
+    fn add(&mut self, at: Option<TimestampMs>, (partition, offset): Place) {
+        if self.sources.is_empty() {
+            self.at = at;
+        }
+        let at = self.sources.partition_point(|(other, ..)| *other < partition);
+        match self.sources.get_mut(at).filter(|(other, ..)| *other == partition) {
             Some((_, low, high)) => (*low, *high) = ((*low).min(offset), (*high).max(offset)),
-            None => self.0.insert(at, (partition, offset, offset)),
+            None => self.sources.insert(at, (partition, offset, offset)),
         }
     }
 
     fn meets(&self, ranges: &[ScanRange]) -> bool {
         let meets = |range: &ScanRange| {
-            let at = self.0.binary_search_by_key(&range.partition, |(partition, ..)| *partition);
+            let at = self.sources.binary_search_by_key(&range.partition, |(partition, ..)| *partition);
             at.ok()
-                .and_then(|at| self.0.get(at))
+                .and_then(|at| self.sources.get(at))
                 .is_some_and(|(_, low, high)| low.0 < range.to.0 && high.0 >= range.from.0)
         };
         ranges.iter().any(meets)
@@ -111,61 +130,86 @@ impl Block {
 #[derive(Clone, Debug, Default)]
 struct Index {
     /// What was read.
-    ranges: Vec<ScanRange>,
+    read: Vec<ScanRange>,
+    /// What is left of it.
+    left: Vec<ScanRange>,
     block_offsets: i64,
     /// By partition of the topic, in the order of offsets.
     blocks: Vec<Vec<Block>>,
-    firsts: Firsts,
     foreign: u64,
 }
 
 impl Index {
-    fn new(ranges: Vec<ScanRange>) -> Self {
+    /// An index of these ranges, with the outputs of this number of input partitions.
+    fn new(ranges: Vec<ScanRange>, sources: usize) -> Self {
         let offsets: i64 = ranges.iter().map(|range| range.to.0.saturating_sub(range.from.0)).sum();
+        let blocks_max =
+            (BLOCK_ENTRIES_MAX / i64::try_from(sources).unwrap_or(i64::MAX).max(1)).clamp(1, BLOCKS_MAX);
         Self {
-            block_offsets: (offsets / BLOCKS_MAX).max(BLOCK_OFFSETS_MIN),
+            block_offsets: (offsets / blocks_max).max(BLOCK_OFFSETS_MIN),
             blocks: vec![Vec::new(); ranges.len()],
-            firsts: ranges.iter().map(|range| (range.from.0 > 0).then(Oldest::default)).collect(),
-            ranges,
+            left: ranges.clone(),
+            read: ranges,
             foreign: 0,
         }
     }
 
     /// Adds an output: its own position and timestamp, and the position of its record.
     fn add(&mut self, own: Place, at: Option<TimestampMs>, source: Option<Place>) {
-        let index = usize::try_from(own.0.0).unwrap_or(usize::MAX);
-        let mut oldest = self.firsts.get_mut(index).and_then(Option::as_mut);
-        if let Some(oldest) = &mut oldest {
-            oldest.at = oldest.at.or(at);
-        }
-        let Some((partition, offset)) = source else {
+        let Some(source) = source else {
             self.foreign += 1;
             return;
         };
-        if let Some(oldest) = oldest {
-            oldest.firsts.entry(partition).or_insert(offset);
-        }
-        let (Some(range), Some(blocks)) = (self.ranges.get(index), self.blocks.get_mut(index)) else {
-            return;
-        };
+        let index = usize::try_from(own.0.0).unwrap_or(usize::MAX);
+        let (Some(range), Some(blocks)) = (self.read.get(index), self.blocks.get_mut(index)) else { return };
         let number = usize::try_from((own.1.0 - range.from.0) / self.block_offsets).unwrap_or_default();
         if blocks.len() <= number {
             blocks.resize_with(number + 1, Block::default);
         }
         if let Some(block) = blocks.get_mut(number) {
-            block.add(partition, offset);
+            block.add(at, source);
         }
+    }
+
+    /// Takes note of what retention has removed since. False if the topic was changed otherwise.
+    fn follow(&mut self, all: Vec<ScanRange>) -> bool {
+        let follows = |(new, old): (&ScanRange, &ScanRange)| new.to == old.to && new.from >= old.from;
+        let is_same = all.len() == self.left.len() && all.iter().zip(&self.left).all(follows);
+        if is_same {
+            self.left = all;
+        }
+        is_same
+    }
+
+    /// The oldest outputs that are left, apart from those that share a block with removed ones.
+    fn firsts(&self) -> Firsts {
+        let first = |((left, read), blocks): ((&ScanRange, &ScanRange), &Vec<Block>)| {
+            if left.from.0 == 0 {
+                return None;
+            }
+            let removed = (left.from.0 - read.from.0 + self.block_offsets - 1) / self.block_offsets;
+            let mut oldest = Oldest::default();
+            for block in blocks.iter().skip(usize::try_from(removed).unwrap_or_default()) {
+                oldest.at = oldest.at.or(block.at);
+                for (partition, low, _) in &block.sources {
+                    oldest.firsts.entry(*partition).or_insert(*low);
+                }
+            }
+            Some(oldest)
+        };
+        self.left.iter().zip(&self.read).zip(&self.blocks).map(first).collect()
     }
 
     /// The parts of the topic from the first to the last block with outputs of these records.
     fn needed(&self, records: &[ScanRange]) -> Vec<ScanRange> {
-        let needed = |(range, blocks): (&ScanRange, &Vec<Block>)| {
+        let needed = |((left, read), blocks): ((&ScanRange, &ScanRange), &Vec<Block>)| {
             let first = blocks.iter().position(|block| block.meets(records))? as i64;
             let last = blocks.iter().rposition(|block| block.meets(records))? as i64;
-            let start = |number: i64| NextOffset(range.from.0 + number * self.block_offsets).min(range.to);
-            Some(ScanRange { from: start(first), to: start(last + 1), ..*range })
+            let start = |number: i64| NextOffset(read.from.0 + number * self.block_offsets).min(left.to);
+            let (from, to) = (start(first).max(left.from), start(last + 1));
+            (from < to).then_some(ScanRange { from, to, ..*left })
         };
-        self.ranges.iter().zip(&self.blocks).filter_map(needed).collect()
+        self.left.iter().zip(&self.read).zip(&self.blocks).filter_map(needed).collect()
     }
 }
 
@@ -174,13 +218,13 @@ impl CutOff {
     /// outputs of an input partition in offset order, and retention removes the oldest first. An output is sent after
     /// its record.
     pub fn has(&self, part: Part, entry: &Entry) -> bool {
-        let Some((_, firsts)) = self.0.iter().find(|(of, _)| *of == part) else { return false };
+        let Some((_, firsts)) = self.topics.iter().find(|(of, _)| *of == part) else { return false };
         let (partition, offset) = entry.place;
         let may_be = |oldest: &Option<Oldest>| {
             oldest.as_ref().is_some_and(|oldest| {
-                let is_newer =
-                    oldest.at.is_some_and(|at| i64::from(entry.second) * 1_000 > at.0 + RECORD_AHEAD_MAX_MS);
-                !is_newer && oldest.firsts.get(&partition).is_none_or(|first| offset < *first)
+                let is_newer = |at: TimestampMs| i64::from(entry.second) * 1_000 > at.0 + LATER_MAX_MS;
+                !(self.has_times && oldest.at.is_some_and(is_newer))
+                    && oldest.firsts.get(&partition).is_none_or(|first| offset < *first)
             })
         };
         match entry.key {
@@ -236,7 +280,7 @@ struct Named {
 impl Outputs {
     /// Determines the ends of the outputs. Call it after reading the cursors: outputs covered by the group's
     /// offset are then below these ends.
-    pub fn open(kafka: &KafkaSettings, topic_id: Uuid) -> Result<Self, CommandError> {
+    pub fn open(kafka: &KafkaSettings, topic_id: Uuid, has_times: bool) -> Result<Self, CommandError> {
         let topics = [
             (Part::Read, &kafka.read_topic),
             (Part::Email, &kafka.email_topic),
@@ -245,7 +289,7 @@ impl Outputs {
         let open = |(part, name): (Part, &String)| Ok((part, Topic::open(kafka, name)?));
         let topics: Result<_, String> = topics.into_iter().map(open).collect();
         let topics = topics.map_err(|e| CommandError::failed(format!("an output: {e}")))?;
-        Ok(Self { topics, topic_id, indexes: RefCell::default() })
+        Ok(Self { topics, topic_id, has_times, indexes: RefCell::default() })
     }
 
     /// Counts every output of the table's records.
@@ -255,18 +299,17 @@ impl Outputs {
         report: &mut Report,
         progress: &ProgressBar,
     ) -> Result<CutOff, Fault> {
-        let mut cut_off = CutOff::default();
+        let mut cut_off = CutOff { has_times: self.has_times, ..CutOff::default() };
         let mut foreign = 0;
         let mut indexes = self.indexes.borrow_mut();
         for (part, topic) in &self.topics {
             let all = topic.ranges()?;
-            // Retention may have removed outputs since the first reading.
-            let known = indexes.remove(part).filter(|index| index.ranges == all);
-            let mut index = known.is_none().then(|| Index::new(all));
-            let ranges = match (&known, &index) {
-                (Some(known), _) => known.needed(table.ranges()),
-                (None, index) => index.as_ref().map(|index| index.ranges.clone()).unwrap_or_default(),
-            };
+            let mut known = indexes.remove(part);
+            if !known.as_mut().is_some_and(|known| known.follow(all.clone())) {
+                known = None;
+            }
+            let mut index = known.is_none().then(|| Index::new(all.clone(), table.ranges().len()));
+            let ranges = known.as_ref().map_or(all, |known| known.needed(table.ranges()));
             let offsets: i64 = ranges.iter().map(|range| range.to.0.saturating_sub(range.from.0)).sum();
             progress.inc_length(offsets.unsigned_abs());
             let mut seen = 0_u64;
@@ -303,7 +346,7 @@ impl Outputs {
             progress.inc(seen % 1_000);
             if let Some(index) = known.or(index) {
                 foreign += index.foreign;
-                cut_off.0.push((*part, index.firsts.clone()));
+                cut_off.topics.push((*part, index.firsts()));
                 indexes.insert(*part, index);
             }
         }
@@ -349,7 +392,7 @@ mod tests {
     fn a_later_slice_reads_every_block_with_an_output_of_its_records_and_few_others() {
         // GIVEN 20 blocks of one output partition with the outputs of two input partitions in their order, another
         // partition, and one output that was sent again much later
-        let mut index = Index::new(vec![range(0, 500, 20_500), range(1, 0, 5_000)]);
+        let mut index = Index::new(vec![range(0, 500, 20_500), range(1, 0, 5_000)], 100);
         assert_eq!(index.block_offsets, BLOCK_OFFSETS_MIN);
         for offset in 0..20_000 {
             let source = (Partition((offset % 2) as i32), Offset(offset / 2));
@@ -359,7 +402,7 @@ mod tests {
         index.add((Partition(1), Offset(0)), None, None);
         let firsts = [(Partition(0), Offset(0)), (Partition(1), Offset(0))].into();
         let oldest = Oldest { at: Some(TimestampMs(7)), firsts };
-        assert_eq!((index.foreign, index.firsts.clone()), (1, vec![Some(oldest), None]));
+        assert_eq!((index.foreign, index.firsts()), (1, vec![Some(oldest), None]));
 
         // THEN a slice reads its blocks
         let needed = |records: &[ScanRange]| index.needed(records);
@@ -368,6 +411,15 @@ mod tests {
         assert_eq!(needed(&[range(1, 9_999, 12_000)]), [range(0, 19_500, 20_500)]);
         assert_eq!(needed(&[range(7, 0, 10)]), [range(1, 4_000, 5_000)]);
         assert_eq!(needed(&[range(7, 4, 10), range(0, 10_000, 10_001)]), []);
+
+        // AND what retention removes meanwhile is known
+        assert!(index.follow(vec![range(0, 2_600, 20_500), range(1, 0, 5_000)]));
+        let firsts = [(Partition(0), Offset(1_500)), (Partition(1), Offset(1_500))].into();
+        assert_eq!(index.firsts(), [Some(Oldest { at: Some(TimestampMs(3_007)), firsts }), None]);
+        assert_eq!(index.needed(&[range(0, 0, 1)]), []);
+        assert_eq!(index.needed(&[range(0, 1_000, 1_600)]), [range(0, 2_600, 4_500)]);
+        assert!(!index.follow(vec![range(0, 2_600, 20_501), range(1, 0, 5_000)]));
+        assert!(!index.follow(vec![range(0, 2_600, 20_500)]));
     }
 
     #[test]
@@ -375,8 +427,10 @@ mod tests {
         // GIVEN an output partition from which outputs were removed
         let at = 1_000_000 * 1_000;
         let firsts = [(Partition(0), Offset(50))].into();
-        let cut_off =
-            CutOff(vec![(Part::Read, vec![Some(Oldest { at: Some(TimestampMs(at)), firsts }), None])]);
+        let cut_off = CutOff {
+            topics: vec![(Part::Read, vec![Some(Oldest { at: Some(TimestampMs(at)), firsts }), None])],
+            has_times: true,
+        };
         let may_be = |partition, offset, second, key| {
             let place = (Partition(partition), Offset(offset));
             let mut entry = Entry::new(place, Claim::Own, Notes::default(), Hashes::default());
@@ -385,9 +439,9 @@ mod tests {
         };
         // THEN the outputs of older records may be gone, unless a later one of its partition came before them
         for key in [Some(0), None] {
-            assert!(may_be(0, 49, 999_000, key) && may_be(0, 49, 1_004_200, key) && may_be(3, 0, 0, key));
+            assert!(may_be(0, 49, 999_000, key) && may_be(0, 49, 1_004_800, key) && may_be(3, 0, 0, key));
             assert!(!may_be(0, 50, 999_000, key));
-            assert!(!may_be(0, 49, 1_004_201, key) && !may_be(3, 0, 1_004_201, key));
+            assert!(!may_be(0, 49, 1_004_801, key) && !may_be(3, 0, 1_004_801, key));
         }
         // AND those of another partition, or of another topic, are there
         assert!(!may_be(0, 49, 999_000, Some(1)));

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::support::{Check, Finished, Flow, Load, Member, PATIENCE, Scope, Servers, wait_until_within};
+use crate::replication::{DAY_MS, now_ms};
+use crate::support::{
+    Check, Finished, Flow, Load, Member, Message, PATIENCE, Scope, Servers, wait_until_within,
+};
 
 fn member() -> Member {
     Member::new("a").soon_forgotten()
@@ -189,7 +192,7 @@ fn only_uncertain_partitions_halt_until_an_operator_resolves_them_beside_the_run
     assert_eq!(rows(&scope, "cursor_settlement"), [""; 0]);
     scope.execute(
         "INSERT INTO payment_writer.cursor_settlement (topic_id, partition, committed, replaces)
-         SELECT topic_id, 1, 20, 33 FROM payment_writer.source_cursor WHERE partition = 1",
+         SELECT topic_id, 1, 20, '33 ' FROM payment_writer.source_cursor WHERE partition = 1",
     );
     let shown: Value =
         serde_json::from_str(&scope.command(&["cursors", "show", "--json"]).succeeds().stdout).unwrap();
@@ -356,6 +359,50 @@ fn an_older_or_empty_database_and_older_group_offsets_together_send_nothing_twic
     let mut adopting = member().run(&scope, &["run", "--until-caught-up", "--adopt-database"]);
     assert_eq!(adopting.wait().code(), Some(0), "{}", adopting.log());
     scope.assert_exactly_once();
+}
+
+#[test]
+fn events_of_records_stamped_ahead_are_found_where_brokers_let_them_be() {
+    // GIVEN a topic that accepts every timestamp, as before Kafka 4, and payments two days ahead, whose events were sent
+    // yesterday
+    let scope = Scope::new(Servers::shared(), "stamped_ahead");
+    let any_time = ("message.timestamp.after.max.ms", "9223372036854775807");
+    scope.create_topic_with(&scope.input_topic, 1, &[any_time]);
+    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
+        scope.create_topic(topic, 1);
+    }
+    scope.command(&["migrate"]).succeeds();
+    let ahead = |message: Message| message.partition(0).timestamp_ms(now_ms() + 2 * DAY_MS);
+    let mut load = Load::new(31);
+    scope.produce(&scope.input_topic, load.take(40).into_iter().map(ahead));
+    let others = [&scope.read_topic, &scope.email_topic].map(|topic| format!("{topic}_others"));
+    for topic in &others {
+        scope.create_topic(topic, 1);
+    }
+    scope.drain_with(&[
+        ("PAYMENT_WRITER__KAFKA__READ_TOPIC", &others[0]),
+        ("PAYMENT_WRITER__KAFKA__EMAIL_TOPIC", &others[1]),
+    ]);
+    for (from, to) in others.iter().zip([&scope.read_topic, &scope.email_topic]) {
+        let sent = scope.read_all(from).into_iter().map(|event| Message {
+            key: event.key,
+            value: event.value,
+            headers: event.headers,
+            timestamp_ms: Some(now_ms() - DAY_MS),
+            partition: Some(0),
+        });
+        scope.produce(to, sent);
+    }
+
+    // WHEN the group's offsets are lost, and the copy in the database is older
+    scope.delete_group_when_empty();
+    scope.execute("UPDATE payment_writer.source_cursor SET published = 0");
+    scope.produce(&scope.input_topic, load.take(10).into_iter().map(ahead));
+    let log = member().catch_up(&scope).log();
+
+    // THEN they are not sent again, and the setting is named
+    scope.assert_exactly_once();
+    assert!(log.contains("has message.timestamp.after.max.ms=9223372036854775807"), "{log}");
 }
 
 #[test]

@@ -547,10 +547,17 @@ fn data_removed_for_a_known_reason_is_no_finding() {
     member().catch_up(&scope);
     assert_eq!(is_fine(&scope, &[])["outputs"]["read"], 1);
 
-    // WHEN the oldest that is left in the read topic is older than the records
+    // WHEN the oldest event that is left in a partition is older than the records
+    let event = scope.read_all(&scope.read_topic).pop().unwrap();
     block_on(scope.admin().delete_records(&list, &AdminOptions::new())).unwrap();
-    let old = |partition| Message::new("1", "{}").partition(partition).timestamp_ms(AT_MS - 4_300_000);
-    scope.produce(&scope.read_topic, [old(0), old(1)]);
+    let oldest = Message {
+        key: event.key,
+        value: event.value,
+        headers: event.headers,
+        timestamp_ms: Some(AT_MS - 5_000_000),
+        partition: Some(event.partition),
+    };
+    scope.produce(&scope.read_topic, [oldest]);
     // THEN retention has not removed their events
     let missing = findings_with(&scope, &[]);
     assert!(!missing.is_empty() && missing.iter().all(|text| text.ends_with("no read event")), "{missing:?}");

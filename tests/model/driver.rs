@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use payment_writer::domain::cursor::{
-    CommitMetadata, CursorRow, GroupOffset, HaltReason, Identity, Mode, NO_OFFSET, Settlement,
+    CommitMetadata, CursorRow, GroupOffset, HaltReason, Identity, Mode, Settlement,
 };
 use payment_writer::domain::record::{NextOffset, Partition};
 use payment_writer::domain::wire::Rules;
@@ -669,7 +669,7 @@ impl Driver {
             world.note(|| format!("partition {p} resolved at {truth}"));
             // The resolution creates the cursor if there is none yet.
             let start = NextOffset(world.logs[*p as usize].start);
-            let replaces = world.offsets[*p as usize].as_ref().map_or(NO_OFFSET, |group| group.position);
+            let replaces = Settlement::replaced(world.offsets[*p as usize].as_ref());
             let row = world.db.cursors.entry(*p).or_insert(CursorRow {
                 applied: start,
                 published: None,

@@ -492,12 +492,13 @@ fn a_decision_restored_after_it_was_taken_up_sends_nothing_twice() {
         driver.rest().await;
         driver.append_to(0, 3, 0, 0);
         driver.rest().await;
-        driver.world().is_tail_removed = false;
-        let mut world = driver.world();
-        let backup = world.snapshots.pop().unwrap();
-        assert!(backup.cursors[&0].settled.is_some());
-        world.restore(backup);
-        drop(world);
+        {
+            let mut world = driver.world();
+            world.is_tail_removed = false;
+            let backup = world.snapshots.pop().unwrap();
+            assert!(backup.cursors[&0].settled.is_some());
+            world.restore(backup);
+        }
         // THEN the decision no longer holds
         driver.finish().await
     });

@@ -163,26 +163,27 @@ fn a_settled_partition_goes_on_where_the_person_said() {
     // The resolution is removed from the database even if it changes nothing else.
     assert_eq!(decided(marked(20), settled(20, Some(20), 20)), go(20, 20, 20, false, true));
 
-    // A decision holds for the offset that the operator saw, and until a lane has committed it.
-    let over = |group: Option<GroupOffset>, at, replaces| {
-        let row = row(20, Some(10)).map(|row| CursorRow { settled: decided_on(at, Some(replaces)), ..row });
-        decided(group, row)
+    // A decision holds for what the operator saw, and until a lane has committed it.
+    let over = |group: Option<GroupOffset>, seen: Option<GroupOffset>| {
+        let settled = decided_on(15, Some(Settlement::replaced(seen.as_ref())));
+        decided(group, row(20, Some(10)).map(|row| CursorRow { settled, ..row }))
     };
     for (group, seen) in [
-        (None, NO_OFFSET),
-        (unmarked(50), NextOffset(50)),
-        (marked(30), NextOffset(30)),
-        (marked(15), NextOffset(50)),
-        (marked(12), NextOffset(10)),
+        (None, None),
+        (unmarked(50), unmarked(50)),
+        (marked(30), marked(30)),
+        (marked(15), unmarked(50)),
+        (marked(12), marked(10)),
     ] {
         let must_commit = group != marked(15);
-        assert_eq!(over(group, 15, seen), go(15, 20, 15, must_commit, true));
+        assert_eq!(over(group, seen), go(15, 20, 15, must_commit, true));
     }
     // The group has moved on since: the database is older, and the decision was taken up.
-    assert_eq!(over(marked(18), 15, NextOffset(50)), go(18, 20, 18, false, true));
-    assert_eq!(over(marked(18), 15, NO_OFFSET), go(18, 20, 18, false, true));
-    assert_eq!(over(unmarked(15), 15, NextOffset(50)), unproved(10, 20));
-    assert_eq!(over(None, 15, NextOffset(50)), unproved(10, 20));
+    for seen in [None, unmarked(18), unmarked(50)] {
+        assert_eq!(over(marked(18), seen), go(18, 20, 18, false, true));
+    }
+    assert_eq!(over(unmarked(15), unmarked(50)), unproved(10, 20));
+    assert_eq!(over(None, unmarked(50)), unproved(10, 20));
 }
 
 #[test]
@@ -266,7 +267,7 @@ fn some_known() -> impl Strategy<Value = Known> {
             Some(GroupOffset { position: NextOffset(at), metadata: marked(text).unwrap().metadata })
         }),
     ];
-    let replaces = proptest::option::of((-1_i64..12).prop_map(NextOffset));
+    let replaces = proptest::option::of(group.clone().prop_map(|group| Settlement::replaced(group.as_ref())));
     let settlement = (position.clone(), replaces)
         .prop_map(|(at, replaces)| Settlement { committed: NextOffset(at), replaces });
     let settled = prop_oneof![3 => Just(None), 1 => settlement.prop_map(Some)];

@@ -127,7 +127,7 @@ pub(super) async fn store_in(
     }
     // Deletes only the resolutions that were applied; one stored since then is applied later.
     let committed: Vec<Option<i64>> =
-        rows.iter().map(|(.., row)| row.settled.map(|s| s.committed.0)).collect();
+        rows.iter().map(|(.., row)| row.settled.as_ref().map(|s| s.committed.0)).collect();
     transaction.execute(session::DELETE_SETTLEMENTS, &[topic_id, &partitions, &committed]).await?;
     transaction.commit().await?;
     Ok(())
@@ -143,7 +143,7 @@ pub(super) async fn cursors_in(
     let mut found = HashMap::new();
     for row in session.client.query(&session.cursors, &[topic_id, &numbers]).await? {
         let timestamp: Option<SystemTime> = row.try_get(3)?;
-        let replaces = row.try_get::<_, Option<i64>>(5)?.map(NextOffset);
+        let replaces: Option<String> = row.try_get(5)?;
         let settlement = |committed| Settlement { committed: NextOffset(committed), replaces };
         found.insert(
             Partition(row.try_get(0)?),

@@ -28,7 +28,7 @@ const SETTINGS: &str = "
 
 /// `replaces` is read from the row as JSON, which has no such field before step 9.
 const CURSORS: &str = "
-    SELECT c.partition, c.applied, c.published, c.applied_timestamp, s.committed, (to_jsonb(s) ->> 'replaces')::bigint
+    SELECT c.partition, c.applied, c.published, c.applied_timestamp, s.committed, to_jsonb(s) ->> 'replaces'
     FROM payment_writer.source_cursor c
     LEFT JOIN payment_writer.cursor_settlement s USING (topic_id, partition)
     WHERE c.topic_id = $1 AND c.partition = ANY ($2)";

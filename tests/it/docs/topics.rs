@@ -2,15 +2,14 @@
 
 use std::fmt::Write;
 
-use payment_writer::kafka::topic_rules::{Action, RULES, Rule};
+use payment_writer::kafka::topic_rules::{Action, RULES, Refused, Rule};
 
 use super::generated;
 
 #[test]
 fn the_topics_page_matches_the_rules() {
-    let mut table = String::from(
-        "| topics | setting | must not contain | set | otherwise | is |\n| - | - | - | - | - | - |\n",
-    );
+    let mut table =
+        String::from("| topics | setting | must not | set | otherwise | is |\n| - | - | - | - | - | - |\n");
     for Rule { roles, setting, refused, wanted, action, consequence } in RULES {
         let roles: Vec<&str> = roles.iter().map(|role| (*role).into()).collect();
         let is = match action {
@@ -18,7 +17,11 @@ fn the_topics_page_matches_the_rules() {
             Action::Warn => "warned of",
         };
         let roles = roles.join("`, `");
-        writeln!(table, "| `{roles}` | `{setting}` | `{refused}` | `{wanted}` | {consequence} | {is} |")
+        let refused = match refused {
+            Refused::Word(word) => format!("contain `{word}`"),
+            Refused::Above(most) => format!("be above `{most}`"),
+        };
+        writeln!(table, "| `{roles}` | `{setting}` | {refused} | `{wanted}` | {consequence} | {is} |")
             .unwrap();
     }
     generated::check("docs/reference/topics.md", &table);
