@@ -100,7 +100,7 @@ export function fillTime(node, ms, { now, isLasting = false, absent = "–" } = 
   setAttribute(stamp, "datetime", iso(ms));
   setAttribute(stamp, "title", utc(ms));
   setText(stamp, time(ms));
-  setText(node.children[1], isZoneUtc() ? "\u00a0UTC" : ` (${utcClock(ms)})`);
+  setText(node.children[1], isZoneUtc(ms) ? "\u00a0UTC" : ` (${utcClock(ms)})`);
   if (now === undefined) setText(node.children[2], "");
   else if (ms > now) setText(node.children[2], `, in ${duration((ms - now) / 1000)}`);
   else setText(node.children[2], `, ${isLasting ? "for " : ""}${duration((now - ms) / 1000)}${isLasting ? "" : " ago"}`);

@@ -104,14 +104,21 @@ export function iso(ms) {
   return date ? date.toISOString() : "";
 }
 
-export function isZoneUtc() {
-  return new Date().getTimezoneOffset() === 0;
+/** Whether the reader's clock shows UTC at that time. */
+export function isZoneUtc(ms = Date.now()) {
+  return new Date(ms).getTimezoneOffset() === 0;
+}
+
+/** Whether it does so all year. */
+export function isAlwaysUtc() {
+  const year = new Date().getFullYear();
+  return [0, 6].every((month) => isZoneUtc(new Date(year, month).getTime()));
 }
 
 export function zone() {
   const name = Intl.DateTimeFormat().resolvedOptions().timeZone || "local";
   const minutes = -new Date().getTimezoneOffset();
-  if (minutes === 0) return "UTC";
+  if (isAlwaysUtc()) return "UTC";
   const size = Math.abs(minutes);
   return `${name} (UTC${minutes < 0 ? "−" : "+"}${Math.floor(size / 60)}${size % 60 ? ":" + two(size % 60) : ""})`;
 }

@@ -4,13 +4,13 @@ import * as charts from "./charts.js";
 import * as partitions from "./partitions.js";
 import * as sections from "./sections.js";
 import { announce, byId, element, fillTime, setAttribute, setHidden, setText } from "./dom.js";
-import { duration, isZoneUtc, time, utcClock, zone } from "./format.js";
+import { duration, isAlwaysUtc, isZoneUtc, time, utcClock, zone } from "./format.js";
 import { Poller } from "./poll.js";
 
 /** Clocks that differ by more make times misleading. */
 const CLOCK_SECONDS_MAX = 10;
-const ICONS = { ok: ["#1a7f4b", "M3 8l4 4 6-8"], warn: ["#b26a00", "M8 3v6M8 11v2"], bad: ["#c62828", "M4 4l8 8M12 4l-8 8"], gone: ["#6b7280", "M4 8h8"] };
-const WORDS = { ok: "OK", warn: "Warning", bad: "Fault", gone: "No answer" };
+const ICONS = { ok: ["#1a7f4b", "M3 8l4 4 6-8"], warn: ["#b26a00", "M8 3v6M8 11v2"], bad: ["#c62828", "M4 4l8 8M12 4l-8 8"], gone: ["#6b7280", "M4 8h8"], paused: ["#6b7280", "M6 4v8M10 4v8"] };
+const WORDS = { ok: "OK", warn: "Warning", bad: "Fault", gone: "No answer", paused: "Paused" };
 
 let state = null;
 let trouble = null;
@@ -38,21 +38,23 @@ function onTrouble(newTrouble) {
 
 /** What the page says first: the daemon's sentence, or that it does not answer and since when. */
 function head() {
-  const level = trouble ? "gone" : state?.summary.level;
+  const isPaused = poller.isPaused && Boolean(state);
+  const level = isPaused ? "paused" : trouble ? "gone" : state?.summary.level;
   if (level) {
     setAttribute(byId("head"), "data-level", level);
-    icon(poller.isPaused ? "gone" : level);
+    icon(level);
   }
   setAttribute(document.body, "data-gone", trouble ? "true" : null);
-  const sentence = trouble ? troubleText() : state?.summary.text;
+  const sentence = isPaused ? `This page is paused. As of ${stamp(state.at_ms)}: ${state.summary.text}`
+    : trouble ? troubleText() : state?.summary.text;
   if (sentence) {
     setText(byId("sentence"), sentence);
     announce(`${WORDS[level]}: ${sentence}`);
-    document.title = `${poller.isPaused ? "Paused" : WORDS[level]} – ${state?.instance ?? "payment-writer"}`;
+    document.title = `${WORDS[level]} – ${state?.instance ?? "payment-writer"}`;
   }
   const ofThen = byId("of-then");
-  setHidden(ofThen, !trouble || !state);
-  if (trouble && state) setText(ofThen, `What is shown is of then: ${state.summary.text}`);
+  setHidden(ofThen, level !== "gone" || !state);
+  if (level === "gone" && state) setText(ofThen, `What is shown is of then: ${state.summary.text}`);
   if (!state) return;
   about();
   const isNewPage = state.version !== firstVersion;
@@ -60,11 +62,15 @@ function head() {
   if (isNewPage) setText(byId("reload"), `▲ The daemon is now version ${state.version}; this page is of ${firstVersion}. Load it again.`);
 }
 
+/** A time of the reader's zone, UTC beside. */
+function stamp(ms) {
+  return `${time(ms)}${isZoneUtc(ms) ? " UTC" : ` (${utcClock(ms)})`}`;
+}
+
 function troubleText() {
   if (trouble.sinceMs === null) return `The daemon has not answered this page yet: ${trouble.reason}.`;
   const what = trouble.hasAnswered ? "The page is not current since" : "The daemon has not answered since";
-  const beside = isZoneUtc() ? " UTC" : ` (${utcClock(trouble.sinceMs)})`;
-  return `${what} ${time(trouble.sinceMs)}${beside}, for ${duration((Date.now() - trouble.sinceMs) / 1000)}: ${trouble.reason}.`;
+  return `${what} ${stamp(trouble.sinceMs)}, for ${duration((Date.now() - trouble.sinceMs) / 1000)}: ${trouble.reason}.`;
 }
 
 function about() {
@@ -80,8 +86,7 @@ function about() {
   const ahead = (Date.now() - state.at_ms) / 1000;
   const clock = !trouble && Math.abs(ahead) > CLOCK_SECONDS_MAX
     ? `. This computer's clock is ${duration(Math.abs(ahead))} ${ahead > 0 ? "ahead of" : "behind"} the daemon's` : "";
-  const beside = isZoneUtc() ? " UTC" : ` (${utcClock(state.at_ms)})`;
-  setText(byId("updated"), `As of ${time(state.at_ms)}${beside}${trouble ? "" : poller.isPaused ? ", paused" : ", renewed every 2 s"}${clock}.`);
+  setText(byId("updated"), `As of ${stamp(state.at_ms)}${trouble || poller.isPaused ? "" : ", renewed every 2 s"}${clock}.`);
 }
 
 function icon(level) {
@@ -94,7 +99,7 @@ function icon(level) {
 }
 
 document.documentElement.classList.add("js");
-setText(byId("zone"), isZoneUtc() ? "Times are in UTC." : `Times are in ${zone()}; UTC is beside.`);
+setText(byId("zone"), isAlwaysUtc() ? "Times are in UTC." : `Times are in ${zone()}; UTC is beside.`);
 const poller = new Poller({ onState, onHistory: charts.add, onTrouble });
 charts.start();
 partitions.start();

@@ -11,6 +11,7 @@ const KINDS = [
   { kind: "halted", glyph: "✕", text: "halted", isBad: true },
   { kind: "very-late", glyph: "▲", text: `${VERY_LATE_SECONDS} s or more behind`, isWarning: true },
   { kind: "late", glyph: "△", text: `${LATE_SECONDS} s or more behind`, isWarning: true },
+  { kind: "unknown", glyph: "?", text: "lag not known", isWarning: true },
   { kind: "opening", glyph: "…", text: "opening", isWarning: false },
   { kind: "live", glyph: "✓", text: "live", isWarning: false },
 ];
@@ -19,6 +20,7 @@ const BY_KIND = new Map(KINDS.map((kind) => [kind.kind, kind]));
 function kindOf(partition) {
   if (partition.state === "halted") return "halted";
   if (partition.state === "opening") return "opening";
+  if (partition.state !== "live" || typeof partition.lag_records !== "number") return "unknown";
   if (partition.lag_seconds >= VERY_LATE_SECONDS) return "very-late";
   return partition.lag_seconds >= LATE_SECONDS ? "late" : "live";
 }
@@ -129,9 +131,11 @@ function renderLegend() {
     }, () => {});
   });
   const badge = byId("nav-partitions");
-  const halted = (counts.get("halted") ?? []).length;
-  setText(badge, halted > 0 ? `✕ ${halted} halted` : "");
-  setAttribute(badge, "data-level", halted > 0 ? "bad" : null);
+  const cells = (...kinds) => kinds.reduce((sum, kind) => sum + (counts.get(kind) ?? []).length, 0);
+  const halted = cells("halted");
+  const late = cells("late", "very-late");
+  setText(badge, halted > 0 ? `✕ ${halted} halted` : late > 0 ? `▲ ${late} late` : "");
+  setAttribute(badge, "data-level", halted > 0 ? "bad" : late > 0 ? "warn" : null);
 }
 
 const TABLE = [

@@ -8,6 +8,9 @@ const TIMEOUT_MS = 10_000;
 /** The state is computed anew every 2 s; an older one means that the daemon no longer does it. */
 const STALE_MS = 20_000;
 
+/** The last point of the history is at most this much newer than the state. */
+const CLOCK_STEP_MS = 5_000;
+
 /** What keeps the page from being current, in words. */
 class Trouble extends Error {}
 
@@ -26,6 +29,14 @@ async function getJson(path) {
   } catch {
     throw new Trouble("the answer ended early or is not JSON");
   }
+}
+
+/** Of points in the order of their making, those after the last step of the clock backwards. */
+function ordered(points) {
+  const times = points.at_ms;
+  const start = times.findLastIndex((at, index) => index > 0 && at <= times[index - 1]);
+  if (start < 0) return points;
+  return Object.fromEntries(Object.entries(points).map(([name, values]) => [name, Array.isArray(values) ? values.slice(start) : values]));
 }
 
 function refusal(status) {
@@ -106,6 +117,8 @@ export class Poller {
   async #once() {
     const state = await getJson("/console/state");
     if (this.#computed.atMs !== state.at_ms) this.#computed = { atMs: state.at_ms, seenMs: Date.now() };
+    // The daemon's clock was set back: points after the step come first again.
+    if (state.at_ms < this.#after - CLOCK_STEP_MS) this.#after = 0;
     const process = `${state.instance} ${state.version} ${state.started_ms}`;
     if (process !== this.#process) this.#after = 0;
     this.#process = process;
@@ -114,12 +127,8 @@ export class Poller {
     const points = columns.points ?? columns;
     const times = points.at_ms;
     const isNew = this.#after === 0;
-    if (times.length > 0) {
-      // After a step of the clock backwards the points are no longer in order.
-      if (!isNew && times[0] <= this.#after) this.#after = 0;
-      else this.#after = times[times.length - 1];
-    }
-    if (isNew || this.#after !== 0) this.#on.onHistory(points, isNew);
+    if (times.length > 0) this.#after = times[times.length - 1];
+    this.#on.onHistory(isNew ? ordered(points) : points, isNew);
   }
 
   #stale() {

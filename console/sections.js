@@ -3,6 +3,9 @@
 import { bytes, count, counted, duration, percent, rate, seconds, utc } from "./format.js";
 import { byId, element, facts, fillTime, list, rows, setAttribute, setHidden, setText } from "./dom.js";
 
+/** A task of housekeeping without a success for longer is overdue: the slowest runs weekly. */
+const TASK_MS_MAX = 8 * 86_400_000;
+
 /** A lane that is longer in one thing than this stands out. */
 const LANE_LONG_MS = 15_000;
 
@@ -22,14 +25,16 @@ export function conditions(state) {
   setText(byId("conditions-none"), `✓ None of ${count(state.conditions.length)}.`);
   setHidden(byId("conditions-others"), rest.length === 0);
   setText(byId("conditions-others-count"), `(${rest.length})`);
-  const isPage = holding.some((condition) => condition.severity === "page");
-  badge("nav-conditions", holding.length > 0 ? `${isPage ? "✕" : "▲"} ${holding.length}` : "", isPage ? "bad" : "warn");
+  const pages = holding.filter((condition) => condition.severity === "page").length;
+  const tickets = holding.length - pages;
+  const marks = [pages > 0 && `✕ ${pages}`, tickets > 0 && `▲ ${tickets}`].filter(Boolean);
+  badge("nav-conditions", marks.join(" "), pages > 0 ? "bad" : "warn");
 }
 
 function createCondition() {
   const node = element("li");
   const head = element("div", "condition-head");
-  const link = element("a", "runbook", "Runbook");
+  const link = element("a", "runbook", "Runbook, and whom to call");
   head.append(element("span", "severity"), element("strong"), link);
   node.append(head, element("p", "condition-detail"), element("p", "condition-since muted small"));
   return node;
@@ -43,7 +48,7 @@ function fillCondition(node, condition, now) {
   setText(title, condition.title);
   // An address of this page's or another host: no script.
   if (/^(https?:\/\/|\/[^/])/.test(condition.runbook)) setAttribute(link, "href", condition.runbook);
-  setAttribute(link, "aria-label", `Runbook of ${condition.alert}`);
+  setAttribute(link, "aria-label", `Runbook, and whom to call, of ${condition.alert}`);
   setAttribute(link, "rel", "noreferrer");
   setHidden(node.children[1], !condition.detail);
   setText(node.children[1], condition.detail ?? "");
@@ -104,7 +109,7 @@ export function lanes(state) {
     { className: "n", text: (lane) => (lane.halted > 0 ? `✕ ${count(lane.halted)}` : "0") },
     { text: (lane) => [lane.database && `database: ${lane.database}`, lane.broker && `broker: ${lane.broker}`].filter(Boolean).join("; ") || "–" },
   ], (row, lane) => setAttribute(row, "data-level", isLong(lane) || lane.database || lane.broker ? "warn" : null));
-  const long = state.lanes.filter(isLong).length;
+  const long = state.lanes.filter((lane) => isLong(lane) || lane.database || lane.broker).length;
   badge("nav-lanes", long > 0 ? `▲ ${long}` : "", "warn");
   const missing = byId("missing");
   setHidden(missing, state.missing.length === 0);
@@ -155,7 +160,7 @@ export function deadLetters(state) {
     { className: "n", text: (one) => String(one.offset) },
     { text: (one) => one.reason },
   ]);
-  const recent = state.outcomes.some((one) => one.outcome === "dead_lettered" && one.per_second > 0);
+  const recent = state.conditions.some((condition) => condition.alert === "PaymentWriterDeadLetters" && condition.holds);
   badge("nav-dead-letters", recent ? `▲ ${count(total)}` : "", "warn");
 }
 
@@ -180,11 +185,12 @@ export function database(state) {
     ["default", "Rows in the default partitions", `${db.default_partition_rows > 0 ? "▲ " : ""}${count(db.default_partition_rows)}`],
     ["ahead", "Months created ahead", `${db.months_ahead === 0 ? "▲ " : ""}${count(db.months_ahead)}`],
   ]);
+  const isOverdue = (task) => task.last_ok_ms !== null && now - task.last_ok_ms > TASK_MS_MAX;
   rows(byId("task-rows"), keeping.tasks, (task) => task.task, [
     { header: true, text: (task) => TASKS[task.task] ?? task.task },
-    { className: "word-cell", text: (task) => (task.is_failing ? "▲ failing" : task.last_ok_ms === null ? "not run by this process" : "✓ ok") },
+    { className: "word-cell", text: (task) => (task.is_failing ? "▲ failing" : task.last_ok_ms === null ? "no success recorded" : isOverdue(task) ? "▲ overdue" : "✓ ok") },
     { fill: (cell, task) => fillTime(cell, task.last_ok_ms, { now, absent: "none" }) },
-  ], (row, task) => setAttribute(row, "data-level", task.is_failing ? "warn" : null));
+  ], (row, task) => setAttribute(row, "data-level", task.is_failing || isOverdue(task) ? "warn" : null));
   rows(byId("generation-rows"), db.generations, (generation) => generation.name, [
     { header: true, className: "word-cell", text: (generation) => generation.name + (generation.is_current ? " (current)" : "") },
     // One that was never current has no age.
@@ -200,7 +206,7 @@ export function database(state) {
     { header: true, text: (month) => month.month },
     { className: "n", text: (month) => bytes(month.bytes) },
   ]);
-  const failing = keeping.tasks.filter((task) => task.is_failing).length;
+  const failing = keeping.tasks.filter((task) => task.is_failing || isOverdue(task)).length;
   badge("nav-database", failing > 0 ? `▲ ${failing}` : db.error !== null ? "▲" : "", "warn");
 }
 
@@ -249,6 +255,8 @@ export function peers(state) {
     { className: "n", text: (peer) => (peer.error === null ? seconds(peer.oldest_seconds) : "–") },
     { text: (peer) => peer.version || "–" },
   ], (row, peer) => setAttribute(row, "data-level", peer.error !== null || peer.level === "warn" ? "warn" : peer.level === "bad" ? "bad" : null));
-  const away = state.peers.filter((peer) => peer.error !== null || peer.level === "bad").length;
-  badge("nav-peers", away > 0 ? `▲ ${away}` : "", "warn");
+  const bad = state.peers.filter((peer) => peer.error === null && peer.level === "bad").length;
+  const away = state.peers.filter((peer) => peer.error !== null).length;
+  const marks = [bad > 0 && `✕ ${bad}`, away > 0 && `▲ ${away}`].filter(Boolean);
+  badge("nav-peers", marks.join(" "), bad > 0 ? "bad" : "warn");
 }

@@ -13,6 +13,7 @@ pub const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self
                           'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
+const TEXT: &str = "text/plain; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
 const TEMPLATE: &str = include_str!("../../console/index.html");
@@ -25,7 +26,7 @@ macro_rules! files {
 }
 
 /// Name, content type and text of each file.
-const FILES: [(&str, &str, &str); 10] = files![
+const FILES: [(&str, &str, &str); 11] = files![
     "console.css": CSS,
     "charts.js": SCRIPT,
     "dom.js": SCRIPT,
@@ -36,6 +37,7 @@ const FILES: [(&str, &str, &str); 10] = files![
     "sections.js": SCRIPT,
     "vendor/uPlot.iife.min.js": SCRIPT,
     "vendor/uPlot.min.css": CSS,
+    "vendor/LICENSE": TEXT,
 ];
 
 /// Content type and text of a file of the page.
@@ -62,7 +64,7 @@ pub fn render(shown: &Shown<'_>) -> (&'static str, String) {
     let mut conditions = String::new();
     for Answered { title, detail, runbook, .. } in &shown.conditions {
         let (title, detail, runbook) = (escape(title), escape(detail), escape(runbook));
-        let link = format!("<a href=\"{runbook}\">Runbook</a>");
+        let link = format!("<a href=\"{runbook}\">Runbook, and whom to call</a>");
         let _ = write!(conditions, "<li><strong>{title}</strong> {detail} {link}</li>");
     }
     let none =
@@ -207,7 +209,7 @@ mod tests {
             for entry in std::fs::read_dir(format!("{folder}/{of}")).unwrap() {
                 let entry = entry.unwrap();
                 let name = format!("{of}{}", entry.file_name().into_string().unwrap());
-                let is_served = entry.path().is_file() && !name.contains("LICENSE") && !name.ends_with(".md");
+                let is_served = entry.path().is_file() && !name.ends_with(".md");
                 assert!(!is_served || known.contains(&name), "{name} is not served");
             }
         }

@@ -104,7 +104,25 @@ fn a_page_in_a_browser_shows_what_flows_and_which_daemon_does_not_answer() {
         assert!(asked.as_array().unwrap().contains(&path.into()), "{path}: {asked}");
     }
 
+    let about = browser.text("#about");
+    let version = env!("CARGO_PKG_VERSION");
+    for fact in [
+        &format!("payment-writer {version}"),
+        &format!("group {}", scope.group_id),
+        "instance browser-0",
+        "ago",
+    ] {
+        assert!(about.contains(fact), "{fact}: {about}");
+    }
     readers::shows_database_and_audit(&browser);
+
+    // AND it can be paused, which its head says
+    browser.click("#pause");
+    says(&browser, "[data-level=paused]", &["This page is paused. As of ", "Writing "]);
+    assert!(browser.run("return document.title", &[]).as_str().unwrap().starts_with("Paused"));
+    browser.is_accessible("paused");
+    browser.click("#pause");
+    says(&browser, FLOWS, &["Writing "]);
 
     // AND without JavaScript it has the sentence and the table of the partitions
     let plain = Browser::without_scripts();
@@ -112,7 +130,7 @@ fn a_page_in_a_browser_shows_what_flows_and_which_daemon_does_not_answer() {
         plain.open(addresses[0], "/");
         plain.text("#sentence").contains("Writing ") && plain.count("#partition-table tbody tr") == PARTITIONS
     });
-    assert!(plain.text("noscript").contains("Without JavaScript"), "{}", plain.text("body"));
+    assert!(plain.text(".without-js").contains("Without JavaScript"), "{}", plain.text("body"));
     assert_eq!(plain.count(".needs-js"), 0, "what needs JavaScript is not shown");
     let none = plain.text("#conditions-none").starts_with("✓ None of ");
     assert_eq!(none, plain.count("#conditions-holding li") == 0, "{}", plain.text("#conditions"));
@@ -124,6 +142,7 @@ fn a_page_in_a_browser_shows_what_flows_and_which_daemon_does_not_answer() {
     browser.devtools("Network.setBlockedURLs", &json!({ "urls": ["*.js"] }));
     browser.open(addresses[0], "/");
     assert_eq!((browser.count("#grid"), browser.count("#partition-table")), (0, 1));
+    assert!(browser.text(".without-js").contains("does not renew itself"));
     browser.is_accessible("no JavaScript");
     browser.is_clean(true);
     browser.devtools("Network.setBlockedURLs", &json!({ "urls": [] }));
@@ -190,6 +209,9 @@ fn a_page_in_a_browser_names_the_database_that_is_away_until_it_is_back() {
     let texts = ["Waiting for Postgres for ", "onnection refused", "nothing is lost, no action in Kafka"];
     says(&browser, "[data-level=bad]", &texts);
     waits("the lanes say so", || browser.text("#lane-rows tr[data-level=warn]").contains("database: "));
+    let count = browser.text("#problems-count");
+    assert!(count.contains(" warning") && !count.starts_with('0'), "{count}");
+    waits("the log says so", || browser.text("#problem-rows").contains("a request failed"));
     browser.is_accessible("database away");
     browser.fits_a_telephone("database away");
 
@@ -239,8 +261,15 @@ fn a_page_in_a_browser_shows_a_halted_partition_with_the_command_that_settles_it
     assert!(reason.contains("moved_forward"), "{reason}");
     let command = browser.text("#panel-command");
     assert!(command.contains("cursors accept --partition 1 --published 20"), "{command}");
+    let facts = browser.text("#panel-facts").replace('\n', " ");
+    for fact in ["Lag 20 records", "Applied, next to write 20", "End of the log 40", "Lane "] {
+        assert!(facts.contains(fact), "{fact}: {facts}");
+    }
     browser.is_accessible("halted");
     browser.fits_a_telephone("halted");
+    readers::follows_a_runbook(&browser, "PaymentWriterPartitionsHalted");
+    browser.open(daemon.admin, "/#partition-1");
+    waits("the panel is shown again", || browser.text("#panel-title") == "Partition 1");
     readers::does_not_move(&browser);
     browser.run("document.getElementById('panel-title').focus()", &[]);
     readers::is_used_by_keys(&browser, daemon.admin, &command);

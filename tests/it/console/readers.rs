@@ -33,9 +33,11 @@ const MUCH: &str = "
         state.database.read_ms ??= at_ms;
         state.database.generations = [...many(5, (at) => ({ ...closed, name: `idempotency_00000${at}` })), ready];
         state.database.months = many(30, (at) => ({ month: `month-${at}`, bytes: 1 << 20 }));
-        state.conditions.slice(0, 2).forEach((one) => Object.assign(one, { holds: true, since_ms: at_ms, detail: message }));
-        state.peers = [{ address: '127.0.0.1:1', error: null, instance: 'other', version: '1', ready: true, summary: 'Idle',
-            level: 'ok', partitions: 50, lag_records: 0, oldest_seconds: 0 }];
+        state.partitions[3] = { ...partition, partition: 3, state: 'live', halted: null, lag_records: null, lag_seconds: null };
+        state.conditions.slice(0, 6).forEach((one) => Object.assign(one, { holds: true, since_ms: at_ms, detail: message }));
+        state.peers = many(3, (at) => ({ address: `127.0.0.1:${at}`, error: null, instance: `other-${at}`, version: '1',
+            ready: true, summary: 'Idle', level: at === 1 ? 'bad' : 'ok', partitions: 50, lag_records: 0, oldest_seconds: 0 }));
+        state.database.housekeeping.tasks[0].is_failing = false;
         for (const task of state.database.housekeeping.tasks) task.last_ok_ms = at_ms;
         return new Response(JSON.stringify(state));
     }";
@@ -91,6 +93,16 @@ pub fn is_used_by_keys(browser: &Browser, admin: SocketAddr, command: &str) {
     }
 }
 
+/// Follows the link of a condition that holds to its runbook, which says whom to call.
+pub fn follows_a_runbook(browser: &Browser, alert: &str) {
+    browser.click(&format!("#conditions-holding [data-key={alert}] a"));
+    let id = alert.to_ascii_lowercase();
+    waits("the runbook is shown", || browser.count(&format!("h2#{id}:target")) == 1);
+    assert!(browser.text("main").contains("Escalate"));
+    browser.is_accessible("runbooks");
+    browser.fits_a_telephone("runbooks");
+}
+
 /// Fails if something moves although the reader wants no motion.
 pub fn does_not_move(browser: &Browser) {
     let moving = |wish: &str| {
@@ -140,6 +152,11 @@ pub fn is_read_elsewhere_and_printed(browser: &Browser, admin: SocketAddr) {
     let utc = if clock.matches('-').count() == 2 { 6 } else { 3 };
     let ahead = minutes(0).zip(minutes(utc)).map(|(here, there)| (here - there).rem_euclid(24 * 60));
     assert_eq!(ahead, Some(5 * 60 + 30), "{clock}");
+    // Of what is not known nothing good is said, and of what is wrong elsewhere nothing less.
+    let cell = "return document.querySelector('#grid .cell[data-key=\"3\"]').dataset.kind";
+    assert_eq!(browser.run(cell, &[]), json!("unknown"));
+    assert_eq!((text("#nav-peers"), text("#nav-conditions").is_empty()), ("✕ 1".to_owned(), false));
+    assert!(text("#task-rows td").contains("overdue"), "{}", text("#task-rows"));
     for zone in ["#charts-note", "#zone"] {
         assert!(text(zone).contains("(UTC+5:30)"), "{zone}: {}", text(zone));
     }
@@ -148,6 +165,14 @@ pub fn is_read_elsewhere_and_printed(browser: &Browser, admin: SocketAddr) {
     browser.fits_a_telephone("much of everything");
 
     assert_eq!(browser.printed_pages(), 1);
+    // A zone that shows UTC in winter alone.
+    browser.devtools("Emulation.setTimezoneOverride", &json!({ "timezoneId": "Europe/London" }));
+    let script = "const { isAlwaysUtc, isZoneUtc } = await import('/console/format.js');
+                  return [isAlwaysUtc(), ...['2026-01-15T12:00Z', '2026-07-15T12:00Z'].map((at) => isZoneUtc(Date.parse(at)))]";
+    assert_eq!(
+        browser.run(&format!("return (async () => {{ {script} }})()"), &[]),
+        json!([false, true, false])
+    );
     browser.devtools("Emulation.setTimezoneOverride", &json!({ "timezoneId": "" }));
 }
 
