@@ -23,7 +23,7 @@ use indicatif::ProgressBar;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
-use self::database::{Database, Months};
+use self::database::{Database, Months, add_months};
 use self::judge::{Outcome, judge, refused_by_other_settings};
 use self::log::{Identified, Slice, identify};
 use self::outputs::{CutOff, Outputs};
@@ -316,7 +316,7 @@ impl<'a> Comparison<'a> {
                 Ok((times, table)) => {
                     gone.into_iter().for_each(|gone| gaps.skip(gone));
                     table.entries().iter().for_each(|entry| gaps.pass(entry.place));
-                    months.extend(ranges.iter().map(|range| (*range, times)));
+                    ranges.iter().for_each(|range| add_months(months, *range, times));
                     return Ok(report);
                 }
                 Err(Fault::Scan(_) | Fault::Pruned) if tries < TRIES_MAX => {}

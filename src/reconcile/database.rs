@@ -88,6 +88,24 @@ pub struct Claimed {
 /// A range, and the earliest and latest timestamp of its records' rows.
 pub type Months = (ScanRange, Option<(TimestampMs, TimestampMs)>);
 
+/// Adds a range of a partition to those before it. It extends the last one of its partition if both are of the same
+/// months: each row is compared with all of them.
+pub fn add_months(months: &mut Vec<Months>, range: ScanRange, times: Option<(TimestampMs, TimestampMs)>) {
+    let of =
+        |times: Option<(TimestampMs, TimestampMs)>| times.map(|(first, last)| (month(first), month(last)));
+    let last = months.iter_mut().rfind(|(known, _)| known.partition == range.partition);
+    match last.filter(|(known, known_times)| known.to == range.from && of(*known_times) == of(times)) {
+        Some((known, _)) => known.to = range.to,
+        None => months.push((range, times)),
+    }
+}
+
+/// The first day of a time's month in UTC; `None` out of jiff's range.
+fn month(at: TimestampMs) -> Option<jiff::civil::Date> {
+    let at = jiff::Timestamp::from_millisecond(at.0).ok()?;
+    Some(at.to_zoned(jiff::tz::TimeZone::UTC).date().first_of_month())
+}
+
 /// The columns of the payment tables, joined: 7 of metadata, 7 of core, 4 of notes.
 pub(crate) const PAYMENT_COLUMNS: &str = "\
     m.payment_id, m.created_at, m.updated_at, m.version, m.message_id, m.source_partition, m.source_offset,
@@ -337,5 +355,46 @@ impl Database {
             Ok(())
         };
         self.runtime.block_on(read).map_err(failed("reading the payment tables"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::record::NextOffset;
+
+    #[test]
+    fn ranges_of_the_same_months_are_one() {
+        let range = |partition, from, to| ScanRange {
+            partition: Partition(partition),
+            from: NextOffset(from),
+            to: NextOffset(to),
+        };
+        let times = |first: &str, last: &str| {
+            let at = |text: &str| TimestampMs(text.parse::<jiff::Timestamp>().unwrap().as_millisecond());
+            Some((at(first), at(last)))
+        };
+        let march = times("2026-03-01T00:00:00Z", "2026-03-31T23:59:59Z");
+        let both = times("2026-03-31T23:59:59Z", "2026-04-01T00:00:00Z");
+        let mut months = Vec::new();
+        for (range, times) in [
+            (range(0, 0, 10), march),
+            (range(1, 0, 5), march),
+            (range(0, 10, 20), times("2026-03-07T00:00:00Z", "2026-03-08T00:00:00Z")),
+            (range(1, 6, 9), march),
+            (range(0, 20, 30), both),
+            (range(0, 30, 40), None),
+            (range(0, 40, 50), None),
+        ] {
+            add_months(&mut months, range, times);
+        }
+        let expected = [
+            (range(0, 0, 20), march),
+            (range(1, 0, 5), march),
+            (range(1, 6, 9), march),
+            (range(0, 20, 30), both),
+            (range(0, 30, 50), None),
+        ];
+        assert_eq!(months, expected);
     }
 }
