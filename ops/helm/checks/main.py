@@ -3,7 +3,7 @@
 
     ops/helm/checks/main.py FOLDER     FOLDER has a file NAME.yaml for each ops/helm/cases/NAME.yaml
 
-Needs PyYAML, kubernetes-validate and tsc, which ops/helm/check sets up. With PROGRAM, that program checks
+Needs PyYAML, kubernetes-validate and tsc, which ops/helm/check sets up. PROGRAM checks
 arguments and settings, too. Each check is seen to refuse something: mutations.py breaks the objects of the case `all`.
 """
 
@@ -74,7 +74,7 @@ def refused(case, program):
 
 
 def main():
-    folder, program = pathlib.Path(sys.argv[1]), os.environ.get("PROGRAM")
+    folder, program = pathlib.Path(sys.argv[1]), os.environ["PROGRAM"]
     default = yaml.safe_load((HELM / "payment-writer" / "values.yaml").read_text(encoding="utf-8"))
     versions = [version for version in kubernetes.all_versions()
                 if tuple(map(int, version.split(".")[:2])) >= tuple(map(int, OLDEST.split(".")))]
@@ -91,7 +91,7 @@ def main():
         checksums[file.stem] = pod_of(case.daemon)[0]["annotations"]["checksum/settings"]
         count += len(objects)
         problems += [f"{file.stem}: {problem}" for problem in found]
-        if program and (said := refused(case, program)):
+        if (said := refused(case, program)):
             problems.append(f"{file.stem}: {said}")
         if file.stem == "all":
             problems += mutations.accepted(values, objects)
@@ -104,8 +104,8 @@ def main():
     if problems:
         sys.exit("\n".join(problems) + f"\n\nops/helm/checks: {len(problems)} problems")
     print(f"objects: {count} of {len(cases)} cases, Kubernetes {versions[0]} to {versions[-1]}, "
-          f"{len(mutations.MUTATIONS) + len(mutations.UNKNOWN)} changes refused"
-          + (", settings and arguments read by the program" if program else "; no PROGRAM, so no program read the settings"))
+          f"{len(mutations.MUTATIONS) + len(mutations.UNKNOWN)} changes refused, "
+          "settings and arguments read by the program")
 
 
 if __name__ == "__main__":
