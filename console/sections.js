@@ -22,7 +22,7 @@ export function conditions(state) {
   list(byId("conditions-rest"), rest, (condition) => condition.alert, createCondition, (node, condition) => fillCondition(node, condition, state.at_ms));
   setHidden(byId("conditions-holding"), holding.length === 0);
   setHidden(byId("conditions-none"), holding.length > 0);
-  setText(byId("conditions-none"), `✓ None of ${count(state.conditions.length)}.`);
+  setText(byId("conditions-none"), `✓ None of ${count(state.conditions.length)}, as far as this daemon can tell.`);
   setHidden(byId("conditions-others"), rest.length === 0);
   setText(byId("conditions-others-count"), `(${rest.length})`);
   const pages = holding.filter((condition) => condition.severity === "page").length;

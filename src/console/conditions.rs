@@ -11,7 +11,7 @@ use super::history::{History, Recent};
 use super::samples::Samples;
 use super::status::{LaneRow, Level, PartitionRow, Summary};
 use super::summary::{
-    OPENING_LONG_MS, STEP_HANGS_MS, THROTTLED_MS_PER_SECOND, duration, grouped, listed, percent,
+    OPENING_LONG_MS, STEP_HANGS_MS, STUCK_MS, THROTTLED_MS_PER_SECOND, duration, grouped, listed, percent,
 };
 use crate::domain::record::TimestampMs;
 use crate::domain::wire::Reason;
@@ -213,12 +213,24 @@ pub const CONDITIONS: &[Condition] = &[
             (o.now.0 - since.0 >= STEP_HANGS_MS).then_some((detail, Some(since)))
         });
         let opening = o.partitions.iter().filter(|row| row.state == "opening" && row.since_ms.is_some());
-        hanging.or_else(|| {
+        let long_opening = || {
             let row = opening.min_by_key(|row| row.since_ms)?;
             let since = TimestampMs(row.since_ms?);
             let detail = format!("partition {} is being opened", row.partition);
             (o.now.0 - since.0 > OPENING_LONG_MS).then_some((detail, Some(since)))
-        })
+        };
+        // While the database or Kafka is away, another condition says so.
+        let live = o.partitions.iter().filter(|row| row.state == "live" && o.missing.is_empty());
+        let stuck = || {
+            let is_stuck = |row: &&PartitionRow| row.stuck_since_ms.is_some_and(|at| o.now.0 - at > STUCK_MS);
+            let stuck: Vec<&PartitionRow> = live.filter(is_stuck).collect();
+            let since = stuck.iter().filter_map(|row| row.stuck_since_ms).min()?;
+            let numbers = listed(stuck.iter().map(|row| row.partition), stuck.len(), 10);
+            let detail =
+                format!("{numbers}: records wait, and none was written for {}", duration(o.now.0 - since));
+            Some((detail, Some(TimestampMs(since))))
+        };
+        hanging.or_else(long_opening).or_else(stuck)
     }),
     page("PaymentWriterRetentionAtRisk", "Records may be deleted before they are written", |o| {
         let retention = o.metrics.max("payment_writer_input_retention_seconds")?;
@@ -318,13 +330,22 @@ pub const CONDITIONS: &[Condition] = &[
         let recent = o.history.last(10 * MINUTE);
         let shrinks = o.lag < recent.lag_before?;
         (recent.database > 0.8 && o.oldest_ms > 30_000 && !shrinks).then(|| {
-            (format!("lanes spend {} of their time in it, and payments wait", percent(recent.database)), None)
+            (
+                format!(
+                    "lanes spend {} of their time in it, and payments wait",
+                    percent(recent.database.min(1.0))
+                ),
+                None,
+            )
         })
     }),
     page("PaymentWriterNotReady", "Not ready", |o| {
         let names: Vec<&str> = o.missing.iter().map(|(what, ..)| *what).collect();
         let since = o.missing.iter().map(|(_, _, since)| *since).min()?;
-        Some((format!("/readyz names what is missing: {}", names.join(", ")), Some(since)))
+        let others = [("database", "Waiting for the database"), ("broker", "Waiting for Kafka")];
+        let mut same = others.iter().filter(|(what, _)| missing(o, what).is_some());
+        let same = same.next().map_or(String::new(), |(_, title)| format!("; the same fault as \"{title}\""));
+        Some((format!("/readyz names what is missing: {}{same}", names.join(", ")), Some(since)))
     }),
     ticket("PaymentWriterMemory", "Memory is short", |o| {
         share(o, "process_resident_memory_bytes", "payment_writer_memory_limit_bytes", 0.85)

@@ -66,7 +66,7 @@ struct Point {
     cpu: f32,
     resident_bytes: u64,
     /// Share of the time of the lanes with partitions, by phase; those of database and Kafka overlap. A phase counts when
-    /// it ends, as a whole second at most.
+    /// it ends, and may have lasted for longer than the second.
     phases: [f32; LanePhase::ALL.len()],
     /// How long brokers throttled the clients, summed over their answers.
     throttled_ms: u32,
@@ -231,7 +231,7 @@ fn point(before: &Totals, after: &Totals, status: &StatusRegistry, lanes: usize,
         is_ready: status.missing().is_empty(),
         cpu: (after.cpu.saturating_sub(before.cpu).as_secs_f64() / seconds) as f32,
         resident_bytes: resident_bytes(),
-        phases: after.work.phases_since(&before.work).map(|spent| (spent / lane_seconds).min(1.0) as f32),
+        phases: after.work.phases_since(&before.work).map(|spent| (spent / lane_seconds) as f32),
         throttled_ms: u32::try_from(after.throttled_ms.saturating_sub(before.throttled_ms))
             .unwrap_or(u32::MAX),
         partitions: u16::try_from(partitions.values().flatten().count()).unwrap_or(u16::MAX),
@@ -274,7 +274,7 @@ impl Columns {
         self.ready.push(is_ready);
         self.cpu_cores.push(cpu);
         self.resident_bytes.push(resident_bytes);
-        let [waiting, assembling, database, kafka] = phases;
+        let [waiting, assembling, database, kafka] = phases.map(|share| share.min(1.0));
         self.waiting.push(waiting);
         self.assembling.push(assembling);
         self.database.push(database);
@@ -314,6 +314,21 @@ mod tests {
         assert!((0.016..0.024).contains(&p50) && (0.016..0.024).contains(&p99), "{p50} {p99}");
         assert_eq!(point.phases, [0.0, 0.0, 0.5, 0.0]);
         assert!(!point.is_ready && point.resident_bytes > 1 << 20);
+
+        // AND a transaction that took ten seconds counts as such, though it is drawn as one second
+        let before = taken_at(began, &status, OutcomeCounts::default());
+        status.work().phase(LanePhase::Database, Duration::from_secs(10));
+        let point = super::point(
+            &before,
+            &taken_at(began + INTERVAL, &status, outcomes),
+            &status,
+            2,
+            TimestampMs(1_000),
+        );
+        assert_eq!(point.phases, [0.0, 0.0, 5.0, 0.0]);
+        let history = History::default();
+        history.push(point);
+        assert_eq!((history.last(10).database, history.after(TimestampMs(0)).database), (5.0, vec![1.0]));
     }
 
     #[test]

@@ -67,8 +67,11 @@ pub fn render(shown: &Shown<'_>) -> (&'static str, String) {
         let link = format!("<a href=\"{runbook}\">Runbook, and whom to call</a>");
         let _ = write!(conditions, "<li><strong>{title}</strong> {detail} {link}</li>");
     }
-    let none =
-        if conditions.is_empty() { format!("✓ None of {}.", CONDITIONS.len()) } else { String::new() };
+    let none = if conditions.is_empty() {
+        format!("✓ None of {}, as far as this daemon can tell.", CONDITIONS.len())
+    } else {
+        String::new()
+    };
     let rows: String = shown.partitions.iter().map(row).collect();
     let values = [
         ("{{level}}", <&str>::from(shown.summary.level).to_owned()),
@@ -189,7 +192,10 @@ mod tests {
         };
         let page = render(&shown).1;
         assert!(page.contains("&lt;script&gt;&quot;"), "{page}");
-        assert!(page.contains(&format!("✓ None of {}.", CONDITIONS.len())), "{page}");
+        assert!(
+            page.contains(&format!("✓ None of {}, as far as this daemon can tell.", CONDITIONS.len())),
+            "{page}"
+        );
         for tag in ["<b>", "<script>", "{{"] {
             assert!(!page.contains(tag), "{tag}");
         }

@@ -67,6 +67,8 @@ pub struct PartitionRow {
     pub lag_records: Option<i64>,
     /// Age of the oldest of them.
     pub lag_seconds: Option<f64>,
+    /// Since when records wait and none of them was written and published, in milliseconds since 1970.
+    pub stuck_since_ms: Option<i64>,
     /// Records behind an open transaction.
     pub open_transaction_records: i64,
     /// Its age.
@@ -127,6 +129,7 @@ impl PartitionRow {
             end: status.end.map(|o| o.0),
             lag_records: status.lag(),
             lag_seconds: Some(seconds(status.lag_ms(now))),
+            stuck_since_ms: status.stuck_since().map(|at| at.0),
             open_transaction_records: open.map_or(0, |open| open.records),
             open_transaction_seconds: seconds(open.map_or(0, |open| open.age_ms(now))),
             halted,

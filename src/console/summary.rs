@@ -13,6 +13,8 @@ const STEP_LONG_MS: i64 = 15_000;
 pub(super) const STEP_HANGS_MS: i64 = 30_000;
 /// Recovery of a partition usually takes less than a second.
 pub(super) const OPENING_LONG_MS: i64 = 30_000;
+/// A partition in which nothing moves for longer is a page, as by the rule of Prometheus.
+pub(super) const STUCK_MS: i64 = 600_000;
 /// Something that has been missing for no longer is no fault yet.
 const MISSING_SHORT_MS: i64 = 10_000;
 /// Records usually wait for less.

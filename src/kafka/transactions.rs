@@ -224,9 +224,9 @@ fn warn_if_fenced(settings: &PublisherSettings, error: &NativeError) {
             transactional_id = settings.client.get("transactional.id"),
             %error,
             suppressed,
-            "this lane's producer was fenced: another producer has its transactional id, or the broker \
-             aborted a transaction that took too long. The lane initialises its producer again; if this \
-             repeats, two processes have the same kafka.group_id and kafka.instance_id"
+            "this lane's producer was fenced: the broker aborted a transaction that took too long, as while the \
+             database or a broker was slow; the lane initialises its producer again. Only if this repeats while \
+             nothing is slow do two processes have the same kafka.group_id and kafka.instance_id"
         );
     }
 }

@@ -351,9 +351,13 @@ impl StatusRegistry {
             if Some(applied.min(published)) < status.applied.min(status.published) {
                 status.note_went_back();
             }
+            let before = status.done_to();
             status.applied = Some(applied);
             status.published = Some(published);
             status.unpublished_from = None;
+            if status.done_to() > before {
+                status.moved_at = Some(now);
+            }
             status.note_written(now, timestamp);
             let done_to = applied.min(published);
             while status.in_hand.front().is_some_and(|(reached, _)| *reached <= done_to) {

@@ -230,7 +230,17 @@ fn a_lane_that_hangs_and_a_partition_that_is_not_opened_are_told() {
     let told = |detail: &str| vec![("PaymentWriterPartitionStalled", detail.to_owned())];
     assert_eq!(stalled(std::slice::from_ref(&short), &[]), []);
     assert_eq!(stalled(&[short.clone(), lane], &[]), told("lane 1 has been in one step for 45 s: database"));
-    assert_eq!(stalled(&[short], &[opening]), told("partition 7 is being opened"));
+    assert_eq!(stalled(std::slice::from_ref(&short), &[opening]), told("partition 7 is being opened"));
+    // A live one beside a lane that waits for records.
+    let stuck = |partition, ms: i64| PartitionRow {
+        partition,
+        state: "live".to_owned(),
+        stuck_since_ms: Some(1_000_000_000 - ms),
+        ..PartitionRow::default()
+    };
+    assert_eq!(stalled(std::slice::from_ref(&short), &[stuck(3, 600_000)]), []);
+    let rows = [stuck(3, 720_000), stuck(4, 30_000), stuck(5, 660_000)];
+    assert_eq!(stalled(&[short], &rows), told("3, 5: records wait, and none was written for 12 min"));
 }
 
 #[test]

@@ -42,6 +42,8 @@ pub struct PartitionStatus {
     pub(super) open: Option<OpenTransaction>,
     /// When the partition was last caught up to the end, by the wall clock.
     pub(super) caught_up_at: Option<TimestampMs>,
+    /// When more of it was last written and published, by the wall clock.
+    pub(super) moved_at: Option<TimestampMs>,
     /// When the partition was assigned, by the wall clock.
     pub(super) assigned_at: TimestampMs,
     /// `applied` in the database at the last recovery.
@@ -107,6 +109,12 @@ impl PartitionStatus {
     /// Number of records between what is written and published and the end.
     pub fn lag(&self) -> Option<i64> {
         Some((self.end?.0 - self.done_to()?.0).max(0))
+    }
+
+    /// Since when records wait and none of them was written and published; `None` if none waits, as far as is known.
+    pub fn stuck_since(&self) -> Option<TimestampMs> {
+        let waits = self.lag().is_some_and(|lag| lag > 0);
+        waits.then(|| self.since.max(self.moved_at.max(self.caught_up_at).unwrap_or_default()))
     }
 
     /// Age in milliseconds of the oldest record that is not yet written and published; 0 when caught up.
