@@ -109,6 +109,10 @@ asyncapi-check: ## compare docs/asyncapi.yaml, docs/schemas and the programs of 
 	COUNT=$(COUNT) PROGRAM=$(PROGRAM) ops/asyncapi/check >docs/evidence/asyncapi-check.log 2>&1; \
 	    result=$$?; cat docs/evidence/asyncapi-check.log; exit $$result
 
+.PHONY: asyncapi-page
+asyncapi-page: ## render docs/asyncapi.yaml as one HTML file, target/asyncapi.html; needs Node
+	@ops/asyncapi/page/render
+
 .PHONY: compat
 PAIRS ?= 3.7.2/15 3.9.1/16 4.0.0/17 /18
 compat: ## test kills and rebalances with other versions of Kafka and Postgres: PAIRS="3.9.1/16 /18"; without a version of Kafka, that of dev/pom.xml; ten minutes
