@@ -202,9 +202,9 @@ deb: ## build the Debian package, target/debian/payment-writer_*.deb: REVISION=1
 	@dev/install --deb
 	@REVISION=$(REVISION) PROGRAM=$(PROGRAM) ops/deb/build
 
-deb-check: ## build the Debian package, check it with lintian, and install, run, upgrade and purge it in a bare root: PROGRAM=FILE; needs root; three minutes
+deb-check: ## build the Debian package, check it with lintian, and install, run, upgrade and purge it in a bare root under systemd: PROGRAM=FILE FORMER=PROGRAM; needs root; eight minutes
 	@dev/install --deb
-	@PROGRAM=$(PROGRAM) ops/deb/check >docs/evidence/deb-check.log 2>&1; \
+	@PROGRAM=$(PROGRAM) FORMER=$(FORMER) ops/deb/check >docs/evidence/deb-check.log 2>&1; \
 	    result=$$?; cat docs/evidence/deb-check.log; exit $$result
 
 .PHONY: image-check
