@@ -88,8 +88,10 @@ trials: ## run the integration tests of situations at users that take minutes
 drill: ## do what Kubernetes does to the instances of a StatefulSet, under load: update, scaling, eviction, loss of a node; prints the pauses
 	@dev/install
 	@dev/servers install
-	cargo test --locked --features failpoints --test it -- --ignored --exact --nocapture \
-	    statefulset::trials_what_kubernetes_does_to_a_statefulset_loses_and_duplicates_nothing
+	{ echo "make drill, $$(git describe --always --dirty --abbrev=12 --match '')"; \
+	    cargo test --locked --features failpoints --test it -- --ignored --exact --nocapture \
+	    statefulset::trials_what_kubernetes_does_to_a_statefulset_loses_and_duplicates_nothing; } \
+	    >docs/evidence/statefulset-drill.log 2>&1; result=$$?; cat docs/evidence/statefulset-drill.log; exit $$result
 
 .PHONY: upgrade
 # The last version with its own Kafka producer, whose transactional ids have another format.
@@ -97,9 +99,11 @@ FROM ?= 18931c3
 upgrade: ## test upgrade and rollback between an earlier commit and this tree under load, with drains and kills: FROM=COMMIT or FORMER=PROGRAM
 	@dev/install
 	@dev/servers install
-	former=$(if $(FORMER),$(FORMER),$$(dev/former $(FROM))) && \
-	PAYMENT_WRITER_FORMER_PROGRAM=$$former \
-	cargo test --locked --features failpoints --test it -- --ignored --exact upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated
+	former=$(if $(FORMER),$(FORMER),$$(dev/former $(FROM))) && export PAYMENT_WRITER_FORMER_PROGRAM=$$former && \
+	{ echo "make upgrade, $$(git describe --always --dirty --abbrev=12 --match ''), from $(or $(FORMER),$(FROM))"; \
+	    cargo test --locked --features failpoints --test it -- --ignored --exact --nocapture \
+	    upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated; } \
+	    >docs/evidence/upgrade.log 2>&1; result=$$?; cat docs/evidence/upgrade.log; exit $$result
 
 .PHONY: asyncapi-check
 asyncapi-check: ## compare docs/asyncapi.yaml, docs/schemas and the programs of the guides with the daemon and a broker: COUNT=3000 PROGRAM=FILE; needs Node and Go; minutes on a quiet machine

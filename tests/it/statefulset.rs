@@ -13,6 +13,9 @@ use crate::support::{Daemon, Flow, Load, Member, PATIENCE, Scope, Servers, block
 const PARTITIONS: usize = 12;
 /// Time between two looks at the cursors.
 const LOOK: Duration = Duration::from_millis(100);
+/// A pause that is longer is a fault, however slow the machine is. A lost node's partitions wait for the session timeout of
+/// ten seconds.
+const PAUSE_MAX: Duration = Duration::from_secs(90);
 /// What a partition of the flow rests without a reason: its transactions are as long.
 const UNDISTURBED: Duration = Duration::from_secs(20);
 
@@ -79,8 +82,14 @@ impl Pauses {
         Pauses { seen, is_over, thread: Some(thread) }
     }
 
-    /// Prints the longest pauses since the last call.
+    /// Waits until payments of each partition are written again, and prints the longest pauses since the last call.
+    #[track_caller]
     fn report(&self, what: &str) {
+        let asked = Instant::now();
+        wait_until_within(PAUSE_MAX, "payments of each partition are written again", || {
+            let seen = self.seen.lock().unwrap();
+            seen.positions.values().filter(|(_, moved)| *moved > asked).count() == PARTITIONS
+        });
         let mut seen = self.seen.lock().unwrap();
         let (mut longest, all) =
             (std::mem::take(&mut seen.longest), std::mem::take(&mut seen.longest_of_all));

@@ -24,14 +24,28 @@ fn instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_dup
     // GIVEN two instances of the earlier build, and a flow of records of all kinds of producers
     let former = std::env::var(FORMER_PROGRAM).expect("the earlier build: make upgrade FROM=COMMIT");
     let scope = Scope::new(Servers::shared(), "upgrade");
-    scope.prepare(12, 4);
+    scope.create_topics(12, 4);
     let this = |name: &str| Member::new(name).with("BATCH__MAX_PAYMENTS", "100").soon_forgotten();
     let earlier = |name: &str| this(name).of_program(&former);
+    let version =
+        || -> i32 { scope.sql("SELECT max(version) FROM payment_writer.schema_history", &[])[0].get(0) };
+    assert_eq!(earlier("a").run(&scope, &["migrate"]).wait().code(), Some(0));
+    let former_version = version();
     let flow = Flow::start(&scope, Load::new(71), 20);
     let mut daemons = [earlier("a").start(&scope), earlier("b").start(&scope)];
     for daemon in &daemons {
         daemon.wait_for_partitions("each has its half", |partitions| partitions == 6);
     }
+
+    // WHEN the steps of the schema that came since are run beside them, under load
+    let before = daemons.each_ref().map(published);
+    let migrated = scope.command(&["migrate"]).succeeds().stdout;
+    println!("{migrated}the schema was {former_version}, and is {}", version());
+    // THEN both go on
+    wait_until_within(PATIENCE, "both publish on the new schema", || {
+        let now = daemons.each_ref().map(published);
+        now[0] >= before[0] + 200.0 && now[1] >= before[1] + 200.0
+    });
 
     // WHEN each is replaced, drained or killed in the middle of a batch, forward, back and forward again
     let forward = [(0, true, End::Killed), (1, true, End::Drains)];
