@@ -1,5 +1,6 @@
 //! Compares the documentation with the program and its tests.
 
+mod asyncapi;
 mod commands;
 mod dependencies;
 mod generated;

@@ -108,7 +108,7 @@ fn program(arguments: &[&str], setting: Option<(&str, &str)>) -> std::process::O
 }
 
 /// Key and default of each setting, in the order of the program.
-fn defaults() -> Vec<(String, Value)> {
+pub fn defaults() -> Vec<(String, Value)> {
     let output = program(&["config", "show", "--json"], None);
     assert!(output.status.success(), "{output:?}");
     let shown: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
