@@ -18,6 +18,7 @@ use crate::kafka::group::{Group, member_config};
 use crate::kafka::librdkafka::{
     NO_TOPIC_IDS, NativeError, ProducerClient, TxnProducer, describe_group, describe_topic, settings_of,
 };
+use crate::kafka::offsets::once_settled;
 use crate::kafka::publisher_settings::{transactional_config, transactional_id};
 use crate::kafka::topic_rules::{CLEANUP_POLICY, Role, TIMESTAMP_AHEAD, TIMESTAMP_TYPE};
 use crate::kafka::transactions::{DEAD_LETTER_BYTES, EVENT_BYTES};
@@ -196,7 +197,8 @@ impl Brokers<'_> {
     /// Returns the group's number of members, if the brokers tell.
     fn group(&mut self) -> Option<usize> {
         let (what, id, topic) = (Dependency::GroupRights, &self.kafka.group_id, &self.kafka.input_topic);
-        let found = match describe_group(self.group.consumer().client(), id, topic, self.limit()) {
+        let ask = || describe_group(self.group.consumer().client(), id, topic, self.limit());
+        let found = match once_settled(|error: &NativeError| Some(error.code), ask) {
             Ok(found) => found,
             Err(error) => {
                 match error.code {

@@ -159,13 +159,34 @@ pub(super) fn high_watermarks_of<C: ConsumerContext>(
 /// How long to wait for a coordinator that is moving or loading.
 const COORDINATOR_SETTLES: Duration = Duration::from_secs(10);
 
-/// Whether the coordinator is moving or loading.
-fn is_settling(error: &KafkaError) -> bool {
+/// Asks a group's coordinator, again while it is moving or loading, as it is on a broker that has just started.
+///
+/// # Errors
+/// The last one.
+pub fn once_settled<T, E>(
+    code: impl Fn(&E) -> Option<RDKafkaErrorCode>,
+    mut ask: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
     use RDKafkaErrorCode as Code;
-    matches!(
-        error.rdkafka_error_code(),
-        Some(Code::NotCoordinator | Code::CoordinatorNotAvailable | Code::CoordinatorLoadInProgress)
-    )
+    let began = Instant::now();
+    loop {
+        match ask() {
+            Err(error)
+                if began.elapsed() < COORDINATOR_SETTLES
+                    && matches!(
+                        code(&error),
+                        Some(
+                            Code::NotCoordinator
+                                | Code::CoordinatorNotAvailable
+                                | Code::CoordinatorLoadInProgress
+                        )
+                    ) =>
+            {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            answer => return answer,
+        }
+    }
 }
 
 /// The group's committed offsets. The broker answers only once no pending transaction could change them
@@ -175,15 +196,8 @@ pub fn group_offsets(
     partitions: &[Partition],
 ) -> Result<Vec<Option<GroupOffset>>, KafkaPortError> {
     let list = list_at(group.topic(), partitions, KafkaOffset::Invalid)?;
-    let began = Instant::now();
-    let answer = loop {
-        match group.consumer().committed_offsets(list.clone(), ATTEMPT_TIMEOUT) {
-            Err(error) if is_settling(&error) && began.elapsed() < COORDINATOR_SETTLES => {
-                std::thread::sleep(Duration::from_millis(200));
-            }
-            answer => break answer.map_err(|e| failed(OFFSET_FETCH, &e))?,
-        }
-    };
+    let ask = || group.consumer().committed_offsets(list.clone(), ATTEMPT_TIMEOUT);
+    let answer = once_settled(KafkaError::rdkafka_error_code, ask).map_err(|e| failed(OFFSET_FETCH, &e))?;
     each(OFFSET_FETCH, &answer, group.topic(), partitions, |element| match element.offset() {
         KafkaOffset::Offset(offset) => {
             let metadata = element.metadata().to_owned();

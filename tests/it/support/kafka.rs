@@ -298,13 +298,7 @@ impl Scope<'_> {
 
     /// The group's committed offset and its metadata, if it has one.
     pub fn committed(&self, partition: i32) -> Option<(i64, String)> {
-        let consumer: BaseConsumer = self.client_config().set("group.id", &self.group_id).create().unwrap();
-        let mut asked = TopicPartitionList::new();
-        asked.add_partition(&self.input_topic, partition);
-        let committed = consumer.committed_offsets(asked, DEADLINE).unwrap();
-        let partition = committed.find_partition(&self.input_topic, partition)?;
-        let Offset::Offset(offset) = partition.offset() else { return None };
-        Some((offset, partition.metadata().to_owned()))
+        self.committed_all().remove(&partition)
     }
 
     /// Waits until the cluster reports brokers. One that was paused reports none for a moment, and a client
