@@ -284,6 +284,31 @@ impl Columns {
 }
 
 #[cfg(test)]
+impl History {
+    /// Points of so many equal seconds; lag grows by a record in each.
+    pub fn of_equal_seconds(count: i64, outcomes: OutcomeCounts, throttled_ms: u32, database: f32) -> Self {
+        let history = Self::default();
+        for second in 0..count {
+            history.push(Point {
+                at: TimestampMs(1_000_000_000 - (count - second) * 1_000),
+                outcomes,
+                latency: None,
+                lag_records: second as u32,
+                oldest_seconds: 0.0,
+                is_ready: true,
+                cpu: 0.0,
+                resident_bytes: 0,
+                phases: [0.0, 0.0, database, 0.0],
+                throttled_ms,
+                partitions: 1,
+                seconds: 1.0,
+            });
+        }
+        history
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::domain::record::Partition;

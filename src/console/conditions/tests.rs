@@ -1,5 +1,6 @@
 use super::super::status::HaltedRow;
 use super::*;
+use crate::domain::batch::OutcomeCounts;
 use crate::domain::cursor::HaltReason;
 use crate::domain::record::{NextOffset, Offset, Partition};
 
@@ -119,6 +120,33 @@ fn a_condition_holds_by_what_the_daemon_observes() {
             "PaymentWriterHousekeepingFailing",
             "tasks: months",
         ),
+        (
+            "payment_writer_audit_behind_seconds 2000",
+            "PaymentWriterAuditBehind",
+            "behind by 33 min, 0 offsets not audited since the start",
+        ),
+        (
+            "process_open_fds 9\nprocess_max_fds 10",
+            "PaymentWriterFileDescriptors",
+            "90 % of what it may have",
+        ),
+        (
+            "payment_writer_config_last_reload_successful 0",
+            "PaymentWriterReloadFailed",
+            "those from before stay in use; the log says why",
+        ),
+        (
+            "payment_writer_horizon_held 1\nprocess_start_time_seconds 100000\n\
+             payment_writer_horizon_timestamp_seconds 900000",
+            "PaymentWriterHorizonHeld",
+            "for 27 h 46 min it could not be determined up to when everything is written",
+        ),
+        (
+            "payment_writer_fetch_gaps_total 2\npayment_writer_fetch_clients_renewed_total 1",
+            "PaymentWriterFetchFaults",
+            "3 times since the start; they were found and read",
+        ),
+        ("payment_writer_default_partition_rows 3", "PaymentWriterDefaultPartitionRows", "3 rows"),
     ] {
         assert_eq!(holding(metrics, |_| {}), [(alert, detail.to_owned())]);
     }
@@ -241,6 +269,50 @@ fn a_lane_that_hangs_and_a_partition_that_is_not_opened_are_told() {
     assert_eq!(stalled(std::slice::from_ref(&short), &[stuck(3, 600_000)]), []);
     let rows = [stuck(3, 720_000), stuck(4, 30_000), stuck(5, 660_000)];
     assert_eq!(stalled(&[short], &rows), told("3, 5: records wait, and none was written for 12 min"));
+}
+
+#[test]
+fn what_the_last_minutes_were_like_is_told() {
+    let of = |throttled_ms, database, dead_letters| {
+        let outcomes = OutcomeCounts { written: 9, dead_letters, ..OutcomeCounts::default() };
+        &*Box::leak(Box::new(History::of_equal_seconds(900, outcomes, throttled_ms, database)))
+    };
+    let quiet = of(0, 0.5, 0);
+    let none: [&str; 0] = [];
+    let names = |history, oldest_ms, lag| -> Vec<&str> {
+        let change = |observed: &mut Observed<'static>| {
+            (observed.history, observed.oldest_ms, observed.lag) = (history, oldest_ms, lag);
+        };
+        holding("", change).into_iter().map(|(alert, _)| alert).collect()
+    };
+    assert_eq!(names(quiet, 0, 0), none);
+    assert_eq!(names(quiet, 61_000, 299), none, "the lag is that of ten minutes ago");
+    assert_eq!(names(quiet, 61_000, 300), ["PaymentWriterLagGrowing"]);
+    assert_eq!(names(of(0, 5.0, 0), 31_000, 299), ["PaymentWriterDatabaseSaturated"]);
+    assert_eq!(names(of(0, 5.0, 0), 29_000, 299), none);
+    assert_eq!(names(of(2_000, 0.5, 0), 0, 0), ["PaymentWriterThrottled"]);
+    assert_eq!(names(of(0, 0.5, 1), 0, 0), ["PaymentWriterDeadLetterShare"]);
+
+    let halted = [PartitionRow {
+        partition: 3,
+        since_ms: Some(999_000_000),
+        halted: Some(HaltedRow::default()),
+        ..PartitionRow::default()
+    }];
+    let broker = [("broker", "no answer".to_owned(), TimestampMs(999_000_000))];
+    let held = holding("", |observed| (observed.partitions, observed.missing) = (&halted, &broker));
+    let expected = [
+        (
+            "PaymentWriterPartitionsHalted",
+            "3; the panel of each has the reason and the command that resolves it; the others go on",
+        ),
+        ("PaymentWriterBrokerAway", "no answer; it goes on by itself once that is over"),
+        (
+            "PaymentWriterNotReady",
+            "/readyz names what is missing: broker; the same fault as \"Waiting for Kafka\"",
+        ),
+    ];
+    assert_eq!(held, expected.map(|(alert, detail)| (alert, detail.to_owned())));
 }
 
 #[test]
