@@ -88,7 +88,7 @@ trials: ## run the integration tests of situations at users that take minutes
 drill: ## do what Kubernetes does to the instances of a StatefulSet, under load: update, scaling, eviction, loss of a node; prints the pauses
 	@dev/install
 	@dev/servers install
-	{ echo "make drill, $$(git describe --always --dirty --abbrev=12 --match '')"; \
+	{ echo "make drill, $$(dev/commit)"; \
 	    cargo test --locked --features failpoints --test it -- --ignored --exact --nocapture \
 	    statefulset::trials_what_kubernetes_does_to_a_statefulset_loses_and_duplicates_nothing; } \
 	    >docs/evidence/statefulset-drill.log 2>&1; result=$$?; cat docs/evidence/statefulset-drill.log; exit $$result
@@ -100,7 +100,7 @@ upgrade: ## test upgrade and rollback between an earlier commit and this tree un
 	@dev/install
 	@dev/servers install
 	former=$(if $(FORMER),$(FORMER),$$(dev/former $(FROM))) && export PAYMENT_WRITER_FORMER_PROGRAM=$$former && \
-	{ echo "make upgrade, $$(git describe --always --dirty --abbrev=12 --match ''), from $(or $(FORMER),$(FROM))"; \
+	{ echo "make upgrade, $$(dev/commit), from $(if $(FORMER),a program,$(FROM))"; \
 	    cargo test --locked --features failpoints --test it -- --ignored --exact --nocapture \
 	    upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated; } \
 	    >docs/evidence/upgrade.log 2>&1; result=$$?; cat docs/evidence/upgrade.log; exit $$result
@@ -231,7 +231,7 @@ count: ## count lines of production code in src/, by module and in total
 
 build: ## build the release binary, target/release/payment-writer
 	@dev/install
-	PAYMENT_WRITER_COMMIT="$$(git describe --always --dirty --abbrev=12 --match '')" cargo build --locked --release
+	PAYMENT_WRITER_COMMIT="$$(dev/commit)" cargo build --locked --release
 
 clean: ## remove everything that was built, fetched or started here
 	@dev/observe destroy

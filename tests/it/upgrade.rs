@@ -41,6 +41,7 @@ fn instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_dup
     let before = daemons.each_ref().map(published);
     let migrated = scope.command(&["migrate"]).succeeds().stdout;
     println!("{migrated}the schema was {former_version}, and is {}", version());
+    assert!(former_version < version(), "both builds have the same schema: name an earlier one");
     // THEN both go on
     wait_until_within(PATIENCE, "both publish on the new schema", || {
         let now = daemons.each_ref().map(published);
