@@ -412,7 +412,7 @@ fn a_dry_run_changes_nothing_and_a_careless_command_is_rejected() {
     says(&replay(&scope, &["--at", "0/100"]), 2, "holds no record at 0/100");
     let rows_only = [("PAYMENT_WRITER__KAFKA__PUBLISH", "false")];
     says(&scope.command_with(&["dlq", "replay", "--all"], &rows_only), 2, "kafka.publish");
-    scope.command(&["migrate", "undo", "--count", "3"]).succeeds();
+    scope.command(&["migrate", "undo", "--count", "4"]).succeeds();
     says(&replay(&scope, &["--all"]), 1, "payment-writer migrate");
     assert!(scope.read_all(&scope.input_topic).is_empty());
 }

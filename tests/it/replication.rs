@@ -315,7 +315,7 @@ fn message_ids_are_guarded_again_after_a_change_over_and_a_lost_function() {
     }
 
     // AND without step 8 nothing is missing, and nothing restored
-    scope.command(&["migrate", "undo", "--count", "1", "--force"]).succeeds();
+    scope.command(&["migrate", "undo", "--count", "2", "--force"]).succeeds();
     assert_eq!(guard(), Ok(()));
     scope.command(&["prune"]);
     assert!(!refuses(1));

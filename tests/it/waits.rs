@@ -39,6 +39,8 @@ fn frozen(scope: &Scope<'_>, logins: &[String; 2]) -> (Daemon, Daemon, i32) {
     let holder = "SELECT a.pid FROM pg_locks l JOIN pg_stat_activity a USING (pid)
         WHERE l.relation = 'payment_writer.source_cursor'::regclass AND l.mode = 'RowExclusiveLock'
             AND a.usename = $1";
+    // What the client sent before it was stopped may not have been executed yet.
+    wait_until_within(PATIENCE, "it holds the cursors", || !scope.sql(holder, &[&logins[0]]).is_empty());
     let holder = scope.sql(holder, &[&logins[0]])[0].get(0);
     (frozen, member("b", &urls[1]).start(scope), holder)
 }
