@@ -11,6 +11,10 @@ SCRIPTS = $(sort $(shell grep -rlE '^(\#!.*[/ ](ba)?sh$$|\# shellcheck shell=)' 
 # Turns the variables with these names that are set, such as COUNT=1000, into command-line options: --count 1000.
 options = $(foreach word,$(1),$(if $($(shell echo $(word) | tr a-z A-Z)),--$(word) $($(shell echo $(word) | tr a-z A-Z))))
 
+# Keeps the output of a command as evidence, if it succeeds.
+kept = $(shell mkdir -p target)>target/$(1).log 2>&1; result=$$?; cat target/$(1).log; \
+    [ $$result -ne 0 ] || cp target/$(1).log docs/evidence/$(1).log; exit $$result
+
 .PHONY: help demo test dev-up dev-down dev-clean fmt lint build clean
 
 help: ## list these commands
@@ -91,7 +95,7 @@ drill: ## do what Kubernetes does to the instances of a StatefulSet, under load:
 	{ echo "make drill, $$(dev/commit)"; \
 	    cargo test --locked --features failpoints --test it -- --ignored --exact --nocapture \
 	    statefulset::trials_what_kubernetes_does_to_a_statefulset_loses_and_duplicates_nothing; } \
-	    >docs/evidence/statefulset-drill.log 2>&1; result=$$?; cat docs/evidence/statefulset-drill.log; exit $$result
+	    $(call kept,statefulset-drill)
 
 .PHONY: upgrade
 # The last version with its own Kafka producer, whose transactional ids have another format.
@@ -103,15 +107,14 @@ upgrade: ## test upgrade and rollback between an earlier commit and this tree un
 	{ echo "make upgrade, $$(dev/commit), from $(if $(FORMER),a program,$(FROM))"; \
 	    cargo test --locked --features failpoints --test it -- --ignored --exact --nocapture \
 	    upgrade::instances_change_to_this_build_and_back_under_load_and_nothing_is_lost_or_duplicated; } \
-	    >docs/evidence/upgrade.log 2>&1; result=$$?; cat docs/evidence/upgrade.log; exit $$result
+	    $(call kept,upgrade)
 
 .PHONY: asyncapi-check
 asyncapi-check: ## compare docs/asyncapi.yaml, docs/schemas and the programs of the guides with the daemon and a broker: COUNT=3000 PROGRAM=FILE; needs Node and Go; minutes on a quiet machine
 	@dev/install
 	@dev/servers install
 	@$(if $(PROGRAM),true,cargo build --locked --release --bin payment-writer)
-	COUNT=$(COUNT) PROGRAM=$(PROGRAM) ops/asyncapi/check >docs/evidence/asyncapi-check.log 2>&1; \
-	    result=$$?; cat docs/evidence/asyncapi-check.log; exit $$result
+	COUNT=$(COUNT) PROGRAM=$(PROGRAM) ops/asyncapi/check $(call kept,asyncapi-check)
 
 .PHONY: asyncapi-page
 asyncapi-page: ## render docs/asyncapi.yaml as one HTML file, target/asyncapi.html; needs Node
@@ -190,16 +193,14 @@ lint: ## check format, lints, dependencies and scripts
 # In CI only the README's table is checked (`make lint`): the tools take five minutes to compile.
 chart-check: ## check the Helm chart: lint, every combination that matters, wrong values, strict schemas of each Kubernetes version: PROGRAM=FILE
 	@$(if $(PROGRAM),,dev/install && cargo build --locked --bin payment-writer)
-	@PROGRAM=$(or $(PROGRAM),target/debug/payment-writer) ops/helm/check >docs/evidence/chart-check.log 2>&1; \
-	    result=$$?; cat docs/evidence/chart-check.log; exit $$result
+	@PROGRAM=$(or $(PROGRAM),target/debug/payment-writer) ops/helm/check $(call kept,chart-check)
 
 .PHONY: release release-check
 release: ## check the tree, set the version, commit, tag, and build tarball, package, chart, SBOM and checksums into dist/: VERSION=0.2.0
 	@dev/release $(VERSION)
 
 release-check: ## build the artefacts of a release twice and compare the bytes; a quarter of an hour
-	@dev/release --check >docs/evidence/release-check.log 2>&1; \
-	    result=$$?; cat docs/evidence/release-check.log; exit $$result
+	@dev/release --check $(call kept,release-check)
 
 .PHONY: deb deb-check
 deb: ## build the Debian package, target/debian/payment-writer_*.deb: REVISION=1 PROGRAM=FILE
@@ -208,13 +209,12 @@ deb: ## build the Debian package, target/debian/payment-writer_*.deb: REVISION=1
 
 deb-check: ## build the Debian package, check it with lintian, and install, run, upgrade and purge it in a bare root under systemd: PROGRAM=FILE FORMER=PROGRAM; needs root; eight minutes
 	@dev/install --deb
-	@PROGRAM=$(PROGRAM) FORMER=$(FORMER) ops/deb/check >docs/evidence/deb-check.log 2>&1; \
-	    result=$$?; cat docs/evidence/deb-check.log; exit $$result
+	@PROGRAM=$(PROGRAM) FORMER=$(FORMER) ops/deb/check $(call kept,deb-check)
 
 .PHONY: image-check
 # Not in CI: the release build takes too long there.
 image-check: ## build the image without a registry, look into it, and run what ops/compose.yml makes of it; needs root and Go; half an hour
-	@ops/image/check >docs/evidence/image-check.log 2>&1; result=$$?; cat docs/evidence/image-check.log; exit $$result
+	@ops/image/check $(call kept,image-check)
 
 .PHONY: advisories
 advisories: ## check the dependencies for known vulnerabilities; fetches the advisory database from GitHub

@@ -31,11 +31,12 @@ async function getJson(path) {
   }
 }
 
-/** Of points in the order of their making, those after the last step of the clock backwards. */
-function ordered(points) {
+/** Of points in the order of their making, those after the last step of the clock backwards. Those before it are later. */
+function ordered(points, latest) {
   const times = points.at_ms;
-  const start = times.findLastIndex((at, index) => index > 0 && at <= times[index - 1]);
-  if (start < 0) return points;
+  const step = times.findLastIndex((at, index) => index > 0 && at <= times[index - 1]);
+  const start = Math.max(step, times.findLastIndex((at) => at > latest) + 1);
+  if (start <= 0) return points;
   return Object.fromEntries(Object.entries(points).map(([name, values]) => [name, Array.isArray(values) ? values.slice(start) : values]));
 }
 
@@ -124,11 +125,11 @@ export class Poller {
     this.#process = process;
     this.#on.onState(state);
     const columns = await getJson(this.#after ? `/status/history?after=${this.#after}` : "/status/history");
-    const points = columns.points ?? columns;
+    const points = ordered(columns.points ?? columns, state.at_ms + CLOCK_STEP_MS);
     const times = points.at_ms;
     const isNew = this.#after === 0;
     if (times.length > 0) this.#after = times[times.length - 1];
-    this.#on.onHistory(isNew ? ordered(points) : points, isNew);
+    this.#on.onHistory(points, isNew);
   }
 
   #stale() {

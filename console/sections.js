@@ -3,7 +3,7 @@
 import { bytes, count, counted, duration, percent, rate, seconds, utc } from "./format.js";
 import { byId, element, facts, fillTime, list, rows, setAttribute, setHidden, setText } from "./dom.js";
 
-/** A task of housekeeping without a success for longer is overdue: the slowest runs weekly. */
+/** A task of housekeeping without a success for longer, and for two passes, is overdue. */
 const TASK_MS_MAX = 8 * 86_400_000;
 
 /** A lane that is longer in one thing than this stands out. */
@@ -185,7 +185,8 @@ export function database(state) {
     ["default", "Rows in the default partitions", `${db.default_partition_rows > 0 ? "▲ " : ""}${count(db.default_partition_rows)}`],
     ["ahead", "Months created ahead", `${db.months_ahead === 0 ? "▲ " : ""}${count(db.months_ahead)}`],
   ]);
-  const isOverdue = (task) => task.last_ok_ms !== null && now - task.last_ok_ms > TASK_MS_MAX;
+  const interval = keeping.next_pass_ms === null ? Infinity : keeping.next_pass_ms - (keeping.last_pass_ms ?? now);
+  const isOverdue = (task) => task.last_ok_ms !== null && now - task.last_ok_ms > Math.max(TASK_MS_MAX, 2 * interval);
   rows(byId("task-rows"), keeping.tasks, (task) => task.task, [
     { header: true, text: (task) => TASKS[task.task] ?? task.task },
     { className: "word-cell", text: (task) => (task.is_failing ? "▲ failing" : task.last_ok_ms === null ? "no success recorded" : isOverdue(task) ? "▲ overdue" : "✓ ok") },

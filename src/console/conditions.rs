@@ -219,8 +219,9 @@ pub const CONDITIONS: &[Condition] = &[
             let detail = format!("partition {} is being opened", row.partition);
             (o.now.0 - since.0 > OPENING_LONG_MS).then_some((detail, Some(since)))
         };
-        // While the database or Kafka is away, another condition says so.
-        let live = o.partitions.iter().filter(|row| row.state == "live" && o.missing.is_empty());
+        // While the database or Kafka is away, another condition says so; after that, they move within a minute.
+        let is_up = o.missing.is_empty() && !o.history.last(MINUTE).was_unready;
+        let live = o.partitions.iter().filter(|row| row.state == "live" && is_up);
         let stuck = || {
             let is_stuck = |row: &&PartitionRow| row.stuck_since_ms.is_some_and(|at| o.now.0 - at > STUCK_MS);
             let stuck: Vec<&PartitionRow> = live.filter(is_stuck).collect();

@@ -41,6 +41,8 @@ pub struct Recent {
     pub throttled_ms: u64,
     /// Mean share of the lanes' time in the database.
     pub database: f64,
+    /// Whether something was missing in one of them.
+    pub was_unready: bool,
 }
 
 impl Recent {
@@ -183,6 +185,7 @@ impl History {
             recent.throttled_ms += u64::from(throttled_ms);
             recent.database += f64::from(in_database * seconds);
             recent.seconds += f64::from(seconds);
+            recent.was_unready |= !point.is_ready;
             is_comparable &= before.is_some_and(|before| before.partitions == point.partitions);
         }
         recent.database /= recent.seconds.max(1.0);

@@ -162,17 +162,27 @@ impl Brokers<'_> {
         settings: &BTreeMap<String, String>,
         replicas: usize,
     ) {
-        let mut judge = |what, is_fine, found: String| self.report.judge(what, topic, is_fine, found);
         let rules = [
             (Dependency::CleanupPolicy, CLEANUP_POLICY),
             (Dependency::TimestampType, TIMESTAMP_TYPE),
             (Dependency::TimestampAhead, TIMESTAMP_AHEAD),
         ];
         for (what, rule) in rules.into_iter().filter(|(_, rule)| rule.roles.contains(&role)) {
-            let value = settings.get(rule.setting).map_or("", String::as_str);
+            let Some(value) = settings.get(rule.setting) else {
+                let unknown = format!("the brokers do not know {}", rule.setting);
+                self.report.skip(what, topic, unknown, String::new());
+                continue;
+            };
             let breach = rule.breach(topic, value);
-            judge(what, breach.is_none(), breach.unwrap_or_else(|| format!("{}={value}", rule.setting)));
+            let is_fine = breach.is_none();
+            self.report.judge(
+                what,
+                topic,
+                is_fine,
+                breach.unwrap_or_else(|| format!("{}={value}", rule.setting)),
+            );
         }
+        let mut judge = |what, is_fine, found: String| self.report.judge(what, topic, is_fine, found);
         let insync = number(settings, "min.insync.replicas", 1);
         let found = format!("min.insync.replicas={insync}, {replicas} copies");
         judge(Dependency::MinInsyncReplicas, insync > 1 || replicas < 2, found.clone());

@@ -112,7 +112,9 @@ pub struct Settlement {
 impl Settlement {
     /// A committed offset with its metadata, as text; empty if there is none.
     pub fn replaced(group: Option<&GroupOffset>) -> String {
-        group.map(|group| format!("{} {}", group.position, group.metadata)).unwrap_or_default()
+        let text = |group: &GroupOffset| format!("{} {}", group.position, group.metadata);
+        // Postgres has no text with that.
+        group.map(text).unwrap_or_default().replace('\0', "?")
     }
 }
 

@@ -192,6 +192,7 @@ fn wanted(
         .filter(|((_, from), bounds)| bounds.start <= *from && *from < bounds.end)
         .map(|(position, _)| *position)
         .collect();
+    let now = jiff::Timestamp::now().as_millisecond();
     let is_limited = input.violation(&TIMESTAMP_AHEAD, kafka, Role::Input) == Ok(None);
     let timestamps = first_timestamps(kafka, &kafka.input_topic, &inside, PEEK_MAX)
         .map_err(|e| input.error(format!("reading the timestamps of single records: {e}")))?;
@@ -207,10 +208,9 @@ fn wanted(
                 });
                 continue;
             }
-            // Limited to the present time, in case the record's timestamp is in the future.
-            Some(FirstTimestamp::Record(Some(at))) if is_limited => {
-                let at = at.0.min(jiff::Timestamp::now().as_millisecond());
-                Some(TimestampMs(at - RECORD_AHEAD_MAX_MS))
+            // One that is further ahead is from before the limit was set.
+            Some(FirstTimestamp::Record(Some(at))) if is_limited && at.0 <= now + RECORD_AHEAD_MAX_MS => {
+                Some(TimestampMs(at.0.min(now) - RECORD_AHEAD_MAX_MS))
             }
             // Without a timestamp that is limited the whole log is read.
             _ => None,

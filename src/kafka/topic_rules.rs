@@ -119,7 +119,8 @@ pub const TIMESTAMP_AHEAD: Rule = Rule {
     wanted: "3600000",
     action: Action::Warn,
     consequence: "a record's timestamp does not tell how old its events are, so that a lost group offset is looked for \
-                  in whole output topics, and a partition without a result halts",
+                  in whole output topics, and a partition without a result halts; a change counts for later records \
+                  alone, so make it while the group's offsets are there",
 };
 
 /// All rules.

@@ -217,6 +217,19 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
     }
 
     fn decide(&self, known: &Known) -> Decision {
+        static LIMIT: RateLimited = RateLimited::new(1, Duration::from_secs(600));
+        let settled = known.row.as_ref().and_then(|row| row.settled.as_ref());
+        if let Some(settled) = settled.filter(|_| known.settlement().is_none())
+            && let Some(suppressed) = LIMIT.pass()
+        {
+            tracing::warn!(
+                partition = known.partition.0,
+                decided_on = settled.committed.0,
+                suppressed,
+                "an operator's decision is dropped: the group's offset has been changed since; if the partition is \
+                 halted, decide again"
+            );
+        }
         decide(known, &self.settings.identity, &self.settings.mode)
     }
 
@@ -399,12 +412,6 @@ impl<K: KafkaPort, S: Store> Lane<K, S> {
             .filter(|(_, start)| start.must_store)
             .map(|(known, start)| {
                 let found = known.row.as_ref();
-                if found.is_some_and(|row| row.settled.is_some()) && known.settlement().is_none() {
-                    tracing::warn!(
-                        partition = known.partition.0,
-                        "an operator's decision is dropped: the group's offset has been changed since"
-                    );
-                }
                 let row = CursorRow {
                     applied: start.applied,
                     published: publishes.then_some(start.publish_from),
