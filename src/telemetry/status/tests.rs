@@ -113,6 +113,31 @@ fn what_is_written_again_in_a_restored_database_is_lag() {
 }
 
 #[test]
+fn a_partition_is_stuck_since_something_waits_and_nothing_moves() {
+    let status = StatusRegistry::default();
+    let stuck = || status.partitions()[&P].stuck_since();
+    let positions = |now, done| {
+        status.positions(TimestampMs(now), [(P, at(done), at(done), Some(TimestampMs(1)))].into_iter());
+    };
+    let ends = |now, end| status.ends(TimestampMs(now), [(P, at(end))].into_iter());
+    status.opening(TimestampMs(100), P);
+    status.found(TimestampMs(100), &known(2, 10, None));
+    positions(200, 2);
+    assert_eq!(stuck(), Some(TimestampMs(200)));
+    positions(300, 2);
+    assert_eq!(stuck(), Some(TimestampMs(200)), "nothing moved");
+    // It writes, with a lag that stays.
+    positions(400, 4);
+    ends(500, 12);
+    assert_eq!(stuck(), Some(TimestampMs(400)));
+    positions(600, 12);
+    assert_eq!(stuck(), None, "nothing waits");
+    ends(9_000, 12);
+    ends(9_100, 13);
+    assert_eq!(stuck(), Some(TimestampMs(9_000)), "the wait began after it was last caught up");
+}
+
+#[test]
 fn a_clock_that_is_ahead_hides_no_lag() {
     let status = StatusRegistry::default();
     let ahead = Some(TimestampMs(3_600_000));
