@@ -14,6 +14,12 @@ function badge(id, text, level) {
   setAttribute(byId(id), "data-level", text ? level : null);
 }
 
+/** Numbers of faults and of warnings. */
+function marks(id, faults, warnings) {
+  const texts = [faults > 0 && `✕ ${faults}`, warnings > 0 && `▲ ${warnings}`].filter(Boolean);
+  badge(id, texts.join(" "), faults > 0 ? "bad" : "warn");
+}
+
 export function conditions(state) {
   const holding = state.conditions.filter((condition) => condition.holds);
   holding.sort((one, other) => (other.severity === "page") - (one.severity === "page"));
@@ -27,8 +33,7 @@ export function conditions(state) {
   setText(byId("conditions-others-count"), `(${rest.length})`);
   const pages = holding.filter((condition) => condition.severity === "page").length;
   const tickets = holding.length - pages;
-  const marks = [pages > 0 && `✕ ${pages}`, tickets > 0 && `▲ ${tickets}`].filter(Boolean);
-  badge("nav-conditions", marks.join(" "), pages > 0 ? "bad" : "warn");
+  marks("nav-conditions", pages, tickets);
 }
 
 function createCondition() {
@@ -258,6 +263,5 @@ export function peers(state) {
   ], (row, peer) => setAttribute(row, "data-level", peer.error !== null || peer.level === "warn" ? "warn" : peer.level === "bad" ? "bad" : null));
   const bad = state.peers.filter((peer) => peer.error === null && peer.level === "bad").length;
   const away = state.peers.filter((peer) => peer.error !== null).length;
-  const marks = [bad > 0 && `✕ ${bad}`, away > 0 && `▲ ${away}`].filter(Boolean);
-  badge("nav-peers", marks.join(" "), bad > 0 ? "bad" : "warn");
+  marks("nav-peers", bad, away);
 }

@@ -38,7 +38,7 @@ use crate::domain::wire::Rules;
 use crate::error::CommandError;
 use crate::failpoint;
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
-use crate::kafka::topic_rules::{CLEANUP_POLICY, Role, TIMESTAMP_AHEAD};
+use crate::kafka::topic_rules::{CLEANUP_POLICY, Role};
 use crate::postgres::binding;
 use crate::resolution::{self, View, not_bound};
 
@@ -140,7 +140,7 @@ impl<'a> Comparison<'a> {
         let bound = binding::is_bound_to(&database.client, &kafka.group_id, topic_id, kafka.publish);
         runtime.block_on(bound).map_err(not_bound)?;
         let scanner = Scanner::new(kafka, &kafka.input_topic)?;
-        let has_times = scanner.violation(&TIMESTAMP_AHEAD, kafka, Role::Input) == Ok(None);
+        let has_times = scanner.limits_timestamps(kafka);
         Ok(Self {
             settings,
             wanted,

@@ -13,6 +13,7 @@ use crate::domain::cursor::LogBounds;
 use crate::domain::record::{Partition, SourceBatch, TimestampMs};
 use crate::domain::wire::Rules;
 use crate::kafka::scan::{ScanError, ScanRange, Scanner};
+use crate::kafka::topic_rules::TIMESTAMP_AHEAD_MAX_MS;
 use crate::reconcile::log::Identified;
 use crate::telemetry::metrics;
 
@@ -24,8 +25,6 @@ const PROPERTIES: [(&str, &str); 4] = [
     // No waiting: the requested records exist.
     ("fetch.min.bytes", "1"),
 ];
-/// How far a record's timestamp may be ahead of the time at which it was written to the log.
-const STAMPED_AHEAD_MS: i64 = 60 * 60 * 1_000;
 
 /// Settings of a client that fetches little.
 pub fn small(kafka: &KafkaSettings) -> KafkaSettings {
@@ -85,7 +84,7 @@ impl Input {
             let (time, before) = match part.and_then(|part| part.decided_after) {
                 Some(at) => (now.0, i64::try_from(now.1.saturating_duration_since(at).as_millis())),
                 // It was decided before this process observed the partition.
-                None => (timestamp, Ok(STAMPED_AHEAD_MS)),
+                None => (timestamp, Ok(TIMESTAMP_AHEAD_MAX_MS)),
             };
             TimestampMs(time.0.saturating_sub(before.unwrap_or(i64::MAX)))
         };

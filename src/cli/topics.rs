@@ -83,8 +83,8 @@ pub async fn create(settings: &Settings, args: &CreateTopicsArgs) -> Result<(), 
         *name == kafka.input_topic && *code == RDKafkaErrorCode::InvalidConfig
     };
     if result.refused.extract_if(.., is_unknown).next().is_some() {
-        let input =
-            NewTopic { config: vec![("cleanup.policy", "delete")], ..new_topic(&wanted[0], replication) };
+        let mut input = new_topic(&wanted[0], replication);
+        input.config.retain(|(name, _)| *name != TIMESTAMP_AHEAD.setting);
         let again = create_topics(&admin, &[input]).await?;
         result.created.extend(again.created);
         result.refused.extend(again.refused);

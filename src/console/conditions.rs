@@ -186,6 +186,9 @@ const fn ticket(
     Condition { alert, severity: "ticket", title, answer }
 }
 
+const DATABASE_AWAY: &str = "Waiting for the database";
+const BROKER_AWAY: &str = "Waiting for Kafka";
+
 /// All conditions, in the order of the rules.
 pub const CONDITIONS: &[Condition] = &[
     page("PaymentWriterLagGrowing", "Lag grows", |o| {
@@ -219,12 +222,15 @@ pub const CONDITIONS: &[Condition] = &[
             let detail = format!("partition {} is being opened", row.partition);
             (o.now.0 - since.0 > OPENING_LONG_MS).then_some((detail, Some(since)))
         };
-        // While the database or Kafka is away, another condition says so; after that, they move within a minute.
-        let is_up = o.missing.is_empty() && !o.history.last(MINUTE).was_unready;
-        let live = o.partitions.iter().filter(|row| row.state == "live" && is_up);
         let stuck = || {
-            let is_stuck = |row: &&PartitionRow| row.stuck_since_ms.is_some_and(|at| o.now.0 - at > STUCK_MS);
-            let stuck: Vec<&PartitionRow> = live.filter(is_stuck).collect();
+            // While the database or Kafka is away, another condition says so; after that, they move within a minute.
+            if !o.missing.is_empty() || o.history.last(MINUTE).was_unready {
+                return None;
+            }
+            let is_stuck = |row: &&PartitionRow| {
+                row.state == "live" && row.stuck_since_ms.is_some_and(|at| o.now.0 - at > STUCK_MS)
+            };
+            let stuck: Vec<&PartitionRow> = o.partitions.iter().filter(is_stuck).collect();
             let since = stuck.iter().filter_map(|row| row.stuck_since_ms).min()?;
             let numbers = listed(stuck.iter().map(|row| row.partition), stuck.len(), 10);
             let detail =
@@ -307,8 +313,8 @@ pub const CONDITIONS: &[Condition] = &[
         let count = o.increases.recent("fetch faults", count)?;
         Some((format!("{} times since the start; they were found and read", number(count)), None))
     }),
-    page("PaymentWriterDatabaseAway", "Waiting for the database", |o| missing(o, "database")),
-    page("PaymentWriterBrokerAway", "Waiting for Kafka", |o| missing(o, "broker")),
+    page("PaymentWriterDatabaseAway", DATABASE_AWAY, |o| missing(o, "database")),
+    page("PaymentWriterBrokerAway", BROKER_AWAY, |o| missing(o, "broker")),
     ticket("PaymentWriterThrottled", "Kafka's quota throttles", |o| {
         let recent = o.history.last(MINUTE);
         let rate = recent.per_second(recent.throttled_ms);
@@ -343,9 +349,9 @@ pub const CONDITIONS: &[Condition] = &[
     page("PaymentWriterNotReady", "Not ready", |o| {
         let names: Vec<&str> = o.missing.iter().map(|(what, ..)| *what).collect();
         let since = o.missing.iter().map(|(_, _, since)| *since).min()?;
-        let others = [("database", "Waiting for the database"), ("broker", "Waiting for Kafka")];
-        let mut same = others.iter().filter(|(what, _)| missing(o, what).is_some());
-        let same = same.next().map_or(String::new(), |(_, title)| format!("; the same fault as \"{title}\""));
+        let others = [("database", DATABASE_AWAY), ("broker", BROKER_AWAY)];
+        let same = others.iter().find(|(what, _)| names.contains(what));
+        let same = same.map_or(String::new(), |(_, title)| format!("; the same fault as \"{title}\""));
         Some((format!("/readyz names what is missing: {}{same}", names.join(", ")), Some(since)))
     }),
     ticket("PaymentWriterMemory", "Memory is short", |o| {

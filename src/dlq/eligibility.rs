@@ -5,9 +5,7 @@ use std::time::Duration;
 use super::letter::Letter;
 use crate::domain::record::TimestampMs;
 use crate::domain::wire::Reason;
-
-/// Brokers reject records with a timestamp further in the future (`message.timestamp.after.max.ms`).
-const AHEAD_MAX: Duration = Duration::from_secs(3_600);
+use crate::kafka::topic_rules::TIMESTAMP_AHEAD_MAX_MS;
 
 /// Conditions under which dead letters are replayed.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -110,7 +108,7 @@ impl Eligibility {
     /// replay as a duplicate or a conflict.
     pub fn judge(&self, letter: &Letter<'_>) -> Result<Go, Objection> {
         let millis = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
-        let latest = self.now.0.saturating_add(millis(AHEAD_MAX));
+        let latest = self.now.0.saturating_add(TIMESTAMP_AHEAD_MAX_MS);
         let earliest = self.now.0.saturating_sub(millis(self.window));
         let label = letter.label.as_ref().ok_or(Objection::NotADeadLetter)?;
         // librdkafka sends timestamp 0 as the current time.

@@ -8,7 +8,7 @@
 //!
 //! - at any output of that input partition, because they are in order;
 //! - at outputs older than the input record at that position, if brokers refuse records stamped more than an
-//!   hour ahead ([`TIMESTAMP_AHEAD`]): that record was appended an hour before its timestamp at the earliest;
+//!   hour ahead ([`TIMESTAMP_AHEAD`](super::topic_rules::TIMESTAMP_AHEAD)): that record was appended an hour before its timestamp at the earliest;
 //! - at the start of the log, if nothing was removed there.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +21,7 @@ use super::last_stable::stable_high_watermarks;
 use super::librdkafka::NativeRecord;
 use super::scan::{ScanError, ScanRange, Scanner};
 use super::timestamp_lookup::{FirstTimestamp, first_timestamps};
-use super::topic_rules::{Role, TIMESTAMP_AHEAD, TIMESTAMP_AHEAD_MAX_MS};
+use super::topic_rules::TIMESTAMP_AHEAD_MAX_MS;
 use crate::config::KafkaSettings;
 use crate::domain::cursor::{LogBounds, OutputScan};
 use crate::domain::publication::Source;
@@ -38,7 +38,7 @@ const SEARCH_MAX: Duration = Duration::from_secs(180);
 const PEEK_MAX: Duration = Duration::from_secs(20);
 /// Assumed maximum difference between the clocks of two hosts.
 pub const CLOCK_SKEW_MS: i64 = 600_000;
-/// How much later than its outputs a record's timestamp may be, where the input's topic has [`TIMESTAMP_AHEAD`] limited.
+/// How much later than its outputs a record's timestamp may be, where the input's topic has [`TIMESTAMP_AHEAD`](super::topic_rules::TIMESTAMP_AHEAD) limited.
 pub const RECORD_AHEAD_MAX_MS: i64 = TIMESTAMP_AHEAD_MAX_MS + CLOCK_SKEW_MS;
 
 /// What the scan knows about one input partition.
@@ -193,7 +193,7 @@ fn wanted(
         .map(|(position, _)| *position)
         .collect();
     let now = jiff::Timestamp::now().as_millisecond();
-    let is_limited = input.violation(&TIMESTAMP_AHEAD, kafka, Role::Input) == Ok(None);
+    let is_limited = input.limits_timestamps(kafka);
     let timestamps = first_timestamps(kafka, &kafka.input_topic, &inside, PEEK_MAX)
         .map_err(|e| input.error(format!("reading the timestamps of single records: {e}")))?;
     let (mut wanted, mut at_end) = (BTreeMap::new(), Vec::new());

@@ -14,7 +14,7 @@ use super::fetcher::{Fetcher, reader_config};
 use super::librdkafka::fetch::FetchItem;
 use super::librdkafka::{NativeRecord, topic_id};
 use super::offsets::{bounds_of, high_watermarks_of, positions_at};
-use super::topic_rules::{Role, Rule};
+use super::topic_rules::{Role, Rule, TIMESTAMP_AHEAD};
 use crate::config::KafkaSettings;
 use crate::domain::cursor::LogBounds;
 use crate::domain::outcome::{FailureClass, class_of_kafka, is_refusal};
@@ -141,6 +141,11 @@ impl Scanner {
         role: Role,
     ) -> Result<Option<String>, String> {
         rule.check(self.fetcher.consumer().client(), kafka, role)
+    }
+
+    /// Whether the brokers are known to limit by [`TIMESTAMP_AHEAD`] how far records of the input are stamped ahead.
+    pub fn limits_timestamps(&self, kafka: &KafkaSettings) -> bool {
+        self.violation(&TIMESTAMP_AHEAD, kafka, Role::Input) == Ok(None)
     }
 
     /// First offset and last stable offset of each partition, in the order given.

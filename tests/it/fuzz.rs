@@ -243,10 +243,7 @@ fn any_bytes_lead_to_one_outcome_and_are_never_logged() {
     // GIVEN 100,000 random, mutated and unusual records, in a topic that accepts any timestamp
     let scope = Scope::new(Servers::shared(), "fuzz");
     let any_time = ("message.timestamp.after.max.ms", "9223372036854775807");
-    scope.create_topic_with(&scope.input_topic, PARTITIONS, &[any_time]);
-    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
-        scope.create_topic(topic, 2);
-    }
+    scope.create_topics_with(PARTITIONS, 2, &[any_time]);
     scope.command(&["migrate"]).succeeds();
     let mut fuzzer = Fuzzer(ChaCha8Rng::seed_from_u64(20_260_801));
     let places = scope.produce(&scope.input_topic, (0..RECORDS).map(|_| fuzzer.message()));

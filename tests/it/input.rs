@@ -167,10 +167,7 @@ fn records_behind_an_open_transaction_are_reported() {
 #[test]
 fn an_input_with_times_of_the_brokers_is_named_and_replay_needs_force() {
     let scope = Scope::new(Servers::shared(), "append_time");
-    scope.create_topic_with(&scope.input_topic, 2, &[("message.timestamp.type", "LogAppendTime")]);
-    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
-        scope.create_topic(topic, 1);
-    }
+    scope.create_topics_with(2, 1, &[("message.timestamp.type", "LogAppendTime")]);
     scope.command(&["migrate"]).succeeds();
     let named = format!("{} has message.timestamp.type=LogAppendTime", scope.input_topic);
     let said = scope.command(&["topics", "create", "--partitions", "2"]).succeeds().stderr;

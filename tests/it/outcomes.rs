@@ -459,10 +459,7 @@ fn every_bad_record_is_dead_lettered_untouched_with_its_reason() {
     // GIVEN bad records of every kind, each with headers of its own, between two good ones
     let scope = Scope::new(Servers::shared(), "dead_letters");
     let any_time = ("message.timestamp.after.max.ms", "9223372036854775807");
-    scope.create_topic_with(&scope.input_topic, 1, &[any_time]);
-    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
-        scope.create_topic(topic, 1);
-    }
+    scope.create_topics_with(1, 1, &[any_time]);
     scope.command(&["migrate"]).succeeds();
     let bad: Vec<Bad> = every_bad_record()
         .into_iter()

@@ -367,10 +367,7 @@ fn events_of_records_stamped_ahead_are_found_where_brokers_let_them_be() {
     // yesterday
     let scope = Scope::new(Servers::shared(), "stamped_ahead");
     let any_time = ("message.timestamp.after.max.ms", "9223372036854775807");
-    scope.create_topic_with(&scope.input_topic, 1, &[any_time]);
-    for topic in [&scope.read_topic, &scope.email_topic, &scope.dead_letter_topic] {
-        scope.create_topic(topic, 1);
-    }
+    scope.create_topics_with(1, 1, &[any_time]);
     scope.command(&["migrate"]).succeeds();
     let ahead = |message: Message| message.partition(0).timestamp_ms(now_ms() + 2 * DAY_MS);
     let mut load = Load::new(31);

@@ -385,7 +385,17 @@ impl<'s> Scope<'s> {
 
     /// Creates the four topics, the three outputs with the same number of partitions.
     pub fn create_topics(&self, input_partitions: i32, output_partitions: i32) {
-        self.create_topic(&self.input_topic, input_partitions);
+        self.create_topics_with(input_partitions, output_partitions, &[]);
+    }
+
+    /// The same, with these settings of the input.
+    pub fn create_topics_with(
+        &self,
+        input_partitions: i32,
+        output_partitions: i32,
+        settings: &[(&str, &str)],
+    ) {
+        self.create_topic_with(&self.input_topic, input_partitions, settings);
         for topic in [&self.read_topic, &self.email_topic, &self.dead_letter_topic] {
             self.create_topic(topic, output_partitions);
         }
